@@ -1,0 +1,1 @@
+"""Training recipes: one script, one YAML file each."""

@@ -1,0 +1,142 @@
+"""From a recipe to a tokenizer and a model ready to train, and from a trained model to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import pe_patch
+from pe_patch.evaluation.retrieval import TOKEN_KEYS
+
+from .recipe import Lora, Model, Recipe, RecipeError
+
+DEMO = Path(pe_patch.__file__).parent / "assets" / "demo"
+
+
+def locate(source: str) -> str:
+    """Where a model's name points: `demo` is the checkpoint inside the package."""
+    return str(DEMO) if source == "demo" else source
+
+
+def build_tokenizer(recipe: Recipe, texts: Sequence[str]) -> Any:
+    """The tokenizer the recipe names, or a new one trained on the texts."""
+    wanted = recipe.tokenizer
+    if wanted.train_size is not None:
+        tokenizer = train_tokenizer(texts, wanted.train_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(locate(wanted.source or recipe.model.source or ""))
+    if wanted.retrieval_tokens:
+        _add_retrieval_tokens(tokenizer)
+    return tokenizer
+
+
+def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `size` tokens that keeps every digit apart; `<pad>` is 0 and `<eos>` is 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    bytes_apart = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_apart])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != size:
+        raise RecipeError(
+            f"tokenizer.train_size is {size}, but the text gives {tokenizer.get_vocab_size()} tokens: take a size "
+            f"above {len(alphabet) + 2}, or more text."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def _add_retrieval_tokens(tokenizer: Any) -> None:
+    from tokenizers import AddedToken
+
+    names = [f"<{kind}{index}>" for kind in "kv" for index in range(TOKEN_KEYS)]
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+
+
+def build_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """The model with its scheme and its adapters; what is to be trained requires gradients, nothing else does."""
+    model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model)
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.scheme is not None:
+        pe_patch.patch_model(model, recipe.scheme.name, **recipe.scheme.options)
+    return model if recipe.lora is None else _with_lora(model, recipe.lora)
+
+
+def _pretrained(wanted: Model) -> Any:
+    extra = {} if wanted.attention is None else {"attn_implementation": wanted.attention}
+    return AutoModelForCausalLM.from_pretrained(
+        locate(wanted.source or ""), dtype=getattr(torch, wanted.dtype), use_safetensors=True, **extra
+    )
+
+
+def _fresh(wanted: Model, tokenizer: Any) -> Any:
+    fields = {"vocab_size": len(tokenizer), **(wanted.config or {})}
+    if fields["vocab_size"] < len(tokenizer):
+        raise RecipeError(f"model.config.vocab_size is {fields['vocab_size']}; the tokenizer has {len(tokenizer)}.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise RecipeError("model.config needs a model_type, such as llama.")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise RecipeError(f"model.config: {str(error)[:300]}") from error
+    extra = {} if wanted.attention is None else {"attn_implementation": wanted.attention}
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, wanted.dtype), **extra)
+
+
+def _with_lora(model: Any, lora: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    entire = _norms(model) if lora.norms else set()
+    if lora.embeddings:
+        embeddings = model.get_input_embeddings()
+        entire |= {name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings}
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        modules_to_save=sorted(entire) or None,
+        ensure_weight_tying=lora.embeddings and model.config.tie_word_embeddings,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _norms(model: nn.Module) -> set[str]:
+    """The last parts of the names of the normalisation layers, which PEFT matches by."""
+    named = model.named_modules()
+    return {name.rpartition(".")[2] for name, module in named if "norm" in type(module).__name__.lower()}
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, lora: Lora | None) -> Any:
+    """Write safetensors, config and tokenizer to `folder`; returns it as saved, its adapter merged if so."""
+    if lora is not None and lora.merge:
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,255 @@
+"""The training loop: phases of steps, each step over all processes and micro-batches as if they were one batch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import Tensor
+from transformers import get_scheduler
+
+import pe_patch
+from pe_patch.errors import PePatchError
+from pe_patch.text import load_documents
+
+from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from .data import Corpus, PhaseData, micro_batches
+from .log import Log, table
+from .loss import count_targets, next_token_score
+from .models import build_model, build_tokenizer, parameter_groups, save_model
+from .recipe import Phase, Recipe, RecipeError, save_recipe
+
+ACCURACY_STEPS = 25
+"""Over how many steps `until_accuracy` is judged."""
+
+SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
+    "constant": lambda phase: ("constant_with_warmup", {}),
+    "linear": lambda phase: ("linear", {}),
+    "cosine": lambda phase: ("cosine_with_min_lr", {"min_lr_rate": phase.floor}),
+    "warmup_stable_decay": lambda phase: (
+        "warmup_stable_decay",
+        {"num_decay_steps": round(phase.decay * phase.steps), "decay_type": "linear", "min_lr_ratio": phase.floor},
+    ),
+}
+
+
+class DivergedError(PePatchError, ArithmeticError):
+    """The loss or its gradient is no longer a number."""
+
+
+def learning_rates(phase: Phase) -> Callable[[int], float]:
+    """The learning rate as a function of the phase's step, counted from zero; Transformers' own schedules."""
+    name, options = SCHEDULES[phase.schedule](phase)
+    # A stand-in optimiser: the function alone is wanted, so that a rate depends on the step and on nothing else.
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler: Any = get_scheduler(name, stand_in, phase.warmup, phase.steps, scheduler_specific_kwargs=options)
+    multiplier = scheduler.lr_lambdas[0]
+    return lambda step: phase.learning_rate * multiplier(step)
+
+
+class Trainer:
+    """One run of one recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.output = recipe, Path(recipe.output)
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, log_with=recipe.trackers or None, project_dir=recipe.output
+        )
+        set_seed(recipe.seed)
+        data = recipe.data
+        texts = load_documents(data.source, split="train", text_column=data.text_column, limit=data.limit)
+        self.tokenizer = build_tokenizer(recipe, texts)
+        self.model = build_model(recipe, self.tokenizer)
+        self.corpus = Corpus(texts, self.tokenizer)
+        self.progress = Progress()
+
+    def show_plan(self) -> Any:
+        """Print steps and tokens; returns the untrained model."""
+        phases = self.recipe.phases
+        rows = [
+            {
+                "phase": number,
+                "length": phase.length,
+                "steps": phase.steps,
+                "sequences": phase.steps * phase.batch,
+                "tokens": phase.steps * phase.batch * phase.length,
+            }
+            for number, phase in enumerate(phases)
+        ]
+        parameters = list(self.model.parameters())
+        if self.accelerator.is_main_process:
+            console = Console()
+            console.print(table("What would be trained", rows))
+            console.print(
+                f"{sum(row['steps'] for row in rows):,} steps at most, {sum(row['tokens'] for row in rows):,} tokens, "
+                f"from a text of {len(self.corpus.stream):,} tokens in {len(self.corpus.documents):,} documents. "
+                f"{sum(p.numel() for p in parameters if p.requires_grad):,} of {sum(p.numel() for p in parameters):,} "
+                "parameters are trained."
+            )
+        return self.model
+
+    def run(self) -> Any:
+        """Train all phases, from the newest checkpoint if so asked; returns the model as it was saved."""
+        recipe, folder = self.recipe, self.output / "checkpoints"
+        checkpoint = find_checkpoint(recipe, folder)
+        groups = parameter_groups(self.model, recipe.optimizer.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(recipe.optimizer.betas))
+        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if checkpoint is not None:
+            self.progress = load_checkpoint(self.accelerator, checkpoint, recipe)
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, self.output / "recipe.yaml")
+        if recipe.trackers:
+            self.accelerator.init_trackers("pe_patch")
+        total = sum(phase.steps for phase in recipe.phases[self.progress.phase :])
+        total += self.progress.step - self.progress.phase_step
+        log = Log(
+            self.accelerator,
+            self.output / "log.jsonl",
+            from_step=self.progress.step,
+            total_steps=total,
+            progress=recipe.progress,
+        )
+        with log as self.log:
+            while self.progress.phase < len(recipe.phases):
+                self._phase(recipe.phases[self.progress.phase], folder)
+        return self._finish()
+
+    def _phase(self, phase: Phase, folder: Path) -> None:
+        """The rest of the phase that `progress` is in."""
+        progress, rate = self.progress, learning_rates(phase)
+        for batches in self._batches(phase):
+            started = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate(progress.phase_step)
+            values = self._step(batches, phase)
+            seconds = time.perf_counter() - started
+            tokens = phase.batch * phase.length
+            progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
+            progress.tokens += tokens
+            at = {"step": progress.step, "phase": progress.phase}
+            speed = {"tokens": progress.tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+            self.log.step({**at, **values, "learning_rate": rate(progress.phase_step - 1), **speed})
+            ended = self._ended(phase)
+            if ended:
+                progress.phase, progress.phase_step, progress.recent = progress.phase + 1, 0, []
+            self._now_and_then(folder)
+            if ended:
+                return
+
+    def _batches(self, phase: Phase) -> Iterator[list[dict[str, Tensor]]]:
+        recipe, progress = self.recipe, self.progress
+        seed = (recipe.seed, progress.phase)
+        data = PhaseData(self.corpus, self.tokenizer, phase, seed=seed, boundaries=recipe.data.boundaries)
+        return micro_batches(
+            data,
+            first_step=progress.phase_step,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=recipe.data.workers,
+        )
+
+    def _step(self, batches: list[dict[str, Tensor]], phase: Phase) -> dict[str, Any]:
+        """One optimiser step: the mean loss over the targets of all processes and micro-batches."""
+        accelerator, wants_accuracy = self.accelerator, phase.until_accuracy is not None
+        batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
+        targets = accelerator.reduce(torch.stack([count_targets(batch["labels"]) for batch in batches]).sum())
+        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                logits = self.model(**self._inputs(batch)).logits
+                score = next_token_score(logits, batch["labels"], vocabulary=phase.vocabulary, accuracy=wants_accuracy)
+                # Gradients are averaged over the processes; a sum is wanted.
+                accelerator.backward(score.loss * accelerator.num_processes / targets.clamp(min=1))
+            sums += torch.stack([score.loss.detach().double(), score.correct.double()])
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        loss, accuracy = (accelerator.reduce(sums) / targets.clamp(min=1)).tolist()
+        self._refuse_nan(loss, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if wants_accuracy:
+            self.progress.recent = [*self.progress.recent, accuracy][-ACCURACY_STEPS:]
+        extra = {"accuracy": accuracy} if wants_accuracy else {}
+        return {"loss": loss, **extra, "targets": int(targets), "gradient_norm": float(norm)}
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """No attention mask: then, and only without a cache, positions that start again keep documents apart."""
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+        return {**inputs, "position_ids": batch["position_ids"]} if self.recipe.data.boundaries else inputs
+
+    def _refuse_nan(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        saved = complete_checkpoints(self.output / "checkpoints")
+        kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+        raise DivergedError(
+            f"Step {self.progress.step + 1}: the loss is {loss}, the norm of its gradient {norm}; nothing was updated. "
+            f"{kept} Try a smaller learning_rate, a longer warmup, or mixed_precision=no."
+        )
+
+    def _ended(self, phase: Phase) -> bool:
+        """Whether the phase is over; an accuracy that was not reached in time is an error."""
+        progress = self.progress
+        if phase.until_accuracy is not None and len(progress.recent) == ACCURACY_STEPS:
+            accuracy = sum(progress.recent) / ACCURACY_STEPS
+            if accuracy >= phase.until_accuracy:
+                self.log.skip(phase.steps - progress.phase_step)
+                return True
+        if progress.phase_step < phase.steps:
+            return False
+        if phase.until_accuracy is not None:
+            raise RecipeError(
+                f"Phase {progress.phase} reached an accuracy of {sum(progress.recent) / len(progress.recent):.3f} in "
+                f"{phase.steps} steps, {phase.until_accuracy} was asked for. Allow more steps, or try another seed."
+            )
+        return True
+
+    def _now_and_then(self, folder: Path) -> None:
+        """Evaluation and checkpoint, each at its own interval."""
+        step, recipe = self.progress.step, self.recipe
+        if recipe.evaluation.every and step % recipe.evaluation.every == 0:
+            self._evaluate()
+        if recipe.checkpoints.every and step % recipe.checkpoints.every == 0:
+            save_checkpoint(self.accelerator, folder, self.progress, recipe)
+
+    def _evaluate(self) -> None:
+        """Loss and retrieval on held-out text, on the main process; the others wait."""
+        from pe_patch.evaluation.subject import windows
+
+        wanted, data = self.recipe.evaluation, self.recipe.data
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+            target = self.recipe.phases[-1].length
+            lengths = wanted.lengths or sorted({windows(model)[0] or target, target})
+            results = pe_patch.evaluate(
+                model,
+                self.tokenizer,
+                tasks=wanted.tasks,
+                lengths=lengths,
+                text=data.source,
+                samples=wanted.samples,
+            )
+            for row in results.rows:
+                self.log.write("evaluation", {"step": self.progress.step, **row})
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self) -> Any:
+        recipe, step = self.recipe, self.progress.step
+        if recipe.evaluation.every and step % recipe.evaluation.every:
+            self._evaluate()
+        self.accelerator.end_training()
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.accelerator.is_main_process:
+            model = save_model(model, self.tokenizer, self.output / "model", lora=recipe.lora)
+        self.accelerator.wait_for_everyone()
+        return model
