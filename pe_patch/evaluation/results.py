@@ -1,0 +1,185 @@
+"""What an evaluation found: rows, the table made from them, and the files they are kept in."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pe_patch.errors import PePatchError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    `length` is what was asked for, `tokens` what the model was really given, answer included. `low` and `high` bound
+    the 95 % interval (exact binomial for accuracies, normal over spots for losses). `control` is the same questions or
+    targets at `control_length`. `measured_on` says in words which tokens were scored. `peak_memory` is in bytes.
+    """
+
+    scheme: str
+    task: str
+    measure: str
+    length: int
+    tokens: int
+    depth: float | None
+    score: float
+    low: float | None
+    high: float | None
+    samples: int
+    control: float | None
+    control_length: int | None
+    seconds: float
+    peak_memory: int | None
+    memory_kind: str
+    seed: int
+    text_hash: str
+    tokenizer_hash: str
+    measured_on: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+COLUMNS = tuple(entry.name for entry in fields(Row))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All rows of one scheme, task, measure and length taken together."""
+
+    score: float
+    low: float | None
+    high: float | None
+    samples: int
+    control: float | None
+
+
+@dataclass
+class Results:
+    """Rows in the order they were measured, and the configuration that made them."""
+
+    rows: list[Row] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def select(self, **wanted: Any) -> list[Row]:
+        """The rows whose columns have these values: `select(task="needle", length=2048)`."""
+        return [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
+
+    def values(self, column: str) -> list[Any]:
+        """The different values of a column, in the order they first occur."""
+        return list(dict.fromkeys(getattr(row, column) for row in self.rows))
+
+    def cell(self, **wanted: Any) -> Cell | None:
+        """The rows selected, pooled over depths: counts are added up and the interval is made from the sum."""
+        rows = self.select(**wanted)
+        if not rows:
+            return None
+        samples = sum(row.samples for row in rows)
+        score = sum(row.score * row.samples for row in rows) / samples
+        controls = [(row.control, row.samples) for row in rows if row.control is not None]
+        control = sum(c * n for c, n in controls) / sum(n for _, n in controls) if controls else None
+        if len(rows) == 1:
+            return Cell(score, rows[0].low, rows[0].high, samples, control)
+        if any(row.depth is None for row in rows):
+            raise PePatchError(f"These rows are not depths of one measurement and cannot be pooled: {wanted}.")
+        from pe_patch.evaluation.metrics import binomial_interval
+
+        return Cell(score, *binomial_interval(round(score * samples), samples), samples, control)
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with one line per row and the columns of `Row`."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write results.jsonl and config.json, each whole or not at all; returns the directory."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(row), ensure_ascii=False) for row in self.rows]
+        write_atomically(folder / "results.jsonl", "".join(line + "\n" for line in lines))
+        write_atomically(folder / "config.json", json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Results:
+        """Read what `save` wrote. A missing or damaged file raises `PePatchError`."""
+        folder = Path(directory)
+        try:
+            lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return cls([Row(**json.loads(line)) for line in lines], config)
+        except (OSError, ValueError, TypeError) as error:
+            raise PePatchError(f"No readable results in {folder}: {error}") from error
+
+    def __add__(self, other: Results) -> Results:
+        return Results(self.rows + other.rows, self.config | other.config)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        stream = io.StringIO()
+        Console(file=stream, width=140).print(self.table())
+        return stream.getvalue()
+
+    def table(self) -> Any:
+        """A rich table with one line per scheme, task, measure and length; depths are pooled."""
+        from rich.table import Table
+
+        table = Table(title=self._caption(), title_justify="left")
+        for name in ("scheme", "measured", "length"):
+            table.add_column(name, justify="right" if name == "length" else "left")
+        for name in ("score", "95 % interval", "samples", "within window", "seconds", "memory"):
+            table.add_column(name, justify="right")
+        for key in self.groups():
+            table.add_row(*self._line(key))
+        return table
+
+    def groups(self) -> Iterable[dict[str, Any]]:
+        """The different (scheme, task, measure, length), in the order they were measured."""
+        names = ("scheme", "task", "measure", "length")
+        return [
+            dict(zip(names, key, strict=True))
+            for key in dict.fromkeys(tuple(getattr(row, name) for name in names) for row in self.rows)
+        ]
+
+    def _line(self, key: dict[str, Any]) -> list[str]:
+        cell, rows = self.cell(**key), self.select(**key)
+        assert cell is not None
+        interval = "-" if cell.low is None else f"{cell.low:.3f} - {cell.high:.3f}"
+        control = "-" if cell.control is None else f"{cell.control:.3f} @ {rows[0].control_length}"
+        memory = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
+        return [
+            key["scheme"],
+            f"{key['task']}: {key['measure']}",
+            str(key["length"]),
+            f"{cell.score:.3f}",
+            interval,
+            str(cell.samples),
+            control,
+            f"{sum(row.seconds for row in rows):.1f}",
+            "-" if memory is None else f"{memory / 2**20:.0f} MiB",
+        ]
+
+    def _caption(self) -> str:
+        named = [f"{name} {self.config[name]}" for name in ("model", "text", "seed") if name in self.config]
+        return "Measured on " + ", ".join(named) if named else "Measured"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a file in place in one step, so that a reader or a crash never meets half of it."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,161 @@
+"""`evaluate`: tasks times lengths on a model that is already loaded, with nothing cut and everything counted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pe_patch.errors import PePatchError
+from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.results import Results
+from pe_patch.evaluation.subject import Subject, scheme_label, tokenizer_hash, windows
+from pe_patch.evaluation.tasks import Needle, Task, find_task
+
+logger = logging.getLogger(__name__)
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where the needle stands: the middles of five equal parts of the haystack."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str | Task] | str | Task = ("perplexity", "needle"),
+    lengths: Sequence[int] | int | None = None,
+    *,
+    samples: int = 50,
+    depths: Sequence[float] = DEPTHS,
+    batch_size: int | None = None,
+    seed: int = 0,
+    text: str | Sequence[str] = "stdlib",
+    control_length: int | None = None,
+    beyond_window: bool = False,
+    retrieval: bool = True,
+    autocast: torch.dtype | None = None,
+    label: str | None = None,
+    progress: bool = True,
+) -> Results:
+    """Measure a loaded model at several lengths, each score beside the same questions within its native window.
+
+    `tasks` are names from TASKS or instances; `lengths` are in tokens, the answer included (default: the model's
+    window). `samples` questions per length are shared out over `depths`. `text` is a list of documents or a source
+    `pe_patch.text.load_documents` knows. Loss alone says little about context, so a retrieval task is added unless
+    `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
+    model in the rows. Raises `PePatchError` wherever a prompt would have been cut.
+    """
+    native, effective = windows(model)
+    chosen = _with_retrieval(_tasks(tasks), retrieval)
+    wanted = _lengths(lengths, effective, beyond_window)
+    control = control_length or min(native or min(wanted), max(wanted))
+    if min(samples, control) < 1 or not depths:
+        raise PePatchError("samples and control_length must be at least 1, and depths must not be empty.")
+    corpus = Corpus.load(tokenizer, text, needed=max(*wanted, control))
+    bench = Bench(
+        subject=Subject(model, tokenizer, batch_size, autocast),
+        corpus=corpus,
+        lengths=wanted,
+        depths=tuple(depths),
+        samples=samples,
+        seed=seed,
+        control_length=control,
+        scheme=label or scheme_label(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+    )
+    results = Results(config=_config(bench, chosen, native, effective))
+    with _progress(bench, chosen, progress) as describe:
+        for length in wanted:
+            for task in chosen:
+                describe(f"{task.name} at {length}")
+                results.rows.extend(task.rows(bench, length))
+    return results
+
+
+def _tasks(tasks: Sequence[str | Task] | str | Task) -> list[Task]:
+    several = tasks if isinstance(tasks, list | tuple) else [tasks]
+    if not several:
+        raise PePatchError("Give at least one task.")
+    return [find_task(task) for task in several]
+
+
+def _with_retrieval(tasks: list[Task], retrieval: bool) -> list[Task]:
+    """Loss does not stand alone: fine-tuning without any scheme repairs it and leaves retrieval broken."""
+    if not retrieval or any(getattr(task, "retrieves", False) for task in tasks):
+        return tasks
+    logger.warning(
+        "Loss alone does not show that context is used: adding the task 'needle' (retrieval=False leaves it out)."
+    )
+    return [*tasks, Needle()]
+
+
+def _lengths(lengths: Sequence[int] | int | None, effective: int | None, beyond_window: bool) -> list[int]:
+    if lengths is None:
+        if effective is None:
+            raise PePatchError("The model's configuration names no window: say which lengths to measure.")
+        lengths = effective
+    wanted = sorted(set([lengths] if isinstance(lengths, int) else lengths))
+    if not wanted or wanted[0] < 1:
+        raise PePatchError(f"lengths must be positive numbers of tokens, got {lengths}.")
+    if effective is not None and wanted[-1] > effective and not beyond_window:
+        raise PePatchError(
+            f"Length {wanted[-1]} is beyond the model's window of {effective} tokens. Extend it with patch_model(...), "
+            "ask for a smaller length, or pass beyond_window=True to see what happens there."
+        )
+    return wanted
+
+
+def _config(bench: Bench, tasks: list[Task], native: int | None, effective: int | None) -> dict[str, Any]:
+    """What another run needs to give the same rows."""
+    model = bench.subject.model
+    return {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "scheme": bench.scheme,
+        "native_window": native,
+        "effective_window": effective,
+        "tasks": [repr(task) for task in tasks],
+        "lengths": list(bench.lengths),
+        "depths": list(bench.depths),
+        "samples": bench.samples,
+        "control_length": bench.control_length,
+        "seed": bench.seed,
+        "text": bench.corpus.name,
+        "text_hash": bench.corpus.hash,
+        "bytes_per_token": bench.corpus.bytes_per_token,
+        "tokenizer_hash": bench.tokenizer_hash,
+        "precision": str(bench.subject.autocast or next(model.parameters()).dtype),
+        "device": str(bench.subject.device),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("pe_patch", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextlib.contextmanager
+def _progress(bench: Bench, tasks: list[Task], shown: bool) -> Iterator[Callable[[str], None]]:
+    """A bar over the tokens the model is given, with the time left; it goes to stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        work = bar.add_task(bench.scheme, total=sum(task.cost(bench) for task in tasks))
+        bench.subject.advance = lambda tokens: bar.advance(work, tokens)
+        yield lambda what: bar.update(work, description=f"{bench.scheme}: {what}")
