@@ -152,9 +152,14 @@ class Scheme(nn.Module):
         """Whether the encoding depends on how long the sequence is."""
         return False
 
-    def native(self, head_dim: int) -> dict[str, Any] | None:
-        """The `rope_parameters` by which Transformers computes the very same thing, or None if it cannot."""
+    def native(self) -> dict[str, Any] | None:
+        """The v5 `rope_parameters` by which Transformers computes the same logits in one pass, or None if it cannot."""
         return None
+
+    @property
+    def native_window(self) -> int | None:
+        """What `max_position_embeddings` must be for `native` to hold; None where it does not matter."""
+        return self.effective_window
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in getattr(self, "options", {}).items())
