@@ -124,15 +124,6 @@ def _norms(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in named if "norm" in type(module).__name__.lower()}
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, lora: Lora | None) -> Any:
-    """Write safetensors, config and tokenizer to `folder`; returns it as saved, its adapter merged if so."""
-    if lora is not None and lora.merge:
-        model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay, vectors without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -116,7 +116,8 @@ class Phase:
     """Sequences in one forward pass of one process, for what memory allows; null is a process's whole share."""
     steps: int = 1000
     """Optimiser steps; with `until_accuracy` the most that are allowed."""
-    mixture: dict[str, Source] = field(default_factory=lambda: {"text": Source(share=1.0)})
+    mixture: dict[str, Source] = field(default_factory=dict)
+    """What the sequences are drawn from, under names of your own."""
     until_accuracy: float | None = None
     """End once this share of the targets was predicted right over the last 25 steps; not reaching it is an error."""
     learning_rate: float = 2e-5

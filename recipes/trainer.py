@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from torch import Tensor
 from transformers import get_scheduler
 
-import pe_patch
 from pe_patch.errors import PePatchError
 from pe_patch.text import load_documents
 
@@ -24,11 +24,13 @@ from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_c
 from .data import Corpus, PhaseData, micro_batches
 from .log import Log, table
 from .loss import count_targets, next_token_score
-from .models import build_model, build_tokenizer, parameter_groups, save_model
-from .recipe import Phase, Recipe, RecipeError, save_recipe
+from .models import build_model, build_tokenizer, parameter_groups
+from .recipe import Phase, Recipe, save_recipe
 
 ACCURACY_STEPS = 25
 """Over how many steps `until_accuracy` is judged."""
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
     "constant": lambda phase: ("constant_with_warmup", {}),
@@ -41,8 +43,8 @@ SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
 }
 
 
-class DivergedError(PePatchError, ArithmeticError):
-    """The loss or its gradient is no longer a number."""
+class TrainingError(PePatchError, RuntimeError):
+    """Training cannot go on: the loss is no longer a number, or what a phase was to reach was not reached."""
 
 
 def learning_rates(phase: Phase) -> Callable[[int], float]:
@@ -64,8 +66,7 @@ class Trainer:
             mixed_precision=recipe.mixed_precision, log_with=recipe.trackers or None, project_dir=recipe.output
         )
         set_seed(recipe.seed)
-        data = recipe.data
-        texts = load_documents(data.source, split="train", text_column=data.text_column, limit=data.limit)
+        texts = self._documents("train")
         self.tokenizer = build_tokenizer(recipe, texts)
         self.model = build_model(recipe, self.tokenizer)
         self.corpus = Corpus(texts, self.tokenizer)
@@ -192,7 +193,7 @@ class Trainer:
             return
         saved = complete_checkpoints(self.output / "checkpoints")
         kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
-        raise DivergedError(
+        raise TrainingError(
             f"Step {self.progress.step + 1}: the loss is {loss}, the norm of its gradient {norm}; nothing was updated. "
             f"{kept} Try a smaller learning_rate, a longer warmup, or mixed_precision=no."
         )
@@ -208,7 +209,7 @@ class Trainer:
         if progress.phase_step < phase.steps:
             return False
         if phase.until_accuracy is not None:
-            raise RecipeError(
+            raise TrainingError(
                 f"Phase {progress.phase} reached an accuracy of {sum(progress.recent) / len(progress.recent):.3f} in "
                 f"{phase.steps} steps, {phase.until_accuracy} was asked for. Allow more steps, or try another seed."
             )
@@ -223,33 +224,46 @@ class Trainer:
             save_checkpoint(self.accelerator, folder, self.progress, recipe)
 
     def _evaluate(self) -> None:
-        """Loss and retrieval on held-out text, on the main process; the others wait."""
+        """Loss and retrieval on held-out text; on one process, unless each has only a part of the model."""
+        accelerator, sharded = self.accelerator, self.accelerator.distributed_type in SHARDED
+        if accelerator.is_main_process or sharded:
+            model = self.model if sharded else accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+            for row in self._measure(model).rows:
+                self.log.write("evaluation", {"step": self.progress.step, **asdict(row)})
+        accelerator.wait_for_everyone()
+
+    def _measure(self, model: Any) -> Any:
+        # Imported late: it brings plotting and metrics along, which a run that never evaluates has no use for.
+        from pe_patch.evaluation import evaluate
         from pe_patch.evaluation.subject import windows
 
-        wanted, data = self.recipe.evaluation, self.recipe.data
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-            target = self.recipe.phases[-1].length
-            lengths = wanted.lengths or sorted({windows(model)[0] or target, target})
-            results = pe_patch.evaluate(
-                model,
-                self.tokenizer,
-                tasks=wanted.tasks,
-                lengths=lengths,
-                text=data.source,
-                samples=wanted.samples,
-            )
-            for row in results.rows:
-                self.log.write("evaluation", {"step": self.progress.step, **row})
-        self.accelerator.wait_for_everyone()
+        wanted, target = self.recipe.evaluation, self.recipe.phases[-1].length
+        return evaluate(
+            model,
+            self.tokenizer,
+            tasks=wanted.tasks,
+            lengths=wanted.lengths or sorted({windows(model)[0] or target, target}),
+            samples=wanted.samples,
+            text=self._documents("test"),
+            beyond_window=True,
+            progress=False,
+        )
+
+    def _documents(self, split: Literal["train", "test"]) -> list[str]:
+        data = self.recipe.data
+        return load_documents(data.source, split=split, text_column=data.text_column, limit=data.limit)
 
     def _finish(self) -> Any:
         recipe, step = self.recipe, self.progress.step
         if recipe.evaluation.every and step % recipe.evaluation.every:
             self._evaluate()
         self.accelerator.end_training()
+        weights = self.accelerator.get_state_dict(self.model) if self.accelerator.distributed_type in SHARDED else None
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if recipe.lora is not None and recipe.lora.merge:
+            model = model.merge_and_unload()
         if self.accelerator.is_main_process:
-            model = save_model(model, self.tokenizer, self.output / "model", lora=recipe.lora)
+            model.save_pretrained(self.output / "model", state_dict=weights)
+            self.tokenizer.save_pretrained(self.output / "model")
         self.accelerator.wait_for_everyone()
         return model
