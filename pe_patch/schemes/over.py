@@ -1,0 +1,144 @@
+"""What can be done to the frequencies of another rotary scheme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, unknown
+from ..scheme import AttentionShape, Rotary
+from .checks import check_number
+
+RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")
+
+
+def build_inner(
+    scheme: str, over: str | Mapping[str, Any] | None, shape: AttentionShape, shared: dict[str, Any]
+) -> Rotary:
+    """The rotary scheme that `over` names (a name, or a dict in any dialect; plain RoPE when None), with the options
+    `shared` where it does not set them itself."""
+    from . import ALIASES, SCHEMES  # here, because the registry imports this file
+
+    name, options = "rope" if over is None else over, {}
+    if isinstance(over, Mapping):
+        from ..dialects import Specification, read
+
+        specification = read(dict(over))
+        if not isinstance(specification, Specification):
+            raise OptionError(f"{scheme!r} got a different `over` for each layer type; give the one of these layers.")
+        name, options = specification.scheme, dict(specification.options)
+    if not isinstance(name, str):
+        raise OptionError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
+    inner = SCHEMES.get(ALIASES.get(name, name))
+    if inner is None:
+        raise unknown("scheme", name, SCHEMES)
+    if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):
+        raise OptionError(f"{scheme!r} changes rotary frequencies, and {name!r} is not defined by frequencies alone.")
+    for option, value in shared.items():
+        if value is not None and options.setdefault(option, value) != value:
+            raise OptionError(f"{scheme!r} got {option}={value!r} and, in `over`, {options[option]!r}; give it once.")
+    built = inner(shape, **options)
+    assert isinstance(built, Rotary)
+    return built
+
+
+class Over(Rotary):
+    """A change to the frequencies of another rotary scheme, whose attention factor, window and regimes it keeps.
+
+    A subclass says `change(inv_freq)`.
+
+    Options:
+        over: the other scheme, a name or a dict with its options; plain RoPE when None.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        over: str | Mapping[str, Any] | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        shared = {"theta": theta, "original_max_position_embeddings": original_max_position_embeddings}
+        self.over = build_inner(self.name, over, shape, shared)
+        self.theta, self.window, self.expected_length = self.over.theta, self.over.window, self.over.expected_length
+
+    def change(self, inv_freq: Tensor) -> Tensor:
+        """New frequencies `[rotary_dim / 2]` for the other scheme's."""
+        raise NotImplementedError
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        inv_freq, factor = self.over.frequencies(length)
+        return self.change(inv_freq), factor
+
+    def regime(self, length: int) -> int:
+        return self.over.regime(length)
+
+    @property
+    def length_dependent(self) -> bool:
+        return self.over.length_dependent
+
+    @property
+    def effective_window(self) -> int | None:
+        return self.over.effective_window
+
+
+class Resonance(Over):
+    """Resonance RoPE: wavelengths rounded to whole tokens, w' = 2 pi / round(2 pi / w) (Wang et al. 2024, arXiv
+    2403.00071, algorithm 1)."""
+
+    name = "resonance"
+    summary = "rounds every wavelength to a whole number of tokens, over any rotary scheme"
+    paper = "Wang et al. 2024, arXiv 2403.00071"
+    training_free = True
+
+    def change(self, inv_freq: Tensor) -> Tensor:
+        return 2 * math.pi / (2 * math.pi / inv_freq).round()
+
+
+class ClippedRoPE(Over):
+    """Clipped RoPE (CoPE): the n slowest frequencies are multiplied by (1 + cos(pi t / (n - 1))) / 2, t = 0 .. n - 1,
+    so that the slowest of all stands still (Li et al. 2026, arXiv 2602.05258).
+
+    Options:
+        dims: n, at least 2. More than there are tapers all of them, but only where it is asked for.
+        over: the other scheme, a name or a dict with its options; plain RoPE when None.
+    """
+
+    name = "clipped_rope"
+    summary = "tapers the slowest frequencies to zero, over any rotary scheme"
+    paper = "Li et al. 2026, arXiv 2602.05258"
+    training_free = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        dims: int = 20,
+        over: str | Mapping[str, Any] | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(
+            shape, over=over, theta=theta, original_max_position_embeddings=original_max_position_embeddings
+        )
+        pairs = self.dim // 2
+        if check_number(self.name, "dims", dims, 2) != int(dims):
+            raise OptionError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
+        if pairs < 2 or ("dims" not in self.options and dims >= pairs):
+            raise OptionError(
+                f"{self.name!r} tapers {dims} frequencies by default and this attention has {pairs}, so that none "
+                f"would stay as it is; say how many with dims=<2 to {pairs}>."
+            )
+        self.dims = min(int(dims), pairs)
+
+    def change(self, inv_freq: Tensor) -> Tensor:
+        steps = torch.arange(self.dims, dtype=torch.float64, device="cpu") / (self.dims - 1)
+        taper = torch.ones(len(inv_freq), dtype=torch.float64, device="cpu")
+        taper[-self.dims :] = 0.5 * (1 + (math.pi * steps).cos())
+        return (inv_freq * taper).float()

@@ -1,0 +1,229 @@
+"""Which frequencies a rotary scheme turns by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..scheme import AttentionShape, Rotary
+from .checks import check_length, check_list, check_number, check_width
+from .over import ClippedRoPE, Resonance
+from .scaling import (
+    NTK,
+    Linear,
+    Llama3,
+    NTKByParts,
+    Scaled,
+    native_parameters,
+    stretched_frequencies,
+)
+from .yarn import DynamicYaRN, YaRN
+
+__all__ = [
+    "NTK",
+    "ClippedRoPE",
+    "DynamicNTK",
+    "DynamicYaRN",
+    "Linear",
+    "Llama3",
+    "LongRoPE",
+    "NTKByParts",
+    "Proportional",
+    "Resonance",
+    "RoPE",
+    "YaRN",
+]
+
+
+class RoPE(Rotary):
+    """Rotary position embedding: pair k turns by p theta^(-2k / r) (Su et al. 2021, arXiv 2104.09864, equation 15)."""
+
+    name = "rope"
+    summary = "rotates queries and keys by position times frequency, unscaled"
+    paper = "Su et al. 2021, arXiv 2104.09864"
+    training_free = True
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        return self.plain_frequencies(), 1.0
+
+    def native(self) -> dict[str, Any] | None:
+        return native_parameters(self, "default")
+
+
+class Proportional(Scaled):
+    """p-RoPE: the int(p r / 2) fastest frequencies turn, the others stand still, w' = 0 (Barbero et al. 2024, arXiv
+    2410.06205, section 6). Pairs are those of the whole width, unlike a rotation of a part of the head.
+
+    Options:
+        partial_rotary_factor: p in (0, 1].
+        factor: s >= 1, by which the frequencies that turn are divided.
+    """
+
+    name = "proportional"
+    summary = "turns the fastest frequencies only and leaves the slow dimensions without position"
+    paper = "Barbero et al. 2024, arXiv 2410.06205"
+    auto_allowed = False
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        partial_rotary_factor: float,
+        factor: float = 1,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(
+            shape,
+            factor=factor,
+            theta=theta,
+            original_max_position_embeddings=original_max_position_embeddings,
+        )
+        self.proportion = check_number(
+            self.name, "partial_rotary_factor", partial_rotary_factor, 0.0, 1.0, exclusive=True
+        )
+        self.turning = int(self.proportion * self.dim // 2)
+        if self.turning == 0:
+            raise OptionError(
+                f"{self.name!r} got partial_rotary_factor={self.proportion:g}, by which none of {self.dim // 2} pairs "
+                f"would turn; give at least {2 / self.dim:g}, or use 'nope'."
+            )
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        inv_freq = self.plain_frequencies()
+        inv_freq[self.turning :] = 0.0
+        return inv_freq / self.factor_at(length), 1.0
+
+    def native(self) -> dict[str, Any] | None:
+        if self.dim != self.shape.head_dim or self.factor is None:
+            return None  # Transformers counts the proportion of the whole head
+        return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.factor)
+
+
+class DynamicNTK(Rotary):
+    """Dynamic NTK: beyond the window, theta' = theta (f N / L - (f - 1))^(r / (r - 2)) at N tokens
+    (emozilla 2023; in Peng et al. 2023, arXiv 2309.00071, section 3.3).
+
+    Options:
+        factor: f >= 1; 1 is the plain form.
+        expected_length: N in tokens for which shorter sequences are encoded too.
+    """
+
+    name = "dynamic_ntk"
+    summary = "raises the base with the length of the sequence, and not at all within the window"
+    paper = "emozilla 2023, in Peng et al. 2023, arXiv 2309.00071"
+    training_free = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        factor: float = 1,
+        expected_length: int | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        self.factor = check_number(self.name, "factor", factor, 1.0, do="1 is the plain form.")
+        self.expected_length = check_length(self.name, "expected_length", expected_length)
+        check_width(self.name, self.dim)
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        if length is None or length <= self.window:
+            return self.plain_frequencies(), 1.0
+        growth = (self.factor * length / self.window) - (self.factor - 1)
+        return self.plain_frequencies(self.theta * growth ** (self.dim / (self.dim - 2))), 1.0
+
+    @property
+    def length_dependent(self) -> bool:
+        return True
+
+    @property
+    def effective_window(self) -> int | None:
+        return max(int(self.factor * self.window), self.expected_length or 0)
+
+    @property
+    def native_window(self) -> int | None:
+        return self.window  # Transformers takes L from max_position_embeddings
+
+    def native(self) -> dict[str, Any] | None:
+        if self.regime_start > self.window:
+            return None
+        return native_parameters(self, "dynamic", factor=self.factor)
+
+
+class LongRoPE(Rotary):
+    """LongRoPE: w'_k = w_k / lambda_k with searched lambda, one list for sequences longer than the window and one for
+    the others; cos and sin times sqrt(1 + ln s / ln L) (Ding et al. 2024, arXiv 2402.13753, equation 2).
+
+    Without `factor` nothing says how far the lists reach: the attention factor is then 1 and the effective window the
+    trained one, or `expected_length`. An `expected_length` beyond the window uses the long list throughout.
+
+    Options:
+        long_factor: lambda beyond the window, one for each pair.
+        short_factor: lambda within it; ones when None.
+        factor: s >= 1, the target window over the trained one.
+        attention_factor: what cos and sin are multiplied by, instead of the formula.
+        expected_length: N in tokens for which shorter sequences are encoded too.
+    """
+
+    name = "longrope"
+    summary = "divides each frequency by a searched factor of its own, beyond the window by another list"
+    paper = "Ding et al. 2024, arXiv 2402.13753"
+    training_free = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        long_factor: Sequence[float],
+        short_factor: Sequence[float] | None = None,
+        factor: float | None = None,
+        attention_factor: float | None = None,
+        expected_length: int | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        pairs = self.dim // 2
+        self.long = check_list(self.name, "long_factor", long_factor, pairs)
+        self.short = [1.0] * pairs
+        if short_factor is not None:
+            self.short = check_list(self.name, "short_factor", short_factor, pairs)
+        remedy = "Give the target window over the trained one, or leave it out."
+        self.factor = 1.0 if factor is None else check_number(self.name, "factor", factor, 1.0, do=remedy)
+        self.expected_length = check_length(self.name, "expected_length", expected_length)
+        if attention_factor is not None:
+            self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0)
+        elif self.factor == 1:
+            self.scale = 1.0
+        else:
+            self.scale = math.sqrt(1 + math.log(self.factor) / math.log(max(self.window, 2)))
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        stretch = self.long if length is not None and length > self.window else self.short
+        return stretched_frequencies(self, torch.tensor(stretch, dtype=torch.float32, device="cpu")), self.scale
+
+    @property
+    def length_dependent(self) -> bool:
+        return self.long != self.short and self.regime_start == self.window
+
+    @property
+    def effective_window(self) -> int | None:
+        return max(int(self.factor * self.window), self.expected_length or 0)
+
+    def native(self) -> dict[str, Any] | None:
+        return native_parameters(
+            self,
+            "longrope",
+            long_factor=self.long,
+            short_factor=self.short if self.regime_start == self.window else self.long,
+            factor=self.factor,
+            attention_factor=self.scale,
+            original_max_position_embeddings=self.window,
+        )

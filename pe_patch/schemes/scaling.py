@@ -1,0 +1,255 @@
+"""What the frequencies become when the window grows by a factor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..scheme import GROWTH, AttentionShape, Rotary
+from .checks import check_number, check_order, check_width
+
+Factor = float | Literal["auto"]
+
+
+def stretched_frequencies(scheme: Rotary, stretch: float | Tensor) -> Tensor:
+    """1 / (stretch theta^(2k / r)), float32. Dividing the plain frequencies instead would round differently from
+    Transformers, which is to be met bit for bit."""
+    exponent = torch.arange(0, scheme.dim, 2, dtype=torch.int64, device="cpu").float() / scheme.dim
+    return 1.0 / (stretch * scheme.theta**exponent)
+
+
+def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
+    """The v5 `rope_parameters` of `rope_type`, with the base and, where only a part of each head rotates, that part."""
+    parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.theta, **values}
+    width, head = scheme.shape.rotary_dim, scheme.shape.head_dim
+    if width < head and scheme.shape.rotary_start == 0:  # DeepSeek's config counts its trailing slice as a whole head
+        part = width / head
+        # Transformers truncates head x part, which may fall just short of a whole number
+        parameters["partial_rotary_factor"] = part if int(head * part) == width else math.nextafter(part, 1.0)
+    return parameters
+
+
+class Scaled(Rotary):
+    """A scaling by one factor s, the target window over the trained one.
+
+    A subclass says `scaled(factor)` for s > 1; at 1 the frequencies are the plain ones, bit for bit. With
+    `factor="auto"` s follows the length of the sequence, in powers of two of the trained window, so that decoding
+    seldom crosses into another regime.
+
+    Options:
+        factor: s >= 1, or "auto".
+    """
+
+    auto_allowed = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        factor: Factor,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        self.auto = self.auto_allowed and isinstance(factor, str) and factor == "auto"
+        remedy = "Give the target window over the trained one" + (', or "auto".' if self.auto_allowed else ".")
+        self.factor = None if self.auto else check_number(self.name, "factor", factor, 1.0, do=remedy)
+
+    def scaled(self, factor: float) -> tuple[Tensor, float]:
+        """Inverse frequencies and attention factor for s = `factor` > 1."""
+        raise NotImplementedError
+
+    def unscaled(self) -> tuple[Tensor, float]:
+        """Inverse frequencies and attention factor for s = 1."""
+        return self.plain_frequencies(), 1.0
+
+    def factor_at(self, length: int | None) -> float:
+        """The s by which a sequence of `length` tokens is scaled."""
+        return self.regime(length or self.window) / self.window if self.factor is None else self.factor
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        factor = self.factor_at(length)
+        return self.scaled(factor) if factor > 1 else self.unscaled()
+
+    def regime(self, length: int) -> int:
+        if not self.auto:
+            return super().regime(length)
+        reached = self.regime_start
+        while reached < length:
+            reached = int(reached * GROWTH)
+        return reached
+
+    @property
+    def length_dependent(self) -> bool:
+        return self.auto
+
+    @property
+    def effective_window(self) -> int | None:
+        return None if self.factor is None else int(self.factor * self.window)
+
+    def native(self) -> dict[str, Any] | None:
+        if self.factor is None:
+            return None
+        if self.factor == 1 and self.unscaled()[1] == 1:
+            return native_parameters(self, "default")
+        return self.native_scaled(self.factor)
+
+    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+        """The v5 `rope_parameters` for a fixed s > 1, or None where Transformers has no such type."""
+        return None
+
+
+class Linear(Scaled):
+    """Position Interpolation: every frequency over s, w' = w / s (Chen et al. 2023, arXiv 2306.15595, equation 4)."""
+
+    name = "linear"
+    summary = "divides every frequency by the factor; wants a short fine-tune"
+    paper = "Chen et al. 2023, arXiv 2306.15595"
+
+    def scaled(self, factor: float) -> tuple[Tensor, float]:
+        return self.plain_frequencies() / factor, 1.0
+
+    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+        return native_parameters(self, "linear", factor=factor)
+
+
+class NTK(Scaled):
+    """NTK-aware scaling: theta' = theta s^(r / (r - 2)); the slowest frequency is divided by s, the fastest kept
+    (bloc97 2023; in Peng et al. 2023, arXiv 2309.00071, definition 1)."""
+
+    name = "ntk"
+    summary = "raises the base so that the slowest frequency shrinks by the factor and the fastest stays"
+    paper = "bloc97 2023, in Peng et al. 2023, arXiv 2309.00071"
+    training_free = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        factor: Factor,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(
+            shape,
+            factor=factor,
+            theta=theta,
+            original_max_position_embeddings=original_max_position_embeddings,
+        )
+        check_width(self.name, self.dim)
+
+    def scaled_theta(self, factor: float) -> float:
+        return self.theta * factor ** (self.dim / (self.dim - 2))
+
+    def scaled(self, factor: float) -> tuple[Tensor, float]:
+        return self.plain_frequencies(self.scaled_theta(factor)), 1.0
+
+    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+        return native_parameters(self, "default") | {"rope_theta": self.scaled_theta(factor)}
+
+
+def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -> Tensor:
+    """Frequencies that turn fewer than `low` times inside the window over `factor`, those above `high` kept.
+
+    Between, rho = L w / 2 pi turns give t = (rho - low) / (high - low) and w' = (1 - t) w / s + t w. With low == high
+    it is a step. The order of operations is Transformers' for `llama3`.
+    """
+    inv_freq, window = scheme.plain_frequencies(), scheme.window
+    wavelength = 2 * math.pi / inv_freq
+    scaled = torch.where(wavelength > window / low, inv_freq / factor, inv_freq)
+    if low == high:
+        return scaled
+    kept = (window / wavelength - low) / (high - low)
+    blended = (1 - kept) * scaled / factor + kept * scaled
+    between = ~(wavelength < window / high) * ~(wavelength > window / low)
+    return torch.where(between, blended, scaled)
+
+
+class NTKByParts(Scaled):
+    """NTK-by-parts: slow frequencies are interpolated, fast ones kept, with a ramp linear in the number of turns inside
+    the window; no temperature (Peng et al. 2023, arXiv 2309.00071, definition 2).
+
+    Options:
+        factor: s >= 1, or "auto".
+        alpha: turns inside the window below which a frequency is divided by s.
+        beta: turns above which it is kept.
+    """
+
+    name = "ntk_by_parts"
+    summary = "interpolates slow frequencies and keeps fast ones, by their turns inside the window"
+    paper = "Peng et al. 2023, arXiv 2309.00071"
+    training_free = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        factor: Factor,
+        alpha: float = 1,
+        beta: float = 32,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(
+            shape,
+            factor=factor,
+            theta=theta,
+            original_max_position_embeddings=original_max_position_embeddings,
+        )
+        self.alpha = check_number(self.name, "alpha", alpha, 0.0, exclusive=True)
+        self.beta = check_number(self.name, "beta", beta, 0.0, exclusive=True)
+        check_order(self.name, ("alpha", self.alpha), ("beta", self.beta))
+
+    def scaled(self, factor: float) -> tuple[Tensor, float]:
+        return scale_by_rotations(self, factor, self.alpha, self.beta), 1.0
+
+
+class Llama3(Scaled):
+    """Llama 3.1's scaling: the ramp of NTK-by-parts between `low_freq_factor` and `high_freq_factor` turns
+    (Grattafiori et al. 2024, arXiv 2407.21783; the rule is in Meta's reference code).
+
+    Options:
+        factor: s >= 1, or "auto".
+        low_freq_factor: turns inside the window below which a frequency is divided by s.
+        high_freq_factor: turns above which it is kept; equal to the other (Llama 4 Scout) it makes a step.
+    """
+
+    name = "llama3"
+    summary = "interpolates slow frequencies and keeps fast ones, as Llama 3.1 does; meant for training"
+    paper = "Grattafiori et al. 2024, arXiv 2407.21783"
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        factor: Factor,
+        low_freq_factor: float = 1,
+        high_freq_factor: float = 4,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(
+            shape,
+            factor=factor,
+            theta=theta,
+            original_max_position_embeddings=original_max_position_embeddings,
+        )
+        self.low = check_number(self.name, "low_freq_factor", low_freq_factor, 0.0, exclusive=True)
+        self.high = check_number(self.name, "high_freq_factor", high_freq_factor, 0.0, exclusive=True)
+        check_order(self.name, ("low_freq_factor", self.low), ("high_freq_factor", self.high))
+
+    def scaled(self, factor: float) -> tuple[Tensor, float]:
+        return scale_by_rotations(self, factor, self.low, self.high), 1.0
+
+    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+        return native_parameters(
+            self,
+            "llama3",
+            factor=factor,
+            low_freq_factor=self.low,
+            high_freq_factor=self.high,
+            original_max_position_embeddings=self.window,
+        )
