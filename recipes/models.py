@@ -31,7 +31,7 @@ def build_tokenizer(recipe: Recipe, texts: Sequence[str]) -> Any:
     else:
         tokenizer = AutoTokenizer.from_pretrained(locate(wanted.source or recipe.model.source or ""))
     if wanted.retrieval_tokens:
-        _add_retrieval_tokens(tokenizer)
+        add_retrieval_tokens(tokenizer)
     return tokenizer
 
 
@@ -58,7 +58,8 @@ def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _add_retrieval_tokens(tokenizer: Any) -> None:
+def add_retrieval_tokens(tokenizer: Any) -> None:
+    """Add `<k0>`.. and `<v0>`.., one token each, which the `tokens` wording of retrieval is made of."""
     from tokenizers import AddedToken
 
     names = [f"<{kind}{index}>" for kind in "kv" for index in range(TOKEN_KEYS)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -127,7 +128,7 @@ class Phase:
     decay: float = 0.4
     """Share of the steps in which `warmup_stable_decay` falls."""
     floor: float = 0.0
-    """Where `cosine` and `warmup_stable_decay` end, as a share of the learning rate."""
+    """Where `cosine` and `warmup_stable_decay` end, and the latter starts, as a share of the learning rate."""
     vocabulary: tuple[int, int] | None = None
     """First and one past the last token id that compete in the softmax; null is all of them."""
 
@@ -207,14 +208,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     config = OmegaConf.structured(Recipe)
     config = _checked(str(path), lambda: cast(DictConfig, OmegaConf.merge(config, OmegaConf.load(path))))
     for override in overrides:
-        key, equals, value = override.removeprefix("--").partition("=")
-        if not equals:
+        if "=" not in override:
             raise RecipeError(f"An override is written key=value, got {override!r}.")
-        parsed = _checked(override, lambda value=value: OmegaConf.from_dotlist([f"value={value}"]).value)
-        _checked(override, lambda key=key, parsed=parsed: OmegaConf.update(config, key, parsed))
+        config = _checked(override, lambda config=config, override=override: _overridden(config, override))
     recipe = cast(Recipe, _checked(str(path), lambda: OmegaConf.to_object(config)))
     check(recipe, str(path))
     return recipe
+
+
+def _overridden(config: DictConfig, override: str) -> DictConfig:
+    override = override.removeprefix("--")
+    key, _, value = override.partition("=")
+    if not any(part.isdigit() for part in key.split(".")):
+        return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
+    # A merge replaces a list as a whole, an update reaches into it.
+    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+    return config
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -226,6 +235,8 @@ def _checked(where: str, action: Any) -> Any:
     """The action's result; what OmegaConf has to say against it becomes a `RecipeError` that starts with `where`."""
     try:
         return action()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML, {' '.join(str(error).split())}") from error
     except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
         message, *details = str(error).splitlines()
         key = next((line.split(":", 1)[1].strip() for line in details if "full_key" in line), "")

@@ -57,6 +57,14 @@ def learning_rates(phase: Phase) -> Callable[[int], float]:
     return lambda step: phase.learning_rate * multiplier(step)
 
 
+def model_inputs(batch: dict[str, Tensor], *, boundaries: bool) -> dict[str, Any]:
+    """What a forward pass is given. There is no attention mask and no cache: only then does Transformers take positions
+    that start again for packed documents, and keep attention from crossing between them.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    return {**inputs, "position_ids": batch["position_ids"]} if boundaries else inputs
+
+
 class Trainer:
     """One run of one recipe."""
 
@@ -168,7 +176,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                logits = self.model(**self._inputs(batch)).logits
+                logits = self.model(**model_inputs(batch, boundaries=self.recipe.data.boundaries)).logits
                 score = next_token_score(logits, batch["labels"], vocabulary=phase.vocabulary, accuracy=wants_accuracy)
                 # Gradients are averaged over the processes; a sum is wanted.
                 accelerator.backward(score.loss * accelerator.num_processes / targets.clamp(min=1))
@@ -182,11 +190,6 @@ class Trainer:
             self.progress.recent = [*self.progress.recent, accuracy][-ACCURACY_STEPS:]
         extra = {"accuracy": accuracy} if wants_accuracy else {}
         return {"loss": loss, **extra, "targets": int(targets), "gradient_norm": float(norm)}
-
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """No attention mask: then, and only without a cache, positions that start again keep documents apart."""
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-        return {**inputs, "position_ids": batch["position_ids"]} if self.recipe.data.boundaries else inputs
 
     def _refuse_nan(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
