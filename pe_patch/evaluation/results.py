@@ -6,7 +6,6 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -123,52 +122,11 @@ class Results:
     def __str__(self) -> str:
         from rich.console import Console
 
+        from pe_patch.evaluation.tables import summary
+
         stream = io.StringIO()
-        Console(file=stream, width=140).print(self.table())
+        Console(file=stream, width=150).print(summary(self))
         return stream.getvalue()
-
-    def table(self) -> Any:
-        """A rich table with one line per scheme, task, measure and length; depths are pooled."""
-        from rich.table import Table
-
-        table = Table(title=self._caption(), title_justify="left")
-        for name in ("scheme", "measured", "length"):
-            table.add_column(name, justify="right" if name == "length" else "left")
-        for name in ("score", "95 % interval", "samples", "within window", "seconds", "memory"):
-            table.add_column(name, justify="right")
-        for key in self.groups():
-            table.add_row(*self._line(key))
-        return table
-
-    def groups(self) -> Iterable[dict[str, Any]]:
-        """The different (scheme, task, measure, length), in the order they were measured."""
-        names = ("scheme", "task", "measure", "length")
-        return [
-            dict(zip(names, key, strict=True))
-            for key in dict.fromkeys(tuple(getattr(row, name) for name in names) for row in self.rows)
-        ]
-
-    def _line(self, key: dict[str, Any]) -> list[str]:
-        cell, rows = self.cell(**key), self.select(**key)
-        assert cell is not None
-        interval = "-" if cell.low is None else f"{cell.low:.3f} - {cell.high:.3f}"
-        control = "-" if cell.control is None else f"{cell.control:.3f} @ {rows[0].control_length}"
-        memory = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
-        return [
-            key["scheme"],
-            f"{key['task']}: {key['measure']}",
-            str(key["length"]),
-            f"{cell.score:.3f}",
-            interval,
-            str(cell.samples),
-            control,
-            f"{sum(row.seconds for row in rows):.1f}",
-            "-" if memory is None else f"{memory / 2**20:.0f} MiB",
-        ]
-
-    def _caption(self) -> str:
-        named = [f"{name} {self.config[name]}" for name in ("model", "text", "seed") if name in self.config]
-        return "Measured on " + ", ".join(named) if named else "Measured"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

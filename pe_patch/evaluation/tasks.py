@@ -95,7 +95,7 @@ class _Retrieval:
                 samples=found["samples"],
                 control=self._control(bench, length, depth, found["accuracy"]),
                 control_length=min(length, bench.control_length),
-                measured_on=f"{found['samples']} questions at depth {depth:g}, wording {self._wording(bench).name}, "
+                measured_on=f"{found['samples']} questions at each depth, wording {self._wording(bench).name}, "
                 f"in {bench.corpus.name}; greedy answer, equal to the right one",
             )
 
