@@ -92,4 +92,5 @@ def load_checkpoint(accelerator: Any, path: Path, recipe: Recipe) -> Progress:
 
 def _lasting(recipe: Recipe) -> dict[str, Any]:
     whole: Any = OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True)
+    del whole["data"]["workers"]  # changes how fast data come, not which
     return json.loads(json.dumps({name: whole[name] for name in LASTING}))

@@ -128,6 +128,7 @@ class Trainer:
             total_steps=total,
             progress=recipe.progress,
         )
+        self.model.train()  # a loaded model is in evaluation mode: no dropout, no gradient checkpointing
         with log as self.log:
             while self.progress.phase < len(recipe.phases):
                 self._phase(recipe.phases[self.progress.phase], folder)
@@ -135,9 +136,8 @@ class Trainer:
 
     def _phase(self, phase: Phase, folder: Path) -> None:
         """The rest of the phase that `progress` is in."""
-        progress, rate = self.progress, learning_rates(phase)
+        progress, rate, started = self.progress, learning_rates(phase), time.perf_counter()
         for batches in self._batches(phase):
-            started = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(progress.phase_step)
             values = self._step(batches, phase)
@@ -154,6 +154,7 @@ class Trainer:
             self._now_and_then(folder)
             if ended:
                 return
+            started = time.perf_counter()
 
     def _batches(self, phase: Phase) -> Iterator[list[dict[str, Tensor]]]:
         recipe, progress = self.recipe, self.progress
@@ -260,13 +261,13 @@ class Trainer:
         recipe, step = self.recipe, self.progress.step
         if recipe.evaluation.every and step % recipe.evaluation.every:
             self._evaluate()
-        self.accelerator.end_training()
         weights = self.accelerator.get_state_dict(self.model) if self.accelerator.distributed_type in SHARDED else None
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
         if recipe.lora is not None and recipe.lora.merge:
             model = model.merge_and_unload()
         if self.accelerator.is_main_process:
             model.save_pretrained(self.output / "model", state_dict=weights)
             self.tokenizer.save_pretrained(self.output / "model")
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # takes the process group down, so nothing may come after it
         return model
