@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dialects import yarn_temperature
 from ..scheme import AttentionShape, Rotary
 from .checks import check_flag, check_length, check_number, check_order
 from .scaling import Factor, Scaled, native_parameters, stretched_frequencies
-
-
-def temperature(factor: float, slope: float = 1.0) -> float:
-    """0.1 m ln s + 1, the square root of YaRN's inverse temperature; 1 where nothing is extended."""
-    return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
 
 
 class YaRN(Scaled):
@@ -71,8 +67,8 @@ class YaRN(Scaled):
             return self.given["attention_factor"]
         mscale, all_dim = self.given.get("mscale"), self.given.get("mscale_all_dim")
         if mscale and all_dim:
-            return temperature(factor, mscale) / temperature(factor, all_dim)
-        return temperature(factor)
+            return yarn_temperature(factor, mscale) / yarn_temperature(factor, all_dim)
+        return yarn_temperature(factor)
 
     def unscaled(self) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0 if self.length_dependent else self.attention_factor_at(1.0)
