@@ -70,8 +70,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.output = recipe, Path(recipe.output)
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, log_with=recipe.trackers or None, project_dir=recipe.output
+        trackers: Any = recipe.trackers or None
+        self.accelerator: Any = Accelerator(
+            mixed_precision=recipe.mixed_precision, log_with=trackers, project_dir=recipe.output
         )
         set_seed(recipe.seed)
         texts = self._documents("train")
@@ -110,7 +111,7 @@ class Trainer:
         recipe, folder = self.recipe, self.output / "checkpoints"
         checkpoint = find_checkpoint(recipe, folder)
         groups = parameter_groups(self.model, recipe.optimizer.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(recipe.optimizer.betas))
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optimizer.betas)
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if checkpoint is not None:
             self.progress = load_checkpoint(self.accelerator, checkpoint, recipe)

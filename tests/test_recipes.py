@@ -54,7 +54,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama that drops attention out, and a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = models.train_tokenizer([path.read_text() for path in sorted(text.iterdir())], 280)
+    tokenizer: Any = models.train_tokenizer([path.read_text() for path in sorted(text.iterdir())], 280)
     models.add_retrieval_tokens(tokenizer)
     torch.manual_seed(0)
     config = LlamaConfig(
