@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import PePatchError
+
 
 class Positions(NamedTuple):
     """Token positions of one forward pass.
@@ -24,6 +26,10 @@ class Positions(NamedTuple):
     None where no such scheme is in use."""
     fresh: bool = True
     """Whether the cache was empty before this pass."""
+    filled: Tensor | int | None = None
+    """How many slots of a static cache hold a token after this pass; None where the cache grows."""
+    kept: Tensor | None = None
+    """Which of the keys a cache layer has kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()
     """What the scheme computed once for all layers (`Scheme.prepare`)."""
 
@@ -33,17 +39,18 @@ class Positions(NamedTuple):
         return self.query[:, :, None] - self.key[:, None, :]
 
     def fit(self, key_length: int) -> Positions:
-        """The same positions for a cache layer that holds another number of keys.
-
-        A sliding layer keeps the newest keys only; a static one has slots that no token has reached, which the mask
-        hides, so that any position will do for them.
-        """
-        surplus = key_length - self.key.shape[1]
-        if surplus == 0:
+        """The same positions for a cache layer that holds fewer keys: a sliding one keeps the newest."""
+        count = self.key.shape[1]
+        if key_length == count:
             return self
-        if surplus < 0:
-            return self._replace(key=self.key[:, -key_length:])
-        return self._replace(key=torch.cat((self.key, self.key[:, -1:].expand(-1, surplus)), -1))
+        if key_length > count:
+            raise ValueError(f"A cache layer holds {key_length} keys, but only {count} positions are known.")
+        index = torch.arange(key_length, device=self.key.device)
+        if self.filled is None:
+            index = index + (count - key_length)
+        else:  # a static layer fills its slots from the left, then rolls
+            index = index + (torch.as_tensor(self.filled, device=index.device) - key_length).clamp(min=0)
+        return self._replace(key=self.key[:, index], kept=index)
 
 
 def from_mask(mask: Tensor) -> Tensor:
@@ -72,22 +79,32 @@ def remember(cache: Any, query: Tensor, past_length: int | Tensor, slots: int | 
 
     Args:
         cache: any Transformers cache.
-        query: positions of the tokens of this pass, `[batch, query]`.
+        query: positions of the tokens of this pass, `[batch | 1, query]`.
         past_length: how many tokens the cache holds, as the cache reports it.
         slots: capacity of a static cache, None for one that grows.
     """
     rows, new = query.shape
     known = getattr(cache, "pe_positions", None)
+    if known is None and past_length > 0:
+        raise PePatchError(
+            "This cache was filled before the model was patched, so its keys do not fit the scheme; start from an "
+            "empty cache."
+        )
     if slots is not None:  # fixed shapes, so that a compiled decoding step is compiled once
-        if known is None or known.shape[1] != slots or known.shape[0] != rows:
+        if known is None or known.shape != (rows, slots):
             known = torch.zeros(rows, slots, dtype=torch.long, device=query.device)
             cache.pe_positions = known
         known.index_copy_(1, torch.arange(new, device=query.device) + past_length, query)
         return known
     if known is None or past_length == 0:
         known = query[:, :0]
-    if known.shape[0] != rows:  # the cache was repeated for several continuations of each prompt
-        known = known.repeat_interleave(rows // known.shape[0], 0)
+    elif known.shape[0] != rows:
+        if max(rows, known.shape[0]) % min(rows, known.shape[0]):
+            raise PePatchError(f"A cache of {known.shape[0]} rows cannot be continued with {rows}.")
+        if known.shape[0] < rows:  # several continuations of each prompt
+            known = known.repeat_interleave(rows // known.shape[0], 0)
+        else:  # position ids given before and left to the model now, or the other way round
+            query = query.expand(known.shape[0], -1) if rows == 1 else query
     known = torch.cat((known[:, :past_length], query), -1)
     cache.pe_positions = known
     return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +64,9 @@ class Scheme(nn.Module):
     training_free: ClassVar[bool] = False
     """Meant to work on a rotary model without further training."""
 
+    widens_heads: ClassVar[bool] = False
+    """Its bias can ride on extra dimensions of the head (`DistanceBias.features`)."""
+
     shape: AttentionShape
     options: dict[str, Any]
 
@@ -84,6 +88,7 @@ class Scheme(nn.Module):
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
         self.shape = shape
+        self._constants: dict[tuple[str, torch.device], Tensor] = {}
 
     @classmethod
     def _parameters_of_init(cls) -> list[inspect.Parameter]:
@@ -146,6 +151,22 @@ class Scheme(nn.Module):
     def effective_window(self) -> int | None:
         """The length the patched model is meant for, in tokens; None where nothing bounds it."""
         return None
+
+    @property
+    def hard_window(self) -> bool:
+        """Whether a position beyond the effective window cannot be encoded at all."""
+        return False
+
+    def adopt(self, table: Tensor) -> None:
+        """Take over the learned positions that the model had, `[positions, hidden]`; most schemes have no use for them."""
+
+    def constant(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """A float32 table made from the specification on first use on each device. Not a buffer: no cast of the model
+        and no uninitialised memory can reach it."""
+        entry = self._constants.get((name, device))
+        if entry is None:
+            entry = self._constants[(name, device)] = make().to(device)
+        return entry
 
     @property
     def length_dependent(self) -> bool:
@@ -316,11 +337,12 @@ class Rotary(Scheme):
             tables += cos_sin(angles, factor[..., None], torch.float32, self.shape.interleaved)
         return tuple(tables)
 
-    def _rotate_both(self, query: Tensor, key: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _rotate_both(
+        self, query: Tensor, key: Tensor, tables: tuple[Tensor, ...], kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         cos_query, sin_query, cos_key, sin_key = (table.to(query.dtype) for table in tables)
-        count = key.shape[2]
-        if count < cos_key.shape[1]:  # a sliding cache layer keeps the newest keys only
-            cos_key, sin_key = cos_key[:, -count:], sin_key[:, -count:]
+        if kept is not None:
+            cos_key, sin_key = cos_key[:, kept], sin_key[:, kept]
         start, interleaved = self.shape.rotary_start, self.shape.interleaved
         return (
             rotate(query, cos_query, sin_query, start, interleaved),
@@ -328,14 +350,15 @@ class Rotary(Scheme):
         )
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        return self._rotate_both(query, key, positions.prepared[1:5])
+        return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         choice, tables = positions.prepared[0], positions.prepared[1:]
-        output = core(*self._rotate_both(query, key, tables[:4]), value, positions)
-        for step in range(1, len(tables) // 4):  # a chunk whose queries straddle a threshold
-            other = core(*self._rotate_both(query, key, tables[4 * step : 4 * step + 4]), value, positions)
-            output = core.where((choice == step)[:, :, None, None], other, output)
+        output = None
+        for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
+            rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
+            other = core(*rotated, value, positions)
+            output = other if output is None else core.where((choice == step)[:, :, None, None], other, output)
         return output
 
     def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -377,3 +400,31 @@ class DistanceBias(Scheme):
         if core.widens and (features := self.features(positions, core.scaling, query.dtype)) is not None:
             return core.widened(query, key, value, positions, *features)
         return core(query, key, value, positions, bias=self)
+
+
+class Stacked(Scheme):
+    """One scheme that encodes queries and keys before another that works on the scores.
+
+    It is how a rotation is added to a family's own ALiBi; nothing else stacks.
+    """
+
+    def __init__(self, encoder: Scheme, scorer: Scheme) -> None:
+        super().__init__(encoder.shape)
+        self.__dict__.update(name=f"{encoder.name} + {scorer.name}", encoder=encoder, scorer=scorer)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        return self.encoder.attend(query, key, value, positions, _Through(core, self.scorer))
+
+
+@dataclass
+class _Through:
+    """A core whose attention is that of a further scheme."""
+
+    core: Core
+    scorer: Scheme
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Any = None) -> Any:
+        return self.scorer.attend(query, key, value, positions, self.core)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.core, name)

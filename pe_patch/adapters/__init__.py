@@ -1,0 +1,61 @@
+"""Every supported model family by its `model_type`, each supported only because its adapter test passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from .adapter import Adapter
+from .bloom import bloom_attention, build_alibi_tensor, carry_positions
+
+PLAIN = {
+    "llama": "Llama 1 to 3, Code Llama, Vicuna, TinyLlama, DeepSeek-Coder",
+    "mistral": "Mistral 7B, Zephyr",
+    "mixtral": "Mixtral 8x7B, 8x22B",
+    "qwen2": "Qwen1.5, Qwen2, Qwen2.5",
+    "qwen3": "Qwen3",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
+    "qwen3_moe": "Qwen3-30B-A3B, Qwen3-235B-A22B",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "phi": "Phi-1, Phi-1.5, Phi-2",
+    "phi3": "Phi-3, Phi-4",
+    "olmo": "OLMo 1",
+    "olmo2": "OLMo 2",
+    "olmoe": "OLMoE",
+    "granite": "Granite 3",
+    "granitemoe": "Granite 3 MoE",
+    "starcoder2": "StarCoder2",
+    "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
+    "arcee": "AFM-4.5B",
+    "bitnet": "BitNet b1.58",
+    "seed_oss": "Seed-OSS",
+    "ministral": "Ministral",
+    "persimmon": "Persimmon 8B",
+    "stablelm": "StableLM",
+    "nemotron": "Nemotron, Minitron",
+    "hunyuan_v1_dense": "Hunyuan dense",
+    "apertus": "Apertus",
+    "phimoe": "Phi-3.5-MoE",
+}
+
+ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
+    {family: Adapter(summary=summary) for family, summary in PLAIN.items()}
+    | {
+        "gpt_neox": Adapter(attention="attention", summary="Pythia, GPT-NeoX-20B, Dolly"),
+        "bloom": Adapter(
+            layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
+            carry=carry_positions, build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
+        ),
+        "cohere": Adapter(layout="interleaved", interleaved_pairs=True, summary="Command R"),
+        "helium": Adapter(interleaved_pairs=True, summary="Helium 1"),
+        "glm": Adapter(interleaved_pairs=True, summary="GLM-4 9B"),
+        "glm4": Adapter(interleaved_pairs=True, summary="GLM-4-0414"),
+        "gpt_oss": Adapter(layout="single", summary="gpt-oss-20b, gpt-oss-120b"),
+        "smollm3": Adapter(rotates="use_rope", summary="SmolLM3"),
+        "gpt2": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="GPT-2, DistilGPT-2"),
+        "gpt_bigcode": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="StarCoder, SantaCoder"),
+        "opt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="OPT, Galactica"),
+        "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
+    }
+)  # fmt: skip

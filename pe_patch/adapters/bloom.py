@@ -1,0 +1,70 @@
+"""BLOOM: carries no keywords to its layers and builds its bias itself, so its attention is bound to the instance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from ..attention import BACKENDS, attend, backend_for
+from ..errors import UnsupportedError
+
+
+def bloom_attention(
+    self: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Any,
+    attention_mask: Tensor | None,
+    layer_past: Any = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """BLOOM's attention through the common core; its `alibi` argument carries the positions."""
+    query, key, value = self._reshape(self.query_key_value(hidden_states))
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+    implementation = self.__dict__["pe_config"]._attn_implementation
+    backend = BACKENDS["eager"] if output_attentions else backend_for(implementation)
+    dropout = self.attention_dropout.p if self.training else 0.0
+    output, weights = attend(
+        self, query, key, value, attention_mask, backend=backend, scaling=self.inv_norm_factor, dropout=dropout,
+        positions=alibi,
+    )  # fmt: skip
+    output = self.dense(output.flatten(2))
+    return residual + nn.functional.dropout(output, self.hidden_dropout, self.training), weights
+
+
+def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_ids: Tensor | None) -> dict[str, Any]:
+    """Let BLOOM's own call of `build_alibi_tensor` fetch the positions, and own the mask.
+
+    Without a mask BLOOM builds its bias inline, so it is given one. Position ids that restart are packed documents,
+    which BLOOM itself does not know; they are kept apart by a mask of all four dimensions.
+    """
+    if getattr(base.config, "pretraining_tp", 1) > 1 and getattr(base.config, "slow_but_exact", False):
+        raise UnsupportedError("slow_but_exact=True splits the projection after attention; set it to False to patch.")
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    past = kwargs.get("past_key_values")
+    if kwargs.get("attention_mask") is None:
+        mask = None
+        if position_ids is not None and past is None:
+            embeds = torch.empty((*inputs.shape[:2], 1), device=inputs.device, dtype=base.word_embeddings.weight.dtype)
+            mask = create_causal_mask(
+                config=base.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None,
+                position_ids=position_ids,
+            )  # fmt: skip
+        if mask is None:
+            length = past.get_mask_sizes(inputs.shape[1], 0)[0] if past is not None else inputs.shape[1]
+            mask = torch.ones(inputs.shape[0], length, dtype=torch.long, device=inputs.device)
+        kwargs["attention_mask"] = mask
+    base.pe_positions = positions
+    return kwargs
+
+
+def build_alibi_tensor(base: Any, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Any:
+    """Hand the positions of this pass to the layers in the place of a bias."""
+    positions, base.pe_positions = base.pe_positions, None
+    return positions

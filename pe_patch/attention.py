@@ -1,0 +1,298 @@
+"""The attention function that every patched layer ends in, and what a scheme may ask of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import NoEffectError, UnsupportedError, unknown
+from .positions import Positions
+from .scheme import Scheme, overrides
+
+CHUNK = 256
+"""Queries for which a bias is built at a time on the fast path; keeps memory linear in the length."""
+
+Output = tuple[Tensor, Tensor | None]
+"""Attention output `[batch, query, heads, head]` and, from eager, the weights `[batch, heads, query, key]`."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention: Transformers' name for it, and the mask function that goes with it."""
+
+    name: str
+    host: str
+    mask: Callable
+    dense: bool = False
+    """Builds the scores, and with them any bias, in full."""
+    widens: bool = False
+    """Takes heads of any width, so that a bias may ride on extra dimensions of them."""
+
+    @property
+    def implementation(self) -> str:
+        """The name under which ours is registered beside Transformers' own."""
+        return f"pe_{self.host}"
+
+    def function(self, module: nn.Module) -> Callable[..., Output] | None:
+        """Transformers' own attention function. Each family has an eager one of its own (soft cap, sinks), or none if
+        it does not speak the attention interface."""
+        if self.dense:
+            return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS[self.host]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("eager", "eager", eager_mask, dense=True),
+        Backend("sdpa", "sdpa", sdpa_mask, widens=True),
+        Backend("flex", "flex_attention", flex_attention_mask),
+        Backend("flash", "flash_attention_2", flash_attention_mask, widens=True),
+    )
+}
+BY_IMPLEMENTATION = {backend.implementation: backend for backend in BACKENDS.values()}
+BY_HOST = {backend.host: backend for backend in BACKENDS.values()}
+
+
+def backend_for(implementation: str | None) -> Backend:
+    """Our backend for an attention implementation by any of its names."""
+    name = implementation or "sdpa"
+    for table in (BACKENDS, BY_HOST, BY_IMPLEMENTATION):
+        if name in table:
+            return table[name]
+    if name.startswith("paged|"):
+        raise UnsupportedError(
+            "generate_batch uses paged attention, which would drop the positional scheme; use generate() instead, or "
+            "unpatch_model(model) first."
+        )
+    raise unknown("attention backend", name, BACKENDS)
+
+
+@dataclass
+class Core:
+    """What a scheme may ask for once queries, keys and values are projected. It never sees Transformers."""
+
+    module: nn.Module
+    mask: Tensor | None
+    scaling: float
+    dropout: float
+    backend: Backend
+    extra: dict[str, Any]
+
+    @property
+    def widens(self) -> bool:
+        """Whether a bias is better carried on extra dimensions of the head than built."""
+        return self.backend.widens
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme | None = None
+    ) -> Output:
+        """Attention of query `[batch, heads, query, head]` over key and value `[batch, key_heads, key, head]`.
+
+        `bias` is the scheme whose `bias` (or pointwise `of`) is added to the scaled scores.
+        """
+        if bias is None:
+            return self._host(query, key, value, self.mask)
+        if self.backend.dense:
+            return self.mix(self.scores(query, key) + bias.bias(query, key, positions), value)
+        return BIASED[self.backend.name](self, query, key, value, positions, bias)
+
+    def widened(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, more_query: Tensor, more_key: Tensor
+    ) -> Output:
+        """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels."""
+        width, extra = value.shape[-1], more_query.shape[-1]
+        more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
+        more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
+        # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.
+        query, key = torch.cat((more_query, query), -1), torch.cat((more_key, key), -1)
+        value = nn.functional.pad(value, (0, query.shape[-1] - width if extra else 0))
+        output, weights = self._host(query, key, value, self.mask)
+        return output[..., :width], weights
+
+    def where(self, condition: Tensor, first: Output, second: Output) -> Output:
+        """The one or the other output for each query; condition `[batch, query, 1, 1]`."""
+        weights = None
+        if first[1] is not None and second[1] is not None:
+            weights = torch.where(condition.transpose(1, 2), first[1], second[1])
+        return torch.where(condition, first[0], second[0]), weights
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scaled scores in float32, `[batch, heads, query, key]`, soft-capped where the family does so."""
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = torch.matmul(query, key.transpose(2, 3)).float() * self.scaling
+        softcap = self.extra.get("softcap")
+        return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+    def mix(self, scores: Tensor, value: Tensor) -> Output:
+        """Mask and normalise scores, and mix the values by them."""
+        lowest = torch.finfo(scores.dtype).min
+        if self.mask is None and scores.shape[2] > 1:
+            rows, columns = scores.shape[-2:]
+            causal = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
+            scores = scores.masked_fill(~causal, lowest)
+        elif self.mask is not None:
+            mask = self.mask[..., : scores.shape[-1]]
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        sinks = self.extra.get("s_aux")
+        if sinks is not None:
+            sinks = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1, dtype=torch.float32)
+        weights = (weights if sinks is None else weights[..., :-1]).to(value.dtype)
+        weights = nn.functional.dropout(weights, self.dropout, self.module.training)
+        value = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+    def _host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+        function = self.backend.function(self.module)
+        if function is None:
+            return self.mix(self.scores(query, key), value)
+        return function(self.module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
+
+
+def _chunked_sdpa(
+    core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme
+) -> Output:
+    """A bias on SDPA, built for a few queries at a time: memory `heads x CHUNK x key`, forward and backward."""
+    count, total = query.shape[2], key.shape[2]
+    causal = core.mask is None and count > 1
+    if causal and total > count:  # the first pass into a static cache, whose other slots are empty
+        key, value, total = key[:, :, :count], value[:, :, :count], count
+        positions = positions._replace(key=positions.key[:, :count])
+
+    def attend_to(chunk: Tensor, start: int, stop: int, end: int) -> Tensor:
+        seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
+        additive = bias.bias(chunk, key[:, :, :end], seen)
+        assert additive is not None
+        lowest = torch.finfo(query.dtype).min
+        if causal:
+            ahead = torch.ones(stop - start, end, dtype=torch.bool, device=query.device).triu(start + 1)
+            additive = additive.masked_fill(ahead, lowest)
+        elif core.mask is not None:
+            mask = core.mask[:, :, start:stop, :end]
+            additive = additive.masked_fill(~mask, lowest) if mask.dtype == torch.bool else additive + mask
+        additive = additive.to(query.dtype).expand(query.shape[0], query.shape[1], -1, -1)
+        return core._host(chunk, key[:, :, :end], value[:, :, :end], additive)[0]
+
+    outputs = []
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        arguments = (query[:, :, start:stop], start, stop, stop if causal else total)
+        if torch.is_grad_enabled():  # else autograd would keep every chunk's mask
+            outputs.append(checkpoint(attend_to, *arguments, use_reentrant=False))
+        else:
+            outputs.append(attend_to(*arguments))
+    return torch.cat(outputs, 1), None
+
+
+def _flex(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
+    """A distance bias as FlexAttention's score modification."""
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+
+    of = getattr(bias, "of", None)
+    if of is None:
+        raise UnsupportedError(
+            f"{bias.name!r} has no pointwise form for FlexAttention; use backend='sdpa' or 'eager'."
+        )
+    if core.extra.get("softcap") is not None or core.extra.get("s_aux") is not None or core.dropout:
+        raise UnsupportedError("FlexAttention here takes no soft cap, sinks or dropout beside a bias; use 'eager'.")
+    at_query = positions.query.expand(query.shape[0], -1)
+    at_key = positions.key.expand(query.shape[0], -1)
+
+    def modify(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + of(at_query[batch, q] - at_key[batch, k], head)
+
+    output = compile_friendly_flex_attention(
+        query, key, value, score_mod=modify, block_mask=core.mask, enable_gqa=key.shape[1] != query.shape[1],
+        scale=core.scaling, training=core.module.training,
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _no_flash(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
+    raise UnsupportedError(
+        f"Flash attention would drop the bias of {bias.name!r} in {type(core.module).__name__}; use backend='sdpa', "
+        "'flex' or 'eager'."
+    )
+
+
+BIASED: dict[str, Callable[..., Output]] = {"sdpa": _chunked_sdpa, "flex": _flex, "flash": _no_flash}
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    backend: Backend,
+    scaling: float | None,
+    dropout: float = 0.0,
+    positions: Positions | None,
+    **extra: Any,
+) -> Output:
+    """Attention of one layer under the scheme that was bound to it; Transformers' own where none was."""
+    probe = module.__dict__.get("pe_probe")
+    if probe is not None:
+        probe.append((module, positions))
+    core = Core(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
+    scheme = module.__dict__.get("pe_scheme")
+    if scheme is None:
+        return core._host(query, key, value, mask)
+    if positions is None:
+        raise NoEffectError(
+            f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "
+            "model or its base model rather than a layer of it; unpatch_model(model) to use layers alone."
+        )
+    return scheme.attend(query, key, value, positions.fit(key.shape[2]), core)
+
+
+def _register(backend: Backend) -> None:
+    def interface(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        pe_positions: Positions | None = None,
+        **extra: Any,
+    ) -> Output:
+        return attend(
+            module, query, key, value, attention_mask, backend=backend, scaling=scaling, dropout=dropout,
+            positions=pe_positions, **extra,
+        )  # fmt: skip
+
+    AttentionInterface.register(backend.implementation, interface)
+    AttentionMaskInterface.register(backend.implementation, backend.mask)
+
+
+for _backend in BACKENDS.values():
+    _register(_backend)
+
+
+def check_backend(backend: Backend, scheme: Scheme) -> None:
+    """Raise `UnsupportedError` where this backend would drop what the scheme adds to the scores."""
+    biased = overrides(scheme, "bias")
+    if backend.name == "flash" and biased and not scheme.widens_heads:
+        raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use 'sdpa', 'flex' or 'eager'.")
+    if backend.name == "flex" and biased and not hasattr(scheme, "of"):
+        raise UnsupportedError(f"{scheme.name!r} has no pointwise form for FlexAttention; use 'sdpa' or 'eager'.")

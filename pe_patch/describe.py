@@ -1,0 +1,149 @@
+"""What a patched model is: what was swapped for what, and the numbers in effect."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .errors import PePatchError
+from .patch import Patch, find_patch
+from .scheme import Scheme
+from .swaps import ABSENT
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One attribute that a patch replaced."""
+
+    where: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A patch in words and numbers; `str()` is a table for people, `to_dict()` is for machines."""
+
+    model: str
+    family: str
+    scheme: str
+    options: dict[str, Any]
+    layers: list[int]
+    num_layers: int
+    backend: str
+    keep_native: bool
+    effective: dict[str, Any]
+    """Theta, trained and effective window, attention factor, wavelengths: what the scheme really uses."""
+    replaced: list[Replaced] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain lists, dicts, numbers and strings."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        options = ", ".join(f"{key}={_short(value)}" for key, value in self.options.items())
+        title = f"{self.model} ({self.family}): {self.scheme}({options})"
+        facts = Table(title=title, title_justify="left", show_header=False, box=None)
+        touched = f"{len(self.layers)} of {self.num_layers}"
+        facts.add_row("layers", touched if len(self.layers) == self.num_layers else f"{touched}: {self.layers}")
+        facts.add_row("attention", self.backend)
+        facts.add_row("native positions", "kept" if self.keep_native else "replaced")
+        for key, value in self.effective.items():
+            facts.add_row(key.replace("_", " "), _short(value))
+        swaps = Table("replaced", "was", "is", box=None, header_style="bold")
+        for item in self.replaced:
+            swaps.add_row(item.where, item.old, item.new)
+        console = Console(file=io.StringIO(), width=140, markup=False)
+        console.print(facts)
+        console.print()
+        console.print(swaps)
+        file = console.file
+        assert isinstance(file, io.StringIO)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def describe(model: Any) -> Description:
+    """Describe the patch that a model carries.
+
+    Raises:
+        PePatchError: where it carries none.
+    """
+    patch = find_patch(model)
+    if patch is None:
+        raise PePatchError("This model carries no patch; patch_model(model, scheme, ...) first.")
+    return Description(
+        model=type(patch.head).__name__,
+        family=patch.base.config.model_type,
+        scheme=patch.scheme.name,
+        options=dict(patch.scheme.options),
+        layers=list(patch.layers),
+        num_layers=patch.shape.num_layers,
+        backend=patch.base.config._attn_implementation,
+        keep_native=patch.keep_native,
+        effective=effective(patch.scheme),
+        replaced=_replaced(patch),
+    )
+
+
+def effective(scheme: Scheme) -> dict[str, Any]:
+    """The numbers that a scheme really uses, by name."""
+    numbers: dict[str, Any] = {}
+    for name in ("theta", "factor", "window", "attention_factor"):
+        value = getattr(scheme, name, None)
+        if value is not None:
+            numbers["trained_window" if name == "window" else name] = value
+    numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
+    inv_freq = getattr(scheme, "inv_freq", None)
+    if inv_freq is not None:
+        wavelengths = (6.283185307179586 / inv_freq.double()).tolist()
+        numbers["wavelengths_in_tokens"] = [round(value, 2) for value in wavelengths]
+    if hasattr(scheme, "slopes"):
+        numbers["slopes"] = [round(slope, 6) for slope in scheme.slopes]
+    if parameters := sum(p.numel() for p in scheme.parameters()):
+        numbers["parameters_added"] = parameters
+    return numbers
+
+
+INTERNAL = ("pe_", "position_schemes", "set_attn_implementation", "save_pretrained")
+
+
+def _replaced(patch: Patch) -> list[Replaced]:
+    names = {id(module): name for name, module in patch.head.named_modules()}
+    configs = {id(patch.head.config): "config", id(patch.base.config): "config"}
+    rows = []
+    for swap in patch.swaps:
+        is_scheme = swap.attribute == "pe_scheme"
+        if swap.attribute.startswith(INTERNAL) and not (is_scheme and swap.replacement is not None):
+            continue
+        owner = names.get(id(swap.owner)) if isinstance(swap.owner, nn.Module) else configs.get(id(swap.owner))
+        attribute = "scores" if is_scheme else swap.attribute.removeprefix("_").removesuffix("_internal")
+        where = ".".join(part for part in (owner, attribute) if part)
+        old = "as projected" if is_scheme else _name(swap.original)
+        rows.append(Replaced(where, old, swap.replacement.name if is_scheme else _name(swap.replacement)))
+    return rows
+
+
+def _name(value: Any) -> str:
+    if value is ABSENT:
+        return "the class's own" if value is ABSENT else ""
+    if isinstance(value, nn.Module):
+        inner = value.__dict__.get("scheme")
+        return f"{type(value).__name__}({inner.name})" if isinstance(inner, Scheme) else type(value).__name__
+    if hasattr(value, "function"):
+        function = getattr(value.function, "function", value.function)
+        return f"pe_patch {function.__name__}"
+    return _short(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(str(item) for item in value[:3])}, ... {value[-1]}] ({len(value)})"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_short(item)}" for key, item in value.items())
+    return str(value)

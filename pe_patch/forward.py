@@ -1,0 +1,185 @@
+"""The forward of a patched base model: find where every token stands, then let the family's own forward run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .attention import BY_IMPLEMENTATION, backend_for, check_backend
+from .errors import BeyondWindowError, NoEffectError, UnsupportedError
+from .positions import Positions, document_lengths, from_mask, remember
+from .scheme import Scheme
+
+logger = logging.getLogger("pe_patch")
+
+
+@dataclass
+class Runtime:
+    """What the forward of a patched model needs to know."""
+
+    scheme: Scheme
+    embeds: bool
+    """The scheme adds to the input embeddings."""
+    scores: bool
+    """Some layer needs the positions of queries and keys at its scores."""
+    carry: Callable[..., dict[str, Any]] | None
+    """How positions reach the layers where keywords do not."""
+    arguments: list[str]
+    """Names of the base forward's positional arguments."""
+    window: int | None
+    strict: bool
+    warned: bool = field(default=False)
+
+
+def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands before the base model's own forward."""
+    runtime: Runtime = base.pe_runtime
+    for name, value in zip(runtime.arguments, args, strict=False):
+        kwargs[name] = value
+    if base.config._attn_implementation not in BY_IMPLEMENTATION:
+        raise NoEffectError(
+            f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which would "
+            f"drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
+        )
+    handed = getattr(base, "pe_position_ids", None)
+    if handed is not None:
+        kwargs.setdefault("position_ids", handed)
+    ids = kwargs.get("input_ids")
+    shown = ids if ids is not None else kwargs.get("inputs_embeds")
+    if shown is None:
+        return inner(**kwargs)  # the family's own error says it best
+    past = kwargs.get("past_key_values")
+    past_length = past.get_seq_length() if past is not None else 0
+    _check_window(runtime, shown.shape[1], past_length, kwargs.get("position_ids"))
+    if runtime.embeds or runtime.scores:
+        kwargs = _with_positions(base, runtime, shown, past_length, kwargs)
+    return inner(**kwargs)
+
+
+def _with_positions(
+    base: Any, runtime: Runtime, shown: Tensor, past_length: int | Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if explicit is not None and explicit.ndim != 2:
+        raise UnsupportedError(f"position_ids of {explicit.ndim} dimensions (several axes) are not supported here.")
+    ranks = _ranks(mask, shown.shape[1], past_length)
+    host = torch.arange(shown.shape[1], device=shown.device)[None] + past_length
+    if explicit is not None:
+        query = explicit.to(shown.device)
+    elif runtime.scheme.shift_invariant or ranks is None:
+        query = host
+    else:
+        query = ranks
+    if runtime.embeds:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = base.get_input_embeddings()(kwargs.pop("input_ids"))
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, runtime.scheme.embed(embeds, query)
+    if runtime.scores:
+        kwargs = _open_cache(base, kwargs)
+        positions = _positions(runtime.scheme, query, ranks, explicit, past_length, kwargs.get("past_key_values"))
+        if runtime.carry is None:
+            kwargs["pe_positions"] = positions
+        else:
+            kwargs = runtime.carry(base, kwargs, positions, explicit)
+    return kwargs
+
+
+def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor | None:
+    """Rank of each token of this pass among the real ones of its row, `[batch, count]`; None without a 2-D mask."""
+    if mask is None or mask.ndim != 2:
+        return None
+    index = torch.arange(count, device=mask.device) + past_length
+    return from_mask(mask).index_select(1, index)
+
+
+def _open_cache(base: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Make the cache that the host would make, since the positions of cached keys are remembered on it."""
+    use_cache = kwargs.get("use_cache")
+    use_cache = base.config.use_cache if use_cache is None else use_cache
+    checkpointing = getattr(base, "gradient_checkpointing", False) and base.training
+    if use_cache and not checkpointing and kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = DynamicCache(config=base.config)
+    return kwargs
+
+
+def _positions(
+    scheme: Scheme, query: Tensor, ranks: Tensor | None, explicit: Tensor | None, past_length: int | Tensor, past: Any
+) -> Positions:
+    slots = None
+    if past is not None and getattr(past, "is_compileable", False):
+        slots = max(layer.get_max_length() for layer in past.layers)
+    count = query.shape[1]
+    fresh = past is None or (count > 1 and bool(past_length == 0))
+    key = query if past is None else remember(past, query, past_length, slots)
+    length = None
+    if scheme.length_dependent:
+        if not fresh:
+            length = (query if explicit is not None or ranks is None else ranks) + 1
+        elif explicit is not None:
+            length = document_lengths(query)
+        elif ranks is not None:
+            length = (ranks[:, -1:] + 1).expand(-1, count)
+        else:
+            length = torch.full_like(query, count)
+    filled = None if slots is None else past_length + count
+    positions = Positions(query, key, length, fresh, filled)
+    return positions._replace(prepared=scheme.prepare(positions))
+
+
+def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, explicit: Tensor | None) -> None:
+    """Warn once, or raise if asked to, when a sequence is longer than the scheme is meant for."""
+    window, hard = runtime.window, runtime.scheme.hard_window
+    if window is None or (torch.compiler.is_compiling() and not hard):
+        return
+    longest = int(past_length) + count if explicit is None else int(explicit.max()) + 1
+    if longest <= window:
+        return
+    message = (
+        f"A sequence of {longest} tokens is beyond the {window} that {runtime.scheme.name!r} is set up for on this model; "
+        "give the scheme a larger factor (or window, or max_positions)."
+    )
+    if hard or runtime.strict:
+        raise BeyondWindowError(message)
+    if not runtime.warned:
+        runtime.warned = True
+        logger.warning(message)
+
+
+def hand_over_positions(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands before the forward of a head that keeps `position_ids` to itself, for as long as the call lasts."""
+    base = head.pe_base
+    base.pe_position_ids = kwargs.pop("position_ids", None)
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        base.pe_position_ids = None
+
+
+def layer_rotation(attention: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands before the attention of a layer that rotates by the scheme while other layers keep their own rotation."""
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or "position_embeddings" not in kwargs:
+        raise NoEffectError(
+            f"{type(attention).__name__} is not handed position_ids, so that `layers=` would have no effect there; patch "
+            "all layers instead."
+        )
+    cos, _ = kwargs["position_embeddings"]
+    kwargs["position_embeddings"] = attention.__dict__["pe_joint"](cos, position_ids)
+    return inner(*args, **kwargs)
+
+
+def set_attn_implementation(model: Any, inner: Callable[..., Any], implementation: Any, *_: Any, **__: Any) -> None:
+    """Stands before the model's own: the name of an attention is that of ours which carries the scheme."""
+    if isinstance(implementation, dict):
+        raise UnsupportedError("Give one name for the patched stack, for example 'sdpa'; unpatch to set several.")
+    backend = backend_for(implementation)
+    base = model.pe_base
+    check_backend(backend, base.pe_runtime.scheme)
+    base.config._attn_implementation_internal = backend.implementation

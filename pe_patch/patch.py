@@ -1,0 +1,372 @@
+"""Join a scheme to a model, and part them again: the only file that knows both sides."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import resolve
+from .adapters import Adapter
+from .adapters.adapter import NoTable, RotaryJoint
+from .attention import Backend, backend_for, check_backend
+from .configuration import config_swaps, record_of, save_swaps
+from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError, UnsupportedError
+from .forward import Runtime, base_forward, hand_over_positions, layer_rotation, set_attn_implementation
+from .resolve import Layers
+from .scheme import AttentionShape, Scheme, Stacked, overrides
+from .schemes import SCHEMES
+from .swaps import Swap, apply_all, bind, undo_all
+
+logger = logging.getLogger("pe_patch")
+
+
+@dataclass
+class Patch:
+    """What one call of `patch_model` did to one model; lives on the base model."""
+
+    head: PreTrainedModel
+    base: PreTrainedModel
+    path: str
+    adapter: Adapter
+    shape: AttentionShape
+    schemes: list[Scheme]
+    layers: list[int]
+    keep_native: bool
+    arguments: dict[str, Any]
+    swaps: list[Swap]
+    frozen: list[nn.Parameter]
+    """Native parameters that a scheme has put out of use."""
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.schemes[0]
+
+
+class PositionSchemes(nn.Module):
+    """The schemes of a patched model, and the native modules that they replaced, registered once on the base model."""
+
+    def __init__(self, schemes: list[Scheme], original: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.scheme = nn.ModuleList(schemes)
+        self.original = nn.ModuleDict(original)
+
+
+def find_patch(model: Any) -> Patch | None:
+    """The patch that a model (or whatever wraps it) carries, or None."""
+    head = resolve.unwrap(model)
+    return next((m.__dict__["pe_patch"] for m in head.modules() if "pe_patch" in m.__dict__), None)
+
+
+def patch_model(
+    model: Any,
+    scheme: str | type[Scheme] | dict[str, Any],
+    *,
+    on_existing: str = "error",
+    backend: str | None = None,
+    adapter: Adapter | None = None,
+    layers: Layers = None,
+    submodule: str | None = None,
+    keep_native: bool = False,
+    strict: bool = False,
+    **options: Any,
+) -> Any:
+    """Replace the positional logic of a loaded model, in place; returns the same object.
+
+    Args:
+        model: a PreTrainedModel, or a PEFT, accelerate or torch.compile wrapper round one.
+        scheme: a name in `SCHEMES` or `ALIASES`, a `Scheme` class, or a dict in any known config dialect.
+        on_existing: what to do about a scaling in the config or an earlier patch: "error", "replace" (start again from
+            the original window and theta) or "compose" (only where that means something).
+        backend: "eager", "sdpa", "flex" or "flash"; None follows the model's own attention, and where the family has
+            only an eager one, takes "sdpa".
+        adapter: how to reach into a family that is not in `ADAPTERS`.
+        layers: indices, a slice or a predicate of the layers to patch; the others keep their native positions.
+        submodule: which attention stack of a model that has several.
+        keep_native: add to the native positions rather than replace them.
+        strict: make a sequence beyond the effective window an error rather than a warning.
+        **options: the scheme's own.
+
+    Raises:
+        PePatchError: in one of its kinds, before anything was changed.
+    """
+    if on_existing not in resolve.EXISTING:
+        raise OptionError(f"on_existing={on_existing!r} is not one of {', '.join(resolve.EXISTING)}.")
+    head = resolve.unwrap(model)
+    given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
+    given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
+    earlier = find_patch(head)
+    if earlier is not None:
+        if on_existing != "replace":
+            raise AlreadyPatchedError(
+                f"This model is already patched with {earlier.scheme.name!r}: unpatch_model(model) first, or "
+                "on_existing='replace'."
+            )
+        unpatch_model(head)
+    try:
+        patch = _collect(head, scheme, options, given)
+        apply_all(patch.swaps)
+    except BaseException:
+        if earlier is not None:
+            _apply_again(earlier)
+        raise
+    _forget_compiled()
+    try:
+        _verify(patch, probe=adapter is not None)
+    except BaseException:
+        unpatch_model(head)
+        raise
+    _announce(patch)
+    return model
+
+
+def unpatch_model(model: Any) -> Any:
+    """Give the model back, bit for bit, what it had; returns the same object."""
+    patch = find_patch(model)
+    if patch is None:
+        raise PePatchError("This model carries no patch.")
+    undo_all(patch.swaps)
+    for parameter in patch.frozen:
+        parameter.requires_grad_(True)
+    _forget_compiled()
+    return model
+
+
+@contextmanager
+def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments: Any) -> Iterator[Any]:
+    """`patch_model` for the length of a `with` block, undone also after an exception."""
+    patch_model(model, scheme, **arguments)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def _apply_again(patch: Patch) -> None:
+    apply_all(patch.swaps)
+    for parameter in patch.frozen:
+        parameter.requires_grad_(False)
+
+
+def _forget_compiled() -> None:
+    """Compiled graphs do not guard what a patch replaces, so those that exist are dropped."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@dataclass
+class _Plan:
+    """Where a scheme acts in this family."""
+
+    turns: bool
+    at_joint: bool
+    at_scores: bool
+    embeds: bool
+
+
+def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int], count: int) -> _Plan:
+    turns = overrides(scheme, "angles")
+    at_joint = turns and adapter.rotary is not None and not scheme.length_dependent
+    at_scores = not at_joint and any(overrides(scheme, rung) for rung in ("encode", "bias", "attend"))
+    embeds = overrides(scheme, "embed")
+    if keep_native and turns and adapter.rotary is not None:
+        raise OptionError(f"keep_native=True would rotate twice: this family rotates already, and so does {scheme.name!r}.")
+    if keep_native and adapter.learned and scheme.name == "learned":
+        raise OptionError("keep_native=True would add two learned tables; leave it out.")
+    if len(chosen) < count and (embeds or adapter.learned):
+        raise OptionError(
+            f"layers= has no meaning for {scheme.name!r} here: what is added to the input embeddings reaches every layer."
+        )
+    return _Plan(turns, at_joint, at_scores, embeds)
+
+
+def _build(cls: type[Scheme], shape: AttentionShape, options: dict[str, Any], base: PreTrainedModel) -> list[Scheme]:
+    schemes = [cls(shape, **options) for _ in range(shape.num_layers if cls.per_layer else 1)]
+    weight = next((p for p in base.parameters() if p.is_floating_point()), None)
+    if weight is not None:
+        for scheme in schemes:
+            for parameter in scheme.parameters():
+                parameter.data = parameter.data.to(weight.device, weight.dtype)
+            scheme.train(base.training)
+    return schemes
+
+
+def _collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> Patch:
+    """Everything that will change, with nothing changed yet; every error is raised here."""
+    path, base = resolve.find_stack(head, given["submodule"])
+    config = base.config
+    adapter = resolve.find_adapter(base, given["adapter"])
+    cls, options = resolve.find_scheme(scheme, options)
+    options = resolve.settle_existing(config, cls, options, given["on_existing"])
+    shape = adapter.shape(base, config)
+    attentions = adapter.attentions(base)
+    chosen = resolve.find_layers(given["layers"], len(attentions))
+    schemes = _build(cls, shape, options, base)
+    plan = _plan(adapter, schemes[0], given["keep_native"], chosen, len(attentions))
+    backend = _backend(given["backend"], base, schemes[0])
+
+    swaps, original = _native_swaps(base, adapter, schemes[0], plan, given["keep_native"], chosen, len(attentions))
+    scores = _at_scores(adapter, schemes, plan, given["keep_native"], chosen, attentions)
+    for attention, layer_scheme in zip(attentions, scores, strict=True):
+        swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
+        if adapter.forward is not None:
+            swaps.append(Swap.of(attention, "pe_config", config, direct=True))
+            swaps.append(bind(attention, "forward", _without_inner(adapter.forward)))
+    swaps += _forward_swaps(head, base, adapter, schemes[0], plan, scores, given["strict"])
+    swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original)))
+    record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
+    swaps += config_swaps(head, base, adapter, schemes[0], record, backend.implementation)
+    swaps += save_swaps(head, base, adapter, schemes[0], record)
+    frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
+    patch = Patch(head, base, path, adapter, shape, schemes, chosen, given["keep_native"], given, swaps, frozen)
+    swaps.append(Swap.of(base, "pe_patch", patch, direct=True))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return patch
+
+
+def _backend(name: str | None, base: PreTrainedModel, scheme: Scheme) -> Backend:
+    has_others = getattr(base, "_supports_sdpa", False)
+    own = base.config._attn_implementation if has_others else "sdpa"
+    backend = backend_for(name or own)
+    check_backend(backend, scheme)
+    return backend
+
+
+class _WithoutInner:
+    """A family's attention forward, which replaces the native one rather than calling it."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(module, *args, **kwargs)
+
+
+def _without_inner(function: Any) -> _WithoutInner:
+    return _WithoutInner(function)
+
+
+def _native_swaps(
+    base: Any, adapter: Adapter, scheme: Scheme, plan: _Plan, keep_native: bool, chosen: list[int], count: int
+) -> tuple[list[Swap], dict[str, nn.Module]]:
+    """Take over, or silence, the rotation or the learned table that the family has."""
+    swaps: list[Swap] = []
+    original: dict[str, nn.Module] = {}
+    if adapter.rotary is not None and not keep_native:
+        native = getattr(base, adapter.rotary)
+        joint = RotaryJoint(scheme if plan.at_joint else None, adapter.layout, 2 * native.inv_freq.shape[-1])
+        if len(chosen) == count:
+            swaps.append(Swap.of(base, adapter.rotary, joint))
+            original[adapter.rotary] = native
+        else:
+            attentions = adapter.attentions(base)
+            for index in chosen:
+                swaps.append(Swap.of(attentions[index], "pe_joint", joint, direct=True))
+                swaps.append(bind(attentions[index], "forward", layer_rotation))
+    if adapter.learned is not None and not keep_native:
+        table = getattr(base, adapter.learned)
+        scheme.adopt(table.weight[adapter.learned_offset :])
+        swaps.append(Swap.of(base, adapter.learned, NoTable(table.weight.shape[1])))
+        original[adapter.learned] = table
+    return swaps, original
+
+
+def _at_scores(
+    adapter: Adapter, schemes: list[Scheme], plan: _Plan, keep_native: bool, chosen: list[int], attentions: list[Any]
+) -> list[Scheme | None]:
+    """For each layer what acts on its scores, or None where Transformers' own attention is all there is."""
+    native = SCHEMES["alibi"](schemes[0].shape) if adapter.alibi else None
+    result: list[Scheme | None] = []
+    for index, attention in enumerate(attentions):
+        own = schemes[index] if len(schemes) > 1 else schemes[0]
+        if index not in chosen:
+            result.append(native)
+        elif not plan.at_scores or (plan.turns and adapter.rotates and not getattr(attention, adapter.rotates)):
+            result.append(native if keep_native else None)
+        elif native is None or not keep_native:
+            result.append(own)
+        elif plan.turns:
+            result.append(Stacked(own, native))
+        else:
+            raise UnsupportedError(f"{own.name!r} cannot be added to this family's own ALiBi; leave keep_native out.")
+    return result
+
+
+def _forward_swaps(
+    head: Any, base: Any, adapter: Adapter, scheme: Scheme, plan: _Plan, scores: list[Scheme | None], strict: bool
+) -> list[Swap]:
+    """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
+    runtime = Runtime(
+        scheme=scheme,
+        embeds=plan.embeds,
+        scores=any(layer is not None for layer in scores),
+        carry=adapter.carry,
+        arguments=[name for name in list(inspect.signature(type(base).forward).parameters)[1:] if name != "kwargs"],
+        window=scheme.effective_window,
+        strict=strict,
+    )
+    swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", base_forward)]
+    for owner in {id(head): head, id(base): base}.values():
+        swaps.append(Swap.of(owner, "pe_base", base, direct=True))
+        swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
+    if adapter.build_bias is not None:
+        swaps.append(Swap.of(base, "pe_positions", None))
+        swaps.append(bind(base, adapter.build_bias[0], _WithoutInner(adapter.build_bias[1])))
+    if adapter.carry is not None and head is not base:
+        swaps.append(Swap.of(base, "pe_position_ids", None))
+        swaps.append(bind(head, "forward", hand_over_positions))
+    return swaps
+
+
+def _verify(patch: Patch, probe: bool) -> None:
+    """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
+    base, adapter = patch.base, patch.adapter
+    if adapter.rotary is not None and not patch.keep_native and len(patch.layers) == patch.shape.num_layers:
+        joint = getattr(base, adapter.rotary)
+        expected = patch.scheme.inv_freq if joint.__dict__.get("scheme") is not None else torch.zeros_like(joint.inv_freq)
+        if not isinstance(joint, RotaryJoint) or not torch.equal(joint.inv_freq, expected):
+            raise NoEffectError(f"{type(base).__name__}.{adapter.rotary} does not turn by {patch.scheme.name!r}.")
+    if not probe:
+        return
+    attentions = adapter.attentions(base)
+    reached: list[tuple[nn.Module, Any]] = []
+    for attention in attentions:
+        attention.__dict__["pe_probe"] = reached
+    try:
+        with torch.no_grad():
+            ids = torch.ones(1, 3, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+            base(input_ids=ids, use_cache=False)
+    finally:
+        for attention in attentions:
+            del attention.__dict__["pe_probe"]
+    for index in patch.layers:
+        if not any(module is attentions[index] for module, _ in reached):
+            raise NoEffectError(
+                f"Layer {index} ({type(attentions[index]).__name__}) does not call the attention interface, so "
+                f"{patch.scheme.name!r} would have no effect there; the adapter needs a `forward` for this family."
+            )
+
+
+def _announce(patch: Patch) -> None:
+    scheme, adapter = patch.scheme, patch.adapter
+    options = ", ".join(f"{key}={value}" for key, value in scheme.options.items() if not isinstance(value, list))
+    logger.info(
+        "patched %d of %d layers of %s with %s(%s)",
+        len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
+    )  # fmt: skip
+    same = overrides(scheme, "angles") if adapter.native == "rope" else scheme.name == adapter.native
+    if not same:
+        verb = "is added to" if patch.keep_native else "replaces"
+        logger.warning(
+            "%r %s the %r that this %s was trained with; it must be trained before its output means anything.",
+            scheme.name, verb, adapter.native, patch.base.config.model_type,
+        )  # fmt: skip

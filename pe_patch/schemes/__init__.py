@@ -1,0 +1,35 @@
+"""Every positional scheme by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ..scheme import Scheme
+from . import absolute, bias, rotary
+
+SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
+    {
+        scheme.name: scheme
+        for scheme in (
+            absolute.Sinusoidal,
+            absolute.Learned,
+            absolute.NoPE,
+            rotary.RoPE,
+            rotary.Linear,
+            rotary.NTK,
+            rotary.NTKByParts,
+            rotary.DynamicNTK,
+            rotary.YaRN,
+            rotary.DynamicYaRN,
+            rotary.Llama3,
+            rotary.LongRoPE,
+            rotary.Proportional,
+            rotary.ClippedRoPE,
+            rotary.Resonance,
+            bias.ALiBi,
+        )
+    }
+)
+
+ALIASES: Mapping[str, str] = MappingProxyType({"pi": "linear", "dynamic": "dynamic_ntk", "p_rope": "proportional"})

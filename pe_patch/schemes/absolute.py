@@ -1,0 +1,143 @@
+"""Positions added to the input embeddings, and none at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError, nearest
+from ..scheme import AttentionShape, Scheme
+
+
+class NoPE(Scheme):
+    """No positional encoding: the causal mask alone orders the tokens (Kazemnejad et al. 2023, arXiv 2305.19466)."""
+
+    name = "nope"
+    mechanism = "none"
+    summary = "no positions; the causal mask alone orders the tokens"
+    paper = "Kazemnejad et al. 2023, arXiv 2305.19466"
+
+
+LAYOUTS = ("interleaved", "concat", "tensor2tensor")
+
+
+class Sinusoidal(Scheme):
+    """Fixed sines and cosines added to the input embeddings (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+
+    Options:
+        theta: base of the wavelengths.
+        layout: "interleaved" is the paper's (sin at 2k, cos at 2k + 1); "concat" has all sines, then all cosines
+            (Transformer-XL); "tensor2tensor" the same with exponents k / (D / 2 - 1), so that the slowest one is theta.
+    """
+
+    name = "sinusoidal"
+    mechanism = "absolute"
+    summary = "fixed sines and cosines added to the input embeddings"
+    paper = "Vaswani et al. 2017, arXiv 1706.03762"
+    shift_invariant = False
+
+    def __init__(self, shape: AttentionShape, *, theta: float = 10000.0, layout: str = "interleaved") -> None:
+        super().__init__(shape)
+        if layout not in LAYOUTS:
+            raise OptionError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.{nearest(layout, LAYOUTS)}")
+        if shape.hidden_size % 2:
+            raise OptionError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
+        self.theta, self.layout = float(theta), layout
+
+    def frequencies(self) -> Tensor:
+        """Radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
+        pairs = self.shape.hidden_size // 2
+        last = pairs - 1 if self.layout == "tensor2tensor" else pairs
+        exponent = torch.arange(pairs, dtype=torch.float64, device="cpu") / max(last, 1)
+        return (self.theta**-exponent).float()
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[..., None].float() * self.constant("frequencies", hidden.device, self.frequencies)
+        sin, cos = angles.sin(), angles.cos()
+        if self.layout == "interleaved":
+            table = torch.stack((sin, cos), dim=-1).flatten(-2)
+        else:
+            table = torch.cat((sin, cos), dim=-1)
+        return hidden + table.to(hidden.dtype)
+
+
+def extend_hierarchically(table: Tensor, rows: int, alpha: float) -> Tensor:
+    """Up to n^2 rows from n: E'[a n + b] = alpha U[a] + (1 - alpha) U[b], U = (E - alpha E[0]) / (1 - alpha) (Su 2020).
+
+    The first n rows stay what they are.
+    """
+    count = table.shape[0]
+    basis = (table.double() - alpha * table[:1].double()) / (1 - alpha)
+    index = torch.arange(rows, device=table.device)
+    extended = alpha * basis[index // count] + (1 - alpha) * basis[index % count]
+    return torch.cat((table, extended[count:].to(table.dtype)))
+
+
+def interpolate_rows(table: Tensor, rows: int) -> Tensor:
+    """Linear interpolation along the positions with both ends kept (align_corners)."""
+    stretched = nn.functional.interpolate(table.double().T[None], size=rows, mode="linear", align_corners=True)
+    return stretched[0].T.to(table.dtype)
+
+
+EXTENSIONS = ("hierarchical", "interpolate")
+
+
+class Learned(Scheme):
+    """A learned vector for each position, added to the input embeddings (Gehring et al. 2017, arXiv 1705.03122).
+
+    On a model that has such a table (GPT-2, OPT) it starts as that table, lengthened if asked; elsewhere as zeros.
+
+    Options:
+        max_positions: rows of the table; the model's own window when None.
+        extend: how rows beyond the model's own are made, "hierarchical" or "interpolate"; None allows no more rows.
+        alpha: weight of the coarse position in the hierarchical extension; 0.5 would make positions collide.
+    """
+
+    name = "learned"
+    mechanism = "absolute"
+    summary = "a learned vector for each position, added to the input embeddings"
+    paper = "Gehring et al. 2017, arXiv 1705.03122"
+    shift_invariant = False
+
+    def __init__(
+        self, shape: AttentionShape, *, max_positions: int | None = None, extend: str | None = None, alpha: float = 0.4
+    ) -> None:
+        super().__init__(shape)
+        rows = max_positions or shape.trained_length
+        if rows < 1:
+            raise OptionError("'learned' needs max_positions=<tokens>: the model's config does not say its window.")
+        if extend is not None and extend not in EXTENSIONS:
+            raise OptionError(f"extend={extend!r} is not one of {', '.join(EXTENSIONS)} or None.")
+        if not 0 < alpha < 1 or alpha == 0.5:
+            raise OptionError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
+        self.rows, self.extend, self.alpha = int(rows), extend, alpha
+        self.table = nn.Parameter(torch.zeros(self.rows, shape.hidden_size))
+
+    @property
+    def effective_window(self) -> int | None:
+        return self.rows
+
+    @property
+    def hard_window(self) -> bool:
+        return True
+
+    def adopt(self, table: Tensor) -> None:
+        known, rows = table.shape[0], self.rows
+        if rows > known and self.extend is None:
+            raise OptionError(
+                f"The model's table has {known} positions and max_positions={rows} asks for more: say how to make them, "
+                "extend='hierarchical' or extend='interpolate'."
+            )
+        if rows > known * known and self.extend == "hierarchical":
+            raise OptionError(f"The hierarchical extension of {known} positions ends at {known * known}, not {rows}.")
+        if rows <= known:
+            start = table[:rows]
+        elif self.extend == "interpolate":
+            start = interpolate_rows(table, rows)
+        else:
+            start = extend_hierarchically(table, rows, self.alpha)
+        with torch.no_grad():
+            self.table = nn.Parameter(start.detach().clone())
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return hidden + nn.functional.embedding(positions, self.table).to(hidden.dtype)

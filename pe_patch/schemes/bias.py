@@ -1,0 +1,87 @@
+"""Additive biases on the scores that depend on the distance and the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..positions import Positions
+from ..scheme import AttentionShape, DistanceBias
+
+WIDTH = 8
+"""Head widths stay multiples of this many dimensions, which GPU kernels ask for."""
+
+LIMBS: dict[torch.dtype, tuple[tuple[torch.dtype, ...], int, int, tuple[float, ...]]] = {
+    # dtype: dtypes that cut the slope, base and number of the position's limbs, weights of the constant's limbs
+    torch.float32: ((torch.bfloat16, torch.float32), 2**24, 1, (1.0,)),
+    torch.bfloat16: ((torch.bfloat16, torch.bfloat16), 2**8, 3, (1.0, 1.0, 1.0)),
+    torch.float16: ((torch.float16, torch.float16), 2**11, 2, (2.0**11, 1.0, 1.0)),
+}
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """One slope for each head: 2^(-8 t / p) for the largest power of two p <= heads, then every other one of 2p heads."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * t / power) for t in range(1, power + 1)]
+    return slopes + [2.0 ** (-4 * t / power) for t in range(1, 2 * (heads - power), 2)]
+
+
+class ALiBi(DistanceBias):
+    """Bias -m_h (i - j), steeper for some heads than for others (Press et al. 2021, arXiv 2108.12409).
+
+    Options:
+        slopes: one positive number for each query head; the paper's when None.
+    """
+
+    name = "alibi"
+    summary = "a penalty on the scores that grows linearly with the distance"
+    paper = "Press et al. 2021, arXiv 2108.12409"
+    widens_heads = True
+
+    def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
+        super().__init__(shape)
+        self.slopes = [float(slope) for slope in (alibi_slopes(shape.num_heads) if slopes is None else slopes)]
+        if len(self.slopes) != shape.num_heads or not all(0 < slope < math.inf for slope in self.slopes):
+            raise OptionError(f"slopes needs {shape.num_heads} positive numbers, one for each query head; got {slopes}.")
+
+    def _slopes(self, device: torch.device) -> Tensor:
+        return self.constant("slopes", device, lambda: torch.tensor(self.slopes, dtype=torch.float32, device="cpu"))
+
+    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+        return -self._slopes(distance.device)[head] * distance.abs()
+
+    def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
+        # By the key's position alone, as BLOOM has it: each row differs from the distance form by a constant, which
+        # the softmax does not see, and under a causal mask no key lies ahead.
+        return self._slopes(query.device)[:, None, None] * positions.key[:, None, None, :]
+
+    def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """slope j - slope i as a sum of exact products.
+
+        Neither a position beyond 256 nor most slopes are bfloat16 numbers, so both are cut into limbs that are. The
+        query's own term is subtracted although the softmax ignores it: it keeps the sums small, where float32 is fine.
+        """
+        cuts, base, limbs, weights = LIMBS[dtype]
+        origin = positions.query[:, -1:]
+        at_query, at_key = positions.query - origin, positions.key - origin
+        parts = [torch.fmod(torch.div(at_key, base**n, rounding_mode="trunc"), base) for n in range(limbs)]
+        parts += [torch.full_like(at_key, int(weight)) for weight in weights]
+        rest = torch.tensor(self.slopes, dtype=torch.float64, device=origin.device)[None, :, None] / scaling
+        columns: list[Tensor] = []
+        for cut in cuts:
+            slope = rest.to(cut).double()
+            rest = rest - slope
+            columns += [(slope * float(base**n)).expand(1, -1, at_query.shape[1]) for n in range(limbs)]
+            constant = -slope * at_query[:, None, :]
+            for weight in weights:
+                columns.append((constant / weight).to(dtype).double())
+                constant = constant - columns[-1] * weight
+        padding = -len(columns) % WIDTH
+        rows = at_query.shape[0]
+        of_query = torch.stack([column.expand(rows, -1, -1) for column in columns], -1).to(dtype)
+        of_key = torch.stack(parts * len(cuts), -1)[:, None].to(dtype)
+        return torch.nn.functional.pad(of_query, (0, padding)), torch.nn.functional.pad(of_key, (0, padding))

@@ -1,0 +1,104 @@
+"""Loading a model that was saved with its patch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration import FOREIGN, VERSION
+from .errors import CheckpointError, PePatchError
+from .patch import find_patch, patch_model
+from .resolve import unwrap
+
+
+def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
+    """Load a model that was saved while patched, patch included.
+
+    Args:
+        path: a local folder or a hub name.
+        **from_pretrained_kwargs: handed to the model class's `from_pretrained` (dtype, device_map ...).
+
+    Raises:
+        CheckpointError: where there is no such checkpoint, it carries no patch, or it is damaged.
+    """
+    stored = read_config(path)
+    record = stored.pop(FOREIGN, None)
+    if record is None:
+        raise CheckpointError(f"{path} was not saved from a patched model; load it with AutoModelForCausalLM instead.")
+    if record.get("version", 0) > VERSION:
+        raise CheckpointError(
+            f"{path} was saved by a newer pe_patch (record version {record['version']}, this one reads {VERSION}); upgrade."
+        )
+    config = native_config(stored, record["native"])
+    architecture = (stored.get("architectures") or [None])[0]
+    model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
+    try:
+        model = model_class.from_pretrained(path, config=config, **from_pretrained_kwargs)
+    except (SafetensorError, json.JSONDecodeError, RuntimeError) as error:
+        raise CheckpointError(f"The weights in {path} are damaged or do not fit its config: {error}") from error
+    framework = {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
+    patch_model(model, record["scheme"], on_existing="replace", **framework, **record["options"])
+    _load_schemes(model, path)
+    return model
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config.json of a folder or hub name, as a dict; a clear error where there is none."""
+    if Path(path).exists() and not (Path(path) / "config.json").exists():
+        raise CheckpointError(f"{path} has no config.json, so it is not a saved model; give the folder that holds one.")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"No model can be read from {path!s}: {error}") from error
+    return config
+
+
+def native_config(stored: dict[str, Any], native: dict[str, Any]) -> PreTrainedConfig:
+    """The config that the model had before it was patched."""
+    values = dict(stored)
+    target = values
+    if "config" in native:
+        target = values[native["config"]] = dict(values[native["config"]])
+    if "rope_parameters" in native:
+        target["rope_parameters"] = native["rope_parameters"]
+    if native.get("max_position_embeddings", 0) is None:
+        target.pop("max_position_embeddings", None)
+    elif "max_position_embeddings" in native:
+        target["max_position_embeddings"] = native["max_position_embeddings"]
+    values["model_type"] = native["model_type"]
+    return CONFIG_MAPPING[native["model_type"]].from_dict(values)
+
+
+def _load_schemes(model: Any, path: str | Path) -> None:
+    """Read the schemes' own tensors, and the native ones they put aside, from the checkpoint."""
+    patch = find_patch(model)
+    assert patch is not None
+    prefix = f"{patch.path}.position_schemes." if patch.path else "position_schemes."
+    wanted = {name for name in unwrap(model).state_dict() if name.startswith(prefix)}
+    if not wanted:
+        return
+    found = {}
+    for file in _weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}  # noqa: SIM118
+    if missing := sorted(wanted - set(found)):
+        raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {patch.scheme.name!r}.")
+    unwrap(model).load_state_dict(found, strict=False)
+
+
+def _weight_files(path: str | Path) -> list[str]:
+    index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        single = cached_file(str(path), SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        if single is None:
+            raise PePatchError(f"{path} holds no safetensors weights, the only kind that is read here.")
+        return [single]
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    files = [cached_file(str(path), name) for name in names]
+    return [file for file in files if file is not None]
