@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..scheme import AttentionShape, Rotary
@@ -95,9 +95,8 @@ class Proportional(Scaled):
             )
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        inv_freq = self.plain_frequencies()
-        inv_freq[self.turning :] = 0.0
-        return inv_freq / self.factor_at(length), 1.0
+        turning = stretched_frequencies(self, 1.0, self.turning) / self.factor_at(length)
+        return nn.functional.pad(turning, (0, self.dim // 2 - self.turning)), 1.0
 
     def native(self) -> dict[str, Any] | None:
         if self.dim != self.shape.head_dim or self.factor is None:

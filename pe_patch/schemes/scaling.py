@@ -14,10 +14,14 @@ from .checks import check_number, check_order, check_width
 Factor = float | Literal["auto"]
 
 
-def stretched_frequencies(scheme: Rotary, stretch: float | Tensor) -> Tensor:
-    """1 / (stretch theta^(2k / r)), float32. Dividing the plain frequencies instead would round differently from
-    Transformers, which is to be met bit for bit."""
-    exponent = torch.arange(0, scheme.dim, 2, dtype=torch.int64, device="cpu").float() / scheme.dim
+def stretched_frequencies(scheme: Rotary, stretch: float | Tensor, pairs: int | None = None) -> Tensor:
+    """1 / (stretch theta^(2k / r)) for the first `pairs` k, all when None; float32.
+
+    Dividing the plain frequencies, or cutting them off, would round differently from Transformers, which is to be met
+    bit for bit: torch computes powers by vectors of eight and what is left over one by one.
+    """
+    exponent = torch.arange(0, 2 * pairs if pairs else scheme.dim, 2, dtype=torch.int64, device="cpu").float()
+    exponent = exponent / scheme.dim
     return 1.0 / (stretch * scheme.theta**exponent)
 
 
