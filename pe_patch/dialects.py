@@ -66,7 +66,7 @@ KEYS = {
     "longrope": {"long_factor", "short_factor", "factor", "attention_factor", "expected_length"},
     "proportional": {"partial_rotary_factor", "factor"},
 }
-"""What each scheme's dict may hold besides its type, the base and the trained window; the option has the key's name."""
+"""What a scheme's dict may hold besides its type, the base and the trained window; options have the same names."""
 
 NEEDS_WINDOW = {"dynamic_ntk", "yarn", "dynamic_yarn", "llama3", "longrope"}
 """Schemes whose formula holds the trained window, for which Transformers falls back to max_position_embeddings."""
@@ -80,17 +80,8 @@ SYNONYMS = {
     "trained": ("original_max_position_embeddings",),
     "maximum": ("max_position_embeddings",),
 }
-WHOLE_CONFIG = {
-    "rope_scaling",
-    "rope_parameters",
-    "model_type",
-    "architectures",
-    "hidden_size",
-    "text_config",
-    *SYNONYMS["maximum"],
-    "rotary_pct",
-    "rotary_emb_base",
-}
+WHOLE_CONFIG = {"model_type", "architectures", "hidden_size", "text_config", "rotary_pct", "rotary_emb_base"}
+WHOLE_CONFIG |= {"rope_scaling", "rope_parameters", "max_position_embeddings"}
 """Keys by which a model's whole config is told from a dict of rotary parameters."""
 
 
@@ -111,8 +102,8 @@ def read(config: Mapping[str, Any]) -> Reading:
         UnknownNameError: a rope type that does not exist.
         UnsupportedError: one that exists elsewhere and not here.
     """
-    if not isinstance(config, Mapping):
-        raise OptionError(f"A positional config is a dict; got {config!r}.")
+    if not isinstance(config, Mapping) or not config:
+        raise OptionError(f"A positional config is a dict that is not empty; got {config!r}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
         return _own(record)

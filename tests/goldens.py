@@ -1,4 +1,4 @@
-"""Numbers that the authors' own code gave (each entry names it under `source`); copied here so that a clone has them."""
+"""Numbers that the authors' own code gave (see each entry's `source`); copied here so that a clone has them."""
 
 from __future__ import annotations
 
