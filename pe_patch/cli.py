@@ -82,7 +82,7 @@ def spread(words: Sequence[str]) -> list[str]:
     return [*spread_out, flag] if first else spread_out
 
 
-@app.command(epilog="Example: pe-patch demo --output report")
+@app.command(epilog="\b\nExample:\n  pe-patch demo --output report")
 def demo(
     output: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("report"),
     steps: Annotated[int | None, typer.Option(min=0, help="Steps of the fine-tune (default: the recipe's).")] = None,
@@ -105,7 +105,7 @@ def demo(
         _print_results(results)
 
 
-@app.command("list", epilog="Example: pe-patch list schemes --json")
+@app.command("list", epilog="\b\nExample:\n  pe-patch list schemes --json")
 def list_(
     what: Annotated[str | None, typer.Argument(metavar="[schemes|families|tasks]", help="Default: all.")] = None,
     as_json: AsJson = False,
@@ -123,7 +123,9 @@ def list_(
         _console().print(table)
 
 
-@app.command(epilog="Example: pe-patch inspect meta-llama/Llama-3.1-8B --scheme yarn --factor 4 --on-existing replace")
+@app.command(
+    epilog="\b\nExample:\n  pe-patch inspect meta-llama/Llama-3.1-8B --scheme yarn --factor 4 --on-existing replace"
+)
 def inspect(
     model: Model,
     scheme: SchemeName = None,
@@ -144,16 +146,24 @@ def inspect(
         typer.echo(str(description))
 
 
-@app.command(epilog="Example: pe-patch evaluate ./my-llama --scheme yarn --factor 4 --task passkey --length 8192 32768")
+@app.command(
+    epilog="\b\nExample:\n  pe-patch evaluate ./my-llama --scheme yarn --factor 4 --task passkey --length 8192 32768"
+)
 def evaluate(
     model: Model,
     scheme: SchemeName = None,
     factor: Factor = None,
     option: Options = None,
     on_existing: OnExisting = None,
-    task: Annotated[list[str] | None, typer.Option(help="One or more tasks; see `pe-patch list tasks`.")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=1, help="One or more lengths in tokens.")] = None,
-    depth: Annotated[list[float] | None, typer.Option(help="Where the answer stands: 0 start, 1 end.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK...", help="One or more tasks; see `pe-patch list tasks`.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="TOKENS...", help="One or more lengths in tokens.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None, typer.Option(metavar="DEPTH...", help="Where the answer stands: 0 start, 1 end.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions at each length.")] = 50,
     text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
     seed: Annotated[int, typer.Option(help="Of the questions and of the places in the text.")] = 0,
@@ -194,7 +204,7 @@ def evaluate(
         typer.echo(f"Report: {page}", err=True)
 
 
-@app.command(epilog='Example: pe-patch generate ./my-llama --scheme yarn --factor 4 --prompt "Once upon a time"')
+@app.command(epilog='\b\nExample:\n  pe-patch generate ./my-llama --scheme yarn --factor 4 --prompt "Once upon a time"')
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="The text to go on from (default: standard input).")] = None,
@@ -221,7 +231,9 @@ def generate(
         typer.echo(written)
 
 
-@app.command(epilog="Example: pe-patch export ./my-llama ./my-llama-32k --scheme yarn --factor 8 --target transformers")
+@app.command(
+    epilog="\b\nExample:\n  pe-patch export ./my-llama ./my-llama-32k --scheme yarn --factor 8 --target transformers"
+)
 def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],

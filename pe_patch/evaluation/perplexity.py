@@ -71,8 +71,8 @@ class Perplexity:
 
     def resolved_stride(self, bench: Bench) -> int:
         shortest = min(*bench.lengths, bench.control_length)
-        if self.stride is not None and self.stride > shortest:
-            raise PePatchError(f"stride={self.stride} skips tokens at length {shortest}; give a smaller one.")
+        if self.stride is not None and self.stride >= shortest:
+            raise PePatchError(f"stride={self.stride} leaves no context at length {shortest}; give a smaller one.")
         return self.stride or max(1, min(STRIDE, shortest // 2))
 
 
@@ -80,7 +80,7 @@ def sliding_losses(subject: Subject, ids: np.ndarray, window: int, stride: int) 
     """The loss of every token of a text but the first, each once, with up to `window` - 1 tokens before it.
 
     `ids` [n] gives [n - 1] losses in nats. The first window scores all of its tokens; each further one is moved by
-    `stride` (the last by what is left) and scores only its newest.
+    `stride` (the last by what is left) and scores only its newest. `stride` is less than `window`.
     """
     window = min(window, len(ids))
     starts = list(range(stride, len(ids) - window + 1, stride))

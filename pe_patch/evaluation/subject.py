@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from pe_patch.describe import describe
 from pe_patch.errors import PePatchError
 
 TOKENS_PER_BATCH = 8192
@@ -21,17 +22,21 @@ TOKENS_PER_BATCH = 8192
 
 
 def windows(model: Any) -> tuple[int | None, int | None]:
-    """(native, effective) window in tokens: what the model was trained at, and what its configuration promises now.
+    """(native, effective) window in tokens: what the model was trained at, and what it is meant for now.
 
-    None stands for "not known" (a model without a limit in its configuration).
+    None stands for "nothing says so" or, as the effective window of a patched model, for "nothing bounds it".
     """
     config = model.config.get_text_config()
-    effective = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if getattr(model.config, "pe_patch", None):
+        effective = describe(model).to_dict()["effective"]
+        bound = effective.get("effective_window")
+        return effective.get("trained_window") or limit, bound if isinstance(bound, int) else None
     scaling = getattr(config, "rope_parameters", None) or {}
     native = scaling.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
     )
-    return native or effective, effective
+    return native or limit, limit
 
 
 def scheme_label(model: Any) -> str:
@@ -111,7 +116,10 @@ class Subject:
                 pad_token_id=self._filler(),
                 eos_token_id=self.tokenizer.eos_token_id,
             )
-            written = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+            with _generating_by(self.model, greedy):
+                written = self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
+                )
         if not torch.equal(written[:, : ids.shape[1]], ids):
             raise PePatchError("generate() did not return the prompt it was given: the prompt was cut or changed.")
         return written[:, ids.shape[1] :].tolist()
@@ -143,3 +151,22 @@ class Subject:
 
     def _tensor(self, rows: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(rows)).to(self.device)
+
+
+@contextlib.contextmanager
+def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Put the checkpoint's own generation settings aside.
+
+    generate() fills whatever its argument leaves open from them, a repetition penalty or suppressed tokens among it.
+    """
+    owners = [
+        module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)
+    ]
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, kept, strict=True):
+            owner.generation_config = own
