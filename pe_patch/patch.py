@@ -177,6 +177,16 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
     at_joint = turns and adapter.rotary is not None and not scheme.length_dependent
     at_scores = not at_joint and any(overrides(scheme, rung) for rung in ("encode", "bias", "attend"))
     embeds = overrides(scheme, "embed")
+    if at_scores and not adapter.carries:
+        raise UnsupportedError(
+            f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. Static "
+            "rotary schemes, embeddings and 'nope' work on it."
+        )
+    if at_scores and turns and adapter.late_norm:
+        raise UnsupportedError(
+            f"{scheme.name!r} rotates at the scores, and this family normalises queries and keys after rotating. Static "
+            "rotary schemes work on it."
+        )
     if keep_native and turns and adapter.rotary is not None:
         raise OptionError(f"keep_native=True would rotate twice: this family rotates already, and so does {scheme.name!r}.")
     if keep_native and adapter.learned and scheme.name == "learned":
@@ -211,7 +221,7 @@ def _collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given:
     chosen = resolve.find_layers(given["layers"], len(attentions))
     schemes = _build(cls, shape, options, base)
     plan = _plan(adapter, schemes[0], given["keep_native"], chosen, len(attentions))
-    backend = _backend(given["backend"], base, schemes[0])
+    backend = _backend(given["backend"], base, adapter, schemes[0])
 
     swaps, original = _native_swaps(base, adapter, schemes[0], plan, given["keep_native"], chosen, len(attentions))
     scores = _at_scores(adapter, schemes, plan, given["keep_native"], chosen, attentions)
@@ -233,9 +243,8 @@ def _collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given:
     return patch
 
 
-def _backend(name: str | None, base: PreTrainedModel, scheme: Scheme) -> Backend:
-    has_others = getattr(base, "_supports_sdpa", False)
-    own = base.config._attn_implementation if has_others else "sdpa"
+def _backend(name: str | None, base: PreTrainedModel, adapter: Adapter, scheme: Scheme) -> Backend:
+    own = base.config._attn_implementation if adapter.forward is None else "sdpa"  # ours lifts BLOOM's limit to eager
     backend = backend_for(name or own)
     check_backend(backend, scheme)
     return backend

@@ -35,6 +35,10 @@ class Adapter:
     """Rotated pairs are neighbours rather than halves of the head."""
     rotates: str | None = None
     """Attribute of an attention that tells whether this layer rotates; None where all do."""
+    late_norm: bool = False
+    """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
+    carries: bool = True
+    """Keywords given to the base model reach the attention function."""
     learned: str | None = None
     """The module on the base model that holds learned positions."""
     learned_offset: int = 0
