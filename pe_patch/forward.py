@@ -57,7 +57,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     past = kwargs.get("past_key_values")
     past_length = past.get_seq_length() if past is not None else 0
     _check_window(runtime, shown.shape[1], past_length, kwargs.get("position_ids"))
-    if runtime.embeds or runtime.scores:
+    if runtime.embeds or runtime.scores or runtime.carry is not None:
         kwargs = _with_positions(base, runtime, shown, past_length, kwargs)
     return inner(**kwargs)
 
@@ -81,9 +81,12 @@ def _with_positions(
         if embeds is None:
             embeds = base.get_input_embeddings()(kwargs.pop("input_ids"))
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, runtime.scheme.embed(embeds, query)
-    if runtime.scores:
+    if runtime.scores or runtime.carry is not None:  # what carries the positions also keeps packed documents apart
         kwargs = _open_cache(base, kwargs)
-        positions = _positions(runtime.scheme, query, ranks, explicit, past_length, kwargs.get("past_key_values"))
+        past = kwargs.get("past_key_values")
+        positions = None
+        if runtime.scores:
+            positions = _positions(runtime.scheme, query, ranks, explicit, past_length, past)
         if runtime.carry is None:
             kwargs["pe_positions"] = positions
         else:

@@ -1,0 +1,135 @@
+"""Models of a few thousand weights, and what every scheme is given on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from pe_patch import SCHEMES, patch_model, unpatch_model
+
+WINDOW = 32
+VOCABULARY = 97
+FAMILIES = ("llama", "gpt_neox", "bloom")
+ROTARY_FAMILIES = ("llama", "gpt_neox")
+BACKENDS = ("sdpa", "eager")
+
+PAIRS = {"llama": 8, "gpt_neox": 4, "bloom": 8}
+"""Rotated pairs of each head; GPT-NeoX turns half of its sixteen dimensions."""
+
+
+def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A seeded model in eval mode. The weights are wide enough that positions move the logits, which are about 1."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "bloom":
+        return BloomForCausalLM(BloomConfig(**{**sizes, **overrides})).eval()
+    sizes |= {"intermediate_size": 128, "max_position_embeddings": WINDOW}
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_key_value_heads": 2, **overrides})).eval()
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**sizes, "rope_parameters": rope, **overrides})).eval()
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
+    """Random ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "sinusoidal": {},
+    "learned": {"max_positions": 64},
+    "nope": {},
+    "rope": {},
+    "linear": {"factor": 2.0},
+    "ntk": {"factor": 2.0},
+    "ntk_by_parts": {"factor": 2.0},
+    "dynamic_ntk": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "beta_fast": 4.0},
+    "dynamic_yarn": {"beta_fast": 4.0},
+    "llama3": {"factor": 2.0},
+    "longrope": {"long_factor": None, "factor": 2.0},
+    "proportional": {"partial_rotary_factor": 0.5, "factor": 2.0},
+    "clipped_rope": {"dims": 2},
+    "resonance": {"over": "rope"},
+    "alibi": {},
+}
+"""The options of each scheme under its own name."""
+
+LENGTH_DEPENDENT = ("dynamic_ntk", "dynamic_yarn", "longrope")
+PINNED = {f"{name} pinned": {**GIVEN[name], "expected_length": 64} for name in LENGTH_DEPENDENT}
+AUTO = {f"{name} auto": {"factor": "auto"} for name in ("linear", "ntk", "ntk_by_parts", "yarn", "llama3")}
+CASES: dict[str, dict[str, Any]] = {**GIVEN, **PINNED, **AUTO}
+"""Every scheme, the length-dependent ones also pinned to a length and the scalings also with `factor="auto"`."""
+
+
+def case(family: str, name: str) -> tuple[str, dict[str, Any]]:
+    """Scheme and options of a case on this family."""
+    scheme, options = name.split(" ")[0], dict(CASES[name])
+    if "long_factor" in options:
+        options["long_factor"] = [1.0 + 0.5 * pair for pair in range(PAIRS[family])]
+    if family == "bloom" and SCHEMES[scheme].mechanism == "rotary":
+        options["original_max_position_embeddings"] = WINDOW
+    return scheme, options
+
+
+def put(model: Any, name: str, **arguments: Any) -> Any:
+    """Patch a case in; a learned table, which starts as zeros, is given content."""
+    scheme, options = case(model.config.model_type, name)
+    patch_model(model, scheme, **options, **arguments)
+    generator = torch.Generator().manual_seed(2)
+    for parameter_name, parameter in model.named_parameters():
+        if "position_schemes.scheme" in parameter_name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@contextmanager
+def wearing(model: Any, name: str, **arguments: Any) -> Iterator[Any]:
+    """`put` for the length of a block."""
+    put(model, name, **arguments)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits of one pass without a cache."""
+    return model(input_ids=ids, use_cache=False, **inputs).logits
+
+
+@torch.no_grad()
+def cached_logits(model: Any, ids: Tensor, prefill: int, cache: Any = None, mask: Tensor | None = None) -> Tensor:
+    """Logits of a first pass over `prefill` tokens and of one further pass for each token after them."""
+    steps = [(0, prefill), *((index, index + 1) for index in range(prefill, ids.shape[1]))]
+    found = []
+    for start, stop in steps:
+        seen = None if mask is None else mask[:, :stop]
+        output = model(input_ids=ids[:, start:stop], attention_mask=seen, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits)
+    return torch.cat(found, 1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value where that exceeds 1."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
