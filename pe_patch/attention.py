@@ -166,9 +166,7 @@ class Core:
         return function(self.module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
 
 
-def _chunked_sdpa(
-    core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme
-) -> Output:
+def _chunked_sdpa(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
     """A bias on SDPA, built for a few queries at a time: memory `heads x CHUNK x key`, forward and backward."""
     count, total = query.shape[2], key.shape[2]
     causal = core.mask is None and count > 1
@@ -207,9 +205,7 @@ def _flex(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Posi
 
     of = getattr(bias, "of", None)
     if of is None:
-        raise UnsupportedError(
-            f"{bias.name!r} has no pointwise form for FlexAttention; use backend='sdpa' or 'eager'."
-        )
+        raise UnsupportedError(f"{bias.name!r} has no pointwise form for FlexAttention; use backend='sdpa' or 'eager'.")
     if core.extra.get("softcap") is not None or core.extra.get("s_aux") is not None or core.dropout:
         raise UnsupportedError("FlexAttention here takes no soft cap, sinks or dropout beside a bias; use 'eager'.")
     at_query = positions.query.expand(query.shape[0], -1)
@@ -293,6 +289,8 @@ def check_backend(backend: Backend, scheme: Scheme) -> None:
     """Raise `UnsupportedError` where this backend would drop what the scheme adds to the scores."""
     biased = overrides(scheme, "bias")
     if backend.name == "flash" and biased and not scheme.widens_heads:
-        raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use 'sdpa', 'flex' or 'eager'.")
+        raise UnsupportedError(
+            f"Flash attention would drop the bias of {scheme.name!r}; use 'sdpa', 'flex' or 'eager'."
+        )
     if backend.name == "flex" and biased and not hasattr(scheme, "of"):
         raise UnsupportedError(f"{scheme.name!r} has no pointwise form for FlexAttention; use 'sdpa' or 'eager'.")

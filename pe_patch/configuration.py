@@ -84,7 +84,9 @@ def save_swaps(head: Any, base: Any, adapter: Adapter, scheme: Scheme, record: d
     return [bind(owner, "save_pretrained", save_foreign) for owner in {id(head): head, id(base): base}.values()]
 
 
-def save_foreign(model: Any, inner: Callable[..., Any], save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+def save_foreign(
+    model: Any, inner: Callable[..., Any], save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+) -> Any:
     """The model's own `save_pretrained`, with a model type that only `load_patched` knows."""
     result = inner(save_directory, *args, **kwargs)
     file = Path(save_directory) / "config.json"

@@ -56,7 +56,9 @@ def transformers_config(patch: Patch) -> Any:
     record = getattr(patch.head.config, FOREIGN)
     parameters = expressible(patch.adapter, patch.scheme, record)
     if parameters is None:
-        part = " on some of the layers" if "layers" in record else " beside native positions" if patch.keep_native else ""
+        part = (
+            " on some of the layers" if "layers" in record else " beside native positions" if patch.keep_native else ""
+        )
         raise UnsupportedError(
             f"Transformers' config cannot express {patch.scheme.name!r}{part} on {patch.base.config.model_type}. "
             "save_pretrained keeps the patch for pe_patch.load_patched; nothing was written."

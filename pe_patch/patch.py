@@ -188,7 +188,9 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
             "rotary schemes work on it."
         )
     if keep_native and turns and adapter.rotary is not None:
-        raise OptionError(f"keep_native=True would rotate twice: this family rotates already, and so does {scheme.name!r}.")
+        raise OptionError(
+            f"keep_native=True would rotate twice: this family rotates already, and so does {scheme.name!r}."
+        )
     if keep_native and adapter.learned and scheme.name == "learned":
         raise OptionError("keep_native=True would add two learned tables; leave it out.")
     if len(chosen) < count and (embeds or adapter.learned):
@@ -341,7 +343,9 @@ def _verify(patch: Patch, probe: bool) -> None:
     base, adapter = patch.base, patch.adapter
     if adapter.rotary is not None and not patch.keep_native and len(patch.layers) == patch.shape.num_layers:
         joint = getattr(base, adapter.rotary)
-        expected = patch.scheme.inv_freq if joint.__dict__.get("scheme") is not None else torch.zeros_like(joint.inv_freq)
+        expected = (
+            patch.scheme.inv_freq if joint.__dict__.get("scheme") is not None else torch.zeros_like(joint.inv_freq)
+        )
         if not isinstance(joint, RotaryJoint) or not torch.equal(joint.inv_freq, expected):
             raise NoEffectError(f"{type(base).__name__}.{adapter.rotary} does not turn by {patch.scheme.name!r}.")
     if not probe:

@@ -29,7 +29,9 @@ def unwrap(model: Any) -> PreTrainedModel:
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
             continue
-        inner = next((getattr(inner, name) for name in WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)), None)
+        inner = next(
+            (getattr(inner, name) for name in WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)), None
+        )
         if inner is None:
             raise PePatchError(
                 f"{type(model).__name__} is not a Transformers model, nor a PEFT, accelerate or torch.compile wrapper "
@@ -115,9 +117,7 @@ def find_scheme(scheme: Any, options: dict[str, Any]) -> tuple[type[Scheme], dic
 EXISTING = ("error", "replace", "compose")
 
 
-def settle_existing(
-    config: Any, scheme: type[Scheme], options: dict[str, Any], on_existing: str
-) -> dict[str, Any]:
+def settle_existing(config: Any, scheme: type[Scheme], options: dict[str, Any], on_existing: str) -> dict[str, Any]:
     """What becomes of a scaling that the model's own config already carries; returns the options to use."""
     parameters = native_parameters(config)
     kind = parameters.get("rope_type", "default")

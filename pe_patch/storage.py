@@ -86,7 +86,7 @@ def _load_schemes(model: Any, path: str | Path) -> None:
     found = {}
     for file in _weight_files(path):
         with safe_open(file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}  # noqa: SIM118
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}
     if missing := sorted(wanted - set(found)):
         raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {patch.scheme.name!r}.")
     unwrap(model).load_state_dict(found, strict=False)

@@ -13,7 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pe_patch.scheme import AttentionShape, Rotary
+from pe_patch.rotation import Rotary
+from pe_patch.scheme import AttentionShape
 from pe_patch.schemes import SCHEMES
 
 CASES = 50

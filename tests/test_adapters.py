@@ -84,7 +84,9 @@ def test_positions_reach_every_layer(family, tokens):
     for attention in attentions:
         attention.__dict__["pe_probe"] = reached
     full, _, cached = observe(model, *tokens)
-    first = [(module, positions) for module, positions in reached if positions.key.shape[1] == LENGTH][: len(attentions)]
+    first = [(module, positions) for module, positions in reached if positions.key.shape[1] == LENGTH][
+        : len(attentions)
+    ]
     assert [module for module, _ in first] == attentions
     for _, positions in first:
         assert torch.equal(positions.query, torch.arange(LENGTH)[None])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_patch.scheme import AttentionShape, Rotary, cos_sin, rotate
+from pe_patch.rotation import Rotary, cos_sin, rotate
+from pe_patch.scheme import AttentionShape
 from pe_patch.schemes import SCHEMES
 
 from . import goldens, oracles

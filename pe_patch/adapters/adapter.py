@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..scheme import AttentionShape, Scheme, cos_sin
+from ..rotation import cos_sin
+from ..scheme import AttentionShape, Scheme
 
 DEFAULT_THETA = 10000.0
 """Base of the frequencies where a family has no rotation of its own."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..positions import Positions
@@ -16,11 +16,20 @@ WIDTH = 8
 """Head widths stay multiples of this many dimensions, which GPU kernels ask for."""
 
 LIMBS: dict[torch.dtype, tuple[tuple[torch.dtype, ...], int, int, tuple[float, ...]]] = {
-    # dtype: dtypes that cut the slope, base and number of the position's limbs, weights of the constant's limbs
-    torch.float32: ((torch.bfloat16, torch.float32), 2**24, 1, (1.0,)),
-    torch.bfloat16: ((torch.bfloat16, torch.bfloat16), 2**8, 3, (1.0, 1.0, 1.0)),
-    torch.float16: ((torch.float16, torch.float16), 2**11, 2, (2.0**11, 1.0, 1.0)),
+    # dtype: dtypes that cut the slope, base and number of a position's limbs, weights of the limbs of their products
+    torch.float32: ((torch.bfloat16, torch.float32), 2**12, 2, (1.0,)),
+    torch.bfloat16: ((torch.bfloat16, torch.bfloat16), 2**8, 3, (1.0, 1.0)),
+    torch.float16: ((torch.float16, torch.float16), 2**11, 2, (2.0**11, 1.0)),
 }
+
+
+def position_limbs(positions: Tensor, base: int, count: int) -> list[Tensor]:
+    """Digits of integers to a base, the lowest first, each with the sign of the whole; the last takes what is left."""
+    limbs = []
+    for _ in range(count - 1):
+        limbs.append(torch.fmod(positions, base))
+        positions = torch.div(positions, base, rounding_mode="trunc")
+    return [*limbs, positions]
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -46,7 +55,9 @@ class ALiBi(DistanceBias):
         super().__init__(shape)
         self.slopes = [float(slope) for slope in (alibi_slopes(shape.num_heads) if slopes is None else slopes)]
         if len(self.slopes) != shape.num_heads or not all(0 < slope < math.inf for slope in self.slopes):
-            raise OptionError(f"slopes needs {shape.num_heads} positive numbers, one for each query head; got {slopes}.")
+            raise OptionError(
+                f"slopes needs {shape.num_heads} positive numbers, one for each query head; got {slopes}."
+            )
 
     def _slopes(self, device: torch.device) -> Tensor:
         return self.constant("slopes", device, lambda: torch.tensor(self.slopes, dtype=torch.float32, device="cpu"))
@@ -63,25 +74,29 @@ class ALiBi(DistanceBias):
         """slope j - slope i as a sum of exact products.
 
         Neither a position beyond 256 nor most slopes are bfloat16 numbers, so both are cut into limbs that are. The
-        query's own term is subtracted although the softmax ignores it: it keeps the sums small, where float32 is fine.
+        query's own term is subtracted although the softmax ignores it, right after its counterpart: sums stay small,
+        where float32 is fine.
         """
-        cuts, base, limbs, weights = LIMBS[dtype]
+        cuts, base, count, weights = LIMBS[dtype]
         origin = positions.query[:, -1:]
-        at_query, at_key = positions.query - origin, positions.key - origin
-        parts = [torch.fmod(torch.div(at_key, base**n, rounding_mode="trunc"), base) for n in range(limbs)]
-        parts += [torch.full_like(at_key, int(weight)) for weight in weights]
+        of_query, of_key = [], []
+        at_query = [limb[:, None, :] for limb in position_limbs(positions.query - origin, base, count)]
+        at_key = position_limbs(positions.key - origin, base, count)
         rest = torch.tensor(self.slopes, dtype=torch.float64, device=origin.device)[None, :, None] / scaling
-        columns: list[Tensor] = []
         for cut in cuts:
             slope = rest.to(cut).double()
             rest = rest - slope
-            columns += [(slope * float(base**n)).expand(1, -1, at_query.shape[1]) for n in range(limbs)]
-            constant = -slope * at_query[:, None, :]
-            for weight in weights:
-                columns.append((constant / weight).to(dtype).double())
-                constant = constant - columns[-1] * weight
-        padding = -len(columns) % WIDTH
-        rows = at_query.shape[0]
-        of_query = torch.stack([column.expand(rows, -1, -1) for column in columns], -1).to(dtype)
-        of_key = torch.stack(parts * len(cuts), -1)[:, None].to(dtype)
-        return torch.nn.functional.pad(of_query, (0, padding)), torch.nn.functional.pad(of_key, (0, padding))
+            for n in reversed(range(count)):
+                step = slope * float(base**n)
+                of_query.append(step.expand(1, -1, positions.query.shape[1]))
+                of_key.append(at_key[n])
+                constant = -step * at_query[n]
+                for weight in weights:
+                    limb = (constant / weight).to(dtype).double()
+                    constant = constant - limb * weight
+                    of_query.append(limb)
+                    of_key.append(torch.full_like(at_key[n], int(weight)))
+        rows, padding = positions.query.shape[0], -len(of_query) % WIDTH
+        query = torch.stack([column.expand(rows, -1, -1) for column in of_query], -1).to(dtype)
+        key = torch.stack(of_key, -1)[:, None].to(dtype)
+        return nn.functional.pad(query, (0, padding)), nn.functional.pad(key, (0, padding))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, unknown
-from ..scheme import AttentionShape, Rotary
+from ..rotation import Rotary
+from ..scheme import AttentionShape
 from .checks import check_number
 
 RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..scheme import AttentionShape, Rotary
+from ..rotation import Rotary
+from ..scheme import AttentionShape
 from .checks import check_length, check_list, check_number, check_width
 from .over import ClippedRoPE, Resonance
 from .scaling import (

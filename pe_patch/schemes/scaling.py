@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..scheme import GROWTH, AttentionShape, Rotary
+from ..rotation import GROWTH, Rotary
+from ..scheme import AttentionShape
 from .checks import check_number, check_order, check_width
 
 Factor = float | Literal["auto"]

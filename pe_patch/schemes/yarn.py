@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..dialects import yarn_temperature
-from ..scheme import AttentionShape, Rotary
+from ..rotation import Rotary
+from ..scheme import AttentionShape
 from .checks import check_flag, check_length, check_number, check_order
 from .scaling import Factor, Scaled, native_parameters, stretched_frequencies
 

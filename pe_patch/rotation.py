@@ -1,0 +1,197 @@
+"""Rotation of queries and keys by position times frequency: before the cache, or at the scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import OptionError
+from .positions import Positions
+from .scheme import AttentionShape, Scheme
+
+if TYPE_CHECKING:
+    from .attention import Core
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+    """Rotate the pairs of `x`, `[batch, heads, length, head]`, by angles given as cos and sin `[batch | 1, length, r]`.
+
+    Both have the family's own layout over r = rotary_dim; dimensions outside `[start, start + r)` pass through. The
+    order of operations is Transformers', so that equal angles give equal bits.
+    """
+    width = cos.shape[-1]
+    part = x if width == x.shape[-1] else x[..., start : start + width]
+    if interleaved:
+        turned = torch.stack((-part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
+    else:
+        turned = torch.cat((-part[..., width // 2 :], part[..., : width // 2]), dim=-1)
+    rotated = part * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    if width == x.shape[-1]:
+        return rotated
+    return torch.cat((x[..., :start], rotated, x[..., start + width :]), dim=-1)
+
+
+def cos_sin(angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32."""
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+GROWTH = 2.0
+"""By how much a length regime grows when a sequence outgrows it."""
+REGIMES = 24
+
+
+class Rotary(Scheme):
+    """Rotation by position times frequency (Su et al. 2021, arXiv 2104.09864).
+
+    A subclass says `frequencies(length)`. Tables are plain float32 tensors made from the specification on first use on
+    each device, never registered buffers: no cast of the model and no uninitialised memory can reach them.
+
+    Length-dependent schemes cache keys as projected. The tokens of a first pass use the regime of their own document's
+    length; a token that comes later uses the smallest regime on a geometric grid that holds its position, for itself
+    and for all keys it looks at.
+
+    Options:
+        theta: base of the frequencies; the model's own when None.
+        original_max_position_embeddings: trained window L in tokens; the model's own when None.
+    """
+
+    mechanism = "rotary"
+
+    def __init__(
+        self, shape: AttentionShape, *, theta: float | None = None, original_max_position_embeddings: int | None = None
+    ) -> None:
+        super().__init__(shape)
+        self.theta = float(shape.rope_theta if theta is None else theta)
+        self.window = int(original_max_position_embeddings or shape.trained_length)
+        self.dim = shape.rotary_dim
+        self.expected_length: int | None = None
+        if self.dim < 2 or self.dim % 2:
+            raise OptionError(
+                f"{self.name!r} rotates pairs of dimensions, so it needs an even number of them; this attention has "
+                f"rotary_dim={self.dim} (head_dim={shape.head_dim})."
+            )
+        if self.window < 1:
+            raise OptionError(
+                f"{self.name!r} needs to know the window the model was trained for, and its config does not say: "
+                "give original_max_position_embeddings=<tokens>."
+            )
+        self._tables: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._static_factor = 1.0
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        """Inverse frequencies `[rotary_dim / 2]` (radians per token, float32) and the factor on cos and sin, for a
+        sequence of `length` tokens. Static schemes ignore the length; None means the trained window."""
+        raise NotImplementedError
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Inverse frequencies at the trained window, `[rotary_dim / 2]`, float32."""
+        return self.frequencies(self.regime_start)[0]
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied by at the trained window; logits scale by its square."""
+        return float(self.frequencies(self.regime_start)[1])
+
+    @property
+    def effective_window(self) -> int | None:
+        return self.window
+
+    @property
+    def regime_start(self) -> int:
+        """The shortest regime: nothing shorter changes the frequencies."""
+        return max(self.window, self.expected_length or 0)
+
+    def plain_frequencies(self, theta: float | None = None) -> Tensor:
+        """theta ** (-2k / r) for k = 0 .. r/2 - 1, in float32, in Transformers' order of operations."""
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.int64, device="cpu").float() / self.dim
+        return 1.0 / ((self.theta if theta is None else theta) ** exponent)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
+        inv_freq, _ = self._table("static", positions.device, [self.regime_start])
+        return positions[..., None].float() * inv_freq[0], self._static_factor
+
+    def regime(self, length: int) -> int:
+        """The length whose frequencies a first pass over a document of `length` tokens uses."""
+        return max(length, self.regime_start)
+
+    def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        """cos and sin of queries and keys, four tensors for each regime in use, led by which regime a query uses."""
+        if not self.length_dependent or positions.length is None:
+            inv_freq, factor = self._table("static", positions.query.device, [self.regime_start])
+            return self._rotations(positions, inv_freq[None], factor[None], inv_freq[None], factor[None])
+        if positions.fresh:
+            return self._prepare_first_pass(positions, positions.length)
+        return self._prepare_cached(positions, positions.length)
+
+    def _prepare_first_pass(self, positions: Positions, length: Tensor) -> tuple[Tensor, ...]:
+        distinct, which = length.unique(return_inverse=True)
+        rows = [self.frequencies(self.regime(int(n))) for n in distinct.tolist()]
+        inv_freq = torch.stack([row[0] for row in rows]).float().to(length.device)[which]
+        factor = torch.tensor([float(row[1]) for row in rows], device=length.device)[which]
+        surplus = positions.key.shape[1] - inv_freq.shape[1]  # empty slots of a static cache, hidden by the mask
+        inv_key = torch.cat((inv_freq, inv_freq[:, -1:].expand(-1, surplus, -1)), 1) if surplus else inv_freq
+        factor_key = torch.cat((factor, factor[:, -1:].expand(-1, surplus)), 1) if surplus else factor
+        return self._rotations(positions, inv_freq, factor, inv_key, factor_key)
+
+    def _prepare_cached(self, positions: Positions, length: Tensor) -> tuple[Tensor, ...]:
+        grid = [int(self.regime_start * GROWTH**step) for step in range(REGIMES)]
+        inv_freq, factor = self._table("grid", length.device, grid)
+        level = torch.bucketize(length, torch.tensor(grid, device=length.device)).clamp(max=REGIMES - 1)
+        first = level.amin(dim=1)
+        more = int((level - first[:, None]).max()) if level.shape[1] > 1 else 0
+        prepared: tuple[Tensor, ...] = (level - first[:, None],)
+        for step in range(more + 1):
+            at = (first + step).clamp(max=REGIMES - 1)[:, None]
+            prepared += self._rotations(positions, inv_freq[at], factor[at], inv_freq[at], factor[at])[1:]
+        return prepared
+
+    def _rotations(
+        self, positions: Positions, inv_query: Tensor, factor_query: Tensor, inv_key: Tensor, factor_key: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(no choice, cos and sin of the queries, cos and sin of the keys), each `[batch | 1, length, r]`, float32."""
+        sides = ((positions.query, inv_query, factor_query), (positions.key, inv_key, factor_key))
+        tables: list[Tensor] = [positions.query[:, :0]]
+        for position, inv_freq, factor in sides:
+            angles = position[..., None].float() * inv_freq
+            tables += cos_sin(angles, factor[..., None], torch.float32, self.shape.interleaved)
+        return tuple(tables)
+
+    def _rotate_both(
+        self, query: Tensor, key: Tensor, tables: tuple[Tensor, ...], kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        cos_query, sin_query, cos_key, sin_key = (table.to(query.dtype) for table in tables)
+        if kept is not None:
+            cos_key, sin_key = cos_key[:, kept], sin_key[:, kept]
+        start, interleaved = self.shape.rotary_start, self.shape.interleaved
+        return (
+            rotate(query, cos_query, sin_query, start, interleaved),
+            rotate(key, cos_key, sin_key, start, interleaved),
+        )
+
+    def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        choice, tables = positions.prepared[0], positions.prepared[1:]
+        output = None
+        for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
+            rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
+            other = core(*rotated, value, positions)
+            output = other if output is None else core.where((choice == step)[:, :, None, None], other, output)
+        return output
+
+    def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, made once."""
+        entry = self._tables.get((kind, device))
+        if entry is None:
+            rows = [self.frequencies(length) for length in lengths]
+            inv_freq = torch.stack([row[0] for row in rows]).float().to(device)
+            factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device="cpu").to(device)
+            self._static_factor = float(rows[0][1])
+            entry = self._tables[(kind, device)] = (inv_freq, factor)
+        return entry
