@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import pe_patch
 from pe_patch.errors import PePatchError
 from recipes import models, trainer
 from recipes.data import Corpus, PhaseData, micro_batches, pack
@@ -189,8 +190,11 @@ def test_a_packed_row(corpus: tuple[Corpus, Any]) -> None:
         assert not (is_target & (row["input_ids"] == 0)).any()  # 0 is the padding
 
 
-def test_documents_in_a_row_do_not_see_each_other(corpus: tuple[Corpus, Any], model: Path) -> None:
+@pytest.mark.parametrize("scheme", [None, "yarn", "alibi"])
+def test_documents_in_a_row_do_not_see_each_other(corpus: tuple[Corpus, Any], model: Path, scheme: str | None) -> None:
     network = AutoModelForCausalLM.from_pretrained(model).eval()
+    if scheme is not None:
+        pe_patch.patch_model(network, scheme, **({"factor": 4} if scheme == "yarn" else {}))
     data = PhaseData(*corpus, phase(), seed=(0,), boundaries=True)
     row = next(
         row for row in (data[number] for number in range(40)) if 8 < (row["position_ids"][1:] == 0).argmax() < 50
