@@ -65,7 +65,7 @@ def config_swaps(
         native["max_position_embeddings"] = current
     if adapter.rotary is not None:
         parameters = expressible(adapter, scheme, record)
-        if parameters is None or scheme.native_window != scheme.effective_window:
+        if parameters is None or scheme.native_window not in (None, current if window is None else window):
             theta = native_parameters(config).get("rope_theta")
             parameters = {"rope_type": FOREIGN, "rope_theta": theta}
         native["rope_parameters"] = native_parameters(config)

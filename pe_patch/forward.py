@@ -165,6 +165,34 @@ def hand_over_positions(head: Any, inner: Callable[..., Any], *args: Any, **kwar
         base.pe_position_ids = None
 
 
+def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands before the forward of a head whose scheme follows the length.
+
+    Assisted and prompt-lookup generation read the prompt and the first guesses in one pass over an empty cache. The
+    length that counts is the prompt's, so it is read by itself, as in plain generation.
+    """
+    ids, past, kept = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+    guesses = kept - 1 if type(kept) is int else 0
+    if guesses < 1 or past is None or ids is None or past.get_seq_length() > 0 or not kwargs.get("return_dict", True):
+        return inner(*args, **kwargs)
+
+    def read(start: int, stop: int, keep: int) -> Any:
+        part = {name: kwargs[name][:, start:stop] for name in ("input_ids", "position_ids") if name in kwargs}
+        mask = kwargs.get("attention_mask")
+        mask = mask[:, :stop] if mask is not None and mask.ndim == 2 else mask
+        return inner(**kwargs | part | {"attention_mask": mask, "logits_to_keep": keep})
+
+    count = ids.shape[1]
+    first, output = read(0, count - guesses, 1), read(count - guesses, count, guesses)
+    if first.get("attentions") is not None:
+        raise UnsupportedError("Assisted generation with output_attentions=True needs a scheme that ignores the length.")
+    output.logits = torch.cat((first.logits, output.logits), 1)
+    if first.get("hidden_states") is not None:
+        pairs = zip(first.hidden_states, output.hidden_states, strict=True)
+        output.hidden_states = tuple(torch.cat(pair, 1) for pair in pairs)
+    return output
+
+
 def layer_rotation(attention: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands before the attention of a layer that rotates by the scheme while other layers keep their own rotation."""
     position_ids = kwargs.get("position_ids")

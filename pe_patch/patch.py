@@ -20,11 +20,19 @@ from .adapters.adapter import NoTable, RotaryJoint
 from .attention import Backend, backend_for, check_backend
 from .configuration import config_swaps, record_of, save_swaps
 from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError, UnsupportedError
-from .forward import Runtime, base_forward, hand_over_positions, layer_rotation, set_attn_implementation
+from .forward import (
+    Runtime,
+    base_forward,
+    hand_over_positions,
+    layer_rotation,
+    read_prompt_first,
+    set_attn_implementation,
+)
 from .resolve import Layers
 from .scheme import AttentionShape, Scheme, Stacked, overrides
 from .schemes import SCHEMES
-from .swaps import Swap, apply_all, bind, undo_all
+from .schemes.find import find_scheme
+from .swaps import Chain, Swap, apply_all, bind, undo_all
 
 logger = logging.getLogger("pe_patch")
 
@@ -216,9 +224,9 @@ def _collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given:
     path, base = resolve.find_stack(head, given["submodule"])
     config = base.config
     adapter = resolve.find_adapter(base, given["adapter"])
-    cls, options = resolve.find_scheme(scheme, options)
-    options = resolve.settle_existing(config, cls, options, given["on_existing"])
     shape = adapter.shape(base, config)
+    cls, options = find_scheme(scheme, options, shape)
+    options = resolve.settle_existing(config, cls, options, given["on_existing"])
     attentions = adapter.attentions(base)
     chosen = resolve.find_layers(given["layers"], len(attentions))
     schemes = _build(cls, shape, options, base)
@@ -332,9 +340,12 @@ def _forward_swaps(
     if adapter.build_bias is not None:
         swaps.append(Swap.of(base, "pe_positions", None))
         swaps.append(bind(base, adapter.build_bias[0], _WithoutInner(adapter.build_bias[1])))
+    before_head = [read_prompt_first] if scheme.length_dependent else []
     if adapter.carry is not None and head is not base:
         swaps.append(Swap.of(base, "pe_position_ids", None))
-        swaps.append(bind(head, "forward", hand_over_positions))
+        before_head.append(hand_over_positions)
+    if before_head and head is not base:
+        swaps.append(bind(head, "forward", Chain(*before_head)))
     return swaps
 
 

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from . import dialects
 from .adapters import ADAPTERS, Adapter
 from .adapters.adapter import native_parameters, native_window
-from .dialects import Specification
 from .errors import AlreadyPatchedError, OptionError, PePatchError, UnknownNameError, UnsupportedError, nearest, unknown
 from .scheme import Scheme
-from .schemes import ALIASES, SCHEMES
+from .schemes import SCHEMES
 
 WRAPPERS = ("_orig_mod", "module")
 """Where torch.compile and data parallelism keep the model that they wrap."""
@@ -92,28 +91,6 @@ def _unknown_family(family: str) -> UnknownFamilyError:
     )
 
 
-def find_scheme(scheme: Any, options: dict[str, Any]) -> tuple[type[Scheme], dict[str, Any]]:
-    """A scheme's class and options from its name, its class or a dict in any config dialect."""
-    if isinstance(scheme, dict):
-        specification = dialects.read(scheme)
-        if not isinstance(specification, Specification):
-            raise UnsupportedError(
-                f"This dict has different parameters for {', '.join(specification)}; patch with those of one of them."
-            )
-        if both := sorted(set(specification.options) & set(options)):
-            raise OptionError(f"{both[0]!r} is given both in the dict and as a keyword; give it once.")
-        scheme, options = specification.scheme, {**specification.options, **options}
-    if isinstance(scheme, str):
-        name = ALIASES.get(scheme, scheme)
-        if name not in SCHEMES:
-            raise unknown("scheme", scheme, [*SCHEMES, *ALIASES])
-        scheme = SCHEMES[name]
-    if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
-        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {scheme!r}.")
-    scheme.check_options(options)
-    return scheme, dict(options)
-
-
 EXISTING = ("error", "replace", "compose")
 
 
@@ -136,8 +113,18 @@ def settle_existing(config: Any, scheme: type[Scheme], options: dict[str, Any], 
                 f"{scheme.name!r} over an existing {kind!r} has no meaning; only {', '.join(able)} compose. Use "
                 "on_existing='replace'."
             )
-        return {"over": parameters, **options}
+        return {"over": _existing_scheme(config, parameters), **options}
     return options
+
+
+def _existing_scheme(config: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The scaling that a config carries, in our own words; a factor may follow from its two lengths."""
+    lengths = ("max_position_embeddings", "original_max_position_embeddings")
+    around = {name: value for name in lengths if (value := getattr(config, name, None)) is not None}
+    found = dialects.read({"rope_parameters": parameters, **around})
+    if not isinstance(found, dialects.Specification):
+        raise UnsupportedError(f"This config has different parameters for {', '.join(found)}, which do not compose.")
+    return {"scheme": found.scheme, **found.options}
 
 
 def _short(parameters: dict[str, Any]) -> str:

@@ -65,8 +65,12 @@ class Rotary(Scheme):
         self, shape: AttentionShape, *, theta: float | None = None, original_max_position_embeddings: int | None = None
     ) -> None:
         super().__init__(shape)
-        self.theta = float(shape.rope_theta if theta is None else theta)
-        self.window = int(original_max_position_embeddings or shape.trained_length)
+        given = shape.rope_theta if theta is None else theta
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given < float("inf"):
+            raise OptionError(f"{self.name!r} got theta={given!r}; the base of the frequencies is a number above 1.")
+        self.theta = float(given)
+        length = original_max_position_embeddings
+        self.window = shape.trained_length if length is None else int(length)
         self.dim = shape.rotary_dim
         self.expected_length: int | None = None
         if self.dim < 2 or self.dim % 2:
@@ -106,10 +110,17 @@ class Rotary(Scheme):
         """The shortest regime: nothing shorter changes the frequencies."""
         return max(self.window, self.expected_length or 0)
 
-    def plain_frequencies(self, theta: float | None = None) -> Tensor:
-        """theta ** (-2k / r) for k = 0 .. r/2 - 1, in float32, in Transformers' order of operations."""
-        exponent = torch.arange(0, self.dim, 2, dtype=torch.int64, device="cpu").float() / self.dim
-        return 1.0 / ((self.theta if theta is None else theta) ** exponent)
+    def plain_frequencies(
+        self, theta: float | None = None, stretch: float | Tensor = 1.0, pairs: int | None = None
+    ) -> Tensor:
+        """1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 when None; float32.
+
+        The order of operations is Transformers', which is to be met bit for bit: torch computes powers by vectors of
+        eight and what is left over one by one, so that cutting or dividing afterwards would round differently.
+        """
+        count = self.dim if pairs is None else 2 * pairs
+        exponent = torch.arange(0, count, 2, dtype=torch.int64, device="cpu").float() / self.dim
+        return 1.0 / (stretch * (self.theta if theta is None else theta) ** exponent)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
         inv_freq, _ = self._table("static", positions.device, [self.regime_start])
@@ -132,7 +143,7 @@ class Rotary(Scheme):
         distinct, which = length.unique(return_inverse=True)
         rows = [self.frequencies(self.regime(int(n))) for n in distinct.tolist()]
         inv_freq = torch.stack([row[0] for row in rows]).float().to(length.device)[which]
-        factor = torch.tensor([float(row[1]) for row in rows], device=length.device)[which]
+        factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device=length.device)[which]
         surplus = positions.key.shape[1] - inv_freq.shape[1]  # empty slots of a static cache, hidden by the mask
         inv_key = torch.cat((inv_freq, inv_freq[:, -1:].expand(-1, surplus, -1)), 1) if surplus else inv_freq
         factor_key = torch.cat((factor, factor[:, -1:].expand(-1, surplus)), 1) if surplus else factor

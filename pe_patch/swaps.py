@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -98,6 +99,18 @@ class Bound:
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(getattr(type(self.module), self.name))
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Chain:
+    """Several functions on one joint, the first outermost."""
+
+    def __init__(self, *functions: Callable[..., Any]) -> None:
+        self.functions = functions
+
+    def __call__(self, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for function in reversed(self.functions):
+            inner = partial(function, module, inner)
+        return inner(*args, **kwargs)
 
 
 def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> Swap:

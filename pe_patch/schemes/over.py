@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, unknown
+from ..errors import OptionError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .checks import check_number
+from .find import find_scheme
 
 RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")
 
@@ -22,26 +23,12 @@ def build_inner(
 ) -> Rotary:
     """The rotary scheme that `over` names (a name, or a dict in any dialect; plain RoPE when None), with the options
     `shared` where it does not set them itself."""
-    from . import ALIASES, SCHEMES  # here, because the registry imports this file
-
-    name, options = "rope" if over is None else over, {}
-    if isinstance(over, Mapping):
-        from ..dialects import Specification, read
-
-        specification = read(dict(over))
-        if not isinstance(specification, Specification):
-            raise OptionError(f"{scheme!r} got a different `over` for each layer type; give the one of these layers.")
-        name, options = specification.scheme, dict(specification.options)
-    if not isinstance(name, str):
+    if not isinstance(over, str | Mapping | None):
         raise OptionError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
-    inner = SCHEMES.get(ALIASES.get(name, name))
-    if inner is None:
-        raise unknown("scheme", name, SCHEMES)
+    given = {option: value for option, value in shared.items() if value is not None}
+    inner, options = find_scheme("rope" if over is None else over, given, shape)
     if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):
-        raise OptionError(f"{scheme!r} changes rotary frequencies, and {name!r} is not defined by frequencies alone.")
-    for option, value in shared.items():
-        if value is not None and options.setdefault(option, value) != value:
-            raise OptionError(f"{scheme!r} got {option}={value!r} and, in `over`, {options[option]!r}; give it once.")
+        raise OptionError(f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone.")
     built = inner(shape, **options)
     assert isinstance(built, Rotary)
     return built

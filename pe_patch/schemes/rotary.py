@@ -21,7 +21,6 @@ from .scaling import (
     NTKByParts,
     Scaled,
     native_parameters,
-    stretched_frequencies,
 )
 from .yarn import DynamicYaRN, YaRN
 
@@ -96,7 +95,7 @@ class Proportional(Scaled):
             )
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        turning = stretched_frequencies(self, 1.0, self.turning) / self.factor_at(length)
+        turning = self.plain_frequencies(pairs=self.turning) / self.factor_at(length)
         return nn.functional.pad(turning, (0, self.dim // 2 - self.turning)), 1.0
 
     def native(self) -> dict[str, Any] | None:
@@ -145,6 +144,8 @@ class DynamicNTK(Rotary):
 
     @property
     def effective_window(self) -> int | None:
+        if self.factor == 1 and self.expected_length is None:
+            return None  # it follows the length without end, and starts to work where the window ends
         return max(int(self.factor * self.window), self.expected_length or 0)
 
     @property
@@ -207,7 +208,7 @@ class LongRoPE(Rotary):
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         stretch = self.long if length is not None and length > self.window else self.short
-        return stretched_frequencies(self, torch.tensor(stretch, dtype=torch.float32, device="cpu")), self.scale
+        return self.plain_frequencies(stretch=torch.tensor(stretch, dtype=torch.float32, device="cpu")), self.scale
 
     @property
     def length_dependent(self) -> bool:

@@ -15,17 +15,6 @@ from .checks import check_number, check_order, check_width
 Factor = float | Literal["auto"]
 
 
-def stretched_frequencies(scheme: Rotary, stretch: float | Tensor, pairs: int | None = None) -> Tensor:
-    """1 / (stretch theta^(2k / r)) for the first `pairs` k, all when None; float32.
-
-    Dividing the plain frequencies, or cutting them off, would round differently from Transformers, which is to be met
-    bit for bit: torch computes powers by vectors of eight and what is left over one by one.
-    """
-    exponent = torch.arange(0, 2 * pairs if pairs else scheme.dim, 2, dtype=torch.int64, device="cpu").float()
-    exponent = exponent / scheme.dim
-    return 1.0 / (stretch * scheme.theta**exponent)
-
-
 def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
     """The v5 `rope_parameters` of `rope_type`, with the base and, where only a part of each head rotates, that part."""
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.theta, **values}

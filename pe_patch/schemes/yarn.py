@@ -12,7 +12,7 @@ from ..dialects import yarn_temperature
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .checks import check_flag, check_length, check_number, check_order
-from .scaling import Factor, Scaled, native_parameters, stretched_frequencies
+from .scaling import Factor, Scaled, native_parameters
 
 
 class YaRN(Scaled):
@@ -91,7 +91,7 @@ class YaRN(Scaled):
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         plain = self.plain_frequencies()
-        slowed = stretched_frequencies(self, factor)
+        slowed = self.plain_frequencies(stretch=factor)
         kept = 1 - self.ramp()
         return slowed * (1 - kept) + plain * kept, self.attention_factor_at(factor)
 
@@ -153,8 +153,9 @@ class DynamicYaRN(YaRN):
 
     @property
     def effective_window(self) -> int | None:
-        limit = self.window if math.isinf(self.cap) else int(self.cap * self.window)
-        return max(limit, self.expected_length or 0)
+        if math.isinf(self.cap):
+            return self.expected_length
+        return max(int(self.cap * self.window), self.expected_length or 0)
 
     @property
     def native_window(self) -> int | None:

@@ -1,0 +1,57 @@
+"""From a scheme's name, class or dict to the class and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..dialects import Specification, read
+from ..errors import OptionError, UnknownNameError, unknown
+from ..scheme import AttentionShape, Scheme
+
+
+def find_scheme(
+    scheme: Any, options: Mapping[str, Any], shape: AttentionShape | None = None
+) -> tuple[type[Scheme], dict[str, Any]]:
+    """A scheme's class and its options, checked against each other.
+
+    Args:
+        scheme: a name or alias, a `Scheme` class, or a dict in any config dialect.
+        options: further options; none may also stand in the dict.
+        shape: where known, a dict that says how much of the head rotates is compared with it.
+    """
+    from . import ALIASES, SCHEMES  # here, because schemes over others find them with this function
+
+    options = dict(options)
+    if isinstance(scheme, Mapping):
+        specification = read(dict(scheme))
+        if not isinstance(specification, Specification):
+            raise OptionError(
+                f"This dict has parameters for each layer type ({', '.join(specification)}); give those of one of them."
+            )
+        for option, value in specification.options.items():
+            if options.setdefault(option, value) != value:
+                raise OptionError(f"{option}={options[option]!r} and, in the dict, {value!r}; give it once.")
+        _check_width(specification, shape)
+        scheme = specification.scheme
+    if isinstance(scheme, str):
+        name = ALIASES.get(scheme, scheme)
+        if name not in SCHEMES:
+            raise unknown("scheme", scheme, [*SCHEMES, *ALIASES])
+        scheme = SCHEMES[name]
+    if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
+        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {scheme!r}.")
+    scheme.check_options(options)
+    return scheme, options
+
+
+def _check_width(specification: Specification, shape: AttentionShape | None) -> None:
+    """A dict whose `partial_rotary_factor` is not the model's would otherwise be half ignored."""
+    part = specification.partial_rotary_factor
+    if part is None or shape is None or specification.scheme == "proportional":
+        return
+    if int(part * shape.head_dim) != shape.rotary_dim:
+        raise OptionError(
+            f"The dict rotates {part:g} of each head, and this model {shape.rotary_dim} of {shape.head_dim} dimensions; "
+            "which ones rotate is fixed when a model is built."
+        )
