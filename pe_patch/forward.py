@@ -44,8 +44,8 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
         kwargs[name] = value
     if base.config._attn_implementation not in BY_IMPLEMENTATION:
         raise NoEffectError(
-            f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which would "
-            f"drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
+            f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
+            f"would drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
         )
     handed = getattr(base, "pe_position_ids", None)
     if handed is not None:
@@ -145,8 +145,8 @@ def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, expli
     if longest <= window:
         return
     message = (
-        f"A sequence of {longest} tokens is beyond the {window} that {runtime.scheme.name!r} is set up for on this model; "
-        "give the scheme a larger factor (or window, or max_positions)."
+        f"A sequence of {longest} tokens is beyond the {window} that {runtime.scheme.name!r} is set up for on this "
+        "model; give the scheme a larger factor (or window, or max_positions)."
     )
     if hard or runtime.strict:
         raise BeyondWindowError(message)
@@ -165,6 +165,9 @@ def hand_over_positions(head: Any, inner: Callable[..., Any], *args: Any, **kwar
         base.pe_position_ids = None
 
 
+CUT = ("input_ids", "position_ids")
+
+
 def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands before the forward of a head whose scheme follows the length.
 
@@ -177,7 +180,7 @@ def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs
         return inner(*args, **kwargs)
 
     def read(start: int, stop: int, keep: int) -> Any:
-        part = {name: kwargs[name][:, start:stop] for name in ("input_ids", "position_ids") if name in kwargs}
+        part = {name: kwargs[name][:, start:stop] for name in CUT if kwargs.get(name) is not None}
         mask = kwargs.get("attention_mask")
         mask = mask[:, :stop] if mask is not None and mask.ndim == 2 else mask
         return inner(**kwargs | part | {"attention_mask": mask, "logits_to_keep": keep})
@@ -185,7 +188,9 @@ def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs
     count = ids.shape[1]
     first, output = read(0, count - guesses, 1), read(count - guesses, count, guesses)
     if first.get("attentions") is not None:
-        raise UnsupportedError("Assisted generation with output_attentions=True needs a scheme that ignores the length.")
+        raise UnsupportedError(
+            "Assisted generation with output_attentions=True needs a scheme that ignores the length."
+        )
     output.logits = torch.cat((first.logits, output.logits), 1)
     if first.get("hidden_states") is not None:
         pairs = zip(first.hidden_states, output.hidden_states, strict=True)
@@ -198,8 +203,8 @@ def layer_rotation(attention: Any, inner: Callable[..., Any], *args: Any, **kwar
     position_ids = kwargs.get("position_ids")
     if position_ids is None or "position_embeddings" not in kwargs:
         raise NoEffectError(
-            f"{type(attention).__name__} is not handed position_ids, so that `layers=` would have no effect there; patch "
-            "all layers instead."
+            f"{type(attention).__name__} is not handed position_ids, so that `layers=` would have no effect there; "
+            "patch all layers instead."
         )
     cos, _ = kwargs["position_embeddings"]
     kwargs["position_embeddings"] = attention.__dict__["pe_joint"](cos, position_ids)

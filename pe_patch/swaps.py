@@ -106,6 +106,7 @@ class Chain:
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         self.functions = functions
+        self.__name__ = ", ".join(function.__name__ for function in functions)
 
     def __call__(self, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for function in reversed(self.functions):
