@@ -133,3 +133,29 @@ def error(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected value where that exceeds 1."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """All of a model that a patch may touch, to be compared with `==` or `unchanged`."""
+    config = model.config
+    return {
+        "attributes": {
+            name: (type(module).__name__, sorted(module.__dict__), sorted(module._modules))
+            for name, module in model.named_modules()
+        },
+        "config": {**config.to_dict(), "own": sorted(config.__dict__), "attention": config._attn_implementation},
+        "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "logits": logits(model, tokens(2, 20)),
+    }
+
+
+def unchanged(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether two snapshots are the same, tensors bit for bit."""
+    plain = ("attributes", "config", "trainable")
+    return (
+        all(before[key] == after[key] for key in plain)
+        and before["weights"].keys() == after["weights"].keys()
+        and all(torch.equal(before["weights"][name], tensor) for name, tensor in after["weights"].items())
+        and torch.equal(before["logits"], after["logits"])
+    )

@@ -1,0 +1,165 @@
+"""What a patch leaves behind: nothing, whatever happened to the model in between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from pe_patch import PePatchError, describe, patch_model, patched, unpatch_model
+
+from .models import CASES, FAMILIES, WINDOW, build, case, error, logits, put, snapshot, tokens, unchanged, wearing
+
+NAMES = ("yarn", "dynamic_ntk", "alibi", "learned", "nope")
+cells = pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in NAMES])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_undo_is_exact(family, name):
+    model = build(family)
+    before = snapshot(model)
+    put(model, name)
+    assert describe(model).scheme == name.split(" ")[0]
+    assert str(describe(model))
+    assert snapshot(model)["attributes"] != before["attributes"]
+    logits(model, tokens(2, 40))
+    assert unpatch_model(model) is model
+    assert unchanged(before, snapshot(model))
+    with pytest.raises(PePatchError, match="no patch"):
+        unpatch_model(model)
+
+
+@cells
+def test_undone_after_an_exception(family, name):
+    model, (scheme, options) = build(family), case(family, name)
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError), patched(model, scheme, **options) as inside:
+        assert inside is model and describe(model).scheme == scheme
+        logits(model, tokens(1, 8))
+        raise ZeroDivisionError
+    assert unchanged(before, snapshot(model))
+
+
+TARGETS = {"llama": ["q_proj", "v_proj"], "gpt_neox": ["query_key_value"], "bloom": ["query_key_value"]}
+
+
+def adapted(model):
+    """A PEFT model whose adapter does something."""
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[model.config.model_type]))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return peft.eval()
+
+
+@cells
+def test_peft_over_and_under(family, name):
+    ids = tokens(2, 40)
+    plain = logits(adapted(build(family)), ids)
+    over = put(build(family), name)
+    alone = logits(over, ids)
+    over = adapted(over)
+    under = adapted(build(family))
+    scheme, options = case(family, name)
+    assert patch_model(under, scheme, **options) is under
+    if name == "learned":
+        under.load_state_dict({k: v for k, v in over.state_dict().items() if "position_schemes" in k}, strict=False)
+    assert torch.equal(logits(over, ids), logits(under, ids))
+    assert error(logits(over, ids), alone) > 1e-3
+    for model in (over, under):
+        assert describe(model).scheme == scheme
+        unpatch_model(model)
+        assert torch.equal(logits(model, ids), plain)
+
+
+@cells
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_live_their_own_lives(family, name, duplicate):
+    model, ids = build(family), tokens(2, 40)
+    native = snapshot(model)
+    with_patch = logits(put(model, name), ids)
+    twin = duplicate(model)
+    assert torch.equal(logits(twin, ids), with_patch)
+    unpatch_model(twin)
+    assert unchanged(native, snapshot(twin))
+    assert torch.equal(logits(model, ids), with_patch)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(model, ids), with_patch)
+    unpatch_model(model)
+    assert unchanged(native, snapshot(model))
+
+
+@cells
+def test_training_while_patched_changes_weights_alone(family, name):
+    model, ids = build(family), tokens(2, 40)
+    before = snapshot(model)
+    put(model, name).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    if name == "learned":
+        table = next(p for n, p in model.named_parameters() if "position_schemes" in n)
+        assert table.grad is not None and table.grad.abs().max() > 0
+    unpatch_model(model.eval())
+    after = snapshot(model)
+    assert all(after[key] == before[key] for key in ("attributes", "config", "trainable"))
+    assert any(not torch.equal(after["weights"][key], weight) for key, weight in before["weights"].items())
+    fresh = build(family, seed=11)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits(fresh, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_models_interleaved(family):
+    names, ids = ("yarn", "alibi"), [tokens(2, 40, seed=seed) for seed in (1, 2)]
+    expected = {name: [logits(put(build(family), name), one) for one in ids] for name in names}
+    models = {name: put(build(family), name) for name in names}
+    for index, one in enumerate(ids):
+        for name, model in models.items():
+            assert torch.equal(logits(model, one), expected[name][index])
+    unpatch_model(models["yarn"])
+    assert torch.equal(logits(models["alibi"], ids[0]), expected["alibi"][0])
+
+
+@cells
+def test_checkpointing_with_two_forwards_before_a_backward(family, name):
+    """A layer runs again in backward, after another pass has come between."""
+    batches = [tokens(2, 40), tokens(1, 12, seed=3)]
+
+    def gradients(checkpointing: bool):
+        model = put(build(family), name).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        losses = [model(input_ids=ids, labels=ids).loss for ids in batches]
+        sum(losses).backward()
+        return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys() and expected
+    for key, gradient in expected.items():
+        assert error(found[key], gradient) < 1e-6, key
+
+
+WINDOWS = {"yarn": 64, "linear": 64, "learned": 64, "rope": WINDOW, "alibi": None, "nope": None, "linear auto": None}
+"""The effective window of each case; None where nothing bounds it and the config is left alone."""
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_tells_the_effective_window(family, name):
+    model = build(family)
+    had = family != "bloom"
+    assert hasattr(model.config, "max_position_embeddings") == had
+    with wearing(model, name):
+        found = getattr(model.config, "max_position_embeddings", None)
+        assert found == (WINDOWS[name] or (WINDOW if had else None))
+        assert found is None or type(found) is int
+    assert hasattr(model.config, "max_position_embeddings") == had
+    assert not had or model.config.max_position_embeddings == WINDOW
