@@ -97,7 +97,9 @@ def demo(
     from rich.console import Console
 
     from pe_patch import demo as demonstration
+    from pe_patch.loading import quiet_host
 
+    quiet_host()
     settings = demonstration.quick(output) if quick else demonstration.Settings(output=output)
     chosen = replace(settings, from_scratch=from_scratch, seed=seed, steps=settings.steps if steps is None else steps)
     results = demonstration.run(chosen, Console(stderr=as_json))
@@ -178,6 +180,7 @@ def evaluate(
 ) -> None:
     """Measure a model at several lengths; every score stands beside the same questions within its window."""
     from pe_patch import evaluation, loading
+    from pe_patch.evaluation.tables import summary
 
     loaded, tokenizer = loading.load(model, dtype, device)
     loading.apply(loaded, scheme, factor, option, on_existing)
@@ -198,7 +201,7 @@ def evaluate(
     if as_json:
         _print_results(results)
     else:
-        _console().print(evaluation.tables.summary(results))
+        _console().print(summary(results))
     if output is not None:
         page = evaluation.write_report(results, output, title=f"Evaluation of {model}", command=_command_line())
         typer.echo(f"Report: {page}", err=True)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pe_patch.errors import CheckpointError, PePatchError
+from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.report import write_report
 from pe_patch.evaluation.results import Cell, Results
@@ -69,15 +70,16 @@ def run(settings: Settings, console: Console | None = None) -> Results:
     started = time.perf_counter()
     source = _train_base(settings, console) if settings.from_scratch else BASE
     model, tokenizer = load_base(source)
+    corpus = Corpus.load(tokenizer, "stdlib", needed=max(settings.lengths))
     console.print(f"[bold]Without training[/]: factor {FACTOR}, {', '.join(map(str, settings.lengths))} tokens")
     results = Results()
     for scheme in (UNTOUCHED, *settings.schemes):
         with _scheme(model, scheme):
-            results += _measure(model, tokenizer, scheme, settings, console)
+            results += _measure(model, tokenizer, corpus, scheme, settings, console)
     if settings.steps != 0:
         console.print("[bold]Fine-tuning with YaRN[/]: recipe tiny_yarn")
         tuned = fine_tune(source, settings)
-        results += _measure(tuned, tokenizer, TUNED, settings, console)
+        results += _measure(tuned, tokenizer, corpus, TUNED, settings, console)
     results.config.update(scheme=", ".join(results.values("scheme")), model=_model_name(source, settings))
     results.config.update(factor=FACTOR, seconds=round(time.perf_counter() - started, 1))
     console.print(table(results))
@@ -160,7 +162,7 @@ def _scheme(model: Any, scheme: str) -> Iterator[None]:
         yield
 
 
-def _measure(model: Any, tokenizer: Any, label: str, settings: Settings, console: Console) -> Results:
+def _measure(model: Any, tokenizer: Any, corpus: Corpus, label: str, settings: Settings, console: Console) -> Results:
     started = time.perf_counter()
     found = evaluate(
         model,
@@ -169,6 +171,7 @@ def _measure(model: Any, tokenizer: Any, label: str, settings: Settings, console
         settings.lengths,
         samples=settings.samples,
         seed=settings.seed,
+        text=corpus,
         control_length=settings.lengths[0],
         beyond_window=True,  # the untouched model is taken past its window on purpose
         autocast=_autocast(),

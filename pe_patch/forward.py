@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from .attention import BY_IMPLEMENTATION, backend_for, check_backend
@@ -102,7 +102,7 @@ def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor
     return from_mask(mask).index_select(1, index)
 
 
-def _open_cache(base: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _open_cache(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Make the cache that the host would make, since the positions of cached keys are remembered on it."""
     use_cache = kwargs.get("use_cache")
     use_cache = base.config.use_cache if use_cache is None else use_cache

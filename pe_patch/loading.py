@@ -23,6 +23,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
 
     if dtype not in DTYPES:
         raise OptionError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
+    quiet_host()
     _check_folder(name)
     saved, _ = PreTrainedConfig.get_config_dict(name)
     read = load_patched if saved.get("pe_patch") else AutoModelForCausalLM.from_pretrained
@@ -85,6 +86,13 @@ def continue_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int) ->
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True), ids.shape[1]
+
+
+def quiet_host() -> None:
+    """Switch off Transformers' progress bars for loading and saving, which drown what a command has to say."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _check_folder(name: str) -> None:

@@ -187,13 +187,13 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
     embeds = overrides(scheme, "embed")
     if at_scores and not adapter.carries:
         raise UnsupportedError(
-            f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. Static "
-            "rotary schemes, embeddings and 'nope' work on it."
+            f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
+            "Static rotary schemes, embeddings and 'nope' work on it."
         )
     if at_scores and turns and adapter.late_norm:
         raise UnsupportedError(
-            f"{scheme.name!r} rotates at the scores, and this family normalises queries and keys after rotating. Static "
-            "rotary schemes work on it."
+            f"{scheme.name!r} rotates at the scores, and this family normalises queries and keys after rotating. "
+            "Static rotary schemes work on it."
         )
     if keep_native and turns and adapter.rotary is not None:
         raise OptionError(
@@ -203,7 +203,7 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
         raise OptionError("keep_native=True would add two learned tables; leave it out.")
     if len(chosen) < count and (embeds or adapter.learned):
         raise OptionError(
-            f"layers= has no meaning for {scheme.name!r} here: what is added to the input embeddings reaches every layer."
+            f"layers= has no meaning for {scheme.name!r} here: what is added to the input embeddings reaches them all."
         )
     return _Plan(turns, at_joint, at_scores, embeds)
 
@@ -353,7 +353,7 @@ def _verify(patch: Patch, probe: bool) -> None:
     """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
     base, adapter = patch.base, patch.adapter
     if adapter.rotary is not None and not patch.keep_native and len(patch.layers) == patch.shape.num_layers:
-        joint = getattr(base, adapter.rotary)
+        joint: Any = getattr(base, adapter.rotary)
         expected = (
             patch.scheme.inv_freq if joint.__dict__.get("scheme") is not None else torch.zeros_like(joint.inv_freq)
         )
@@ -367,7 +367,7 @@ def _verify(patch: Patch, probe: bool) -> None:
         attention.__dict__["pe_probe"] = reached
     try:
         with torch.no_grad():
-            ids = torch.ones(1, 3, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+            ids = torch.ones(1, 3, dtype=torch.long, device=base.device)
             base(input_ids=ids, use_cache=False)
     finally:
         for attention in attentions:

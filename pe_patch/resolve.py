@@ -57,7 +57,7 @@ def find_stack(head: PreTrainedModel, submodule: str | None) -> tuple[str, PreTr
         if len(found) == 1:
             return next(iter(found.items()))
         raise UnsupportedError(
-            f"{type(head).__name__} has several attention stacks; say which with submodule=: {', '.join(sorted(found))}."
+            f"{type(head).__name__} has several attention stacks; say which with submodule: {', '.join(sorted(found))}."
         )
     matching = {n: m for n, m in found.items() if n == submodule or submodule in n.split(".")}
     if len(matching) == 1:
@@ -85,9 +85,9 @@ class UnknownFamilyError(UnsupportedError, UnknownNameError):
 
 def _unknown_family(family: str) -> UnknownFamilyError:
     return UnknownFamilyError(
-        f"The family {family!r} has no adapter.{nearest(family, ADAPTERS)} If its forward calls `rotary_emb` once and the "
-        "attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is all it "
-        f"takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
+        f"The family {family!r} has no adapter.{nearest(family, ADAPTERS)} If its forward calls `rotary_emb` once and "
+        "the attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is "
+        f"all it takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
     )
 
 
@@ -102,8 +102,8 @@ def settle_existing(config: Any, scheme: type[Scheme], options: dict[str, Any], 
         return options
     if on_existing == "error":
         raise AlreadyPatchedError(
-            f"This model already carries rope_type={kind!r} ({_short(parameters)}): a second scaling on top would not mean "
-            f"what it says. on_existing='replace' starts again from its original window of {native_window(config)} tokens "
+            f"This model already carries rope_type={kind!r} ({_short(parameters)}): a second one on top would not "
+            f"mean what it says. on_existing='replace' starts again from its window of {native_window(config)} tokens "
             f"and theta {parameters.get('rope_theta')}; on_existing='compose' builds on it where that has a meaning."
         )
     if on_existing == "compose":

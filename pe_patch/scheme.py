@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class Scheme(nn.Module):
         return hidden
 
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
-        """Angles by which pairs of a head rotate, `[batch | 1, query, rotary_dim / 2]`, and the factor on cos and sin."""
+        """Angles by which pairs of a head rotate, `[batch | 1, query, rotary_dim / 2]`, and a factor on cos and sin."""
         return None
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
@@ -158,7 +158,7 @@ class Scheme(nn.Module):
         return False
 
     def adopt(self, table: Tensor) -> None:
-        """Take over the learned positions that the model had, `[positions, hidden]`; most schemes have no use for them."""
+        """Take over the learned positions that the model had, `[positions, hidden]`, where they are of use."""
 
     def constant(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """A float32 table made from the specification on first use on each device. Not a buffer: no cast of the model
@@ -228,10 +228,12 @@ class Stacked(Scheme):
 
     def __init__(self, encoder: Scheme, scorer: Scheme) -> None:
         super().__init__(encoder.shape)
-        self.__dict__.update(name=f"{encoder.name} + {scorer.name}", encoder=encoder, scorer=scorer)
+        self.__dict__.update(name=f"{encoder.name} + {scorer.name}")
+        self.parts = (encoder, scorer)  # a tuple: each is registered elsewhere
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        return self.encoder.attend(query, key, value, positions, _Through(core, self.scorer))
+        encoder, scorer = self.parts
+        return encoder.attend(query, key, value, positions, cast("Core", _Through(core, scorer)))
 
 
 @dataclass

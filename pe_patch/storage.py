@@ -9,7 +9,8 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from .configuration import FOREIGN, VERSION
 from .errors import CheckpointError, PePatchError
@@ -33,7 +34,7 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         raise CheckpointError(f"{path} was not saved from a patched model; load it with AutoModelForCausalLM instead.")
     if record.get("version", 0) > VERSION:
         raise CheckpointError(
-            f"{path} was saved by a newer pe_patch (record version {record['version']}, this one reads {VERSION}); upgrade."
+            f"{path} was saved by a newer pe_patch (record version {record['version']}, not {VERSION}): upgrade."
         )
     config = native_config(stored, record["native"])
     architecture = (stored.get("architectures") or [None])[0]

@@ -54,7 +54,7 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "gpt_oss": Adapter(layout="single", summary="gpt-oss-20b, gpt-oss-120b"),
         "smollm3": Adapter(rotates="use_rope", summary="SmolLM3"),
         "gpt2": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="GPT-2, DistilGPT-2"),
-        "gpt_bigcode": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="StarCoder, SantaCoder"),
+        "gpt_bigcode": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="StarCoder 1"),
         "opt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="OPT, Galactica"),
         "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
     }

@@ -12,6 +12,7 @@ _WHERE = {
     "Wording": "retrieval",
     "RetrievalSample": "retrieval",
     "make_sample": "retrieval",
+    "Corpus": "corpus",
     "TASKS": "tasks",
     "Needle": "tasks",
     "Passkey": "tasks",

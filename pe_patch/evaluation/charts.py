@@ -12,15 +12,29 @@ import numpy as np
 from pe_patch.evaluation.results import Results
 from pe_patch.evaluation.tables import pivots
 
-LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "faint": "#d5d9de", "muted": "#656d76"}
-DARK = {"paper": "#16191d", "ink": "#e6e9ed", "faint": "#363c44", "muted": "#9aa3ad"}
+Colours = Mapping[str, Any]
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the first is for the untouched model.
-SERIES = ("#8a8f98", "#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#d55e00", "#0072b2", "#b8a500")
+_SERIES = ("#8a8f98", "#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#d55e00")
+LIGHT: Colours = {
+    "paper": "#ffffff",
+    "ink": "#1f2328",
+    "faint": "#d5d9de",
+    "muted": "#656d76",
+    "series": (*_SERIES, "#0072b2", "#000000"),
+}
+DARK: Colours = {
+    "paper": "#16191d",
+    "ink": "#e6e9ed",
+    "faint": "#363c44",
+    "muted": "#9aa3ad",
+    "series": (*_SERIES, "#f0e442", "#ffffff"),
+}
 MARKERS = "osD^vPX*"
 
 
 @contextmanager
-def _figure(rows: int, columns: int, size: tuple[float, float], colours: Mapping[str, str]) -> Iterator[Any]:
+def _figure(rows: int, columns: int, size: tuple[float, float], colours: Colours) -> Iterator[Any]:
     """A figure in the given colours, closed afterwards; drawn off screen whatever the user's backend is."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,14 +68,18 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _style(results: Results, scheme: str) -> dict[str, Any]:
+def _style(results: Results, scheme: str, colours: Colours) -> dict[str, Any]:
     """The same colour and marker for a scheme in every picture of one set of results."""
     known = results.values("scheme")
     index = known.index(scheme) if scheme in known else len(known)
-    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+    return {
+        "color": colours["series"][index % len(colours["series"])],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 5,
+    }
 
 
-def _lengths_axis(axis: Any, lengths: Sequence[int], window: int | None, colours: Mapping[str, str]) -> None:
+def _lengths_axis(axis: Any, lengths: Sequence[int], window: int | None, colours: Colours) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
     axis.minorticks_off()
@@ -78,7 +96,7 @@ def _lengths_axis(axis: Any, lengths: Sequence[int], window: int | None, colours
         )
 
 
-def loss_chart(results: Results, colours: Mapping[str, str] = LIGHT) -> bytes | None:
+def loss_chart(results: Results, colours: Colours = LIGHT) -> bytes | None:
     """Loss on the same targets against length, one line per scheme, as PNG; None where no loss was measured."""
     found = next((pivot for pivot in pivots(results) if "fixed targets" in pivot.measure), None)
     if found is None:
@@ -97,7 +115,7 @@ def loss_chart(results: Results, colours: Mapping[str, str] = LIGHT) -> bytes | 
         return _png(figure)
 
 
-def retrieval_chart(results: Results, colours: Mapping[str, str] = LIGHT) -> bytes | None:
+def retrieval_chart(results: Results, colours: Colours = LIGHT) -> bytes | None:
     """A length x depth heat map of answers for each scheme, as PNG; None where nothing was retrieved."""
     rows = [row for row in results.rows if row.depth is not None]
     if not rows:
@@ -133,7 +151,7 @@ def _short(length: int) -> str:
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
-def _heat_map(axis: Any, grid: np.ndarray, colours: Mapping[str, str]) -> Any:
+def _heat_map(axis: Any, grid: np.ndarray, colours: Colours) -> Any:
     import matplotlib
 
     # not the white-to-black ends: empty and full must both stand out from light and dark paper
@@ -148,9 +166,7 @@ def _heat_map(axis: Any, grid: np.ndarray, colours: Mapping[str, str]) -> Any:
     return image
 
 
-def wavelength_chart(
-    results: Results, frequencies: Mapping[str, np.ndarray], colours: Mapping[str, str] = LIGHT
-) -> bytes | None:
+def wavelength_chart(results: Results, frequencies: Mapping[str, np.ndarray], colours: Colours = LIGHT) -> bytes | None:
     """Each scheme's wavelengths (tokens per turn) by pair of dimensions, against the windows; None without any."""
     if not frequencies:
         return None
@@ -160,7 +176,7 @@ def wavelength_chart(
         axis = axes[0, 0]
         for scheme, inverse in frequencies.items():
             wavelengths = 2 * np.pi / np.asarray(inverse, dtype=np.float64)
-            axis.plot(wavelengths, label=scheme, linewidth=1.3, **_style(results, scheme) | {"markersize": 4})
+            axis.plot(wavelengths, label=scheme, linewidth=1.3, **_style(results, scheme, colours) | {"markersize": 4})
         axis.set_yscale("log")
         pairs = max(len(inverse) for inverse in frequencies.values())
         for name, window in windows.items():

@@ -82,7 +82,7 @@ def best_retrieval(results: Results) -> str:
 
 def _charts(
     results: Results, frequencies: Mapping[str, np.ndarray]
-) -> dict[str, Callable[[Mapping[str, str]], bytes | None]]:
+) -> dict[str, Callable[[charts.Colours], bytes | None]]:
     return {
         "loss": lambda colours: charts.loss_chart(results, colours),
         "retrieval": lambda colours: charts.retrieval_chart(results, colours),

@@ -32,7 +32,7 @@ def evaluate(
     depths: Sequence[float] = DEPTHS,
     batch_size: int | None = None,
     seed: int = 0,
-    text: str | Sequence[str] = "stdlib",
+    text: str | Sequence[str] | Corpus = "stdlib",
     control_length: int | None = None,
     beyond_window: bool = False,
     retrieval: bool = True,
@@ -44,7 +44,7 @@ def evaluate(
 
     `tasks` are names from TASKS or instances; `lengths` are in tokens, the answer included (default: the model's
     window). `samples` questions per length are shared out over `depths`. `text` is a list of documents or a source
-    `pe_patch.text.load_documents` knows. Loss alone says little about context, so a retrieval task is added unless
+    `pe_patch.text.load_documents` knows, or a Corpus, which several evaluations can share. Loss alone says little about context, so a retrieval task is added unless
     `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
     model in the rows. Raises `PePatchError` wherever a prompt would have been cut.
     """
@@ -54,7 +54,7 @@ def evaluate(
     control = control_length or min(native or min(wanted), max(wanted))
     if min(samples, control) < 1 or not depths:
         raise PePatchError("samples and control_length must be at least 1, and depths must not be empty.")
-    corpus = Corpus.load(tokenizer, text, needed=max(*wanted, control))
+    corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*wanted, control))
     bench = Bench(
         subject=Subject(model, tokenizer, batch_size, autocast),
         corpus=corpus,

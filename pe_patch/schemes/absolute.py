@@ -125,8 +125,8 @@ class Learned(Scheme):
         known, rows = table.shape[0], self.rows
         if rows > known and self.extend is None:
             raise OptionError(
-                f"The model's table has {known} positions and max_positions={rows} asks for more: say how to make them, "
-                "extend='hierarchical' or extend='interpolate'."
+                f"The model's table has {known} positions and max_positions={rows} asks for more: say how to make "
+                "them, extend='hierarchical' or extend='interpolate'."
             )
         if rows > known * known and self.extend == "hierarchical":
             raise OptionError(f"The hierarchical extension of {known} positions ends at {known * known}, not {rows}.")

@@ -33,7 +33,7 @@ def position_limbs(positions: Tensor, base: int, count: int) -> list[Tensor]:
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """One slope for each head: 2^(-8 t / p) for the largest power of two p <= heads, then every other one of 2p heads."""
+    """2^(-8 t / p) for the largest power of two p <= heads; for the other heads every other slope of 2p heads."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * t / power) for t in range(1, power + 1)]
     return slopes + [2.0 ** (-4 * t / power) for t in range(1, 2 * (heads - power), 2)]

@@ -52,6 +52,6 @@ def _check_width(specification: Specification, shape: AttentionShape | None) -> 
         return
     if int(part * shape.head_dim) != shape.rotary_dim:
         raise OptionError(
-            f"The dict rotates {part:g} of each head, and this model {shape.rotary_dim} of {shape.head_dim} dimensions; "
-            "which ones rotate is fixed when a model is built."
+            f"The dict rotates {part:g} of each head, and this model {shape.rotary_dim} of {shape.head_dim} "
+            "dimensions; which ones rotate is fixed when a model is built."
         )
