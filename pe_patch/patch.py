@@ -301,10 +301,10 @@ def _native_swaps(
 
 def _at_scores(
     adapter: Adapter, schemes: list[Scheme], plan: _Plan, keep_native: bool, chosen: list[int], attentions: list[Any]
-) -> list[Scheme | None]:
+) -> list[Scheme | Stacked | None]:
     """For each layer what acts on its scores, or None where Transformers' own attention is all there is."""
     native = SCHEMES["alibi"](schemes[0].shape) if adapter.alibi else None
-    result: list[Scheme | None] = []
+    result: list[Scheme | Stacked | None] = []
     for index, attention in enumerate(attentions):
         own = schemes[index] if len(schemes) > 1 else schemes[0]
         if index not in chosen:
@@ -321,7 +321,7 @@ def _at_scores(
 
 
 def _forward_swaps(
-    head: Any, base: Any, adapter: Adapter, scheme: Scheme, plan: _Plan, scores: list[Scheme | None], strict: bool
+    head: Any, base: Any, adapter: Adapter, scheme: Scheme, plan: _Plan, scores: list[Scheme | Stacked | None], strict: bool
 ) -> list[Swap]:
     """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
     runtime = Runtime(
@@ -354,7 +354,7 @@ def _verify(patch: Patch, probe: bool) -> None:
     base, adapter = patch.base, patch.adapter
     if adapter.rotary is not None and not patch.keep_native and len(patch.layers) == patch.shape.num_layers:
         joint: Any = getattr(base, adapter.rotary)
-        expected = (
+        expected: Any = (
             patch.scheme.inv_freq if joint.__dict__.get("scheme") is not None else torch.zeros_like(joint.inv_freq)
         )
         if not isinstance(joint, RotaryJoint) or not torch.equal(joint.inv_freq, expected):

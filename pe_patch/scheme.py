@@ -220,20 +220,24 @@ class DistanceBias(Scheme):
         return core(query, key, value, positions, bias=self)
 
 
-class Stacked(Scheme):
+@dataclass
+class Stacked:
     """One scheme that encodes queries and keys before another that works on the scores.
 
     It is how a rotation is added to a family's own ALiBi; nothing else stacks.
     """
 
-    def __init__(self, encoder: Scheme, scorer: Scheme) -> None:
-        super().__init__(encoder.shape)
-        self.__dict__.update(name=f"{encoder.name} + {scorer.name}")
-        self.parts = (encoder, scorer)  # a tuple: each is registered elsewhere
+    encoder: Scheme
+    scorer: Scheme
+
+    @property
+    def name(self) -> str:
+        return f"{self.encoder.name} + {self.scorer.name}"
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        encoder, scorer = self.parts
-        return encoder.attend(query, key, value, positions, cast("Core", _Through(core, scorer)))
+        """The encoder's attention, through the scorer's."""
+        through = cast("Core", _Through(core, self.scorer))
+        return self.encoder.attend(query, key, value, positions, through)
 
 
 @dataclass
