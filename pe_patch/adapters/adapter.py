@@ -139,7 +139,7 @@ class RotaryJoint(nn.Module):
     def inv_freq(self) -> Tensor:
         """The frequencies in effect, `[rotary_dim / 2]`, float32."""
         scheme = self.__dict__["scheme"]
-        return torch.zeros(self.width // 2) if scheme is None else scheme.inv_freq
+        return torch.zeros(self.width // 2, device="cpu") if scheme is None else scheme.inv_freq
 
     @property
     def attention_scaling(self) -> float:
