@@ -65,6 +65,10 @@ BACKENDS = {
         Backend("flash", "flash_attention_2", flash_attention_mask, widens=True),
     )
 }
+NO_PAGING = (
+    "generate_batch uses paged attention, which would drop the positional scheme; use generate() instead, or "
+    "unpatch_model(model) first."
+)
 BY_IMPLEMENTATION = {backend.implementation: backend for backend in BACKENDS.values()}
 BY_HOST = {backend.host: backend for backend in BACKENDS.values()}
 
@@ -76,10 +80,7 @@ def backend_for(implementation: str | None) -> Backend:
         if name in table:
             return table[name]
     if name.startswith("paged|"):
-        raise UnsupportedError(
-            "generate_batch uses paged attention, which would drop the positional scheme; use generate() instead, or "
-            "unpatch_model(model) first."
-        )
+        raise UnsupportedError(NO_PAGING)
     raise unknown("attention backend", name, BACKENDS)
 
 

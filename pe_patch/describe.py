@@ -110,7 +110,7 @@ def effective(scheme: Scheme) -> dict[str, Any]:
     return numbers
 
 
-INTERNAL = ("pe_", "position_schemes", "set_attn_implementation", "save_pretrained")
+INTERNAL = ("pe_", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained")
 
 
 def _replaced(patch: Patch) -> list[Replaced]:

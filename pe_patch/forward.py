@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .attention import BY_IMPLEMENTATION, backend_for, check_backend
+from .attention import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from .errors import BeyondWindowError, NoEffectError, UnsupportedError
 from .positions import Positions, document_lengths, from_mask, remember
 from .scheme import Scheme
@@ -219,3 +219,8 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     base = model.pe_base
     check_backend(backend, base.pe_runtime.scheme)
     base.config._attn_implementation_internal = backend.implementation
+
+
+def refuse_paging(model: Any, inner: Callable[..., Any], *_: Any, **__: Any) -> None:
+    """Stands before what `generate_batch` begins with, whose own error does not say what to do."""
+    raise UnsupportedError(NO_PAGING)

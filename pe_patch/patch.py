@@ -26,6 +26,7 @@ from .forward import (
     hand_over_positions,
     layer_rotation,
     read_prompt_first,
+    refuse_paging,
     set_attn_implementation,
 )
 from .resolve import Layers
@@ -337,6 +338,8 @@ def _forward_swaps(
     for owner in {id(head): head, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
         swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
+    if hasattr(head, "init_continuous_batching"):
+        swaps.append(bind(head, "init_continuous_batching", refuse_paging))
     if adapter.build_bias is not None:
         swaps.append(Swap.of(base, "pe_positions", None))
         swaps.append(bind(base, adapter.build_bias[0], _WithoutInner(adapter.build_bias[1])))
