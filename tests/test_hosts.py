@@ -1,0 +1,193 @@
+"""A patch under what else people do to a model: compiling, offloading, casting, switching its attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
+from transformers import StaticCache
+
+from pe_patch import NoEffectError, UnsupportedError, patch_model, unpatch_model
+
+from . import oracles
+from .models import BACKENDS, FAMILIES, PAIRS, WINDOW, build, case, error, logits, put, tokens, wearing
+
+NAMES = ("yarn", "dynamic_ntk", "alibi", "sinusoidal")
+cells = pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in NAMES])
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+COMPILED = [("llama", "yarn"), ("llama", "alibi"), ("gpt_neox", "dynamic_ntk"), ("bloom", "sinusoidal")]
+"""Each way of acting and each family once, since compiling takes seconds."""
+
+
+@pytest.mark.parametrize(("family", "name"), COMPILED)
+def test_compiled_before_the_patch(family, name, fresh_dynamo):
+    """A compiled graph does not look at what a patch replaces, so it must not be used again."""
+    model, ids = build(family, num_hidden_layers=1), tokens(1, 40)
+    native = logits(model, ids)
+    with wearing(model, name):
+        expected = logits(model, ids)
+    assert error(expected, native) > 1e-3
+    compiled = torch.compile(model, backend="eager")
+    scheme, options = case(family, name)
+    assert error(logits(compiled, ids), native) < 1e-6
+    patch_model(compiled, scheme, **options)
+    assert error(logits(compiled, ids), expected) < 1e-6
+    unpatch_model(compiled)
+    assert error(logits(compiled, ids), native) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "yarn"), ("llama", "alibi"), ("llama", "dynamic_ntk"), ("gpt_neox", "yarn"), ("bloom", "alibi")],
+)
+def test_fifty_decoded_tokens_make_two_graphs_at_most(family, name, fresh_dynamo):
+    model, ids = put(build(family), name), tokens(1, 62)
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def decode(step) -> torch.Tensor:
+        past = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(ids[:, :12], past_key_values=past)
+            found = [
+                step(input_ids=ids[:, n : n + 1], position_ids=torch.tensor([[n]]), past_key_values=past).logits
+                for n in range(12, 62)
+            ]
+        return torch.cat(found, 1)
+
+    expected = decode(model)
+    found = decode(torch.compile(model, backend=count))
+    assert error(found, expected) < 1e-5
+    assert 1 <= len(graphs) <= 2
+
+
+@cells
+def test_switching_the_attention_after_the_patch(family, name):
+    model, ids = put(build(family), name), tokens(1, 40)
+    found = {}
+    for backend in BACKENDS:
+        model.set_attn_implementation(backend)
+        assert model.config._attn_implementation == f"pe_{backend}"
+        found[backend] = logits(model, ids)
+    assert error(found["eager"], found["sdpa"]) < 1e-5
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(NoEffectError, match="set_attn_implementation"):
+        logits(model, ids)
+    model.config._attn_implementation = before
+    assert torch.equal(logits(model, ids), found[BACKENDS[-1]])
+
+
+@cells
+def test_paged_generation_is_refused_with_the_remedy(family, name):
+    model, prompt = put(build(family), name), tokens(1, 8)
+    with pytest.raises(UnsupportedError, match=r"generate\(\)"):
+        model.generate_batch(prompt.tolist(), max_new_tokens=2, progress_bar=False)
+    assert model.config._attn_implementation == "pe_sdpa"
+    assert model.generate(prompt, max_new_tokens=2).shape == (1, 10)
+
+
+@cells
+@pytest.mark.parametrize("order", ["patch first", "offload first"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(family, name, order, where, tmp_path):
+    ids = tokens(2, 40)
+    model = build(family)
+    native = logits(model, ids)
+    with wearing(model, name):
+        expected = logits(model, ids)
+
+    def offload():
+        if where == "cpu":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+
+    steps = [lambda: put(model, name), offload]
+    for step in steps if order == "patch first" else reversed(steps):
+        step()
+    assert next(model.parameters()).is_meta
+    assert torch.equal(logits(model, ids), expected)
+    if order == "offload first":
+        unpatch_model(model)
+        assert torch.equal(logits(model, ids), native)
+        remove_hook_from_submodules(model)
+
+
+@cells
+def test_attention_weights_of_eager(family, name):
+    model, ids = put(build(family), name, backend="eager"), tokens(2, 40)
+    with torch.no_grad():
+        output = model(ids, output_attentions=True)
+    assert len(output.attentions) == model.config.num_hidden_layers
+    for weights in output.attentions:
+        assert weights.shape == (2, 4, 40, 40)
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 40), atol=1e-6)
+        assert weights.triu(1).abs().max() == 0
+    assert torch.equal(output.logits, logits(model, ids))
+
+
+@cells
+def test_the_schemes_numbers_stay_float32(family, name):
+    """In bfloat16 the logits must be those of a scheme whose own numbers have not been rounded."""
+    ids = tokens(1, 48)
+    cast_after = put(build(family), name, backend="eager").to(torch.bfloat16)
+    cast_before = put(build(family).to(torch.bfloat16), name, backend="eager")
+    assert torch.equal(logits(cast_after, ids), logits(cast_before, ids))
+    scheme = cast_after.base_model.position_schemes.scheme[0]
+    tables = [table for pair in getattr(scheme, "_tables", {}).values() for table in pair]
+    numbers = [*scheme._constants.values(), *tables]
+    assert (numbers or name == "dynamic_ntk") and all(number.dtype == torch.float32 for number in numbers)
+    if name == "yarn":
+        expected = oracles.yarn_frequencies(2 * PAIRS[family], 10000.0, 2.0, WINDOW, beta_fast=4)
+        assert torch.allclose(scheme.inv_freq.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("cast", ["autocast", "bfloat16"])
+def test_the_rotation_in_low_precision_is_the_hosts(family, cast, tmp_path):
+    """Transformers keeps its angles in float32 there (unless cast by `to`, which rounds its table); so must ours."""
+    model, ids = build(family), tokens(1, 300)
+    if cast == "bfloat16":
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+            return logits(model, ids)
+
+    native = run()
+    for name in ("rope", "linear"):
+        scheme, options = case(family, name)
+        patch_model(model, scheme, **{**options, "factor": 1.0} if "factor" in options else options)
+        assert torch.equal(run(), native), name
+        unpatch_model(model)
+
+
+@cells
+def test_memory_that_was_never_filled_does_not_reach_a_scheme(family, name, monkeypatch):
+    """Sharded and low-memory loading build on the meta device and materialise by `to_empty`."""
+    ids, real = tokens(1, 40), build(family)
+    weights = real.state_dict()
+    expected = logits(put(real, name), ids)
+    with torch.device("meta"):
+        model = put(build(family), name)
+    poison = float("nan")
+    monkeypatch.setattr(torch, "empty_like", lambda t, **_: torch.full(t.shape, poison, dtype=t.dtype, device="cpu"))
+    model.to_empty(device="cpu")
+    monkeypatch.undo()
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    assert torch.equal(logits(model, ids), expected)
