@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import pe_patch
 from pe_patch.evaluation.retrieval import TOKEN_KEYS
+from pe_patch.storage import read_config
 
 from .recipe import Lora, Model, Recipe, RecipeError
 
@@ -29,7 +30,11 @@ def build_tokenizer(recipe: Recipe, texts: Sequence[str]) -> Any:
     if wanted.train_size is not None:
         tokenizer = train_tokenizer(texts, wanted.train_size)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(locate(wanted.source or recipe.model.source or ""))
+        source = locate(wanted.source or recipe.model.source or "")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"No tokenizer could be loaded from {source!r}: {str(error)[:300]}") from error
     if wanted.retrieval_tokens:
         add_retrieval_tokens(tokenizer)
     return tokenizer
@@ -77,10 +82,10 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def _pretrained(wanted: Model) -> Any:
+    source = locate(wanted.source or "")
     extra = {} if wanted.attention is None else {"attn_implementation": wanted.attention}
-    return AutoModelForCausalLM.from_pretrained(
-        locate(wanted.source or ""), dtype=getattr(torch, wanted.dtype), use_safetensors=True, **extra
-    )
+    load = pe_patch.load_patched if "pe_patch" in read_config(source) else AutoModelForCausalLM.from_pretrained
+    return load(source, dtype=getattr(torch, wanted.dtype), use_safetensors=True, **extra)
 
 
 def _fresh(wanted: Model, tokenizer: Any) -> Any:

@@ -160,6 +160,8 @@ def test_contradictions_and_missing_files(recipe_file: Path) -> None:
         load_recipe("recipes/configs/no_such.yaml")
     assert main([str(recipe_file), "seeds=1"]) == 2
     assert main([str(recipe_file), "data.source=/no/such/folder"]) == 1
+    with pytest.raises(PePatchError, match="/no/such/model"):
+        train(load_recipe(recipe_file, ["model.source=/no/such/model"]))
 
 
 # What is trained on
@@ -194,7 +196,8 @@ def test_a_packed_row(corpus: tuple[Corpus, Any]) -> None:
 def test_documents_in_a_row_do_not_see_each_other(corpus: tuple[Corpus, Any], model: Path, scheme: str | None) -> None:
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     if scheme is not None:
-        pe_patch.patch_model(network, scheme, **({"factor": 4} if scheme == "yarn" else {}))
+        options: dict[str, Any] = {"factor": 4} if scheme == "yarn" else {}
+        pe_patch.patch_model(network, scheme, **options)
     data = PhaseData(*corpus, phase(), seed=(0,), boundaries=True)
     row = next(
         row for row in (data[number] for number in range(40)) if 8 < (row["position_ids"][1:] == 0).argmax() < 50
@@ -426,6 +429,16 @@ def test_an_adapter_that_is_not_merged_is_saved_alone(recipe_file: Path, tmp_pat
         torch.testing.assert_close(loaded(ids).logits, trained(ids).logits, rtol=0, atol=1e-6)
     names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
     assert names and all("lora" in name or "norm" in name or "embed" in name for name in names)
+
+
+def test_a_patched_checkpoint_is_trained_further_as_it_is(recipe_file: Path, tmp_path: Path) -> None:
+    short = ["phases.0.steps=2", "phases.0.warmup=0"]
+    first = train(load_recipe(recipe_file, [*short, "scheme={name: alibi}"]))
+    second = train(load_recipe(recipe_file, [*short, f"model.source={tmp_path}/run/model", f"output={tmp_path}/more"]))
+    records = [pe_patch.describe(trained).to_dict()["scheme"] for trained in (first, second)]
+    assert records[0] == records[1] == "alibi"
+    with pytest.raises(pe_patch.AlreadyPatchedError):
+        train(load_recipe(recipe_file, [f"model.source={tmp_path}/run/model", "scheme={name: nope}"]))
 
 
 def test_bfloat16(recipe_file: Path, tmp_path: Path) -> None:
