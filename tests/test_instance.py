@@ -1,0 +1,111 @@
+"""A patch reaches one instance, and within it the documents that it should."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pe_patch import unpatch_model
+
+from .models import CASES, FAMILIES, build, error, logits, put, snapshot, tokens, unchanged
+
+
+def host() -> dict[str, dict[str, object]]:
+    """Every module of Transformers that these families use, every class in it, and what each of them holds."""
+    names = [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
+    names += ["transformers.modeling_utils", "transformers.masking_utils", "transformers.modeling_rope_utils"]
+    names += ["transformers.cache_utils", "transformers.generation.utils", "transformers.integrations.sdpa_attention"]
+    held: dict[str, dict[str, object]] = {}
+    for name in names:
+        module = sys.modules[name]
+        held[name] = dict(vars(module))
+        for key, value in vars(module).items():
+            if isinstance(value, type) and value.__module__.startswith(("transformers", "torch.nn")):
+                held[f"{name}.{key}"] = dict(vars(value))
+    held["torch.nn.Module"] = dict(vars(torch.nn.Module))
+    return held
+
+
+def differing(before: dict[str, dict[str, object]], after: dict[str, dict[str, object]]) -> list[str]:
+    found = [owner for owner in before.keys() ^ after.keys()]
+    for owner in before.keys() & after.keys():
+        for key in before[owner].keys() | after[owner].keys():
+            if before[owner].get(key, "absent") is not after[owner].get(key, "absent"):
+                found.append(f"{owner}.{key}")
+    return found
+
+
+def test_nothing_of_transformers_changes():
+    """Compared object by object. The documented additions are entries of two registries, made at import."""
+    models = {family: build(family) for family in FAMILIES}
+    for model in models.values():  # whatever a first pass caches on classes is there before
+        logits(model, tokens(1, 8))
+    before, registries = host(), [dict(ALL_ATTENTION_FUNCTIONS), dict(AttentionMaskInterface())]
+    assert sum(map(len, before.values())) > 3000
+    during = []
+    for model in models.values():
+        for name in CASES:
+            put(model, name)
+            logits(model, tokens(1, 40))
+            during += differing(before, host()) if name in ("yarn", "alibi", "learned", "dynamic_ntk") else []
+            unpatch_model(model)
+    assert during == [] and differing(before, host()) == []
+    assert [dict(ALL_ATTENTION_FUNCTIONS), dict(AttentionMaskInterface())] == registries
+
+
+def test_what_is_added_to_the_registries_is_ours():
+    for registry in (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
+        ours = {name for name in registry if name.startswith("pe_")}
+        assert ours == {"pe_eager", "pe_sdpa", "pe_flex_attention", "pe_flash_attention_2"}
+        of_others = [value for name, value in registry.items() if name not in ours]
+        assert not any(getattr(value, "__module__", "").startswith("pe_patch") for value in of_others)
+
+
+@pytest.mark.parametrize("name", ["yarn", "alibi", "learned", "dynamic_ntk"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_model_of_the_class_is_untouched(family, name):
+    model, other = build(family), build(family)
+    before = snapshot(other)
+    put(model, name)
+    logits(model, tokens(1, 40))
+    assert unchanged(before, snapshot(other))
+    unpatch_model(model)
+    assert unchanged(before, snapshot(other))
+
+
+def influence(model, position_ids: torch.Tensor, source: int, target: int, **inputs) -> float:
+    """How much the logits at `target` move when the token at `source` is another."""
+    ids = tokens(1, position_ids.shape[1])
+    changed = ids.clone()
+    changed[0, source] = (ids[0, source] + 11) % 90 + 3
+    found = [logits(model, one, position_ids=position_ids, **inputs)[:, target] for one in (ids, changed)]
+    return error(*found)
+
+
+PACKED = torch.cat((torch.arange(10), torch.arange(14)))[None]
+SKIPPED = torch.cat((torch.arange(10), torch.arange(30, 44)))[None]
+acting = pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in ("linear", "yarn", "alibi")])
+
+
+@acting
+def test_packed_documents_do_not_leak(family, name):
+    model = put(build(family), name)
+    assert influence(model, PACKED, source=5, target=15) == 0
+    assert influence(model, PACKED, source=5, target=8) > 1e-2
+    assert influence(model, PACKED, source=11, target=15) > 1e-2
+
+
+@acting
+def test_skipped_positions_are_not_taken_for_packed(family, name):
+    """A mask of ones says that ids that jump belong to one document."""
+    model, ones = put(build(family), name), torch.ones_like(SKIPPED)
+    assert influence(model, SKIPPED, source=5, target=15, attention_mask=ones) > 1e-3
+    ids = tokens(1, SKIPPED.shape[1])
+    near = torch.arange(SKIPPED.shape[1])[None]
+    far = logits(model, ids, position_ids=SKIPPED, attention_mask=ones)
+    assert error(far[:, 10:], logits(model, ids, position_ids=near, attention_mask=ones)[:, 10:]) > 1e-3
+    assert torch.equal(far[:, :10], logits(model, ids, position_ids=near, attention_mask=ones)[:, :10])
