@@ -32,7 +32,9 @@ def catalogue() -> dict[str, Entries]:
             }
             for name, scheme in SCHEMES.items()
         ],
-        "families": [{"name": name, "summary": _clause(adapter)} for name, adapter in ADAPTERS.items()],
+        "families": [
+            {"name": name, "native": adapter.native, "summary": adapter.summary} for name, adapter in ADAPTERS.items()
+        ],
         "tasks": [{"name": name, "summary": task.summary, "paper": task.paper} for name, task in TASKS.items()],
     }
 
@@ -53,10 +55,6 @@ def tables(found: Mapping[str, Entries]) -> Iterator[Table]:
         for entry in entries:
             table.add_row(*map(_cell, entry.values()))
         yield table
-
-
-def _clause(adapter: Any) -> str:
-    return str(getattr(adapter, "summary", ""))
 
 
 def _cell(value: Any) -> str:

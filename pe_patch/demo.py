@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def run(settings: Settings, console: Console | None = None) -> Results:
         settings.output,
         title="Eight times the window of a small model",
         verdict=verdict(results),
-        command=_command(settings),
+        command=command(settings),
         notes=NOTES,
         frequencies=frequencies(model, settings),
     )
@@ -99,6 +100,7 @@ def run(settings: Settings, console: Console | None = None) -> Results:
 
 def load_base(folder: Path) -> tuple[Any, Any]:
     """The model, in float32, and its tokenizer; a folder that is missing or damaged raises `CheckpointError`."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -108,7 +110,7 @@ def load_base(folder: Path) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint in {folder} cannot be read: {error}") from error
 
 
@@ -190,27 +192,15 @@ def _autocast() -> torch.dtype | None:
 
 def frequencies(model: Any, settings: Settings) -> dict[str, Any]:
     """Inverse frequencies [pairs] of each scheme at the greatest length, as numpy arrays."""
-    from pe_patch import SCHEMES, AttentionShape
+    from pe_patch import ADAPTERS, SCHEMES
 
-    config = model.config
-    shape = AttentionShape(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rotary_dim=config.head_dim,
-        rotary_start=0,
-        rope_theta=config.rope_parameters["rope_theta"],
-        trained_length=config.max_position_embeddings,
-        num_layers=config.num_hidden_layers,
-    )
-    built = {UNTOUCHED: SCHEMES["rope"](shape)}
-    built |= {name: SCHEMES[name](shape, factor=FACTOR) for name in settings.schemes}
-    return {name: _numbers(scheme, max(settings.lengths)) for name, scheme in built.items()}
-
-
-def _numbers(scheme: Any, length: int) -> Any:
-    return scheme.frequencies(length)[0].detach().double().numpy()
+    shape = ADAPTERS[model.config.model_type].shape(model.base_model, model.config)
+    options = {UNTOUCHED: {}} | {name: {"factor": FACTOR} for name in settings.schemes}
+    found = {}
+    for name, given in options.items():
+        scheme: Any = SCHEMES["rope" if name == UNTOUCHED else name](shape, **given)
+        found[name] = scheme.frequencies(max(settings.lengths))[0].detach().double().numpy()
+    return found
 
 
 def table(results: Results) -> Table:
@@ -263,10 +253,13 @@ def _model_name(source: Path, settings: Settings) -> str:
     return "trained from scratch by the recipe tiny_base" if settings.from_scratch else "the demo model of pe_patch"
 
 
-def _command(settings: Settings) -> str:
-    flags = [f"--output {settings.output}"]
+def command(settings: Settings) -> str:
+    """The command line that repeats this run."""
+    words = ["pe-patch", "demo", "--output", str(settings.output)]
     if settings.steps is not None:
-        flags.append(f"--steps {settings.steps}")
+        words += ["--steps", str(settings.steps)]
+    if settings.seed:
+        words += ["--seed", str(settings.seed)]
     if settings.from_scratch:
-        flags.append("--from-scratch")
-    return " ".join(["pe-patch demo", *flags])
+        words.append("--from-scratch")
+    return shlex.join(words)

@@ -27,7 +27,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
     _check_folder(name)
     saved, _ = PreTrainedConfig.get_config_dict(name)
     read = load_patched if saved.get("pe_patch") else AutoModelForCausalLM.from_pretrained
-    model = read(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    model: Any = read(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(where).eval(), AutoTokenizer.from_pretrained(name)
 

@@ -24,8 +24,6 @@ _WHERE = {
     "write_report": "report",
 }
 
-__all__ = list(_WHERE)
-
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
@@ -34,4 +32,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_WHERE)

@@ -40,7 +40,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], colours: Colours
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "text.color": colours["ink"],
         "axes.labelcolor": colours["ink"],
@@ -105,9 +105,8 @@ def loss_chart(results: Results, colours: Colours = LIGHT) -> bytes | None:
         axis = axes[0, 0]
         for scheme, cells in found.cells.items():
             points = [(n, cell) for n, cell in zip(found.lengths, cells, strict=True) if cell is not None]
-            axis.plot(
-                [n for n, _ in points], [cell.score for _, cell in points], label=scheme, **_style(results, scheme)
-            )
+            style = _style(results, scheme, colours)
+            axis.plot([n for n, _ in points], [cell.score for _, cell in points], label=scheme, **style)
         _lengths_axis(axis, found.lengths, results.config.get("native_window"), colours)
         axis.set_ylabel("loss on the same tokens (nats per token)")
         axis.grid(axis="y", linewidth=0.7)

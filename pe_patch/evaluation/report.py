@@ -68,7 +68,7 @@ def best_retrieval(results: Results) -> str:
     found = next((pivot for pivot in pivots(results) if pivot.counts), None)
     if found is None:
         return "Only loss was measured here; that alone does not show that the context is used."
-    last = {scheme: cells[-1] for scheme, cells in found.cells.items() if cells[-1] is not None}
+    last = {scheme: cell for scheme, cells in found.cells.items() if (cell := cells[-1]) is not None}
     best = max(last, key=lambda scheme: last[scheme].score)
     cell = last[best]
     sentence = (
@@ -108,7 +108,7 @@ def _table(pivot: Pivot) -> dict[str, Any]:
 def _cell(cell: Any, column: int, pivot: Pivot) -> dict[str, Any]:
     if cell is None:
         return {"score": "-", "interval": "", "best": False}
-    scores = [round(cells[column].score, 3) for cells in pivot.cells.values() if (cells[column]) is not None]
+    scores = [round(other.score, 3) for cells in pivot.cells.values() if (other := cells[column]) is not None]
     best = (max if pivot.counts else min)(scores)
     return {
         "score": f"{cell.score:.3f}",

@@ -43,10 +43,11 @@ def evaluate(
     """Measure a loaded model at several lengths, each score beside the same questions within its native window.
 
     `tasks` are names from TASKS or instances; `lengths` are in tokens, the answer included (default: the model's
-    window). `samples` questions per length are shared out over `depths`. `text` is a list of documents or a source
-    `pe_patch.text.load_documents` knows, or a Corpus, which several evaluations can share. Loss alone says little about context, so a retrieval task is added unless
-    `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
-    model in the rows. Raises `PePatchError` wherever a prompt would have been cut.
+    window). `samples` questions per length are shared out over `depths`. `text` is a list of documents, a source
+    `pe_patch.text.load_documents` knows, or a Corpus, which several evaluations can share. Loss alone says little
+    about context, so a retrieval task is added unless `retrieval=False`. A length beyond the model's window is an
+    error unless `beyond_window=True`. `label` names the model in the rows. Raises `PePatchError` wherever a prompt
+    would have been cut.
     """
     native, effective = windows(model)
     chosen = _with_retrieval(_tasks(tasks), retrieval)
@@ -76,7 +77,7 @@ def evaluate(
 
 
 def _tasks(tasks: Sequence[str | Task] | str | Task) -> list[Task]:
-    several = tasks if isinstance(tasks, list | tuple) else [tasks]
+    several = tasks if isinstance(tasks, Sequence) and not isinstance(tasks, str) else [tasks]
     if not several:
         raise PePatchError("Give at least one task.")
     return [find_task(task) for task in several]

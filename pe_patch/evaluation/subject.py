@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from pe_patch.adapters.adapter import native_window
 from pe_patch.describe import describe
 from pe_patch.errors import PePatchError
 
@@ -32,11 +33,7 @@ def windows(model: Any) -> tuple[int | None, int | None]:
         effective = describe(model).to_dict()["effective"]
         bound = effective.get("effective_window")
         return effective.get("trained_window") or limit, bound if isinstance(bound, int) else None
-    scaling = getattr(config, "rope_parameters", None) or {}
-    native = scaling.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    return native or limit, limit
+    return native_window(config) or None, limit
 
 
 def scheme_label(model: Any) -> str:

@@ -1,0 +1,158 @@
+"""The command line: exit codes, messages without tracebacks, JSON, and flags with several values."""
+
+import json
+
+import pytest
+
+from pe_patch import ADAPTERS, SCHEMES, cli
+from pe_patch.errors import OptionError
+from pe_patch.loading import parse_options
+
+from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(make_text(800))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words):
+        code = cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("evaluate M --length 8 16 --json", "evaluate M --length 8 --length 16 --json"),
+        ("evaluate --length 8 16 M", "evaluate --length 8 --length 16 M"),
+        ("evaluate --task passkey needle M --length 8", "evaluate --task passkey --task needle M --length 8"),
+        ("evaluate --length=8,16 --depth 0.1 .9 x", "evaluate --length 8 --length 16 --depth 0.1 --depth .9 x"),
+        ("evaluate --length 8 --length 16", "evaluate --length 8 --length 16"),
+        ("evaluate --task unknown M", "evaluate --task unknown M"),
+        ("evaluate --length", "evaluate --length"),
+        ("evaluate --length --json", "evaluate --length --json"),
+        ("export a b --scheme yarn", "export a b --scheme yarn"),
+    ],
+)
+def test_flags_take_several_values(words, expected):
+    assert cli.spread(words.split()) == expected.split()
+
+
+def test_options_are_read_as_what_they_look_like():
+    words = ["a=1", "b=1e-4", "c=true", "d=[1, 2.5]", "e=auto", "f=null", "g='4'"]
+    assert parse_options(words) == {"a": 1, "b": 1e-4, "c": True, "d": [1, 2.5], "e": "auto", "f": None, "g": "4"}
+    with pytest.raises(OptionError, match="key=value"):
+        parse_options(["factor"])
+
+
+@pytest.mark.parametrize("name", ["demo", "list", "inspect", "evaluate", "generate", "export"])
+def test_every_command_shows_an_example(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0 and "Example:" in out and f"  pe-patch {name}" in out and "--json" in out
+
+
+def test_list_has_every_scheme_family_and_task(run):
+    code, out, _ = run("list", "--json")
+    found = json.loads(out)
+    assert code == 0 and [entry["name"] for entry in found["schemes"]] == list(SCHEMES)
+    assert [entry["name"] for entry in found["families"]] == list(ADAPTERS)
+    assert {entry["name"] for entry in found["tasks"]} == {"perplexity", "needle", "passkey"}
+    assert all(entry["summary"] and entry["paper"] for kind in ("schemes", "tasks") for entry in found[kind])
+    code, out, _ = run("list", "tasks")
+    assert code == 0 and "passkey" in out and "yarn" not in out
+    code, _, err = run("list", "task")
+    assert code == 2 and "Did you mean 'tasks'" in err
+
+
+def test_inspect_needs_no_weights(run, checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text(open(f"{checkpoint}/config.json").read())
+    code, out, _ = run("inspect", tmp_path, "--scheme", "yarn", "--factor", "4", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["scheme"] == "yarn" and found["layers"] == [0, 1]
+    assert found["effective"]["effective_window"] == 256
+    code, out, _ = run("inspect", tmp_path, "--scheme", '{"rope_type": "linear", "factor": 2}')
+    assert code == 0 and "linear" in out
+
+
+def test_evaluate_prints_rows_and_writes_a_report(run, checkpoint, text, tmp_path):
+    words = ["evaluate", checkpoint, "--scheme", "yarn", "--factor", "4", "--task", "needle", "passkey"]
+    words += ["--length", 64, 128, "--samples", 2, "--depth", 0.5, "--text", text]
+    code, out, _ = run(*words, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["config"]["effective_window"] == 256 and found["config"]["native_window"] == 64
+    assert [(row["task"], row["length"]) for row in found["rows"]] == [
+        (task, length) for length in (64, 128) for task in ("needle", "passkey")
+    ]
+    assert {row["scheme"] for row in found["rows"]} == {"yarn(factor=4)"}
+    code, out, err = run(*words, "--output", tmp_path / "report")
+    assert code == 0 and "yarn(factor=4)" in out and "2 questions" in out
+    assert (tmp_path / "report" / "index.html").is_file() and "index.html" in err
+
+
+def test_generate_continues_a_prompt(run, checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the river runs")
+    code, out, _ = run(
+        "generate", checkpoint, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 3, "--json"
+    )
+    found = json.loads(out)
+    assert code == 0 and found["prompt"] == "the river runs" and found["prompt_tokens"] > 0
+    code, _, err = run("generate", checkpoint, "--prompt", "")
+    assert code == 2 and "empty" in err
+
+
+def test_export_writes_a_native_checkpoint(run, checkpoint, tmp_path):
+    code, _, _ = run("export", checkpoint, tmp_path / "out", "--scheme", "yarn", "--factor", "4")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert code == 0 and written["rope_parameters"]["rope_type"] == "yarn"
+    assert written["max_position_embeddings"] == 256 and (tmp_path / "out" / "tokenizer.json").is_file()
+    code, _, err = run("export", checkpoint, tmp_path / "alibi", "--scheme", "alibi")
+    assert code == 1 and "alibi" in err and not (tmp_path / "alibi").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["evaluate", "MODEL", "--scheme", "yran", "--factor", "4"], 2, "Did you mean 'yarn'"),
+        (["evaluate", "MODEL", "--scheme", "yarn"], 2, "factor"),
+        (["evaluate", "MODEL", "--scheme", "yarn", "--factor", "4", "--option", "beta_fats=3"], 2, "beta_fast"),
+        (["evaluate", "MODEL", "--factor", "4"], 2, "--scheme"),
+        (["evaluate", "MODEL", "--task", "needel", "--length", "64"], 2, "Did you mean 'needle'"),
+        (["evaluate", "MODEL", "--length", "65", "--task", "needle"], 1, "beyond the model's window of 64"),
+        (["evaluate", "MODEL", "--length", "x"], 2, "--length"),
+        (["evaluate", "MODEL", "--dtype", "float8"], 2, "float32"),
+        (["evaluate", "./nowhere", "--length", "64"], 1, "no folder ./nowhere"),
+        (["inspect", "EMPTY"], 1, "no config.json"),
+        (["nothing"], 2, "nothing"),
+        (["evaluate"], 2, "MODEL"),
+    ],
+)
+def test_failures_are_one_plain_message(run, checkpoint, text, tmp_path, words, code, message):
+    named = {"MODEL": checkpoint, "EMPTY": str(tmp_path)}
+    words = [named.get(word, word) for word in words]
+    if words[0] == "evaluate" and len(words) > 1:
+        words += ["--text", text]
+    got, out, err = run(*words)
+    assert got == code and message in err and not out
+
+
+def test_debug_shows_the_traceback(checkpoint):
+    with pytest.raises(OptionError):
+        cli.main(["--debug", "evaluate", checkpoint, "--factor", "4"])
