@@ -36,15 +36,20 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         raise CheckpointError(
             f"{path} was saved by a newer pe_patch (record version {record['version']}, not {VERSION}): upgrade."
         )
-    config = native_config(stored, record["native"])
+    try:
+        scheme, options, config = record["scheme"], record["options"], native_config(stored, record["native"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"The record of the patch in {path} is damaged: {error}.") from error
     architecture = (stored.get("architectures") or [None])[0]
     model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
     try:
         model = model_class.from_pretrained(path, config=config, **from_pretrained_kwargs)
-    except (SafetensorError, json.JSONDecodeError, RuntimeError) as error:
-        raise CheckpointError(f"The weights in {path} are damaged or do not fit its config: {error}") from error
+    except (SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"The weights in {path} are missing, damaged or do not fit its config: {error}"
+        ) from error
     framework = {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
-    patch_model(model, record["scheme"], on_existing="replace", **framework, **record["options"])
+    patch_model(model, scheme, on_existing="replace", **framework, **options)
     _load_schemes(model, path)
     return model
 
