@@ -49,9 +49,9 @@ class Settings:
     output: Path = Path("report")
     schemes: tuple[str, ...] = ("linear", "ntk", "dynamic_ntk", "yarn", "llama3")
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
-    samples: int = 40
+    samples: int = 35
     """Questions at each length."""
-    spots: int = 24
+    spots: int = 16
     """Places in the text whose last 128 tokens are scored, the same for every length and scheme."""
     steps: int | None = None
     """Optimiser steps of the fine-tune; None is the recipe's own number, 0 leaves it out."""
