@@ -288,10 +288,9 @@ for _backend in BACKENDS.values():
 
 def check_backend(backend: Backend, scheme: Scheme) -> None:
     """Raise `UnsupportedError` where this backend would drop what the scheme adds to the scores."""
-    biased = overrides(scheme, "bias")
+    biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "of")
     if backend.name == "flash" and biased and not scheme.widens_heads:
-        raise UnsupportedError(
-            f"Flash attention would drop the bias of {scheme.name!r}; use 'sdpa', 'flex' or 'eager'."
-        )
-    if backend.name == "flex" and biased and not hasattr(scheme, "of"):
+        others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"
+        raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use {others}.")
+    if backend.name == "flex" and biased and not pointwise:
         raise UnsupportedError(f"{scheme.name!r} has no pointwise form for FlexAttention; use 'sdpa' or 'eager'.")
