@@ -168,12 +168,14 @@ def test_beam_search_scores_are_those_of_its_own_sequences(family, name):
         output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     assert found.sequences.shape == (4, 38)
-    likelihoods = cached_logits(model, found.sequences, 28).log_softmax(-1)[:, 27:-1]
-    scores = likelihoods.gather(2, found.sequences[:, 28:, None]).sum((1, 2))
-    assert torch.allclose(scores, found.sequences_scores, atol=1e-4)
-    greedy = continue_greedily(model, prompt, 10)
-    greedy_scores = cached_logits(model, greedy, 28).log_softmax(-1)[:, 27:-1].gather(2, greedy[:, 28:, None]).sum((1, 2))
-    assert (found.sequences_scores[::2] >= greedy_scores - 1e-4).all()
+
+    def likelihood(sequences: Tensor) -> Tensor:
+        each = cached_logits(model, sequences, 28).log_softmax(-1)[:, 27:-1]
+        return each.gather(2, sequences[:, 28:, None]).sum((1, 2))
+
+    assert torch.allclose(likelihood(found.sequences), found.sequences_scores, atol=1e-4)
+    greedy = likelihood(continue_greedily(model, prompt, 10))
+    assert (found.sequences_scores[::2] >= greedy - 1e-4).all()
 
 
 @every
