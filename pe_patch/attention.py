@@ -258,7 +258,7 @@ def attend(
             f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "
             "model or its base model rather than a layer of it; unpatch_model(model) to use layers alone."
         )
-    return scheme.attend(query, key, value, positions.fit(key.shape[2]), core)
+    return scheme("attend", query, key, value, positions.fit(key.shape[2]), core)
 
 
 def _register(backend: Backend) -> None:

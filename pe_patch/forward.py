@@ -80,7 +80,7 @@ def _with_positions(
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = base.get_input_embeddings()(kwargs.pop("input_ids"))
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, runtime.scheme.embed(embeds, query)
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, runtime.scheme("embed", embeds, query)
     if runtime.scores or runtime.carry is not None:  # what carries the positions also keeps packed documents apart
         kwargs = _open_cache(base, kwargs)
         past = kwargs.get("past_key_values")

@@ -115,6 +115,10 @@ class Scheme(nn.Module):
             if p.default is p.empty and p.name not in options:
                 raise OptionError(f"{label!r} needs the option {p.name!r}, for example {p.name}=4; it has no default.")
 
+    def forward(self, rung: str, *arguments: Any) -> Any:
+        """Call a rung by its name, as a module: hooks that fetch offloaded or sharded weights stand before it."""
+        return getattr(self, rung)(*arguments)
+
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Add to the input embeddings. hidden `[batch, query, hidden]`, positions `[batch | 1, query]`."""
         return hidden
