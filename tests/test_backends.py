@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import StaticCache
 
-from pe_patch import Positions, Scheme, UnsupportedError, patch_model
+from pe_patch import Positions, Scheme, UnsupportedError, patch_model, unpatch_model
 
 from .models import BACKENDS, FAMILIES, build, cached_logits, error, logits, put, snapshot, tokens, unchanged
 
@@ -119,6 +120,20 @@ def test_it_decodes_pads_and_packs_like_the_others(family, backend):
     documents = torch.cat((torch.arange(30), torch.arange(18)))[None]
     separate = torch.cat((full[:1, :30], logits(model, ids[:1, 30:])), 1)
     assert error(logits(model, ids[:1], position_ids=documents), separate) < 1e-5
+
+
+@pytest.mark.parametrize("order", ["patch first", "offload first"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_own_weights_may_be_offloaded(family, order):
+    model, ids = build(family), tokens(1, 40)
+    patch_model(model, Ripple)
+    expected = logits(model, ids)
+    if order == "offload first":
+        unpatch_model(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if order == "offload first":
+        patch_model(model, Ripple)
+    assert torch.equal(logits(model, ids), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import StaticCache
 
 from pe_patch import NoEffectError, UnsupportedError, patch_model, unpatch_model
@@ -99,31 +98,45 @@ def test_paged_generation_is_refused_with_the_remedy(family, name):
     assert model.generate(prompt, max_new_tokens=2).shape == (1, 10)
 
 
-@cells
+LAYERS = {"llama": "model.layers", "gpt_neox": "gpt_neox.layers", "bloom": "transformer.h"}
+
+
+def offload_to_cpu(model, folder):
+    cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def offload_to_disk(model, folder):
+    disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+def dispatch(model, folder):
+    """A device map with the first layer in memory and the second on disk."""
+    layers = LAYERS[model.config.model_type]
+    names = [name for name, module in model.named_modules() if name and not list(module.children())]
+    device_map = {name: "cpu" for name in names if not name.startswith(layers)}
+    device_map |= {f"{layers}.0": "cpu", f"{layers}.1": "disk"}
+    device_map |= {n.rpartition(".")[0]: "cpu" for n, _ in model.named_parameters() if "position_schemes" in n}
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "learned"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ["patch first", "offload first"])
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloaded_weights(family, name, order, where, tmp_path):
+@pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk, dispatch])
+def test_offloaded_weights(family, name, order, offload, tmp_path):
     ids = tokens(2, 40)
     model = build(family)
     native = logits(model, ids)
     with wearing(model, name):
         expected = logits(model, ids)
-
-    def offload():
-        if where == "cpu":
-            cpu_offload(model, execution_device=torch.device("cpu"))
-        else:
-            disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-
-    steps = [lambda: put(model, name), offload]
+    steps = [lambda: put(model, name), lambda: offload(model, tmp_path)]
     for step in steps if order == "patch first" else reversed(steps):
         step()
-    assert next(model.parameters()).is_meta
+    assert any(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(logits(model, ids), expected)
     if order == "offload first":
         unpatch_model(model)
         assert torch.equal(logits(model, ids), native)
-        remove_hook_from_submodules(model)
 
 
 @cells
