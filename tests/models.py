@@ -74,9 +74,9 @@ GIVEN: dict[str, dict[str, Any]] = {
 
 LENGTH_DEPENDENT = ("dynamic_ntk", "dynamic_yarn", "longrope")
 PINNED = {f"{name} pinned": {**GIVEN[name], "expected_length": 64} for name in LENGTH_DEPENDENT}
-AUTO = {f"{name} auto": {"factor": "auto"} for name in ("linear", "ntk", "ntk_by_parts", "yarn", "llama3")}
+AUTO = {f"{name} auto": {"factor": "auto"} for name in ("linear", "yarn")}
 CASES: dict[str, dict[str, Any]] = {**GIVEN, **PINNED, **AUTO}
-"""Every scheme, the length-dependent ones also pinned to a length and the scalings also with `factor="auto"`."""
+"""Every scheme, the length-dependent ones also pinned to a length and two scalings also with `factor="auto"`."""
 
 
 def case(family: str, name: str) -> tuple[str, dict[str, Any]]:
