@@ -238,10 +238,13 @@ class Stacked:
     def name(self) -> str:
         return f"{self.encoder.name} + {self.scorer.name}"
 
+    def __call__(self, rung: str, *arguments: Any) -> Any:
+        return getattr(self, rung)(*arguments)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         """The encoder's attention, through the scorer's."""
         through = cast("Core", _Through(core, self.scorer))
-        return self.encoder.attend(query, key, value, positions, through)
+        return self.encoder("attend", query, key, value, positions, through)
 
 
 @dataclass
@@ -252,7 +255,7 @@ class _Through:
     scorer: Scheme
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Any = None) -> Any:
-        return self.scorer.attend(query, key, value, positions, self.core)
+        return self.scorer("attend", query, key, value, positions, self.core)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.core, name)
