@@ -211,14 +211,8 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
 
 def _build(cls: type[Scheme], shape: AttentionShape, options: dict[str, Any], base: PreTrainedModel) -> list[Scheme]:
     schemes = [cls(shape, **options) for _ in range(shape.num_layers if cls.per_layer else 1)]
-    weight = next((p for p in base.parameters() if p.is_floating_point()), None)
-    if weight is not None:
-        hooks = (module.__dict__.get("_hf_hook") for module in base.modules())
-        # Offloaded weights are on the meta device, and their hooks know where they are used.
-        homes = (getattr(hook, "execution_device", None) for hook in hooks)
-        device = next((home for home in homes if home is not None), weight.device) if weight.is_meta else weight.device
-        for scheme in schemes:
-            scheme.to(device, weight.dtype).train(base.training)
+    for scheme in schemes:
+        scheme.to(*resolve.home(base)).train(base.training)
     return schemes
 
 

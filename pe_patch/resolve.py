@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,15 @@ def unwrap(model: Any) -> PreTrainedModel:
                 "round one."
             )
     return inner
+
+
+def home(base: nn.Module) -> tuple[Any, torch.dtype]:
+    """Device and dtype of a scheme's own weights: those of the model's, which may be offloaded to the meta device while
+    accelerate's hooks know where they are used."""
+    weight = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    hooks = (module.__dict__.get("_hf_hook") for module in base.modules() if weight.is_meta)
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), weight.device), weight.dtype
 
 
 def stacks(head: PreTrainedModel) -> dict[str, PreTrainedModel]:
