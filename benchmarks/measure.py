@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def side_by_side(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, called in turns so that whatever slows the machine slows them all; one warm-up each."""
+    """Seconds of each candidate, called in turns so that what slows the machine slows them all; one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call()

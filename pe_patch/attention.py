@@ -110,7 +110,9 @@ class Core:
         if bias is None:
             return self._host(query, key, value, self.mask)
         if self.backend.dense:
-            return self.mix(self.scores(query, key) + bias.bias(query, key, positions), value)
+            additive = bias.bias(query, key, positions)
+            assert additive is not None
+            return self.mix(self.scores(query, key) + additive, value)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
 
     def widened(
@@ -215,7 +217,7 @@ def _flex(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Posi
     def modify(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score + of(at_query[batch, q] - at_key[batch, k], head)
 
-    output = compile_friendly_flex_attention(
+    output: Any = compile_friendly_flex_attention(
         query, key, value, score_mod=modify, block_mask=core.mask, enable_gqa=key.shape[1] != query.shape[1],
         scale=core.scaling, training=core.module.training,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from .errors import PePatchError
-from .patch import Patch, find_patch
+from .join import Patch
+from .patch import find_patch
 from .scheme import Scheme
 from .swaps import ABSENT
 
@@ -84,7 +85,7 @@ def describe(model: Any) -> Description:
         options=dict(patch.scheme.options),
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
-        backend=patch.base.config._attn_implementation,
+        backend=str(patch.base.config._attn_implementation),
         keep_native=patch.keep_native,
         effective=effective(patch.scheme),
         replaced=_replaced(patch),
@@ -103,8 +104,9 @@ def effective(scheme: Scheme) -> dict[str, Any]:
     if inv_freq is not None:
         wavelengths = (6.283185307179586 / inv_freq.double()).tolist()
         numbers["wavelengths_in_tokens"] = [round(value, 2) for value in wavelengths]
-    if hasattr(scheme, "slopes"):
-        numbers["slopes"] = [round(slope, 6) for slope in scheme.slopes]
+    slopes: Any = getattr(scheme, "slopes", None)
+    if slopes is not None:
+        numbers["slopes"] = [round(slope, 6) for slope in slopes]
     if parameters := sum(p.numel() for p in scheme.parameters()):
         numbers["parameters_added"] = parameters
     return numbers

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from .configuration import FOREIGN, expressible, with_partial_rotary
 from .errors import PePatchError, UnsupportedError, unknown
-from .patch import Patch, find_patch
+from .join import Patch
+from .patch import find_patch
 
 
 def export(model: Any, path: str | Path, target: str = "transformers") -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError, nearest
+from .errors import OptionError, UnsupportedError, nearest
 from .positions import Positions
 
 if TYPE_CHECKING:
@@ -219,6 +219,11 @@ class DistanceBias(Scheme):
         return None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        if query.shape[1] != self.shape.num_heads:
+            raise UnsupportedError(
+                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]}: "
+                "heads split over devices (tensor parallelism) are not supported with it."
+            )
         if core.widens and (features := self.features(positions, core.scaling, query.dtype)) is not None:
             return core.widened(query, key, value, positions, *features)
         return core(query, key, value, positions, bias=self)

@@ -101,7 +101,7 @@ def native_window(config: Any) -> int:
     return int(original or getattr(config, "max_position_embeddings", None) or 0)
 
 
-def native_theta(rotary: nn.Module, config: Any) -> float:
+def native_theta(rotary: Any, config: Any) -> float:
     """The base of the frequencies that the built module turns by.
 
     The config's number where it gives the module's frequencies; else the one that the module's frequencies tell, since
