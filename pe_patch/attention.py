@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .band import LONG, banded_attention, reaches
 from .errors import NoEffectError, UnsupportedError, unknown
 from .positions import Positions
 from .scheme import Scheme, overrides
@@ -115,16 +116,41 @@ class Core:
             return self.mix(self.scores(query, key) + additive, value)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
 
+    def reaches(self, query: Tensor, key: Tensor, positions: Positions, slopes: Tensor) -> list[int] | None:
+        """How far back each head has to look under a bias of -slope x distance; None where it has to be everywhere.
+
+        Only a long first pass over consecutive positions is worth it; reading the bound would break a compiled graph.
+        """
+        count = query.shape[2]
+        if self.backend.name != "sdpa" or self.mask is not None or key.shape[2] != count or count < LONG:
+            return None
+        if torch.compiler.is_compiling() or bool((positions.query.diff(dim=-1) != 1).any()):
+            return None
+        return reaches(query, key, self.scaling, slopes)
+
     def widened(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, more_query: Tensor, more_key: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        more_query: Tensor,
+        more_key: Tensor,
+        reach: list[int] | None = None,
     ) -> Output:
-        """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels."""
+        """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels.
+
+        With `reach`, heads leave out keys farther back than that.
+        """
         width, extra = value.shape[-1], more_query.shape[-1]
         more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
         more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
         # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.
         query, key = torch.cat((more_query, query), -1), torch.cat((more_key, key), -1)
         value = nn.functional.pad(value, (0, query.shape[-1] - width if extra else 0))
+        if reach is not None:
+            dropout = self.dropout if self.module.training else 0.0
+            banded = banded_attention(query, key, value, reach, scaling=self.scaling, dropout=dropout)
+            return banded[..., :width], None
         output, weights = self._host(query, key, value, self.mask)
         return output[..., :width], weights
 

@@ -218,6 +218,10 @@ class DistanceBias(Scheme):
         summed over e and times `scaling` are the bias up to a constant for each query; None where there are none."""
         return None
 
+    def reach(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> list[int] | None:
+        """For each head how many tokens back a key can still carry weight; None where nothing bounds it."""
+        return None
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         if query.shape[1] != self.shape.num_heads:
             raise UnsupportedError(
@@ -225,7 +229,7 @@ class DistanceBias(Scheme):
                 "heads split over devices (tensor parallelism) are not supported with it."
             )
         if core.widens and (features := self.features(positions, core.scaling, query.dtype)) is not None:
-            return core.widened(query, key, value, positions, *features)
+            return core.widened(query, key, value, *features, self.reach(query, key, positions, core))
         return core(query, key, value, positions, bias=self)
 
 

@@ -18,8 +18,9 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "scheme": {"errors", "positions", "attention"},  # attention for a type only
     "rotation": {"errors", "positions", "scheme", "attention"},
     "dialects": {"errors"},
-    "schemes": {"errors", "positions", "scheme", "rotation", "dialects", "schemes"},
-    "attention": {"errors", "positions", "scheme"},
+    "schemes": {"errors", "positions", "scheme", "rotation", "dialects", "schemes", "attention"},
+    "band": set(),
+    "attention": {"band", "errors", "positions", "scheme"},
     "adapters": {"errors", "scheme", "rotation", "attention", "adapters"},
     "swaps": set(),
     "forward": {"errors", "positions", "scheme", "attention"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..positions import Positions
 from ..scheme import AttentionShape, DistanceBias
+
+if TYPE_CHECKING:
+    from ..attention import Core
 
 WIDTH = 8
 """Head widths stay multiples of this many dimensions, which GPU kernels ask for."""
@@ -69,6 +73,9 @@ class ALiBi(DistanceBias):
         # By the key's position alone, as BLOOM has it: each row differs from the distance form by a constant, which
         # the softmax does not see, and under a causal mask no key lies ahead.
         return self._slopes(query.device)[:, None, None] * positions.key[:, None, None, :]
+
+    def reach(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> list[int] | None:
+        return core.reaches(query, key, positions, self._slopes(query.device))
 
     def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """slope j - slope i as a sum of exact products.

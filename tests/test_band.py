@@ -1,0 +1,80 @@
+"""Leaving out keys that carry no weight changes nothing that float32 can show."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pe_patch.band import LONG, banded_attention, reaches
+from pe_patch.schemes.bias import alibi_slopes
+
+
+def oracle(query, key, value, slopes, scaling):
+    """Dense causal attention with ALiBi, `[batch, query, heads, head]`, in float64."""
+    group = query.shape[1] // key.shape[1]
+    query, key, value = (
+        query.double(),
+        key.double().repeat_interleave(group, 1),
+        value.double().repeat_interleave(group, 1),
+    )
+    place = torch.arange(query.shape[2])
+    distance = (place[:, None] - place[None, :]).double()
+    outputs = []
+    for head, slope in enumerate(slopes):
+        scores = query[:, head] @ key[:, head].mT * scaling - slope * distance
+        outputs.append(scores.masked_fill(distance < 0, -math.inf).softmax(-1) @ value[:, head])
+    return torch.stack(outputs, 2)
+
+
+@pytest.fixture
+def states():
+    torch.manual_seed(0)
+    query, value = torch.randn(1, 4, LONG + 100, 16), torch.randn(1, 2, LONG + 100, 16)
+    return query, torch.randn(1, 2, LONG + 100, 16), value
+
+
+SCALING = 0.25
+
+
+def widened(query, key, slopes):
+    """The bias as one more dimension, in float64 so that nothing but the band is judged."""
+    place = torch.arange(query.shape[2]).double() - query.shape[2]
+    steep = torch.tensor(slopes, dtype=torch.float64)[None, :, None, None] / SCALING
+    query = torch.cat((query.double(), steep.expand(1, -1, query.shape[2], 1)), -1)
+    key = torch.cat((key.double(), place[None, None, :, None].expand(1, key.shape[1], -1, 1)), -1)
+    return query, key
+
+
+@pytest.mark.parametrize("slopes", [alibi_slopes(4), [4.0, 1.0, 0.5, 0.001]])
+def test_what_is_left_out_cannot_be_seen(states, slopes):
+    query, key, value = states
+    reach = reaches(query, key, SCALING, torch.tensor(slopes))
+    assert reach[0] < LONG // 2, "no head is short-sighted enough for this to test anything"
+    wide_query, wide_key = widened(query, key, slopes)
+    ours = banded_attention(wide_query, wide_key, value.double(), reach, scaling=SCALING, dropout=0.0)
+    torch.testing.assert_close(ours, oracle(query, key, value, slopes, SCALING), rtol=0, atol=2**-24)
+
+
+def test_gradients_are_those_of_the_whole(states):
+    slopes = alibi_slopes(4)
+    query, key, value = (state.double().requires_grad_() for state in states)
+    weight = torch.randn(LONG + 100, 16, dtype=torch.float64)
+    expected = torch.autograd.grad(
+        (oracle(query, key, value, slopes, SCALING)[0, :, 0] * weight).sum(), (query, key, value)
+    )
+    reach = reaches(query, key, SCALING, torch.tensor(slopes))
+    wide_query, wide_key = widened(query, key, slopes)
+    banded = banded_attention(wide_query, wide_key, value, reach, scaling=SCALING, dropout=0.0)
+    actual = torch.autograd.grad((banded[0, :, 0] * weight).sum(), (query, key, value))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_large_scores_widen_the_reach(states):
+    query, key, _ = states
+    slopes = torch.tensor(alibi_slopes(4))
+    near, far = reaches(query, key, SCALING, slopes), reaches(8 * query, key, SCALING, slopes)
+    assert all(b > a for a, b in zip(near, far, strict=True))
+    assert min(reaches(1e6 * query, key, SCALING, slopes)) > LONG
