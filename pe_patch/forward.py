@@ -139,7 +139,7 @@ def _positions(
 def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, explicit: Tensor | None) -> None:
     """Warn once, or raise if asked to, when a sequence is longer than the scheme is meant for."""
     window, hard = runtime.window, runtime.scheme.hard_window
-    if window is None or (torch.compiler.is_compiling() and not hard):
+    if window is None or (torch.compiler.is_compiling() and not (hard or runtime.strict)):
         return
     longest = int(past_length) + count if explicit is None else int(explicit.max()) + 1
     if longest <= window:

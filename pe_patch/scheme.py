@@ -92,8 +92,17 @@ class Scheme(nn.Module):
 
     @classmethod
     def _parameters_of_init(cls) -> list[inspect.Parameter]:
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
-        return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        """The keyword arguments of `__init__`; where it hands `**shared` on, also those of the class above."""
+        found: dict[str, inspect.Parameter] = {}
+        for owner in cls.__mro__:
+            if "__init__" not in owner.__dict__:
+                continue
+            parameters = list(inspect.signature(owner.__init__).parameters.values())[2:]
+            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            found = {p.name: p for p in named} | found
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        return list(found.values())
 
     @classmethod
     def option_names(cls) -> set[str]:

@@ -21,6 +21,7 @@ WIDTH = 8
 
 LIMBS: dict[torch.dtype, tuple[tuple[torch.dtype, ...], int, int, tuple[float, ...]]] = {
     # dtype: dtypes that cut the slope, base and number of a position's limbs, weights of the limbs of their products
+    torch.float64: ((torch.float64,), 2**24, 1, (1.0,)),
     torch.float32: ((torch.bfloat16, torch.float32), 2**12, 2, (1.0,)),
     torch.bfloat16: ((torch.bfloat16, torch.bfloat16), 2**8, 3, (1.0, 1.0)),
     torch.float16: ((torch.float16, torch.float16), 2**11, 2, (2.0**11, 1.0)),

@@ -75,15 +75,9 @@ class Proportional(Scaled):
         *,
         partial_rotary_factor: float,
         factor: float = 1,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            factor=factor,
-            theta=theta,
-            original_max_position_embeddings=original_max_position_embeddings,
-        )
+        super().__init__(shape, factor=factor, **shared)
         self.proportion = check_number(
             self.name, "partial_rotary_factor", partial_rotary_factor, 0.0, 1.0, exclusive=True
         )
@@ -124,10 +118,9 @@ class DynamicNTK(Rotary):
         *,
         factor: float = 1,
         expected_length: int | None = None,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        super().__init__(shape, **shared)
         self.factor = check_number(self.name, "factor", factor, 1.0, do="1 is the plain form.")
         self.expected_length = check_length(self.name, "expected_length", expected_length)
         check_width(self.name, self.dim)
@@ -187,10 +180,9 @@ class LongRoPE(Rotary):
         factor: float | None = None,
         attention_factor: float | None = None,
         expected_length: int | None = None,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        super().__init__(shape, **shared)
         pairs = self.dim // 2
         self.long = check_list(self.name, "long_factor", long_factor, pairs)
         self.short = [1.0] * pairs

@@ -44,10 +44,9 @@ class Scaled(Rotary):
         shape: AttentionShape,
         *,
         factor: Factor,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        super().__init__(shape, **shared)
         self.auto = self.auto_allowed and isinstance(factor, str) and factor == "auto"
         remedy = "Give the target window over the trained one" + (', or "auto".' if self.auto_allowed else ".")
         self.factor = None if self.auto else check_number(self.name, "factor", factor, 1.0, do=remedy)
@@ -119,20 +118,8 @@ class NTK(Scaled):
     paper = "bloc97 2023, in Peng et al. 2023, arXiv 2309.00071"
     training_free = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        factor: Factor,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
-    ) -> None:
-        super().__init__(
-            shape,
-            factor=factor,
-            theta=theta,
-            original_max_position_embeddings=original_max_position_embeddings,
-        )
+    def __init__(self, shape: AttentionShape, **shared: Any) -> None:
+        super().__init__(shape, **shared)
         check_width(self.name, self.dim)
 
     def scaled_theta(self, factor: float) -> float:
@@ -181,18 +168,11 @@ class NTKByParts(Scaled):
         self,
         shape: AttentionShape,
         *,
-        factor: Factor,
         alpha: float = 1,
         beta: float = 32,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            factor=factor,
-            theta=theta,
-            original_max_position_embeddings=original_max_position_embeddings,
-        )
+        super().__init__(shape, **shared)
         self.alpha = check_number(self.name, "alpha", alpha, 0.0, exclusive=True)
         self.beta = check_number(self.name, "beta", beta, 0.0, exclusive=True)
         check_order(self.name, ("alpha", self.alpha), ("beta", self.beta))
@@ -219,18 +199,11 @@ class Llama3(Scaled):
         self,
         shape: AttentionShape,
         *,
-        factor: Factor,
         low_freq_factor: float = 1,
         high_freq_factor: float = 4,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            factor=factor,
-            theta=theta,
-            original_max_position_embeddings=original_max_position_embeddings,
-        )
+        super().__init__(shape, **shared)
         self.low = check_number(self.name, "low_freq_factor", low_freq_factor, 0.0, exclusive=True)
         self.high = check_number(self.name, "high_freq_factor", high_freq_factor, 0.0, exclusive=True)
         check_order(self.name, ("low_freq_factor", self.low), ("high_freq_factor", self.high))

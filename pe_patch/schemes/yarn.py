@@ -12,7 +12,7 @@ from ..dialects import yarn_temperature
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .checks import check_flag, check_length, check_number, check_order
-from .scaling import Factor, Scaled, native_parameters
+from .scaling import Scaled, native_parameters
 
 
 class YaRN(Scaled):
@@ -37,22 +37,15 @@ class YaRN(Scaled):
         self,
         shape: AttentionShape,
         *,
-        factor: Factor,
         beta_fast: float = 32,
         beta_slow: float = 1,
         attention_factor: float | None = None,
         mscale: float | None = None,
         mscale_all_dim: float | None = None,
         truncate: bool = True,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            factor=factor,
-            theta=theta,
-            original_max_position_embeddings=original_max_position_embeddings,
-        )
+        super().__init__(shape, **shared)
         self.beta_fast = check_number(self.name, "beta_fast", beta_fast, 0.0, exclusive=True)
         self.beta_slow = check_number(self.name, "beta_slow", beta_slow, 0.0, exclusive=True)
         check_order(self.name, ("beta_slow", self.beta_slow), ("beta_fast", self.beta_fast))
@@ -120,27 +113,9 @@ class DynamicYaRN(YaRN):
         *,
         factor: float | None = None,
         expected_length: int | None = None,
-        beta_fast: float = 32,
-        beta_slow: float = 1,
-        attention_factor: float | None = None,
-        mscale: float | None = None,
-        mscale_all_dim: float | None = None,
-        truncate: bool = True,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            factor="auto",
-            beta_fast=beta_fast,
-            beta_slow=beta_slow,
-            attention_factor=attention_factor,
-            mscale=mscale,
-            mscale_all_dim=mscale_all_dim,
-            truncate=truncate,
-            theta=theta,
-            original_max_position_embeddings=original_max_position_embeddings,
-        )
+        super().__init__(shape, factor="auto", **shared)
         remedy = "It is the largest scaling; leave it out for none."
         self.cap = math.inf if factor is None else check_number(self.name, "factor", factor, 1.0, do=remedy)
         self.expected_length = check_length(self.name, "expected_length", expected_length)
