@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,9 +54,9 @@ def banded_attention(
 
 def _band(query: Tensor, key: Tensor, value: Tensor, width: int, scaling: float, dropout: float) -> Tensor:
     count = query.shape[2]
-    settings = {"scale": scaling, "dropout_p": dropout}
+    attend = partial(scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
     if width >= count:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+        return attend(query, key, value, is_causal=True)
     # The causal mask of any chunk, as a view of one: zero but for a triangle over the chunk's own keys at the end.
     mask = query.new_zeros(CHUNK, width + CHUNK)
     mask[:, width:] = torch.full((CHUNK, CHUNK), -math.inf, device=query.device).triu(1)
@@ -64,5 +65,5 @@ def _band(query: Tensor, key: Tensor, value: Tensor, width: int, scaling: float,
         stop, first = min(start + CHUNK, count), max(0, start - width)
         chunk, keys, values = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
         seen = mask[start - stop :, first - stop :]
-        outputs.append(scaled_dot_product_attention(chunk, keys, values, attn_mask=seen, **settings))
+        outputs.append(attend(chunk, keys, values, attn_mask=seen))
     return torch.cat(outputs, 2)
