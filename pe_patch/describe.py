@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters.adapter import RotaryJoint
 from .errors import PePatchError
 from .join import Patch
 from .patch import find_patch
@@ -133,10 +134,12 @@ def _replaced(patch: Patch) -> list[Replaced]:
 
 def _name(value: Any) -> str:
     if value is ABSENT:
-        return "the class's own" if value is ABSENT else ""
+        return "the class's own"
+    if isinstance(value, RotaryJoint):
+        scheme = value.__dict__["scheme"]
+        return f"RotaryJoint({scheme.name if scheme is not None else 'no rotation'})"
     if isinstance(value, nn.Module):
-        inner = value.__dict__.get("scheme")
-        return f"{type(value).__name__}({inner.name})" if isinstance(inner, Scheme) else type(value).__name__
+        return type(value).__name__
     if hasattr(value, "function"):
         function = getattr(value.function, "function", value.function)
         return f"pe_patch {function.__name__}"
