@@ -25,6 +25,8 @@ types: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/patch_cost.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/bloom.py
 
 clean:
 	rm -rf $(VENV) report build dist *.egg-info
