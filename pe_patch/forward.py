@@ -117,7 +117,8 @@ def _positions(
 ) -> Positions:
     slots = None
     if past is not None and getattr(past, "is_compileable", False):
-        slots = max(layer.get_max_length() for layer in past.layers)
+        whole = [layer.get_max_length() for layer in past.layers if not layer.is_sliding]
+        slots = max(whole, default=None)  # where every layer slides, no layer's size is the length of the sequence
     count = query.shape[1]
     fresh = past is None or (count > 1 and bool(past_length == 0))
     key = query if past is None else remember(past, query, past_length, slots)

@@ -39,14 +39,15 @@ class Positions(NamedTuple):
         return self.query[:, :, None] - self.key[:, None, :]
 
     def fit(self, key_length: int) -> Positions:
-        """The same positions for a cache layer that holds fewer keys: a sliding one keeps the newest."""
+        """The same positions for a cache layer that holds fewer keys, a sliding one with the newest, or that has slots
+        which no token has reached, which the mask hides."""
         count = self.key.shape[1]
         if key_length == count:
             return self
-        if key_length > count:
-            raise ValueError(f"A cache layer holds {key_length} keys, but only {count} positions are known.")
         index = torch.arange(key_length, device=self.key.device)
-        if self.filled is None:
+        if key_length > count:
+            index = index.clamp(max=count - 1)
+        elif self.filled is None:
             index = index + (count - key_length)
         else:  # a static layer fills its slots from the left, then rolls
             index = index + (torch.as_tensor(self.filled, device=index.device) - key_length).clamp(min=0)
