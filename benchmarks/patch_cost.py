@@ -22,7 +22,7 @@ from pe_patch import describe, patch_model
 
 LENGTH, FACTOR, WINDOW, STEPS = 2048, 4.0, 512, 64
 TARGET = 1.02
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 8, "pad_token_id": 0,
 }  # fmt: skip
@@ -31,7 +31,7 @@ YARN = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings
 
 def build(ours: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    settings: dict[str, Any] = dict(SIZES)
+    settings = dict(SIZES)
     if ours:
         settings |= {"max_position_embeddings": WINDOW}
     else:
