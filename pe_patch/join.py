@@ -24,6 +24,7 @@ from .forward import (
     refuse_paging,
     set_attn_implementation,
 )
+from .rotation import Rotary
 from .scheme import AttentionShape, Scheme, Stacked, overrides
 from .schemes import SCHEMES
 from .schemes.find import find_scheme
@@ -91,6 +92,7 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
     at_joint = turns and adapter.rotary is not None and not scheme.length_dependent
     at_scores = not at_joint and any(overrides(scheme, rung) for rung in ("encode", "bias", "attend"))
     embeds = overrides(scheme, "embed")
+    _check_rungs(adapter, scheme, turns, at_joint or at_scores)
     if at_scores and not adapter.carries:
         raise UnsupportedError(
             f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
@@ -112,6 +114,27 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
             f"layers= has no meaning for {scheme.name!r} here: what is added to the input embeddings reaches them all."
         )
     return _Plan(turns, at_joint, at_scores, embeds)
+
+
+def _check_rungs(adapter: Adapter, scheme: Scheme, turns: bool, acts: bool) -> None:
+    """Raise where a rung that the scheme overrides would never be called."""
+    if overrides(scheme, "replace"):
+        raise UnsupportedError(f"{scheme.name!r} replaces the attention module, which is not done yet; use 'attend'.")
+    dropped = [
+        rung
+        for rung in ("encode", "bias", "attend")
+        if getattr(type(scheme), rung) not in (getattr(Scheme, rung), getattr(Rotary, rung))
+    ]
+    if turns and dropped:
+        raise UnsupportedError(
+            f"{scheme.name!r} rotates and also overrides {dropped[0]!r}, which would be dropped. Leave 'angles' to "
+            "Scheme and rotate in 'attend', where a scheme may do everything."
+        )
+    if turns and not acts:
+        raise UnsupportedError(
+            f"{scheme.name!r} says its rotation in 'angles' alone, and this family has no place for that before the "
+            "cache. Derive it from pe_patch.rotation.Rotary, which also rotates at the scores."
+        )
 
 
 def _build(cls: type[Scheme], shape: AttentionShape, options: dict[str, Any], base: PreTrainedModel) -> list[Scheme]:

@@ -120,11 +120,9 @@ def _verify(patch: Patch, probe: bool) -> None:
     """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
     base, adapter = patch.base, patch.adapter
     if adapter.rotary is not None and not patch.keep_native and len(patch.layers) == patch.shape.num_layers:
-        joint: Any = getattr(base, adapter.rotary)
-        expected: Any = (
-            patch.scheme.inv_freq if joint.__dict__.get("scheme") is not None else torch.zeros_like(joint.inv_freq)
-        )
-        if not isinstance(joint, RotaryJoint) or not torch.equal(joint.inv_freq, expected):
+        joint = getattr(base, adapter.rotary)
+        at_joint = overrides(patch.scheme, "angles") and not patch.scheme.length_dependent
+        if not isinstance(joint, RotaryJoint) or joint.__dict__["scheme"] is not (patch.scheme if at_joint else None):
             raise NoEffectError(f"{type(base).__name__}.{adapter.rotary} does not turn by {patch.scheme.name!r}.")
     if not probe:
         return

@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from torch import Tensor
 from transformers import StaticCache
 
-from pe_patch import Positions, Scheme, UnsupportedError, patch_model, unpatch_model
+from pe_patch import SCHEMES, Positions, Scheme, UnsupportedError, patch_model, unpatch_model
 
 from .models import BACKENDS, FAMILIES, build, cached_logits, error, logits, put, snapshot, tokens, unchanged
 
@@ -167,3 +167,36 @@ def test_flex_equals_eager(name):
     )
     assert error(found[0, 9:], expected[0, 9:]) < 1e-5
     assert error(found[1], expected[1]) < 1e-5
+
+
+class Steady(Scheme):
+    """Rotates by one radian a token, said on rung 2 alone."""
+
+    name = "steady"
+
+    def angles(self, positions):
+        return positions[..., None].float().expand(-1, -1, self.shape.rotary_dim // 2), 1.0
+
+
+def test_a_rotation_said_as_angles_alone_turns_where_there_is_a_joint():
+    """The host's own rotary module with every frequency set to one computes the same."""
+    model, native = build("llama"), build("llama")
+    native.model.rotary_emb.inv_freq.fill_(1.0)
+    patch_model(model, Steady)
+    ids = torch.arange(3, 23)[None]
+    assert torch.equal(model(ids).logits, native(ids).logits)
+
+
+def test_a_rung_that_would_never_be_called_is_refused():
+    def biased(self, query, key, positions):
+        return torch.zeros(1)
+
+    turning = type("Turning", (SCHEMES["rope"],), {"name": "turning", "bias": biased})
+    replacing = type("Replacing", (Scheme,), {"name": "replacing", "replace": lambda self, projections: projections})
+    for family, scheme, said in (
+        ("llama", turning, "bias"),
+        ("llama", replacing, "replaces"),
+        ("bloom", Steady, "Rotary"),
+    ):
+        with pytest.raises(UnsupportedError, match=said):
+            patch_model(build(family), scheme)
