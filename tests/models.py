@@ -53,6 +53,8 @@ def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
 
 
 GIVEN: dict[str, dict[str, Any]] = {
+    "integer": {},
+    "one_hot": {"max_positions": 64},
     "sinusoidal": {},
     "learned": {"max_positions": 64},
     "nope": {},
@@ -84,7 +86,7 @@ def case(family: str, name: str) -> tuple[str, dict[str, Any]]:
     scheme, options = name.split(" ")[0], dict(CASES[name])
     if "long_factor" in options:
         options["long_factor"] = [1.0 + 0.5 * pair for pair in range(PAIRS[family])]
-    if family == "bloom" and SCHEMES[scheme].mechanism == "rotary":
+    if family == "bloom" and "original_max_position_embeddings" in SCHEMES[scheme].option_names():
         options["original_max_position_embeddings"] = WINDOW
     return scheme, options
 

@@ -12,6 +12,8 @@ SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
     {
         scheme.name: scheme
         for scheme in (
+            absolute.Integer,
+            absolute.OneHot,
             absolute.Sinusoidal,
             absolute.Learned,
             absolute.NoPE,

@@ -18,6 +18,48 @@ class NoPE(Scheme):
     paper = "Kazemnejad et al. 2023, arXiv 2305.19466"
 
 
+class Integer(Scheme):
+    """The position itself, a number along one learned direction: x_i += (scale i / N) v, N the trained window.
+
+    The baseline that sinusoids were made to replace: its magnitude grows with the position, so it is measured against
+    the window and is of size `scale` at its end. v starts at zero, where it is `nope`, and must be trained.
+
+    Options:
+        scale: the number at the end of the window.
+        original_max_position_embeddings: trained window N in tokens; the model's own when None.
+    """
+
+    name = "integer"
+    mechanism = "absolute"
+    summary = "the position as a number along one learned direction"
+    paper = "a baseline of old, discussed in Vaswani et al. 2017, arXiv 1706.03762"
+    shift_invariant = False
+
+    def __init__(
+        self, shape: AttentionShape, *, scale: float = 1.0, original_max_position_embeddings: int | None = None
+    ) -> None:
+        super().__init__(shape)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < float("inf"):
+            raise OptionError(f"'integer' got scale={scale!r}; it is a number other than 0.")
+        length = original_max_position_embeddings
+        self.window = shape.trained_length if length is None else int(length)
+        if self.window < 1:
+            raise OptionError(
+                "'integer' measures positions against the window the model was trained for, and its config does not "
+                "say: give original_max_position_embeddings=<tokens>."
+            )
+        self.scale = float(scale)
+        self.direction = nn.Parameter(torch.zeros(shape.hidden_size))
+
+    @property
+    def effective_window(self) -> int | None:
+        return self.window
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        share = positions[..., None].float() * (self.scale / self.window)
+        return hidden + (share * self.direction.float()).to(hidden.dtype)
+
+
 LAYOUTS = ("interleaved", "concat", "tensor2tensor")
 
 
@@ -141,3 +183,40 @@ class Learned(Scheme):
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         return hidden + nn.functional.embedding(positions, self.table).to(hidden.dtype)
+
+
+class OneHot(Scheme):
+    """A projection of the one-hot position, added to the input embeddings: x_i += W e_i.
+
+    The same function as a learned table, seen as a linear layer: weight `[hidden, max_positions]` as `nn.Linear` lays
+    it out, of which the one-hot vector picks a column. It is the textbook's blank start, zeros on every model: it takes
+    over no table, has no extension, and with `keep_native=True` may be added to a table that stays.
+
+    Options:
+        max_positions: length of the one-hot vector in tokens; the model's own window when None.
+    """
+
+    name = "one_hot"
+    mechanism = "absolute"
+    summary = "a linear projection of the one-hot position, added to the input embeddings"
+    paper = "Gehring et al. 2017, arXiv 1705.03122, as a projection"
+    shift_invariant = False
+
+    def __init__(self, shape: AttentionShape, *, max_positions: int | None = None) -> None:
+        super().__init__(shape)
+        columns = shape.trained_length if max_positions is None else int(max_positions)
+        if columns < 1:
+            raise OptionError("'one_hot' needs max_positions=<tokens>: the model's config does not say its window.")
+        self.columns = columns
+        self.weight = nn.Parameter(torch.zeros(shape.hidden_size, columns))
+
+    @property
+    def effective_window(self) -> int | None:
+        return self.columns
+
+    @property
+    def hard_window(self) -> bool:
+        return True
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return hidden + nn.functional.embedding(positions, self.weight.T).to(hidden.dtype)
