@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -22,11 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .band import LONG, banded_attention, reaches
 from .errors import NoEffectError, UnsupportedError, unknown
+from .kernels import portable
 from .positions import Positions
+from .ranges import Range
 from .scheme import Scheme, overrides
-
-CHUNK = 256
-"""Queries for which a bias is built at a time on the fast path; keeps memory linear in the length."""
 
 Output = tuple[Tensor, Tensor | None]
 """Attention output `[batch, query, heads, head]` and, from eager, the weights `[batch, heads, query, key]`."""
@@ -109,12 +107,80 @@ class Core:
         `bias` is the scheme whose `bias` (or pointwise `of`) is added to the scaled scores.
         """
         if bias is None:
-            return self._host(query, key, value, self.mask)
+            return self.host(query, key, value, self.mask)
         if self.backend.dense:
-            additive = bias.bias(query, key, positions)
+            additive = bias.bias(query * self.scaling, key, positions)
             assert additive is not None
             return self.mix(self.scores(query, key) + additive, value)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees no key ahead of it where no mask says so."""
+        return getattr(self.module, "is_causal", True)
+
+    @property
+    def layer(self) -> int:
+        """Which of the model's layers this is, from 0."""
+        return self.module.__dict__["pe_layer"]
+
+    def part(self, start: int, stop: int, end: int) -> Core:
+        """The same for the queries `start` to `stop` and the keys up to `end`; without a mask `end` is where the
+        causal view of the last of them ends."""
+        return self if self.mask is None else replace(self, mask=self.mask[:, :, start:stop, :end])
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which keys each query may see, `[batch | 1, 1, query, key]`, bool."""
+        rows, columns = query.shape[2], key.shape[2]
+        if self.mask is None:
+            every = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
+            return every.tril(columns - rows) if self.causal and rows > 1 else every
+        mask = self.mask[..., :columns]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+    def rows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        scores: Callable[[Tensor, Tensor, Positions, Core], Tensor],
+        also: Callable[[Tensor, Positions], Tensor] | None = None,
+    ) -> Output:
+        """Attention by scores of one's own, for what needs to see whole rows of them.
+
+        `scores(query, key, positions, core)` gives `[batch, heads, query, key]`, float32, for some of the queries and
+        all the keys that they may see (`core.scores` and `core.allowed` help); `also(weights, positions)` gives what
+        is added to the output, `[batch, heads, query, head]`.
+        """
+
+        def made(queries: Any, keys: Any, seen: Positions, part: Core, _: Any) -> Tensor:
+            return scores(queries[0], keys[0], seen, part)
+
+        if self.backend.dense:
+            output, weights = self.mix(scores(query, key, positions, self), value)
+            assert weights is not None
+            return output if also is None else output + also(weights, positions).transpose(1, 2), weights
+        return portable.by_rows(self, (query,), (key,), value, positions, made, also), None
+
+    def ranges(self, ranges: Sequence[Range], value: Tensor, positions: Positions) -> Output:
+        """Attention in which pairs of a query and a key differ in their encoding: one softmax over all ranges."""
+        queries, keys = tuple(one.query for one in ranges), tuple(one.key for one in ranges)
+
+        def made(queries: Any, keys: Any, seen: Positions, part: Core, chunk: tuple[int, int, int]) -> Tensor:
+            total: Tensor | None = None
+            for whole, query, key in zip(ranges, queries, keys, strict=True):
+                own = part.scores(query, key)
+                covered = whole.part(*chunk).covers(seen)[:, None]
+                rest = torch.full_like(own, torch.finfo(own.dtype).min) if total is None else total
+                total = torch.where(covered, own, rest)
+            assert total is not None
+            return total
+
+        if self.backend.dense:
+            count, total = queries[0].shape[2], keys[0].shape[2]
+            return self.mix(made(queries, keys, positions, self, (0, count, total)), value)
+        return portable.by_rows(self, queries, keys, value, positions, made), None
 
     def reaches(self, query: Tensor, key: Tensor, positions: Positions, slopes: Tensor) -> list[int] | None:
         """How far back each head has to look under a bias of -slope x distance; None where it has to be everywhere.
@@ -151,7 +217,7 @@ class Core:
             dropout = self.dropout if self.module.training else 0.0
             banded = banded_attention(query, key, value, reach, scaling=self.scaling, dropout=dropout)
             return banded[..., :width], None
-        output, weights = self._host(query, key, value, self.mask)
+        output, weights = self.host(query, key, value, self.mask)
         return output[..., :width], weights
 
     def where(self, condition: Tensor, first: Output, second: Output) -> Output:
@@ -162,16 +228,17 @@ class Core:
         return torch.where(condition, first[0], second[0]), weights
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scaled scores in float32, `[batch, heads, query, key]`, soft-capped where the family does so."""
+        """Scaled scores in float32 or wider, `[batch, heads, query, key]`, soft-capped where the family does so."""
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        scores = torch.matmul(query, key.transpose(2, 3)).float() * self.scaling
+        scores = torch.matmul(query, key.transpose(2, 3))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
         softcap = self.extra.get("softcap")
         return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
     def mix(self, scores: Tensor, value: Tensor) -> Output:
         """Mask and normalise scores, and mix the values by them."""
         lowest = torch.finfo(scores.dtype).min
-        if self.mask is None and scores.shape[2] > 1:
+        if self.mask is None and self.causal and scores.shape[2] > 1:
             rows, columns = scores.shape[-2:]
             causal = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
             scores = scores.masked_fill(~causal, lowest)
@@ -180,52 +247,25 @@ class Core:
             scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
         sinks = self.extra.get("s_aux")
         if sinks is not None:
-            sinks = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            sinks = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
             scores = torch.cat((scores, sinks), -1)
-        weights = scores.softmax(-1, dtype=torch.float32)
+        weights = scores.softmax(-1)
         weights = (weights if sinks is None else weights[..., :-1]).to(value.dtype)
         weights = nn.functional.dropout(weights, self.dropout, self.module.training)
         value = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
-    def _host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+    def host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
         function = self.backend.function(self.module)
         if function is None:
             return self.mix(self.scores(query, key), value)
         return function(self.module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
 
 
-def _chunked_sdpa(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
-    """A bias on SDPA, built for a few queries at a time: memory `heads x CHUNK x key`, forward and backward."""
-    count, total = query.shape[2], key.shape[2]
-    causal = core.mask is None and count > 1
-    if causal and total > count:  # the first pass into a static cache, whose other slots are empty
-        key, value, total = key[:, :, :count], value[:, :, :count], count
-        positions = positions._replace(key=positions.key[:, :count])
-
-    def attend_to(chunk: Tensor, start: int, stop: int, end: int) -> Tensor:
-        seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
-        additive = bias.bias(chunk, key[:, :, :end], seen)
-        assert additive is not None
-        lowest = torch.finfo(query.dtype).min
-        if causal:
-            ahead = torch.ones(stop - start, end, dtype=torch.bool, device=query.device).triu(start + 1)
-            additive = additive.masked_fill(ahead, lowest)
-        elif core.mask is not None:
-            mask = core.mask[:, :, start:stop, :end]
-            additive = additive.masked_fill(~mask, lowest) if mask.dtype == torch.bool else additive + mask
-        additive = additive.to(query.dtype).expand(query.shape[0], query.shape[1], -1, -1)
-        return core._host(chunk, key[:, :, :end], value[:, :, :end], additive)[0]
-
-    outputs = []
-    for start in range(0, count, CHUNK):
-        stop = min(start + CHUNK, count)
-        arguments = (query[:, :, start:stop], start, stop, stop if causal else total)
-        if torch.is_grad_enabled():  # else autograd would keep every chunk's mask
-            outputs.append(checkpoint(attend_to, *arguments, use_reentrant=False))
-        else:
-            outputs.append(attend_to(*arguments))
-    return torch.cat(outputs, 1), None
+def _biased_by_chunks(
+    core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme
+) -> Output:
+    return portable.biased(core, query, key, value, positions, bias), None
 
 
 def _flex(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
@@ -257,7 +297,7 @@ def _no_flash(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: 
     )
 
 
-BIASED: dict[str, Callable[..., Output]] = {"sdpa": _chunked_sdpa, "flex": _flex, "flash": _no_flash}
+BIASED: dict[str, Callable[..., Output]] = {"sdpa": _biased_by_chunks, "flex": _flex, "flash": _no_flash}
 
 
 def attend(
@@ -280,7 +320,7 @@ def attend(
     core = Core(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
     scheme = module.__dict__.get("pe_scheme")
     if scheme is None:
-        return core._host(query, key, value, mask)
+        return core.host(query, key, value, mask)
     if positions is None:
         raise NoEffectError(
             f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "

@@ -89,7 +89,12 @@ class _Plan:
 
 def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int], count: int) -> _Plan:
     turns = overrides(scheme, "angles")
-    at_joint = turns and adapter.rotary is not None and not scheme.length_dependent
+    # What changes the scores besides rotating rotates there too: the joint is for a rotation and nothing else.
+    beside = any(
+        getattr(type(scheme), rung) not in (getattr(Scheme, rung), getattr(Rotary, rung))
+        for rung in ("encode", "bias", "attend")
+    )
+    at_joint = turns and adapter.rotary is not None and not scheme.length_dependent and not beside
     at_scores = not at_joint and any(overrides(scheme, rung) for rung in ("encode", "bias", "attend"))
     embeds = overrides(scheme, "embed")
     _check_rungs(adapter, scheme, turns, at_joint or at_scores)
@@ -107,6 +112,8 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
         raise OptionError(
             f"keep_native=True would rotate twice: this family rotates already, and so does {scheme.name!r}."
         )
+    if keep_native and scheme.mechanism == "none":
+        raise OptionError(f"keep_native=True leaves {scheme.name!r} nothing to do: it takes the native positions away.")
     if keep_native and adapter.learned and scheme.name == "learned":
         raise OptionError("keep_native=True would add two learned tables; leave it out.")
     if len(chosen) < count and (embeds or adapter.learned):
@@ -120,16 +127,6 @@ def _check_rungs(adapter: Adapter, scheme: Scheme, turns: bool, acts: bool) -> N
     """Raise where a rung that the scheme overrides would never be called."""
     if overrides(scheme, "replace"):
         raise UnsupportedError(f"{scheme.name!r} replaces the attention module, which is not done yet; use 'attend'.")
-    dropped = [
-        rung
-        for rung in ("encode", "bias", "attend")
-        if getattr(type(scheme), rung) not in (getattr(Scheme, rung), getattr(Rotary, rung))
-    ]
-    if turns and dropped:
-        raise UnsupportedError(
-            f"{scheme.name!r} rotates and also overrides {dropped[0]!r}, which would be dropped. Leave 'angles' to "
-            "Scheme and rotate in 'attend', where a scheme may do everything."
-        )
     if turns and not acts:
         raise UnsupportedError(
             f"{scheme.name!r} says its rotation in 'angles' alone, and this family has no place for that before the "
@@ -160,8 +157,9 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
 
     swaps, original = _native_swaps(base, adapter, schemes[0], plan, given["keep_native"], chosen, len(attentions))
     scores = _at_scores(adapter, schemes, plan, given["keep_native"], chosen, attentions)
-    for attention, layer_scheme in zip(attentions, scores, strict=True):
+    for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):
         swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
+        swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
         if adapter.forward is not None:
             swaps.append(Swap.of(attention, "pe_config", config, direct=True))
             swaps.append(bind(attention, "forward", _WithoutInner(adapter.forward)))

@@ -64,6 +64,9 @@ class Scheme(nn.Module):
     training_free: ClassVar[bool] = False
     """Meant to work on a rotary model without further training."""
 
+    idle: frozenset[str] = frozenset()
+    """Rungs that it overrides and, with the options given, has no use for."""
+
     widens_heads: ClassVar[bool] = False
     """Its bias can ride on extra dimensions of the head (`DistanceBias.features`)."""
 
@@ -147,7 +150,8 @@ class Scheme(nn.Module):
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         """Additive bias on the scaled scores, `[batch | 1, heads, query, key]`, float32.
 
-        Fast paths call it for a few queries at a time, so it may not look at the number of queries.
+        `query` comes scaled, so that its products are of the scores' size. Fast paths call it for a few queries at a
+        time, so it may not look at the number of queries.
         """
         return None
 
@@ -201,7 +205,7 @@ class Scheme(nn.Module):
 
 def overrides(scheme: Scheme, hook: str) -> bool:
     """Whether the scheme says something on this rung."""
-    return getattr(type(scheme), hook) is not getattr(Scheme, hook)
+    return hook not in scheme.idle and getattr(type(scheme), hook) is not getattr(Scheme, hook)
 
 
 class DistanceBias(Scheme):

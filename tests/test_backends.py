@@ -188,13 +188,8 @@ def test_a_rotation_said_as_angles_alone_turns_where_there_is_a_joint():
 
 
 def test_a_rung_that_would_never_be_called_is_refused():
-    def biased(self, query, key, positions):
-        return torch.zeros(1)
-
-    turning = type("Turning", (SCHEMES["rope"],), {"name": "turning", "bias": biased})
     replacing = type("Replacing", (Scheme,), {"name": "replacing", "replace": lambda self, projections: projections})
     for family, scheme, said in (
-        ("llama", turning, "bias"),
         ("llama", replacing, "replaces"),
         ("bloom", Steady, "Rotary"),
     ):

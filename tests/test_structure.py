@@ -18,9 +18,11 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "scheme": {"errors", "positions", "attention"},  # attention for a type only
     "rotation": {"errors", "positions", "scheme", "attention"},
     "dialects": {"errors"},
-    "schemes": {"errors", "positions", "scheme", "rotation", "dialects", "schemes", "attention"},
+    "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention"},
+    "ranges": {"positions"},
+    "kernels": {"kernels", "positions"},
     "band": set(),
-    "attention": {"band", "errors", "positions", "scheme"},
+    "attention": {"band", "errors", "kernels", "positions", "ranges", "scheme"},
     "adapters": {"errors", "scheme", "rotation", "attention", "adapters"},
     "swaps": set(),
     "forward": {"errors", "positions", "scheme", "attention"},
@@ -61,7 +63,7 @@ def test_nothing_below_knows_the_tools_above():
             assert not ours_imported_by(path) & ABOVE, path.relative_to(ROOT)
 
 
-TORCH_ONLY = {"errors", "positions", "scheme", "rotation", "schemes", "dialects", "swaps"}
+TORCH_ONLY = {"errors", "positions", "ranges", "kernels", "scheme", "rotation", "schemes", "dialects", "swaps"}
 
 
 def test_schemes_never_see_transformers():

@@ -1,0 +1,1 @@
+"""Attention that never holds a whole `[heads, query, key]` tensor."""

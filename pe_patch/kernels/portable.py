@@ -1,0 +1,94 @@
+"""A few queries at a time, in plain PyTorch: any device, any dtype, any mask, compiled or not.
+
+Each chunk is computed again in backward, so that memory stays `heads x CHUNK x key` there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..positions import Positions
+
+CHUNK = 256
+"""Queries at a time."""
+
+
+def first_pass(core: Any, count: int, keys: tuple[Tensor, ...], positions: Positions) -> tuple[Any, Positions]:
+    """Keys and positions without the empty slots of a static cache, which a causal first pass without mask ignores."""
+    if core.mask is None and core.causal and count > 1 and keys[0].shape[2] > count:
+        return tuple(key[:, :, :count] for key in keys), positions._replace(key=positions.key[:, :count])
+    return keys, positions
+
+
+def by_chunks(core: Any, count: int, total: int, tensors: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Tensor:
+    """`compute(start, stop, end, *tensors)` for the queries `start` to `stop` over the keys up to `end`, joined.
+
+    `compute` gives `[batch, query, heads, head]`. `tensors` are all that a gradient flows to, besides parameters.
+    """
+    if core.mask is not None or not core.causal or count == 1:
+        ends = None
+    else:
+        ends = total - count
+    outputs = []
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        end = total if ends is None else stop + ends
+        if torch.is_grad_enabled():  # else autograd would keep every chunk's scores
+            outputs.append(checkpoint(compute, start, stop, end, *tensors, use_reentrant=False))
+        else:
+            outputs.append(compute(start, stop, end, *tensors))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def biased(core: Any, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Any) -> Tensor:
+    """A bias on the host's own kernel, built for a few queries at a time; `[batch, query, heads, head]`."""
+    count = query.shape[2]
+    (key, value), positions = first_pass(core, count, (key, value), positions)
+
+    def compute(start: int, stop: int, end: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        chunk, keys, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
+        seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
+        additive = bias.bias(chunk * core.scaling, keys, seen)
+        assert additive is not None
+        lowest = torch.finfo(query.dtype).min
+        part = core.part(start, stop, end)
+        if part.mask is None:
+            additive = additive.masked_fill(~part.allowed(chunk, keys), lowest)
+        else:
+            additive = (
+                additive.masked_fill(~part.mask, lowest) if part.mask.dtype == torch.bool else additive + part.mask
+            )
+        additive = additive.to(query.dtype).expand(query.shape[0], query.shape[1], -1, -1)
+        return core.host(chunk, keys, values, additive)[0]
+
+    return by_chunks(core, count, key.shape[2], (query, key, value), compute)
+
+
+def by_rows(
+    core: Any,
+    queries: tuple[Tensor, ...],
+    keys: tuple[Tensor, ...],
+    value: Tensor,
+    positions: Positions,
+    scores: Callable[..., Tensor],
+    also: Callable[[Tensor, Positions], Tensor] | None = None,
+) -> Tensor:
+    """Whole rows of scores, made by `scores(queries, keys, positions, core, (start, stop, end))`."""
+    count, sides = queries[0].shape[2], len(queries)
+    (*cut, value), positions = first_pass(core, count, (*keys, value), positions)
+
+    def compute(start: int, stop: int, end: int, *tensors: Tensor) -> Tensor:
+        chunk = tuple(query[:, :, start:stop] for query in tensors[:sides])
+        *seen_keys, values = (tensor[:, :, :end] for tensor in tensors[sides:])
+        seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
+        part = core.part(start, stop, end)
+        made = scores(chunk, tuple(seen_keys), seen, part, (start, stop, end))
+        output, weights = part.mix(made, values)
+        return output if also is None else output + also(weights, seen).transpose(1, 2).to(output.dtype)
+
+    return by_chunks(core, count, value.shape[2], (*queries, *cut, value), compute)
