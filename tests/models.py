@@ -58,6 +58,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "sinusoidal": {},
     "learned": {"max_positions": 64},
     "nope": {},
+    "drope": {"softmax_scale": 1.5},
     "rope": {},
     "linear": {"factor": 2.0},
     "ntk": {"factor": 2.0},

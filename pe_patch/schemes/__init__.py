@@ -17,6 +17,7 @@ SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
             absolute.Sinusoidal,
             absolute.Learned,
             absolute.NoPE,
+            absolute.DroPE,
             rotary.RoPE,
             rotary.Linear,
             rotary.NTK,

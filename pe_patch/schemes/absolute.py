@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, nearest
+from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
 
 
@@ -16,6 +17,33 @@ class NoPE(Scheme):
     mechanism = "none"
     summary = "no positions; the causal mask alone orders the tokens"
     paper = "Kazemnejad et al. 2023, arXiv 2305.19466"
+
+
+class DroPE(NoPE):
+    """Rotation dropped from a trained model in every layer (Gelberg et al. 2025, arXiv 2512.12167).
+
+    What is left is `nope` on weights that were trained with positions. It must be recalibrated, which the authors do
+    with the language-modelling loss at the trained length (Llama-2-7B: learning rate 1e-4, 10 billion tokens).
+
+    Options:
+        softmax_scale: what all scores are multiplied by, for lengths beyond the trained one. At 1 no positions are
+            needed anywhere, so that it works on every family.
+    """
+
+    name = "drope"
+    summary = "the rotation dropped from a trained model, which is then recalibrated"
+    paper = "Gelberg et al. 2025, arXiv 2512.12167"
+
+    def __init__(self, shape: AttentionShape, *, softmax_scale: float = 1.0) -> None:
+        super().__init__(shape)
+        given = softmax_scale
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < float("inf"):
+            raise OptionError(f"'drope' got softmax_scale={given!r}; it is a positive number.")
+        self.softmax_scale = float(given)
+        self.idle = frozenset({"encode"}) if self.softmax_scale == 1 else frozenset()
+
+    def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        return query * self.softmax_scale, key
 
 
 class Integer(Scheme):
