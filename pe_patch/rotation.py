@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import OptionError
 from .positions import Positions
-from .scheme import AttentionShape, Scheme
+from .scheme import AttentionShape, Scheme, causal_distance
 
 if TYPE_CHECKING:
     from .attention import Core
@@ -104,6 +104,9 @@ class Rotary(Scheme):
     @property
     def effective_window(self) -> int | None:
         return self.window
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
 
     @property
     def regime_start(self) -> int:

@@ -174,6 +174,11 @@ class Scheme(nn.Module):
         """Whether a position beyond the effective window cannot be encoded at all."""
         return False
 
+    def relative_position(self, length: int) -> Tensor:
+        """The distance that the score of a query (row) with a key (column) goes by, `[length, length]`, float32, in a
+        first pass; NaN where the pair is not attended."""
+        raise UnsupportedError(f"The scores under {self.name!r} do not go by a distance between query and key.")
+
     def adopt(self, table: Tensor) -> None:
         """Take over the learned positions that the model had, `[positions, hidden]`, where they are of use."""
 
@@ -206,6 +211,13 @@ class Scheme(nn.Module):
 def overrides(scheme: Scheme, hook: str) -> bool:
     """Whether the scheme says something on this rung."""
     return hook not in scheme.idle and getattr(type(scheme), hook) is not getattr(Scheme, hook)
+
+
+def causal_distance(length: int) -> Tensor:
+    """i - j where the key j does not lie ahead of the query i, else NaN; `[length, length]`, float32."""
+    at = torch.arange(length, dtype=torch.float32, device="cpu")
+    distance = at[:, None] - at
+    return distance.masked_fill(distance < 0, torch.nan)
 
 
 class DistanceBias(Scheme):
