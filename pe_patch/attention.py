@@ -355,10 +355,17 @@ for _backend in BACKENDS.values():
 
 
 def check_backend(backend: Backend, scheme: Scheme) -> None:
-    """Raise `UnsupportedError` where this backend would drop what the scheme adds to the scores."""
+    """Raise `UnsupportedError` where this backend would drop what the scheme does to the scores."""
     biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "of")
+    if scheme.own_scores and backend.name in ("flash", "flex"):
+        raise UnsupportedError(
+            f"{scheme.name!r} makes its own scores, which the {backend.name} kernel does not take; use 'sdpa' or "
+            "'eager'."
+        )
     if backend.name == "flash" and biased and not scheme.widens_heads:
         others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"
         raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use {others}.")
     if backend.name == "flex" and biased and not pointwise:
         raise UnsupportedError(f"{scheme.name!r} has no pointwise form for FlexAttention; use 'sdpa' or 'eager'.")
+    if scheme.scorer is not None:
+        check_backend(backend, scheme.scorer)

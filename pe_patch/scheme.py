@@ -59,7 +59,9 @@ class Scheme(nn.Module):
     paper: ClassVar[str] = ""
     per_layer: ClassVar[bool] = False
     """One module for each layer rather than one for the model."""
-    shift_invariant: ClassVar[bool] = True
+    own_scores: ClassVar[bool] = False
+    """It makes the scores itself (`core.rows`, `core.ranges`) rather than hand one kernel queries, keys and a bias."""
+    shift_invariant: bool = True
     """Adding a constant to every position changes nothing."""
     training_free: ClassVar[bool] = False
     """Meant to work on a rotary model without further training."""
@@ -189,6 +191,25 @@ class Scheme(nn.Module):
         if entry is None:
             entry = self._constants[(name, device)] = make().to(device)
         return entry
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """The values in effect of options that followed from others, by name."""
+        return {}
+
+    @property
+    def rotates_early(self) -> bool:
+        """Whether `angles` is all that happens to queries and keys, so that keys may be cached rotated."""
+        return overrides(self, "angles") and not self.length_dependent and not self._acts_on_scores(Scheme)
+
+    def _acts_on_scores(self, beyond: type[Scheme]) -> bool:
+        """Whether it does more at the scores than the class `beyond`."""
+        return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in ("encode", "bias", "attend"))
+
+    @property
+    def scorer(self) -> Scheme | None:
+        """A scheme for the scores beside this one, which rotates."""
+        return None
 
     @property
     def length_dependent(self) -> bool:
