@@ -70,7 +70,7 @@ class Scheme(nn.Module):
     """Rungs that it overrides and, with the options given, has no use for."""
 
     widens_heads: ClassVar[bool] = False
-    """Its bias can ride on extra dimensions of the head (`DistanceBias.features`)."""
+    """Its bias can ride on extra dimensions of the head (`DistanceBias.features`), in every dtype."""
 
     shape: AttentionShape
     options: dict[str, Any]
@@ -181,6 +181,19 @@ class Scheme(nn.Module):
         first pass; NaN where the pair is not attended."""
         raise UnsupportedError(f"The scores under {self.name!r} do not go by a distance between query and key.")
 
+    def check_heads(self, query: Tensor) -> None:
+        """Raise where a module with numbers for every head is handed a part of the heads."""
+        if query.shape[1] != self.shape.num_heads:
+            raise UnsupportedError(
+                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]}: "
+                "heads split over devices (tensor parallelism) are not supported with it."
+            )
+
+    def check_causal(self, core: Core) -> None:
+        """Raise where the attention looks ahead and the scheme does not say what lies there."""
+        if not core.causal:
+            raise UnsupportedError(f"{self.name!r} is defined for causal attention only, and this one looks ahead.")
+
     def adopt(self, table: Tensor) -> None:
         """Take over the learned positions that the model had, `[positions, hidden]`, where they are of use."""
 
@@ -204,7 +217,8 @@ class Scheme(nn.Module):
 
     def _acts_on_scores(self, beyond: type[Scheme]) -> bool:
         """Whether it does more at the scores than the class `beyond`."""
-        return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in ("encode", "bias", "attend"))
+        rungs = {"encode", "bias", "attend"} - self.idle
+        return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in rungs)
 
     @property
     def scorer(self) -> Scheme | None:
@@ -234,6 +248,11 @@ def overrides(scheme: Scheme, hook: str) -> bool:
     return hook not in scheme.idle and getattr(type(scheme), hook) is not getattr(Scheme, hook)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The same in float32, or in float64 if it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def causal_distance(length: int) -> Tensor:
     """i - j where the key j does not lie ahead of the query i, else NaN; `[length, length]`, float32."""
     at = torch.arange(length, dtype=torch.float32, device="cpu")
@@ -255,6 +274,9 @@ class DistanceBias(Scheme):
         """Bias in float32 for any broadcastable `distance` = query position - key position and head index."""
         raise NotImplementedError
 
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         heads = torch.arange(query.shape[1], device=query.device)
         return self.of(positions.distance[:, None], heads[:, None, None])
@@ -269,11 +291,7 @@ class DistanceBias(Scheme):
         return None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        if query.shape[1] != self.shape.num_heads:
-            raise UnsupportedError(
-                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]}: "
-                "heads split over devices (tensor parallelism) are not supported with it."
-            )
+        self.check_heads(query)
         if core.widens and (features := self.features(positions, core.scaling, query.dtype)) is not None:
             return core.widened(query, key, value, *features, self.reach(query, key, positions, core))
         return core(query, key, value, positions, bias=self)
