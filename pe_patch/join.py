@@ -6,14 +6,15 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import resolve
 from .adapters import Adapter
-from .adapters.adapter import NoTable, RotaryJoint
+from .adapters.adapter import NoTable, TypedJoint
 from .attention import Backend, backend_for, check_backend
-from .configuration import config_swaps, record_of, save_swaps
+from .configuration import Kinds, config_swaps, record_of, save_swaps
 from .errors import OptionError, UnsupportedError
 from .forward import (
     Runtime,
@@ -24,10 +25,11 @@ from .forward import (
     refuse_paging,
     set_attn_implementation,
 )
-from .rotation import Rotary
+from .rotation import Rotation
 from .scheme import AttentionShape, Scheme, Stacked, overrides
 from .schemes import SCHEMES
 from .schemes.find import find_scheme
+from .schemes.rotary import RoPE
 from .swaps import Chain, Swap, apply_all, bind, undo_all
 
 LayerSchemes = list[Scheme | Stacked | None]
@@ -43,8 +45,9 @@ class Patch:
     path: str
     adapter: Adapter
     shape: AttentionShape
-    schemes: list[Scheme]
-    layers: list[int]
+    own: dict[int, Scheme]
+    """The scheme of each chosen layer."""
+    kinds: Kinds
     keep_native: bool
     arguments: dict[str, Any]
     swaps: list[Swap]
@@ -52,8 +55,12 @@ class Patch:
     """Native parameters that a scheme has put out of use."""
 
     @property
+    def layers(self) -> list[int]:
+        return list(self.own)
+
+    @property
     def scheme(self) -> Scheme:
-        return self.schemes[0]
+        return self.own[self.layers[0]]
 
     def apply(self) -> None:
         """Make every swap, or none if one fails."""
@@ -88,17 +95,12 @@ class _Plan:
 
 
 def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int], count: int) -> _Plan:
-    turns = overrides(scheme, "angles")
-    # What changes the scores besides rotating rotates there too: the joint is for a rotation and nothing else.
-    beside = any(
-        getattr(type(scheme), rung) not in (getattr(Scheme, rung), getattr(Rotary, rung))
-        for rung in ("encode", "bias", "attend")
-    )
-    at_joint = turns and adapter.rotary is not None and not scheme.length_dependent and not beside
+    turns = overrides(scheme, "angles") or isinstance(scheme, Rotation)
+    at_joint = adapter.rotary is not None and scheme.rotates_early
     at_scores = not at_joint and any(overrides(scheme, rung) for rung in ("encode", "bias", "attend"))
     embeds = overrides(scheme, "embed")
     _check_rungs(adapter, scheme, turns, at_joint or at_scores)
-    if at_scores and not adapter.carries:
+    if (at_scores or scheme.scorer is not None) and not adapter.carries:
         raise UnsupportedError(
             f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
             "Static rotary schemes, embeddings and 'nope' work on it."
@@ -134,11 +136,48 @@ def _check_rungs(adapter: Adapter, scheme: Scheme, turns: bool, acts: bool) -> N
         )
 
 
-def _build(cls: type[Scheme], shape: AttentionShape, options: dict[str, Any], base: PreTrainedModel) -> list[Scheme]:
-    schemes = [cls(shape, **options) for _ in range(shape.num_layers if cls.per_layer else 1)]
-    for scheme in schemes:
-        scheme.to(*resolve.home(base)).train(base.training)
-    return schemes
+def _build(
+    cls: type[Scheme], base: PreTrainedModel, adapter: Adapter, chosen: list[int], options: dict[str, Any]
+) -> dict[int, Scheme]:
+    """The scheme of each chosen layer: one for all of them, one for each base of rotation, or one for each layer."""
+    kinds = adapter.kinds(base, base.config)
+    shapes: dict[str | None, AttentionShape] = {}
+    made: dict[Any, Scheme] = {}
+    own: dict[int, Scheme] = {}
+    for index in chosen:
+        kind = kinds[index]
+        if kind not in shapes:
+            shapes[kind] = adapter.shape(base, base.config, index)
+        key = index if cls.per_layer else shapes[kind] if issubclass(cls, Rotation) else None
+        if key not in made:
+            made[key] = cls(shapes[kind], **options).to(*resolve.home(base)).train(base.training)
+        own[index] = made[key]
+    return own
+
+
+def _check_kinds(kinds: Kinds, plan: _Plan, everywhere: bool) -> None:
+    """Raise where layer types that rotate by different bases would be changed together and nobody asked for it."""
+    rotations = {kind: scheme for kind, scheme in kinds.items() if isinstance(scheme, Rotation)}
+    if len({scheme.theta for scheme in rotations.values()}) < 2:
+        return
+    told = " and ".join(f"its {kind} layers by the base {scheme.theta:g}" for kind, scheme in rotations.items())
+    farthest = max(rotations, key=lambda kind: rotations[kind].theta)
+    remedy = f"layers=lambda i: model.config.layer_types[i] == {farthest!r}"
+    name = rotations[farthest].name
+    if plan.at_scores:
+        raise UnsupportedError(
+            f"This family turns {told}, and {name!r} rotates at the scores, where all layers share their angles: give "
+            f"one layer type, for example {remedy}."
+        )
+    native = all(
+        torch.equal(scheme.inv_freq, RoPE(scheme.shape).inv_freq) and scheme.attention_factor == 1
+        for scheme in rotations.values()
+    )
+    if everywhere and not native:
+        raise OptionError(
+            f"This family turns {told}, and {name!r} would change them all. Choose those that look far, {remedy}, or "
+            "name every layer to have each changed from its own base."
+        )
 
 
 def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> Patch:
@@ -146,17 +185,19 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
     path, base = resolve.find_stack(head, given["submodule"])
     config = base.config
     adapter = resolve.find_adapter(base, given["adapter"])
-    shape = adapter.shape(base, config)
-    cls, options = find_scheme(scheme, options, shape)
-    options = resolve.settle_existing(config, cls, options, given["on_existing"])
-    attentions = adapter.attentions(base)
+    attentions, kinds = adapter.attentions(base), adapter.kinds(base, config)
     chosen = resolve.find_layers(given["layers"], len(attentions))
-    schemes = _build(cls, shape, options, base)
+    shape = adapter.shape(base, config, chosen[0])
+    cls, options = find_scheme(scheme, options, shape)
+    options = resolve.settle_existing(config, cls, options, given["on_existing"], {kinds[index] for index in chosen})
+    own = _build(cls, base, adapter, chosen, options)
+    schemes, by_kind = list(dict.fromkeys(own.values())), {kinds[index]: own[index] for index in chosen}
     plan = _plan(adapter, schemes[0], given["keep_native"], chosen, len(attentions))
+    _check_kinds(by_kind, plan, given["layers"] is None)
     backend = _backend(given["backend"], base, adapter, schemes[0])
 
-    swaps, original = _native_swaps(base, adapter, schemes[0], plan, given["keep_native"], chosen, len(attentions))
-    scores = _at_scores(adapter, schemes, plan, given["keep_native"], chosen, attentions)
+    swaps, original = _native_swaps(base, adapter, own, plan, given["keep_native"])
+    scores = _at_scores(adapter, own, plan, given["keep_native"], attentions)
     for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):
         swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
         swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
@@ -166,10 +207,10 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
     swaps += _forward_swaps(head, base, adapter, schemes[0], plan, scores, given["strict"])
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
-    swaps += config_swaps(head, base, adapter, schemes[0], record, backend.implementation)
-    swaps += save_swaps(head, base, adapter, schemes[0], record)
+    swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
+    swaps += save_swaps(head, base, adapter, by_kind, record)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
-    patch = Patch(head, base, path, adapter, shape, schemes, chosen, given["keep_native"], given, swaps, frozen)
+    patch = Patch(head, base, path, adapter, shape, own, by_kind, given["keep_native"], given, swaps, frozen)
     swaps.append(Swap.of(base, "pe_patch", patch, direct=True))
     return patch
 
@@ -192,48 +233,68 @@ class _WithoutInner:
 
 
 def _native_swaps(
-    base: Any, adapter: Adapter, scheme: Scheme, plan: _Plan, keep_native: bool, chosen: list[int], count: int
+    base: Any, adapter: Adapter, own: dict[int, Scheme], plan: _Plan, keep_native: bool
 ) -> tuple[list[Swap], dict[str, nn.Module]]:
     """Take over, or silence, the rotation or the learned table that the family has."""
     swaps: list[Swap] = []
     original: dict[str, nn.Module] = {}
     if adapter.rotary is not None and not keep_native:
-        native = getattr(base, adapter.rotary)
-        joint = RotaryJoint(scheme if plan.at_joint else None, adapter.layout, 2 * native.inv_freq.shape[-1])
-        if len(chosen) == count:
-            swaps.append(Swap.of(base, adapter.rotary, joint))
-            original[adapter.rotary] = native
-        else:
-            attentions = adapter.attentions(base)
-            for index in chosen:
-                swaps.append(Swap.of(attentions[index], "pe_joint", joint, direct=True))
-                swaps.append(bind(attentions[index], "forward", layer_rotation))
+        swaps = _rotary_swaps(base, adapter, own, plan, original)
     if adapter.learned is not None and not keep_native:
         table = getattr(base, adapter.learned)
-        scheme.adopt(table.weight[adapter.learned_offset :])
+        own[0].adopt(table.weight[adapter.learned_offset :])
         swaps.append(Swap.of(base, adapter.learned, NoTable(table.weight.shape[1])))
         original[adapter.learned] = table
     return swaps, original
 
 
+def _rotary_swaps(
+    base: Any, adapter: Adapter, own: dict[int, Scheme], plan: _Plan, original: dict[str, nn.Module]
+) -> list[Swap]:
+    """One joint in the place of the rotary module where the layers that share it are all chosen and turn alike; else
+    one before each chosen layer."""
+    assert adapter.rotary is not None
+    native, kinds = getattr(base, adapter.rotary), adapter.kinds(base, base.config)
+    turning = {index: (scheme if plan.at_joint else None, kinds[index]) for index, scheme in own.items()}
+    joints = {key: adapter.joint(base, *key) for key in dict.fromkeys(turning.values())}
+    touched = {kind for _, kind in joints}
+    if len(touched) == len(joints) and all(i in own for i, kind in enumerate(kinds) if kind in touched):
+        by_kind = {kind: joint for (_, kind), joint in joints.items()}
+        original[adapter.rotary] = native
+        whole = TypedJoint({str(kind): joint for kind, joint in by_kind.items()}, native)
+        return [Swap.of(base, adapter.rotary, whole if adapter.typed else by_kind[None])]
+    swaps, layers = [], getattr(base, adapter.layers)
+    for index, key in turning.items():
+        swaps.append(Swap.of(layers[index], "pe_joint", joints[key], direct=True))
+        swaps.append(bind(layers[index], "forward", layer_rotation))
+    return swaps
+
+
 def _at_scores(
-    adapter: Adapter, schemes: list[Scheme], plan: _Plan, keep_native: bool, chosen: list[int], attentions: list[Any]
+    adapter: Adapter, own: dict[int, Scheme], plan: _Plan, keep_native: bool, attentions: list[Any]
 ) -> LayerSchemes:
     """For each layer what acts on its scores, or None where Transformers' own attention is all there is."""
-    native = SCHEMES["alibi"](schemes[0].shape) if adapter.alibi else None
+    first = next(iter(own.values()))
+    if plan.turns and all(adapter.rests(attentions[index]) for index in own):
+        raise OptionError(
+            f"layers= chooses layers that do not rotate in this family ({list(own)}), so {first.name!r} would have no "
+            "effect there."
+        )
+    native = SCHEMES["alibi"](first.shape) if adapter.alibi else None
     result: LayerSchemes = []
     for index, attention in enumerate(attentions):
-        own = schemes[index] if len(schemes) > 1 else schemes[0]
-        if index not in chosen:
+        if index not in own:
             result.append(native)
-        elif not plan.at_scores or (plan.turns and adapter.rotates and not getattr(attention, adapter.rotates)):
-            result.append(native if keep_native else None)
-        elif native is None or not keep_native:
-            result.append(own)
-        elif plan.turns:
-            result.append(Stacked(own, native))
-        else:
-            raise UnsupportedError(f"{own.name!r} cannot be added to this family's own ALiBi; leave keep_native out.")
+            continue
+        scheme = own[index] if plan.at_scores and not (plan.turns and adapter.rests(attention)) else None
+        scorer = own[index].scorer
+        if native is not None and keep_native:
+            if scorer is not None or (scheme is not None and not plan.turns):
+                raise UnsupportedError(
+                    f"{first.name!r} cannot be added to this family's own ALiBi; leave keep_native out."
+                )
+            scorer = native
+        result.append(Stacked(scheme, scorer) if scheme is not None and scorer is not None else scheme or scorer)
     return result
 
 

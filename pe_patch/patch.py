@@ -13,10 +13,11 @@ from torch import nn
 
 from . import resolve
 from .adapters import Adapter
-from .adapters.adapter import RotaryJoint
+from .adapters.adapter import RotaryJoint, TypedJoint
 from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from .join import Patch, collect
 from .resolve import Layers
+from .rotation import Rotation
 from .scheme import Scheme, overrides
 
 logger = logging.getLogger("pe_patch")
@@ -119,11 +120,14 @@ def _forget_compiled() -> None:
 def _verify(patch: Patch, probe: bool) -> None:
     """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
     base, adapter = patch.base, patch.adapter
-    if adapter.rotary is not None and not patch.keep_native and len(patch.layers) == patch.shape.num_layers:
-        joint = getattr(base, adapter.rotary)
-        at_joint = overrides(patch.scheme, "angles") and not patch.scheme.length_dependent
-        if not isinstance(joint, RotaryJoint) or joint.__dict__["scheme"] is not (patch.scheme if at_joint else None):
-            raise NoEffectError(f"{type(base).__name__}.{adapter.rotary} does not turn by {patch.scheme.name!r}.")
+    if adapter.rotary is not None and not patch.keep_native:
+        kinds, layers = adapter.kinds(base, base.config), getattr(base, adapter.layers)
+        for index in patch.layers:
+            joint = layers[index].__dict__.get("pe_joint", getattr(base, adapter.rotary))
+            joint = joint.joints[str(kinds[index])] if isinstance(joint, TypedJoint) else joint
+            own = patch.own[index] if patch.own[index].rotates_early else None
+            if not isinstance(joint, RotaryJoint) or joint.__dict__["scheme"] is not own:
+                raise NoEffectError(f"Layer {index} of {type(base).__name__} does not turn by {patch.scheme.name!r}.")
     if not probe:
         return
     attentions = adapter.attentions(base)
@@ -152,7 +156,11 @@ def _announce(patch: Patch) -> None:
         "patched %d of %d layers of %s with %s(%s)",
         len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
     )  # fmt: skip
-    same = overrides(scheme, "angles") if adapter.native == "rope" else scheme.name == adapter.native
+    beyond_rotation = scheme.own_scores or scheme.scorer is not None
+    rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
+    same = scheme.name == adapter.native
+    if adapter.native == "rope":
+        same = rotates and (scheme.training_free or not beyond_rotation)
     if not same:
         verb = "is added to" if patch.keep_native else "replaces"
         logger.warning(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import OptionError
 from .positions import Positions
-from .scheme import AttentionShape, Scheme, causal_distance
+from .scheme import AttentionShape, Scheme, causal_distance, overrides
 
 if TYPE_CHECKING:
     from .attention import Core
@@ -44,15 +44,11 @@ GROWTH = 2.0
 REGIMES = 24
 
 
-class Rotary(Scheme):
-    """Rotation by position times frequency (Su et al. 2021, arXiv 2104.09864).
+class Rotation(Scheme):
+    """Pairs of dimensions that turn by position times frequency; where, and by which positions, a subclass says.
 
-    A subclass says `frequencies(length)`. Tables are plain float32 tensors made from the specification on first use on
-    each device, never registered buffers: no cast of the model and no uninitialised memory can reach them.
-
-    Length-dependent schemes cache keys as projected. The tokens of a first pass use the regime of their own document's
-    length; a token that comes later uses the smallest regime on a geometric grid that holds its position, for itself
-    and for all keys it looks at.
+    Tables are plain float32 tensors made from the specification on first use on each device, never registered buffers:
+    no cast of the model and no uninitialised memory can reach them.
 
     Options:
         theta: base of the frequencies; the model's own when None.
@@ -105,9 +101,6 @@ class Rotary(Scheme):
     def effective_window(self) -> int | None:
         return self.window
 
-    def relative_position(self, length: int) -> Tensor:
-        return causal_distance(length)
-
     @property
     def regime_start(self) -> int:
         """The shortest regime: nothing shorter changes the frequencies."""
@@ -124,6 +117,42 @@ class Rotary(Scheme):
         count = self.dim if pairs is None else 2 * pairs
         exponent = torch.arange(0, count, 2, dtype=torch.int64, device="cpu").float() / self.dim
         return 1.0 / (stretch * (self.theta if theta is None else theta) ** exponent)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions `[batch | 1, length]` under a static scheme, `[batch | 1, length, r]`, float32."""
+        inv_freq, factor = self._table("static", positions.device, [self.regime_start])
+        return cos_sin(positions[..., None].float() * inv_freq[0], factor[0], torch.float32, self.shape.interleaved)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys `[batch, heads, length, head]` turned by float32 tables, in their own dtype."""
+        return rotate(x, cos.to(x.dtype), sin.to(x.dtype), self.shape.rotary_start, self.shape.interleaved)
+
+    def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, made once."""
+        entry = self._tables.get((kind, device))
+        if entry is None:
+            rows = [self.frequencies(length) for length in lengths]
+            inv_freq = torch.stack([row[0] for row in rows]).float().to(device)
+            factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device="cpu").to(device)
+            self._static_factor = float(rows[0][1])
+            entry = self._tables[(kind, device)] = (inv_freq, factor)
+        return entry
+
+
+class Rotary(Rotation):
+    """Rotation of every query and key by its own position (Su et al. 2021, arXiv 2104.09864).
+
+    A subclass says `frequencies(length)`. Length-dependent schemes cache keys as projected. The tokens of a first pass
+    use the regime of their own document's length; a token that comes later uses the smallest regime on a geometric grid
+    that holds its position, for itself and for all keys it looks at.
+    """
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
+    @property
+    def rotates_early(self) -> bool:
+        return not self.length_dependent and not self._acts_on_scores(Rotary)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
         inv_freq, _ = self._table("static", positions.device, [self.regime_start])
@@ -178,14 +207,10 @@ class Rotary(Scheme):
     def _rotate_both(
         self, query: Tensor, key: Tensor, tables: tuple[Tensor, ...], kept: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        cos_query, sin_query, cos_key, sin_key = (table.to(query.dtype) for table in tables)
+        cos_query, sin_query, cos_key, sin_key = tables
         if kept is not None:
             cos_key, sin_key = cos_key[:, kept], sin_key[:, kept]
-        start, interleaved = self.shape.rotary_start, self.shape.interleaved
-        return (
-            rotate(query, cos_query, sin_query, start, interleaved),
-            rotate(key, cos_key, sin_key, start, interleaved),
-        )
+        return self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
@@ -195,17 +220,6 @@ class Rotary(Scheme):
         output = None
         for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
             rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
-            other = core(*rotated, value, positions)
+            other = core(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
             output = other if output is None else core.where((choice == step)[:, :, None, None], other, output)
         return output
-
-    def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, made once."""
-        entry = self._tables.get((kind, device))
-        if entry is None:
-            rows = [self.frequencies(length) for length in lengths]
-            inv_freq = torch.stack([row[0] for row in rows]).float().to(device)
-            factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device="cpu").to(device)
-            self._static_factor = float(rows[0][1])
-            entry = self._tables[(kind, device)] = (inv_freq, factor)
-        return entry
