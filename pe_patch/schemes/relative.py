@@ -1,0 +1,215 @@
+"""Positions that meet the content: learned vectors by distance, and distances counted from the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..positions import Positions
+from ..scheme import AttentionShape, Scheme, causal_distance, wide
+from .checks import check_flag, check_length
+
+if TYPE_CHECKING:
+    from ..attention import Core
+
+
+class ContentRelative(Scheme):
+    """The part that a query's own content has in where it looks."""
+
+    mechanism = "content-relative"
+    own_scores = True
+
+
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    """Entry `index` `[batch | 1, 1, query, key]` of each query's row of `table` `[batch, heads, query, entries]`."""
+    return table.gather(-1, index.expand(*table.shape[:2], -1, -1))
+
+
+class Shaw(ContentRelative):
+    """A learned vector for each distance, on the key and on the value (Shaw et al. 2018, arXiv 1803.02155).
+
+    Scores are q_i (k_j + A^K[c]) / sqrt(d) and outputs sum_j w_ij (v_j + A^V[c]), c = clip(j - i, -K, K). Tables
+    `[2 K + 1, head]`, shared by the heads, zeros at the start.
+
+    Options:
+        max_distance: K, the number of tokens beyond which all distances are one.
+        values: whether values have a table too; without, it is the paper's smaller model.
+    """
+
+    name = "shaw"
+    summary = "a learned vector on keys and values for each distance up to a bound"
+    paper = "Shaw et al. 2018, arXiv 1803.02155"
+    per_layer = True
+
+    def __init__(self, shape: AttentionShape, *, max_distance: int = 16, values: bool = True) -> None:
+        super().__init__(shape)
+        farthest = check_length("shaw", "max_distance", max_distance)
+        if farthest is None:
+            raise OptionError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
+        self.max_distance = farthest
+        entries = 2 * self.max_distance + 1
+        self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
+        self.values = (
+            nn.Parameter(torch.zeros(entries, shape.head_dim)) if check_flag("shaw", "values", values) else None
+        )
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
+    def vectors(self, count: int, layer: int | None = None) -> Tensor:
+        """What is added to a key 0 .. count - 1 tokens back, `[1, count, head]`; the same from `max_distance` on."""
+        return self._behind(self.keys, count)
+
+    def value_vectors(self, count: int) -> Tensor | None:
+        """What is added to a value 0 .. count - 1 tokens back, `[1, count, head]`; None without a table for them."""
+        return None if self.values is None else self._behind(self.values, count)
+
+    def _behind(self, table: Tensor, count: int) -> Tensor:
+        back = torch.arange(count, device=table.device).clamp(max=self.max_distance)
+        return wide(table)[None, self.max_distance - back]
+
+    def _entries(self, positions: Positions) -> Tensor:
+        """Which entry each pair has, `[batch | 1, 1, query, key]`: by key - query."""
+        return (self.max_distance - positions.distance.clamp(-self.max_distance, self.max_distance))[:, None]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        values = self.values
+
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+            by_distance = (wide(query) @ wide(self.keys).T) * part.scaling
+            return part.scores(query, key) + _pick(by_distance, self._entries(seen))
+
+        def also(weights: Tensor, seen: Positions) -> Tensor:
+            assert values is not None
+            weights, entries = wide(weights), self._entries(seen)
+            sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
+            return sums.scatter_add(-1, entries.expand_as(weights), weights) @ wide(values)
+
+        return core.rows(query, key, value, positions, scores, None if values is None else also)
+
+
+class TransformerXL(ContentRelative):
+    """Relative sinusoids through a projection (Dai et al. 2019, arXiv 1901.02860, section 3.3).
+
+    Scores are ((q_i + u) k_j + (q_i + v) W_R R_{i-j}) / sqrt(d) with u and v `[heads, head]` shared by all layers, a
+    projection W_R `[heads * head, hidden]` for each, and R_n = [sin(n w), cos(n w)] of the model's width. One module
+    for the model; all of it is zeros at the start. Memory of earlier segments is the cache's business.
+
+    Options:
+        clamp_length: distances beyond this many tokens count as it; None for all as they are.
+    """
+
+    name = "transformer_xl"
+    summary = "projected sinusoids of the distance meet the query, with learned biases beside it"
+    paper = "Dai et al. 2019, arXiv 1901.02860"
+
+    def __init__(self, shape: AttentionShape, *, clamp_length: int | None = None) -> None:
+        super().__init__(shape)
+        if shape.hidden_size % 2:
+            raise OptionError(f"'transformer_xl' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
+        self.clamp_length = check_length("transformer_xl", "clamp_length", clamp_length)
+        heads = shape.num_heads
+        self.u = nn.Parameter(torch.zeros(heads, shape.head_dim))
+        self.v = nn.Parameter(torch.zeros(heads, shape.head_dim))
+        self.projection = nn.Parameter(torch.zeros(shape.num_layers, heads * shape.head_dim, shape.hidden_size))
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
+    def sinusoids(self, count: int, device: torch.device) -> Tensor:
+        """R for the distances 0 .. count - 1, `[count, hidden]`, float32."""
+        exponent = (
+            torch.arange(0, self.shape.hidden_size, 2, dtype=torch.float64, device="cpu") / self.shape.hidden_size
+        )
+        frequencies = self.constant("frequencies", device, lambda: (10000.0**-exponent).float())
+        distance = torch.arange(count, device=device)
+        if self.clamp_length is not None:
+            distance = distance.clamp(max=self.clamp_length)
+        angles = distance[:, None].float() * frequencies
+        return torch.cat((angles.sin(), angles.cos()), -1)
+
+    def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        count = int((positions.query.max() - positions.key.min()).clamp(min=0)) + 1
+        if self.clamp_length is not None:
+            count = min(count, self.clamp_length + 1)
+        return (self.sinusoids(count, positions.query.device),)
+
+    def vectors(self, count: int, layer: int) -> Tensor:
+        """What (q + v) meets 0 .. count - 1 tokens back, W_R R, `[heads, count, head]`."""
+        return self._projected(self.sinusoids(count, self.projection.device), layer)
+
+    def _by_head(self, layer: int) -> Tensor:
+        """W_R of each head, `[heads, head, hidden]`."""
+        return wide(self.projection[layer]).view(self.shape.num_heads, self.shape.head_dim, -1)
+
+    def _projected(self, sinusoids: Tensor, layer: int) -> Tensor:
+        return sinusoids.to(self._by_head(layer).dtype) @ self._by_head(layer).transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        self.check_heads(query)
+        self.check_causal(core)
+        (sinusoids,) = positions.prepared or self.prepare(positions)
+        # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
+        few = query.shape[2] <= self.shape.head_dim
+        vectors = None if few else self._projected(sinusoids, core.layer)
+
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+            biased = wide(query) + wide(self.v)[:, None]
+            if vectors is None:
+                by_distance = (biased @ self._by_head(core.layer)) @ sinusoids.to(biased.dtype).T
+            else:
+                by_distance = biased @ vectors.transpose(1, 2)
+            distance = seen.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
+            of_key = self._key_bias(key) + _pick(by_distance, distance)
+            return part.scores(query, key) + of_key * part.scaling
+
+        return core.rows(query, key, value, positions, scores)
+
+    def _key_bias(self, key: Tensor) -> Tensor:
+        """u k, `[batch, heads, 1, key]`: the same for every query."""
+        by_group = wide(self.u).view(key.shape[1], -1, key.shape[-1])
+        return (by_group @ wide(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
+
+
+class CoPE(ContentRelative):
+    """Positions counted from the text (Golovneva et al. 2024, arXiv 2405.18719), not the clipped RoPE of the same name.
+
+    Each key counts by a gate sigmoid(q_i k_j / sqrt(d)); the position of j is the sum of the gates from j to i, at most
+    `max_positions` - 1, and the score gains q_i E[position] / sqrt(d), interpolated between whole positions. E
+    `[head, max_positions]` is shared by the heads, zeros at the start. Position ids play no part.
+
+    Options:
+        max_positions: entries of E.
+    """
+
+    name = "cope"
+    summary = "distances counted in tokens that the query takes to matter, each with a learned vector"
+    paper = "Golovneva et al. 2024, arXiv 2405.18719"
+    per_layer = True
+
+    def __init__(self, shape: AttentionShape, *, max_positions: int = 64) -> None:
+        super().__init__(shape)
+        entries = check_length("cope", "max_positions", max_positions)
+        if entries is None or entries < 2:
+            raise OptionError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
+        self.max_positions = entries
+        self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        self.check_causal(core)
+
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+            own = part.scores(query, key)
+            gates = own.sigmoid().masked_fill(~part.allowed(query, key), 0)
+            # From the query backwards: far sums are cut off anyway, near ones keep their digits.
+            place = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
+            by_place = (wide(query) @ wide(self.table)) * part.scaling
+            below = place.detach().floor()
+            above = place.detach().ceil()
+            share = place - below
+            return own + by_place.gather(-1, below.long()) * (1 - share) + by_place.gather(-1, above.long()) * share
+
+        return core.rows(query, key, value, positions, scores)
