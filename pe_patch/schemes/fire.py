@@ -1,0 +1,79 @@
+"""FIRE: a small network of the distance relative to how far the query stands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..positions import Positions
+from ..scheme import AttentionShape, Scheme, causal_distance, wide
+from .checks import check_length, check_number
+from .piecewise import Network
+
+if TYPE_CHECKING:
+    from ..attention import Core
+
+EPSILON = 1e-6
+
+
+class FIRE(Scheme):
+    """A learned function of the progressive distance (Li et al. 2023, arXiv 2310.04418).
+
+    bias = MLP(psi(i - j) / psi(max(i, |m| L))) with psi(x) = ln(|c x| + 1); the MLP goes from one number through
+    `width` rectified units to the heads. c, m and the MLP are learned, for each layer; its last weights start as zeros.
+    The denominator goes by the query's own position, so that nothing of it can be cached with the keys.
+
+    Options:
+        width: hidden units.
+        threshold: L, tokens below which the denominator stays what it is there.
+    """
+
+    name = "fire"
+    mechanism = "distance bias"
+    summary = "a small network of the distance relative to the query's position"
+    paper = "Li et al. 2023, arXiv 2310.04418"
+    per_layer = True
+    shift_invariant = False
+
+    def __init__(self, shape: AttentionShape, *, width: int = 32, threshold: float = 512) -> None:
+        super().__init__(shape)
+        units = check_length("fire", "width", width) or 32
+        self.threshold = check_number("fire", "threshold", threshold, 0.0, exclusive=True)
+        self.c = nn.Parameter(torch.tensor(0.1))
+        self.multiplier = nn.Parameter(torch.tensor(1.0))
+        first = nn.Linear(1, units)
+        self.weight_in = nn.Parameter(first.weight.detach()[:, 0].clone())
+        self.bias_in = nn.Parameter(first.bias.detach().clone())
+        self.weight_out = nn.Parameter(torch.zeros(shape.num_heads, units))
+        self.bias_out = nn.Parameter(torch.zeros(shape.num_heads))
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
+    def _psi(self, x: Tensor) -> Tensor:
+        return torch.log1p((wide(self.c) * x).abs())
+
+    def _denominator(self, position: Tensor) -> Tensor:
+        """psi of each query's position or of the threshold, whichever is farther."""
+        least = (wide(self.multiplier) * self.threshold).abs()
+        return self._psi(torch.maximum(position.to(least.dtype), least)) + EPSILON
+
+    def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
+        denominator = self._denominator(positions.query)
+        relative = self._psi(positions.distance.to(denominator.dtype)) / denominator[:, :, None]
+        hidden = torch.relu(relative[..., None] * wide(self.weight_in) + wide(self.bias_in))
+        return (hidden @ wide(self.weight_out).T + wide(self.bias_out)).permute(0, 3, 1, 2)
+
+    def tile(self, query: Tensor, key: Tensor) -> Tensor:
+        """`bias` for queries at positions `[q]` and keys at positions `[k]`, `[heads, q, k]`, in little memory."""
+        layers = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+        result = Network.apply(query, key, wide(self.c), self._denominator(query), *(wide(one) for one in layers))
+        assert isinstance(result, Tensor)
+        return result
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        self.check_heads(query)
+        self.check_causal(core)
+        return core(query, key, value, positions, bias=self)
