@@ -72,8 +72,18 @@ GIVEN: dict[str, dict[str, Any]] = {
     "clipped_rope": {"dims": 2},
     "resonance": {"over": "rope"},
     "alibi": {},
+    "t5": {"num_buckets": 16, "max_distance": 40},
+    "kerple": {},
+    "sandwich": {},
+    "fire": {"threshold": 8},
+    "shaw": {"max_distance": 6},
+    "transformer_xl": {},
+    "cope": {"max_positions": 8},
 }
 """The options of each scheme under its own name."""
+
+MASK_ALONE = ("nope", "drope", "cope")
+"""What position ids mean nothing to."""
 
 LENGTH_DEPENDENT = ("dynamic_ntk", "dynamic_yarn", "longrope")
 PINNED = {f"{name} pinned": {**GIVEN[name], "expected_length": 64} for name in LENGTH_DEPENDENT}
@@ -93,13 +103,15 @@ def case(family: str, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def put(model: Any, name: str, **arguments: Any) -> Any:
-    """Patch a case in; a learned table, which starts as zeros, is given content."""
+    """Patch a case in; what is learned, and mostly starts as zeros, is given content."""
     scheme, options = case(model.config.model_type, name)
     patch_model(model, scheme, **options, **arguments)
     generator = torch.Generator().manual_seed(2)
     for parameter_name, parameter in model.named_parameters():
         if "position_schemes.scheme" in parameter_name:
             parameter.data = torch.randn(parameter.shape, generator=generator)
+            if scheme == "kerple":  # below zero it would be cut, and nearly no bias
+                parameter.data = parameter.data.abs() + 0.1
     return model
 
 

@@ -1,7 +1,7 @@
 """Whether every scheme on every family means the same however the tokens are fed.
 
 A cell counts only where positions matter: shuffled position ids must move the logits by more than a hundred times the
-tolerance. `nope` and `drope` are the exceptions, by definition: there they must not move a bit.
+tolerance. `nope`, `drope` and `cope` are the exceptions, by definition: there they must not move a bit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .models import (
     FAMILIES,
     GIVEN,
     LENGTH_DEPENDENT,
+    MASK_ALONE,
     PINNED,
     build,
     cached_logits,
@@ -64,7 +65,7 @@ def positions_matter(family: str, name: str, backend: str) -> bool:
         patched, ones = model_of(family, name, backend), torch.ones_like(ids)
         plain = logits(patched, ids, attention_mask=ones)
         moved.append(error(logits(patched, ids, attention_mask=ones, position_ids=shuffled), plain))
-    return moved == [0.0, 0.0] if name in ("nope", "drope") else min(moved) > 100 * TOLERANCE
+    return moved == [0.0, 0.0] if name in MASK_ALONE else min(moved) > 100 * TOLERANCE
 
 
 def test_every_scheme_is_here():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..scheme import Scheme
-from . import absolute, bias, rotary
+from . import absolute, bias, fire, relative, rotary
 
 SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
     {
@@ -31,6 +31,13 @@ SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
             rotary.ClippedRoPE,
             rotary.Resonance,
             bias.ALiBi,
+            bias.T5,
+            bias.Kerple,
+            bias.Sandwich,
+            fire.FIRE,
+            relative.Shaw,
+            relative.TransformerXL,
+            relative.CoPE,
         )
     }
 )

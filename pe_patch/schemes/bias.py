@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionError, nearest
 from ..positions import Positions
-from ..scheme import AttentionShape, DistanceBias
+from ..scheme import AttentionShape, DistanceBias, wide
 
 if TYPE_CHECKING:
     from ..attention import Core
 
 WIDTH = 8
 """Head widths stay multiples of this many dimensions, which GPU kernels ask for."""
+
+TURN_AFTER = 256
+"""Tokens after which Sandwich's angles start again from a remainder."""
 
 LIMBS: dict[torch.dtype, tuple[tuple[torch.dtype, ...], int, int, tuple[float, ...]]] = {
     # dtype: dtypes that cut the slope, base and number of a position's limbs, weights of the limbs of their products
@@ -108,3 +112,168 @@ class ALiBi(DistanceBias):
         query = torch.stack([column.expand(rows, -1, -1) for column in of_query], -1).to(dtype)
         key = torch.stack(of_key, -1)[:, None].to(dtype)
         return nn.functional.pad(query, (0, padding)), nn.functional.pad(key, (0, padding))
+
+
+def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = False) -> Tensor:
+    """Bucket of query position - key position: exact at first, then logarithmic up to `farthest` tokens.
+
+    `both_ways` keeps half of the buckets for keys that lie ahead; without, those share the bucket of distance 0. The
+    logarithm is float32 and truncated, as in every implementation that trained weights come from.
+    """
+    start = 0
+    if both_ways:
+        buckets //= 2
+        start = buckets * (distance < 0).long()
+        distance = distance.abs()
+    distance = distance.clamp(min=0)
+    exact = buckets // 2
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(farthest / exact)
+    far = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return start + torch.where(distance < exact, distance.long(), far)
+
+
+class T5(DistanceBias):
+    """A learned bias for each head and bucket of distances (Raffel et al. 2019, arXiv 1910.10683, section 2.1).
+
+    One table `[num_buckets, heads]` for all layers, zeros at the start. In an attention that looks ahead half of the
+    buckets are for what lies there.
+
+    Options:
+        num_buckets: rows of the table.
+        max_distance: tokens from which on all distances share the last bucket.
+    """
+
+    name = "t5"
+    summary = "a learned bias for each head and bucket of distances, shared by the layers"
+    paper = "Raffel et al. 2019, arXiv 1910.10683"
+
+    def __init__(self, shape: AttentionShape, *, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__(shape)
+        for option, value, low in (("num_buckets", num_buckets, 4), ("max_distance", max_distance, num_buckets)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise OptionError(f"'t5' got {option}={value!r}; {option} must be a whole number of at least {low}.")
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.table = nn.Parameter(torch.zeros(num_buckets, shape.num_heads))
+
+    def of(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
+        return wide(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
+
+    def bias(self, query: Tensor, key: Tensor, positions: Positions, both_ways: bool = False) -> Tensor | None:
+        # Whole rows of the table: its gradient is a sum over pairs, which indexing by head as well makes slow.
+        buckets = t5_buckets(positions.distance, self.num_buckets, self.max_distance, both_ways)
+        return nn.functional.embedding(buckets, wide(self.table)).permute(0, 3, 1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        if core.causal:
+            return super().attend(query, key, value, positions, core)
+        self.check_heads(query)
+        return core(query, key, value, positions, bias=cast("T5", _BothWays(self)))
+
+
+@dataclass
+class _BothWays:
+    """T5's bias where the attention looks ahead."""
+
+    scheme: T5
+
+    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+        return self.scheme.of(distance, head, both_ways=True)
+
+    def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
+        return self.scheme.bias(query, key, positions, both_ways=True)
+
+    @property
+    def name(self) -> str:
+        return self.scheme.name
+
+
+KINDS = ("log", "power")
+
+
+class Kerple(DistanceBias):
+    """A learned kernel of the distance for each head and layer (Chi et al. 2022, arXiv 2205.09921).
+
+    "log": -p ln(1 + a |i - j|); "power": -a |i - j|^p. The authors draw a from U(0, 1) and p from U(0, 2) and, before
+    every use, cut both at 0.01 from below and the power's p at 2 from above. They cut the weights themselves; here
+    the weights are left alone and the gradient goes through the cut, so that a forward pass changes no model.
+
+    Options:
+        kind: "log" or "power".
+    """
+
+    name = "kerple"
+    summary = "a learned logarithm or power of the distance for each head"
+    paper = "Chi et al. 2022, arXiv 2205.09921"
+    per_layer = True
+
+    def __init__(self, shape: AttentionShape, *, kind: str = "log") -> None:
+        super().__init__(shape)
+        if kind not in KINDS:
+            raise OptionError(f"kind={kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
+        self.kind = kind
+        self.a = nn.Parameter(torch.rand(shape.num_heads))
+        self.p = nn.Parameter(2 * torch.rand(shape.num_heads))
+
+    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+        a = _cut(self.a, None)[head]
+        p = _cut(self.p, 2.0 if self.kind == "power" else None)[head]
+        distance = distance.abs().to(a.dtype)
+        return -p * torch.log1p(a * distance) if self.kind == "log" else -a * distance**p
+
+
+def _cut(weight: Tensor, high: float | None, low: float = 0.01) -> Tensor:
+    """Within bounds, with the gradient of what has none: a weight that was cut may come back."""
+    weight = wide(weight)
+    return weight + (weight.clamp(low, high) - weight).detach()
+
+
+class Sandwich(DistanceBias):
+    """What sinusoids contribute to the scores, by itself: sum_k cos(w_k (i - j)) H / (8 h) for the heads h = 1 .. H
+    (Chi et al. 2022, arXiv 2212.10356), w_k = 10000^(-2k / dim). No parameters.
+
+    Options:
+        dim: width of the sinusoids, twice the number of cosines; not that of the head.
+    """
+
+    name = "sandwich"
+    summary = "a fixed sum of cosines of the distance, weaker from head to head"
+    paper = "Chi et al. 2022, arXiv 2212.10356"
+
+    def __init__(self, shape: AttentionShape, *, dim: int = 128) -> None:
+        super().__init__(shape)
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
+            raise OptionError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
+        self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
+
+    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+        # In float32 an angle of thousands of radians has lost its third decimal: whole turns are taken off first.
+        coarse = torch.div(distance, TURN_AFTER, rounding_mode="floor")
+        fine = distance - coarse * TURN_AFTER
+        total = torch.zeros_like(distance, dtype=torch.float32)
+        for frequency in self.frequencies:
+            total = total + torch.cos(coarse * (TURN_AFTER * frequency % math.tau) + fine * frequency)
+        return total * (self.shape.num_heads / 8 / (head + 1))
+
+    def _waves(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """cos(p w), then sin(p w): their products sum to the cosines of a difference; `[batch | 1, n, dim]`."""
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
+        angles = positions[..., None].double() * frequencies
+        return torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
+
+    def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
+        at_query, at_key = (self._waves(at, torch.float32) for at in (positions.query, positions.key))
+        strength = self.shape.num_heads / 8 / torch.arange(1, query.shape[1] + 1, device=query.device)
+        return strength[:, None, None] * (at_query @ at_key.transpose(1, 2))[:, None]
+
+    def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The waves themselves. In half precision they would have to be cut into limbs, and three products of them are
+        wider than any flash kernel's head, so there are none."""
+        if dtype not in (torch.float32, torch.float64):
+            return None
+        strength = self.shape.num_heads / 8 / scaling / torch.arange(1, self.shape.num_heads + 1, dtype=torch.float64)
+        at_query = (
+            self._waves(positions.query, torch.float64)[:, None] * strength.to(positions.query.device)[:, None, None]
+        )
+        padding = -at_query.shape[-1] % WIDTH
+        at_key = self._waves(positions.key, dtype)[:, None]
+        return nn.functional.pad(at_query.to(dtype), (0, padding)), nn.functional.pad(at_key, (0, padding))
