@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from .swaps import Swap, bind
 VERSION = 1
 FOREIGN = "pe_patch"
 """The rope_type, or model_type, that plain Transformers refuses to load."""
+
+Kinds = dict[str | None, Scheme]
+"""The scheme of each layer type that a patch touches; under None where a family has no types."""
 
 
 def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -36,27 +40,44 @@ def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -
         ) from error
 
 
-def expressible(adapter: Adapter, scheme: Scheme, record: dict[str, Any]) -> dict[str, Any] | None:
+def expressible(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, Any]) -> dict[str, Any] | None:
     """The `rope_parameters` (or an empty dict for a family without any) under which plain Transformers computes the
     same logits in one pass, or None if there are none."""
-    if "layers" in record or record.get("keep_native"):
+    if record.get("keep_native") or not _whole(adapter, config, kinds, record):
         return None
+    scheme = next(iter(kinds.values()))
     if adapter.rotary is None:
         return {} if adapter.alibi and scheme.name == adapter.native and not scheme.options else None
-    return scheme.native()
+    written = {kind: scheme.native() for kind, scheme in kinds.items()}
+    each = {kind: parameters for kind, parameters in written.items() if parameters is not None}
+    return _nested(config, each) if len(each) == len(written) else None
 
 
-def with_partial_rotary(config: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Add the share of the head that rotates, which belongs to the family and not to the scheme."""
-    share = native_parameters(config).get("partial_rotary_factor")
-    return parameters if share is None else {"partial_rotary_factor": share, **parameters}
+def _whole(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, Any]) -> bool:
+    """Whether every layer of each type that is touched is touched."""
+    chosen = record.get("layers")
+    if chosen is None:
+        return True
+    return adapter.typed and not {kind for i, kind in enumerate(config.layer_types) if i not in chosen} & kinds.keys()
+
+
+def _nested(config: Any, each: dict[str | None, dict[str, Any]]) -> dict[str, Any]:
+    """Rotary parameters as the family writes them: those of each layer type, or flat.
+
+    With them goes the share of the head that rotates, which belongs to the family and not to the scheme.
+    """
+    whole = {}
+    for kind, parameters in each.items():
+        share = native_parameters(config, kind).get("partial_rotary_factor")
+        whole[kind] = parameters if share is None else {"partial_rotary_factor": share, **parameters}
+    return whole[None] if None in whole else {**native_parameters(config), **whole}
 
 
 def config_swaps(
-    head: Any, base: Any, adapter: Adapter, scheme: Scheme, record: dict[str, Any], implementation: str
+    head: Any, base: Any, adapter: Adapter, kinds: Kinds, record: dict[str, Any], implementation: str
 ) -> list[Swap]:
     """The attention implementation, the effective window, the rotary parameters and the record."""
-    config = base.config
+    config, scheme = base.config, next(iter(kinds.values()))
     swaps = [Swap.of(config, "_attn_implementation_internal", implementation)]
     native: dict[str, Any] = {"model_type": head.config.model_type}
     window, current = scheme.effective_window, getattr(config, "max_position_embeddings", None)
@@ -64,22 +85,25 @@ def config_swaps(
         swaps.append(Swap.of(config, "max_position_embeddings", int(window)))
         native["max_position_embeddings"] = current
     if adapter.rotary is not None:
-        parameters = expressible(adapter, scheme, record)
+        parameters = expressible(adapter, config, kinds, record)
         if parameters is None or scheme.native_window not in (None, current if window is None else window):
-            theta = native_parameters(config).get("rope_theta")
-            parameters = {"rope_type": FOREIGN, "rope_theta": theta}
+            foreign = {kind: native_parameters(config, kind).get("rope_theta") for kind in kinds}
+            parameters = _nested(config, {k: {"rope_type": FOREIGN, "rope_theta": t} for k, t in foreign.items()})
         native["rope_parameters"] = native_parameters(config)
-        swaps.append(Swap.of(config, "rope_parameters", with_partial_rotary(config, parameters)))
+        rotary = getattr(base, adapter.rotary)
+        if getattr(rotary, "config", None) is config:  # where it stays in use, it may read it at every call (PhiMoE)
+            swaps.append(Swap.of(rotary, "config", copy.copy(config), direct=True))
+        swaps.append(Swap.of(config, "rope_parameters", parameters))
     if config is not head.config:
         native["config"] = next(key for key in head.config.sub_configs if getattr(head.config, key) is config)
     swaps.append(Swap.of(head.config, FOREIGN, {**record, "native": native}))
     return swaps
 
 
-def save_swaps(head: Any, base: Any, adapter: Adapter, scheme: Scheme, record: dict[str, Any]) -> list[Swap]:
+def save_swaps(head: Any, base: Any, adapter: Adapter, kinds: Kinds, record: dict[str, Any]) -> list[Swap]:
     """Families without rotary parameters have nothing in their config that plain Transformers would stumble over, so
     their `save_pretrained` writes a model type that it does not know."""
-    if adapter.rotary is not None or expressible(adapter, scheme, record) is not None:
+    if adapter.rotary is not None or expressible(adapter, base.config, kinds, record) is not None:
         return []
     return [bind(owner, "save_pretrained", save_foreign) for owner in {id(head): head, id(base): base}.values()]
 

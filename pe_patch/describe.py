@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.adapter import RotaryJoint
+from .adapters.adapter import RotaryJoint, TypedJoint
 from .errors import PePatchError
 from .join import Patch
 from .patch import find_patch
@@ -113,7 +113,9 @@ def effective(scheme: Scheme) -> dict[str, Any]:
     return numbers
 
 
-INTERNAL = ("pe_", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained")
+INTERNAL = (
+    "pe_", "config", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained",
+)  # fmt: skip
 
 
 def _replaced(patch: Patch) -> list[Replaced]:
@@ -138,6 +140,8 @@ def _name(value: Any) -> str:
     if isinstance(value, RotaryJoint):
         scheme = value.__dict__["scheme"]
         return f"RotaryJoint({scheme.name if scheme is not None else 'no rotation'})"
+    if isinstance(value, TypedJoint):
+        return ", ".join(f"{kind}: {_name(joint)}" for kind, joint in value.joints.items())
     if isinstance(value, nn.Module):
         return type(value).__name__
     if hasattr(value, "function"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .configuration import FOREIGN, expressible, with_partial_rotary
+from .configuration import FOREIGN, expressible
 from .errors import PePatchError, UnsupportedError, unknown
 from .join import Patch
 from .patch import find_patch
@@ -55,7 +55,7 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
 def transformers_config(patch: Patch) -> Any:
     """The config under which plain Transformers 5 computes the same logits."""
     record = getattr(patch.head.config, FOREIGN)
-    parameters = expressible(patch.adapter, patch.scheme, record)
+    parameters = expressible(patch.adapter, patch.base.config, patch.kinds, record)
     if parameters is None:
         part = (
             " on some of the layers" if "layers" in record else " beside native positions" if patch.keep_native else ""
@@ -68,7 +68,7 @@ def transformers_config(patch: Patch) -> Any:
     delattr(config, FOREIGN)
     inner = getattr(config, record["native"]["config"]) if "config" in record["native"] else config
     if parameters:
-        inner.rope_parameters = with_partial_rotary(patch.base.config, parameters)
+        inner.rope_parameters = parameters
     if patch.scheme.native_window is not None:
         inner.max_position_embeddings = patch.scheme.native_window
     return config

@@ -96,7 +96,7 @@ def _with_positions(
 
 def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor | None:
     """Rank of each token of this pass among the real ones of its row, `[batch, count]`; None without a 2-D mask."""
-    if mask is None or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # a host may hand one mask for each layer type
         return None
     index = torch.arange(count, device=mask.device) + past_length
     return from_mask(mask).index_select(1, index)
@@ -199,16 +199,16 @@ def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs
     return output
 
 
-def layer_rotation(attention: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands before the attention of a layer that rotates by the scheme while other layers keep their own rotation."""
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None or "position_embeddings" not in kwargs:
+def layer_rotation(layer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands before a decoder layer that rotates by the scheme while other layers keep their own rotation."""
+    position_ids, native = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+    if position_ids is None or native is None:
         raise NoEffectError(
-            f"{type(attention).__name__} is not handed position_ids, so that `layers=` would have no effect there; "
-            "patch all layers instead."
+            f"{type(layer).__name__} is not handed position_ids, so that `layers=` would have no effect there; patch "
+            "all layers instead."
         )
-    cos, _ = kwargs["position_embeddings"]
-    kwargs["position_embeddings"] = attention.__dict__["pe_joint"](cos, position_ids)
+    like = native[0] if isinstance(native, tuple) else native
+    kwargs["position_embeddings"] = layer.__dict__["pe_joint"](like, position_ids)
     return inner(*args, **kwargs)
 
 

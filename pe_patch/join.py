@@ -29,7 +29,6 @@ from .rotation import Rotation
 from .scheme import AttentionShape, Scheme, Stacked, overrides
 from .schemes import SCHEMES
 from .schemes.find import find_scheme
-from .schemes.rotary import RoPE
 from .swaps import Chain, Swap, apply_all, bind, undo_all
 
 LayerSchemes = list[Scheme | Stacked | None]
@@ -170,7 +169,7 @@ def _check_kinds(kinds: Kinds, plan: _Plan, everywhere: bool) -> None:
             f"one layer type, for example {remedy}."
         )
     native = all(
-        torch.equal(scheme.inv_freq, RoPE(scheme.shape).inv_freq) and scheme.attention_factor == 1
+        torch.equal(scheme.inv_freq, scheme.plain_frequencies(scheme.shape.rope_theta)) and scheme.attention_factor == 1
         for scheme in rotations.values()
     )
     if everywhere and not native:

@@ -104,25 +104,37 @@ def _unknown_family(family: str) -> UnknownFamilyError:
 EXISTING = ("error", "replace", "compose")
 
 
-def settle_existing(config: Any, scheme: type[Scheme], options: dict[str, Any], on_existing: str) -> dict[str, Any]:
-    """What becomes of a scaling that the model's own config already carries; returns the options to use."""
-    parameters = native_parameters(config)
-    kind = parameters.get("rope_type", "default")
-    if kind in ("default", None):
+def settle_existing(
+    config: Any, scheme: type[Scheme], options: dict[str, Any], on_existing: str, kinds: Iterable[str | None] = (None,)
+) -> dict[str, Any]:
+    """What becomes of a scaling that the model's own config already carries; returns the options to use.
+
+    `kinds` are the layer types to be patched, where each has rotary parameters of its own.
+    """
+    scaled = {
+        kind: parameters
+        for kind in kinds
+        if (parameters := native_parameters(config, kind)).get("rope_type", "default") not in ("default", None)
+    }
+    if not scaled:
         return options
+    kind, parameters = next(iter(scaled.items()))
     if on_existing == "error":
         raise AlreadyPatchedError(
-            f"This model already carries rope_type={kind!r} ({_short(parameters)}): a second one on top would not "
-            f"mean what it says. on_existing='replace' starts again from its window of {native_window(config)} tokens "
-            f"and theta {parameters.get('rope_theta')}; on_existing='compose' builds on it where that has a meaning."
+            f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second one on "
+            f"top would not mean what it says. on_existing='replace' starts again from its window of "
+            f"{native_window(config, kind)} tokens and theta {parameters.get('rope_theta')}; on_existing='compose' "
+            "builds on it where that has a meaning."
         )
     if on_existing == "compose":
         if "over" not in scheme.option_names():
             able = [name for name, known in SCHEMES.items() if "over" in known.option_names()]
             raise UnsupportedError(
-                f"{scheme.name!r} over an existing {kind!r} has no meaning; only {', '.join(able)} compose. Use "
-                "on_existing='replace'."
+                f"{scheme.name!r} over an existing {parameters['rope_type']!r} has no meaning; only {', '.join(able)} "
+                "compose. Use on_existing='replace'."
             )
+        if len(set(kinds)) > 1:
+            raise UnsupportedError(f"Only the {kind} layers of this model are scaled; choose them with layers=.")
         return {"over": _existing_scheme(config, parameters), **options}
     return options
 

@@ -25,11 +25,17 @@ LATENT = {
     "n_routed_experts": 4, "moe_intermediate_size": 32,
 }  # fmt: skip
 HEADS = {"num_key_value_heads": 2}
+FOUR = GROUPED | {"num_hidden_layers": 4}
+"""For families whose every fourth layer is of another kind; a window shorter than the sequences of the tests."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {}, "gpt_neox": {}, "gpt2": {}, "gpt_bigcode": {}, "biogpt": {}, "persimmon": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "deepseek_v3": LATENT, "phi": HEADS, "stablelm": HEADS, "cohere": HEADS, "starcoder2": HEADS,
+    "gemma3_text": FOUR | {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "olmo3": FOUR | {"sliding_window": 8}, "cohere2": FOUR | {"sliding_window": 8},
+    "exaone4": FOUR | {"sliding_window": 8, "sliding_window_pattern": 4},
+    "smollm3": FOUR, "llama4_text": FOUR | EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 8},
     "apertus": GROUPED | UNSCALED, "gpt_oss": GROUPED | EXPERTS | UNSCALED,
     **{family: GROUPED | EXPERTS for family in
        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe")},

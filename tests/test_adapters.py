@@ -12,6 +12,8 @@ from .families import VOCABULARY, build
 ROTARY = sorted(name for name, adapter in ADAPTERS.items() if adapter.native == "rope")
 OTHERS = sorted(set(ADAPTERS) - set(ROTARY))
 SOFT_CAPPED = {"gemma2"}  # Transformers itself refuses SDPA for these
+GLOBAL = {"gemma3_text": {"layers": [3]}}
+"""Layers that look far, where the others turn by another base and would be stretched with them."""
 LENGTH, PREFIX, PADDING = 24, 16, 5
 
 
@@ -63,7 +65,7 @@ def test_native_scheme_changes_nothing(family, tokens):
 @pytest.mark.parametrize("family", sorted(ADAPTERS))
 def test_generates_under_a_scaling(family, tokens):
     model = build(family, attention_of(family))
-    patch_model(model, "yarn", factor=4)
+    patch_model(model, "yarn", factor=4, **GLOBAL.get(family, {}))
     ids, mask = tokens
     output = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert output.shape == (2, LENGTH + 4)
@@ -101,10 +103,10 @@ def test_rotation_at_the_scores_equals_the_one_before_the_cache(family, tokens):
     """Dynamic NTK within the window turns by the native frequencies, but later: keys are cached as projected."""
     model = build(family, attention_of(family))
     native = observe(model, *tokens)
-    patch_model(model, "dynamic_ntk")
+    patch_model(model, "dynamic_ntk", **GLOBAL.get(family, {}))
     scale = float(native[0].abs().max())
     for expected, actual in zip(native, observe(model, *tokens), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 * scale)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * scale)
 
 
 @pytest.mark.parametrize("family", [name for name in ADAPTERS if not ADAPTERS[name].carries])
@@ -124,8 +126,7 @@ def test_late_norm_is_refused_where_the_rotation_would_come_too_late():
 def test_layers_without_rotation_stay_without():
     """SmolLM3 leaves some layers without positions; a scheme that rotates at the scores must leave them so too."""
     model = build("smollm3")
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.use_rope = index == 0
+    assert [bool(layer.self_attn.use_rope) for layer in model.model.layers] == [True, True, True, False]
     ids = torch.randint(3, VOCABULARY, (1, LENGTH))
     native = model(ids).logits.detach()
     patch_model(model, "dynamic_ntk")

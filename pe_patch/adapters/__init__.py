@@ -20,8 +20,6 @@ PLAIN = {
     "gemma2": "Gemma 2",
     "phi": "Phi-1, Phi-1.5, Phi-2",
     "phi3": "Phi-3, Phi-4",
-    "olmo": "OLMo 1",
-    "olmo2": "OLMo 2",
     "olmoe": "OLMoE",
     "granite": "Granite 3",
     "granitemoe": "Granite 3 MoE",
@@ -45,6 +43,19 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
             carry=carry_positions, build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
         ),
         "cohere": Adapter(layout="interleaved", interleaved_pairs=True, summary="Command R"),
+        "cohere2": Adapter(
+            layout="interleaved", interleaved_pairs=True, rotates="sliding_window", summary="Command R7B, Command A"
+        ),
+        "exaone4": Adapter(
+            rotates=lambda layer: layer.sliding_window is None or layer.is_sliding, summary="EXAONE 4.0"
+        ),
+        "olmo": Adapter(full_precision=True, summary="OLMo 1"),
+        "olmo2": Adapter(full_precision=True, summary="OLMo 2"),
+        "olmo3": Adapter(full_precision=True, typed=True, summary="OLMo 3"),
+        "gemma3_text": Adapter(typed=True, summary="Gemma 3"),
+        "llama4_text": Adapter(
+            layout="complex", interleaved_pairs=True, rotates="use_rope", summary="Llama 4 Scout, Maverick"
+        ),
         "helium": Adapter(interleaved_pairs=True, summary="Helium 1"),
         "stablelm": Adapter(carries=False, summary="StableLM 2"),
         "nemotron": Adapter(carries=False, summary="Nemotron-4, Minitron"),

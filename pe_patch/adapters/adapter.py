@@ -31,11 +31,16 @@ class Adapter:
     rotary: str | None = "rotary_emb"
     """The module on the base model that makes cos and sin for all layers."""
     layout: str = "halves"
-    """How that module lays cos and sin out: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...], "single" [c]."""
+    """How that module lays cos and sin out: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...], "single" [c], or
+    "complex" c + i s in one tensor."""
+    full_precision: bool = False
+    """cos and sin stay float32, whatever the dtype of the model."""
+    typed: bool = False
+    """That module is called for each of `config.layer_types`, each with frequencies of its own."""
     interleaved_pairs: bool = False
     """Rotated pairs are neighbours rather than halves of the head."""
-    rotates: str | None = None
-    """Attribute of an attention that tells whether this layer rotates; None where all do."""
+    rotates: str | Callable[[Any], bool] | None = None
+    """Whether an attention rotates: an attribute of it, or a function; None where all do."""
     late_norm: bool = False
     """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
     carries: bool = True
@@ -64,13 +69,31 @@ class Adapter:
         """The attention module of each layer, in order."""
         return [getattr(layer, self.attention) for layer in getattr(base, self.layers)]
 
-    def shape(self, base: nn.Module, config: Any) -> AttentionShape:
-        """Sizes, read from the modules that were built; the config serves where no module knows."""
-        attention = self.attentions(base)[0]
+    def kinds(self, base: nn.Module, config: Any) -> list[str | None]:
+        """The layer type of each layer where types rotate by frequencies of their own; else None for each."""
+        count = len(getattr(base, self.layers))
+        return list(config.layer_types)[:count] if self.typed else [None] * count
+
+    def rests(self, attention: nn.Module) -> bool:
+        """Whether this layer leaves queries and keys alone though the family rotates."""
+        if self.rotates is None:
+            return False
+        return not (self.rotates(attention) if callable(self.rotates) else getattr(attention, self.rotates))
+
+    def joint(self, base: nn.Module, scheme: Scheme | None, kind: str | None = None) -> RotaryJoint:
+        """What stands in the place of the rotary module, for one layer type where it serves several."""
+        assert self.rotary is not None
+        width = 2 * frequencies_of(getattr(base, self.rotary), kind)[0].shape[-1]
+        return RotaryJoint(scheme, self.layout, width, self.full_precision)
+
+    def shape(self, base: nn.Module, config: Any, layer: int = 0) -> AttentionShape:
+        """Sizes of one layer, read from the modules that were built; the config serves where no module knows."""
+        attention = self.attentions(base)[layer]
+        kind = self.kinds(base, config)[layer]
         heads = config.num_attention_heads
         head_dim = _first(attention, "qk_head_dim", "head_dim", "head_size") or config.hidden_size // heads
         rotary = getattr(base, self.rotary) if self.rotary else None
-        rotary_dim = 2 * rotary.inv_freq.shape[-1] if rotary is not None else head_dim
+        rotary_dim = 2 * frequencies_of(rotary, kind)[0].shape[-1] if rotary is not None else head_dim
         return AttentionShape(
             hidden_size=config.hidden_size,
             num_heads=heads,
@@ -78,8 +101,8 @@ class Adapter:
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rotary_start=_first(attention, "qk_nope_head_dim") or 0,
-            rope_theta=native_theta(rotary, config) if rotary is not None else DEFAULT_THETA,
-            trained_length=native_window(config),
+            rope_theta=native_theta(rotary, config, kind) if rotary is not None else DEFAULT_THETA,
+            trained_length=native_window(config, kind),
             num_layers=len(getattr(base, self.layers)),
             interleaved=self.interleaved_pairs,
         )
@@ -89,27 +112,35 @@ def _first(owner: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
 
 
-def native_parameters(config: Any) -> dict[str, Any]:
-    """The config's own rotary parameters, or an empty dict."""
-    return dict(getattr(config, "rope_parameters", None) or {})
+def native_parameters(config: Any, kind: str | None = None) -> dict[str, Any]:
+    """The config's own rotary parameters, those of one layer type where it has several, or an empty dict."""
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    return parameters if kind is None else dict(parameters[kind] or {})
 
 
-def native_window(config: Any) -> int:
+def native_window(config: Any, kind: str | None = None) -> int:
     """The length the model was trained for: the original one where a scaling has been applied; 0 where unknown."""
-    original = native_parameters(config).get("original_max_position_embeddings")
+    original = native_parameters(config, kind).get("original_max_position_embeddings")
     original = original or getattr(config, "original_max_position_embeddings", None)
     return int(original or getattr(config, "max_position_embeddings", None) or 0)
 
 
-def native_theta(rotary: Any, config: Any) -> float:
+def frequencies_of(rotary: Any, kind: str | None) -> tuple[Tensor, Tensor]:
+    """The frequencies that a native rotary module turns by, `[rotary_dim / 2]`, and those it was built with."""
+    prefix = "" if kind is None else f"{kind}_"
+    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    return inv_freq, getattr(rotary, f"{prefix}original_inv_freq", inv_freq)
+
+
+def native_theta(rotary: Any, config: Any, kind: str | None = None) -> float:
     """The base of the frequencies that the built module turns by.
 
     The config's number where it gives the module's frequencies; else the one that the module's frequencies tell, since
     a config that was changed after building says nothing about the model.
     """
-    parameters = native_parameters(config)
+    parameters = native_parameters(config, kind)
     theta = parameters.get("rope_theta") or DEFAULT_THETA
-    inv_freq = getattr(rotary, "original_inv_freq", rotary.inv_freq)
+    inv_freq = frequencies_of(rotary, kind)[1]
     if parameters.get("rope_type", "default") != "default" or inv_freq.is_meta:
         return float(theta)
     width = 2 * inv_freq.shape[-1]
@@ -130,10 +161,10 @@ def native_theta(rotary: Any, config: Any) -> float:
 class RotaryJoint(nn.Module):
     """Stands where the family's rotary module stood: cos and sin of the scheme, or of no rotation at all."""
 
-    def __init__(self, scheme: Scheme | None, layout: str, width: int) -> None:
+    def __init__(self, scheme: Scheme | None, layout: str, width: int, full_precision: bool = False) -> None:
         super().__init__()
         self.__dict__["scheme"] = scheme  # registered once, on the base model
-        self.layout, self.width = layout, width
+        self.layout, self.width, self.full_precision = layout, width, full_precision
 
     @property
     def inv_freq(self) -> Tensor:
@@ -148,20 +179,38 @@ class RotaryJoint(nn.Module):
         return 1.0 if scheme is None else scheme.attention_factor
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, Tensor]:
         scheme = self.__dict__["scheme"]
+        dtype = torch.float32 if self.full_precision or self.layout == "complex" else x.dtype
         if scheme is None:
-            width = self.width // 2 if self.layout == "single" else self.width
-            shape = (*position_ids.shape, width)
-            return torch.ones(shape, dtype=x.dtype, device=x.device), torch.zeros(shape, dtype=x.dtype, device=x.device)
+            half = self.layout in ("single", "complex")
+            shape = (*position_ids.shape, self.width // 2 if half else self.width)
+            cos = torch.ones(shape, dtype=dtype, device=x.device)
+            sin = torch.zeros_like(cos)
+            return torch.complex(cos, sin) if self.layout == "complex" else (cos, sin)
         angles, factor = scheme.angles(position_ids.to(x.device))
+        if self.layout == "complex":
+            return torch.polar(torch.ones_like(angles), angles) * factor
         if self.layout == "single":
-            return (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
-        return cos_sin(angles, factor, x.dtype, interleaved=self.layout == "interleaved")
+            return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        return cos_sin(angles, factor, dtype, interleaved=self.layout == "interleaved")
 
     def extra_repr(self) -> str:
         scheme = self.__dict__["scheme"]
         return f"scheme={scheme.name if scheme is not None else None}, layout={self.layout!r}"
+
+
+class TypedJoint(nn.Module):
+    """Stands where the rotary module of several layer types stood: joints for some types, the native one for others."""
+
+    def __init__(self, joints: dict[str, RotaryJoint], native: nn.Module) -> None:
+        super().__init__()
+        self.joints = nn.ModuleDict(joints)
+        self.__dict__["native"] = native  # registered once, on the base model
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> Any:
+        joint = self.joints[layer_type] if layer_type in self.joints else self.__dict__["native"]
+        return joint(x, position_ids, layer_type)
 
 
 class NoTable(nn.Module):
