@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..scheme import Scheme
-from . import absolute, bias, fire, relative, rotary
+from . import absolute, bias, decay, fire, relative, remap, rotary
 
 SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
     {
@@ -30,6 +30,14 @@ SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
             rotary.Proportional,
             rotary.ClippedRoPE,
             rotary.Resonance,
+            decay.XPos,
+            decay.RoPEALiBi,
+            remap.ReRoPE,
+            remap.LeakyReRoPE,
+            remap.SelfExtend,
+            remap.DCA,
+            remap.STRING,
+            remap.LMInfinite,
             bias.ALiBi,
             bias.T5,
             bias.Kerple,

@@ -1,0 +1,157 @@
+"""Rotations under which far keys weigh less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..positions import Positions
+from ..rotation import Rotation
+from ..scheme import AttentionShape, Scheme, causal_distance
+from .bias import ALiBi, alibi_slopes
+from .checks import check_number
+from .over import Over
+
+if TYPE_CHECKING:
+    from ..attention import Core
+
+ROWS = 256
+"""Queries at a time that share one centre."""
+
+
+class XPos(Rotation):
+    """xPos: rotation, and pair k of a score times zeta_k^((i - j) / B), zeta_k = (2 k / r + 0.4) / 1.4 (Sun et al.
+    2022, arXiv 2212.10554, section 3.2).
+
+    The factor is split into zeta^((i - c) / B) on the query and zeta^((c - j) / B) on the key, which overflows where
+    the centre c lies far from i. So every few queries have a centre among them: what underflows then is what the
+    product would be anyway.
+
+    Options:
+        scale_base: B > 0, in tokens; larger is a slower decay.
+    """
+
+    name = "xpos"
+    summary = "rotates, and lets every pair of dimensions decay with the distance, the fast ones sooner"
+    paper = "Sun et al. 2022, arXiv 2212.10554"
+    own_scores = True
+
+    def __init__(self, shape: AttentionShape, *, scale_base: float = 512, **shared: Any) -> None:
+        super().__init__(shape, **shared)
+        self.scale_base = check_number(self.name, "scale_base", scale_base, 0.0, exclusive=True)
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        return self.plain_frequencies(), 1.0
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
+    @property
+    def zeta(self) -> Tensor:
+        """What a pair of dimensions is multiplied by every `scale_base` tokens, `[rotary_dim / 2]`, float64."""
+        return (torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim + 0.4) / 1.4
+
+    def _rates(self) -> Tensor:
+        rates = self.zeta.log() / self.scale_base
+        return rates.repeat_interleave(2) if self.shape.interleaved else torch.cat((rates, rates))
+
+    def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        """cos and sin of queries and of keys, and whether the queries' positions jump, which only the CPU asks."""
+        jumps = False
+        if positions.query.shape[1] > 1 and not torch.compiler.is_compiling():
+            jumps = bool((positions.query.diff(dim=-1).abs() > 1).any())
+        tables = (*self.cos_sin(positions.query), *self.cos_sin(positions.key))
+        return (*tables, torch.tensor(jumps, device="cpu"))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        self.check_causal(core)
+        cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
+        if positions.kept is not None:
+            cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]
+        query, key = self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
+        return core.rows(query, key, value, positions, self._scores)
+
+    def _scores(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> Tensor:
+        rates = self.constant("rates", query.device, lambda: self._rates().float())
+        scores = []
+        for start, stop in self._blocks(positions):
+            at = positions.query[:, start:stop]
+            centre = at[:, at.shape[1] // 2, None]
+            grown = self._grown(query[:, :, start:stop], (at - centre).float()[..., None] * rates)
+            # Keys ahead of a query are masked, and may not overflow before they are.
+            behind = (centre - positions.key).clamp(min=-self._span)
+            scores.append(core.scores(grown, self._grown(key, behind.float()[..., None] * rates)))
+        return scores[0] if len(scores) == 1 else torch.cat(scores, 2)
+
+    def _grown(self, x: Tensor, exponents: Tensor) -> Tensor:
+        """The rotated dimensions of `x` times e to the power of `exponents`, `[batch | 1, length, r]`."""
+        factors, start = exponents.exp().to(x.dtype)[:, None], self.shape.rotary_start
+        if self.dim == x.shape[-1]:
+            return x * factors
+        stop = start + self.dim
+        return torch.cat((x[..., :start], x[..., start:stop] * factors, x[..., stop:]), -1)
+
+    @property
+    def _span(self) -> int:
+        """Tokens from a centre over which the fastest pair changes by e^5 at most, which every dtype can hold."""
+        return max(1, int(4 * self.scale_base))
+
+    def _blocks(self, positions: Positions) -> Iterator[tuple[int, int]]:
+        """Queries (start, stop) that lie within reach of one centre."""
+        count, width = positions.query.shape[1], min(ROWS, self._span)
+        jumps = count > 1 and not torch.compiler.is_compiling() and bool(positions.prepared[-1])
+        for start in range(0, count, width):
+            stop = min(start + width, count)
+            if jumps:
+                yield from self._near(positions.query, start, stop)
+            else:
+                yield start, stop
+
+    def _near(self, at: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Halves, and halves of these, until none reaches across a jump to a far position."""
+        block = at[:, start:stop]
+        if stop - start == 1 or int((block.amax(1) - block.amin(1)).max()) <= self._span:
+            yield start, stop
+        else:
+            middle = (start + stop) // 2
+            yield from self._near(at, start, middle)
+            yield from self._near(at, middle, stop)
+
+
+class RoPEALiBi(Over):
+    """ALiBi's penalty on the scores of a rotation, -s m_h (i - j) beside any rotary scheme.
+
+    Options:
+        slope_scale: s > 0, which all slopes are multiplied by.
+        over: the rotary scheme, a name or a dict with its options; plain RoPE when None.
+    """
+
+    name = "rope_alibi"
+    summary = "a rotation, and a penalty on the scores that grows linearly with the distance"
+    paper = "Su et al. 2021, arXiv 2104.09864, with Press et al. 2021, arXiv 2108.12409"
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        slope_scale: float = 1.0,
+        over: str | Mapping[str, Any] | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(
+            shape, over=over, theta=theta, original_max_position_embeddings=original_max_position_embeddings
+        )
+        scale = check_number(self.name, "slope_scale", slope_scale, 0.0, exclusive=True)
+        self.slopes = [scale * slope for slope in alibi_slopes(shape.num_heads)]
+        self.penalty = ALiBi(shape, slopes=self.slopes)
+
+    @property
+    def scorer(self) -> Scheme | None:
+        return self.penalty
+
+    def change(self, inv_freq: Tensor) -> Tensor:
+        return inv_freq

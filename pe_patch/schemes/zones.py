@@ -1,0 +1,164 @@
+"""Rotation by positions that depend on the pair of a query and a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..positions import Positions
+from ..ranges import Range
+from ..rotation import Rotation
+from ..scheme import AttentionShape
+from .checks import check_length
+from .over import build_inner
+
+if TYPE_CHECKING:
+    from ..attention import Core
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Which pairs of a query and a key, as in `Range`, and the positions by which the two rotate there.
+
+    Zones that name the same tensor share what was rotated by it.
+    """
+
+    query: Tensor | None
+    """`[batch | 1, query]`, or None for queries that do not turn."""
+    key: Tensor | None
+    """`[batch | 1, key]`, or None for keys that do not turn."""
+    low: int | None = None
+    high: int | None = None
+    steps: tuple[Tensor | None, Tensor | None] = (None, None)
+    """What `low` and `high` count, of queries and of keys; positions where None."""
+    below: int | None = None
+
+    def range(self, query: Tensor, key: Tensor) -> Range:
+        """This zone with something for each query and each key."""
+        return Range(query, key, self.low, self.high, *self.steps, self.below)
+
+
+Tables = tuple[Tensor, Tensor] | None
+"""cos and sin, or None where nothing turns."""
+
+
+class Remapped(Rotation):
+    """Rotation by positions that depend on the pair, in one softmax; keys are cached as projected.
+
+    A subclass says `zones(positions)`. What runs and what `relative_position` draws both follow from it.
+
+    Options:
+        over: a static rotary scheme whose frequencies, attention factor and window are used, a name or a dict with its
+            options; plain RoPE when None.
+    """
+
+    mechanism = "remapped"
+    own_scores = True
+    training_free = True
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        over: str | Mapping[str, Any] | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        shared = {"theta": theta, "original_max_position_embeddings": original_max_position_embeddings}
+        self.over = build_inner(self.name, over, shape, shared)
+        if self.over.length_dependent:
+            raise OptionError(
+                f"{self.name!r} takes frequencies that stay, and those of {self.over.name!r} follow the length here; "
+                "give over= a fixed factor, or an expected_length."
+            )
+        self.theta, self.window = self.over.theta, self.over.effective_window or self.over.window
+
+    def zones(self, positions: Positions) -> Sequence[Zone]:
+        """Zones that share no pair; a pair in none of them is not attended."""
+        raise NotImplementedError
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        return self.over.frequencies(self.over.regime_start)
+
+    @property
+    def effective_window(self) -> int | None:
+        return None
+
+    def sharpness(self, positions: Tensor) -> Tensor | None:
+        """What each query is multiplied by, `[batch | 1, query]`, float32, or None."""
+        return None
+
+    def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        """cos and sin for each distinct tensor of query positions, then of key positions, then the sharpness."""
+        zones = self.zones(positions)
+        prepared: tuple[Tensor, ...] = ()
+        for places in (_distinct([zone.query for zone in zones]), _distinct([zone.key for zone in zones])):
+            for place in places:
+                prepared += self.cos_sin(place)
+        sharpness = self.sharpness(positions.query)
+        return prepared if sharpness is None else (*prepared, sharpness)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        self.check_causal(core)
+        zones, tables = self.zones(positions), positions.prepared
+        at_query, at_key = [zone.query for zone in zones], [zone.key for zone in zones]
+        middle = 2 * len(_distinct(at_query))
+        end = middle + 2 * len(_distinct(at_key))
+        if len(tables) > end:
+            query = query * tables[end][:, None, :, None].to(query.dtype)
+        queries = self._turned(query, at_query, tables[:middle])
+        kept = positions.kept
+        of_keys = tables[middle:end] if kept is None else tuple(table[:, kept] for table in tables[middle:end])
+        keys = self._turned(key, at_key, of_keys)
+        ranges = [zone.range(q, k) for zone, q, k in zip(zones, queries, keys, strict=True)]
+        return core.ranges(ranges, value, positions)
+
+    def _turned(self, x: Tensor, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]) -> list[Tensor]:
+        """`x` turned as each zone has it, one tensor for all zones that turn it alike."""
+        distinct = _distinct(places)
+        made = [self.turn(x, *tables[2 * index : 2 * index + 2]) for index in range(len(distinct))]
+        if len(distinct) < len(places) and any(place is None for place in places):
+            origin = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+            made.append(x if self.attention_factor == 1 else self.turn(x, *self.cos_sin(origin)))
+        return [made[_index(place, distinct)] for place in places]
+
+    def relative_position(self, length: int) -> Tensor:
+        at = torch.arange(length, device="cpu")[None]
+        positions, ahead = Positions(at, at), at[0] > at[0][:, None]
+        result = torch.full((length, length), torch.nan, dtype=torch.float64, device="cpu")
+        for zone in self.zones(positions):
+            query, key = (torch.zeros_like(at) if place is None else place for place in (zone.query, zone.key))
+            distance = query[0, :, None].double() - key[0, None, :].double()
+            covered = zone.range(query, key).covers(positions)[0] & ~ahead
+            result = torch.where(covered, distance, result)
+        return result.float()
+
+    def tokens(self, option: str, value: Any, default: int) -> int:
+        """The value of an option that counts tokens, within the trained window; at least 1."""
+        given = check_length(self.name, option, value)
+        if given is not None and given > self.window:
+            raise OptionError(
+                f"{self.name!r} got {option}={given}, and the frequencies are good for {self.window} tokens only; give "
+                f"at most {self.window}."
+            )
+        return max(1, default) if given is None else given
+
+
+def _index(place: Tensor | None, places: Sequence[Tensor]) -> int:
+    """Where this very tensor stands among `places`, or their number."""
+    return next((index for index, other in enumerate(places) if other is place), len(places))
+
+
+def _distinct(places: Sequence[Tensor | None]) -> list[Tensor]:
+    """The tensors among `places`, each once, in order."""
+    found: list[Tensor] = []
+    for place in places:
+        if place is not None and _index(place, found) == len(found):
+            found.append(place)
+    return found
