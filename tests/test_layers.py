@@ -1,0 +1,238 @@
+"""A scheme on some layers: against hosts that are built so, and against the host's own layers run one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, SmolLM3Config, SmolLM3ForCausalLM
+
+from pe_patch import (
+    ADAPTERS,
+    AlreadyPatchedError,
+    PePatchError,
+    Scheme,
+    UnsupportedError,
+    describe,
+    export,
+    load_patched,
+    patch_model,
+    unpatch_model,
+)
+
+from . import families
+from .models import BACKENDS, build, cached_logits, error, logits, snapshot, tokens, unchanged
+from .test_adapters import ROTARY, attention_of
+
+
+def every_fourth(index: int) -> bool:
+    return (index + 1) % 4 == 0
+
+
+def far_types(model) -> list[int]:
+    return [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_native_rotation_on_one_layer_is_bit_for_bit_in_half_precision(family):
+    """bfloat16 weights and frequencies in float32, as a checkpoint is loaded."""
+    model, ids = families.build(family, attention_of(family)), tokens(2, 20)
+    rotary = next(module for name, module in model.named_modules() if name.endswith(ADAPTERS[family].rotary))
+    exact = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
+    model = model.to(torch.bfloat16)
+    for name, buffer in rotary.named_buffers():
+        buffer.data = exact[name]
+    native = logits(model, ids)
+    for layers in (None, [0]):
+        patch_model(model, "rope", layers=layers)
+        assert torch.equal(logits(model, ids), native)
+        unpatch_model(model)
+    patch_model(model, "nope", layers=[0])
+    silent = logits(model, ids)
+    assert error(silent, native) > 1e-2
+    patch_model(model, "nope", on_existing="replace")
+    assert not torch.equal(logits(model, ids), silent)
+    unpatch_model(model)
+    assert torch.equal(logits(model, ids), native)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_positions_on_every_fourth_layer_is_smollm3(backend):
+    """The same weights in a host that was built with `no_rope_layers`."""
+    model, ids = build("llama", num_hidden_layers=8), tokens(2, 40)
+    config = model.config.to_dict() | {"no_rope_layers": [int(not every_fourth(i)) for i in range(8)]}
+    host = SmolLM3ForCausalLM(SmolLM3Config(**config)).eval()
+    host.load_state_dict(model.state_dict())
+    expected = logits(host, ids)
+    before = snapshot(model)
+    assert error(before["logits"], logits(host, ids[:, :20])) > 1e-2
+    for name in ("nope", "drope"):
+        patch_model(model, name, layers=every_fourth, backend=backend)
+        assert error(logits(model, ids), expected) < 1e-5
+        assert error(cached_logits(model, ids, 33), expected) < 1e-5
+        unpatch_model(model)
+    assert unchanged(before, snapshot(model))
+
+
+def gemma(**scaling):
+    """Gemma 3 with a scaling by layer type, its seeded weights the same for any."""
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    rope |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    rope |= {kind: rope[kind] | changes for kind, changes in scaling.items()}
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=32, rope_parameters=rope,
+        initializer_range=0.2, layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        query_pre_attn_scalar=16, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaling_gemma_s_far_layers_is_the_host_scaled_there(backend, tmp_path):
+    model, ids = gemma(), tokens(2, 60)
+    model.save_pretrained(tmp_path / "plain")  # writes into the config by itself
+    before = snapshot(model)
+    expected = logits(gemma(full_attention=YARN), ids)
+    assert error(logits(model, ids), expected) > 1e-2
+    patch_model(model, "yarn", factor=4, layers=far_types(model), backend=backend)
+    assert describe(model).effective["theta"] == 1e6 and model.config.max_position_embeddings == 128
+    assert error(logits(model, ids), expected) < 1e-5
+    assert error(cached_logits(model, ids, 50), expected) < 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    for plain in (tmp_path / "saved", export(model, tmp_path / "exported")):
+        loaded = AutoModelForCausalLM.from_pretrained(plain, attn_implementation=backend).eval()
+        assert error(logits(loaded, ids), expected) < 1e-5
+    assert torch.equal(logits(load_patched(tmp_path / "saved", attn_implementation=backend), ids), logits(model, ids))
+    unpatch_model(model)
+    assert unchanged(before, snapshot(model))
+
+
+def test_each_type_of_layer_turns_from_its_own_base():
+    model, ids = gemma(), tokens(2, 60)
+    native = logits(model, ids)
+    for layers in (None, far_types(model), [0, 1, 3, 4], [0], [0, 5], range(6)):
+        patch_model(model, "rope", layers=layers)
+        assert torch.equal(logits(model, ids), native)
+        unpatch_model(model)
+    patch_model(model, "yarn", factor=4, layers=range(6))
+    assert error(logits(model, ids), logits(gemma(full_attention=YARN, sliding_attention=YARN), ids)) < 1e-5
+    patch_model(model, "linear", factor=2, layers=[0, 1, 3, 4], on_existing="replace")
+    assert describe(model).effective["theta"] == 1e4
+    halved = gemma(sliding_attention={"rope_type": "linear", "factor": 2.0})
+    assert error(logits(model, ids), logits(halved, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("name, options", [("yarn", {"factor": 4}), ("rope", {"theta": 5e5}), ("dynamic_ntk", {})])
+def test_types_of_other_bases_are_not_scaled_together_by_accident(name, options):
+    model = gemma()
+    before = snapshot(model)
+    if "theta" not in options:
+        with pytest.raises(PePatchError, match=r"base 1e\+06.*layers=lambda i: .* == 'full_attention'"):
+            patch_model(model, name, **options)
+        assert unchanged(before, snapshot(model))
+    if name == "dynamic_ntk":
+        with pytest.raises(UnsupportedError, match="one layer type"):
+            patch_model(model, name, layers=range(6), **options)
+    patch_model(model, name, layers=far_types(model), **options)
+    assert describe(model).layers == [2, 5]
+
+
+def test_what_does_not_rotate_goes_on_every_type():
+    model, ids = gemma(), tokens(2, 30)
+    native = logits(model, ids)
+    for name in ("alibi", "nope"):
+        patch_model(model, name)
+        assert error(logits(model, ids), native) > 1e-2
+        assert error(cached_logits(model, ids, 20), logits(model, ids)) < 1e-5
+        unpatch_model(model)
+    assert torch.equal(logits(model, ids), native)
+
+
+def test_a_scaling_that_one_type_carries():
+    """Gemma 3 from 4B on: the far layers are scaled by 8 already, the near ones are not."""
+    eight = {"rope_type": "linear", "factor": 8.0}
+    model, ids = gemma(full_attention=eight), tokens(2, 60)
+    with pytest.raises(AlreadyPatchedError, match="rope_type='linear'"):
+        patch_model(model, "yarn", factor=4, layers=far_types(model))
+    with pytest.raises(UnsupportedError, match="Only the full_attention layers"):
+        patch_model(model, "clipped_rope", dims=2, on_existing="compose")
+    patch_model(model, "ntk", factor=2, layers=[0, 1, 3, 4])
+    unpatch_model(model)
+    patch_model(model, "yarn", factor=4, layers=far_types(model), on_existing="replace")
+    assert error(logits(model, ids), logits(gemma(full_attention=YARN), ids)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["smollm3", "llama4_text", "exaone4", "cohere2"])
+def test_scaling_only_layers_that_do_not_rotate_has_no_effect_and_says_so(family):
+    model = families.build(family)
+    with pytest.raises(PePatchError, match=r"do not rotate in this family \(\[3\]\)"):
+        patch_model(model, "yarn", factor=2, layers=[3])
+    patch_model(model, "yarn", factor=2, layers=[0, 3])
+
+
+class Tilted(Scheme):
+    """A bias of a slope of its own in every layer."""
+
+    name = "tilted"
+    per_layer = True
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.slope = nn.Parameter(torch.zeros(()))
+
+    def bias(self, query, key, positions):
+        return (-self.slope.abs() * positions.distance[:, None]).float().expand(-1, query.shape[1], -1, -1)
+
+
+@torch.no_grad()
+def layer_by_layer(model, ids: Tensor, slopes: dict[int, Tensor]) -> Tensor:
+    """The host's own layers: those in `slopes` without rotation and under a mask that holds the bias."""
+    length = ids.shape[1]
+    place = torch.arange(length)
+    distance = (place[:, None] - place[None]).float()
+    causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+    hidden = model.model.embed_tokens(ids)
+    cos, sin = model.model.rotary_emb(hidden, place[None])
+    for index, layer in enumerate(model.model.layers):
+        mask, turn = causal[None, None], (cos, sin)
+        if index in slopes:
+            mask = mask - slopes[index].reshape(1, -1, 1, 1) * distance
+            turn = (torch.ones_like(cos), torch.zeros_like(sin))
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=turn, position_ids=place[None])
+    return model.lm_head(model.model.norm(hidden))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layers", [[0, 2], [1], slice(None, None, 3), None])
+def test_a_bias_on_some_layers(layers, backend):
+    model, ids = build("llama", num_hidden_layers=4), tokens(2, 40)
+    chosen = [0, 3] if isinstance(layers, slice) else layers or range(4)
+    alibi = {index: torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]) for index in chosen}
+    own = {index: torch.tensor(0.1 * (index + 1)) for index in chosen}
+    expected = {"alibi": layer_by_layer(model, ids, alibi), "tilted": layer_by_layer(model, ids, own)}
+    before = snapshot(model)
+    for name, scheme in (("alibi", "alibi"), ("tilted", Tilted)):
+        patch_model(model, scheme, layers=layers, backend=backend)
+        weights = [p for n, p in model.named_parameters() if "position_schemes.scheme" in n]
+        assert len(weights) == (len(own) if name == "tilted" else 0)
+        for weight, slope in zip(weights, own.values(), strict=name == "tilted"):
+            weight.data = slope
+        assert error(logits(model, ids), expected[name]) < 1e-5
+        assert error(cached_logits(model, ids, 33), expected[name]) < 1e-5
+        unpatch_model(model)
+    assert unchanged(before, snapshot(model))
+
+
+def test_every_layer_of_a_per_layer_scheme_is_trained():
+    model, ids = build("llama", num_hidden_layers=4), tokens(2, 20)
+    patch_model(model, Tilted, layers=[1, 3])
+    weights = [p for n, p in model.named_parameters() if "position_schemes.scheme" in n]
+    for weight in weights:
+        weight.data.fill_(0.2)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(weights) == 2 and all(weight.grad is not None and weight.grad != 0 for weight in weights)
