@@ -100,6 +100,7 @@ def effective(scheme: Scheme) -> dict[str, Any]:
         value = getattr(scheme, name, None)
         if value is not None:
             numbers["trained_window" if name == "window" else name] = value
+    numbers |= scheme.settled
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
     inv_freq = getattr(scheme, "inv_freq", None)
     if inv_freq is not None:

@@ -288,7 +288,7 @@ def _at_scores(
         scheme = own[index] if plan.at_scores and not (plan.turns and adapter.rests(attention)) else None
         scorer = own[index].scorer
         if native is not None and keep_native:
-            if scorer is not None or (scheme is not None and not plan.turns):
+            if scorer is not None or (scheme is not None and (scheme.own_scores or not plan.turns)):
                 raise UnsupportedError(
                     f"{first.name!r} cannot be added to this family's own ALiBi; leave keep_native out."
                 )
