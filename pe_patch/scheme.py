@@ -286,14 +286,12 @@ class DistanceBias(Scheme):
         summed over e and times `scaling` are the bias up to a constant for each query; None where there are none."""
         return None
 
-    def reach(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> list[int] | None:
-        """For each head how many tokens back a key can still carry weight; None where nothing bounds it."""
+    def fall(self, device: torch.device) -> Tensor | None:
+        """By how much at least the bias of each head falls with every token, `[heads]`; None where nothing says so."""
         return None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         self.check_heads(query)
-        if core.widens and (features := self.features(positions, core.scaling, query.dtype)) is not None:
-            return core.widened(query, key, value, *features, self.reach(query, key, positions, core))
         return core(query, key, value, positions, bias=self)
 
 

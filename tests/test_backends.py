@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from torch import Tensor
 from transformers import StaticCache
 
-from pe_patch import SCHEMES, Positions, Scheme, UnsupportedError, patch_model, unpatch_model
+from pe_patch import Positions, Scheme, UnsupportedError, patch_model, unpatch_model
 
 from .models import BACKENDS, FAMILIES, build, cached_logits, error, logits, put, snapshot, tokens, unchanged
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pe_patch.band import LONG, banded_attention, reaches
+from pe_patch.kernels.band import LONG, attention_by_distance, reaches
 from pe_patch.schemes.bias import alibi_slopes
 
 
@@ -38,13 +38,9 @@ def states():
 SCALING = 0.25
 
 
-def widened(query, key, slopes):
-    """The bias as one more dimension, in float64 so that nothing but the band is judged."""
-    place = torch.arange(query.shape[2]).double() - query.shape[2]
-    steep = torch.tensor(slopes, dtype=torch.float64)[None, :, None, None] / SCALING
-    query = torch.cat((query.double(), steep.expand(1, -1, query.shape[2], 1)), -1)
-    key = torch.cat((key.double(), place[None, None, :, None].expand(1, key.shape[1], -1, 1)), -1)
-    return query, key
+def falling(count, slopes):
+    """The bias by distance, `[heads, count]`."""
+    return -torch.tensor(slopes, dtype=torch.float64)[:, None] * torch.arange(count)
 
 
 @pytest.mark.parametrize("slopes", [alibi_slopes(4), [4.0, 1.0, 0.5, 0.001]])
@@ -52,8 +48,8 @@ def test_what_is_left_out_cannot_be_seen(states, slopes):
     query, key, value = states
     reach = reaches(query, key, SCALING, torch.tensor(slopes))
     assert reach[0] < LONG // 2, "no head is short-sighted enough for this to test anything"
-    wide_query, wide_key = widened(query, key, slopes)
-    ours = banded_attention(wide_query, wide_key, value.double(), reach, scaling=SCALING, dropout=0.0)
+    table = falling(query.shape[2], slopes)
+    ours = attention_by_distance(query.double(), key.double(), value.double(), table, SCALING, reach)
     torch.testing.assert_close(ours, oracle(query, key, value, slopes, SCALING), rtol=0, atol=2**-24)
 
 
@@ -65,8 +61,7 @@ def test_gradients_are_those_of_the_whole(states):
         (oracle(query, key, value, slopes, SCALING)[0, :, 0] * weight).sum(), (query, key, value)
     )
     reach = reaches(query, key, SCALING, torch.tensor(slopes))
-    wide_query, wide_key = widened(query, key, slopes)
-    banded = banded_attention(wide_query, wide_key, value, reach, scaling=SCALING, dropout=0.0)
+    banded = attention_by_distance(query, key, value, falling(query.shape[2], slopes), SCALING, reach)
     actual = torch.autograd.grad((banded[0, :, 0] * weight).sum(), (query, key, value))
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -63,7 +63,9 @@ def biased(core: Any, query: Tensor, key: Tensor, value: Tensor, positions: Posi
             additive = (
                 additive.masked_fill(~part.mask, lowest) if part.mask.dtype == torch.bool else additive + part.mask
             )
-        additive = additive.to(query.dtype).expand(query.shape[0], query.shape[1], -1, -1)
+        if additive.device.type != "cpu":  # where kernels take no wider mask
+            additive = additive.to(query.dtype)
+        additive = additive.expand(query.shape[0], query.shape[1], -1, -1)
         return core.host(chunk, keys, values, additive)[0]
 
     return by_chunks(core, count, key.shape[2], (query, key, value), compute)

@@ -79,8 +79,8 @@ class ALiBi(DistanceBias):
         # the softmax does not see, and under a causal mask no key lies ahead.
         return self._slopes(query.device)[:, None, None] * positions.key[:, None, None, :]
 
-    def reach(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> list[int] | None:
-        return core.reaches(query, key, positions, self._slopes(query.device))
+    def fall(self, device: torch.device) -> Tensor | None:
+        return self._slopes(device)
 
     def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """slope j - slope i as a sum of exact products.

@@ -1,0 +1,87 @@
+"""The ways to compute attention, and which of them can carry a scheme."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedError, unknown
+from .scheme import Scheme, overrides
+
+Output = tuple[Tensor, Tensor | None]
+"""Attention output `[batch, query, heads, head]` and, from eager, the weights `[batch, heads, query, key]`."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention: Transformers' name for it, and the mask function that goes with it."""
+
+    name: str
+    host: str
+    mask: Callable
+    dense: bool = False
+    """Builds the scores, and with them any bias, in full."""
+    widens: bool = False
+    """Takes heads of any width, so that a bias may ride on extra dimensions of them."""
+
+    @property
+    def implementation(self) -> str:
+        """The name under which ours is registered beside Transformers' own."""
+        return f"pe_{self.host}"
+
+    def function(self, module: nn.Module) -> Callable[..., Output] | None:
+        """Transformers' own attention function. Each family has an eager one of its own (soft cap, sinks), or none if
+        it does not speak the attention interface."""
+        if self.dense:
+            return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS[self.host]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("eager", "eager", eager_mask, dense=True),
+        Backend("sdpa", "sdpa", sdpa_mask, widens=True),
+        Backend("flex", "flex_attention", flex_attention_mask),
+        Backend("flash", "flash_attention_2", flash_attention_mask, widens=True),
+    )
+}
+NO_PAGING = (
+    "generate_batch uses paged attention, which would drop the positional scheme; use generate() instead, or "
+    "unpatch_model(model) first."
+)
+BY_IMPLEMENTATION = {backend.implementation: backend for backend in BACKENDS.values()}
+BY_HOST = {backend.host: backend for backend in BACKENDS.values()}
+
+
+def backend_for(implementation: str | None) -> Backend:
+    """Our backend for an attention implementation by any of its names."""
+    name = implementation or "sdpa"
+    for table in (BACKENDS, BY_HOST, BY_IMPLEMENTATION):
+        if name in table:
+            return table[name]
+    if name.startswith("paged|"):
+        raise UnsupportedError(NO_PAGING)
+    raise unknown("attention backend", name, BACKENDS)
+
+
+def check_backend(backend: Backend, scheme: Scheme) -> None:
+    """Raise `UnsupportedError` where this backend would drop what the scheme does to the scores."""
+    biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "of")
+    if scheme.own_scores and backend.name in ("flash", "flex"):
+        raise UnsupportedError(
+            f"{scheme.name!r} makes its own scores, which the {backend.name} kernel does not take; use 'sdpa' or "
+            "'eager'."
+        )
+    if backend.name == "flash" and biased and not scheme.widens_heads:
+        others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"
+        raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use {others}.")
+    if backend.name == "flex" and biased and not pointwise:
+        raise UnsupportedError(f"{scheme.name!r} has no pointwise form for FlexAttention; use 'sdpa' or 'eager'.")
+    if scheme.scorer is not None:
+        check_backend(backend, scheme.scorer)

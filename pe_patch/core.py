@@ -1,0 +1,291 @@
+"""What a scheme may ask for once queries, keys and values are projected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import Backend, Output
+from .errors import UnsupportedError
+from .kernels import cpu, portable
+from .kernels import ranges as cpu_ranges
+from .kernels.band import LONG, attention_by_distance, reaches
+from .kernels.clipped import Clipped
+from .kernels.dense import Dense
+from .kernels.relative import Relative
+from .positions import Positions
+from .ranges import Range
+from .scheme import DistanceBias, Scheme
+
+
+@dataclass
+class Core:
+    """What a scheme may ask for once queries, keys and values are projected. It never sees Transformers."""
+
+    module: nn.Module
+    mask: Tensor | None
+    scaling: float
+    dropout: float
+    backend: Backend
+    extra: dict[str, Any]
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme | None = None
+    ) -> Output:
+        """Attention of query `[batch, heads, query, head]` over key and value `[batch, key_heads, key, head]`.
+
+        `bias` is the scheme whose `bias` (or pointwise `of`) is added to the scaled scores.
+        """
+        if bias is None:
+            return self.host(query, key, value, self.mask)
+        if self.backend.dense:
+            additive = bias.bias(query * self.scaling, key, positions)
+            assert additive is not None
+            return self.mix(self.scores(query, key) + additive, value)
+        fast = self._fast_bias(query, key, value, positions, bias)
+        if fast is not None:
+            return fast, None
+        # One query's row of a bias is small; otherwise a bias is better carried than built.
+        row = query.shape[2] == 1 and query.device.type == "cpu" and self.backend.name == "sdpa"
+        if isinstance(bias, DistanceBias) and self.backend.widens and not row:
+            features = bias.features(positions, self.scaling, query.dtype)
+            if features is not None:
+                return self._widened(query, key, value, *features)
+        return BIASED[self.backend.name](self, query, key, value, positions, bias)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees no key ahead of it where no mask says so."""
+        return getattr(self.module, "is_causal", True)
+
+    @property
+    def layer(self) -> int:
+        """Which of the model's layers this is, from 0."""
+        return self.module.__dict__["pe_layer"]
+
+    def part(self, start: int, stop: int, end: int) -> Core:
+        """The same for the queries `start` to `stop` and the keys up to `end`; without a mask `end` is where the
+        causal view of the last of them ends."""
+        return self if self.mask is None else replace(self, mask=self.mask[:, :, start:stop, :end])
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which keys each query may see, `[batch | 1, 1, query, key]`, bool."""
+        rows, columns = query.shape[2], key.shape[2]
+        if self.mask is None:
+            every = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
+            return every.tril(columns - rows) if self.causal and rows > 1 else every
+        mask = self.mask[..., :columns]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+    def rows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        scores: Callable[[Tensor, Tensor, Positions, Core], Tensor],
+        also: Callable[[Tensor, Positions], Tensor] | None = None,
+    ) -> Output:
+        """Attention by scores of one's own, for what needs to see whole rows of them.
+
+        `scores(query, key, positions, core)` gives `[batch, heads, query, key]`, float32, for some of the queries and
+        all the keys that they may see (`core.scores` and `core.allowed` help); `also(weights, positions)` gives what
+        is added to the output, `[batch, heads, query, head]`.
+        """
+
+        def made(queries: Any, keys: Any, seen: Positions, part: Core, _: Any) -> Tensor:
+            return scores(queries[0], keys[0], seen, part)
+
+        if self.backend.dense:
+            output, weights = self.mix(scores(query, key, positions, self), value)
+            assert weights is not None
+            return output if also is None else output + also(weights, positions).transpose(1, 2), weights
+        return portable.by_rows(self, (query,), (key,), value, positions, made, also), None
+
+    def ranges(self, ranges: Sequence[Range], value: Tensor, positions: Positions) -> Output:
+        """Attention in which pairs of a query and a key differ in their encoding: one softmax over all ranges."""
+        queries, keys = tuple(one.query for one in ranges), tuple(one.key for one in ranges)
+
+        def made(queries: Any, keys: Any, seen: Positions, part: Core, chunk: tuple[int, int, int]) -> Tensor:
+            total: Tensor | None = None
+            for whole, query, key in zip(ranges, queries, keys, strict=True):
+                own = part.scores(query, key)
+                covered = whole.part(*chunk).covers(seen)[:, None]
+                rest = torch.full_like(own, torch.finfo(own.dtype).min) if total is None else total
+                total = torch.where(covered, own, rest)
+            assert total is not None
+            return total
+
+        if self.backend.dense:
+            count, total = queries[0].shape[2], keys[0].shape[2]
+            return self.mix(made(queries, keys, positions, self, (0, count, total)), value)
+        if cpu.suits(self, queries[0], value):
+            (*keys, value), positions = portable.first_pass(self, queries[0].shape[2], (*keys, value), positions)
+            cut = [replace(one, key=key) for one, key in zip(ranges, keys, strict=True)]
+            return cpu_ranges.attention(cut, value, positions, self.mask, self.scaling), None
+        return portable.by_rows(self, queries, keys, value, positions, made), None
+
+    def _consecutive(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Positions] | None:
+        """Key, value and positions for the kernels that go by distance along the sequence; None where they do not do.
+
+        They need every token to stand right behind the one before. Reading that would break a compiled graph.
+        """
+        if self.mask is not None or not cpu.suits(self, query, value):
+            return None
+        (key, value), positions = portable.first_pass(self, query.shape[2], (key, value), positions)
+        return (key, value, positions) if cpu.consecutive(positions.query, positions.key) else None
+
+    def _fast_bias(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Any:
+        """Attention with a bias in the form that its structure allows, `[batch, query, heads, head]`, or None."""
+        build = getattr(bias, "tile", None)
+        if (
+            not (isinstance(bias, DistanceBias) or build)
+            or (fit := self._consecutive(query, key, value, positions)) is None
+        ):
+            return None
+        key, value, positions = fit
+        if not isinstance(bias, DistanceBias):
+            at = (positions.query[0], positions.key[0])
+            parameters = tuple(bias.parameters())
+            return Dense.apply(query, key, value, at, build, self.scaling, *parameters).transpose(1, 2)  # pyright: ignore
+        heads = torch.arange(query.shape[1], device=query.device)
+        table = bias.of(torch.arange(key.shape[2], device=query.device), heads[:, None])
+        reach, fall = None, bias.fall(query.device)
+        if fall is not None and query.shape[2] == key.shape[2] >= LONG:
+            reach = reaches(query, key, self.scaling, fall)
+        return attention_by_distance(query, key, value, table, self.scaling, reach)
+
+    def relative(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        turned: Tensor,
+        vectors: Callable[[int], Tensor],
+    ) -> Output | None:
+        """Attention whose scores gain `scaling * turned_i . vectors(count)[i - j]`; None where no kernel serves.
+
+        turned `[batch, heads, query, head]`, vectors `[heads, count, head]` by distance, float32.
+        """
+        fit = self._consecutive(query, key, value, positions)
+        if fit is None:
+            return None
+        turned = turned.to(torch.promote_types(query.dtype, torch.float32)) * self.scaling
+        output: Any = Relative.apply(query, fit[0], fit[1], turned, vectors(fit[0].shape[2]), self.scaling)
+        return output.transpose(1, 2), None
+
+    def clipped(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        on_keys: Tensor,
+        on_values: Tensor | None,
+    ) -> Output | None:
+        """Attention with vectors `[bound + 1, head]`, float32, on keys and values, by a distance that stops at the
+        bound; None where no kernel serves."""
+        fit = self._consecutive(query, key, value, positions)
+        if fit is None:
+            return None
+        output: Any = Clipped.apply(query, fit[0], fit[1], on_keys, on_values, self.scaling)
+        return output.transpose(1, 2), None
+
+    def _widened(
+        self, query: Tensor, key: Tensor, value: Tensor, more_query: Tensor, more_key: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels."""
+        width, extra = value.shape[-1], more_query.shape[-1]
+        more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
+        more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
+        # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.
+        query, key = torch.cat((more_query, query), -1), torch.cat((more_key, key), -1)
+        value = nn.functional.pad(value, (0, query.shape[-1] - width if extra else 0))
+        output, weights = self.host(query, key, value, self.mask)
+        return output[..., :width], weights
+
+    def where(self, condition: Tensor, first: Output, second: Output) -> Output:
+        """The one or the other output for each query; condition `[batch, query, 1, 1]`."""
+        weights = None
+        if first[1] is not None and second[1] is not None:
+            weights = torch.where(condition.transpose(1, 2), first[1], second[1])
+        return torch.where(condition, first[0], second[0]), weights
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scaled scores in float32 or wider, `[batch, heads, query, key]`, soft-capped where the family does so."""
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = torch.matmul(query, key.transpose(2, 3))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
+        softcap = self.extra.get("softcap")
+        return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+    def mix(self, scores: Tensor, value: Tensor) -> Output:
+        """Mask and normalise scores, and mix the values by them."""
+        lowest = torch.finfo(scores.dtype).min
+        if self.mask is None and self.causal and scores.shape[2] > 1:
+            rows, columns = scores.shape[-2:]
+            causal = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
+            scores = scores.masked_fill(~causal, lowest)
+        elif self.mask is not None:
+            mask = self.mask[..., : scores.shape[-1]]
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        sinks = self.extra.get("s_aux")
+        if sinks is not None:
+            sinks = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)
+        weights = (weights if sinks is None else weights[..., :-1]).to(value.dtype)
+        weights = nn.functional.dropout(weights, self.dropout, self.module.training)
+        value = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+    def host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+        function = self.backend.function(self.module)
+        if function is None:
+            return self.mix(self.scores(query, key), value)
+        return function(self.module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
+
+
+def _biased_by_chunks(
+    core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme
+) -> Output:
+    return portable.biased(core, query, key, value, positions, bias), None
+
+
+def _flex(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
+    """A distance bias as FlexAttention's score modification."""
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+
+    of = getattr(bias, "of", None)
+    if of is None:
+        raise UnsupportedError(f"{bias.name!r} has no pointwise form for FlexAttention; use backend='sdpa' or 'eager'.")
+    if core.extra.get("softcap") is not None or core.extra.get("s_aux") is not None or core.dropout:
+        raise UnsupportedError("FlexAttention here takes no soft cap, sinks or dropout beside a bias; use 'eager'.")
+    at_query = positions.query.expand(query.shape[0], -1)
+    at_key = positions.key.expand(query.shape[0], -1)
+
+    def modify(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + of(at_query[batch, q] - at_key[batch, k], head)
+
+    output: Any = compile_friendly_flex_attention(
+        query, key, value, score_mod=modify, block_mask=core.mask, enable_gqa=key.shape[1] != query.shape[1],
+        scale=core.scaling, training=core.module.training,
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _no_flash(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
+    raise UnsupportedError(
+        f"Flash attention would drop the bias of {bias.name!r} in {type(core.module).__name__}; use backend='sdpa', "
+        "'flex' or 'eager'."
+    )
+
+
+BIASED: dict[str, Callable[..., Output]] = {"sdpa": _biased_by_chunks, "flex": _flex, "flash": _no_flash}

@@ -1,0 +1,97 @@
+"""Gradients through scores that are built, a tile at a time: for biases that need the scores' own gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROWS = 256
+SPAN = 1024
+"""Queries and keys of a tile, which stays in a core's share of the cache."""
+
+
+class Tile(NamedTuple):
+    """Some queries of one head, the last one first, over some of its keys."""
+
+    batch: int
+    head: int
+    queries: slice
+    keys: slice
+    begin: int
+    """Where the tile's first diagonal lies in a strip by falling distance."""
+    width: int
+    """How many diagonals the tile has, rows + keys - 1."""
+
+
+class TileBias:
+    """A bias that is added to one tile of one head, and what it makes of the scores' gradient."""
+
+    rows = ROWS
+    """Queries at a time."""
+
+    def begin(self, queries: slice, place: int) -> None:
+        """Called before the tiles of some queries, over the keys up to `place`."""
+
+    def add(self, scores: Tensor, tile: Tile) -> None:
+        """Add to the scaled scores `[rows, keys]` in place; -inf ahead of a query."""
+        raise NotImplementedError
+
+    def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> None:
+        """Take the scores' gradient: `skewed` `[rows, width]` has one diagonal of the tile in each column, and `slope`
+        `[rows, keys]` is the tile, a view of it."""
+        raise NotImplementedError
+
+    def end(self, queries: slice, place: int) -> None:
+        """Called after the tiles of some queries."""
+
+
+def diagonals(skewed: Tensor, keys: int) -> Tensor:
+    """The tile `[rows, keys]` of which `skewed` `[rows, rows + keys - 1]` has the diagonals as columns; a view."""
+    rows, width = skewed.shape
+    return skewed.as_strided((rows, keys), (width + 1, 1), skewed.storage_offset())
+
+
+def materialised_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scaling: float, bias: TileBias
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value of a causal attention whose queries are the last of the keys."""
+    batch, heads, count, _ = query.shape
+    total, group = key.shape[2], heads // key.shape[1]
+    precise = torch.promote_types(query.dtype, torch.float32)
+    sides = (query, key, value)
+    found = tuple(torch.zeros(one.shape, dtype=precise) for one in sides)
+    grad, query, key, value, output = (one.to(precise) for one in (grad, query, key, value, output))
+    room = [torch.empty(bias.rows * (SPAN + extra), dtype=precise) for extra in (0, 0, bias.rows)]
+    for start in range(0, count, bias.rows):
+        here = slice(start, min(start + bias.rows, count))
+        rows, place = here.stop - start, total - count + here.stop
+        bias.begin(here, place)
+        for row, head in ((row, head) for row in range(batch) for head in range(heads)):
+            keys, values = key[row, head // group], value[row, head // group]
+            to_key, to_value = found[1][row, head // group], found[2][row, head // group]
+            own, above, made = (one[row, head, here].flip(0) for one in (query, grad, output))
+            scaled, norm = own * scaling, lse[row, head, here].flip(0)[:, None]
+            delta = (above * made).sum(1, keepdim=True)
+            into = torch.zeros_like(own)
+            for low in range(0, place, SPAN):
+                there = slice(low, min(low + SPAN, place))
+                span = there.stop - low
+                tile = Tile(row, head, here, there, total - place + low, span + rows - 1)
+                scores, change = (one[: rows * span].view(rows, span) for one in room[:2])
+                torch.mm(scaled, keys[there].T, out=scores)
+                bias.add(scores, tile)
+                weights = scores.sub_(norm).exp_()
+                torch.mm(above, values[there].T, out=change)
+                change.sub_(delta)
+                skewed = room[2][: rows * tile.width].view(rows, tile.width).zero_()
+                slope = diagonals(skewed, span)
+                torch.mul(weights, change, out=slope)
+                into.addmm_(slope, keys[there], alpha=scaling)
+                to_key[there].addmm_(slope.T, scaled)
+                to_value[there].addmm_(weights.T, above)
+                bias.take(skewed, slope, tile)
+            found[0][row, head, here] = into.flip(0)
+        bias.end(here, place)
+    return tuple(one.to(like.dtype) for one, like in zip(found, sides, strict=True))
