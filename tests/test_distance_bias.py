@@ -1,0 +1,190 @@
+"""Biases by distance and FIRE: against the authors' numbers, and each form of a bias against its formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pe_patch import SCHEMES, Positions
+
+from . import oracles_relative as oracle
+from .goldens import load
+from .test_relative import LENGTH, SHAPE, core, filled
+
+
+def golden(key: str) -> dict[str, Any]:
+    return load(key)[key]
+
+
+def shape(**changes: Any) -> Any:
+    return type(SHAPE)(**{**SHAPE.__dict__, **changes})
+
+
+def along(n: int) -> Positions:
+    return Positions(torch.arange(n)[None], torch.arange(n)[None])
+
+
+def dense(scheme: Any, n: int) -> Tensor:
+    """The bias of a first pass over n tokens, `[heads, n, n]`."""
+    bare = torch.zeros(1, scheme.shape.num_heads, n, scheme.shape.head_dim)
+    return scheme.bias(bare, bare, along(n))[0].detach()
+
+
+def pointwise(scheme: Any, n: int) -> Tensor:
+    """The same by `of`."""
+    at, heads = torch.arange(n), torch.arange(scheme.shape.num_heads)
+    return scheme.of(at[:, None] - at, heads[:, None, None]).detach()
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_t5_buckets_are_the_authors(both_ways):
+    """From 300 tokens ahead to 300 behind, through the table; one-way buckets take what lies ahead for 0."""
+    case = golden(f"t5/buckets_{'bidirectional' if both_ways else 'causal'}_32_128")
+    scheme: Any = SCHEMES["t5"](SHAPE)
+    scheme.table.data = torch.arange(32.0)[:, None] + 100 * torch.arange(4)
+    distance = torch.arange(300, -301, -1)
+    found = scheme.of(distance, torch.arange(4)[:, None], both_ways=both_ways)
+    expected = torch.tensor(case["buckets_hf"]) + 100 * torch.arange(4)[:, None]
+    assert torch.equal(found, expected.float())
+
+
+def test_t5_looks_both_ways_where_the_attention_does():
+    case = golden("t5/buckets_bidirectional_32_128")
+    scheme: Any = SCHEMES["t5"](SHAPE).double()
+    scheme.table.data = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)).double()
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, heads, 200, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    index = torch.tensor([[case["buckets_hf"][300 + j - i] for j in range(200)] for i in range(200)])
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) / 4 + scheme.table.detach()[index].permute(2, 0, 1)
+    expected = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    for backend in ("eager", "sdpa"):
+        found = scheme.attend(q, k, v, along(200), core(backend, causal=False))[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_kerple_is_the_authors():
+    """Their third head has a = 0.001, which is cut at 0.01."""
+    case = golden("kerple/log")
+    scheme: Any = SCHEMES["kerple"](shape(num_heads=3, num_key_value_heads=3))
+    scheme.a.data, scheme.p.data = torch.tensor(case["params"]["bias_a"]), torch.tensor(case["params"]["bias_p"])
+    expected = torch.tensor(case["bias"]).reshape(3, 6, 6)
+    for found in (dense(scheme, 6), pointwise(scheme, 6)):
+        torch.testing.assert_close(found.tril(), expected, rtol=0, atol=2e-5)
+    last = scheme.of(torch.arange(5, -1, -1), torch.arange(3)[:, None]).detach()
+    torch.testing.assert_close(last, torch.tensor(case["bias_decode_last_row"]).reshape(3, 6), rtol=0, atol=2e-5)
+
+
+def test_kerple_starts_in_the_authors_range():
+    torch.manual_seed(0)
+    schemes = [SCHEMES["kerple"](shape(num_heads=64)) for _ in range(20)]
+    for name, high in (("a", 1), ("p", 2)):
+        drawn = torch.cat([getattr(scheme, name).detach() for scheme in schemes])
+        assert 0 <= drawn.min() < 0.02 * high and 0.98 * high < drawn.max() <= high
+        assert abs(drawn.mean() - high / 2) < 0.05 * high
+
+
+def test_kerple_power_is_cut_and_learns_on():
+    """A weight out of bounds counts as the bound, is left alone, and has the gradient there."""
+    scheme: Any = SCHEMES["kerple"](SHAPE, kind="power")
+    scheme.a.data, scheme.p.data = torch.tensor([-3.0, 0.5, 0.5, 0.5]), torch.tensor([1.0, 5.0, -1.0, 2.0])
+    bias = scheme.of(torch.tensor([0, 1, 7]), torch.arange(4)[:, None])
+    expected = [[0, -a, -a * 7**p] for a, p in ((0.01, 1), (0.5, 2), (0.5, 0.01), (0.5, 2))]
+    torch.testing.assert_close(bias.detach(), torch.tensor(expected))
+    bias.sum().backward()
+    torch.testing.assert_close(scheme.a.grad, torch.tensor([-1 - 7.0, -1 - 49.0, -1 - 7**0.01, -1 - 49.0]))
+    slopes = [-a * math.log(7) * 7**p for a, p in ((0.01, 1), (0.5, 2), (0.5, 0.01), (0.5, 2))]
+    torch.testing.assert_close(scheme.p.grad, torch.tensor(slopes))
+    assert scheme.a[0] == -3 and scheme.p[1] == 5
+
+
+def test_sandwich_is_the_papers_construction():
+    expected = torch.tensor(golden("sandwich/heads4_dbar128")["bias"])
+    scheme = SCHEMES["sandwich"](SHAPE)
+    for found in (dense(scheme, 8), pointwise(scheme, 8)):
+        torch.testing.assert_close(found, expected.reshape(4, 8, 8), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sandwich_keeps_its_digits_far_out(dtype):
+    """Its pointwise form and its extra dimensions, against sums of cosines in float64."""
+    scheme: Any = SCHEMES["sandwich"](SHAPE, dim=96)
+    at_key = torch.cat((torch.arange(0, 33_000, 997), torch.arange(32_900, 33_000)))[None]
+    at_query = at_key[:, ::7]
+    distance = at_query[0, :, None] - at_key[0]
+    expected = torch.zeros(distance.shape, dtype=torch.float64)
+    for k in range(48):
+        expected += torch.cos(distance.double() / 10000 ** (2 * k / 96))
+    expected = expected / torch.tensor([2.0, 4.0, 6.0, 8.0])[:, None, None]
+    of_query, of_key = scheme.features(Positions(at_query, at_key), 0.25, dtype)
+    assert of_query.dtype == of_key.dtype == dtype
+    widened = (of_query.double() @ of_key.double().transpose(2, 3))[0] * 0.25
+    assert float((widened - expected).abs().max()) < (1e-5 if dtype == torch.float32 else 1e-9)
+    if dtype == torch.float32:
+        assert float((scheme.of(distance, torch.arange(4)[:, None, None]) - expected).abs().max()) < 2e-4
+    assert scheme.features(along(4), 0.25, torch.bfloat16) is None
+
+
+def test_fire_is_the_authors():
+    """The paper's appendix as two other repositories have it; they differ above the diagonal only."""
+    case = golden("fire/short_L8_n6")
+    three = shape(num_heads=3, num_key_value_heads=3)
+    scheme: Any = SCHEMES["fire"](three, width=4, threshold=8).double()
+    assert scheme.c.item() == pytest.approx(case["params"]["c"]) and scheme.multiplier.item() == 1
+    for name, key in (
+        ("weight_in", "mlp0_weight"),
+        ("bias_in", "mlp0_bias"),
+        ("weight_out", "mlp2_weight"),
+        ("bias_out", "mlp2_bias"),
+    ):
+        parameter = getattr(scheme, name)
+        parameter.data = torch.tensor(case[key], dtype=torch.float64).reshape(parameter.shape)
+    at = torch.arange(6)
+    for found in (dense(scheme, 6), scheme.tile(at, at).detach()):
+        expected = torch.tensor(case["bias_mcleish"], dtype=torch.float64).reshape(3, 6, 6)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+        expected = torch.tensor(case["bias_dape"], dtype=torch.float64).reshape(3, 6, 6)
+        torch.testing.assert_close(found.tril(), expected.tril(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("queries", [(0, 300), (270, 300), (299, 300)])
+def test_a_tile_of_fire_is_its_formula(queries):
+    """Forward and every gradient, over more than one block of pairs, with units that bend in some of them."""
+    scheme = filled("fire")
+    at, seen = torch.arange(*queries), torch.arange(0, LENGTH)
+    probe = torch.randn(4, len(at), LENGTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    probe = probe.tril(queries[0])
+    w = {key: one.detach().clone().requires_grad_() for key, one in scheme.named_parameters()}
+    expected = oracle.fire(w, LENGTH, 70)[:, at]
+    (expected * probe).sum().backward()
+    found = scheme.tile(at, seen)
+    (found * probe).sum().backward()
+    behind = at[:, None] >= seen
+    torch.testing.assert_close(found.detach()[:, behind], expected.detach()[:, behind], rtol=0, atol=1e-9)
+    for key, parameter in scheme.named_parameters():
+        if key != "multiplier" or queries[0] == 0:  # it has a say up to the threshold
+            assert w[key].grad.abs().max() > 1e-6
+        torch.testing.assert_close(parameter.grad, w[key].grad, rtol=1e-8, atol=1e-9)
+
+
+def test_fire_of_a_bfloat16_model_keeps_its_distances():
+    """Positions above 256 are no bfloat16 numbers; the sum goes on in float32."""
+    scheme = filled("fire").to(torch.bfloat16)
+    exact = {key: one.detach().double() for key, one in scheme.named_parameters()}
+    expected = oracle.fire(exact, LENGTH, 70)
+    for found in (dense(scheme, LENGTH), scheme.tile(torch.arange(LENGTH), torch.arange(LENGTH)).detach()):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kerple log", "t5"])
+def test_a_bfloat16_table_by_distance_is_float32(name):
+    scheme = filled(name).to(torch.bfloat16)
+    w = {key: one.detach().double() for key, one in scheme.named_parameters()}
+    expected = oracle.kerple_log(w, LENGTH) if name == "kerple log" else oracle.t5(w, LENGTH, 32, 128)
+    table = scheme.of(torch.arange(LENGTH), torch.arange(4)[:, None])
+    assert table.dtype == torch.float32 and table.requires_grad
+    torch.testing.assert_close(table.double(), expected[:, -1].flip(-1), rtol=0, atol=1e-5)
