@@ -76,7 +76,13 @@ class Shaw(ContentRelative):
         return (self.max_distance - positions.distance.clamp(-self.max_distance, self.max_distance))[:, None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        values = self.values
+        values, reach = self.values, self.max_distance + 1
+        on_values = self.value_vectors(reach)
+        fast = core.clipped(
+            query, key, value, positions, self.vectors(reach)[0], None if on_values is None else on_values[0]
+        )
+        if fast is not None:
+            return fast
 
         def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
             by_distance = (wide(query) @ wide(self.keys).T) * part.scaling
@@ -88,6 +94,13 @@ class Shaw(ContentRelative):
             sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
             return sums.scatter_add(-1, entries.expand_as(weights), weights) @ wide(values)
 
+        on_values = self.value_vectors(self.max_distance + 1)
+        fast = core.clipped(
+            query, key, value, positions, self.vectors(self.max_distance + 1)[0],
+            None if on_values is None else on_values[0],
+        )  # fmt: skip
+        if fast is not None:
+            return fast
         return core.rows(query, key, value, positions, scores, None if values is None else also)
 
 
@@ -151,7 +164,23 @@ class TransformerXL(ContentRelative):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         self.check_heads(query)
         self.check_causal(core)
+        content, turned = (wide(query) + wide(bias)[:, None] for bias in (self.u, self.v))
+        fast = core.relative(
+            content.to(query.dtype), key, value, positions, turned, lambda count: self.vectors(count, core.layer)
+        )
+        if fast is not None:
+            return fast
         (sinusoids,) = positions.prepared or self.prepare(positions)
+
+        def by_place(count: int) -> Tensor:
+            place = torch.arange(count, device=query.device).clamp(max=sinusoids.shape[0] - 1)
+            return self._projected(sinusoids, core.layer)[:, place]
+
+        turned = wide(query) + wide(self.v)[:, None]
+        toward = (wide(query) + wide(self.u)[:, None]).to(query.dtype)
+        fast = core.relative(toward, key, value, positions, turned, by_place)
+        if fast is not None:
+            return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
         few = query.shape[2] <= self.shape.head_dim
         vectors = None if few else self._projected(sinusoids, core.layer)
