@@ -94,13 +94,6 @@ class Shaw(ContentRelative):
             sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
             return sums.scatter_add(-1, entries.expand_as(weights), weights) @ wide(values)
 
-        on_values = self.value_vectors(self.max_distance + 1)
-        fast = core.clipped(
-            query, key, value, positions, self.vectors(self.max_distance + 1)[0],
-            None if on_values is None else on_values[0],
-        )  # fmt: skip
-        if fast is not None:
-            return fast
         return core.rows(query, key, value, positions, scores, None if values is None else also)
 
 
@@ -164,21 +157,14 @@ class TransformerXL(ContentRelative):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         self.check_heads(query)
         self.check_causal(core)
-        content, turned = (wide(query) + wide(bias)[:, None] for bias in (self.u, self.v))
-        fast = core.relative(
-            content.to(query.dtype), key, value, positions, turned, lambda count: self.vectors(count, core.layer)
-        )
-        if fast is not None:
-            return fast
         (sinusoids,) = positions.prepared or self.prepare(positions)
 
         def by_place(count: int) -> Tensor:
             place = torch.arange(count, device=query.device).clamp(max=sinusoids.shape[0] - 1)
             return self._projected(sinusoids, core.layer)[:, place]
 
-        turned = wide(query) + wide(self.v)[:, None]
-        toward = (wide(query) + wide(self.u)[:, None]).to(query.dtype)
-        fast = core.relative(toward, key, value, positions, turned, by_place)
+        content, turned = (wide(query) + wide(bias)[:, None] for bias in (self.u, self.v))
+        fast = core.relative(content.to(query.dtype), key, value, positions, turned, by_place)
         if fast is not None:
             return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
