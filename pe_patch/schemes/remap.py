@@ -135,9 +135,9 @@ class SelfExtend(Windowed):
     ) -> None:
         super().__init__(shape, window=window, **shared)
         remedy = "Give the target window over the trained one, or leave it out."
-        given, target = check_length(self.name, "group", group), 0.0
+        given, target = check_length(self.name, "group", group), 0
         if factor is not None:
-            target = check_number(self.name, "factor", factor, 1.0, do=remedy) * self.window
+            target = math.ceil(check_number(self.name, "factor", factor, 1.0, do=remedy) * self.window)
         if given is None:
             self.group = self._group_for(target) if target else 8
         else:
@@ -146,35 +146,35 @@ class SelfExtend(Windowed):
         if self._reach() < target:
             raise OptionError(
                 f"{self.name!r} with group={self.group} and window={self.near} reaches {self._reach()} tokens of the "
-                f"{int(target)} that factor={factor:g} asks for; give a larger group."
+                f"{target} that factor={factor} asks for; give a larger group."
             )
 
     @property
     def usual_window(self) -> int:
         return min(1024, self.window // 4)
 
-    def _group_for(self, target: float) -> int:
+    def _group_for(self, target: int) -> int:
         """The smallest G for which W + (N - W) / G <= 2 L / 3, and 1 where there is nothing to extend."""
         if target <= self.window:
             return 1
-        room = 2 * self.window / 3 - self.near
+        room = 2 * self.window - 3 * self.near
         if room <= 0:
             raise OptionError(
                 f"{self.name!r} got window={self.near}, which leaves nothing for groups of two thirds of the trained "
                 f"window of {self.window}; give a smaller window, or group= too."
             )
-        return math.ceil((target - self.near) / room)
+        return -(-3 * (target - self.near) // room)
 
-    def _window_for(self, target: float) -> int:
+    def _window_for(self, target: int) -> int:
         """The usual W, or less where W + (N - W) / G <= 2 L / 3 asks for it."""
         if self.group == 1:
             return self.near
-        most = int((2 * self.window / 3 - target / self.group) / (1 - 1 / self.group))
+        most = (2 * self.window * self.group - 3 * target) // (3 * (self.group - 1))
         if most < 1:
-            needed = math.floor(1.5 * target / self.window) + 1
+            needed = -(-3 * (target - 1) // (2 * self.window - 3))
             raise OptionError(
-                f"{self.name!r} with group={self.group} leaves no room for a window on the way to {int(target)} "
-                f"tokens; give a group of {needed} or more, or window= too."
+                f"{self.name!r} with group={self.group} leaves no room for a window on the way to {target} tokens; "
+                f"give a group of {needed} or more, or window= too."
             )
         return min(self.near, most)
 
