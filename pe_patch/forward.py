@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Runtime:
     window: int | None
     strict: bool
     warned: bool = field(default=False)
+    patch: tuple[int, int] | None = None
+    """Height and width of a patch in pixels, for a tower that reads images."""
+    keep_native: bool = False
 
 
 def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -42,11 +45,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     runtime: Runtime = base.pe_runtime
     for name, value in zip(runtime.arguments, args, strict=False):
         kwargs[name] = value
-    if base.config._attn_implementation not in BY_IMPLEMENTATION:
-        raise NoEffectError(
-            f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
-            f"would drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
-        )
+    _check_attention(base, runtime)
     handed = getattr(base, "pe_position_ids", None)
     if handed is not None:
         kwargs.setdefault("position_ids", handed)
@@ -60,6 +59,33 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     if runtime.embeds or runtime.scores or runtime.carry is not None:
         kwargs = _with_positions(base, runtime, shown, past_length, kwargs)
     return inner(**kwargs)
+
+
+def tower_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands before the forward of a tower that reads images: its tokens stand on a grid."""
+    runtime: Runtime = base.pe_runtime
+    for name, value in zip(runtime.arguments, args, strict=False):
+        kwargs[name] = value
+    _check_attention(base, runtime)
+    pixels = kwargs.get("pixel_values")
+    if pixels is None:
+        return inner(**kwargs)  # the family's own error says it best
+    assert runtime.patch is not None
+    rows, columns = (size // one for size, one in zip(pixels.shape[-2:], runtime.patch, strict=True))
+    laid_out = cast(Any, runtime.scheme).lay_out(rows, columns, pixels.device)
+    index = torch.arange(len(laid_out[0]), device=pixels.device)[None]
+    kwargs["pe_positions"] = Positions(index, index, prepared=laid_out)
+    if not runtime.keep_native:
+        kwargs["interpolate_pos_encoding"] = True  # by which the host looks its table up, and takes any size
+    return inner(**kwargs)
+
+
+def _check_attention(base: Any, runtime: Runtime) -> None:
+    if base.config._attn_implementation not in BY_IMPLEMENTATION:
+        raise NoEffectError(
+            f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
+            f"would drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
+        )
 
 
 def _with_positions(

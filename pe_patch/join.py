@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from . import resolve
 from .adapters import Adapter
 from .adapters.adapter import NoTable, TypedJoint
+from .adapters.vision import no_table
 from .attention import Backend, backend_for, check_backend
 from .configuration import Kinds, config_swaps, record_of, save_swaps
 from .errors import OptionError, UnsupportedError
@@ -24,11 +25,13 @@ from .forward import (
     read_prompt_first,
     refuse_paging,
     set_attn_implementation,
+    tower_forward,
 )
 from .rotation import Rotation
 from .scheme import AttentionShape, Scheme, Stacked, overrides
 from .schemes import SCHEMES
 from .schemes.find import find_scheme
+from .schemes.grid import GridScheme
 from .swaps import Chain, Swap, apply_all, bind, undo_all
 
 LayerSchemes = list[Scheme | Stacked | None]
@@ -117,11 +120,32 @@ def _plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[int]
         raise OptionError(f"keep_native=True leaves {scheme.name!r} nothing to do: it takes the native positions away.")
     if keep_native and adapter.learned and scheme.name == "learned":
         raise OptionError("keep_native=True would add two learned tables; leave it out.")
+    if len(chosen) < count and adapter.tower is not None and not keep_native:
+        raise OptionError(
+            f"layers= takes the learned table away from all layers and gives {scheme.name!r} to some: give "
+            "keep_native=True, which leaves the table, or all layers."
+        )
     if len(chosen) < count and (embeds or adapter.learned):
         raise OptionError(
             f"layers= has no meaning for {scheme.name!r} here: what is added to the input embeddings reaches them all."
         )
     return _Plan(turns, at_joint, at_scores, embeds)
+
+
+def _check_tower(adapter: Adapter, cls: type[Scheme], config: Any) -> None:
+    """Raise where a scheme for text meets a tower that reads images, or the other way round."""
+    flat = issubclass(cls, GridScheme)
+    if adapter.tower is not None and not flat:
+        able = ", ".join(name for name, known in SCHEMES.items() if issubclass(known, GridScheme))
+        raise UnsupportedError(
+            f"{cls.name!r} is for text, and {config.model_type} reads images: use one of {able}, or choose the text "
+            "tower with submodule=."
+        )
+    if adapter.tower is None and flat:
+        raise UnsupportedError(
+            f"{cls.name!r} goes by a grid of image patches, and {config.model_type} reads text: use 'rope' or 'alibi', "
+            "or choose a vision tower with submodule=."
+        )
 
 
 def _check_rungs(adapter: Adapter, scheme: Scheme, turns: bool, acts: bool) -> None:
@@ -188,6 +212,7 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
     chosen = resolve.find_layers(given["layers"], len(attentions))
     shape = adapter.shape(base, config, chosen[0])
     cls, options = find_scheme(scheme, options, shape)
+    _check_tower(adapter, cls, config)
     options = resolve.settle_existing(config, cls, options, given["on_existing"], {kinds[index] for index in chosen})
     own = _build(cls, base, adapter, chosen, options)
     schemes, by_kind = list(dict.fromkeys(own.values())), {kinds[index]: own[index] for index in chosen}
@@ -203,12 +228,15 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
         if adapter.forward is not None:
             swaps.append(Swap.of(attention, "pe_config", config, direct=True))
             swaps.append(bind(attention, "forward", _WithoutInner(adapter.forward)))
-    swaps += _forward_swaps(head, base, adapter, schemes[0], plan, scores, given["strict"])
+    swaps += _forward_swaps(head, base, adapter, schemes[0], plan, scores, given["strict"], given["keep_native"])
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
     swaps += save_swaps(head, base, adapter, by_kind, record)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
+    if adapter.tower is not None and not given["keep_native"]:
+        table = adapter.tower.native_table(base)
+        frozen += [table] if table.requires_grad else []
     patch = Patch(head, base, path, adapter, shape, own, by_kind, given["keep_native"], given, swaps, frozen)
     swaps.append(Swap.of(base, "pe_patch", patch, direct=True))
     return patch
@@ -244,6 +272,8 @@ def _native_swaps(
         own[0].adopt(table.weight[adapter.learned_offset :])
         swaps.append(Swap.of(base, adapter.learned, NoTable(table.weight.shape[1])))
         original[adapter.learned] = table
+    if adapter.tower is not None and not keep_native:
+        swaps.append(bind(getattr(base, adapter.tower.embeddings), "interpolate_pos_encoding", no_table))
     return swaps, original
 
 
@@ -262,7 +292,7 @@ def _rotary_swaps(
         original[adapter.rotary] = native
         whole = TypedJoint({str(kind): joint for kind, joint in by_kind.items()}, native)
         return [Swap.of(base, adapter.rotary, whole if adapter.typed else by_kind[None])]
-    swaps, layers = [], getattr(base, adapter.layers)
+    swaps, layers = [], adapter.blocks(base)
     for index, key in turning.items():
         swaps.append(Swap.of(layers[index], "pe_joint", joints[key], direct=True))
         swaps.append(bind(layers[index], "forward", layer_rotation))
@@ -305,6 +335,7 @@ def _forward_swaps(
     plan: _Plan,
     scores: list[Scheme | Stacked | None],
     strict: bool,
+    keep_native: bool,
 ) -> list[Swap]:
     """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
     runtime = Runtime(
@@ -315,8 +346,11 @@ def _forward_swaps(
         arguments=[name for name in list(inspect.signature(type(base).forward).parameters)[1:] if name != "kwargs"],
         window=scheme.effective_window,
         strict=strict,
+        patch=adapter.tower.patch(base.config) if adapter.tower else None,
+        keep_native=keep_native,
     )
-    swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", base_forward)]
+    forward = base_forward if adapter.tower is None else tower_forward
+    swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
     for owner in {id(head): head, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
         swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))

@@ -121,7 +121,7 @@ def _verify(patch: Patch, probe: bool) -> None:
     """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
     base, adapter = patch.base, patch.adapter
     if adapter.rotary is not None and not patch.keep_native:
-        kinds, layers = adapter.kinds(base, base.config), getattr(base, adapter.layers)
+        kinds, layers = adapter.kinds(base, base.config), adapter.blocks(base)
         for index in patch.layers:
             joint = layers[index].__dict__.get("pe_joint", getattr(base, adapter.rotary))
             joint = joint.joints[str(kinds[index])] if isinstance(joint, TypedJoint) else joint

@@ -38,6 +38,10 @@ class AttentionShape:
     num_layers: int
     interleaved: bool = False
     """Rotated pairs are neighbours (2k, 2k + 1) rather than halves (k, k + rotary_dim / 2)."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches of a trained image, for a tower that reads images."""
+    leading_tokens: int = 0
+    """Tokens before the patches, such as a class token."""
 
 
 class Scheme(nn.Module):

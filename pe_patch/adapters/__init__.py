@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from .adapter import Adapter
 from .bloom import bloom_attention, build_alibi_tensor, carry_positions
+from .vision import Tower
 
 PLAIN = {
     "llama": "Llama 1 to 3, Code Llama, Vicuna, TinyLlama, DeepSeek-Coder",
@@ -68,5 +69,10 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "gpt_bigcode": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="StarCoder 1"),
         "opt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="OPT, Galactica"),
         "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
+        "clip_vision_model": Adapter(
+            layers="encoder.layers", rotary=None, tower=Tower("position_embedding.weight"),
+            summary="CLIP's vision tower, also LLaVA's",
+        ),
+        "vit": Adapter(attention="attention", rotary=None, tower=Tower("position_embeddings"), summary="ViT"),
     }
 )  # fmt: skip

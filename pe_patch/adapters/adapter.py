@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..rotation import cos_sin
 from ..scheme import AttentionShape, Scheme
+from .vision import Tower
 
 DEFAULT_THETA = 10000.0
 """Base of the frequencies where a family has no rotation of its own."""
@@ -57,21 +59,27 @@ class Adapter:
     """How positions reach the attention where the base model carries no extra keywords (with `forward`)."""
     build_bias: tuple[str, Callable[..., Any]] | None = None
     """A method of the base model that makes the native bias, and what takes its place (with `carry`)."""
+    tower: Tower | None = None
+    """How images become tokens, for a tower that reads them."""
     summary: str = ""
     """Models of this family that people know."""
 
     @property
     def native(self) -> str:
         """The scheme that the family has by itself."""
-        return "alibi" if self.alibi else "learned" if self.learned else "rope"
+        return "alibi" if self.alibi else "learned" if self.learned or self.tower else "rope"
+
+    def blocks(self, base: nn.Module) -> Any:
+        """The list of layers."""
+        return attrgetter(self.layers)(base)
 
     def attentions(self, base: nn.Module) -> list[nn.Module]:
         """The attention module of each layer, in order."""
-        return [getattr(layer, self.attention) for layer in getattr(base, self.layers)]
+        return [getattr(layer, self.attention) for layer in self.blocks(base)]
 
     def kinds(self, base: nn.Module, config: Any) -> list[str | None]:
         """The layer type of each layer where types rotate by frequencies of their own; else None for each."""
-        count = len(getattr(base, self.layers))
+        count = len(self.blocks(base))
         return list(config.layer_types)[:count] if self.typed else [None] * count
 
     def rests(self, attention: nn.Module) -> bool:
@@ -103,8 +111,10 @@ class Adapter:
             rotary_start=_first(attention, "qk_nope_head_dim") or 0,
             rope_theta=native_theta(rotary, config, kind) if rotary is not None else DEFAULT_THETA,
             trained_length=native_window(config, kind),
-            num_layers=len(getattr(base, self.layers)),
+            num_layers=len(self.blocks(base)),
             interleaved=self.interleaved_pairs,
+            grid=self.tower.grid(config) if self.tower else None,
+            leading_tokens=self.tower.leading_tokens if self.tower else 0,
         )
 
 

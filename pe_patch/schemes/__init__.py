@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..scheme import Scheme
-from . import absolute, bias, decay, fire, relative, remap, rotary
+from . import absolute, bias, decay, fire, grid, relative, remap, rotary
 
 SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
     {
@@ -46,6 +46,8 @@ SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
             relative.Shaw,
             relative.TransformerXL,
             relative.CoPE,
+            grid.RoPE2D,
+            grid.ALiBi2D,
         )
     }
 )

@@ -1,0 +1,155 @@
+"""Positions on the grid of patches that a vision tower reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError, UnsupportedError, nearest
+from ..positions import Positions
+from ..scheme import AttentionShape, Scheme
+from .bias import alibi_slopes
+
+
+class GridScheme(Scheme):
+    """A scheme whose tokens stand at (x, y) on a grid of patches, apart from leading tokens such as the class token.
+
+    Coordinates are counted in patches of the trained grid: an image of W columns where the model was trained on W0 is
+    read at x W0 / W, which keeps it within what was trained (position interpolation on both axes).
+    """
+
+    mechanism = "two-dimensional"
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__(shape)
+        if shape.grid is None:
+            raise UnsupportedError(
+                f"{self.name!r} goes by a grid of patches, and there is none here: 'rope' and 'alibi' are for text. "
+                "Of a model that reads both, choose the vision tower with submodule=."
+            )
+        self.grid = shape.grid
+
+    def lay_out(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        """For an image of `rows` x `columns` patches what all layers share, led by the places of all tokens,
+        `[tokens, 2]` in float32 with (0, 0) for leading ones, and which of them are patches, `[tokens]`."""
+        trained_rows, trained_columns = self.grid
+        y, x = torch.meshgrid(
+            torch.arange(rows, device=device).float() * (trained_rows / rows),
+            torch.arange(columns, device=device).float() * (trained_columns / columns),
+            indexing="ij",
+        )
+        places = torch.stack((x.flatten(), y.flatten()), -1)
+        leading = self.shape.leading_tokens
+        patch = torch.arange(leading + len(places), device=device) >= leading
+        return torch.cat((places.new_zeros(leading, 2), places)), patch
+
+
+MODES = {"axial": 100.0, "mixed": 10.0}
+"""Where the frequencies lie, and the authors' base for each."""
+
+
+class RoPE2D(GridScheme):
+    """Rotary positions of image patches (Heo et al. 2024, arXiv 2403.13298).
+
+    "axial" turns the first half of the pairs of a head by x and the second by y, at theta^(-4t / d). "mixed" turns
+    every pair by x f_x + y f_y with frequencies learned for each head and layer; they start at the same magnitudes
+    along two perpendicular directions that are random for each head. Pairs are neighbours. The class token is not
+    turned.
+
+    Options:
+        mode: "axial" or "mixed".
+        theta: base of the frequencies; 100 for axial and 10 for mixed when None.
+    """
+
+    name = "rope_2d"
+    summary = "rotates by the row and the column of an image patch, axially or by learned directions"
+    paper = "Heo et al. 2024, arXiv 2403.13298"
+    per_layer = True
+
+    def __init__(self, shape: AttentionShape, *, mode: str = "axial", theta: float | None = None) -> None:
+        super().__init__(shape)
+        if mode not in MODES:
+            raise OptionError(f"mode={mode!r} is not one of {', '.join(MODES)}.{nearest(mode, MODES)}")
+        theta = MODES[mode] if theta is None else theta
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < float("inf"):
+            raise OptionError(f"'rope_2d' got theta={theta!r}; the base of the frequencies is a number above 1.")
+        if shape.head_dim % 4:
+            raise OptionError(f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {shape.head_dim}.")
+        self.mode, self.theta = mode, float(theta)
+        if mode == "mixed":
+            self.frequencies = nn.Parameter(self.random_directions())
+
+    def magnitudes(self) -> Tensor:
+        """theta^(-4t / d) for t < d / 4, radians per patch, float32."""
+        exponent = torch.arange(0, self.shape.head_dim, 4, dtype=torch.float64, device="cpu") / self.shape.head_dim
+        return (self.theta**-exponent).float()
+
+    def random_directions(self) -> Tensor:
+        """Frequencies along x and along y, `[2, heads, head_dim / 2]`: half of them along a direction that is random
+        for each head, half across it."""
+        along = torch.rand(self.shape.num_heads, 1, device="cpu") * 2 * math.pi
+        direction = torch.cat((along, along + math.pi / 2), -1)[..., None]
+        magnitudes = self.magnitudes()
+        return torch.stack((direction.cos() * magnitudes, direction.sin() * magnitudes)).flatten(2)
+
+    def angles_at(self, places: Tensor) -> Tensor:
+        """Angles of the pairs at (x, y) `[tokens, 2]`, `[heads | 1, tokens, head_dim / 2]`, float32."""
+        if self.mode == "axial":
+            magnitudes = self.constant("magnitudes", places.device, self.magnitudes)
+            return (places[..., None] * magnitudes).flatten(1)[None]
+        return torch.einsum("nc,chk->hnk", places, self.frequencies.float())
+
+    def lay_out(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        places, patch = super().lay_out(rows, columns, device)
+        if self.mode == "mixed":
+            return places, patch
+        angles = self.angles_at(places)
+        return places, patch, angles.cos(), angles.sin()
+
+    def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        if self.mode == "axial":
+            cos, sin = positions.prepared[2:]
+        else:
+            self.check_heads(query)
+            angles = self.angles_at(positions.prepared[0])
+            cos, sin = angles.cos(), angles.sin()
+        cos, sin = cos.to(query.dtype), sin.to(query.dtype)
+        return turn(query, cos, sin), turn(key, cos, sin)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring pairs of `x` `[batch, heads, tokens, head]` by cos and sin `[heads | 1, tokens, head / 2]`."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+class ALiBi2D(GridScheme):
+    """A bias of minus slope times the Euclidean distance between two patches (after Press et al. 2022, arXiv
+    2108.12409, on a grid as in Fuller et al. 2023, arXiv 2311.00566), the same both ways; none to or from the class
+    token.
+
+    Options:
+        slopes: one for each head; ALiBi's geometric ones when None.
+    """
+
+    name = "alibi_2d"
+    summary = "a bias by the Euclidean distance between image patches"
+    paper = "Fuller et al. 2023, arXiv 2311.00566"
+
+    def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
+        super().__init__(shape)
+        self.slopes = alibi_slopes(shape.num_heads) if slopes is None else [float(slope) for slope in slopes]
+        if len(self.slopes) != shape.num_heads or min(self.slopes) <= 0:
+            raise OptionError(f"slopes needs {shape.num_heads} positive numbers, one for each head.")
+
+    def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
+        self.check_heads(query)
+        places, patch = positions.prepared
+        rows, columns = positions.query[0], positions.key[0]
+        apart = (places[rows][:, None] - places[columns][None]).square().sum(-1).sqrt()
+        apart = apart.masked_fill(~(patch[rows][:, None] & patch[columns][None]), 0)
+        slopes = self.constant("slopes", query.device, lambda: torch.tensor(self.slopes, device="cpu"))
+        return -slopes[None, :, None, None] * apart
