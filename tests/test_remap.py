@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from pe_patch import SCHEMES, PePatchError, Positions, UnsupportedError, describe, export, load_patched, patch_model
 
 from . import goldens, oracles
-from .models import BACKENDS, WINDOW, build, error, logits, put, tokens
+from .families import build as build_family
+from .models import BACKENDS, WINDOW, build, cached_logits, error, logits, put, tokens
 from .pair_oracle import Distance, compare, through
 from .rotary_cases import close, shape
 
@@ -139,6 +140,18 @@ def test_a_short_text_is_as_it_was(name):
     distance = torch.arange(60.0)[:, None] - torch.arange(60.0)
     inside = (distance >= 0) & (distance <= near)
     assert torch.equal(ours[inside], distance[inside])
+
+
+@pytest.mark.parametrize("family", ["cohere", "deepseek_v3", "gpt_oss", "phi", "qwen3"])
+def test_a_short_text_is_as_it_was_in_families_that_rotate_otherwise(family):
+    """Neighbouring pairs, the last dimensions of a head, sinks in the softmax, a part of a head, normalised queries."""
+    model, ids = build_family(family), tokens(2, 24)
+    native = logits(model, ids)
+    patch_model(model, "rerope", window=24)
+    assert error(logits(model, ids), native) < 2e-6
+    patch_model(model, "rerope", window=6, on_existing="replace")
+    far = logits(model, ids)
+    assert error(far, native) > 1e-2 and error(cached_logits(model, ids, 16), far) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

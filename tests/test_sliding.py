@@ -20,7 +20,10 @@ MODELS = {
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=SLIDING, max_window_layers=1)
     ),
 }
-SCHEMES = {"yarn": {"factor": 4}, "alibi": {}, "dynamic_ntk": {"expected_length": 2 * WINDOW}, "sinusoidal": {}}
+SCHEMES = {
+    "yarn": {"factor": 4}, "alibi": {}, "dynamic_ntk": {"expected_length": 2 * WINDOW}, "sinusoidal": {},
+    "self_extend": {"group": 2, "window": 4}, "dca": {"chunk_size": 8, "local_window": 2}, "xpos": {},
+}  # fmt: skip
 CACHES = {
     "grows": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=LENGTH + 4),
