@@ -24,10 +24,14 @@ def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, min(row + ROWS, queries)), slice(column, min(column + COLUMNS, keys))
 
 
-def _relative(query: Tensor, key: Tensor, c: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-    """|i - j| and ln(|c| |i - j| + 1) over the query's denominator, `[query, key]`."""
-    distance = (query[:, None] - key).abs().to(denominator.dtype)
-    return distance, (distance * c.abs()).log1p_().div_(denominator[:, None])
+def _distance(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """|i - j|, `[query, key]`; integers up to 2^24 are exact in float32."""
+    return (query.to(dtype)[:, None] - key.to(dtype)).abs_()
+
+
+def _relative(query: Tensor, key: Tensor, c: Tensor, denominator: Tensor) -> Tensor:
+    """ln(|c| |i - j| + 1) over the query's denominator, `[query, key]`."""
+    return _distance(query, key, denominator.dtype).mul_(c.abs()).log1p_().div_(denominator[:, None])
 
 
 class _Units(NamedTuple):
@@ -71,7 +75,7 @@ class Network(torch.autograd.Function):
         bias_out: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(query, key, c, denominator, weight_in, bias_in, weight_out)
-        relative = _relative(query, key, c, denominator)[1]
+        relative = _relative(query, key, c, denominator)
         output = relative.new_empty(weight_out.shape[0], *relative.shape)
         for block in _blocks(*relative.shape):
             units = _Units.over(relative[block], weight_in, bias_in)
@@ -86,7 +90,7 @@ class Network(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, c, denominator, weight_in, bias_in, weight_out = ctx.saved_tensors
-        distance, relative = _relative(query, key, c, denominator)
+        relative = _relative(query, key, c, denominator)
         to_relative = torch.empty_like(relative)
         # For each head and unit the gradient and the gradient times z, summed over the pairs where the unit is on.
         sums = relative.new_zeros(2, *weight_out.shape)
@@ -103,9 +107,10 @@ class Network(torch.autograd.Function):
             line = units.line(weight_in, bias_in, weight_out)
             change = torch.cat((line[:, 1:], weight_out[:, units.bent] * weight_in[units.bent]), 1).T @ above
             to_relative[block] = (change[0] + (change[1:] * on).sum(0)).view(relative[block].shape)
-        to_denominator = -(to_relative * relative).sum(1) / denominator
-        slope = distance / (distance * c.abs() + 1)  # of ln(|c| x + 1) in |c|
-        to_c = (to_relative * slope / denominator[:, None]).sum() * c.sign()
+        to_denominator = -relative.mul_(to_relative).sum(1) / denominator
+        distance = _distance(query, key, relative.dtype)
+        slope = distance / (distance * c.abs()).add_(1)  # of ln(|c| x + 1) in |c|
+        to_c = (slope.mul_(to_relative).sum(1) / denominator).sum() * c.sign()
         to_bias, to_weight = (sums * weight_out).sum(1)
         to_out = sums[0] * bias_in + sums[1] * weight_in
         return None, None, to_c, to_denominator, to_weight, to_bias, to_out, plain
