@@ -222,9 +222,8 @@ class CoPE(ContentRelative):
             # From the query backwards: far sums are cut off anyway, near ones keep their digits.
             place = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
             by_place = (wide(query) @ wide(self.table)) * part.scaling
-            below = place.detach().floor()
-            above = place.detach().ceil()
-            share = place - below
-            return own + by_place.gather(-1, below.long()) * (1 - share) + by_place.gather(-1, above.long()) * share
+            whole = place.detach().long()
+            step = nn.functional.pad(by_place.diff(dim=-1), (0, 1))
+            return own + by_place.gather(-1, whole) + (place - whole) * step.gather(-1, whole)
 
         return core.rows(query, key, value, positions, scores)
