@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -173,6 +175,8 @@ def test_scaling_only_layers_that_do_not_rotate_has_no_effect_and_says_so(family
     with pytest.raises(PePatchError, match=r"do not rotate in this family \(\[3\]\)"):
         patch_model(model, "yarn", factor=2, layers=[3])
     patch_model(model, "yarn", factor=2, layers=[0, 3])
+    twin, ids = pickle.loads(pickle.dumps(model)), tokens(1, 20)
+    assert torch.equal(logits(twin, ids), logits(model, ids))
 
 
 class Tilted(Scheme):

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from .adapter import Adapter
 from .bloom import bloom_attention, build_alibi_tensor, carry_positions
 from .vision import Tower
+
+
+def slides_or_all_do(attention: Any) -> bool:
+    """EXAONE 4 rotates where it slides, or everywhere where no layer slides. A function with a name can be pickled."""
+    return attention.sliding_window is None or attention.is_sliding
+
 
 PLAIN = {
     "llama": "Llama 1 to 3, Code Llama, Vicuna, TinyLlama, DeepSeek-Coder",
@@ -47,9 +54,7 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "cohere2": Adapter(
             layout="interleaved", interleaved_pairs=True, rotates="sliding_window", summary="Command R7B, Command A"
         ),
-        "exaone4": Adapter(
-            rotates=lambda layer: layer.sliding_window is None or layer.is_sliding, summary="EXAONE 4.0"
-        ),
+        "exaone4": Adapter(rotates=slides_or_all_do, summary="EXAONE 4.0"),
         "olmo": Adapter(full_precision=True, summary="OLMo 1"),
         "olmo2": Adapter(full_precision=True, summary="OLMo 2"),
         "olmo3": Adapter(full_precision=True, typed=True, summary="OLMo 3"),
