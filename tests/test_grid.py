@@ -14,6 +14,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -302,6 +304,43 @@ def test_clip_s_text_tower_is_left_alone(case, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(both(loaded), (text, image), strict=True))
     unpatch_model(model)
     assert all(torch.equal(one, other) for one, other in zip(both(model), native, strict=True))
+
+
+@pytest.mark.parametrize("name", ["rope_2d", "alibi_2d"])
+def test_llava_s_vision_tower(name):
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**SIZES, initializer_factor=8.0).to_dict(),
+        text_config=build("llama").config.to_dict(),
+        image_token_index=96,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, *[96] * 16, 7, 8]])
+
+    def answer():
+        with torch.no_grad():
+            return model(input_ids=ids, pixel_values=images((32, 32), 1)).logits
+
+    native = answer()
+    with patched(model, name, submodule="vision_tower"):
+        seen = answer()
+        assert error(seen[:, 2:], native[:, 2:]) > 1e-3
+        assert torch.equal(seen[:, :2], native[:, :2])  # text before the image
+    assert torch.equal(answer(), native)
+
+
+def test_recomputed_activations_give_the_same_gradient():
+    """Under gradient checkpointing a layer runs again in backward."""
+    model = tower("clip_vision_model").train()
+    patch_model(model, "rope_2d", mode="mixed")
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model(pixel_values=images((32, 32))).last_hidden_state.square().mean().backward()
+        found.append([scheme.frequencies.grad.clone() for scheme in model.position_schemes.scheme])
+        model.gradient_checkpointing_enable()
+    assert all(torch.allclose(one, other, atol=1e-8) for one, other in zip(*found, strict=True))
 
 
 def test_what_is_for_text_and_what_is_for_images():

@@ -232,6 +232,21 @@ def test_a_bias_on_some_layers(layers, backend):
     assert unchanged(before, snapshot(model))
 
 
+@pytest.mark.parametrize("name, options", [("yarn", {"factor": 4}), ("alibi", {})])
+def test_recomputed_activations_give_the_same_gradient(name, options):
+    """Under gradient checkpointing a layer runs again in backward, with the rotation that it had."""
+    model, ids = build("llama"), tokens(2, 40)
+    patch_model(model, name, layers=[1], **options)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.gradient_checkpointing_enable()
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_every_layer_of_a_per_layer_scheme_is_trained():
     model, ids = build("llama", num_hidden_layers=4), tokens(2, 20)
     patch_model(model, Tilted, layers=[1, 3])
