@@ -16,7 +16,7 @@ from .kernels import ranges as cpu_ranges
 from .kernels.band import LONG, attention_by_distance, reaches
 from .kernels.clipped import Clipped
 from .kernels.dense import Dense
-from .kernels.relative import Relative
+from .kernels.relative import Relative, distances
 from .positions import Positions
 from .ranges import Range
 from .scheme import DistanceBias, Scheme
@@ -97,37 +97,39 @@ class Core:
         is added to the output, `[batch, heads, query, head]`.
         """
 
-        def made(queries: Any, keys: Any, seen: Positions, part: Core, _: Any) -> Tensor:
-            return scores(queries[0], keys[0], seen, part)
-
         if self.backend.dense:
             output, weights = self.mix(scores(query, key, positions, self), value)
             assert weights is not None
             return output if also is None else output + also(weights, positions).transpose(1, 2), weights
-        return portable.by_rows(self, (query,), (key,), value, positions, made, also), None
 
-    def ranges(self, ranges: Sequence[Range], value: Tensor, positions: Positions) -> Output:
+        def made(chunk: Tensor, keys: Tensor, seen: Positions, part: Core, _: Any) -> Tensor:
+            return scores(chunk, keys, seen, part)
+
+        return portable.by_rows(self, query, key, value, positions, made, also), None
+
+    def ranges(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, ranges: Sequence[Range]
+    ) -> Output:
         """Attention in which pairs of a query and a key differ in their encoding: one softmax over all ranges."""
-        queries, keys = tuple(one.query for one in ranges), tuple(one.key for one in ranges)
 
-        def made(queries: Any, keys: Any, seen: Positions, part: Core, chunk: tuple[int, int, int]) -> Tensor:
+        def scores(chunk: Tensor, keys: Tensor, seen: Positions, part: Core, place: tuple[int, int, int]) -> Tensor:
             total: Tensor | None = None
-            for whole, query, key in zip(ranges, queries, keys, strict=True):
-                own = part.scores(query, key)
-                covered = whole.part(*chunk).covers(seen)[:, None]
+            for whole in ranges:
+                one = whole.part(*place)
+                own = part.scores(*one.turned(chunk, keys))
                 rest = torch.full_like(own, torch.finfo(own.dtype).min) if total is None else total
-                total = torch.where(covered, own, rest)
+                total = torch.where(one.covers(seen)[:, None], own, rest)
             assert total is not None
             return total
 
+        count, total = query.shape[2], key.shape[2]
         if self.backend.dense:
-            count, total = queries[0].shape[2], keys[0].shape[2]
-            return self.mix(made(queries, keys, positions, self, (0, count, total)), value)
-        if cpu.suits(self, queries[0], value):
-            (*keys, value), positions = portable.first_pass(self, queries[0].shape[2], (*keys, value), positions)
-            cut = [replace(one, key=key) for one, key in zip(ranges, keys, strict=True)]
-            return cpu_ranges.attention(cut, value, positions, self.mask, self.scaling), None
-        return portable.by_rows(self, queries, keys, value, positions, made), None
+            return self.mix(scores(query, key, positions, self, (0, count, total)), value)
+        if cpu.suits(self, query, value):
+            (key, value), positions = portable.first_pass(self, count, (key, value), positions)
+            cut = [one.part(0, count, key.shape[2]) for one in ranges]
+            return cpu_ranges.attention(query, key, value, positions, cut, self.mask, self.scaling), None
+        return portable.by_rows(self, query, key, value, positions, scores), None
 
     def _consecutive(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions
@@ -167,18 +169,19 @@ class Core:
         key: Tensor,
         value: Tensor,
         positions: Positions,
-        turned: Tensor,
-        vectors: Callable[[int], Tensor],
+        u: Tensor,
+        v: Tensor,
+        vectors: Callable[[Tensor], Tensor],
     ) -> Output | None:
-        """Attention whose scores gain `scaling * turned_i . vectors(count)[i - j]`; None where no kernel serves.
+        """Attention with the scores `scaling ((q_i + u) k_j + (q_i + v) r)`; None where no kernel serves.
 
-        turned `[batch, heads, query, head]`, vectors `[heads, count, head]` by distance, float32.
+        u and v are `[heads, head]`, `vectors(distance)` gives r for i - j, `[heads, distances, head]`, all float32.
         """
         fit = self._consecutive(query, key, value, positions)
         if fit is None:
             return None
-        turned = turned.to(torch.promote_types(query.dtype, torch.float32)) * self.scaling
-        output: Any = Relative.apply(query, fit[0], fit[1], turned, vectors(fit[0].shape[2]), self.scaling)
+        strip = vectors(distances(fit[0].shape[2]))
+        output: Any = Relative.apply(query, fit[0], fit[1], u, v, strip, self.scaling)
         return output.transpose(1, 2), None
 
     def clipped(

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from .positions import Positions
+
+
+class Turn(Protocol):
+    """A linear change of each query, or of each key, by where it stands."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `[batch, heads, length, head]` changed."""
+        ...
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of what was changed, from that of the result."""
+        ...
+
+    def part(self, start: int, stop: int) -> Turn:
+        """The same for the places `start` to `stop`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,10 +34,6 @@ class Range:
     one attention share no pair; a pair that is in none of them is not attended. Steps may not fall along a sequence.
     """
 
-    query: Tensor
-    """Queries as these pairs see them, `[batch, heads, query, head]`."""
-    key: Tensor
-    """Keys as these pairs see them, `[batch, key_heads, key, head]`."""
     low: int | None = None
     high: int | None = None
     step_query: Tensor | None = None
@@ -29,6 +42,9 @@ class Range:
     """`[batch | 1, key]`, int64; the positions when None."""
     below: int | None = None
     """Only keys whose position lies below this one (attention sinks)."""
+    turn_query: Turn | None = None
+    """What becomes of the queries here; they stay when None."""
+    turn_key: Turn | None = None
 
     def steps(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Steps of queries and of keys, `[batch | 1, query]` and `[batch | 1, key]`."""
@@ -50,12 +66,17 @@ class Range:
 
     def part(self, start: int, stop: int, end: int) -> Range:
         """The same for queries `start` to `stop` and keys up to `end`."""
-        return Range(
-            self.query[:, :, start:stop],
-            self.key[:, :, :end],
-            self.low,
-            self.high,
-            None if self.step_query is None else self.step_query[:, start:stop],
-            None if self.step_key is None else self.step_key[:, :end],
-            self.below,
+        return replace(
+            self,
+            step_query=None if self.step_query is None else self.step_query[:, start:stop],
+            step_key=None if self.step_key is None else self.step_key[:, :end],
+            turn_query=None if self.turn_query is None else self.turn_query.part(start, stop),
+            turn_key=None if self.turn_key is None else self.turn_key.part(0, end),
+        )
+
+    def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as these pairs see them."""
+        return (
+            query if self.turn_query is None else self.turn_query(query),
+            key if self.turn_key is None else self.turn_key(key),
         )

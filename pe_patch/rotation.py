@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,30 @@ def cos_sin(angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interlea
     """cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32."""
     angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A rotation of queries or keys by given angles, as cos and sin `[batch | 1, length, r]`."""
+
+    cos: Tensor
+    sin: Tensor
+    start: int = 0
+    interleaved: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `[batch, heads, length, head]` rotated, in its own dtype."""
+        return rotate(x, self.cos.to(x.dtype), self.sin.to(x.dtype), self.start, self.interleaved)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """Gradients are rotated the other way; the factor on cos and sin stays."""
+        return rotate(grad, self.cos.to(grad.dtype), -self.sin.to(grad.dtype), self.start, self.interleaved)
+
+    def part(self, start: int, stop: int) -> Turned:
+        """The same for the places `start` to `stop`; one angle for all places serves any of them."""
+        if self.cos.shape[1] == 1:
+            return self
+        return replace(self, cos=self.cos[:, start:stop], sin=self.sin[:, start:stop])
 
 
 GROWTH = 2.0
@@ -123,9 +148,13 @@ class Rotation(Scheme):
         inv_freq, factor = self._table("static", positions.device, [self.regime_start])
         return cos_sin(positions[..., None].float() * inv_freq[0], factor[0], torch.float32, self.shape.interleaved)
 
+    def turned(self, cos: Tensor, sin: Tensor) -> Turned:
+        """The rotation of queries or keys of this attention by given tables."""
+        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved)
+
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries or keys `[batch, heads, length, head]` turned by float32 tables, in their own dtype."""
-        return rotate(x, cos.to(x.dtype), sin.to(x.dtype), self.shape.rotary_start, self.shape.interleaved)
+        return self.turned(cos, sin)(x)
 
     def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, made once."""

@@ -103,17 +103,18 @@ class Clipped(torch.autograd.Function):
                 # The slopes of one query sum to nothing, so that those of its far keys follow from the near ones'.
                 to_terms[..., -1] -= slope.sum(-1)
                 far = result if on_values is None else result - on_values[-1].to(result.dtype)
-                there = slice(0, part.first)
-                found = cpu.gradients(
-                    grad, query[:, :, part.queries], key[:, :, there], value[:, :, there], far,
-                    norm - made.terms[..., -1], None, scaling,
+                into.add(
+                    part.queries, slice(0, part.first), query[:, :, part.queries], key, value, far,
+                    norm - made.terms[..., -1], grad, None, scaling,
                 )  # fmt: skip
-                into.add(part.queries, there, found)
             to_keys += (to_terms.mT @ made.query).sum((0, 1)) * scaling
             to_query = (slope @ made.keys + to_terms @ on_keys) * scaling
             to_key, to_value = ((slope.mT @ made.query) * scaling, weights.mT @ above)
             summed = (one.unflatten(1, (-1, group)).sum(2) for one in (to_key, to_value))
-            into.add(part.queries, part.keys, (to_query, next(summed), next(summed)))
+            for total, one, where in zip(
+                into.sums, (to_query, next(summed), next(summed)), (part.queries, part.keys, part.keys), strict=True
+            ):
+                total[:, :, where] += one
         return *into.finished(), to_keys, to_values, None
 
 

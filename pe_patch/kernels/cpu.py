@@ -6,7 +6,7 @@ The masks that it takes may be views with overlapping rows, and their values are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 CHUNK = 256
 """Queries at a time: wide enough for the kernel, narrow enough that what they cannot see costs little."""
+SPAN = 2048
+"""Keys at a time in backward, which bounds the memory for what they add to their gradients."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -130,19 +132,36 @@ class Gradients:
             torch.zeros(one.shape, dtype=torch.promote_types(one.dtype, torch.float32)) for one in (query, key, value)
         ]
 
-    def add(self, queries: slice, keys: slice, found: tuple[Tensor, Tensor, Tensor], reverse: bool = False) -> None:
-        """Add what one chunk contributes; with `reverse` its queries run from the last to the first."""
-        for total, part, where in zip(self.sums, found, (queries, keys, keys), strict=True):
-            total[:, :, where] += part.flip(2) if reverse and where is queries else part
+    def add(
+        self, queries: slice, keys: slice, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+        grad: Tensor, mask: Tensor | None, scaling: float, finish: Callable[[Tensor], Tensor] | None = None,
+        to_key: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add the `gradients` of some queries over some keys; all tensors but key and value are of those queries alone.
+
+        `finish` makes the queries' gradient out of that of `query`; `to_key` takes the keys' in the place of their own.
+        """
+        to_key = self.sums[1] if to_key is None else to_key
+        into = None
+        for low in range(keys.start, keys.stop, SPAN):
+            there = slice(low, min(low + SPAN, keys.stop))
+            seen = None if mask is None else mask[..., low - keys.start : there.stop - keys.start]
+            found = gradients(grad, query, key[:, :, there], value[:, :, there], output, lse, seen, scaling)
+            into = found[0] if into is None else into + found[0]
+            to_key[:, :, there] += found[1]
+            self.sums[2][:, :, there] += found[2]
+        if into is not None:
+            self.sums[0][:, :, queries] += into if finish is None else finish(into)
 
     def add_reversed(
         self, chunk: Chunk, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
         mask: Tensor, scaling: float,
     ) -> None:  # fmt: skip
-        """`gradients` of a chunk whose mask has the queries in reversed order."""
+        """The same for a chunk whose mask has the queries in reversed order."""
         above, own, made, norm = (one[:, :, chunk.queries].flip(2) for one in (grad, query, output, lse))
-        found = gradients(above, own, key[:, :, chunk.keys], value[:, :, chunk.keys], made, norm, mask, scaling)
-        self.add(chunk.queries, chunk.keys, found, reverse=True)
+        self.add(
+            chunk.queries, chunk.keys, own, key, value, made, norm, above, mask, scaling, lambda into: into.flip(2)
+        )
 
     def finished(self) -> tuple[Tensor, ...]:
         """The gradients in the dtypes of what they belong to."""

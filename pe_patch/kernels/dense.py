@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cpu
 from .tiles import Tile, TileBias, materialised_gradients
 
-ROWS = 128
+ROWS = 64
 """Queries for which the bias of all heads is held at a time."""
 
 Build = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ def _reversed(build: Build, at: tuple[Tensor, Tensor], queries: slice, place: in
     """The bias of some queries, the last one first, -inf ahead of them."""
     made = build(at[0][queries].flip(0), at[1][:place])
     ahead = torch.ones(made.shape[1:], dtype=torch.bool).tril(place - made.shape[1]).logical_not_().flip(0)
-    return made.masked_fill(ahead, -math.inf)
+    return made.masked_fill_(ahead, -math.inf)
 
 
 class Dense(torch.autograd.Function):

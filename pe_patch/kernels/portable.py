@@ -73,24 +73,23 @@ def biased(core: Any, query: Tensor, key: Tensor, value: Tensor, positions: Posi
 
 def by_rows(
     core: Any,
-    queries: tuple[Tensor, ...],
-    keys: tuple[Tensor, ...],
+    query: Tensor,
+    key: Tensor,
     value: Tensor,
     positions: Positions,
     scores: Callable[..., Tensor],
     also: Callable[[Tensor, Positions], Tensor] | None = None,
 ) -> Tensor:
-    """Whole rows of scores, made by `scores(queries, keys, positions, core, (start, stop, end))`."""
-    count, sides = queries[0].shape[2], len(queries)
-    (*cut, value), positions = first_pass(core, count, (*keys, value), positions)
+    """Whole rows of scores, made by `scores(query, key, positions, core, (start, stop, end))`."""
+    count = query.shape[2]
+    (key, value), positions = first_pass(core, count, (key, value), positions)
 
-    def compute(start: int, stop: int, end: int, *tensors: Tensor) -> Tensor:
-        chunk = tuple(query[:, :, start:stop] for query in tensors[:sides])
-        *seen_keys, values = (tensor[:, :, :end] for tensor in tensors[sides:])
+    def compute(start: int, stop: int, end: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        chunk, keys, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
         seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
         part = core.part(start, stop, end)
-        made = scores(chunk, tuple(seen_keys), seen, part, (start, stop, end))
+        made = scores(chunk, keys, seen, part, (start, stop, end))
         output, weights = part.mix(made, values)
         return output if also is None else output + also(weights, seen).transpose(1, 2).to(output.dtype)
 
-    return by_chunks(core, count, value.shape[2], (*queries, *cut, value), compute)
+    return by_chunks(core, count, value.shape[2], (query, key, value), compute)

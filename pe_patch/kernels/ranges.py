@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..positions import Positions
-from ..ranges import Range
+from ..ranges import Range, Turn
 from . import cpu
 
 
@@ -60,15 +60,16 @@ class Layout:
             end = torch.minimum(end, limit)
         return first, torch.maximum(first, end)
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[int, Part]]:
-        """The ranges in which the queries `start` to `stop` meet any key, by their index."""
-        for index, one in enumerate(self.ranges):
+    def chunks(self, index: int) -> Iterator[tuple[slice, Part]]:
+        """Chunks of queries that meet any key in a range, and what they have of it."""
+        for start in range(0, self.count, cpu.CHUNK):
+            here = slice(start, min(start + cpu.CHUNK, self.count))
             if self.bounds is None:
-                part = self._searched(one, start, stop)
+                part = self._searched(self.ranges[index], here.start, here.stop)
             else:
-                part = self._bounded(*(bound[start:stop] for bound in self.bounds[index]))
+                part = self._bounded(*(bound[here] for bound in self.bounds[index]))
             if part is not None:
-                yield index, part
+                yield here, part
 
     def _bounded(self, first: Tensor, end: Tensor) -> Part | None:
         seeing = first < end
@@ -106,65 +107,89 @@ class Layout:
 class Ranges(torch.autograd.Function):
     """Attention over ranges, `[batch, heads, query, head]`, laid out query before heads.
 
-    `tensors` are a query and a key for each range, each distinct tensor once; `roles` says which belongs where.
+    One range after the other, so that no more than one turned copy of the keys is held.
     """
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, scaling: float, roles: Any, value: Tensor, *tensors: Tensor) -> Any:
-        output, lse = cpu.empty_outputs(tensors[roles[0][0]])
-        for start in range(0, layout.count, cpu.CHUNK):
-            here = slice(start, min(start + cpu.CHUNK, layout.count))
-            merged = None
-            for index, part in layout.parts(here.start, here.stop):
-                query, key = (tensors[role] for role in roles[index])
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Any:
+        output, lse = cpu.empty_outputs(query)
+        output.zero_()
+        lse.fill_(-math.inf)
+        for index, one in enumerate(layout.ranges):
+            turned = None
+            for here, part in layout.chunks(index):
+                turned = _turned_keys(one, key) if turned is None else turned
+                chunk = _turned(_part(one, here), query[:, :, here])
                 made, norm = cpu.attention(
-                    query[:, :, here], key[:, :, part.keys], value[:, :, part.keys], _spread(part.mask, query), scaling
+                    chunk, turned[:, :, part.keys], value[:, :, part.keys], _spread(part.mask, query), scaling
                 )
                 if part.blind is not None:
                     norm = norm.masked_fill(part.blind, -math.inf)
-                merged = (made, norm) if merged is None else cpu.merge(merged, (made, norm))
-            if merged is None:
-                output[:, :, here], lse[:, :, here] = 0, 0
-                continue
-            lost = merged[1] == -math.inf  # padding, which sees nothing at all
-            output[:, :, here] = merged[0].masked_fill(lost[..., None], 0)
-            lse[:, :, here] = merged[1].masked_fill(lost, 0)
-        ctx.save_for_backward(value, *tensors, output, lse)
-        ctx.layout, ctx.scaling, ctx.roles = layout, scaling, roles
+                output[:, :, here], lse[:, :, here] = cpu.merge((output[:, :, here], lse[:, :, here]), (made, norm))
+        lse.masked_fill_(lse == -math.inf, 0)  # padding, which sees nothing at all
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.layout, ctx.scaling = layout, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        value, *tensors, output, lse = ctx.saved_tensors
-        into = [torch.zeros(one.shape, dtype=torch.promote_types(one.dtype, torch.float32)) for one in tensors]
-        to_value = torch.zeros(value.shape, dtype=into[0].dtype)
-        for start in range(0, ctx.layout.count, cpu.CHUNK):
-            here = slice(start, min(start + cpu.CHUNK, ctx.layout.count))
-            for index, part in ctx.layout.parts(here.start, here.stop):
-                query, key = (tensors[role] for role in ctx.roles[index])
-                found = cpu.gradients(
-                    grads[0][:, :, here], query[:, :, here], key[:, :, part.keys], value[:, :, part.keys],
-                    output[:, :, here], lse[:, :, here], _spread(part.mask, query), ctx.scaling,
+        query, key, value, output, lse = ctx.saved_tensors
+        into = cpu.Gradients(query, key, value)
+        for index, one in enumerate(ctx.layout.ranges):
+            turned, to_key = None, into.sums[1]
+            for here, part in ctx.layout.chunks(index):
+                if turned is None:
+                    turned = _turned_keys(one, key)
+                    to_key = to_key if one.turn_key is None else torch.zeros_like(to_key)
+                turn = _part(one, here)
+                into.add(
+                    here, part.keys, _turned(turn, query[:, :, here]), turned, value, output[:, :, here],
+                    lse[:, :, here], grads[0][:, :, here], _spread(part.mask, query), ctx.scaling,
+                    None if turn is None else turn.back, to_key,
                 )  # fmt: skip
-                into[ctx.roles[index][0]][:, :, here] += found[0]
-                into[ctx.roles[index][1]][:, :, part.keys] += found[1]
-                to_value[:, :, part.keys] += found[2]
-        changes = (total.to(one.dtype) for total, one in zip(into, tensors, strict=True))
-        return None, None, None, to_value.to(value.dtype), *changes
+            if turned is not None and one.turn_key is not None:
+                for there in _blocks(key):
+                    into.sums[1][:, :, there] += one.turn_key.part(there.start, there.stop).back(to_key[:, :, there])
+        return *into.finished(), None, None
+
+
+def _part(one: Range, here: slice) -> Turn | None:
+    return None if one.turn_query is None else one.turn_query.part(here.start, here.stop)
+
+
+def _turned(turn: Turn | None, x: Tensor) -> Tensor:
+    return x if turn is None else turn(x)
+
+
+def _blocks(key: Tensor) -> Iterator[slice]:
+    for start in range(0, key.shape[2], cpu.SPAN):
+        yield slice(start, min(start + cpu.SPAN, key.shape[2]))
+
+
+def _turned_keys(one: Range, key: Tensor) -> Tensor:
+    """All keys as a range sees them; turned a few at a time, since turning takes several times their room."""
+    if one.turn_key is None:
+        return key
+    turned = torch.empty_like(key)
+    for here in _blocks(key):
+        turned[:, :, here] = one.turn_key.part(here.start, here.stop)(key[:, :, here])
+    return turned
 
 
 def _spread(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return None if mask is None else mask.expand(query.shape[0], query.shape[1], -1, -1)
 
 
-def attention(ranges: list[Range], value: Tensor, positions: Positions, mask: Tensor | None, scaling: float) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Positions,
+    ranges: list[Range],
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
     """Causal attention over ranges, `[batch, query, heads, head]`."""
-    tensors: list[Tensor] = []
-    places: dict[int, int] = {}
-    for tensor in (side for one in ranges for side in (one.query, one.key)):
-        if id(tensor) not in places:
-            places[id(tensor)] = len(tensors)
-            tensors.append(tensor)
-    roles = [(places[id(one.query)], places[id(one.key)]) for one in ranges]
     layout = Layout(ranges, positions, mask, value.dtype)
-    return Ranges.apply(layout, scaling, roles, value, *tensors).transpose(1, 2)
+    output: Any = Ranges.apply(query, key, value, layout, scaling)
+    return output.transpose(1, 2)

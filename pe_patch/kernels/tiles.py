@@ -30,6 +30,8 @@ class TileBias:
 
     rows = ROWS
     """Queries at a time."""
+    shift: Tensor | None = None
+    """What the queries of each head gain before they meet keys, `[heads, head]`."""
 
     def begin(self, queries: slice, place: int) -> None:
         """Called before the tiles of some queries, over the keys up to `place`."""
@@ -38,9 +40,9 @@ class TileBias:
         """Add to the scaled scores `[rows, keys]` in place; -inf ahead of a query."""
         raise NotImplementedError
 
-    def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> None:
+    def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> Tensor | None:
         """Take the scores' gradient: `skewed` `[rows, width]` has one diagonal of the tile in each column, and `slope`
-        `[rows, keys]` is the tile, a view of it."""
+        `[rows, keys]` is the tile, a view of it. What the gradient of the queries gains, `[rows, head]`, or None."""
         raise NotImplementedError
 
     def end(self, queries: slice, place: int) -> None:
@@ -72,6 +74,7 @@ def materialised_gradients(
             keys, values = key[row, head // group], value[row, head // group]
             to_key, to_value = found[1][row, head // group], found[2][row, head // group]
             own, above, made = (one[row, head, here].flip(0) for one in (query, grad, output))
+            own = own if bias.shift is None else own + bias.shift[head]
             scaled, norm = own * scaling, lse[row, head, here].flip(0)[:, None]
             delta = (above * made).sum(1, keepdim=True)
             into = torch.zeros_like(own)
@@ -91,7 +94,9 @@ def materialised_gradients(
                 into.addmm_(slope, keys[there], alpha=scaling)
                 to_key[there].addmm_(slope.T, scaled)
                 to_value[there].addmm_(weights.T, above)
-                bias.take(skewed, slope, tile)
+                more = bias.take(skewed, slope, tile)
+                if more is not None:
+                    into += more
             found[0][row, head, here] = into.flip(0)
         bias.end(here, place)
     return tuple(one.to(like.dtype) for one, like in zip(found, sides, strict=True))

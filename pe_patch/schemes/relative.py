@@ -159,12 +159,10 @@ class TransformerXL(ContentRelative):
         self.check_causal(core)
         (sinusoids,) = positions.prepared or self.prepare(positions)
 
-        def by_place(count: int) -> Tensor:
-            place = torch.arange(count, device=query.device).clamp(max=sinusoids.shape[0] - 1)
-            return self._projected(sinusoids, core.layer)[:, place]
+        def by_distance(distance: Tensor) -> Tensor:
+            return self._projected(sinusoids, core.layer)[:, distance.clamp(max=sinusoids.shape[0] - 1)]
 
-        content, turned = (wide(query) + wide(bias)[:, None] for bias in (self.u, self.v))
-        fast = core.relative(content.to(query.dtype), key, value, positions, turned, by_place)
+        fast = core.relative(query, key, value, positions, wide(self.u), wide(self.v), by_distance)
         if fast is not None:
             return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import OptionError
 from ..positions import Positions
 from ..ranges import Range
-from ..rotation import Rotation
+from ..rotation import Rotation, Turned
 from ..scheme import AttentionShape
 from .checks import check_length
 from .over import build_inner
@@ -38,13 +38,9 @@ class Zone:
     """What `low` and `high` count, of queries and of keys; positions where None."""
     below: int | None = None
 
-    def range(self, query: Tensor, key: Tensor) -> Range:
-        """This zone with something for each query and each key."""
-        return Range(query, key, self.low, self.high, *self.steps, self.below)
-
-
-Tables = tuple[Tensor, Tensor] | None
-"""cos and sin, or None where nothing turns."""
+    def range(self, turn_query: Turned | None = None, turn_key: Turned | None = None) -> Range:
+        """This zone, with how queries and keys turn in it."""
+        return Range(self.low, self.high, *self.steps, self.below, turn_query, turn_key)
 
 
 class Remapped(Rotation):
@@ -112,21 +108,28 @@ class Remapped(Rotation):
         end = middle + 2 * len(_distinct(at_key))
         if len(tables) > end:
             query = query * tables[end][:, None, :, None].to(query.dtype)
-        queries = self._turned(query, at_query, tables[:middle])
+        of_queries = self._turns(query.device, at_query, tables[:middle])
         kept = positions.kept
         of_keys = tables[middle:end] if kept is None else tuple(table[:, kept] for table in tables[middle:end])
-        keys = self._turned(key, at_key, of_keys)
-        ranges = [zone.range(q, k) for zone, q, k in zip(zones, queries, keys, strict=True)]
-        return core.ranges(ranges, value, positions)
+        turns = zip(zones, of_queries, self._turns(query.device, at_key, of_keys), strict=True)
+        return core.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in turns])
 
-    def _turned(self, x: Tensor, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]) -> list[Tensor]:
-        """`x` turned as each zone has it, one tensor for all zones that turn it alike."""
+    def _turns(
+        self, device: torch.device, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]
+    ) -> list[Turned | None]:
+        """How each zone turns; None where it does not."""
         distinct = _distinct(places)
-        made = [self.turn(x, *tables[2 * index : 2 * index + 2]) for index in range(len(distinct))]
-        if len(distinct) < len(places) and any(place is None for place in places):
-            origin = torch.zeros(1, 1, dtype=torch.long, device=x.device)
-            made.append(x if self.attention_factor == 1 else self.turn(x, *self.cos_sin(origin)))
-        return [made[_index(place, distinct)] for place in places]
+        made: list[Turned | None] = []
+        for place in places:
+            index = _index(place, distinct)
+            if place is not None:
+                made.append(self.turned(*tables[2 * index : 2 * index + 2]))
+            elif self.attention_factor == 1:
+                made.append(None)
+            else:  # nothing turns, and the factor stays
+                origin = torch.zeros(1, 1, dtype=torch.long, device=device)
+                made.append(self.turned(*self.cos_sin(origin)))
+        return made
 
     def relative_position(self, length: int) -> Tensor:
         at = torch.arange(length, device="cpu")[None]
@@ -135,7 +138,7 @@ class Remapped(Rotation):
         for zone in self.zones(positions):
             query, key = (torch.zeros_like(at) if place is None else place for place in (zone.query, zone.key))
             distance = query[0, :, None].double() - key[0, None, :].double()
-            covered = zone.range(query, key).covers(positions)[0] & ~ahead
+            covered = zone.range().covers(positions)[0] & ~ahead
             result = torch.where(covered, distance, result)
         return result.float()
 
