@@ -1,0 +1,235 @@
+"""Attention under every scheme against plain causal attention of the same shape: time and memory, by length.
+
+    python benchmarks/attention.py                          # one CPU thread, fp32, 8 heads of 64, 1k to 16k tokens
+    python benchmarks/attention.py --lengths 1024 8192 --schemes alibi shaw
+    python benchmarks/attention.py --device cuda --dtype bfloat16 --backends sdpa flex flash
+
+One run measures everything side by side: each scheme is timed in turns with PyTorch's causal
+`scaled_dot_product_attention`, and ratios are of the least time of each. What a scheme does to queries and keys, such
+as rotating them, is inside the timed region. Memory is what is allocated above the inputs at the highest point, output and gradients
+included. Besides, what people use instead: a dense mask, the attention modules of BLOOM and T5 in Transformers, and
+Self-Extend over two dense score matrices as its authors have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler is here for the memory alone
+
+import torch
+from alternatives import ALTERNATIVES, fits
+from attention_results import draw, table
+from measure import machine
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from pe_patch import SCHEMES, AttentionShape, Positions, Scheme, UnsupportedError
+from pe_patch.attention import BACKENDS, Core
+
+HEADS, WIDTH, TRAINED = 8, 64, 4096
+SHAPE = AttentionShape(
+    hidden_size=HEADS * WIDTH, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH, rotary_dim=WIDTH,
+    rotary_start=0, rope_theta=10000.0, trained_length=TRAINED, num_layers=1,
+)  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+ROWS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    # what the table calls it: scheme, options, whether its own parameters are trained
+    "nope": ("nope", {}, False),
+    "rope": ("rope", {}, False),
+    "yarn": ("yarn", {"factor": 4}, False),
+    "xpos": ("xpos", {}, False),
+    "rope_alibi": ("rope_alibi", {}, False),
+    "alibi": ("alibi", {}, False),
+    "sandwich": ("sandwich", {}, False),
+    "t5, frozen": ("t5", {}, False),
+    "t5": ("t5", {}, True),
+    "kerple, frozen": ("kerple", {}, False),
+    "kerple": ("kerple", {}, True),
+    "fire": ("fire", {}, True),
+    "shaw": ("shaw", {}, True),
+    "transformer_xl": ("transformer_xl", {}, True),
+    "cope": ("cope", {}, True),
+    "rerope": ("rerope", {"window": 1024}, False),
+    "leaky_rerope": ("leaky_rerope", {"window": 1024}, False),
+    "self_extend": ("self_extend", {"group": 8, "window": 1024}, False),
+    "dca": ("dca", {"chunk_size": 3072, "local_window": 512}, False),
+    "string": ("string", {"shift": 2048}, False),
+    "lm_infinite": ("lm_infinite", {"window": 1024, "sinks": 10}, False),
+}
+
+
+def built(name: str, options: dict[str, Any], trained: bool, device: torch.device) -> Scheme:
+    """A scheme whose parameters are random rather than the zeros it starts with."""
+    torch.manual_seed(0)
+    scheme = SCHEMES[name](SHAPE, **options)
+    for parameter in scheme.parameters():
+        nn.init.normal_(parameter, 0.5, 0.1) if parameter.ndim == 1 else nn.init.normal_(parameter, 0, 0.1)
+        parameter.requires_grad_(trained)
+    return scheme.to(device)
+
+
+def attention_of(scheme: Scheme, backend: str, length: int, device: torch.device) -> Attention:
+    """One layer's attention as a patched model calls it, on projected queries, keys and values."""
+    module = nn.Module()
+    module.is_causal = True  # pyright: ignore
+    module.__dict__["pe_layer"] = 0
+    core = Core(module, None, WIDTH**-0.5, 0.0, BACKENDS[backend], {})
+    at = torch.arange(length, device=device)[None]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        positions = Positions(at, at)
+        positions = positions._replace(prepared=scheme.prepare(positions))
+        return scheme("attend", query, key, value, positions, core)[0]
+
+    return attend
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What everything is compared with."""
+    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+
+
+def inputs(length: int, device: torch.device, dtype: torch.dtype, trained: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(1, HEADS, length, WIDTH, generator=generator) for _ in range(3)]
+    return [one.to(device, dtype).requires_grad_(trained) for one in made]
+
+
+def step(attention: Attention, sides: list[Tensor], backward: bool) -> None:
+    if not backward:
+        with torch.no_grad():
+            attention(*sides)
+        return
+    output = attention(*sides)
+    output.backward(torch.ones_like(output))
+    for side in sides:
+        side.grad = None
+
+
+def seconds(attention: Attention, sides: list[Tensor], backward: bool) -> float:
+    synchronise = torch.cuda.synchronize if sides[0].is_cuda else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    step(attention, sides, backward)
+    synchronise()
+    return time.perf_counter() - start
+
+
+def allocated(attention: Attention, sides: list[Tensor], backward: bool) -> int:
+    """Bytes allocated above the inputs at the highest point."""
+    if sides[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(attention, sides, backward)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(attention, sides, backward)
+    recorded = profile.profiler.kineto_results.events() if profile.profiler else []
+    changes = [(event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def compare(attention: Attention, sides: list[Tensor], backward: bool, rounds: int) -> dict[str, float]:
+    """Least seconds of an attention and of the plain one, in turns; the first round warms up and counts only alone."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        theirs.append(seconds(plain, sides, backward))
+        ours.append(seconds(attention, sides, backward))
+    return {"seconds": min(ours), "plain_seconds": min(theirs), "ratio": min(ours) / min(theirs)}
+
+
+def measure(label: str, attention: Attention, length: int, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    found: dict[str, Any] = {"scheme": label, "length": length}
+    for kind, backward in (("forward", False), ("forward + backward", True)):
+        sides = inputs(length, device, dtype, backward)
+        seconds(attention, sides, backward) if rounds > 1 or device.type == "cuda" else None  # warm-up
+        taken = compare(attention, sides, backward, rounds)
+        size = sum(side.numel() * side.element_size() for side in sides) * 4 / 3
+        memory = allocated(attention, sides, backward)
+        found[kind] = {**taken, "bytes": memory, "of_qkv_and_output": memory / size}
+    return found
+
+
+def candidates(options: argparse.Namespace, length: int) -> list[tuple[str, Attention | str]]:
+    """Everything to measure at one length: an attention, or the reason why there is none."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    found: list[tuple[str, Attention | str]] = []
+    for backend in options.backends:
+        for label, (name, given, trained) in ROWS.items():
+            if options.schemes and name not in options.schemes:
+                continue
+            scheme = built(name, given, trained, device)
+            shown = label if len(options.backends) == 1 else f"{label} ({backend})"
+            found.append((shown, attention_of(scheme, backend, length, device)))
+    if not options.schemes:
+        for label, make in ALTERNATIVES.items():
+            fitting = fits(label, length, HEADS, options.memory * 2**30)
+            found.append((label, make(length, HEADS, WIDTH, device, dtype) if fitting is None else fitting))
+    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    console, rows = Console(), []
+    for length in options.lengths:
+        rounds = options.rounds if length <= 4096 else max(2, options.rounds - 1) if length <= 8192 else 1
+        for label, attention in candidates(options, length):
+            if isinstance(attention, str):
+                rows.append({"scheme": label, "length": length, "left_out": attention})
+                console.print(f"{label}, {length} tokens: left out, {attention}")
+                continue
+            try:
+                row = measure(label, attention, length, rounds, options)
+            except UnsupportedError as error:
+                row = {"scheme": label, "length": length, "left_out": str(error)}
+                console.print(f"{label}, {length} tokens: {error}")
+            else:
+                shown = (
+                    f"{kind} {row[kind]['ratio']:.2f}x time, {row[kind]['of_qkv_and_output']:.2f}x memory"
+                    for kind in ("forward", "forward + backward")
+                )
+                console.print(f"{label}, {length} tokens: {'; '.join(shown)}")
+            rows.append(row)
+    setting = {"heads": HEADS, "head_dim": WIDTH, "dtype": options.dtype, "device": options.device, "batch": 1}
+    return {"machine": machine(), "setting": setting, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--schemes", nargs="+", choices=sorted({name for name, *_ in ROWS.values()}))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backends", nargs="+", default=["sdpa"], choices=list(BACKENDS))
+    parser.add_argument("--rounds", type=int, default=3, help="fewer at 8k tokens, and one beyond")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=12, help="GiB that an alternative may take")
+    parser.add_argument("--name", default="attention", help="of the files under results/")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = run(options)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{options.name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(result))
+    draw(result, file.with_suffix(".png"))
+    Console().print(f"Written: {file}, and the same as .md and .png")
+
+
+if __name__ == "__main__":
+    main()
