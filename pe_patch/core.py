@@ -136,12 +136,25 @@ class Core:
     ) -> tuple[Tensor, Tensor, Positions] | None:
         """Key, value and positions for the kernels that go by distance along the sequence; None where they do not do.
 
-        They need every token to stand right behind the one before. Reading that would break a compiled graph.
+        They need every token to stand right behind the one before, and to see all of those. Reading that would break a
+        compiled graph.
         """
-        if self.mask is not None or not cpu.suits(self, query, value):
+        if not cpu.suits(self, query, value):
             return None
-        (key, value), positions = portable.first_pass(self, query.shape[2], (key, value), positions)
-        return (key, value, positions) if cpu.consecutive(positions.query, positions.key) else None
+        if self.mask is None:
+            (key, value), positions = portable.first_pass(self, query.shape[2], (key, value), positions)
+        steady = cpu.consecutive(positions.query, positions.key)
+        return (key, value, positions) if steady and self._sees_all_behind(query, key) else None
+
+    def _sees_all_behind(self, query: Tensor, key: Tensor) -> bool:
+        """Whether the mask is the plain causal one, as it is for a prompt that is read in several passes."""
+        if self.mask is None:
+            return True
+        rows, columns = query.shape[2], key.shape[2]
+        if self.mask.dtype != torch.bool or self.mask.shape[-1] != columns:
+            return False
+        causal = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+        return bool((self.mask == causal).all())
 
     def _fast_bias(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Any:
         """Attention with a bias in the form that its structure allows, `[batch, query, heads, head]`, or None."""

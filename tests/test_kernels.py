@@ -1,0 +1,268 @@
+"""Every fast kernel against the same attention written out over all pairs in float64: values, gradients, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pe_patch import SCHEMES, AttentionShape, Positions
+from pe_patch.attention import BACKENDS, Core
+from pe_patch.kernels import cpu
+from pe_patch.kernels.clipped import Clipped
+from pe_patch.kernels.dense import Dense
+from pe_patch.kernels.ranges import attention as attention_over_ranges
+from pe_patch.kernels.relative import Relative, distances
+from pe_patch.kernels.toeplitz import Toeplitz
+from pe_patch.ranges import Range
+from pe_patch.rotation import Turned, cos_sin
+
+HEADS, SHARED, WIDTH, SCALING = 4, 2, 16, 0.3
+BOUND = 5
+
+LENGTHS = {
+    # queries, keys: one chunk and a bit, a continued cache, more keys than any kernel takes at a time
+    "two chunks": (300, 300),
+    "continued": (270, 700),
+    "long": (2304, 2304),
+}
+
+
+def distance(count: int, total: int) -> Tensor:
+    return torch.arange(total - count, total)[:, None] - torch.arange(total)
+
+
+def written_out(query, key, value, scores_too=0.0, allowed=None, values_too=None) -> Tensor:
+    """Softmax attention over all pairs, `[batch, heads, query, head]`; queries are the last of the keys."""
+    apart = distance(query.shape[2], key.shape[2])
+    key, value = (one.repeat_interleave(HEADS // SHARED, 1) for one in (key, value))
+    scores = query @ key.mT * SCALING + scores_too
+    scores = scores.masked_fill(~(apart >= 0 if allowed is None else allowed), -math.inf)
+    weights = scores.softmax(-1)
+    output = weights @ value
+    return output if values_too is None else output + torch.einsum("bhij,ijd->bhid", weights, values_too)
+
+
+def states(count: int, total: int, batch: int = 1) -> list[Tensor]:
+    torch.manual_seed(count)
+    shapes = ((HEADS, count), (SHARED, total), (SHARED, total))
+    return [torch.randn(batch, heads, length, WIDTH) for heads, length in shapes]
+
+
+def toeplitz(count, total):
+    def fast(query, key, value, table):
+        return Toeplitz.apply(query, key, value, table, SCALING, total)
+
+    def slow(query, key, value, table):
+        return written_out(query, key, value, table[:, distance(count, total).clamp(min=0)])
+
+    return fast, slow, [torch.randn(HEADS, total)]
+
+
+def frozen(count, total):
+    fast, slow, (table,) = toeplitz(count, total)
+    return lambda *sides: fast(*sides, table), lambda *sides: slow(*sides, table.double()), []
+
+
+def relative(count, total):
+    def fast(query, key, value, u, v, vectors):
+        return Relative.apply(query, key, value, u, v, vectors[:, distances(total)], SCALING)
+
+    def slow(query, key, value, u, v, vectors):
+        by_pair = vectors[:, distance(count, total).clamp(min=0)]
+        shared = key.repeat_interleave(HEADS // SHARED, 1)
+        more = torch.einsum("bhid,hijd->bhij", query + v[:, None], by_pair) + u[:, None] @ shared.mT
+        return written_out(query, key, value, more * SCALING)
+
+    return fast, slow, [torch.randn(HEADS, WIDTH), torch.randn(HEADS, WIDTH), torch.randn(HEADS, total, WIDTH)]
+
+
+def clipped(count, total):
+    def fast(query, key, value, on_keys, on_values):
+        return Clipped.apply(query, key, value, on_keys, on_values, SCALING)
+
+    def slow(query, key, value, on_keys, on_values):
+        steps = distance(count, total).clamp(0, BOUND)
+        terms = (query @ on_keys.T).gather(-1, steps.expand(*query.shape[:2], -1, -1))
+        return written_out(query, key, value, terms * SCALING, values_too=on_values[steps])
+
+    return fast, slow, [torch.randn(BOUND + 1, WIDTH), torch.randn(BOUND + 1, WIDTH)]
+
+
+def dense(count, total):
+    at = torch.arange(total - count, total), torch.arange(total)
+
+    def waves(of_query, of_distance, at_query, at_key):
+        apart = (at_query[:, None] - at_key) / total
+        return torch.sin(3 * at_query[:, None] / total * of_query) * torch.cos(3 * apart * of_distance)
+
+    def fast(query, key, value, *waving):
+        return Dense.apply(query, key, value, at, lambda q, k: waves(*waving, q, k), SCALING, *waving)
+
+    def slow(query, key, value, *waving):
+        return written_out(query, key, value, waves(*waving, *at))
+
+    return fast, slow, [torch.randn(HEADS, 1, 1), torch.randn(HEADS, 1, 1)]
+
+
+KERNELS = {"toeplitz": toeplitz, "frozen": frozen, "relative": relative, "clipped": clipped, "dense": dense}
+SMALL = {"relative": ("two chunks", "continued"), "clipped": ("two chunks", "continued", "long")}
+CASES = [(name, length) for name in KERNELS for length in SMALL.get(name, LENGTHS)]
+
+
+@pytest.mark.parametrize(("name", "length"), CASES)
+def test_values_and_gradients(name, length):
+    count, total = LENGTHS[length]
+    batch = 2 if total < 2000 else 1
+    sides = states(count, total, batch)
+    fast, slow, parameters = KERNELS[name](count, total)
+    ours = [one.clone().requires_grad_() for one in (*sides, *parameters)]
+    theirs = [one.double().requires_grad_() for one in (*sides, *parameters)]
+    found, expected = fast(*ours), slow(*theirs)
+    assert float((found - expected).detach().abs().max()) < 1e-5
+    weight = torch.randn(expected.shape)
+    gradients = torch.autograd.grad((found * weight).sum(), ours)
+    truth = torch.autograd.grad((expected * weight.double()).sum(), theirs)
+    for one, other in zip(gradients, truth, strict=True):
+        assert float((one - other).abs().max() / other.abs().max()) < 5e-5
+
+
+WINDOW = 40
+
+
+def turned_by(positions: Tensor) -> Turned:
+    inv_freq = 100.0 ** -(torch.arange(0, WIDTH, 2) / WIDTH)
+    return Turned(*cos_sin(positions[..., None] * inv_freq, 1.1, torch.float32, False))
+
+
+def mask_of(kind: str, count: int) -> tuple[Tensor | None, Tensor]:
+    """A mask `[batch, 1, query, key]` and the positions, `[batch | 1, query]`."""
+    at = torch.arange(count)
+    causal = at[:, None] >= at
+    if kind == "none":
+        return None, at[None]
+    if kind == "padded":
+        pads = torch.tensor([0, 30])[:, None]
+        return (causal & (at >= pads)[:, None])[:, None], (at - pads).clamp(min=0)
+    document = at // 130
+    return (causal & (document[:, None] == document))[None, None].expand(2, -1, -1, -1), (at % 130)[None]
+
+
+@pytest.mark.parametrize("kind", ["none", "padded", "packed"])
+def test_ranges(kind):
+    """Near, far and farthest pairs under one softmax, a part of the farthest left out, keys by chunks of positions."""
+    count = 2304 if kind == "none" else 300
+    query, key, value = states(count, count, 2 if kind != "none" else 1)
+    mask, at = mask_of(kind, count)
+    turns = [turned_by(at.float()), turned_by(at / 3), turned_by(at // 4 + 7)]
+    chunk = at // WINDOW
+    ranges = [
+        Range(high=2, step_query=chunk, step_key=chunk, turn_query=turns[0], turn_key=turns[0]),
+        Range(low=2, high=4, step_query=chunk, step_key=chunk, turn_query=turns[1], turn_key=turns[2]),
+        Range(low=4, step_query=chunk, step_key=chunk, below=9, turn_query=turns[2]),
+    ]
+
+    def slow(query, key, value):
+        shared = key.repeat_interleave(HEADS // SHARED, 1)
+        steps = chunk[:, :, None] - chunk[:, None]
+        near, far, sinks = steps < 2, (steps >= 2) & (steps < 4), (steps >= 4) & (at[:, None] < 9)
+        scores = [
+            turns[a](query) @ (shared if b is None else turns[b](shared)).mT * SCALING
+            for a, b in ((0, 0), (1, 2), (2, None))
+        ]
+        total = torch.where(near[:, None], scores[0], torch.where(far[:, None], scores[1], scores[2]))
+        allowed = (near | far | sinks)[:, None] & (distance(count, count) >= 0 if mask is None else mask)
+        total = total.masked_fill(~allowed, -math.inf)
+        seeing = allowed.any(-1, keepdim=True)
+        return total.masked_fill(~seeing, 0).softmax(-1) @ value.repeat_interleave(HEADS // SHARED, 1) * seeing
+
+    ours = [one.clone().requires_grad_() for one in (query, key, value)]
+    theirs = [one.double().requires_grad_() for one in (query, key, value)]
+    found = attention_over_ranges(*ours, Positions(at, at), ranges, mask, SCALING).transpose(1, 2)
+    expected = slow(*theirs)
+    assert float((found - expected).detach().abs().max()) < 1e-5
+    weight = torch.randn(expected.shape)
+    gradients = torch.autograd.grad((found * weight).sum(), ours)
+    truth = torch.autograd.grad((expected * weight.double()).sum(), theirs)
+    for one, other in zip(gradients, truth, strict=True):
+        assert float((one - other).abs().max() / other.abs().max()) < 5e-5
+
+
+SHAPE = AttentionShape(HEADS * WIDTH, HEADS, SHARED, WIDTH, WIDTH, 0, 10000.0, 512, 1)
+
+
+def core(backend: str = "sdpa", mask: Tensor | None = None) -> Core:
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, HEADS // SHARED  # pyright: ignore
+    module.__dict__["pe_layer"] = 0
+    return Core(module, mask, SCALING, 0.0, BACKENDS[backend], {})
+
+
+FAST = ("alibi", "t5", "kerple", "sandwich", "fire", "shaw", "transformer_xl", "rerope", "self_extend", "dca", "string",
+        "lm_infinite")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_no_scheme_holds_all_pairs(name):
+    """What is allocated at the highest point, forward and backward, against one `[heads, query, key]` tensor."""
+    length = 2048
+    scheme, at = SCHEMES[name](SHAPE), torch.arange(length)[None]
+    sides = [one.requires_grad_() for one in states(length, length)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        positions = Positions(at, at)
+        positions = positions._replace(prepared=scheme.prepare(positions))
+        output = scheme("attend", *sides, positions, core())[0]
+        output.sum().backward()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
+    assert 0 < int(held.max()) < HEADS * length**2 * 4 / 3
+
+
+@pytest.mark.parametrize("count", [64, 1])
+@pytest.mark.parametrize("padded", [False, True])
+def test_alibi_over_a_hundred_thousand_positions_in_bfloat16(count, padded):
+    total = 100_000
+    query, key, value = (one.bfloat16() for one in states(count, total))
+    at = torch.arange(total)[None]
+    mask = (distance(count, total) >= 0)[None, None]
+    if padded:
+        mask = mask & (torch.arange(total) >= 10)
+    positions = Positions(at[:, total - count :], at)
+    found = SCHEMES["alibi"](SHAPE)("attend", query, key, value, positions, core(mask=mask))[0].transpose(1, 2)
+    assert found.dtype == torch.bfloat16
+    slopes = torch.tensor([2.0 ** (-8 * (head + 1) / HEADS) for head in range(HEADS)], dtype=torch.float64)
+    bias = -slopes[:, None, None] * distance(count, total)
+    expected = written_out(query.double(), key.double(), value.double(), bias, mask)
+    assert float((found - expected).abs().max()) < 1e-2
+
+
+def test_an_empty_slot_is_no_key():
+    """The first pass into a static cache comes with keys that no token has written."""
+    query, key, value = states(40, 64)
+    at = torch.arange(40)[None]
+    slots = torch.cat((at, torch.zeros(1, 24, dtype=torch.long)), 1)
+    for name in ("t5", "self_extend", "shaw"):
+        scheme = SCHEMES[name](SHAPE)
+        results = []
+        for keys, values, places in ((key, value, slots), (key[:, :, :40], value[:, :, :40], at)):
+            positions = Positions(at, places)
+            positions = positions._replace(prepared=scheme.prepare(positions))
+            results.append(scheme("attend", query, keys, values, positions, core())[0])
+        assert torch.equal(*results)
+
+
+def test_kernels_stand_aside_where_they_would_change_the_result():
+    query, _, value = states(8, 8)
+    assert cpu.suits(core(), query, value)
+    training = core()
+    training.dropout = 0.1
+    assert not cpu.suits(training, query, value) and training.module.training
+    for extra in ({"softcap": 30.0}, {"s_aux": torch.zeros(HEADS)}):
+        changed = core()
+        changed.extra = extra
+        assert not cpu.suits(changed, query, value)
+    assert not cpu.suits(core("eager"), query, value)
+    assert not cpu.suits(core(), query, torch.cat((value, value), -1))
