@@ -73,10 +73,10 @@ def backend_for(implementation: str | None) -> Backend:
 def check_backend(backend: Backend, scheme: Scheme) -> None:
     """Raise `UnsupportedError` where this backend would drop what the scheme does to the scores."""
     biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "of")
-    if scheme.own_scores and backend.name in ("flash", "flex"):
+    if scheme.own_scores and (backend.name == "flash" or (backend.name == "flex" and not scheme.ranged)):
+        others = "'sdpa', 'flex' or 'eager'" if scheme.ranged else "'sdpa' or 'eager'"
         raise UnsupportedError(
-            f"{scheme.name!r} makes its own scores, which the {backend.name} kernel does not take; use 'sdpa' or "
-            "'eager'."
+            f"{scheme.name!r} makes its own scores, which the {backend.name} kernel does not take; use {others}."
         )
     if backend.name == "flash" and biased and not scheme.widens_heads:
         others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"

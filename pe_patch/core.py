@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backends import Backend, Output
 from .errors import UnsupportedError
@@ -125,11 +126,21 @@ class Core:
         count, total = query.shape[2], key.shape[2]
         if self.backend.dense:
             return self.mix(scores(query, key, positions, self, (0, count, total)), value)
+        if self.backend.name == "flex":
+            from .kernels import flex
+
+            self._check_flex()
+            return flex.ranges(query, key, value, positions, ranges, cast(Any, self.mask), self.scaling), None
         if cpu.suits(self, query, value):
             (key, value), positions = portable.first_pass(self, count, (key, value), positions)
             cut = [one.part(0, count, key.shape[2]) for one in ranges]
             return cpu_ranges.attention(query, key, value, positions, cut, self.mask, self.scaling), None
         return portable.by_rows(self, query, key, value, positions, scores), None
+
+    def _check_flex(self) -> None:
+        dropout = self.dropout and self.module.training
+        if self.extra.get("softcap") is not None or self.extra.get("s_aux") is not None or dropout:
+            raise UnsupportedError("FlexAttention here takes no soft cap, sinks or dropout; use 'sdpa' or 'eager'.")
 
     def _consecutive(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions
@@ -196,6 +207,37 @@ class Core:
         strip = vectors(distances(fit[0].shape[2]))
         output: Any = Relative.apply(query, fit[0], fit[1], u, v, strip, self.scaling)
         return output.transpose(1, 2), None
+
+    def blocks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        size: int,
+        change: Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor]],
+    ) -> Output | None:
+        """Attention in which every `size` queries see queries and keys as `change` makes them; None where no kernel
+        serves."""
+        fit = self._consecutive(query, key, value, positions)
+        if fit is None:
+            return None
+        key, value, positions = fit
+        count, total = query.shape[2], key.shape[2]
+
+        def compute(start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            end = total - count + stop
+            seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
+            changed = change(query[:, :, start:stop], key[:, :, :end], seen)
+            nothing = torch.zeros(query.shape[1], end)
+            return attention_by_distance(*changed, value[:, :, :end], nothing, self.scaling)
+
+        outputs = []
+        for start in range(0, count, size):
+            arguments = (start, min(start + size, count), query, key, value)
+            again = torch.is_grad_enabled() and count > size  # else every block keeps keys of its own
+            outputs.append(checkpoint(compute, *arguments, use_reentrant=False) if again else compute(*arguments))
+        return torch.cat(outputs, 1), None
 
     def clipped(
         self,
@@ -282,8 +324,7 @@ def _flex(core: Core, query: Tensor, key: Tensor, value: Tensor, positions: Posi
     of = getattr(bias, "of", None)
     if of is None:
         raise UnsupportedError(f"{bias.name!r} has no pointwise form for FlexAttention; use backend='sdpa' or 'eager'.")
-    if core.extra.get("softcap") is not None or core.extra.get("s_aux") is not None or core.dropout:
-        raise UnsupportedError("FlexAttention here takes no soft cap, sinks or dropout beside a bias; use 'eager'.")
+    core._check_flex()
     at_query = positions.query.expand(query.shape[0], -1)
     at_key = positions.key.expand(query.shape[0], -1)
 

@@ -65,6 +65,8 @@ class Scheme(nn.Module):
     """One module for each layer rather than one for the model."""
     own_scores: ClassVar[bool] = False
     """It makes the scores itself (`core.rows`, `core.ranges`) rather than hand one kernel queries, keys and a bias."""
+    ranged: ClassVar[bool] = False
+    """It makes them by `core.ranges` alone, for which FlexAttention will do too."""
     shift_invariant: bool = True
     """Adding a constant to every position changes nothing."""
     training_free: ClassVar[bool] = False

@@ -23,6 +23,9 @@ class Scores:
 
     causal = True
 
+    def blocks(self, *_):
+        return None
+
     def rows(self, query, key, value, positions, scores):
         return scores(query, key, positions, self)
 

@@ -19,6 +19,8 @@ from pe_patch.kernels.toeplitz import Toeplitz
 from pe_patch.ranges import Range
 from pe_patch.rotation import Turned, cos_sin
 
+from .models import build, error, logits, tokens, wearing
+
 HEADS, SHARED, WIDTH, SCALING = 4, 2, 16, 0.3
 BOUND = 5
 
@@ -266,3 +268,17 @@ def test_kernels_stand_aside_where_they_would_change_the_result():
         assert not cpu.suits(changed, query, value)
     assert not cpu.suits(core("eager"), query, value)
     assert not cpu.suits(core(), query, torch.cat((value, value), -1))
+
+
+@pytest.mark.parametrize("name", ["self_extend", "dca", "lm_infinite"])
+def test_flex_takes_ranges(name):
+    """Uncompiled here, on a model; padded so that its own mask has to be kept."""
+    model, ids = build("llama"), tokens(2, 48)
+    ids[0, :9] = 0
+    mask = (ids != 0).long()
+    found = {}
+    for backend in ("eager", "flex"):
+        with wearing(model, name, backend=backend):
+            found[backend] = logits(model, ids, attention_mask=mask)
+    assert error(found["flex"][0, 9:], found["eager"][0, 9:]) < 1e-5
+    assert error(found["flex"][1], found["eager"][1]) < 1e-5

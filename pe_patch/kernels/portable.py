@@ -15,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from ..positions import Positions
 
 CHUNK = 256
-"""Queries at a time."""
+"""Queries at a time, at most."""
+PAIRS = {"cpu": 2**22}
+"""Pairs of a query and a key at a time, over all heads, by device: what a CPU's caches and allocator deal with well."""
+MANY = 2**27
 
 
 def first_pass(core: Any, count: int, keys: tuple[Tensor, ...], positions: Positions) -> tuple[Any, Positions]:
@@ -35,8 +38,10 @@ def by_chunks(core: Any, count: int, total: int, tensors: tuple[Tensor, ...], co
     else:
         ends = total - count
     outputs = []
-    for start in range(0, count, CHUNK):
-        stop = min(start + CHUNK, count)
+    size = PAIRS.get(tensors[0].device.type, MANY) // (tensors[0].shape[0] * tensors[0].shape[1] * total)
+    size = min(CHUNK, max(16, size))
+    for start in range(0, count, size):
+        stop = min(start + size, count)
         end = total if ends is None else stop + ends
         if torch.is_grad_enabled():  # else autograd would keep every chunk's scores
             outputs.append(checkpoint(compute, start, stop, end, *tensors, use_reentrant=False))

@@ -72,18 +72,23 @@ class XPos(Rotation):
         if positions.kept is not None:
             cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]
         query, key = self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
-        return core.rows(query, key, value, positions, self._scores)
+        fast = core.blocks(query, key, value, positions, 2 * self._span, self._around)
+        return core.rows(query, key, value, positions, self._scores) if fast is None else fast
+
+    def _around(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Queries that lie within reach of one centre, and keys, with what the distance to it makes of them."""
+        rates = self.constant("rates", query.device, lambda: self._rates().float())
+        centre = positions.query[:, positions.query.shape[1] // 2, None]
+        grown = self._grown(query, (positions.query - centre).float()[..., None] * rates)
+        # Keys ahead of a query are masked, and may not overflow before they are.
+        behind = (centre - positions.key).clamp(min=-self._span)
+        return grown, self._grown(key, behind.float()[..., None] * rates)
 
     def _scores(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> Tensor:
-        rates = self.constant("rates", query.device, lambda: self._rates().float())
         scores = []
         for start, stop in self._blocks(positions):
-            at = positions.query[:, start:stop]
-            centre = at[:, at.shape[1] // 2, None]
-            grown = self._grown(query[:, :, start:stop], (at - centre).float()[..., None] * rates)
-            # Keys ahead of a query are masked, and may not overflow before they are.
-            behind = (centre - positions.key).clamp(min=-self._span)
-            scores.append(core.scores(grown, self._grown(key, behind.float()[..., None] * rates)))
+            seen = positions._replace(query=positions.query[:, start:stop])
+            scores.append(core.scores(*self._around(query[:, :, start:stop], key, seen)))
         return scores[0] if len(scores) == 1 else torch.cat(scores, 2)
 
     def _grown(self, x: Tensor, exponents: Tensor) -> Tensor:

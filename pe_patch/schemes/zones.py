@@ -55,6 +55,7 @@ class Remapped(Rotation):
 
     mechanism = "remapped"
     own_scores = True
+    ranged = True
     training_free = True
 
     def __init__(
