@@ -157,7 +157,7 @@ def _positions(
         elif ranks is not None:
             length = (ranks[:, -1:] + 1).expand(-1, count)
         else:
-            length = torch.full_like(query, count)
+            length = count
     filled = None if slots is None else past_length + count
     positions = Positions(query, key, length, fresh, filled)
     return positions._replace(prepared=scheme.prepare(positions))

@@ -21,9 +21,9 @@ class Positions(NamedTuple):
     """Position of each query, `[batch | 1, query]`, int64."""
     key: Tensor
     """Position of each key in the cache and in this pass, `[batch | 1, key]`, int64."""
-    length: Tensor | None = None
-    """For each query the number of tokens by which a length-dependent scheme chooses its regime, `[batch | 1, query]`.
-    None where no such scheme is in use."""
+    length: Tensor | int | None = None
+    """For each query the number of tokens by which a length-dependent scheme chooses its regime, `[batch | 1, query]`,
+    or one for all of a first pass. None where no such scheme is in use."""
     fresh: bool = True
     """Whether the cache was empty before this pass."""
     filled: Tensor | int | None = None

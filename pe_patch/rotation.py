@@ -198,11 +198,17 @@ class Rotary(Rotation):
             return self._rotations(positions, inv_freq[None], factor[None], inv_freq[None], factor[None])
         if positions.fresh:
             return self._prepare_first_pass(positions, positions.length)
+        assert isinstance(positions.length, Tensor)
         return self._prepare_cached(positions, positions.length)
 
-    def _prepare_first_pass(self, positions: Positions, length: Tensor) -> tuple[Tensor, ...]:
-        distinct, which = length.unique(return_inverse=True)
-        rows = [self.frequencies(self.regime(int(n))) for n in distinct.tolist()]
+    def _prepare_first_pass(self, positions: Positions, length: Tensor | int) -> tuple[Tensor, ...]:
+        if isinstance(length, int):  # read from a shape, so that a compiler can follow
+            length, known = torch.full_like(positions.query, length), [length]
+            which = torch.zeros_like(length)
+        else:
+            distinct, which = length.unique(return_inverse=True)
+            known = distinct.tolist()
+        rows = [self.frequencies(self.regime(int(n))) for n in known]
         inv_freq = torch.stack([row[0] for row in rows]).float().to(length.device)[which]
         factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device=length.device)[which]
         surplus = positions.key.shape[1] - inv_freq.shape[1]  # empty slots of a static cache, hidden by the mask

@@ -11,22 +11,30 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from pe_patch import SCHEMES, patch_model, unpatch_model
 
 WINDOW = 32
+SLIDING = 16
+"""The sliding window of the Mistral."""
 VOCABULARY = 97
 FAMILIES = ("llama", "gpt_neox", "bloom")
 ROTARY_FAMILIES = ("llama", "gpt_neox")
 BACKENDS = ("sdpa", "eager")
 
-PAIRS = {"llama": 8, "gpt_neox": 4, "bloom": 8}
+PAIRS = {"llama": 8, "gpt_neox": 4, "bloom": 8, "qwen3": 8, "mistral": 8, "gpt2": 8}
 """Rotated pairs of each head; GPT-NeoX turns half of its sixteen dimensions."""
 
 
@@ -39,9 +47,18 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     }  # fmt: skip
     if family == "bloom":
         return BloomForCausalLM(BloomConfig(**{**sizes, **overrides})).eval()
-    sizes |= {"intermediate_size": 128, "max_position_embeddings": WINDOW}
+    sizes |= {"max_position_embeddings": WINDOW}
+    if family == "gpt2":
+        undropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**{**sizes, **undropped, **overrides})).eval()
+    sizes |= {"intermediate_size": 128}
+    grouped = {**sizes, "num_key_value_heads": 2, "head_dim": 16, **overrides}
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_key_value_heads": 2, **overrides})).eval()
+        return LlamaForCausalLM(LlamaConfig(**grouped)).eval()
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**grouped)).eval()
+    if family == "mistral":
+        return MistralForCausalLM(MistralConfig(**{"sliding_window": SLIDING, **grouped})).eval()
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     return GPTNeoXForCausalLM(GPTNeoXConfig(**{**sizes, "rope_parameters": rope, **overrides})).eval()
 
@@ -105,6 +122,8 @@ def case(family: str, name: str) -> tuple[str, dict[str, Any]]:
     scheme, options = name.split(" ")[0], dict(CASES[name])
     if "long_factor" in options:
         options["long_factor"] = [1.0 + 0.5 * pair for pair in range(PAIRS[family])]
+    if family == "gpt2" and scheme == "learned":
+        options["extend"] = "interpolate"  # its table has one window of positions
     if family == "bloom" and "original_max_position_embeddings" in SCHEMES[scheme].option_names():
         options["original_max_position_embeddings"] = WINDOW
     return scheme, options

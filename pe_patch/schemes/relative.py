@@ -125,19 +125,27 @@ class TransformerXL(ContentRelative):
     def relative_position(self, length: int) -> Tensor:
         return causal_distance(length)
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """w, `[hidden / 2]`, float32."""
+
+        def make() -> Tensor:
+            exponent = torch.arange(0, self.shape.hidden_size, 2, dtype=torch.float64, device="cpu")
+            return (10000.0 ** -(exponent / self.shape.hidden_size)).float()
+
+        return self.constant("frequencies", device, make)
+
     def sinusoids(self, count: int, device: torch.device) -> Tensor:
         """R for the distances 0 .. count - 1, `[count, hidden]`, float32."""
-        exponent = (
-            torch.arange(0, self.shape.hidden_size, 2, dtype=torch.float64, device="cpu") / self.shape.hidden_size
-        )
-        frequencies = self.constant("frequencies", device, lambda: (10000.0**-exponent).float())
         distance = torch.arange(count, device=device)
         if self.clamp_length is not None:
             distance = distance.clamp(max=self.clamp_length)
-        angles = distance[:, None].float() * frequencies
+        angles = distance[:, None].float() * self.frequencies(device)
         return torch.cat((angles.sin(), angles.cos()), -1)
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():  # where no position can be read
+            entries = 0 if self.clamp_length is None else self.clamp_length + 1
+            return (self.sinusoids(entries, positions.query.device),)
         count = int((positions.query.max() - positions.key.min()).clamp(min=0)) + 1
         if self.clamp_length is not None:
             count = min(count, self.clamp_length + 1)
@@ -159,6 +167,9 @@ class TransformerXL(ContentRelative):
         self.check_causal(core)
         (sinusoids,) = positions.prepared or self.prepare(positions)
 
+        if not sinusoids.shape[0]:
+            return self._attend_by_products(query, key, value, positions, core)
+
         def by_distance(distance: Tensor) -> Tensor:
             return self._projected(sinusoids, core.layer)[:, distance.clamp(max=sinusoids.shape[0] - 1)]
 
@@ -177,6 +188,23 @@ class TransformerXL(ContentRelative):
                 by_distance = biased @ vectors.transpose(1, 2)
             distance = seen.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
             of_key = self._key_bias(key) + _pick(by_distance, distance)
+            return part.scores(query, key) + of_key * part.scaling
+
+        return core.rows(query, key, value, positions, scores)
+
+    def _attend_by_products(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+        """The same without a table by distance: what meets R_{i-j} is turned by i, and then meets sin and cos of j."""
+        origin, frequencies = positions.query[:, -1:], self.frequencies(query.device)
+
+        def angles(at: Tensor) -> tuple[Tensor, Tensor]:
+            turned = (at - origin)[:, None, :, None].float() * frequencies
+            return turned.sin(), turned.cos()
+
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+            with_sin, with_cos = ((wide(query) + wide(self.v)[:, None]) @ self._by_head(core.layer)).chunk(2, -1)
+            sin, cos = angles(seen.query)
+            turned = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
+            of_key = self._key_bias(key) + turned @ torch.cat(angles(seen.key), -1).to(turned.dtype).transpose(2, 3)
             return part.scores(query, key) + of_key * part.scaling
 
         return core.rows(query, key, value, positions, scores)
