@@ -1,0 +1,92 @@
+"""The results of `training.py` as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"better": "#009e73", "not told apart": "#8a8f98", "worse": "#d55e00"}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """What was trained, and one line for each scheme."""
+    host, setting, rows = result["machine"], result["setting"], result["schemes"]
+    window = setting["window"]
+    seeds = max(row["seeds"] for row in rows)
+    minutes = sum(run["seconds"] for run in result["runs"]) / 60
+    lines = [
+        "# Trained from scratch with each scheme, against no positions at all",
+        "",
+        f"A Llama of {setting['layers']} layers, hidden size {setting['hidden']}, {setting['heads']} heads and a "
+        f"window of {window} tokens, {setting['steps']} steps of {setting['batch']} x {window} tokens "
+        f"({result['tokens']:,} in all) of Python's standard library. Losses are nats per token on the same last "
+        f"{setting['targets']} tokens of {setting['spots']} places in held-out files, with "
+        f"{window - setting['targets']} and {2 * window - setting['targets']} tokens before them: mean of {seeds} "
+        "seeds +- its standard error. Differences to `nope` are taken seed by seed; the verdict is their 95 % interval "
+        "(Student's t).",
+        "",
+        f"`python benchmarks/training.py`, float32, {host['threads']} thread of {host['cpu']}, shared with other work: "
+        f"{minutes:.0f} minutes of training; torch {host['torch']}, transformers {host['transformers']}, Python "
+        f"{host['python']}.",
+        "",
+        f"| scheme | parameters | loss at {window} | minus `nope` | | loss at {2 * window} | minus `nope` | |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        cells = [cell for length in (window, 2 * window) for cell in _cells(row, str(length))]
+        lines.append(f"| {row['scheme']} | {row['parameters']:,} | " + " | ".join(cells) + " |")
+    lines += ["", "`one_hot` and `learned` have no position beyond the window.", ""]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], length: str) -> list[str]:
+    if length not in row:
+        return ["-", "-", ""]
+    found = row[length]
+    mean = _with_error(f"{found['loss']:.3f}", found["error"])
+    if row["scheme"] == "nope":
+        return [mean, "", ""]
+    return [mean, _with_error(f"{found['to_nope']:+.3f}", found["to_nope_error"]), found["verdict"]]
+
+
+def _with_error(value: str, error: float) -> str:
+    return value if math.isnan(error) else f"{value} +- {error:.3f}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of the difference to `nope`, with 95 % intervals, within the window and at twice that."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    setting = result["setting"]
+    rows = [row for row in result["schemes"] if row["scheme"] != "nope"]
+    nope = next(row for row in result["schemes"] if row["scheme"] == "nope")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.36 * len(rows) + 1.8), sharey=True, layout="constrained")
+    for axis, length in zip(axes, (setting["window"], 2 * setting["window"]), strict=True):
+        for place, row in enumerate(rows):
+            found = row.get(str(length))
+            if found is None:
+                axis.text(0, place, " no position there", va="center", fontsize=8, color="#656d76")
+                continue
+            gap, half = found["to_nope"], found["half_width"]
+            axis.barh(place, gap, height=0.62, color=COLOURS[found["verdict"]])
+            if not math.isnan(half):
+                axis.errorbar(gap, place, xerr=half, color="#1f2328", capsize=2.5, linewidth=1)
+        axis.axvline(0, color="#1f2328", linewidth=1.2)
+        axis.set_xlabel(f"loss minus nope's ({nope[str(length)]['loss']:.3f}) at {length} tokens, nats per token")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), [row["scheme"] for row in rows])
+    axes[0].invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, COLOURS, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(
+        f"{nope['seeds']} seeds of {result['tokens']:,} tokens; {result['machine']['cpu']}, float32; bars are means, "
+        "lines 95 % intervals of the paired difference",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
