@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ def decodes(name: str) -> list[tuple[int, int]]:
         return [(27, 32)]
     if name in AUTO:
         return [(27, 32), (59, 64)]
-    return [(29, 37)]
+    return [(29, 34)]
 
 
 def positions_matter(cell: Cell) -> None:
@@ -198,7 +197,9 @@ def checkpointed(cell: Cell) -> None:
     floor = max(float(one.abs().max()) for one in expected.values())
     for name, one in expected.items():
         largest = float(one.abs().max())
-        assert largest > 0 or name.endswith(SOFTMAX_INVARIANT), name
+        if name.endswith(SOFTMAX_INVARIANT):
+            largest = floor
+        assert largest > 0, name
         assert float((found[name] - one).abs().max()) < 1e-4 * largest + 1e-7 * floor, name
 
 
@@ -206,11 +207,13 @@ PARTS = ("pass", "step")
 
 
 def compiled_here(family: str, name: str) -> tuple[str, ...]:
-    """What is compiled by rota: each scheme's pass on one family, its step on another, and all families in turn."""
-    turn = list(GIVEN).index(name) if name in GIVEN else 0
-    first, second = FAMILIES[turn % 3], OTHERS[(turn // 3) % 3]
-    order = (first, second) if turn % 2 else (second, first)
-    return tuple(part for part, one in zip(PARTS, order, strict=True) if one == family)
+    """What is compiled by rota, since compiling takes longer than all the rest: each scheme's pass on one family, the
+    step of every third on another."""
+    turn, families = list(GIVEN).index(name), (*FAMILIES, *OTHERS)
+    chosen = {"pass": families[turn % 6]}
+    if turn % 3 == turn // 3 % 3:
+        chosen["step"] = families[(turn + 3) % 6]
+    return tuple(part for part in PARTS if chosen.get(part) == family)
 
 
 def compiled(cell: Cell) -> None:
@@ -313,7 +316,7 @@ def table() -> tuple[list[list[str]], list[str]]:
             verb = "refused" if refused(outcome) else "FAILED"
             note = f"{verb} ({where}): {text[0] if text else 'not the same'}"
             notes += [] if note in notes else [note]
-            row.append(f"{'–' if verb == 'refused' else '✗'}{notes.index(note) + 1}")
+            row.append(f"{'-' if verb == 'refused' else '✗'}{notes.index(note) + 1}")
         if any(row[1:]):
             rows.append(row)
     return rows, notes
