@@ -150,7 +150,7 @@ class Core:
         They need every token to stand right behind the one before, and to see all of those. Reading that would break a
         compiled graph.
         """
-        if not cpu.suits(self, query, value):
+        if query.shape[2] == 1 or not cpu.suits(self, query, value):
             return None
         if self.mask is None:
             (key, value), positions = portable.first_pass(self, query.shape[2], (key, value), positions)

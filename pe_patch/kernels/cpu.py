@@ -30,7 +30,6 @@ def suits(core: Any, query: Tensor, value: Tensor) -> bool:
         and query.device.type == "cpu"
         and query.dtype in DTYPES
         and query.shape[-1] == value.shape[-1]
-        and query.shape[2] > 1
         and core.causal
         and not (core.dropout and core.module.training)
         and core.extra.get("softcap") is None
@@ -135,13 +134,14 @@ class Gradients:
     def add(
         self, queries: slice, keys: slice, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
         grad: Tensor, mask: Tensor | None, scaling: float, finish: Callable[[Tensor], Tensor] | None = None,
-        to_key: Tensor | None = None,
+        to_keys: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Add the `gradients` of some queries over some keys; all tensors but key and value are of those queries alone.
 
-        `finish` makes the queries' gradient out of that of `query`; `to_key` takes the keys' in the place of their own.
+        `finish` makes the queries' gradient out of that of `query`; `to_keys` take the keys' and values' in the place
+        of their sums.
         """
-        to_key = self.sums[1] if to_key is None else to_key
+        to_key, to_value = self.sums[1:] if to_keys is None else to_keys
         into = None
         for low in range(keys.start, keys.stop, SPAN):
             there = slice(low, min(low + SPAN, keys.stop))
@@ -149,7 +149,7 @@ class Gradients:
             found = gradients(grad, query, key[:, :, there], value[:, :, there], output, lse, seen, scaling)
             into = found[0] if into is None else into + found[0]
             to_key[:, :, there] += found[1]
-            self.sums[2][:, :, there] += found[2]
+            to_value[:, :, there] += found[2]
         if into is not None:
             self.sums[0][:, :, queries] += into if finish is None else finish(into)
 

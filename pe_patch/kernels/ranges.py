@@ -60,6 +60,14 @@ class Layout:
             end = torch.minimum(end, limit)
         return first, torch.maximum(first, end)
 
+    def reach(self, index: int) -> slice:
+        """From which key to which any query looks in a range."""
+        if self.bounds is None:
+            return slice(0, self.total)
+        first, end = self.bounds[index]
+        seeing = first < end
+        return slice(int(first[seeing].min()), int(end[seeing].max())) if bool(seeing.any()) else slice(0, 0)
+
     def chunks(self, index: int) -> Iterator[tuple[slice, Part]]:
         """Chunks of queries that meet any key in a range, and what they have of it."""
         for start in range(0, self.count, cpu.CHUNK):
@@ -116,13 +124,14 @@ class Ranges(torch.autograd.Function):
         output.zero_()
         lse.fill_(-math.inf)
         for index, one in enumerate(layout.ranges):
-            turned = None
+            reach = layout.reach(index)
+            turned, origin = _turned_keys(one, key, reach), reach.start
             for here, part in layout.chunks(index):
-                turned = _turned_keys(one, key) if turned is None else turned
-                chunk = _turned(_part(one, here), query[:, :, here])
                 made, norm = cpu.attention(
-                    chunk, turned[:, :, part.keys], value[:, :, part.keys], _spread(part.mask, query), scaling
-                )
+                    _turned(_part(one, here), query[:, :, here]),
+                    turned[:, :, part.keys.start - origin : part.keys.stop - origin],
+                    value[:, :, part.keys], _spread(part.mask, query), scaling,
+                )  # fmt: skip
                 if part.blind is not None:
                     norm = norm.masked_fill(part.blind, -math.inf)
                 output[:, :, here], lse[:, :, here] = cpu.merge((output[:, :, here], lse[:, :, here]), (made, norm))
@@ -136,20 +145,24 @@ class Ranges(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         into = cpu.Gradients(query, key, value)
         for index, one in enumerate(ctx.layout.ranges):
-            turned, to_key = None, into.sums[1]
+            reach = ctx.layout.reach(index)
+            turned, values = _turned_keys(one, key, reach), value[:, :, reach]
+            to_key = into.sums[1][:, :, reach]
+            to_turned = to_key if one.turn_key is None else torch.zeros_like(to_key)
             for here, part in ctx.layout.chunks(index):
-                if turned is None:
-                    turned = _turned_keys(one, key)
-                    to_key = to_key if one.turn_key is None else torch.zeros_like(to_key)
                 turn = _part(one, here)
                 into.add(
-                    here, part.keys, _turned(turn, query[:, :, here]), turned, value, output[:, :, here],
-                    lse[:, :, here], grads[0][:, :, here], _spread(part.mask, query), ctx.scaling,
-                    None if turn is None else turn.back, to_key,
+                    here, slice(part.keys.start - reach.start, part.keys.stop - reach.start),
+                    _turned(turn, query[:, :, here]), turned, values, output[:, :, here], lse[:, :, here],
+                    grads[0][:, :, here], _spread(part.mask, query), ctx.scaling, None if turn is None else turn.back,
+                    (to_turned, into.sums[2][:, :, reach]),
                 )  # fmt: skip
-            if turned is not None and one.turn_key is not None:
-                for there in _blocks(key):
-                    into.sums[1][:, :, there] += one.turn_key.part(there.start, there.stop).back(to_key[:, :, there])
+            if one.turn_key is not None:
+                for there in _blocks(reach):
+                    back = one.turn_key.part(there.start, there.stop).back
+                    into.sums[1][:, :, there] += back(
+                        to_turned[:, :, there.start - reach.start : there.stop - reach.start]
+                    )
         return *into.finished(), None, None
 
 
@@ -161,18 +174,20 @@ def _turned(turn: Turn | None, x: Tensor) -> Tensor:
     return x if turn is None else turn(x)
 
 
-def _blocks(key: Tensor) -> Iterator[slice]:
-    for start in range(0, key.shape[2], cpu.SPAN):
-        yield slice(start, min(start + cpu.SPAN, key.shape[2]))
+def _blocks(reach: slice) -> Iterator[slice]:
+    for start in range(reach.start, reach.stop, cpu.SPAN):
+        yield slice(start, min(start + cpu.SPAN, reach.stop))
 
 
-def _turned_keys(one: Range, key: Tensor) -> Tensor:
-    """All keys as a range sees them; turned a few at a time, since turning takes several times their room."""
+def _turned_keys(one: Range, key: Tensor, reach: slice) -> Tensor:
+    """The keys that a range reaches, as it sees them; turned a few at a time, since turning takes several times their
+    room."""
     if one.turn_key is None:
-        return key
-    turned = torch.empty_like(key)
-    for here in _blocks(key):
-        turned[:, :, here] = one.turn_key.part(here.start, here.stop)(key[:, :, here])
+        return key[:, :, reach]
+    turned = torch.empty_like(key[:, :, reach])
+    for here in _blocks(reach):
+        there = slice(here.start - reach.start, here.stop - reach.start)
+        turned[:, :, there] = one.turn_key.part(here.start, here.stop)(key[:, :, here])
     return turned
 
 
