@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pe_patch import SCHEMES, AttentionShape, Positions, Scheme, UnsupportedError
-from pe_patch.attention import BACKENDS, Core
+from pe_patch.attention import BACKENDS, Core, check_backend
 
 HEADS, WIDTH, TRAINED = 8, 64, 4096
 SHAPE = AttentionShape(
@@ -198,7 +198,12 @@ def candidates(options: argparse.Namespace, length: int) -> list[tuple[str, Atte
                 continue
             scheme = built(name, given, trained, device)
             shown = label if len(options.backends) == 1 else f"{label} ({backend})"
-            found.append((shown, attention_of(scheme, backend, length, device)))
+            try:
+                check_backend(BACKENDS[backend], scheme)
+            except UnsupportedError as error:
+                found.append((shown, str(error)))
+            else:
+                found.append((shown, attention_of(scheme, backend, length, device)))
     if not options.schemes:
         for label, make in ALTERNATIVES.items():
             fitting = fits(label, length, HEADS, options.memory * 2**30)
@@ -206,7 +211,7 @@ def candidates(options: argparse.Namespace, length: int) -> list[tuple[str, Atte
     return found
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> None:
     console, rows = Console(), []
     for length in options.lengths:
         baseline, own = Plain(length, options), []
@@ -234,8 +239,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
             console.print(f"{row['scheme']}: {'; '.join(shown)}")
         rows += own
+        written = write(rows, options)  # what is done is kept if the rest is not waited for
+        console.print(f"Written: {written}, and the same as .md and .png")
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> Path:
+    """JSON, table and picture under results/."""
     setting = {"heads": HEADS, "head_dim": WIDTH, "dtype": options.dtype, "device": options.device, "batch": 1}
-    return {"machine": machine(), "setting": setting, "rows": rows}
+    result = {"machine": machine(), "setting": setting, "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{options.name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(result))
+    draw(result, file.with_suffix(".png"))
+    return file
 
 
 def main() -> None:
@@ -251,13 +268,7 @@ def main() -> None:
     parser.add_argument("--name", default="attention", help="of the files under results/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = run(options)
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{options.name}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(result))
-    draw(result, file.with_suffix(".png"))
-    Console().print(f"Written: {file}, and the same as .md and .png")
+    run(options)
 
 
 if __name__ == "__main__":
