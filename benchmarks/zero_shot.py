@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, Options]] = {
     "ntk_by_parts": ("ntk_by_parts", factor_alone),
     "yarn": ("yarn", factor_alone),
     "dynamic_ntk": ("dynamic_ntk", none),
+    "dynamic_ntk, factor": ("dynamic_ntk", factor_alone),
     "dynamic_yarn": ("dynamic_yarn", none),
     "resonance over yarn": ("resonance", over_yarn()),
     "clipped_rope over yarn": ("clipped_rope", over_yarn(dims=5)),
@@ -68,6 +69,9 @@ CASES: dict[str, tuple[str, Options]] = {
 
 LEFT_OUT = {"longrope": "its factors are searched for one model, and none were for this one"}
 NOTES = (
+    "Schemes `over yarn` are over `yarn` with the factor of the target. No options: the defaults.",
+    "The scored tokens are the same in every cell, so differences between cells are surer than each by itself.",
+    "`dynamic_ntk` follows the length by itself; a `factor` makes its base grow faster.",
     "`linear` is not meant to go without training and is here to compare.",
     "`clipped_rope` tapers 5 of 16 frequencies, the share that its default of 20 is of 64 (heads of 128).",
     "`leaky_rerope`: the least whole `k` at which its distances reach the target within the window.",

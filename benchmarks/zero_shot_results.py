@@ -24,8 +24,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"or x8, and a scheme has the options for its target at every length. One model, seed {setting['seed']}, "
         f"float32.",
         "",
-        f"`python benchmarks/zero_shot.py`, {result['seconds']:.0f} s on {host['cpu']}, {host['threads']} thread; "
-        f"torch {host['torch']}, transformers {host['transformers']}, Python {host['python']}.",
+        f"`python benchmarks/zero_shot.py`, {result['seconds']:.0f} s on {host['cpu']}, {host['threads']} thread, "
+        f"shared with other work; torch {host['torch']}, transformers {host['transformers']}, Python {host['python']}.",
         "",
         "| scheme | options | " + " | ".join(heads) + " |",
         "| --- | --- |" + " ---: |" * len(columns),
@@ -68,7 +68,9 @@ def options(rows: Rows, label: str) -> str:
         factor: row["stated"] for (name, factor, _), row in rows.items() if name == label
     }
     names = list(dict.fromkeys(name for one in stated.values() for name in one))
-    said = []
+    given = [row["options"] for (name, *_), row in rows.items() if name == label]
+    factors = [str(one["factor"]) for one in given if "factor" in one]
+    said = ["factor " + " or ".join(dict.fromkeys(factors))] if factors else []
     for name in names:
         values = list(dict.fromkeys(str(one[name]) for one in stated.values()))
         title = "window" if name == "near_window" else name
