@@ -19,4 +19,4 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("matrix")
     for line in matrix.plain():
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"✓ all of {', '.join(matrix.SITUATIONS)}")
+    terminalreporter.write_line(matrix.legend(terminalreporter.config.getoption("--compile-all")))

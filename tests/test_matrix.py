@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from pe_patch import PePatchError
 
-from .matrix import OTHERS, OUTCOMES, REFUSED, SITUATIONS, compiled_here, run
-from .models import FAMILIES, GIVEN
+from .matrix import OTHERS, OUTCOMES, REFUSED, SITUATIONS, TOLERANCE, compiled_here, run
+from .models import FAMILIES, GIVEN, build, error, logits, put, tokens
 
+ROOT = Path(__file__).parent.parent
 EVERY = [(family, name) for family in (*FAMILIES, *OTHERS) for name in GIVEN]
 
 
@@ -41,3 +44,25 @@ def test_the_rota_compiles_every_scheme_and_every_family():
     assert {(family, part) for _, family, part in parts} == {
         (family, part) for family in (*FAMILIES, *OTHERS) for part in ("pass", "step")
     }
+
+
+def test_the_pages_show_every_scheme():
+    """As `python -m tests.matrix` printed them."""
+    page = (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
+    summary, whole = page.split("## Every scheme")
+    shown = [line.split("|")[1].strip() for line in whole.splitlines() if line.startswith("| ")]
+    assert [name for name in shown if name in GIVEN] == list(GIVEN)
+    lines = [line for line in summary.splitlines() if line.startswith("|")]
+    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("options", [{}, {"clamp_length": 6}])
+def test_transformer_xl_reads_no_position_while_compiled(options):
+    """The graph may hold no number that is read from a tensor; positions far from zero keep their digits."""
+    model = put(build("llama"), "transformer_xl", backend="eager", **options)
+    ids, at = tokens(2, 40), torch.arange(5000, 5040)[None]
+    expected = logits(model, ids, position_ids=at)
+    model.set_attn_implementation("sdpa")
+    with torch._dynamo.config.patch(capture_scalar_outputs=False):
+        found = logits(torch.compile(model, backend="eager", fullgraph=True), ids, position_ids=at)
+    assert error(found, expected) < TOLERANCE
