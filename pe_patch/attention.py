@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -42,7 +43,15 @@ def attend(
             f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "
             "model or its base model rather than a layer of it; unpatch_model(model) to use layers alone."
         )
-    return scheme("attend", query, key, value, positions.fit(key.shape[2]), core)
+    if isinstance(mask, Tensor) and mask.shape[2] == 1:  # one row for all queries
+        core.mask = mask.expand(-1, -1, query.shape[2], -1)
+    positions, kind = positions.fit(key.shape[2]), query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return scheme("attend", query, key, value, positions, core)
+    # Autocast leaves queries and values in dtypes of their own, and would round positions inside the schemes' products.
+    query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        return scheme("attend", query, key, value, positions, core)
 
 
 def _register(backend: Backend) -> None:

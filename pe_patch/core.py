@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .backends import Backend, Output
 from .errors import UnsupportedError
@@ -16,6 +15,7 @@ from .kernels import cpu, portable
 from .kernels import ranges as cpu_ranges
 from .kernels.band import LONG, attention_by_distance, reaches
 from .kernels.clipped import Clipped
+from .kernels.cpu import HIDDEN
 from .kernels.dense import Dense
 from .kernels.relative import Relative, distances
 from .positions import Positions
@@ -52,7 +52,8 @@ class Core:
             return fast, None
         # One query's row of a bias is small; otherwise a bias is better carried than built.
         row = query.shape[2] == 1 and query.device.type == "cpu" and self.backend.name == "sdpa"
-        if isinstance(bias, DistanceBias) and self.backend.widens and not row:
+        exact = query.device.type != "mps"  # which has no float64, and limbs are cut in that
+        if isinstance(bias, DistanceBias) and self.backend.widens and exact and not row:
             features = bias.features(positions, self.scaling, query.dtype)
             if features is not None:
                 return self._widened(query, key, value, *features)
@@ -61,7 +62,8 @@ class Core:
     @property
     def causal(self) -> bool:
         """Whether a query sees no key ahead of it where no mask says so."""
-        return getattr(self.module, "is_causal", True)
+        given = self.extra.get("is_causal")
+        return getattr(self.module, "is_causal", True) if given is None else given
 
     @property
     def layer(self) -> int:
@@ -80,7 +82,7 @@ class Core:
             every = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
             return every.tril(columns - rows) if self.causal and rows > 1 else every
         mask = self.mask[..., :columns]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return mask if mask.dtype == torch.bool else mask > HIDDEN
 
     def rows(
         self,
@@ -101,7 +103,8 @@ class Core:
         if self.backend.dense:
             output, weights = self.mix(scores(query, key, positions, self), value)
             assert weights is not None
-            return output if also is None else output + also(weights, positions).transpose(1, 2), weights
+            more = 0 if also is None else also(weights, positions).transpose(1, 2).to(output.dtype)
+            return output + more, weights
 
         def made(chunk: Tensor, keys: Tensor, seen: Positions, part: Core, _: Any) -> Tensor:
             return scores(chunk, keys, seen, part)
@@ -136,6 +139,11 @@ class Core:
             cut = [one.part(0, count, key.shape[2]) for one in ranges]
             return cpu_ranges.attention(query, key, value, positions, cut, self.mask, self.scaling), None
         return portable.by_rows(self, query, key, value, positions, scores), None
+
+    @staticmethod
+    def _precise(query: Tensor) -> torch.dtype:
+        """Float32, or float64 where the queries are that."""
+        return torch.promote_types(query.dtype, torch.float32)
 
     def _check_flex(self) -> None:
         dropout = self.dropout and self.module.training
@@ -177,11 +185,14 @@ class Core:
             return None
         key, value, positions = fit
         if not isinstance(bias, DistanceBias):
+            if any(bool((one != one[:1]).any()) for one in (positions.query, positions.key)):
+                return None  # built once, for rows that stand at the same places
             at = (positions.query[0], positions.key[0])
             parameters = tuple(bias.parameters())
             return Dense.apply(query, key, value, at, build, self.scaling, *parameters).transpose(1, 2)  # pyright: ignore
         heads = torch.arange(query.shape[1], device=query.device)
         table = bias.of(torch.arange(key.shape[2], device=query.device), heads[:, None])
+        table = table.to(self._precise(query))
         reach, fall = None, bias.fall(query.device)
         if fall is not None and query.shape[2] == key.shape[2] >= LONG:
             reach = reaches(query, key, self.scaling, fall)
@@ -204,7 +215,7 @@ class Core:
         fit = self._consecutive(query, key, value, positions)
         if fit is None:
             return None
-        strip = vectors(distances(fit[0].shape[2]))
+        u, v, strip = (one.to(self._precise(query)) for one in (u, v, vectors(distances(fit[0].shape[2]))))
         output: Any = Relative.apply(query, fit[0], fit[1], u, v, strip, self.scaling)
         return output.transpose(1, 2), None
 
@@ -229,14 +240,14 @@ class Core:
             end = total - count + stop
             seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
             changed = change(query[:, :, start:stop], key[:, :, :end], seen)
-            nothing = torch.zeros(query.shape[1], end)
+            nothing = torch.zeros(query.shape[1], end, dtype=self._precise(query))
             return attention_by_distance(*changed, value[:, :, :end], nothing, self.scaling)
 
         outputs = []
         for start in range(0, count, size):
             arguments = (start, min(start + size, count), query, key, value)
             again = torch.is_grad_enabled() and count > size  # else every block keeps keys of its own
-            outputs.append(checkpoint(compute, *arguments, use_reentrant=False) if again else compute(*arguments))
+            outputs.append(portable.again(self, compute, *arguments) if again else compute(*arguments))
         return torch.cat(outputs, 1), None
 
     def clipped(
@@ -253,6 +264,7 @@ class Core:
         fit = self._consecutive(query, key, value, positions)
         if fit is None:
             return None
+        on_keys, on_values = (None if one is None else one.to(self._precise(query)) for one in (on_keys, on_values))
         output: Any = Clipped.apply(query, fit[0], fit[1], on_keys, on_values, self.scaling)
         return output.transpose(1, 2), None
 
@@ -261,6 +273,8 @@ class Core:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels."""
         width, extra = value.shape[-1], more_query.shape[-1]
+        if self.backend.name == "flash" and self.extra.get("softcap") is not None:
+            raise UnsupportedError("Flash attention would cap scores and bias together; use backend='sdpa' or 'eager'.")
         more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
         more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
         # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.

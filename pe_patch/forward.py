@@ -26,6 +26,8 @@ class Runtime:
     scheme: Scheme
     embeds: bool
     """The scheme adds to the input embeddings."""
+    multiplier: float
+    """By which the base model multiplies what it is given as input embeddings."""
     scores: bool
     """Some layer needs the positions of queries and keys at its scores."""
     carry: Callable[..., dict[str, Any]] | None
@@ -106,7 +108,11 @@ def _with_positions(
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = base.get_input_embeddings()(kwargs.pop("input_ids"))
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, runtime.scheme("embed", embeds, query)
+        if runtime.multiplier == 1:
+            embeds = runtime.scheme("embed", embeds, query)
+        else:  # what is added is added to what the layers see
+            embeds = runtime.scheme("embed", embeds * runtime.multiplier, query) / runtime.multiplier
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds
     if runtime.scores or runtime.carry is not None:  # what carries the positions also keeps packed documents apart
         kwargs = _open_cache(base, kwargs)
         past = kwargs.get("past_key_values")

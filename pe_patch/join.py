@@ -341,6 +341,7 @@ def _forward_swaps(
     runtime = Runtime(
         scheme=scheme,
         embeds=plan.embeds,
+        multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores),
         carry=adapter.carry,
         arguments=[name for name in list(inspect.signature(type(base).forward).parameters)[1:] if name != "kwargs"],

@@ -104,8 +104,13 @@ def remember(cache: Any, query: Tensor, past_length: int | Tensor, slots: int | 
             raise PePatchError(f"A cache of {known.shape[0]} rows cannot be continued with {rows}.")
         if known.shape[0] < rows:  # several continuations of each prompt
             known = known.repeat_interleave(rows // known.shape[0], 0)
-        else:  # position ids given before and left to the model now, or the other way round
-            query = query.expand(known.shape[0], -1) if rows == 1 else query
+        elif rows == 1:  # position ids given before and left to the model now
+            query = query.expand(known.shape[0], -1)
+        else:
+            raise PePatchError(
+                f"This cache was filled with {known.shape[0]} rows, and {rows} go on: nothing says which were kept. "
+                "Start from an empty cache."
+            )
     known = torch.cat((known[:, :past_length], query), -1)
     cache.pe_positions = known
     return known

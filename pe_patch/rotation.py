@@ -91,6 +91,10 @@ class Rotation(Scheme):
             raise OptionError(f"{self.name!r} got theta={given!r}; the base of the frequencies is a number above 1.")
         self.theta = float(given)
         length = original_max_position_embeddings
+        if length is not None and (isinstance(length, bool) or length != int(length)):
+            raise OptionError(
+                f"{self.name!r} got original_max_position_embeddings={length!r}; give a whole number of tokens."
+            )
         self.window = shape.trained_length if length is None else int(length)
         self.dim = shape.rotary_dim
         self.expected_length: int | None = None

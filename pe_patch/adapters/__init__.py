@@ -29,8 +29,6 @@ PLAIN = {
     "phi": "Phi-1, Phi-1.5, Phi-2",
     "phi3": "Phi-3, Phi-4",
     "olmoe": "OLMoE",
-    "granite": "Granite 3",
-    "granitemoe": "Granite 3 MoE",
     "starcoder2": "StarCoder2",
     "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
     "arcee": "AFM-4.5B",
@@ -62,6 +60,8 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "llama4_text": Adapter(
             layout="complex", interleaved_pairs=True, rotates="use_rope", summary="Llama 4 Scout, Maverick"
         ),
+        "granite": Adapter(embedding_multiplier="embedding_multiplier", summary="Granite 3"),
+        "granitemoe": Adapter(embedding_multiplier="embedding_multiplier", summary="Granite 3 MoE"),
         "helium": Adapter(interleaved_pairs=True, summary="Helium 1"),
         "stablelm": Adapter(carries=False, summary="StableLM 2"),
         "nemotron": Adapter(carries=False, summary="Nemotron-4, Minitron"),

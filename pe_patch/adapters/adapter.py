@@ -41,6 +41,8 @@ class Adapter:
     """That module is called for each of `config.layer_types`, each with frequencies of its own."""
     interleaved_pairs: bool = False
     """Rotated pairs are neighbours rather than halves of the head."""
+    embedding_multiplier: str | None = None
+    """Attribute of the base model by which it multiplies input embeddings that it is given."""
     rotates: str | Callable[[Any], bool] | None = None
     """Whether an attention rotates: an attribute of it, or a function; None where all do."""
     late_norm: bool = False

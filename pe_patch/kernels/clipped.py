@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cpu
 
@@ -81,6 +82,7 @@ class Clipped(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, on_keys, on_values, output, lse = ctx.saved_tensors
         scaling, group = ctx.scaling, query.shape[1] // key.shape[1]

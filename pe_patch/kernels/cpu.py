@@ -14,6 +14,8 @@ from torch import Tensor
 
 CHUNK = 256
 """Queries at a time: wide enough for the kernel, narrow enough that what they cannot see costs little."""
+HIDDEN = -5e3
+"""What an additive mask has where a key is hidden lies below this, by every convention."""
 SPAN = 2048
 """Keys at a time in backward, which bounds the memory for what they add to their gradients."""
 
@@ -30,6 +32,7 @@ def suits(core: Any, query: Tensor, value: Tensor) -> bool:
         and query.device.type == "cpu"
         and query.dtype in DTYPES
         and query.shape[-1] == value.shape[-1]
+        and query.dtype == value.dtype
         and core.causal
         and not (core.dropout and core.module.training)
         and core.extra.get("softcap") is None
@@ -45,7 +48,15 @@ def attention(
 
     mask `[batch, heads, query, key]`, float. A row that sees nothing has a log-sum-exp of 0 here (PyTorch's choice).
     """
+    _check_mask(query, mask)
     return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)
+
+
+def _check_mask(query: Tensor, mask: Tensor | None) -> None:
+    """The kernel reads a mask of another dtype as if it were its own; only float32 beside half precision is meant."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if mask is not None and mask.dtype not in (query.dtype, wide):
+        raise TypeError(f"A mask of {mask.dtype} does not go with queries of {query.dtype}.")
 
 
 def gradients(
@@ -63,6 +74,7 @@ def gradients(
     They may be those of an attention over more keys than these: what these keys contribute is then exact, as in ring
     attention.
     """
+    _check_mask(query, mask)
     return _backward(grad, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling)
 
 
@@ -147,7 +159,8 @@ class Gradients:
             there = slice(low, min(low + SPAN, keys.stop))
             seen = None if mask is None else mask[..., low - keys.start : there.stop - keys.start]
             found = gradients(grad, query, key[:, :, there], value[:, :, there], output, lse, seen, scaling)
-            into = found[0] if into is None else into + found[0]
+            part = found[0].to(self.sums[0].dtype)
+            into = part if into is None else into + part
             to_key[:, :, there] += found[1]
             to_value[:, :, there] += found[2]
         if into is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cpu
 from .tiles import Tile, TileBias, materialised_gradients
@@ -49,12 +50,13 @@ class Dense(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, *parameters, output, lse = ctx.saved_tensors
         if any(ctx.needs_input_grad[6:]):
             bias = _Built(ctx.at, ctx.build, [one for one in parameters if one.requires_grad])
             found = materialised_gradients(grads[0], query, key, value, output, lse, ctx.scaling, bias)
-            learned = iter(bias.found)
+            learned = (total.to(one.dtype) for total, one in zip(bias.found, bias.parameters, strict=True))
             return *found, None, None, None, *(next(learned) if one.requires_grad else None for one in parameters)
         into = cpu.Gradients(query, key, value)
         for chunk in cpu.chunks(query.shape[2], key.shape[2], key.shape[2], ROWS):
@@ -68,7 +70,7 @@ class _Built(TileBias):
 
     def __init__(self, at: Any, build: Build, parameters: list[Tensor]) -> None:
         self.at, self.build, self.parameters = at, build, parameters
-        self.found = [torch.zeros_like(one) for one in parameters]
+        self.found = [torch.zeros(one.shape, dtype=torch.promote_types(one.dtype, torch.float32)) for one in parameters]
 
     def begin(self, queries: slice, place: int) -> None:
         with torch.enable_grad():

@@ -38,15 +38,17 @@ def ranges(
             turned_query, turned_key, value, block_mask=_block_mask(part, query, key, positions, mask), scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1], return_aux=AuxRequest(lse=True),
         )  # fmt: skip
-        output, lse = own[0], own[1].lse
+        output, lse = own[0], own[1].lse.clamp(min=-1e30)  # a row that sees nothing has -inf, which has no gradient
         merged = (output, lse) if merged is None else merge(merged, (output, lse))
     assert merged is not None
     return merged[0].transpose(1, 2).contiguous()
 
 
 def _block_mask(part: Range, query: Tensor, key: Tensor, positions: Positions, mask: BlockMask | None) -> BlockMask:
-    rows, count, total = query.shape[0], query.shape[2], key.shape[2]
-    step_query, step_key = (steps.expand(rows, -1) for steps in part.steps(positions))
+    steps = part.steps(positions)
+    shared = all(one.shape[0] == 1 for one in (*steps, positions.key)) and (mask is None or mask.shape[0] == 1)
+    rows, count, total = 1 if shared else query.shape[0], query.shape[2], key.shape[2]
+    step_query, step_key = (one.expand(rows, -1) for one in steps)
     at_key, offset = positions.key.expand(rows, -1), total - count
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -60,4 +62,6 @@ def _block_mask(part: Range, query: Tensor, key: Tensor, positions: Positions, m
             inside = inside & (at_key[batch, k] < part.below)
         return inside
 
-    return create_block_mask(sees, rows, None, count, total, device=str(query.device))
+    batch = None if shared else rows
+    # Compiled, it never holds all pairs.
+    return create_block_mask(sees, batch, None, count, total, device=str(query.device), _compile=query.is_cuda)

@@ -28,6 +28,14 @@ def first_pass(core: Any, count: int, keys: tuple[Tensor, ...], positions: Posit
     return keys, positions
 
 
+def again(core: Any, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`compute(*arguments)`, computed again in backward."""
+    random = bool(core.dropout and core.module.training)  # states of the generator are worth keeping for dropout alone
+    output = checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=random)
+    assert isinstance(output, Tensor)
+    return output
+
+
 def by_chunks(core: Any, count: int, total: int, tensors: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Tensor:
     """`compute(start, stop, end, *tensors)` for the queries `start` to `stop` over the keys up to `end`, joined.
 
@@ -44,7 +52,7 @@ def by_chunks(core: Any, count: int, total: int, tensors: tuple[Tensor, ...], co
         stop = min(start + size, count)
         end = total if ends is None else stop + ends
         if torch.is_grad_enabled():  # else autograd would keep every chunk's scores
-            outputs.append(checkpoint(compute, start, stop, end, *tensors, use_reentrant=False))
+            outputs.append(again(core, compute, start, stop, end, *tensors))
         else:
             outputs.append(compute(start, stop, end, *tensors))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
@@ -68,7 +76,7 @@ def biased(core: Any, query: Tensor, key: Tensor, value: Tensor, positions: Posi
             additive = (
                 additive.masked_fill(~part.mask, lowest) if part.mask.dtype == torch.bool else additive + part.mask
             )
-        if additive.device.type != "cpu":  # where kernels take no wider mask
+        if additive.device.type != "cpu" or query.dtype == torch.float64:  # kernels that take no other mask
             additive = additive.to(query.dtype)
         additive = additive.expand(query.shape[0], query.shape[1], -1, -1)
         return core.host(chunk, keys, values, additive)[0]

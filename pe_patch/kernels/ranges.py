@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..positions import Positions
 from ..ranges import Range, Turn
@@ -94,19 +95,23 @@ class Layout:
     def _searched(self, one: Range, start: int, stop: int) -> Part | None:
         end = self.total if self.mask is not None else self.total - self.count + stop
         seen = self.positions._replace(query=self.positions.query[:, start:stop], key=self.positions.key[:, :end])
-        inside = one.part(start, stop, end).covers(seen)[:, None]
+        inside, more = one.part(start, stop, end).covers(seen)[:, None], None
         if self.mask is None:
             inside = inside & torch.ones(stop - start, end, dtype=torch.bool).tril(end - (stop - start))
+        elif self.mask.dtype == torch.bool:
+            inside = inside & self.mask[:, :, start:stop, :end]
         else:
-            mask = self.mask[:, :, start:stop, :end]
-            inside = inside & (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
+            more = self.mask[:, :, start:stop, :end]
+            inside = inside & (more > cpu.HIDDEN)
         met = inside.flatten(0, 2).any(0).nonzero()
         if not len(met):
             return None
         low, high = int(met[0]), int(met[-1]) + 1
         inside = inside[..., low:high]
-        seeing = inside.any(-1)
-        return Part(slice(low, high), self._additive(inside), None if bool(seeing.all()) else ~seeing)
+        seeing, additive = inside.any(-1), self._additive(inside)
+        if more is not None:
+            additive = additive + more[..., low:high].to(additive.dtype)
+        return Part(slice(low, high), additive, None if bool(seeing.all()) else ~seeing)
 
     def _additive(self, inside: Tensor) -> Tensor:
         return torch.zeros(inside.shape, dtype=self.dtype).masked_fill_(~inside, -math.inf)
@@ -141,6 +146,7 @@ class Ranges(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, output, lse = ctx.saved_tensors
         into = cpu.Gradients(query, key, value)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cpu
 from .tiles import Tile, TileBias, diagonals, materialised_gradients
@@ -56,6 +57,7 @@ class Relative(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, u, v, strip, output, lse = ctx.saved_tensors
         bias = _Term(query, u, v, strip, ctx.scaling)

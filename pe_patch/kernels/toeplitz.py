@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cpu
 from .tiles import Tile, TileBias, materialised_gradients
@@ -51,6 +52,7 @@ class Toeplitz(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, table, output, lse = ctx.saved_tensors
         grad, strip, total = grads[0], strip_of(table.detach()), key.shape[2]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import OptionError, nearest
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
+from .checks import check_length, check_number
 
 
 class NoPE(Scheme):
@@ -69,8 +70,8 @@ class Integer(Scheme):
         super().__init__(shape)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < float("inf"):
             raise OptionError(f"'integer' got scale={scale!r}; it is a number other than 0.")
-        length = original_max_position_embeddings
-        self.window = shape.trained_length if length is None else int(length)
+        length = check_length(self.name, "original_max_position_embeddings", original_max_position_embeddings)
+        self.window = length or shape.trained_length
         if self.window < 1:
             raise OptionError(
                 "'integer' measures positions against the window the model was trained for, and its config does not "
@@ -112,7 +113,7 @@ class Sinusoidal(Scheme):
             raise OptionError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.{nearest(layout, LAYOUTS)}")
         if shape.hidden_size % 2:
             raise OptionError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
-        self.theta, self.layout = float(theta), layout
+        self.theta, self.layout = check_number(self.name, "theta", theta, 1.0, exclusive=True), layout
 
     def frequencies(self) -> Tensor:
         """Radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
@@ -173,14 +174,14 @@ class Learned(Scheme):
         self, shape: AttentionShape, *, max_positions: int | None = None, extend: str | None = None, alpha: float = 0.4
     ) -> None:
         super().__init__(shape)
-        rows = max_positions or shape.trained_length
+        rows = check_length(self.name, "max_positions", max_positions) or shape.trained_length
         if rows < 1:
             raise OptionError("'learned' needs max_positions=<tokens>: the model's config does not say its window.")
         if extend is not None and extend not in EXTENSIONS:
             raise OptionError(f"extend={extend!r} is not one of {', '.join(EXTENSIONS)} or None.")
         if not 0 < alpha < 1 or alpha == 0.5:
             raise OptionError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
-        self.rows, self.extend, self.alpha = int(rows), extend, alpha
+        self.rows, self.extend, self.alpha = rows, extend, alpha
         self.table = nn.Parameter(torch.zeros(self.rows, shape.hidden_size))
 
     @property
@@ -232,7 +233,7 @@ class OneHot(Scheme):
 
     def __init__(self, shape: AttentionShape, *, max_positions: int | None = None) -> None:
         super().__init__(shape)
-        columns = shape.trained_length if max_positions is None else int(max_positions)
+        columns = check_length(self.name, "max_positions", max_positions) or shape.trained_length
         if columns < 1:
             raise OptionError("'one_hot' needs max_positions=<tokens>: the model's config does not say its window.")
         self.columns = columns

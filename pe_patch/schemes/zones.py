@@ -75,6 +75,7 @@ class Remapped(Rotation):
                 "give over= a fixed factor, or an expected_length."
             )
         self.theta, self.window = self.over.theta, self.over.effective_window or self.over.window
+        self._factor: float | None = None
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
         """Zones that share no pair; a pair in none of them is not attended."""
@@ -82,6 +83,12 @@ class Remapped(Rotation):
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         return self.over.frequencies(self.over.regime_start)
+
+    @property
+    def attention_factor(self) -> float:
+        if self._factor is None:  # asked for in every layer
+            self._factor = float(self.frequencies()[1])
+        return self._factor
 
     @property
     def effective_window(self) -> int | None:
