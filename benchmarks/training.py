@@ -246,12 +246,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=Setting.steps, help="another number starts over")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two steps, a few targets")
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("pe_patch").setLevel(logging.ERROR)  # that these models must be trained is what is done here
-    setting = Setting(steps=2, warmup=1, spots=2) if given.quick else Setting()
+    setting = Setting(steps=2, warmup=1, spots=2) if given.quick else Setting(steps=given.steps)
     bench, runs = Bench(setting), load(given.output / "training.json", setting)
     done = {(run["scheme"], run["seed"]) for run in runs}
     todo = [(name, seed) for seed in given.seeds for name in given.schemes if (name, seed) not in done]
@@ -269,7 +270,7 @@ def main() -> None:
     table = markdown(result)
     write_atomically(given.output / "training.md", table)
     draw(result, given.output / "training.png")
-    Console().print(table, markup=False, highlight=False)
+    Console().print(table, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

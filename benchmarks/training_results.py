@@ -60,11 +60,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     setting = result["setting"]
     rows = [row for row in result["schemes"] if row["scheme"] != "nope"]
     nope = next(row for row in result["schemes"] if row["scheme"] == "nope")
-    figure, axes = plt.subplots(1, 2, figsize=(12, 0.36 * len(rows) + 1.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 0.36 * len(rows) + 1.8), sharex=True, sharey=True, layout="constrained"
+    )
     for axis, length in zip(axes, (setting["window"], 2 * setting["window"]), strict=True):
         for place, row in enumerate(rows):
             found = row.get(str(length))
@@ -81,8 +84,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), [row["scheme"] for row in rows])
     axes[0].invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, COLOURS, loc="outside lower center", ncols=3, frameon=False)
+    handles = [Patch(color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, list(COLOURS), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
         f"{nope['seeds']} seeds of {result['tokens']:,} tokens; {result['machine']['cpu']}, float32; bars are means, "
         "lines 95 % intervals of the paired difference",
