@@ -16,7 +16,7 @@ CHUNK = 256
 """Queries at a time: wide enough for the kernel, narrow enough that what they cannot see costs little."""
 HIDDEN = -5e3
 """What an additive mask has where a key is hidden lies below this, by every convention."""
-SPAN = 2048
+SPAN = 1024
 """Keys at a time in backward, which bounds the memory for what they add to their gradients."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
