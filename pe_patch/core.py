@@ -264,7 +264,8 @@ class Core:
         fit = self._consecutive(query, key, value, positions)
         if fit is None:
             return None
-        on_keys, on_values = (None if one is None else one.to(self._precise(query)) for one in (on_keys, on_values))
+        on_keys = on_keys.to(self._precise(query))
+        on_values = None if on_values is None else on_values.to(self._precise(query))
         output: Any = Clipped.apply(query, fit[0], fit[1], on_keys, on_values, self.scaling)
         return output.transpose(1, 2), None
 

@@ -100,6 +100,9 @@ def effective(scheme: Scheme) -> dict[str, Any]:
         value = getattr(scheme, name, None)
         if value is not None:
             numbers["trained_window" if name == "window" else name] = value
+    inner: Any = getattr(scheme, "over", None)
+    if getattr(inner, "window", None) is not None:  # what it stands over is what the model was trained with
+        numbers["trained_window"] = inner.window
     numbers |= scheme.settled
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
     inv_freq = getattr(scheme, "inv_freq", None)

@@ -298,3 +298,8 @@ def test_saved_described_and_not_exported(name, tmp_path):
     assert name in str(found) and found.effective["trained_window"] == WINDOW
     if name == "self_extend":
         assert found.effective["group"] == 4 and found.effective["effective_window"] == 92
+
+
+def test_the_trained_window_is_that_of_the_model_whatever_a_scheme_stands_over():
+    model = patch_model(build("llama"), "string", over={"scheme": "yarn", "factor": 8})
+    assert describe(model).to_dict()["effective"]["trained_window"] == WINDOW
