@@ -2,7 +2,7 @@
 
     python benchmarks/training.py                          # every scheme, 3 seeds; finished runs are kept
     python benchmarks/training.py --schemes rope fire --seeds 0
-    python benchmarks/training.py --quick --output /tmp/x  # two steps, to see that it runs
+    python benchmarks/training.py --quick --output trial    # two steps, to see that it runs
 
 The model starts from the same weights and sees the same text in the same order under every scheme of one seed, so that
 differences to `nope` are taken seed by seed. Everything but the scheme is the same, and nothing was tuned for one.

@@ -1,7 +1,7 @@
 """Every training-free scheme on the demo's model at four and eight times its window: retrieval and perplexity.
 
     python benchmarks/zero_shot.py                             # 35 questions, 16 places in the text, one thread
-    python benchmarks/zero_shot.py --schemes yarn dca --samples 10 --spots 2 --output /tmp/x
+    python benchmarks/zero_shot.py --schemes yarn dca --samples 10 --spots 2 --output trial
 
 Each scheme has the options that the target asks for, also where it is measured within the window. Questions and scored
 tokens are the same for every scheme; both come from files that the model was not trained on.
