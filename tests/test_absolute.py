@@ -180,6 +180,6 @@ def test_options_are_checked():
     windowless = AttentionShape(**{**SHAPE.__dict__, "trained_length": 0})
     with pytest.raises(OptionError, match="original_max_position_embeddings=<tokens>"):
         SCHEMES["integer"](windowless)
-    for options in ({}, {"max_positions": 0}):
-        with pytest.raises(OptionError, match="max_positions=<tokens>"):
+    for options, said in (({}, "max_positions=<tokens>"), ({"max_positions": 0}, "at least 1")):
+        with pytest.raises(OptionError, match=said):
             SCHEMES["one_hot"](windowless, **options)
