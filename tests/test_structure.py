@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "backends": {"errors", "scheme"},
     "core": {"backends", "errors", "kernels", "positions", "ranges", "scheme"},
     "attention": {"backends", "core", "errors", "positions"},
-    "adapters": {"errors", "scheme", "rotation", "attention", "adapters"},
+    "adapters": {"errors", "scheme", "rotation", "attention", "latent", "adapters"},
     "swaps": set(),
     "forward": {"errors", "positions", "scheme", "attention"},
 }

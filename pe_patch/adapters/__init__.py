@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .bloom import bloom_attention, build_alibi_tensor, carry_positions
+from .projections import Fused, ProjectionNames, Separate
 from .vision import Tower
 
 
@@ -40,10 +41,24 @@ PLAIN = {
     "phimoe": "Phi-3.5-MoE",
 }
 
+PROJECTIONS: dict[str, ProjectionNames] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "arcee", "ministral", "phimoe"), Separate()
+    ),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "apertus"), Separate(norms=("q_norm", "k_norm"))),
+    **dict.fromkeys(("starcoder2", "seed_oss"), Separate(residual_dropout="residual_dropout")),
+    "phi": Separate(output="dense", norms=("q_layernorm", "k_layernorm")),
+    "phi3": Fused(),
+}
+"""Those of `PLAIN` whose attention does nothing but project, normalise each head, rotate, attend and project."""
+
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {family: Adapter(summary=summary) for family, summary in PLAIN.items()}
+    {family: Adapter(projections=PROJECTIONS.get(family), summary=summary) for family, summary in PLAIN.items()}
     | {
-        "gpt_neox": Adapter(attention="attention", summary="Pythia, GPT-NeoX-20B, Dolly"),
+        "gpt_neox": Adapter(
+            attention="attention", projections=Fused(module="query_key_value", per_head=True, output="dense"),
+            summary="Pythia, GPT-NeoX-20B, Dolly",
+        ),
         "bloom": Adapter(
             layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
             carry=carry_positions, build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
@@ -60,14 +75,18 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "llama4_text": Adapter(
             layout="complex", interleaved_pairs=True, rotates="use_rope", summary="Llama 4 Scout, Maverick"
         ),
-        "granite": Adapter(embedding_multiplier="embedding_multiplier", summary="Granite 3"),
-        "granitemoe": Adapter(embedding_multiplier="embedding_multiplier", summary="Granite 3 MoE"),
-        "helium": Adapter(interleaved_pairs=True, summary="Helium 1"),
+        "granite": Adapter(
+            embedding_multiplier="embedding_multiplier", projections=Separate(), summary="Granite 3"
+        ),
+        "granitemoe": Adapter(
+            embedding_multiplier="embedding_multiplier", projections=Separate(), summary="Granite 3 MoE"
+        ),
+        "helium": Adapter(interleaved_pairs=True, projections=Separate(), summary="Helium 1"),
         "stablelm": Adapter(carries=False, summary="StableLM 2"),
         "nemotron": Adapter(carries=False, summary="Nemotron-4, Minitron"),
         "hunyuan_v1_dense": Adapter(late_norm=True, summary="Hunyuan dense"),
-        "glm": Adapter(interleaved_pairs=True, summary="GLM-4 9B"),
-        "glm4": Adapter(interleaved_pairs=True, summary="GLM-4-0414"),
+        "glm": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4 9B"),
+        "glm4": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4-0414"),
         "gpt_oss": Adapter(layout="single", summary="gpt-oss-20b, gpt-oss-120b"),
         "smollm3": Adapter(rotates="use_rope", summary="SmolLM3"),
         "gpt2": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="GPT-2, DistilGPT-2"),

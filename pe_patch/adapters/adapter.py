@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..rotation import cos_sin
 from ..scheme import AttentionShape, Scheme
+from .projections import ProjectionNames
 from .vision import Tower
 
 DEFAULT_THETA = 10000.0
@@ -61,6 +62,8 @@ class Adapter:
     """How positions reach the attention where the base model carries no extra keywords (with `forward`)."""
     build_bias: tuple[str, Callable[..., Any]] | None = None
     """A method of the base model that makes the native bias, and what takes its place (with `carry`)."""
+    projections: ProjectionNames | None = None
+    """What the attention calls its projections, where latents may take their place; None where that is not known."""
     tower: Tower | None = None
     """How images become tokens, for a tower that reads them."""
     summary: str = ""
