@@ -267,6 +267,9 @@ def _native_swaps(
     original: dict[str, nn.Module] = {}
     if adapter.rotary is not None and not keep_native:
         swaps = _rotary_swaps(base, adapter, own, plan, original)
+    if adapter.folds_scale and not keep_native:
+        chosen = [(attention, own[i]) for i, attention in enumerate(adapter.attentions(base)) if i in own]
+        swaps += [Swap.of(each, "scaling", adapter.softmax_scale(each, scheme), direct=True) for each, scheme in chosen]
     if adapter.learned is not None and not keep_native:
         table = getattr(base, adapter.learned)
         own[0].adopt(table.weight[adapter.learned_offset :])

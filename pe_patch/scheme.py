@@ -241,6 +241,11 @@ class Scheme(nn.Module):
         return None
 
     @property
+    def softmax_factor(self) -> float:
+        """M, by whose square a family that folds it into its softmax scale (DeepSeek) multiplies that scale."""
+        return 1.0
+
+    @property
     def native_window(self) -> int | None:
         """What `max_position_embeddings` must be for `native` to hold; None where it does not matter."""
         return self.effective_window

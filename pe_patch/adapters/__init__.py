@@ -31,7 +31,6 @@ PLAIN = {
     "phi3": "Phi-3, Phi-4",
     "olmoe": "OLMoE",
     "starcoder2": "StarCoder2",
-    "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
     "arcee": "AFM-4.5B",
     "bitnet": "BitNet b1.58",
     "seed_oss": "Seed-OSS",
@@ -52,9 +51,22 @@ PROJECTIONS: dict[str, ProjectionNames] = {
 }
 """Those of `PLAIN` whose attention does nothing but project, normalise each head, rotate, attend and project."""
 
+LATENT = {
+    "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "youtu": "Youtu-LLM 2B",
+    "minicpm3": "MiniCPM3 4B",
+    "axk1": "A.X K1",
+}
+"""Families whose attention caches latents; they fold YaRN's factor over all dimensions into the softmax scale."""
+
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
     {family: Adapter(projections=PROJECTIONS.get(family), summary=summary) for family, summary in PLAIN.items()}
+    | {family: Adapter(folds_scale=True, summary=summary) for family, summary in LATENT.items()}
     | {
+        "deepseek_v2": Adapter(
+            layout="complex", interleaved_pairs=True, folds_scale=True, summary="DeepSeek-V2, DeepSeek-V2-Lite"
+        ),
         "gpt_neox": Adapter(
             attention="attention", projections=Fused(module="query_key_value", per_head=True, output="dense"),
             summary="Pythia, GPT-NeoX-20B, Dolly",

@@ -50,6 +50,8 @@ class Adapter:
     """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
     carries: bool = True
     """Keywords given to the base model reach the attention function."""
+    folds_scale: bool = False
+    """YaRN's factor over all dimensions is multiplied into `attention.scaling` when the model is built."""
     learned: str | None = None
     """The module on the base model that holds learned positions."""
     learned_offset: int = 0
@@ -92,6 +94,11 @@ class Adapter:
         if self.rotates is None:
             return False
         return not (self.rotates(attention) if callable(self.rotates) else getattr(attention, self.rotates))
+
+    def softmax_scale(self, attention: Any, scheme: Scheme) -> float:
+        """What this attention multiplies its scores by under a scheme: d^-1/2 M^2 for heads of d dimensions, in the
+        order of operations of Transformers."""
+        return attention.qk_head_dim**-0.5 * scheme.softmax_factor * scheme.softmax_factor
 
     def joint(self, base: nn.Module, scheme: Scheme | None, kind: str | None = None) -> RotaryJoint:
         """What stands in the place of the rotary module, for one layer type where it serves several."""

@@ -72,6 +72,10 @@ class Over(Rotary):
         return self.over.length_dependent
 
     @property
+    def softmax_factor(self) -> float:
+        return self.over.softmax_factor
+
+    @property
     def effective_window(self) -> int | None:
         return self.over.effective_window
 

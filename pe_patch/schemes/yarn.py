@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dialects import yarn_temperature
+from ..errors import OptionError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .checks import check_flag, check_length, check_number, check_order
@@ -24,7 +25,8 @@ class YaRN(Scaled):
         factor: s >= 1, or "auto".
         beta_fast, beta_slow: turns inside the window at which the ramp begins and ends.
         attention_factor: what cos and sin are multiplied by, instead of the formula.
-        mscale, mscale_all_dim: both given, the factor is (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1).
+        mscale, mscale_all_dim: both given, the factor is (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1). The
+            families of DeepSeek also multiply their softmax scale by (0.1 mscale_all_dim ln s + 1)^2.
         truncate: round the ends of the ramp outwards to whole pairs.
     """
 
@@ -63,6 +65,20 @@ class YaRN(Scaled):
         if mscale and all_dim:
             return yarn_temperature(factor, mscale) / yarn_temperature(factor, all_dim)
         return yarn_temperature(factor)
+
+    @property
+    def softmax_factor(self) -> float:
+        """0.1 mscale_all_dim ln s + 1, whatever the factor on cos and sin (DeepSeek-AI 2024, arXiv 2405.04434, whose
+        code multiplies the softmax scale by its square)."""
+        all_dim = self.given.get("mscale_all_dim")
+        if not all_dim:
+            return 1.0
+        if self.factor is None:
+            raise OptionError(
+                f"{self.name!r} got mscale_all_dim={all_dim:g}, by which this family multiplies its softmax scale, and "
+                "a factor that follows the length; give a fixed factor, or leave mscale and mscale_all_dim out."
+            )
+        return yarn_temperature(self.factor, all_dim)
 
     def unscaled(self) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0 if self.length_dependent else self.attention_factor_at(1.0)

@@ -91,6 +91,10 @@ class Remapped(Rotation):
         return self._factor
 
     @property
+    def softmax_factor(self) -> float:
+        return self.over.softmax_factor
+
+    @property
     def effective_window(self) -> int | None:
         return None
 
