@@ -21,6 +21,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention"},
     "ranges": {"positions"},
     "kernels": {"kernels", "positions", "ranges"},
+    "latent": {"errors", "latent"},
     "backends": {"errors", "scheme"},
     "core": {"backends", "errors", "kernels", "positions", "ranges", "scheme"},
     "attention": {"backends", "core", "errors", "positions"},
@@ -64,7 +65,18 @@ def test_nothing_below_knows_the_tools_above():
             assert not ours_imported_by(path) & ABOVE, path.relative_to(ROOT)
 
 
-TORCH_ONLY = {"errors", "positions", "ranges", "kernels", "scheme", "rotation", "schemes", "dialects", "swaps"}
+TORCH_ONLY = {
+    "errors",
+    "positions",
+    "ranges",
+    "kernels",
+    "scheme",
+    "rotation",
+    "schemes",
+    "dialects",
+    "swaps",
+    "latent",
+}
 
 
 def test_schemes_never_see_transformers():
