@@ -18,9 +18,9 @@ from .checks import (
     check_select,
     check_unused,
 )
-from .low_rank import balance_of, directions, full_ranks, parts, reach, second_moment, weights
+from .low_rank import balance_of, full_ranks, parts, reach, second_moment, weights
 from .projections import Latents, Projections, Statistics
-from .rotary_keys import RotaryKeys, selected, shared
+from .rotary_keys import RotaryKeys, principal, selected, shared
 
 
 @torch.no_grad()
@@ -78,8 +78,8 @@ def convert(
     of_key, of_value = parts(projections, keys, balance)
     by_weight = weights(projections)
     made = [torch.cat((of_key, of_value))] if svd == "joint" else [of_key, of_value]
-    axes = [directions(second_moment(part, seen, by_weight), reach(projections, part)) for part in made]
-    axes = [_wide(part, most)[:, :kv_rank] for part in axes]
+    axes = [principal(second_moment(part, seen, by_weight), reach(projections, part)) for part in made]
+    axes = [_wide(part, most) for part in axes]
     key_axes, value_axes = axes[0].split((len(of_key), len(of_value))) if svd == "joint" else axes
     latents = Latents(
         query=keys.query.repeat_interleave(projections.group, 0),
@@ -90,6 +90,7 @@ def convert(
         frequency=keys.frequency,
         split=svd == "split",
     )
+    latents = truncated(latents, kv_rank)
     return _with_norm(latents, statistics) if latent_norm else latents
 
 
@@ -119,7 +120,9 @@ def truncated(latents: Latents, rank: int, statistics: Statistics | None = None)
     """
     check_rank("truncated", rank, latents.up_value.shape[-1], "as these latents have")
     down = latents.down.unflatten(0, (2 if latents.split else 1, -1))[:, :rank].flatten(0, 1)
-    cut = replace(latents, down=down, up_key=latents.up_key[..., :rank], up_value=latents.up_value[..., :rank])
+    up_key, up_value = latents.up_key[..., :rank], latents.up_value[..., :rank]
+    # Copies, as parts of the larger tensors would keep these alive.
+    cut = replace(latents, down=down.clone(), up_key=up_key.clone(), up_value=up_value.clone())
     if latents.norm is None:
         return cut
     if statistics is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .projections import Projections, Statistics
-from .rotary_keys import RotaryKeys, principal
+from .rotary_keys import RotaryKeys
 from .statistics import normalised
 
 
@@ -88,10 +88,3 @@ def reach(projections: Projections, *made: Tensor) -> Tensor | None:
         return None
     keys = stacked.shape[0] - only_values.shape[0]
     return torch.block_diag(torch.eye(keys, dtype=value.dtype, device=value.device), torch.linalg.qr(only_values).Q)
-
-
-def directions(moment: Tensor, within: Tensor | None) -> Tensor:
-    """Principal axes of `moment` inside the span of `within`, most first, `[rows, full rank]`."""
-    if within is None:
-        return principal(moment)
-    return within @ principal(within.T @ moment @ within)

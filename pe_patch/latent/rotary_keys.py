@@ -112,9 +112,14 @@ def shared(projections: Projections, statistics: Statistics, rope_dim: int, freq
     )
 
 
-def principal(moment: Tensor) -> Tensor:
-    """Principal axes of `moment` `[..., n, n]`, the first column the one with most; the largest entry is positive."""
-    axes = torch.linalg.eigh((moment + moment.mT) / 2).eigenvectors.flip(-1)
+def principal(moment: Tensor, within: Tensor | None = None) -> Tensor:
+    """Principal axes of `moment` `[..., n, n]`, most first; the largest entry of each is positive.
+
+    With `within`, orthonormal columns `[n, m]`, the m axes in their span.
+    """
+    inside = moment if within is None else within.T @ moment @ within
+    axes = torch.linalg.eigh((inside + inside.mT) / 2).eigenvectors.flip(-1)
+    axes = axes if within is None else within @ axes
     largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
     return axes * torch.where(largest < 0, -1.0, 1.0).to(axes.dtype)
 
