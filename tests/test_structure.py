@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention"},
     "ranges": {"positions"},
     "kernels": {"kernels", "positions", "ranges"},
-    "latent": {"errors", "latent"},
+    "latent": {"errors", "swaps", "latent"},
     "backends": {"errors", "scheme"},
     "core": {"backends", "errors", "kernels", "positions", "ranges", "scheme"},
     "attention": {"backends", "core", "errors", "positions"},
