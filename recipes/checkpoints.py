@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from .recipe import Recipe, RecipeError
 
-LASTING = ("model", "tokenizer", "scheme", "lora", "data", "phases", "optimizer", "mixed_precision", "seed")
+LASTING = ("model", "tokenizer", "scheme", "lora", "distill", "data", "phases", "optimizer", "mixed_precision", "seed")
 """The parts of a recipe that a resumed run must share with the run it goes on from."""
 
 

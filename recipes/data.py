@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count as count_up
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,19 @@ def _shuffled_pairs(length: int, count: int, rng: np.random.Generator) -> np.nda
     """
     pairs = np.arange(length - 2 * count, length).reshape(count, 2)
     return np.concatenate([np.arange(length - 2 * count), pairs[rng.permutation(count)].ravel()])
+
+
+def first_tokens(data: PhaseData, count: int) -> list[list[int]]:
+    """The first `count` token ids of a phase's sequences, in rows of at most its length and without padding."""
+    rows: list[list[int]] = []
+    for number in count_up():
+        item = data[number]
+        stop = 1 + int(np.flatnonzero(item["labels"] != IGNORED)[-1])  # padding comes last and is no target
+        rows.append(item["input_ids"][: min(stop, count)].tolist())
+        count -= len(rows[-1])
+        if count == 0:
+            break
+    return rows
 
 
 def micro_batches(

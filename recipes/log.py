@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-COLUMNS = ("phase", "loss", "accuracy", "tokens_per_second")
+COLUMNS = ("phase", "loss", "divergence", "accuracy", "tokens_per_second")
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""What is minimised: the cross-entropy of the next token, summed, so that it can be divided by a global count."""
+"""What is minimised: sums over the targets of a batch, so that they can be divided by a global count."""
 
 from __future__ import annotations
 
@@ -7,33 +7,63 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .data import IGNORED
 
+CHUNK = 512
+"""Targets whose two distributions are held in float32 at once."""
+
 
 class Score(NamedTuple):
-    """Sums over the targets of a batch; `correct` is how many were the most likely token."""
+    """Sums over the targets of a batch, in nats; `correct` is how many were the most likely token."""
 
     loss: Tensor
     correct: Tensor
+    divergence: Tensor
 
 
-def next_token_score(logits: Tensor, labels: Tensor, *, vocabulary: tuple[int, int] | None, accuracy: bool) -> Score:
+def next_token_score(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    vocabulary: tuple[int, int] | None,
+    accuracy: bool,
+    teacher: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Score:
     """Score `logits` [batch, length, vocabulary] at predicting `labels` [batch, length], each one place ahead.
 
     `vocabulary` (first, one past the last) lets only those tokens compete. `accuracy` counts the hits; otherwise
-    `correct` is zero.
+    `correct` is zero. `divergence` is from the logits of a `teacher` [batch, length, vocabulary]; zero without one.
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORED
-    candidates, wanted = logits[:, :-1][chosen], targets[chosen]
-    if vocabulary is not None:
-        first, stop = vocabulary
-        candidates, wanted = candidates[:, first:stop], wanted - first
-    candidates = candidates.float()
-    loss = F.cross_entropy(candidates, wanted, reduction="sum")
+    candidates, wanted = _candidates(logits, chosen, vocabulary), targets[chosen] - (vocabulary or (0,))[0]
+    loss = F.cross_entropy(candidates.float(), wanted, reduction="sum")
     correct = (candidates.argmax(-1) == wanted).sum() if accuracy else torch.zeros_like(wanted[:1]).sum()
-    return Score(loss, correct)
+    if teacher is None:
+        return Score(loss, correct, torch.zeros_like(loss))
+    return Score(loss, correct, divergence(_candidates(teacher, chosen, vocabulary), candidates, temperature))
+
+
+def _candidates(logits: Tensor, chosen: Tensor, vocabulary: tuple[int, int] | None) -> Tensor:
+    candidates = logits[:, :-1][chosen]
+    return candidates if vocabulary is None else candidates[:, slice(*vocabulary)]
+
+
+def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(p || q), summed over the rows of two sets of logits [targets, vocabulary], p the teacher's softmax at
+    temperature T and q the student's: the gradients keep their size whatever T is (Hinton et al. 2015, arXiv
+    1503.02531, section 2). A chunk's distributions are made anew in the backward pass and never kept."""
+    chunks = zip(teacher.split(CHUNK), student.split(CHUNK), strict=True)
+    parts = [checkpoint(_divergence, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return torch.stack(parts).sum() * temperature**2
+
+
+def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    wanted, ours = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
+    return F.kl_div(ours, wanted, reduction="sum", log_target=True)
 
 
 def count_targets(labels: Tensor) -> Tensor:

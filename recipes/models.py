@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,29 @@ def add_retrieval_tokens(tokenizer: Any) -> None:
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
 
 
-def build_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """The model with its scheme and its adapters; what is to be trained requires gradients, nothing else does."""
+def build_model(recipe: Recipe, tokenizer: Any, options: dict[str, Any] | None = None, device: Any = None) -> Any:
+    """The model with its scheme and its adapters; what is to be trained requires gradients, nothing else does.
+
+    `options` of the scheme are given beside the recipe's own, and it is patched on `device`, where there is one.
+    """
     model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.scheme is not None:
-        pe_patch.patch_model(model, recipe.scheme.name, **recipe.scheme.options)
+        pe_patch.patch_model(model.to(device), recipe.scheme.name, **recipe.scheme.options, **(options or {}))
     return model if recipe.lora is None else _with_lora(model, recipe.lora)
+
+
+def build_teacher(recipe: Recipe, student: Any, device: Any) -> Any:
+    """The frozen model that the recipe distils from: a second copy, without the scheme and the adapters."""
+    assert recipe.distill is not None
+    dtype = "bfloat16" if recipe.mixed_precision == "bf16" else recipe.model.dtype
+    wanted = replace(recipe.model, source=recipe.distill.source or recipe.model.source, dtype=dtype)
+    teacher = _pretrained(wanted).requires_grad_(False).eval().to(device)
+    theirs, ours = (model.config.get_text_config().vocab_size for model in (teacher, student))
+    if theirs != ours:
+        raise RecipeError(f"distill: the teacher {wanted.source} has {theirs} tokens and the model {ours}.")
+    return teacher
 
 
 def _pretrained(wanted: Model) -> Any:

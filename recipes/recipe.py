@@ -56,6 +56,20 @@ class Scheme:
     """A name from `pe_patch.SCHEMES`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Its options, spelled as `patch_model` takes them (`factor: 8`, `on_existing: replace`)."""
+    calibration_tokens: int | None = None
+    """How many tokens of the first phase's sequences are handed to the scheme as its option `calibration`."""
+
+
+@dataclass
+class Distill:
+    """A teacher, beside the text: the loss adds the divergence from its distribution over the next token."""
+
+    weight: float = 1.0
+    """Of the divergence; the cross-entropy has weight 1."""
+    temperature: float = 1.0
+    """T: both distributions are softmax(logits / T), and the divergence counts T^2 times (Hinton et al. 2015)."""
+    source: str | None = None
+    """A local folder or a hub name with the same vocabulary; null is `model.source` as it was before the scheme."""
 
 
 @dataclass
@@ -127,6 +141,8 @@ class Phase:
     """Steps over which the learning rate rises from zero."""
     decay: float = 0.4
     """Share of the steps in which `warmup_stable_decay` falls."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """How it falls."""
     floor: float = 0.0
     """Where `cosine` and `warmup_stable_decay` end, and the latter starts, as a share of the learning rate."""
     vocabulary: tuple[int, int] | None = None
@@ -177,6 +193,8 @@ class Recipe:
     """Null trains the model as it is."""
     lora: Lora | None = None
     """Null trains every weight."""
+    distill: Distill | None = None
+    """Null learns from the text alone."""
     data: Data = field(default_factory=Data)
     phases: list[Phase] = field(default_factory=list)
     """Run one after the other, on one optimiser."""
@@ -249,6 +267,14 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
         ((recipe.model.source is None) != (recipe.model.config is None), "give one of model.source and model.config"),
         (bool(recipe.phases), "phases is empty; give at least one"),
         (recipe.checkpoints.keep > 0, "checkpoints.keep must be at least 1"),
+        (recipe.scheme is None or recipe.scheme.calibration_tokens is None or recipe.scheme.calibration_tokens > 0,
+         "scheme.calibration_tokens must be at least 1"),
+        (recipe.scheme is None or not (recipe.scheme.calibration_tokens and "calibration" in recipe.scheme.options),
+         "give one of scheme.calibration_tokens and scheme.options.calibration"),
+        (recipe.distill is None or bool(recipe.distill.source or recipe.model.source), "a model from a config has no "
+         "teacher: give distill.source"),
+        (recipe.distill is None or recipe.distill.weight >= 0 < recipe.distill.temperature, "distill.weight cannot be "
+         "negative, and distill.temperature must be above 0"),
         (recipe.model.config is None or _has_tokenizer(recipe), "a model from a config needs a tokenizer: give "
          "tokenizer.source or tokenizer.train_size"),
     ]  # fmt: skip

@@ -21,10 +21,10 @@ from pe_patch.errors import PePatchError
 from pe_patch.text import load_documents
 
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from .data import Corpus, PhaseData, micro_batches
+from .data import Corpus, PhaseData, first_tokens, micro_batches
 from .log import Log, table
-from .loss import count_targets, next_token_score
-from .models import build_model, build_tokenizer, parameter_groups
+from .loss import Score, count_targets, next_token_score
+from .models import build_model, build_teacher, build_tokenizer, parameter_groups
 from .recipe import Phase, Recipe, save_recipe
 
 ACCURACY_STEPS = 25
@@ -38,9 +38,10 @@ SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
     "cosine": lambda phase: ("cosine_with_min_lr", {"min_lr_rate": phase.floor}),
     "warmup_stable_decay": lambda phase: (
         "warmup_stable_decay",
-        {"num_decay_steps": round(phase.decay * phase.steps), "decay_type": "linear", "min_lr_ratio": phase.floor},
+        {"num_decay_steps": round(phase.decay * phase.steps), "decay_type": phase.decay_shape,
+         "min_lr_ratio": phase.floor},
     ),
-}
+}  # fmt: skip
 
 
 class TrainingError(PePatchError, RuntimeError):
@@ -77,9 +78,19 @@ class Trainer:
         set_seed(recipe.seed)
         texts = self._documents("train")
         self.tokenizer = build_tokenizer(recipe, texts)
-        self.model = build_model(recipe, self.tokenizer)
         self.corpus = Corpus(texts, self.tokenizer)
         self.progress = Progress()
+        self.model = build_model(recipe, self.tokenizer, *self._calibration())
+        taught = recipe.distill is not None and not recipe.dry_run
+        self.teacher: Any = build_teacher(recipe, self.model, self.accelerator.device) if taught else None
+
+    def _calibration(self) -> tuple[dict[str, Any], Any]:
+        """What the scheme is calibrated on, as its option, and where; nothing where the recipe does not ask for it."""
+        recipe = self.recipe
+        if recipe.scheme is None or recipe.scheme.calibration_tokens is None:
+            return {}, None
+        data = self._data(recipe.phases[0], (recipe.seed, 0))
+        return {"calibration": first_tokens(data, recipe.scheme.calibration_tokens)}, self.accelerator.device
 
     def show_plan(self) -> Any:
         """Print steps and tokens; returns the untrained model."""
@@ -157,12 +168,13 @@ class Trainer:
                 return
             started = time.perf_counter()
 
+    def _data(self, phase: Phase, seed: tuple[int, int]) -> PhaseData:
+        return PhaseData(self.corpus, self.tokenizer, phase, seed=seed, boundaries=self.recipe.data.boundaries)
+
     def _batches(self, phase: Phase) -> Iterator[list[dict[str, Tensor]]]:
         recipe, progress = self.recipe, self.progress
-        seed = (recipe.seed, progress.phase)
-        data = PhaseData(self.corpus, self.tokenizer, phase, seed=seed, boundaries=recipe.data.boundaries)
         return micro_batches(
-            data,
+            self._data(phase, (recipe.seed, progress.phase)),
             first_step=progress.phase_step,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
@@ -171,27 +183,38 @@ class Trainer:
 
     def _step(self, batches: list[dict[str, Tensor]], phase: Phase) -> dict[str, Any]:
         """One optimiser step: the mean loss over the targets of all processes and micro-batches."""
-        accelerator, wants_accuracy = self.accelerator, phase.until_accuracy is not None
+        accelerator, distill = self.accelerator, self.recipe.distill
         batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
         targets = accelerator.reduce(torch.stack([count_targets(batch["labels"]) for batch in batches]).sum())
-        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                logits = self.model(**model_inputs(batch, boundaries=self.recipe.data.boundaries)).logits
-                score = next_token_score(logits, batch["labels"], vocabulary=phase.vocabulary, accuracy=wants_accuracy)
+                score = self._score(batch, phase)
+                loss = score.loss if distill is None else score.loss + distill.weight * score.divergence
                 # Gradients are averaged over the processes; a sum is wanted.
-                accelerator.backward(score.loss * accelerator.num_processes / targets.clamp(min=1))
-            sums += torch.stack([score.loss.detach().double(), score.correct.double()])
+                accelerator.backward(loss * accelerator.num_processes / targets.clamp(min=1))
+            sums += torch.stack([value.detach().double() for value in score])
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
-        loss, accuracy = (accelerator.reduce(sums) / targets.clamp(min=1)).tolist()
+        loss, accuracy, divergence = (accelerator.reduce(sums) / targets.clamp(min=1)).tolist()
         self._refuse_nan(loss, float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if wants_accuracy:
+        extra = {} if distill is None else {"divergence": divergence}
+        if phase.until_accuracy is not None:
             self.progress.recent = [*self.progress.recent, accuracy][-ACCURACY_STEPS:]
-        extra = {"accuracy": accuracy} if wants_accuracy else {}
+            extra["accuracy"] = accuracy
         return {"loss": loss, **extra, "targets": int(targets), "gradient_norm": float(norm)}
+
+    def _score(self, batch: dict[str, Tensor], phase: Phase) -> Score:
+        """The model's predictions, against the text and, with `distill`, against the teacher's."""
+        inputs = model_inputs(batch, boundaries=self.recipe.data.boundaries)
+        options: dict[str, Any] = {"vocabulary": phase.vocabulary, "accuracy": phase.until_accuracy is not None}
+        if self.recipe.distill is not None:
+            with torch.no_grad():
+                options["teacher"] = self.teacher(**inputs).logits
+            options["temperature"] = self.recipe.distill.temperature
+        return next_token_score(self.model(**inputs).logits, batch["labels"], **options)
 
     def _refuse_nan(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
