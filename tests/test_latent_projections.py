@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AttentionInterface
 
 from pe_patch import ADAPTERS, UnsupportedError
 from pe_patch.adapters.projections import check_unquantised
 
 from .families import build
+from .test_quantised import Int8Linear
 
 PROJECTING = sorted(family for family, adapter in ADAPTERS.items() if adapter.projections is not None)
 LENGTH = 7
@@ -22,8 +28,6 @@ def read(model, layer=0):
 
 def caught(model, ids):
     """What the attention of the last layer is given, and the queries, keys and values it hands to the interface."""
-    from transformers import AttentionInterface
-
     seen = {}
 
     def attend(module, query, key, value, *_, **__):
@@ -57,7 +61,7 @@ def heads(hidden, weight, bias, norm, head_dim):
 def test_what_is_read_projects_as_the_family_does(family):
     model = build(family)
     generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:  # biases and norms are built as zeros and ones, which tell nothing apart
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     hidden, native = caught(model, torch.randint(3, 90, (2, LENGTH), generator=generator))
@@ -70,3 +74,99 @@ def test_what_is_read_projects_as_the_family_does(family):
     assert ours[0].shape[1] == found.heads and ours[1].shape[1] == found.kv_heads
     for expected, actual in zip(native, ours, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_piece_is_not_copied():
+    for family, name in (("llama", "q_proj"), ("phi3", "qkv_proj")):
+        model = build(family)
+        found = read(model)
+        weight = getattr(model.model.layers[0].self_attn, name).weight
+        assert found.query.data_ptr() == weight.data_ptr() and not found.query.requires_grad
+        assert found.query.shape[1] == found.hidden == model.config.hidden_size
+
+
+def test_modules_by_name():
+    """What is taken, what stays and what normalises is there, and nothing else that has weights."""
+    for family in PROJECTING:
+        model = build(family)
+        names = ADAPTERS[family].projections
+        attention = ADAPTERS[family].attentions(model.base_model)[0]
+        known = {*names.taken, names.output, *(names.norms or ())}
+        assert {*names.taken, names.output} <= set(attention._modules) <= known, family
+        assert names.residual_dropout is None or hasattr(attention, names.residual_dropout)
+        assert hasattr(attention, "residual_dropout") == (names.residual_dropout is not None)
+
+
+def subclass(model):
+    attention = model.model.layers[1].self_attn
+    attention.k_proj = Int8Linear(attention.k_proj)
+
+
+def eighth(model):
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class Wrapped(torch.Tensor):
+    """A weight such as torchao's, which stays in a plain nn.Linear."""
+
+
+def wrapped(model):
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.detach().as_subclass(Wrapped))
+
+
+def lora(model):
+    get_peft_model(model, LoraConfig(target_modules=["k_proj"], r=2))
+
+
+def offloaded(model):
+    cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def parametrised(model):
+    nn.utils.parametrizations.weight_norm(model.model.layers[1].self_attn.k_proj)
+
+
+def pruned(model):
+    model.model.layers[1].self_attn.k_proj = nn.Linear(64, 16)
+
+
+def removed(model):
+    del model.model.layers[1].self_attn.k_proj
+
+
+def configured(model):
+    model.config.quantization_config = {"quant_method": "fp8"}
+
+
+OBSTACLES = {
+    subclass: "k_proj of LlamaAttention in layer 1 is tests's Int8Linear, not a plain nn.Linear in floating point "
+    "(load the model unquantised, convert it, and quantise the result",
+    eighth: "k_proj of LlamaAttention in layer 1 is torch's Linear, not a plain nn.Linear in floating point",
+    wrapped: "its weight is of Wrapped, quantised or spread over processes: load the model unquantised",
+    lora: "k_proj of LlamaAttention in layer 1 is peft's Linear, which adapts another layer (PEFT): call "
+    "merge_and_unload() first",
+    offloaded: "q_proj of LlamaAttention in layer 1 is torch's Linear, but its weight is on the meta device, offloaded "
+    "or not loaded yet: load the whole model into memory",
+    parametrised: "torch's ParametrizedLinear, not a plain nn.Linear",
+    pruned: "has 16 rows where the config's heads make 32",
+    removed: "There is no k_proj: LlamaAttention is not the attention of this family",
+    configured: "was loaded quantised (fp8), whose weights cannot be read as numbers: load the model unquantised",
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.__name__)
+def test_weights_that_cannot_be_read(obstacle):
+    model = build("llama")
+    obstacle(model)
+    with pytest.raises(UnsupportedError, match=re.escape(OBSTACLES[obstacle])):
+        read(model, 1)
+
+
+def test_a_merged_adapter_is_read():
+    model = build("llama")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["k_proj"], r=2, init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    assert not torch.equal(read(merged).key, read(build("llama")).key)
+    check_unquantised(merged)

@@ -172,7 +172,7 @@ OBSTACLES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
     (
         _is_wrapped,
         lambda module: (
-            f"but its weight is a {type(module.weight).__name__}, quantised or spread over processes: "
+            f"but its weight is of {type(module.weight).__name__}, quantised or spread over processes: "
             f"{UNQUANTISED}, or load it whole on one device"
         ),
     ),
