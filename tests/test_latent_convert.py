@@ -86,6 +86,7 @@ def test_full_rank_with_one_rotary_key_loses_some_rotation_only(name, method, sh
     given = {"method": method, "rope_dim": rope_dim, "freqfold": fold if "folded" in share else None}
     found = converted(of, gather(of, inputs()), **given)
     assert (found.rope_heads, found.rope) == (1, rope_dim)
+    assert found.nope == of.head_dim - (rope_dim if of.kv_heads == 1 else of.rotary_dim * (multiple == of.kv_heads))
     expected = partly_turned(
         of, inputs(), seen, kept=multiple * fold or fold // 2, fold=fold, step=1 if multiple else 2
     )

@@ -31,23 +31,22 @@ class RotaryKeys:
 def selected(projections: Projections, statistics: Statistics | None, rope_dim: int, select: str) -> RotaryKeys:
     """Each key-value head keeps `rope_dim` of its own dims (MHA2MLA, Ji et al. 2025, arXiv 2502.14837)."""
     of, kept = projections, rope_dim // 2
-    count = of.rotary_dim // 2
-    order = SELECTIONS[select](count, kept, of, statistics)
+    width, device = of.kv_heads * of.head_dim, projections.key.device
+    order = SELECTIONS[select](of.rotary_dim // 2, kept, of, statistics)
     frequency = order.sort(-1).values.expand(of.kv_heads, kept)
     turning = of.pairs[frequency].transpose(1, 2).flatten(1)  # [kv_heads, rope_dim]: first dims of the pairs, second
     still = torch.ones(of.kv_heads, of.head_dim, dtype=torch.bool, device="cpu").scatter_(1, turning, False)
-    resting = still.nonzero()[:, 1].view(of.kv_heads, -1)
-    eye = torch.eye(of.head_dim, **_like(of))
-    every = torch.eye(of.kv_heads * of.head_dim, **_like(of))
-    first = torch.arange(of.kv_heads, device="cpu")[:, None] * of.head_dim
+    resting = still.nonzero()[:, 1].view(of.kv_heads, of.head_dim - rope_dim)
+    turning, resting = turning.to(device), resting.to(device)
+    first = torch.arange(of.kv_heads, device=device)[:, None] * of.head_dim
+    own, every = torch.eye(of.head_dim, **_like(of)), torch.eye(width, **_like(of))
     rows = resting.numel()
-    device = of.key.device
     return RotaryKeys(
-        query=eye[torch.cat((resting, turning), 1).to(device)],
-        rope_key=every[(first + turning).flatten().to(device)],
+        query=own[torch.cat((resting, turning), 1)],
+        rope_key=every[(first + turning).flatten()],
         frequency=frequency.contiguous().to(device),
-        rest=every[(first + resting).flatten().to(device)],
-        expand=torch.eye(rows, **_like(of)).view(of.kv_heads, resting.shape[1], rows),
+        rest=every[(first + resting).flatten()],
+        expand=torch.eye(rows, **_like(of)).view(of.kv_heads, of.head_dim - rope_dim, rows),
     )
 
 
@@ -73,43 +72,57 @@ def shared(projections: Projections, statistics: Statistics, rope_dim: int, freq
 
     For every frequency the pairs of all heads are numbers on one circle: turning heads into one another by the same
     orthogonal matrix for both dims of a pair commutes with rotation. By the principal axes of the keys the first slots
-    then hold most of a frequency. `freqfold` takes so many neighbouring frequencies for one, which is not exact, and
-    keeps every (rotary_dim / rope_dim)-th of their frequencies for its first slots.
+    then hold most of a frequency. `freqfold` takes so many neighbouring frequencies for one, which is not exact; with a
+    rope_dim below the trained width every (rotary_dim / rope_dim)-th of these stays, for as many slots.
     """
-    of, device = projections, projections.key.device
-    width, groups = of.kv_heads * of.head_dim, of.rotary_dim // 2 // freqfold
-    slots, kept = of.kv_heads * freqfold, rope_dim // (2 * groups)
-    first = torch.arange(of.kv_heads, device="cpu")[:, None, None] * of.head_dim
-    dims = (first + of.pairs).view(of.kv_heads, groups, freqfold, 2).permute(1, 3, 0, 2).flatten(2).to(device)
-    # dims: [groups, 2, slots], where in k the two dims of a group's pairs are
-    moment = statistics.key_moment[dims[..., None], dims[:, :, None]].sum(1)
-    axes = principal(moment).mT  # [groups, slots, slots]
-    turned = torch.zeros(groups, slots, 2, width, **_like(of))
-    turned.scatter_(-1, dims[:, None].expand(-1, slots, -1, -1), axes[:, :, None].expand(-1, -1, 2, -1))
-
-    rope_key = turned[:, :kept].permute(2, 0, 1, 3).reshape(rope_dim, width)
-    left = turned[:, kept:].reshape(-1, width)
-    resting = torch.arange(of.rotary_dim, of.head_dim, device="cpu")
-    rest = torch.cat((left, torch.eye(width, **_like(of))[(first[:, 0] + resting).flatten().to(device)]))
-    by_head = rest.view(rest.shape[0], of.kv_heads, of.head_dim).transpose(0, 1)  # [kv_heads, rows, head_dim]
-    eye = torch.eye(of.head_dim, **_like(of))
-    if left.shape[0] >= of.rotary_dim:  # the head's own dims are the fewer
-        query, expand = eye.expand(of.kv_heads, -1, -1), by_head.mT
-    else:
-        query = torch.cat((by_head[:, : left.shape[0]], eye[of.rotary_dim :].expand(of.kv_heads, -1, -1)), 1)
-        every = torch.eye(rest.shape[0], **_like(of))
-        own = every[left.shape[0] :].view(of.kv_heads, of.head_dim - of.rotary_dim, rest.shape[0])
-        expand = torch.cat((every[: left.shape[0]].expand(of.kv_heads, -1, -1), own), 1)
+    of, width = projections, projections.kv_heads * projections.head_dim
+    slots = _slots(of, statistics.key_moment, freqfold)
+    groups = slots.shape[0]
+    kept = rope_dim // (2 * groups)
+    rope_key = slots[:, :kept].permute(2, 0, 1, 3).reshape(rope_dim, width)
+    query, rest, expand = _without_position(of, slots[:, kept:].reshape(-1, width))
     step = max(1, of.rotary_dim // rope_dim)
-    frequency = torch.arange(groups, device=device)[:, None] * freqfold
-    frequency = frequency + torch.arange(kept, device=device) * step % freqfold
+    number = torch.arange(groups, device=rest.device)[:, None] * freqfold
+    number = number + torch.arange(kept, device=rest.device) * step % freqfold
     return RotaryKeys(
         query=torch.cat((query, rope_key.view(rope_dim, of.kv_heads, of.head_dim).transpose(0, 1)), 1),
         rope_key=rope_key,
-        frequency=frequency.view(1, -1),
+        frequency=number.view(1, -1),
         rest=rest,
         expand=expand,
     )
+
+
+def _slots(of: Projections, key_moment: Tensor, freqfold: int) -> Tensor:
+    """All rotating key dims along their principal axes, `[groups, kv_heads * freqfold, 2, kv_heads * head_dim]`."""
+    width, groups = of.kv_heads * of.head_dim, of.rotary_dim // 2 // freqfold
+    first = torch.arange(of.kv_heads, device="cpu")[:, None, None] * of.head_dim
+    dims = (first + of.pairs).view(of.kv_heads, groups, freqfold, 2).permute(1, 3, 0, 2).flatten(2)
+    dims = dims.to(key_moment.device)  # [groups, 2, kv_heads * freqfold]: where in k both dims of a group's pairs are
+    axes = principal(key_moment[dims[..., None], dims[:, :, None]].sum(1)).mT
+    count = axes.shape[1]
+    slots = torch.zeros(groups, count, 2, width, **_like(of))
+    where, what = dims[:, None].expand(-1, count, -1, -1), axes[:, :, None].expand(-1, -1, 2, -1)
+    return slots.scatter_(-1, where, what)
+
+
+def _without_position(of: Projections, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`query` of `nope` rows, `rest` and `expand` for the slots `left` `[slots, kv_heads * head_dim]` and the dims that
+    have never rotated.
+
+    A head's query meets its key in the head's own dims, or in slots where these are fewer.
+    """
+    width, count, never = of.kv_heads * of.head_dim, left.shape[0], of.head_dim - of.rotary_dim
+    eye = torch.eye(width, **_like(of))
+    rest = torch.cat((left, eye.view(of.kv_heads, of.head_dim, width)[:, of.rotary_dim :].flatten(0, 1)))
+    by_head = rest.view(rest.shape[0], of.kv_heads, of.head_dim).transpose(0, 1)
+    own = eye[: of.head_dim, : of.head_dim].expand(of.kv_heads, -1, -1)
+    if count >= of.rotary_dim:
+        return own, rest, by_head.mT
+    every = torch.eye(rest.shape[0], **_like(of))
+    unturned = every[count:].view(of.kv_heads, never, rest.shape[0])
+    expand = torch.cat((every[:count].expand(of.kv_heads, -1, -1), unturned), 1)
+    return torch.cat((by_head[:, :count], own[:, of.rotary_dim :]), 1), rest, expand
 
 
 def principal(moment: Tensor, within: Tensor | None = None) -> Tensor:
