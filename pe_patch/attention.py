@@ -46,7 +46,7 @@ def attend(
     if isinstance(mask, Tensor) and mask.shape[2] == 1:  # one row for all queries
         core.mask = mask.expand(-1, -1, query.shape[2], -1)
     positions, kind = positions.fit(key.shape[2]), query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if scheme.calls_modules or not torch.is_autocast_enabled(kind):
         return scheme("attend", query, key, value, positions, core)
     # Autocast leaves queries and values in dtypes of their own, and would round positions inside the schemes' products.
     query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))

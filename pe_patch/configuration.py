@@ -25,7 +25,7 @@ Kinds = dict[str | None, Scheme]
 
 def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
     """What it takes to apply the same patch again, as it stands in `config.pe_patch`."""
-    record: dict[str, Any] = {"version": VERSION, "scheme": scheme.name, "options": scheme.options}
+    record: dict[str, Any] = {"version": VERSION, "scheme": scheme.name, "options": scheme.recorded}
     if layers is not None:
         record["layers"] = layers
     for key in ("submodule", "keep_native", "strict"):
@@ -46,6 +46,8 @@ def expressible(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, A
     if record.get("keep_native") or not _whole(adapter, config, kinds, record):
         return None
     scheme = next(iter(kinds.values()))
+    if scheme.keeps_rotation:
+        return {}
     if adapter.rotary is None:
         return {} if adapter.alibi and scheme.name == adapter.native and not scheme.options else None
     written = {kind: scheme.native() for kind, scheme in kinds.items()}
@@ -84,7 +86,7 @@ def config_swaps(
     if window is not None and window != current:
         swaps.append(Swap.of(config, "max_position_embeddings", int(window)))
         native["max_position_embeddings"] = current
-    if adapter.rotary is not None:
+    if adapter.rotary is not None and not scheme.keeps_rotation:
         parameters = expressible(adapter, config, kinds, record)
         if parameters is None or scheme.native_window not in (None, current if window is None else window):
             foreign = {kind: native_parameters(config, kind).get("rope_theta") for kind in kinds}

@@ -299,8 +299,8 @@ class Core:
         softcap = self.extra.get("softcap")
         return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
-    def mix(self, scores: Tensor, value: Tensor) -> Output:
-        """Mask and normalise scores, and mix the values by them."""
+    def weights(self, scores: Tensor) -> Tensor:
+        """Scores masked and normalised, `[batch, heads, query, key]`, in their own dtype."""
         lowest = torch.finfo(scores.dtype).min
         if self.mask is None and self.causal and scores.shape[2] > 1:
             rows, columns = scores.shape[-2:]
@@ -310,11 +310,14 @@ class Core:
             mask = self.mask[..., : scores.shape[-1]]
             scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
         sinks = self.extra.get("s_aux")
-        if sinks is not None:
-            sinks = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-            scores = torch.cat((scores, sinks), -1)
-        weights = scores.softmax(-1)
-        weights = (weights if sinks is None else weights[..., :-1]).to(value.dtype)
+        if sinks is None:
+            return scores.softmax(-1)
+        sinks = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+
+    def mix(self, scores: Tensor, value: Tensor) -> Output:
+        """Mask and normalise scores, and mix the values by them."""
+        weights = self.weights(scores).to(value.dtype)
         weights = nn.functional.dropout(weights, self.dropout, self.module.training)
         value = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights

@@ -83,7 +83,7 @@ def describe(model: Any) -> Description:
         model=type(patch.head).__name__,
         family=patch.base.config.model_type,
         scheme=patch.scheme.name,
-        options=dict(patch.scheme.options),
+        options=dict(patch.scheme.recorded),
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
         backend=str(patch.base.config._attn_implementation),

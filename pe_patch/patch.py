@@ -66,9 +66,21 @@ def patch_model(
     head = resolve.unwrap(model)
     given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
     given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
+    _apply(head, scheme, options, given)
+    return model
+
+
+def restore_patch(model: Any, scheme: str, options: dict[str, Any], given: dict[str, Any]) -> None:
+    """`patch_model` for a model that was saved with this patch: what its weights were made of is not there any more."""
+    defaults = {"backend": None, "adapter": None, "layers": None, "submodule": None, "keep_native": False}
+    given = {"on_existing": "replace", **defaults, "strict": False, **given, "restored": True}
+    _apply(resolve.unwrap(model), scheme, options, given)
+
+
+def _apply(head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
     earlier = find_patch(head)
     if earlier is not None:
-        if on_existing != "replace":
+        if given["on_existing"] != "replace":
             raise AlreadyPatchedError(
                 f"This model is already patched with {earlier.scheme.name!r}: unpatch_model(model) first, or "
                 "on_existing='replace'."
@@ -83,12 +95,12 @@ def patch_model(
         raise
     _forget_compiled()
     try:
-        _verify(patch, probe=adapter is not None)
+        _verify(patch, probe=given["adapter"] is not None)
     except BaseException:
         unpatch_model(head)
         raise
+    patch.settle()
     _announce(patch)
-    return model
 
 
 def unpatch_model(model: Any) -> Any:
@@ -119,8 +131,12 @@ def _forget_compiled() -> None:
 
 def _verify(patch: Patch, probe: bool) -> None:
     """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
-    base, adapter = patch.base, patch.adapter
-    if adapter.rotary is not None and not patch.keep_native:
+    base, adapter, converts = patch.base, patch.adapter, patch.scheme.converts
+    for index in patch.layers if converts else ():
+        if not hasattr(adapter.attentions(base)[index], patch.scheme.name):
+            raise NoEffectError(f"Layer {index} of {type(base).__name__} was not replaced by {patch.scheme.name!r}.")
+    rotary = overrides(patch.scheme, "angles") or not converts
+    if adapter.rotary is not None and not patch.keep_native and rotary:
         kinds, layers = adapter.kinds(base, base.config), adapter.blocks(base)
         for index in patch.layers:
             joint = layers[index].__dict__.get("pe_joint", getattr(base, adapter.rotary))
@@ -151,15 +167,15 @@ def _verify(patch: Patch, probe: bool) -> None:
 
 def _announce(patch: Patch) -> None:
     scheme, adapter = patch.scheme, patch.adapter
-    options = ", ".join(f"{key}={value}" for key, value in scheme.options.items() if not isinstance(value, list))
+    options = ", ".join(f"{key}={value}" for key, value in scheme.recorded.items() if not isinstance(value, list))
     logger.info(
         "patched %d of %d layers of %s with %s(%s)",
         len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
     )  # fmt: skip
     beyond_rotation = scheme.own_scores or scheme.scorer is not None
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
-    same = scheme.name == adapter.native
-    if adapter.native == "rope":
+    same = scheme.name == adapter.native or scheme.converts
+    if adapter.native == "rope" and not same:
         same = rotates and (scheme.training_free or not beyond_rotation)
     if not same:
         verb = "is added to" if patch.keep_native else "replaces"

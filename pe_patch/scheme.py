@@ -15,6 +15,7 @@ from .positions import Positions
 
 if TYPE_CHECKING:
     from .attention import Core
+    from .latent.projections import Projections
 
 RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
 """Keywords of `patch_model` itself; no scheme may name an option like this."""
@@ -42,6 +43,8 @@ class AttentionShape:
     """Rows and columns of patches of a trained image, for a tower that reads images."""
     leading_tokens: int = 0
     """Tokens before the patches, such as a class token."""
+    latent_rank: int = 0
+    """Width of the latent that an attention caches instead of keys and values (DeepSeek); 0 where it caches those."""
 
 
 class Scheme(nn.Module):
@@ -71,6 +74,15 @@ class Scheme(nn.Module):
     """Adding a constant to every position changes nothing."""
     training_free: ClassVar[bool] = False
     """Meant to work on a rotary model without further training."""
+
+    calls_modules: ClassVar[bool] = False
+    """Its `attend` calls modules of the model, for which autocast must choose as it does elsewhere."""
+    converts: ClassVar[bool] = False
+    """It carries the trained weights over into what replaces them."""
+    keep_original: bool = True
+    """The weights that it was made of stay with the model, for undoing."""
+    restored: bool = False
+    """What `replace` makes will be filled from a checkpoint."""
 
     idle: frozenset[str] = frozenset()
     """Rungs that it overrides and, with the options given, has no use for."""
@@ -168,9 +180,47 @@ class Scheme(nn.Module):
         query, key = self.encode(query, key, positions)
         return core(query, key, value, positions, bias=self if overrides(self, "bias") else None)
 
-    def replace(self, projections: nn.Module) -> nn.Module | None:
-        """Another attention module altogether, or None."""
+    def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
+        """A module in the place of one layer's query, key and value projections.
+
+        `module(hidden, cos, sin)` is called with `[batch, length, hidden]` and the rotation of the positions
+        `[batch | 1, length, rotary_dim / 2]`, and gives queries `[batch, heads, length, ...]` and two tensors
+        `[batch, ..., length, ...]` to be cached; `attend` gets these as the cache holds them. `seen` is what `observe`
+        made of calibration tokens, None where `needs_calibration` is not set or the weights come from a checkpoint.
+        """
         return None
+
+    def observe(self, projections: Projections, hidden: Tensor, seen: Any) -> Any:
+        """What calibration tokens tell about a layer, added to what was `seen`; hidden `[tokens, hidden]`."""
+        return None
+
+    def check(self, projections: Projections) -> None:
+        """Raise where `replace` could not do with what a layer projects."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `replace` must have seen calibration tokens."""
+        return False
+
+    @property
+    def keeps_rotation(self) -> bool:
+        """Whether the model's own positions stay as they are."""
+        return False
+
+    @property
+    def rescaling(self) -> float:
+        """What the softmax scale of an attention is multiplied by whose projections it replaces."""
+        return 1.0
+
+    @classmethod
+    def touches_rotation(cls, options: dict[str, Any]) -> bool:
+        """Whether, with these options, it stands in the place of what the model's config says of its rotation."""
+        return True
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The options as they are saved with the model."""
+        return self.options
 
     @property
     def effective_window(self) -> int | None:
@@ -251,7 +301,7 @@ class Scheme(nn.Module):
         return self.effective_window
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in getattr(self, "options", {}).items())
+        return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
 
 
 def overrides(scheme: Scheme, hook: str) -> bool:

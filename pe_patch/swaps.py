@@ -13,12 +13,13 @@ from torch import nn
 
 
 class Absent(Enum):
-    """An attribute that was not there; an enum member, so that copies of it stay the same object."""
+    """An attribute that was not there, or was given up; enum members, so that copies of them stay the same object."""
 
     ABSENT = "absent"
+    GIVEN_UP = "given up"
 
 
-ABSENT = Absent.ABSENT
+ABSENT, GIVEN_UP = Absent.ABSENT, Absent.GIVEN_UP
 
 
 @dataclass

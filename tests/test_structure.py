@@ -15,10 +15,10 @@ PACKAGE = ROOT / "pe_patch"
 LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "errors": set(),
     "positions": {"errors"},
-    "scheme": {"errors", "positions", "attention"},  # attention for a type only
+    "scheme": {"errors", "positions", "attention", "latent"},  # the last two for types only
     "rotation": {"errors", "positions", "scheme", "attention"},
     "dialects": {"errors"},
-    "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention"},
+    "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention", "latent"},
     "ranges": {"positions"},
     "kernels": {"kernels", "positions", "ranges"},
     "latent": {"errors", "swaps", "latent"},

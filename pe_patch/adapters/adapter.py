@@ -127,6 +127,7 @@ class Adapter:
             interleaved=self.interleaved_pairs,
             grid=self.tower.grid(config) if self.tower else None,
             leading_tokens=self.tower.leading_tokens if self.tower else 0,
+            latent_rank=_first(attention, "kv_lora_rank") or 0,
         )
 
 

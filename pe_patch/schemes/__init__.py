@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..scheme import Scheme
-from . import absolute, bias, decay, fire, grid, relative, remap, rotary
+from . import absolute, bias, decay, fire, grid, latent, relative, remap, rotary
 
 SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
     {
@@ -46,6 +46,7 @@ SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(
             relative.Shaw,
             relative.TransformerXL,
             relative.CoPE,
+            latent.MLA,
             grid.RoPE2D,
             grid.ALiBi2D,
         )

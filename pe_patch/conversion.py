@@ -1,0 +1,137 @@
+"""Trained projections turned into the modules of a scheme that takes their place; the model stays as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapters import Adapter
+from .calibration_text import tokens
+from .errors import OptionError, UnsupportedError
+from .latent.calibration import held_out
+from .latent.projections import Latents, Projections, Statistics
+from .latent.streaming import batches, stream
+from .scheme import Scheme
+
+LENGTH, LIMIT, SHARE = 512, 65536, 0.25
+"""Tokens to a row of calibration, tokens in all, and the share of rows on which a loss is measured."""
+
+
+@dataclass
+class Conversion:
+    """The modules of the chosen layers; and, where their rank is still to be found, what narrower ones are made of."""
+
+    modules: dict[int, nn.Module]
+    rows: list[Tensor] = field(default_factory=list)
+    """Calibration tokens that no layer has seen, to measure the loss on."""
+    latents: dict[int, tuple[Projections, Latents, Statistics]] = field(default_factory=dict)
+
+    def at(self, own: dict[int, Any], rank: int) -> dict[int, nn.Module]:
+        """Modules of the same conversion with this rank, which becomes the schemes' own."""
+        modules = {}
+        for index, (projections, latents, seen) in self.latents.items():
+            own[index].kv_rank = rank
+            modules[index] = own[index].filled(projections, own[index].narrowed(latents, rank, seen))
+        return modules
+
+
+def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, Any]) -> Conversion:
+    """The modules that take the place of projections, one for each layer of `own`."""
+    if adapter.projections is None:
+        first = next(iter(own.values()))
+        raise UnsupportedError(
+            f"{first.name!r} takes the place of query, key and value projections, and nothing says how "
+            f"{base.config.model_type} projects: give its adapter `projections=` (pe_patch.adapters.projections)."
+        )
+    attentions = adapter.attentions(base)
+    read = {i: adapter.projections.read(attentions[i], adapter.shape(base, base.config, i)) for i in own}
+    for index, scheme in own.items():
+        scheme.check(read[index])
+    first = next(iter(own.values()))
+    if first.restored or not first.needs_calibration:
+        return Conversion(_all(own, read))
+    if first.calibration is None:
+        raise OptionError(
+            f"{first.name!r} with method={first.method!r} is calibrated on text: give calibration=<token ids or texts> "
+            "of the kind that the model is for, some ten thousand tokens. method='mha2mla' with select='high' needs "
+            "none."
+        )
+    rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT), []
+    if first.max_loss is not None:
+        rows, kept = held_out(rows, SHARE)
+    found = Conversion({}, kept)
+    seen: dict[int, Any] = {}
+
+    def each(index: int, hidden: Tensor) -> None:
+        if index in own:
+            seen[index] = own[index].observe(read[index], hidden, seen.get(index))
+
+    def done(index: int) -> None:
+        if index not in own:
+            return
+        statistics, scheme = seen.pop(index), own[index]
+        if scheme.max_loss is None:
+            found.modules[index] = _filled(scheme, read[index], statistics)
+        else:
+            found.latents[index] = (read[index], scheme.convert(read[index], statistics), statistics)
+
+    stream(base, adapter.blocks(base), attentions, rows, each, done=done)
+    return found
+
+
+def _filled(scheme: Scheme, projections: Projections, statistics: Any) -> nn.Module:
+    module = scheme.replace(projections, statistics)
+    assert module is not None
+    return module
+
+
+def _all(own: dict[int, Any], read: dict[int, Projections]) -> dict[int, nn.Module]:
+    return {index: _filled(scheme, read[index], None) for index, scheme in own.items()}
+
+
+@torch.no_grad()
+def loss(head: Any, rows: list[Tensor]) -> float:
+    """Mean loss of the next token, in nats."""
+    if head.get_output_embeddings() is None:
+        raise OptionError(f"max_loss needs a model that predicts tokens, and {type(head).__name__} has no such head.")
+    training, total, count = head.training, 0.0, 0
+    head.eval()
+    try:
+        for ids in batches([row for row in rows if len(row) > 1], 2048):
+            ids = ids.to(head.device)
+            logits = head(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            count += ids[:, 1:].numel()
+    finally:
+        head.train(training)
+    return total / count
+
+
+def smallest_rank(most: int, bound: float, loss_at: Callable[[int], float]) -> int:
+    """The smallest rank whose loss is within the bound, by halving; ranks above 64 in steps of 8.
+
+    Taken to fall as the rank grows, which holds but for noise.
+    """
+    ranks = [*range(1, min(most, 64) + 1), *range(72, most, 8)]
+    ranks += [most] if ranks[-1] != most else []
+    low, high = 0, len(ranks) - 1
+    reached = loss_at(ranks[high])
+    if not reached <= bound:
+        raise OptionError(
+            f"max_loss cannot be kept: with the full rank of {most} the loss is {reached:.4f} and was to be at most "
+            f"{bound:.4f}, since less of the keys rotates: give a larger rope_dim."
+        )
+    while low < high:
+        middle = (low + high) // 2
+        value = loss_at(ranks[middle])
+        if math.isfinite(value) and value <= bound:
+            high = middle
+        else:
+            low = middle + 1
+    return ranks[high]

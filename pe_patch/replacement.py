@@ -1,0 +1,112 @@
+"""An attention whose projections a scheme replaces: what is swapped, and the forward that stands there then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .adapters import Adapter
+from .errors import NoEffectError, UnsupportedError
+from .latent.native import NativeHeads, keep_latents
+from .scheme import Scheme
+from .swaps import Swap, bind
+
+CACHES = ("past_key_values", "layer_past")
+
+
+class Taken(nn.Module):
+    """Keeps the place of a module whose work is done elsewhere, so that the order of all modules stays."""
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        raise NoEffectError("This projection was replaced by a patch and is not to be called; unpatch_model(model).")
+
+
+@dataclass(frozen=True)
+class ReplacedForward:
+    """The forward of an attention that projects through the module a scheme has put in: `module(hidden, cos, sin)`
+    gives queries and the two tensors to cache, and the scheme's `attend` what follows."""
+
+    child: str
+    output: str
+    layout: str
+    scale: float
+    """What the softmax scale is multiplied by."""
+    residual_dropout: str | None
+    arguments: tuple[str, ...]
+    """Names of the native forward's positional arguments."""
+    __name__ = "latent forward"
+
+    def __call__(self, attention: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        kwargs |= dict(zip(self.arguments, args, strict=False))
+        hidden, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
+        cos, sin = (HALF[self.layout](one) for one in kwargs.pop("position_embeddings"))
+        caches = [kwargs.pop(name, None) for name in CACHES]
+        query, key, value = getattr(attention, self.child)(hidden, cos, sin)
+        for cache in caches:
+            if cache is not None:
+                key, value = cache.update(key, value, attention.layer_idx)
+        function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        dropout = attention.attention_dropout if attention.training else 0.0
+        output, weights = function(
+            attention, query, key, value, mask, scaling=attention.scaling * self.scale, dropout=dropout, **kwargs
+        )
+        output = getattr(attention, self.output)(output.reshape(*hidden.shape[:-1], -1).contiguous())
+        if self.residual_dropout is not None:
+            share = getattr(attention, self.residual_dropout)
+            output = nn.functional.dropout(output, share, attention.training)
+        return output, weights
+
+
+HALF: dict[str, Callable[[Tensor], Tensor]] = {
+    "halves": lambda table: table[..., : table.shape[-1] // 2],
+    "interleaved": lambda table: table[..., ::2],
+}
+"""One number for each frequency, out of cos or sin as a family lays them out."""
+
+
+def taken_names(attention: nn.Module, adapter: Adapter) -> list[str]:
+    """The modules of an attention whose work a replacement does."""
+    assert adapter.projections is not None
+    names = [*adapter.projections.taken, *(adapter.projections.norms or ())]
+    return [name for name in names if isinstance(getattr(attention, name, None), nn.Module)]
+
+
+def replacement_swaps(
+    attentions: list[Any], adapter: Adapter, scheme: Scheme, modules: dict[int, nn.Module], arguments: tuple[str, ...]
+) -> tuple[list[Swap], dict[str, nn.Module]]:
+    """The swaps that put `modules` in the place of projections, and what they replace, by name."""
+    swaps: list[Swap] = []
+    original: dict[str, nn.Module] = {}
+    assert adapter.projections is not None
+    for index, module in modules.items():
+        attention, names = attentions[index], adapter.projections
+        for name in taken_names(attention, adapter):
+            original[f"layers_{index}_{name}"] = getattr(attention, name)
+            swaps.append(Swap.of(attention, name, Taken()))
+        swaps.append(Swap.of(attention, scheme.name, module))
+        groups = getattr(module, "groups", None)
+        if groups is not None and hasattr(attention, "num_key_value_groups"):
+            swaps.append(Swap.of(attention, "num_key_value_groups", groups, direct=True))
+        forward = ReplacedForward(
+            scheme.name, names.output, adapter.layout, scheme.rescaling, names.residual_dropout, arguments
+        )
+        swaps.append(bind(attention, "forward", forward))
+    return swaps, original
+
+
+def native_latent_swaps(attentions: dict[int, Any], scheme: Scheme) -> list[Swap]:
+    """The swaps by which layers that hold latents hand them to the attention function as they are cached."""
+    swaps = []
+    for index, attention in attentions.items():
+        if not hasattr(type(attention), "expand_kv"):
+            raise UnsupportedError(
+                f"Layer {index} ({type(attention).__name__}) holds latents but has no expand_kv to take over, so "
+                f"{scheme.name!r} would have no effect there."
+            )
+        swaps.append(Swap.of(attention, scheme.name, NativeHeads(attention)))
+        swaps.append(bind(attention, "expand_kv", keep_latents))
+    return swaps
