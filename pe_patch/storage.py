@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from transformers.utils.hub import cached_file
 
 from .configuration import FOREIGN, VERSION
 from .errors import CheckpointError, PePatchError
-from .patch import find_patch, patch_model
+from .patch import restore_patch
 from .resolve import unwrap
+
+logger = logging.getLogger("pe_patch")
 
 
 def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
@@ -43,15 +48,34 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
     architecture = (stored.get("architectures") or [None])[0]
     model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
     try:
-        model = model_class.from_pretrained(path, config=config, **from_pretrained_kwargs)
+        with _without_load_report():  # which calls missing what a patch took away, and unexpected what it put there
+            model, report = model_class.from_pretrained(
+                path, config=config, output_loading_info=True, **from_pretrained_kwargs
+            )
     except (SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"The weights in {path} are missing, damaged or do not fit its config: {error}"
         ) from error
+    before = set(unwrap(model).state_dict())
     framework = {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
-    patch_model(model, scheme, on_existing="replace", **framework, **options)
-    _load_schemes(model, path)
+    restore_patch(model, scheme, options, framework)
+    after = set(unwrap(model).state_dict())
+    if missing := sorted(set(report["missing_keys"]) & after):
+        raise CheckpointError(f"{path} lacks {missing[0]!r} and {len(missing) - 1} more weights of {architecture}.")
+    if unknown := sorted(set(report["unexpected_keys"]) - after):
+        logger.warning("%s holds %r and %d more weights that this model has no use for", path, unknown[0], len(unknown))
+    _load_weights(model, path, after - before, scheme)
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -81,12 +105,8 @@ def native_config(stored: dict[str, Any], native: dict[str, Any]) -> PreTrainedC
     return CONFIG_MAPPING[native["model_type"]].from_dict(values)
 
 
-def _load_schemes(model: Any, path: str | Path) -> None:
-    """Read the schemes' own tensors, and the native ones they put aside, from the checkpoint."""
-    patch = find_patch(model)
-    assert patch is not None
-    prefix = f"{patch.path}.position_schemes." if patch.path else "position_schemes."
-    wanted = {name for name in unwrap(model).state_dict() if name.startswith(prefix)}
+def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str) -> None:
+    """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint."""
     if not wanted:
         return
     found = {}
@@ -94,7 +114,7 @@ def _load_schemes(model: Any, path: str | Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}
     if missing := sorted(wanted - set(found)):
-        raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {patch.scheme.name!r}.")
+        raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {scheme!r}.")
     unwrap(model).load_state_dict(found, strict=False)
 
 
