@@ -24,7 +24,8 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
     Args:
         model: a patched PreTrainedModel.
         path: folder to write; files of an earlier export there are replaced.
-        target: "transformers" (v5 `rope_parameters`).
+        target: "transformers" (v5 `rope_parameters`), or for a model converted to latent attention "deepseek" (loads as
+            `DeepseekV3ForCausalLM`; needs `latent_norm=True`).
 
     Raises:
         UnsupportedError: where the target cannot express the scheme; nothing is written then.
@@ -39,17 +40,35 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
     patch = find_patch(model)
     if patch is None:
         raise PePatchError("This model carries no patch; save_pretrained is all it needs.")
-    config = TARGETS[target](patch)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "position_schemes." not in name}
+    write = TARGETS[target](model, patch)
     folder = Path(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        model.save_pretrained(temporary, state_dict=weights)
-        config.save_pretrained(temporary)
+        write(Path(temporary))
         folder.mkdir(exist_ok=True)
         for file in os.listdir(temporary):
             shutil.move(os.path.join(temporary, file), folder / file)
     return folder
+
+
+Writer = Callable[[Path], None]
+
+
+def _transformers(model: PreTrainedModel, patch: Patch) -> Writer:
+    config = transformers_config(patch)
+
+    def write(folder: Path) -> None:
+        weights = {name: tensor for name, tensor in model.state_dict().items() if "position_schemes." not in name}
+        model.save_pretrained(folder, state_dict=weights)
+        config.save_pretrained(folder)
+
+    return write
+
+
+def _deepseek(model: PreTrainedModel, patch: Patch) -> Writer:
+    from .export_deepseek import deepseek_writer
+
+    return deepseek_writer(model, patch)
 
 
 def transformers_config(patch: Patch) -> Any:
@@ -74,4 +93,5 @@ def transformers_config(patch: Patch) -> Any:
     return config
 
 
-TARGETS: dict[str, Callable[[Patch], Any]] = {"transformers": transformers_config}
+TARGETS: dict[str, Callable[[PreTrainedModel, Patch], Writer]] = {"transformers": _transformers, "deepseek": _deepseek}
+"""What prepares an export, raising whatever stands against it, and gives the function that writes it."""
