@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pe_patch import PePatchError
+from pe_patch.latent.checks import check_freqfold
 from pe_patch.latent.convert import convert, full_rank, truncated
 from pe_patch.latent.projections import Latents, Projections
 from pe_patch.latent.statistics import gather
@@ -154,7 +155,7 @@ def test_few_tokens_take_nothing_from_full_rank(name, method):
         ({"method": "mha2mla", "rope_dim": 3}, "even number of dims for each key-value head, from 2 to 8"),
         ({"method": "mha2mla", "rope_dim": 10}, "from 2 to 8"),
         ({"method": "mha2mla", "rope_dim": 0}, "from 2 to 8"),
-        ({"freqfold": 1}, "freqfold=1; at rope_dim=4 it can be one of 2, 4, or None"),
+        ({"freqfold": 1}, "freqfold=1; at rope_dim=4 it can be one of 2, 4, or None for 2"),
         ({"freqfold": 3}, "one of 2, 4"),
         ({"balance_kv_ratio": 0}, "balance_kv_ratio=0; give a finite number above 0"),
         ({"balance_kv_ratio": float("inf")}, "give a finite number above 0"),
@@ -189,6 +190,17 @@ def test_a_cut_needs_a_smaller_rank_and_the_statistics_of_a_norm():
         truncated(found, 9)
     with pytest.raises(PePatchError, match="give their statistics"):
         truncated(found, 4)
+
+
+@pytest.mark.parametrize(
+    "rotary_dim, rope_dim, fold",
+    [(128, 64, 4), (128, 128, 4), (64, 64, 2), (64, 16, 4), (256, 64, 8), (128, 256, 1), (24, 12, 2), (96, 96, 3)],
+)
+def test_frequencies_are_folded_by_a_sixteenth_of_them(rotary_dim, rope_dim, fold):
+    """Or by as much as the width of the rotary key asks for."""
+    empty = torch.empty(2 * rotary_dim, 0)
+    of = Projections(empty, empty, empty, None, None, None, 2, 2, rotary_dim, rotary_dim)
+    assert check_freqfold(of, "transmla", rope_dim, None) == fold
 
 
 def test_one_key_has_no_multiples_of_its_width():

@@ -57,7 +57,8 @@ def convert(
         select: "high" or "low" frequencies, "uniform" over them, or "2-norm": those that score most ("mha2mla").
         svd: "joint", or "split" for one latent of `kv_rank` each for keys and values ("mha2mla").
         freqfold: how many neighbouring frequencies are taken for one ("transmla", "svd"): a multiple of rotary width /
-            rope_dim that divides the number of frequencies. None for the smallest.
+            rope_dim that divides the number of frequencies. None for the smallest that spans a sixteenth of these, and
+            for 1 where rope_dim is above the rotary width. The model's loss may find a better one: try its double.
         balance_kv_ratio: how large the key dims without position are to be, relative to values, when rank is shared out
             ("transmla").
         latent_norm: an RMS norm on the latent, with the weight that undoes it for a latent of mean size; not for
