@@ -43,8 +43,12 @@ class Conversion:
 
 def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, Any]) -> Conversion:
     """The modules that take the place of projections, one for each layer of `own`."""
+    first = next(iter(own.values()))
+    if adapter.rotary is None:
+        raise UnsupportedError(
+            f"{first.name!r} converts attention that rotates queries and keys (RoPE), and this family does not."
+        )
     if adapter.projections is None:
-        first = next(iter(own.values()))
         raise UnsupportedError(
             f"{first.name!r} takes the place of query, key and value projections, and nothing says how "
             f"{base.config.model_type} projects: give its adapter `projections=` (pe_patch.adapters.projections)."
@@ -53,14 +57,12 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
     read = {i: adapter.projections.read(attentions[i], adapter.shape(base, base.config, i)) for i in own}
     for index, scheme in own.items():
         scheme.check(read[index])
-    first = next(iter(own.values()))
     if first.restored or not first.needs_calibration:
         return Conversion(_all(own, read))
     if first.calibration is None:
         raise OptionError(
-            f"{first.name!r} with method={first.method!r} is calibrated on text: give calibration=<token ids or texts> "
-            "of the kind that the model is for, some ten thousand tokens. method='mha2mla' with select='high' needs "
-            "none."
+            f"{first.name!r} with these options is calibrated on text: give calibration=<token ids or texts> of the "
+            "kind that the model is for, some ten thousand tokens."
         )
     rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT), []
     if first.max_loss is not None:

@@ -60,7 +60,7 @@ def _check(patch: Patch) -> None:
     if scheme.name != "mla" or not scheme.converting:
         _refuse(patch, "it holds no converted latents; patch_model(model, 'mla', kv_rank=..., latent_norm=True) first")
     reasons = (
-        (config.model_type not in FAMILIES, f"its family is {config.model_type}, and only {", ".join(FAMILIES)} fit"),
+        (config.model_type not in FAMILIES, f"its family is {config.model_type}, and only {', '.join(FAMILIES)} fit"),
         (patch.head is patch.base, "it has no language-model head"),
         (len(patch.layers) < patch.shape.num_layers, "only some of its layers are converted"),
         (scheme.method == "mha2mla", "'mha2mla' keeps a rotary key for each head, and DeepSeek has one for all"),

@@ -140,16 +140,15 @@ def _narrowest(
 ) -> Patch:
     """The patch whose latents are as narrow as the loss on held-out tokens allows."""
     scheme = next(iter(own.values()))
-    before, made = loss(head, found.rows), {}
+    before = loss(head, found.rows)
 
     def loss_at(rank: int) -> float:
-        made[rank] = assemble(found.at(own, rank))
-        made[rank].apply()
+        patch = assemble(found.at(own, rank))
+        patch.apply()
         try:
             return loss(head, found.rows)
         finally:
-            made[rank].undo()
-            made[rank] = None
+            patch.undo()
 
     rank = smallest_rank(scheme.kv_rank, before * (1 + scheme.max_loss), loss_at)
     return assemble(found.at(own, rank))

@@ -81,6 +81,10 @@ class Scheme(nn.Module):
     """It carries the trained weights over into what replaces them."""
     keep_original: bool = True
     """The weights that it was made of stay with the model, for undoing."""
+    calibration: Any = None
+    """Token ids or texts, for `observe`."""
+    max_loss: float | None = None
+    """By what share the loss may grow; the least width that keeps to it is searched."""
     restored: bool = False
     """What `replace` makes will be filled from a checkpoint."""
 
