@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import pe_patch
 from pe_patch.evaluation.retrieval import TOKEN_KEYS
+from pe_patch.replacement import Taken
 from pe_patch.storage import read_config
 
 from .recipe import Lora, Model, Recipe, RecipeError
@@ -133,16 +134,28 @@ def _with_lora(model: Any, lora: Lora) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        exclude_modules=_retired(model) or None,
         modules_to_save=sorted(entire) or None,
         ensure_weight_tying=lora.embeddings and model.config.tie_word_embeddings,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "position_schemes.original." in name:  # PEFT finds what to train in full by the ends of names
+            parameter.requires_grad_(False)
+    return adapted
+
+
+def _retired(model: nn.Module) -> list[str]:
+    """The names of modules that a patch has put out of use, and of what keeps their places."""
+    named = model.named_modules()
+    return [name for name, module in named if isinstance(module, Taken) or "position_schemes.original." in name]
 
 
 def _norms(model: nn.Module) -> set[str]:
     """The last parts of the names of the normalisation layers, which PEFT matches by."""
-    named = model.named_modules()
+    retired = set(_retired(model))
+    named = [(name, module) for name, module in model.named_modules() if name not in retired]
     return {name.rpartition(".")[2] for name, module in named if "norm" in type(module).__name__.lower()}
 
 

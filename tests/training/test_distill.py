@@ -165,3 +165,24 @@ def test_a_scheme_is_calibrated_on_the_first_sequences(recipe_file: Path, monkey
         assert row == item["input_ids"][: len(row)].tolist()
         if number < len(rows) - 1:
             assert (item["labels"][len(row) :] == -100).all() and item["labels"][len(row) - 1] != -100
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, kv_a_proj_with_mqa, k_b_proj, v_b_proj]"])
+@pytest.mark.parametrize("keep", ["true", "false"])
+def test_adapters_go_on_the_projections_of_a_conversion_and_not_on_what_it_replaced(
+    recipe_file: Path, tmp_path: Path, targets: str, keep: str
+) -> None:
+    scheme = f"scheme={{name: mla, calibration_tokens: 200, options: {{kv_rank: 8, keep_original: {keep}}}}}"
+    more = ["lora={rank: 2}", f"lora.targets={targets}", "phases.0.steps=2", "phases.0.learning_rate=1e-2"]
+    recipe = load_recipe(recipe_file, [scheme, "distill={}", *more])
+    run = trainer.Trainer(recipe)
+    adapted = {name.split(".lora_A")[0] for name, _ in run.model.named_parameters() if "lora_A" in name}
+    latent = {name for name in adapted if ".self_attn.mla." in name}
+    assert {name.rpartition(".")[2] for name in latent} == {"q_proj", "kv_a_proj_with_mqa", "k_b_proj", "v_b_proj"}
+    assert not any("original" in name for name in adapted)
+    assert (adapted == latent) == (targets != "all-linear")
+    trained = run.run().eval()
+    loaded = pe_patch.load_patched(tmp_path / "run/model").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trained(ids).logits)

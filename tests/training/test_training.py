@@ -75,9 +75,14 @@ def test_score_by_hand() -> None:
         ("linear", {}, [0, 0.5, 1, 4 / 8, 1 / 8]),
         ("cosine", {}, [0, 0.5, 1, (1 + math.cos(math.pi * 4 / 8)) / 2, (1 + math.cos(math.pi * 7 / 8)) / 2]),
         ("warmup_stable_decay", {"decay": 0.4, "floor": 0.2}, [0.2, 0.6, 1, 1, 1 - 0.8 * 3 / 4]),
+        (
+            "warmup_stable_decay",
+            {"decay": 0.4, "floor": 0.2, "decay_shape": "1-sqrt"},
+            [0.2, 0.6, 1, 1, 1 - 0.8 * math.sqrt(3 / 4)],
+        ),
     ],
 )
-def test_schedules(schedule: Any, more: dict[str, float], expected: list[float]) -> None:
+def test_schedules(schedule: Any, more: dict[str, Any], expected: list[float]) -> None:
     rate = learning_rates(phase(schedule=schedule, steps=10, warmup=2, learning_rate=0.1, **more))
     assert [rate(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.1 * value for value in expected])
 
