@@ -42,9 +42,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(family: str, attention: str | None = None, std: float = 0.15) -> Any:
+def build(family: str, attention: str | None = None, std: float = 0.15, **settings: Any) -> Any:
     """A seeded model of two layers whose weights are large enough for positions to matter."""
-    settings = {**COMMON, **SIZES.get(family, GROUPED)}
+    settings = {**COMMON, **SIZES.get(family, GROUPED), **settings}
     config = transformers.CONFIG_MAPPING[family](**settings)
     torch.manual_seed(0)
     chosen = {"attn_implementation": attention} if attention else {}

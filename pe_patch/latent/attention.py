@@ -33,8 +33,10 @@ class LatentHeads(Protocol):
     value_bias: Tensor | None
     """`[heads * value_dim]`, added to the output of the heads."""
 
-    def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices from latents to keys `[up_heads, nope, rank]` and values `[up_heads, value_dim, rank]`."""
+    def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The matrices from latents to keys `[up_heads, nope, rank]` and values `[up_heads, value_dim, rank]`, and what
+        an adapter adds to the values, `[up_heads, value_dim]`. What one adds to the keys adds the same to all scores of
+        a query, which softmax ignores."""
         ...
 
     def expand(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,7 @@ def absorbed(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, 
     Returns:
         the output of the heads `[batch, query, heads, value_dim]`, and the weights `[batch, heads, query, key]`.
     """
-    up_key, up_value = heads.up(query)
+    up_key, up_value, added = heads.folded(query)
     batch, count, rows = query.shape[0], query.shape[1], query.shape[2]
     latent = latent.squeeze(1)
     on_keys, on_values = latent.chunk(2, -1) if heads.split else (latent, latent)
@@ -89,11 +91,15 @@ def absorbed(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, 
     weights = core.weights(scores).to(query.dtype)
     mixed = torch.matmul(weights.view(batch, count * rows, -1), on_values)
     output = torch.matmul(mixed.view(batch, len(up_value), -1, heads.rank), up_value.transpose(1, 2))
+    if added is not None:
+        output = output + added[:, None]
     return output.view(batch, count, rows, heads.value_dim).transpose(1, 2), weights
 
 
 def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, core: Any) -> tuple[Tensor, Any]:
     """Attention over latents in whichever of the two ways takes less work; returns what `core` returns."""
+    if query.shape[2] > 1 or query.shape[2] == latent.shape[2]:
+        heads.drop()
     if absorbs(heads, query, latent, core):
         size = max(1, MOST_SCORES // (query.shape[0] * query.shape[1] * latent.shape[2]))
         total, end = query.shape[2], latent.shape[2]
@@ -108,7 +114,6 @@ def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor,
             weights = torch.cat([part[1] for part in parts], 2) if core.backend.dense else None
         weights = weights if core.backend.dense else None
     else:
-        heads.drop()
         output, weights = expanded(heads, query, latent, shared, core)
     if heads.value_bias is not None:
         bias = heads.value_bias.view(-1, heads.value_dim).to(output.dtype)
@@ -211,6 +216,8 @@ class LatentAttention(nn.Module):
             states = sizes.hidden
         else:
             self.query_mix = nn.Parameter(torch.empty(sizes.heads, width // sizes.heads, sizes.head_dim, **factory))
+            bound = sizes.head_dim**-0.5
+            nn.init.uniform_(self.query_mix, -bound, bound)
             states = 2 * sizes.kv_heads * sizes.head_dim
         self.kv_a_proj_with_mqa = nn.Linear(states, sizes.cached, bias=sizes.rope_bias, **factory)
         self.kv_a_layernorm = nn.RMSNorm(sizes.rank, eps=1e-6, **factory) if sizes.norm else None
@@ -258,10 +265,18 @@ class LatentAttention(nn.Module):
         return self.sizes.heads // self.sizes.up_heads
 
     def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        value = self.folding.weight("value", self.v_b_proj, self.rank, like).view(-1, self.value_dim, self.rank)
+        """The matrices of `folded` alone."""
+        key, value, _ = self.folded(like)
+        return key, value
+
+    def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        value, bias = self.folding.weight("value", self.v_b_proj, self.rank, like)
+        value = value.view(-1, self.value_dim, self.rank)
+        added = None if bias is None else bias.view(-1, self.value_dim)
         if self.k_b_proj is None:
-            return value.new_zeros(len(value), 0, self.rank), value
-        return self.folding.weight("key", self.k_b_proj, self.rank, like).view(-1, self.nope, self.rank), value
+            return value.new_zeros(len(value), 0, self.rank), value, added
+        key, _ = self.folding.weight("key", self.k_b_proj, self.rank, like)
+        return key.view(-1, self.nope, self.rank), value, added
 
     def expand(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
         latent = latent.squeeze(1)

@@ -28,10 +28,10 @@ class NativeHeads(nn.Module):
         self.value_dim, self.rank = attention.v_head_dim, attention.kv_lora_rank
         self.folding = Folding()
 
-    def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.folding.weight("key and value", self.__dict__["attention"].kv_b_proj, self.rank, like)
+    def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight, bias = self.folding.weight("key and value", self.__dict__["attention"].kv_b_proj, self.rank, like)
         key, value = weight.view(-1, self.nope + self.value_dim, self.rank).split((self.nope, self.value_dim), 1)
-        return key, value
+        return key, value, None if bias is None else bias.view(len(value), -1)[:, self.nope :]
 
     def expand(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
         attention = self.__dict__["attention"]
