@@ -18,7 +18,7 @@ from .checks import (
     check_select,
     check_unused,
 )
-from .low_rank import balance_of, full_ranks, parts, reach, second_moment, weights
+from .low_rank import balance_of, full_ranks, second_moment, spans
 from .projections import Latents, Projections, Statistics
 from .rotary_keys import RotaryKeys, principal, selected, shared
 
@@ -76,15 +76,15 @@ def convert(
     if method == "transmla":
         assert statistics is not None
         seen, balance = statistics, balance_of(projections, keys, statistics, check_ratio(method, balance_kv_ratio))
-    of_key, of_value = parts(projections, keys, balance)
-    by_weight = weights(projections)
-    made = [torch.cat((of_key, of_value))] if svd == "joint" else [of_key, of_value]
-    axes = [principal(second_moment(part, seen, by_weight), reach(projections, part)) for part in made]
-    axes = [_wide(part, most) for part in axes]
-    key_axes, value_axes = axes[0].split((len(of_key), len(of_value))) if svd == "joint" else axes
+    rest = keys.rest / balance
+    moment, rows = second_moment(projections, rest, seen), rest.shape[0]
+    moments = [moment] if svd == "joint" else [moment[:rows, :rows], moment[rows:, rows:]]
+    axes = [principal(*each) for each in zip(moments, spans(projections, rest, svd), strict=True)]
+    key_axes, value_axes = axes[0].tensor_split((rows,)) if svd == "joint" else (_wide(part, most) for part in axes)
+    of_key, of_value = key_axes.T @ rest, value_axes.T
     latents = Latents(
         query=keys.query.repeat_interleave(projections.group, 0),
-        down=torch.cat([part.T @ whole for part, whole in zip(axes, made, strict=True)]),
+        down=torch.cat((of_key, of_value), 1) if svd == "joint" else torch.block_diag(of_key, of_value),
         rope_key=keys.rope_key,
         up_key=balance * keys.expand @ key_axes,
         up_value=value_axes.unflatten(0, (projections.kv_heads, projections.head_dim)),

@@ -41,14 +41,6 @@ def weights(projections: Projections) -> tuple[Tensor, Tensor]:
     return (heads * (factors * scale[:, None])[..., None]).flatten(0, 1), value
 
 
-def parts(projections: Projections, keys: RotaryKeys, balance: float) -> tuple[Tensor, Tensor]:
-    """What makes the keys to decompose, over `balance`, and the values of z: each `[rows, 2 * kv_heads * head_dim]`."""
-    width = projections.kv_heads * projections.head_dim
-    rest = keys.rest / balance
-    eye = torch.eye(width, dtype=rest.dtype, device=rest.device)
-    return torch.cat((rest, torch.zeros_like(rest)), 1), torch.cat((torch.zeros_like(eye), eye), 1)
-
-
 def balance_of(projections: Projections, keys: RotaryKeys, statistics: Statistics, ratio: float) -> float:
     """By what to divide the keys without position, that their mean norm is `ratio` times that of values (TransMLA).
 
@@ -65,26 +57,34 @@ def balance_of(projections: Projections, keys: RotaryKeys, statistics: Statistic
     return balance if 0 < balance < float("inf") else 1.0
 
 
-def second_moment(made: Tensor, statistics: Statistics | None, by_weight: tuple[Tensor, Tensor]) -> Tensor:
-    """Second moment of `made z`: over the tokens of `statistics`, or without those for white hidden states."""
-    if statistics is not None:
-        return made @ statistics.moment @ made.T
-    white = made @ torch.cat(by_weight)
-    return white @ white.T
+def second_moment(projections: Projections, rest: Tensor, statistics: Statistics | None) -> Tensor:
+    """Second moment of [rest k | v]: over the tokens of `statistics`, or without those for white hidden states."""
+    if statistics is None:
+        key, value = weights(projections)
+        white = torch.cat((rest @ key, value))
+        return white @ white.T
+    width = rest.shape[1]
+    of_key, both = statistics.moment[:width].split(width, 1)
+    of_value = statistics.moment[width:, width:]
+    both = rest @ both
+    return torch.cat((torch.cat((rest @ of_key @ rest.T, both), 1), torch.cat((both.T, of_value), 1)))
 
 
-def reach(projections: Projections, *made: Tensor) -> Tensor | None:
-    """Orthonormal columns that hold all that `made z` can be, `[rows, full rank]`; None where that is everything.
+def spans(projections: Projections, rest: Tensor, svd: str) -> list[Tensor | None]:
+    """Orthonormal columns that hold all that a latent's keys and values can be, None where that is everything.
 
     Calibration tokens may be fewer than these directions, and directions that no text can take are not worth a rank.
     """
-    stacked, width = torch.cat(made), projections.kv_heads * projections.head_dim
-    key, value = (weight.to(projections.work_dtype) for weight in (projections.key, projections.value))
-    if projections.key_norm is None:
-        linear = stacked @ torch.cat((key, value))
-        return torch.linalg.qr(linear).Q if linear.shape[0] > linear.shape[1] else None
-    only_values = stacked[stacked[:, width:].any(1)][:, width:] @ value
-    if only_values.shape[0] <= projections.hidden:
-        return None
-    keys = stacked.shape[0] - only_values.shape[0]
-    return torch.block_diag(torch.eye(keys, dtype=value.dtype, device=value.device), torch.linalg.qr(only_values).Q)
+    value = projections.value.to(rest.dtype)
+    key = None if projections.key_norm is not None else rest @ projections.key.to(rest.dtype)
+    if svd == "split":
+        return [None if key is None else _span(key), _span(value)]
+    if key is not None:
+        return [_span(torch.cat((key, value)))]
+    of_value = _span(value)
+    eye = torch.eye(rest.shape[0], dtype=rest.dtype, device=rest.device)
+    return [None if of_value is None else torch.block_diag(eye, of_value)]
+
+
+def _span(linear: Tensor) -> Tensor | None:
+    return torch.linalg.qr(linear).Q if linear.shape[0] > linear.shape[1] else None

@@ -46,8 +46,9 @@ def gather(projections: Projections, hidden: Tensor, into: Statistics | None = N
         biased = key.flatten(1)
         plain = biased - key_bias if key_bias is not None and of.key_norm is None else biased
         both = torch.cat((plain, part @ value_weight.T), 1)
-        into.moment += both.T @ both
-        into.key_moment += biased.T @ biased
+        products = both.T @ both
+        into.moment += products
+        into.key_moment += products[:width, :width] if plain is biased else biased.T @ biased
         into.pair_norms[0] += query[..., pairs].norm(dim=-1).sum(0)
         into.pair_norms[1] += key[..., pairs].norm(dim=-1).sum(0).repeat_interleave(of.group, 0)
         into.tokens += part.shape[0]
