@@ -77,7 +77,7 @@ def test_it_is_the_model_that_transformers_builds(attention):
 
 
 def test_it_needs_a_family_whose_projections_are_known_and_an_attend():
-    with pytest.raises(UnsupportedError, match="how bloom projects"):
+    with pytest.raises(UnsupportedError, match="this family does not"):
         patch_model(build("bloom"), MultiQuery)
     alone = type("Alone", (MultiQuery,), {"attend": Scheme.attend})
     with pytest.raises(PePatchError, match="attend"):
