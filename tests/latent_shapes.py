@@ -19,7 +19,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # of heads: heads, kv_heads, head_dim, ro
     "grouped, partial, biases, interleaved": {"sizes": (4, 2, 12, 8), "biased": True, "interleaved": True},
     "interleaved": {"sizes": (4, 2, 8, 8), "interleaved": True},
     "norms": {"sizes": (4, 2, 16, 16), "norms": True},
-    "wide": {"sizes": (8, 8, 8, 8)},
+    "wide": {"sizes": (16, 16, 8, 8)},
     "wide, norms": {"sizes": (8, 8, 8, 8), "norms": True},
 }
 
