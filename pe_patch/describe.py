@@ -13,7 +13,7 @@ from .errors import PePatchError
 from .join import Patch
 from .patch import find_patch
 from .scheme import Scheme
-from .swaps import ABSENT
+from .swaps import ABSENT, GIVEN_UP, Removal, Swap
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,19 @@ def _replaced(patch: Patch) -> list[Replaced]:
         attribute = "scores" if is_scheme else swap.attribute.removeprefix("_").removesuffix("_internal")
         where = ".".join(part for part in (owner, attribute) if part)
         old = "as projected" if is_scheme else _name(swap.original)
-        rows.append(Replaced(where, old, swap.replacement.name if is_scheme else _name(swap.replacement)))
+        rows.append(Replaced(where, old, swap.replacement.name if is_scheme else _new(swap)))
     return rows
+
+
+def _new(swap: Swap) -> str:
+    return "taken away" if isinstance(swap, Removal) else _name(swap.replacement)
 
 
 def _name(value: Any) -> str:
     if value is ABSENT:
         return "the class's own"
+    if value is GIVEN_UP:
+        return "not kept"
     if isinstance(value, RotaryJoint):
         scheme = value.__dict__["scheme"]
         return f"RotaryJoint({scheme.name if scheme is not None else 'no rotation'})"

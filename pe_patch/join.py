@@ -17,11 +17,11 @@ from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_arguments, forward_swaps, native_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
-from .replacement import Taken, native_latent_swaps, replacement_swaps
+from .replacement import native_latent_swaps, replacement_swaps
 from .rotation import Rotation
 from .scheme import AttentionShape, Scheme, overrides
 from .schemes.find import find_scheme
-from .swaps import GIVEN_UP, Swap, apply_all, bind, undo_all
+from .swaps import GIVEN_UP, Removal, Swap, apply_all, bind, undo_all
 
 
 @dataclass
@@ -197,7 +197,7 @@ def _assemble(
         table = adapter.tower.native_table(base)
         frozen += [table] if table.requires_grad else []
     patch = Patch(head, base, path, adapter, shape, own, by_kind, given["keep_native"], given, swaps, frozen)
-    patch.taken = [swap for swap in taken if isinstance(swap.replacement, Taken)]
+    patch.taken = [swap for swap in taken if isinstance(swap, Removal)]
     swaps.append(Swap.of(base, "pe_patch", patch, direct=True))
     return patch
 

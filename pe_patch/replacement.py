@@ -10,19 +10,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .adapters import Adapter
-from .errors import NoEffectError, UnsupportedError
+from .errors import UnsupportedError
 from .latent.native import NativeHeads, keep_latents
 from .scheme import Scheme
-from .swaps import Swap, bind
+from .swaps import Removal, Swap, bind
 
 CACHES = ("past_key_values", "layer_past")
-
-
-class Taken(nn.Module):
-    """Keeps the place of a module whose work is done elsewhere, so that the order of all modules stays."""
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        raise NoEffectError("This projection was replaced by a patch and is not to be called; unpatch_model(model).")
 
 
 @dataclass(frozen=True)
@@ -86,10 +79,10 @@ def replacement_swaps(
         attention, names = attentions[index], adapter.projections
         for name in taken_names(attention, adapter):
             original[f"layers_{index}_{name}"] = getattr(attention, name)
-            swaps.append(Swap.of(attention, name, Taken()))
+            swaps.append(Removal.of(attention, name))
         swaps.append(Swap.of(attention, scheme.name, module))
         groups = getattr(module, "groups", None)
-        if groups is not None and hasattr(attention, "num_key_value_groups"):
+        if groups not in (None, getattr(attention, "num_key_value_groups", None)):
             swaps.append(Swap.of(attention, "num_key_value_groups", groups, direct=True))
         forward = ReplacedForward(
             scheme.name, names.output, adapter.layout, scheme.rescaling, names.residual_dropout, arguments

@@ -60,6 +60,25 @@ class Swap:
             setattr(self.owner, self.attribute, value)
 
 
+@dataclass
+class Removal(Swap):
+    """One submodule taken away; it comes back to its place, since the order of parameters must not change."""
+
+    names: tuple[str, ...] = ()
+    """Of all submodules, in their order."""
+
+    @classmethod
+    def of(cls, owner: Any, attribute: str, replacement: Any = ABSENT, direct: bool = False) -> Removal:
+        return cls(owner, attribute, owner._modules[attribute], replacement, direct, tuple(owner._modules))
+
+    def undo(self) -> None:
+        self._set(self.original)
+        modules = self.owner._modules
+        for name in (*self.names, *(name for name in tuple(modules) if name not in self.names)):
+            if name in modules:
+                modules[name] = modules.pop(name)
+
+
 def apply_all(swaps: list[Swap]) -> None:
     """Apply every swap, or none of them if one fails."""
     done: list[Swap] = []

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import pe_patch
 from pe_patch.evaluation.retrieval import TOKEN_KEYS
-from pe_patch.replacement import Taken
 from pe_patch.storage import read_config
 
 from .recipe import Lora, Model, Recipe, RecipeError
@@ -147,9 +146,8 @@ def _with_lora(model: Any, lora: Lora) -> Any:
 
 
 def _retired(model: nn.Module) -> list[str]:
-    """The names of modules that a patch has put out of use, and of what keeps their places."""
-    named = model.named_modules()
-    return [name for name, module in named if isinstance(module, Taken) or "position_schemes.original." in name]
+    """The names of modules that a patch has put out of use."""
+    return [name for name, _ in model.named_modules() if "position_schemes.original." in name]
 
 
 def _norms(model: nn.Module) -> set[str]:
