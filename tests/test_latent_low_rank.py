@@ -166,6 +166,9 @@ def test_a_norm_whose_weight_is_an_offset_counts_the_same():
     key, _ = weights(replace(of, key_norm=own))
     other, _ = weights(replace(of, key_norm=Offset(own.weight.data.expand(2, 16))))
     torch.testing.assert_close(key, other, rtol=0, atol=1e-6)
+    heads = of.key.view(2, 16, -1)
+    expected = heads * own.weight.data[:, None] * 4 / heads.flatten(1).norm(dim=1)[:, None, None]
+    torch.testing.assert_close(key.view(2, 16, -1), expected, rtol=0, atol=1e-6)
     white = random(20000, HIDDEN, seed=3)
     made = own((white @ of.key.T).view(-1, 2, 16)).square().mean(0)
     torch.testing.assert_close((key.view(2, 16, -1).square().sum(-1)), made, rtol=0.25, atol=0)
