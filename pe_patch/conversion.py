@@ -64,9 +64,9 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
             f"{first.name!r} with these options is calibrated on text: give calibration=<token ids or texts> of the "
             "kind that the model is for, some ten thousand tokens."
         )
-    rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT), []
+    rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT, seed=first.seed), []
     if first.max_loss is not None:
-        rows, kept = held_out(rows, SHARE)
+        rows, kept = held_out(rows, SHARE, first.seed)
     found = Conversion({}, kept)
     seen: dict[int, Any] = {}
 

@@ -83,6 +83,8 @@ class Scheme(nn.Module):
     """The weights that it was made of stay with the model, for undoing."""
     calibration: Any = None
     """Token ids or texts, for `observe`."""
+    seed: int = 0
+    """Chooses among the rows of calibration where there are more than are read."""
     max_loss: float | None = None
     """By what share the loss may grow; the least width that keeps to it is searched."""
     restored: bool = False
@@ -369,6 +371,7 @@ class Stacked:
 
     encoder: Scheme
     scorer: Scheme
+    calls_modules: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..attention import Core
 
 CONVERSION = (
-    "kv_rank", "cache_ratio", "max_loss", "rope_dim", "method", "calibration", "latent_norm", "select", "svd",
+    "kv_rank", "cache_ratio", "max_loss", "rope_dim", "method", "calibration", "seed", "latent_norm", "select", "svd",
     "freqfold", "balance_kv_ratio",
 )  # fmt: skip
 """Options that say how a model is converted; a model that holds latents has no use for them."""
@@ -53,6 +53,7 @@ class MLA(Scheme):
             "init" (fresh weights, to be trained from scratch).
         calibration: token ids (`[rows, length]`, or lists of them) or texts. "mha2mla" needs them only to choose
             dimensions by the 2-norm.
+        seed: chooses among the rows of calibration where they have more than 65,536 tokens in all.
         latent_norm: normalise the latent, as DeepSeek's classes do.
         keep_original: keep the weights that are taken away, for `unpatch_model`; they are saved with the model.
         select: which rotary dimensions "mha2mla" keeps: "2-norm", "high", "low" or "uniform".
@@ -82,6 +83,7 @@ class MLA(Scheme):
         rope_dim: int | None = None,
         method: str = "transmla",
         calibration: Any = None,
+        seed: int = 0,
         latent_norm: bool = False,
         keep_original: bool = True,
         select: str = "2-norm",
@@ -96,7 +98,13 @@ class MLA(Scheme):
         self.idle = frozenset() if self.inner is not None else frozenset({"angles"})
         self.converting = shape.latent_rank == 0
         self.keep_original = check_flag(self.name, "keep_original", keep_original)
-        self.calibration, self.max_loss, self.kv_rank, self.rope_dim = calibration, None, shape.latent_rank, 0
+        self.calibration, self.seed, self.max_loss, self.kv_rank, self.rope_dim = (
+            calibration,
+            seed,
+            None,
+            shape.latent_rank,
+            0,
+        )
         if not self.converting:
             self._refuse_conversion()
             self.idle |= {"replace"}
@@ -207,7 +215,7 @@ class MLA(Scheme):
         """The options as they are saved with the model: sizes as they came out, and no calibration text."""
         if not self.converting:
             return dict(self.options)
-        left_out = ("calibration", "cache_ratio", "max_loss")
+        left_out = ("calibration", "seed", "cache_ratio", "max_loss")
         kept = {name: value for name, value in self.options.items() if name not in left_out}
         return {**kept, "kv_rank": self.kv_rank, "rope_dim": self.rope_dim}
 
