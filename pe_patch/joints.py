@@ -22,8 +22,9 @@ from .forward import (
     tower_forward,
 )
 from .plan import Plan
-from .scheme import Scheme, Stacked
+from .scheme import Scheme
 from .schemes import SCHEMES
+from .stacked import Stacked
 from .swaps import Chain, Swap, bind
 
 LayerSchemes = list[Scheme | Stacked | None]

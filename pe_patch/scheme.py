@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -360,41 +360,3 @@ class DistanceBias(Scheme):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
         self.check_heads(query)
         return core(query, key, value, positions, bias=self)
-
-
-@dataclass
-class Stacked:
-    """One scheme that encodes queries and keys before another that works on the scores.
-
-    It is how a rotation is added to a family's own ALiBi; nothing else stacks.
-    """
-
-    encoder: Scheme
-    scorer: Scheme
-    calls_modules: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.encoder.name} + {self.scorer.name}"
-
-    def __call__(self, rung: str, *arguments: Any) -> Any:
-        return getattr(self, rung)(*arguments)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        """The encoder's attention, through the scorer's."""
-        through = cast("Core", _Through(core, self.scorer))
-        return self.encoder("attend", query, key, value, positions, through)
-
-
-@dataclass
-class _Through:
-    """A core whose attention is that of a further scheme."""
-
-    core: Core
-    scorer: Scheme
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Any = None) -> Any:
-        return self.scorer("attend", query, key, value, positions, self.core)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.core, name)

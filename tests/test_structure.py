@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "positions": {"errors"},
     "scheme": {"errors", "positions", "attention", "latent"},  # the last two for types only
     "rotation": {"errors", "positions", "scheme", "attention"},
+    "stacked": {"positions", "scheme", "attention"},  # attention for a type only
     "dialects": {"errors"},
     "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention", "latent"},
     "ranges": {"positions"},
