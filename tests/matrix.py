@@ -28,6 +28,7 @@ from .models import (
     GIVEN,
     LENGTH_DEPENDENT,
     MASK_ALONE,
+    UNROTATED,
     build,
     cached_logits,
     error,
@@ -47,7 +48,9 @@ itself in float64, the waves on extra dimensions of the head 9e-6."""
 LENGTHS = (20, 48)
 """On both sides of the window of 32."""
 
-REFUSED: dict[tuple[str, ...], str] = {}
+REFUSED: dict[tuple[str, ...], str] = {
+    ("mla", family): "'mla' converts attention that rotates .*, and this family does not" for family in UNROTATED
+}
 """(scheme, family) or (scheme, family, situation) that raises, and a pattern of the reason that it gives."""
 
 

@@ -104,6 +104,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "shaw": {"max_distance": 6},
     "transformer_xl": {},
     "cope": {"max_positions": 8},
+    "mla": {"kv_rank": 24, "rope_dim": 8, "calibration": None},
 }
 """The options of each scheme under its own name."""
 
@@ -117,11 +118,22 @@ CASES: dict[str, dict[str, Any]] = {**GIVEN, **PINNED, **AUTO}
 """Every scheme, the length-dependent ones also pinned to a length and two scalings also with `factor="auto"`."""
 
 
+UNROTATED = ("bloom", "gpt2")
+"""What converts rotations is refused there (`tests/test_matrix.py`)."""
+
+
+def applies(family: str, name: str) -> bool:
+    """Whether this case goes with this family."""
+    return family not in UNROTATED or not SCHEMES[name.split(" ")[0]].converts
+
+
 def case(family: str, name: str) -> tuple[str, dict[str, Any]]:
     """Scheme and options of a case on this family."""
     scheme, options = name.split(" ")[0], dict(CASES[name])
     if "long_factor" in options:
         options["long_factor"] = [1.0 + 0.5 * pair for pair in range(PAIRS[family])]
+    if "calibration" in options:
+        options["calibration"] = tokens(8, 24, seed=5)
     if family == "gpt2" and scheme == "learned":
         options["extend"] = "interpolate"  # its table has one window of positions
     if family == "bloom" and "original_max_position_embeddings" in SCHEMES[scheme].option_names():
