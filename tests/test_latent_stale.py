@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pe_patch import patch_model
 
 from .families import build as family
-from .models import build, error, logits, tokens
+from .models import build, cached_logits, error, logits, tokens
 
 peft = pytest.importorskip("peft")
 
@@ -196,6 +196,23 @@ def test_another_dtype(kind, dtype, tolerance):
         one.to(dtype)
         found, expected = step(one, prompt(one)), logits(one, IDS)[:, -1:]
         assert found.dtype == dtype and error(found.double(), expected.double()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2", "qwen3", "gpt_neox"])
+def test_weights_that_are_offloaded(name):
+    """accelerate brings them in around the forward of the module that holds them, and away again."""
+    accelerate = pytest.importorskip("accelerate")
+    model = family(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    given = {} if name == "deepseek_v3" else {"kv_rank": 12, "calibration": tokens(4, 64)}
+    patch_model(model, "mla", **given)
+    expected = logits(model, IDS)
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(one.is_meta for one in model.parameters())
+    assert error(logits(model, IDS), expected) < TOLERANCE
+    assert error(cached_logits(model, IDS, 8), expected) < TOLERANCE
 
 
 def test_lora_in_one_compiled_graph():

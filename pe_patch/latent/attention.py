@@ -30,12 +30,10 @@ class LatentHeads(Protocol):
     """Heads of the rotary key that is cached; one in DeepSeek's models."""
     split: bool
     """The latent is one for keys and one for values, side by side."""
-    value_bias: Tensor | None
-    """`[heads * value_dim]`, added to the output of the heads."""
 
     def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The matrices from latents to keys `[up_heads, nope, rank]` and values `[up_heads, value_dim, rank]`, and what
-        an adapter adds to the values, `[up_heads, value_dim]`. What one adds to the keys adds the same to all scores of
+        is added to the values, `[up_heads, value_dim]`. What an adapter adds to the keys adds the same to all scores of
         a query, which softmax ignores."""
         ...
 
@@ -115,9 +113,6 @@ def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor,
         weights = weights if core.backend.dense else None
     else:
         output, weights = expanded(heads, query, latent, shared, core)
-    if heads.value_bias is not None:
-        bias = heads.value_bias.view(-1, heads.value_dim).to(output.dtype)
-        output = output + bias
     return output, weights
 
 
@@ -177,7 +172,8 @@ class Features(nn.Module):
         """The same modules with weights of their own."""
         pairs = ((of.query, of.query_bias), (of.key, of.key_bias), (of.value, of.value_bias))
         assert of.query_norm is not None and of.key_norm is not None
-        return cls(*(_linear(*pair) for pair in pairs), copy.deepcopy(of.query_norm), copy.deepcopy(of.key_norm))
+        query, key, value = (_linear(*pair) for pair in pairs)
+        return cls(query, key, value, copy.deepcopy(of.query_norm), copy.deepcopy(of.key_norm))
 
     def forward(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         """Normalised queries `[batch, length, heads, head_dim]`, and normalised keys and values side by side
@@ -223,9 +219,9 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = nn.RMSNorm(sizes.rank, eps=1e-6, **factory) if sizes.norm else None
         up_key = sizes.up_heads * sizes.nope
         self.k_b_proj = nn.Linear(sizes.rank, up_key, bias=False, **factory) if up_key else None
-        self.v_b_proj = nn.Linear(sizes.rank, sizes.up_heads * sizes.head_dim, bias=False, **factory)
-        bias = nn.Parameter(torch.zeros(sizes.heads * sizes.head_dim, **factory)) if sizes.value_bias else None
-        self.register_parameter("value_bias", bias)
+        self.v_b_proj = nn.Linear(sizes.rank, sizes.up_heads * sizes.head_dim, bias=sizes.value_bias, **factory)
+        if self.v_b_proj.bias is not None:
+            nn.init.zeros_(self.v_b_proj.bias)
         index = torch.zeros(sizes.rope_heads, sizes.rope // 2, dtype=torch.int64, device=factory.get("device"))
         self.register_buffer("frequency", index)
 
@@ -258,6 +254,11 @@ class LatentAttention(nn.Module):
         nope, rope = query.split((self.nope, self.rope), -1)
         query = torch.cat((nope, turned(rope, cos, sin)), -1)
         return query.transpose(1, 2), latent.unsqueeze(1), shared.unsqueeze(1)
+
+    @property
+    def value_bias(self) -> Tensor | None:
+        """`[up_heads * head_dim]`; it stands in a module that is called, since hooks offload what does not."""
+        return self.v_b_proj.bias
 
     @property
     def groups(self) -> int:
@@ -316,9 +317,9 @@ class LatentAttention(nn.Module):
             self.kv_a_proj_with_mqa.bias.zero_()
             turned_bias = latents.rope_key.to(work) @ projections.key_bias.to(work)
             self.kv_a_proj_with_mqa.bias[self.sizes.latent :] = turned_bias.to(self.kv_a_proj_with_mqa.bias.dtype)
-        if self.value_bias is not None and projections.value_bias is not None:
+        if projections.value_bias is not None:
             bias = projections.value_bias.view(projections.kv_heads, 1, -1)
-            self.value_bias.copy_(bias.expand(-1, projections.group, -1).flatten())
+            self.v_b_proj.bias.copy_(bias.expand(-1, self.sizes.up_heads // projections.kv_heads, -1).flatten())
         if self.kv_a_layernorm is not None and latents.norm is not None:
             self.kv_a_layernorm.weight.copy_(latents.norm)
         if self.k_b_proj is not None:

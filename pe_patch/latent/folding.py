@@ -51,8 +51,8 @@ class Folding:
     def weight(self, name: str, linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """`[out, width]` and `[out]`: by what `linear` multiplies and what it adds, in the dtype of `like` and on its
         device."""
-        plain = type(linear) is nn.Linear and type(linear.weight) in PLAIN and not linear.weight.is_meta
-        if plain and not hasattr(linear, "_hf_hook"):
+        plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook")
+        if plain and isinstance(linear, nn.Linear) and type(linear.weight) in PLAIN and not linear.weight.is_meta:
             return linear.weight.to(like.dtype), None if linear.bias is None else linear.bias.to(like.dtype)
         kept = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or linear.training)
         signature = _signature(linear) if kept else ()

@@ -17,7 +17,6 @@ class NativeHeads(nn.Module):
     `v_head_dim` of the value out of `kv_lora_rank`, and `expand_kv` makes keys and values of what is cached.
     """
 
-    value_bias = None
     rope_heads = 1
     split = False
 
