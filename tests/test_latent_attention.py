@@ -1,4 +1,4 @@
-"""Models converted to latent attention: every way of decoding is one pass, and nothing is lost where nothing has to be."""
+"""Converted to latent attention: all ways of decoding are one pass, and nothing is lost where nothing has to be."""
 
 from __future__ import annotations
 
