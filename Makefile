@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test lint types benchmark clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/pe-patch demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

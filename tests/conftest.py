@@ -1,6 +1,13 @@
 from __future__ import annotations
 
+import os
 import sys
+
+import pytest
+import torch
+
+PRINTED: list[str] = []
+"""The matrix as lines, from whichever process ran it."""
 
 
 def pytest_addoption(parser):
@@ -12,11 +19,31 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # processes side by side share the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workerinput["workercount"]))
+
+
+def matrix_lines(config) -> list[str]:
     matrix = sys.modules.get("tests.matrix")
     if matrix is None or not matrix.OUTCOMES:
-        return
-    terminalreporter.section("matrix")
-    for line in matrix.plain():
-        terminalreporter.write_line(line)
-    terminalreporter.write_line(matrix.legend(terminalreporter.config.getoption("--compile-all")))
+        return []
+    return [*matrix.plain(), matrix.legend(config.getoption("--compile-all"))]
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["matrix"] = matrix_lines(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    PRINTED.extend(getattr(node, "workeroutput", {}).get("matrix", []))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    lines = PRINTED or matrix_lines(config)
+    if lines:
+        terminalreporter.section("matrix")
+        for line in lines:
+            terminalreporter.write_line(line)
