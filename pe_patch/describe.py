@@ -88,7 +88,7 @@ def describe(model: Any) -> Description:
         num_layers=patch.shape.num_layers,
         backend=str(patch.base.config._attn_implementation),
         keep_native=patch.keep_native,
-        effective=effective(patch.scheme),
+        effective=effective(patch.scheme) | _cache(patch),
         replaced=_replaced(patch),
     )
 
@@ -114,6 +114,22 @@ def effective(scheme: Scheme) -> dict[str, Any]:
         numbers["slopes"] = [round(slope, 6) for slope in slopes]
     if parameters := sum(p.numel() for p in scheme.parameters()):
         numbers["parameters_added"] = parameters
+    return numbers
+
+
+def _cache(patch: Patch) -> dict[str, Any]:
+    """What a token leaves in the cache under a scheme that changes that, and the window of a rotation that it keeps."""
+    scheme: Any = patch.scheme
+    if not scheme.converts:
+        return {}
+    numbers: dict[str, Any] = {}
+    cached, before = getattr(scheme, "cached", None), getattr(scheme, "cached_before", None)
+    if cached is not None and before is not None:
+        size = len(patch.layers) * patch.base.dtype.itemsize
+        numbers["cache_bytes_per_token"] = f"{size * cached:,} (was {size * before:,})"
+    own = getattr(patch.base.config, "max_position_embeddings", None)
+    if scheme.effective_window is None and own is not None:
+        numbers["effective_window"] = own
     return numbers
 
 

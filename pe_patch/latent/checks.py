@@ -42,6 +42,11 @@ def check_select(select: Any) -> None:
 def check_unused(method: Any, **options: Any) -> None:
     """Raise `OptionError` for an option of another method."""
     check_method(method)
+    refuse_unused(method, **options)
+
+
+def refuse_unused(method: str, **options: Any) -> None:
+    """The same for a method that is known to exist, or that has none of these options."""
     for option, value in options.items():
         methods, default = OF[option]
         if method not in methods and value != default:

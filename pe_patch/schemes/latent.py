@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import OptionError, UnsupportedError, nearest
 from ..latent import attention as over_latents
 from ..latent.attention import Features, LatentAttention, LatentSizes
+from ..latent.checks import check_freqfold, refuse_unused
 from ..latent.convert import convert, full_rank, truncated
 from ..latent.projections import Latents, Projections, Statistics
 from ..latent.rotary_keys import SELECTIONS
@@ -115,6 +116,7 @@ class MLA(Scheme):
         self.freqfold, self.balance_kv_ratio = freqfold, check_number(
             self.name, "balance_kv_ratio", balance_kv_ratio, 0.0, exclusive=True
         )  # fmt: skip
+        refuse_unused(self.method, select=select, freqfold=freqfold, balance_kv_ratio=balance_kv_ratio)
         self._settle_sizes(kv_rank, cache_ratio, max_loss, rope_dim)
 
     # ---- options
@@ -179,6 +181,8 @@ class MLA(Scheme):
             self._check_fresh()
             return
         most = full_rank(projections, self.method, self.rope_dim, self.svd)
+        if self.method != "mha2mla":
+            check_freqfold(projections, self.method, self.rope_dim, self.freqfold)
         if self.max_loss is not None:
             self.kv_rank = most
         if not 1 <= self.kv_rank <= most:
@@ -227,7 +231,7 @@ class MLA(Scheme):
         if not self.converting:
             rope = self.shape.rotary_dim
             return {"cached_per_token_and_layer": f"{self.kv_rank + rope} numbers, decoded without expanding them"}
-        before, after = 2 * self.shape.num_key_value_heads * self.shape.head_dim, self.cached
+        before, after = self.cached_before, self.cached
         return {
             "latent_rank": self.kv_rank,
             "rotary_key": self.rope_cached,
@@ -245,6 +249,11 @@ class MLA(Scheme):
         if not self.converting:
             return self.kv_rank + self.shape.rotary_dim
         return self.kv_rank * (2 if self.split else 1) + self.rope_cached
+
+    @property
+    def cached_before(self) -> int:
+        """The same of the model as it was."""
+        return 2 * self.shape.num_key_value_heads * self.shape.head_dim if self.converting else self.cached
 
     # ---- rotation
 
