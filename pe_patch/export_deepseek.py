@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from .configuration import FOREIGN
 from .errors import UnsupportedError
 from .join import Patch
 
@@ -91,7 +92,7 @@ def _config(patch: Patch) -> DeepseekV3Config:
     scheme: Any = patch.scheme
     config, sizes = patch.base.config, patch.adapter.attentions(patch.base)[0].mla.sizes
     inner = scheme.inner
-    rotation = {"rope_type": "default", "rope_theta": patch.shape.rope_theta} if inner is None else inner.native()
+    rotation = getattr(patch.head.config, FOREIGN)["native"]["rope_parameters"] if inner is None else inner.native()
     if rotation is None:
         _refuse(patch, f"its rotation is {inner.name!r}, which Transformers' config cannot say")
     return DeepseekV3Config(
@@ -111,8 +112,9 @@ def _check_rotation(patch: Patch, config: DeepseekV3Config) -> None:
     built = DeepseekV3RotaryEmbedding(config)
     for attention in patch.adapter.attentions(patch.base):
         latent: Any = attention.mla
-        kept = rotary.inv_freq.float().cpu()[latent.frequency[0].cpu()]
-        same = kept.shape == built.inv_freq.shape and torch.allclose(kept, built.inv_freq.cpu(), rtol=1e-5, atol=0)
+        kept = rotary.inv_freq.cpu()[latent.frequency[0].cpu()]
+        there = built.inv_freq.cpu().to(kept.dtype)  # which a cast of the whole model may have rounded
+        same = kept.shape == there.shape and torch.allclose(kept.float(), there.float(), rtol=1e-5, atol=0)
         if not same or built.attention_scaling != 1:
             divisors = "a rope_dim that divides the trained rotary width"
             _refuse(patch, f"the frequencies it has kept are not those of a rotary width of {latent.rope}; {divisors}")
