@@ -24,7 +24,8 @@ def test_every_scheme_is_measured_in_one_of_the_two(scripts):
     zero_shot = {scheme for scheme, _ in scripts.zero_shot.CASES.values()} | set(scripts.zero_shot.LEFT_OUT)
     assert {name for name, scheme in SCHEMES.items() if scheme.training_free} <= zero_shot
     trained = {options["scheme"] for options in scripts.training.SCHEMES.values()}
-    elsewhere = {"drope", "llama3", "proportional", "rope_2d", "alibi_2d"}  # nope itself, rope rescaled, images
+    # nope itself, rope rescaled, images, and conversions of a trained model (mla_sweep.py)
+    elsewhere = {"drope", "llama3", "proportional", "rope_2d", "alibi_2d", "mla"}
     assert set(SCHEMES) - zero_shot - elsewhere <= trained
 
 

@@ -1,10 +1,11 @@
-"""The three pictures: loss against length, retrieval by length and depth, wavelengths against the window."""
+"""The pictures: loss against length, retrieval by length and depth, wavelengths, and both against the cache."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -187,4 +188,48 @@ def wavelength_chart(results: Results, frequencies: Mapping[str, np.ndarray], co
         axis.set_ylabel("wavelength (tokens per turn)")
         axis.grid(axis="y", linewidth=0.7)
         figure.legend(loc="outside lower center", ncols=min(4, len(frequencies)))
+        return _png(figure)
+
+
+@dataclass(frozen=True)
+class CacheLine:
+    """One way to a smaller cache, over several sizes: rows with bytes, a loss and a share of answers each."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    colour: int
+    """Number of the colour and the marker."""
+    dashed: bool = False
+
+
+def cache_chart(lines: Sequence[CacheLine], original: Mapping[str, Any], title: str, colours: Colours = LIGHT) -> bytes:
+    """Loss and retrieval against what a token leaves in the cache, as PNG; the original is a horizontal line."""
+    shown = {
+        "loss": "loss on held-out text (nats per token)",
+        "retrieval": f"questions answered exactly (of {original['questions']})",
+    }
+    sizes = sorted({row["cached_bytes_per_token"] for line in lines for row in line.rows})
+    whole = original["cached_bytes_per_token"]
+    with _figure(1, 2, (10.6, 5.0), colours) as (figure, axes):
+        for axis, (measure, label) in zip(axes.flat, shown.items(), strict=True):
+            ink = {"color": colours["ink"], "linestyle": ":", "linewidth": 1.5}
+            axis.axhline(original[measure], label=f"original, {whole:,} bytes", **ink)
+            for line in lines:
+                points = sorted((row["cached_bytes_per_token"], row[measure]) for row in line.rows)
+                colour = colours["series"][1 + line.colour % (len(colours["series"]) - 1)]
+                axis.plot(
+                    [size for size, _ in points], [value for _, value in points], label=line.name, color=colour,
+                    marker=MARKERS[line.colour % len(MARKERS)], markersize=6,
+                    linestyle="--" if line.dashed else "-", alpha=0.65 if line.dashed else 1.0,
+                )  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [f"{size:,}\n{size / whole:.2%}".replace(".00%", "%") for size in sizes])
+            axis.minorticks_off()
+            axis.set_xlabel("cache: bytes per token in all layers, and share of the original")
+            axis.set_ylabel(label)
+            axis.grid(axis="y", linewidth=0.7)
+        axes[0, 1].set_ylim(-0.03, 1.04)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, (len(labels) + 1) // 2 + 1))
+        figure.suptitle(title, fontsize=10)
         return _png(figure)
