@@ -291,7 +291,8 @@ def convert(
     calibration_tokens: Annotated[int, typer.Option(min=2, help="How much of it.")] = 65536,
     text: Annotated[str | None, typer.Option(help="Text to measure on (default: held-out files of that).")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens to measure at (default: window, <= 2048).")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Questions of the sweep.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Questions about facts hidden in the text.")] = 100,
+    no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Let loss stand without retrieval.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Compare methods at several sizes; save no model.")] = False,
     keep_original: Annotated[bool, typer.Option("--keep-original", help="Save the replaced weights as well.")] = False,
     out: Annotated[Path | None, typer.Option(help="Save the converted model to this folder.")] = None,
@@ -309,8 +310,9 @@ def convert(
         target=to, methods=method or (), sizes=sizes, options=option or (), sweep=sweep, out=out, output=output,
         keep_original=keep_original,
     )  # fmt: skip
+    questions = 0 if no_retrieval and not sweep else samples
     text_of = {"calibration": calibration, "tokens": calibration_tokens, "text": text, "length": length, "seed": seed}
-    found = conversion_command.run(model, request, {**text_of, "questions": samples}, (dtype, device))
+    found = conversion_command.run(model, request, {**text_of, "questions": questions}, (dtype, device))
     if as_json:
         _print_json(found.to_dict())
     else:

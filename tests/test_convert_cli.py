@@ -57,13 +57,14 @@ def logits(model):
 
 def test_a_converted_model_is_measured_and_saved(run, loaded, tmp_path):
     folder = tmp_path / "deep" / "converted"
-    code, out, err = run("--cache-ratio", "1/4", "--out", folder, "--json")
+    code, out, err = run("--cache-ratio", "1/4", "--samples", 10, "--out", folder, "--json")
     assert code == 0, err
     found = json.loads(out)
     before, after = found["before"], found["after"]
     assert (before["cached_numbers_per_token_and_layer"], after["cached_numbers_per_token_and_layer"]) == (256, 64)
     assert (before["cached_bytes_per_token"], after["cached_bytes_per_token"]) == (2048, 512)
     assert after["loss"] > before["loss"] and after["loss_change"] == pytest.approx(after["loss"] / before["loss"] - 1)
+    assert before["questions"] == after["questions"] == 10 and before["retrieval"] > after["retrieval"]
     assert after["kv_rank"] + after["rope_dim"] == 64 and found["method"] == "transmla"
     assert "held-out" in found["text"] and before["loss_measured_on"] == after["loss_measured_on"]
     model, _ = loaded[0]
@@ -76,16 +77,27 @@ def test_a_converted_model_is_measured_and_saved(run, loaded, tmp_path):
 
 @pytest.mark.parametrize("size", [("--kv-rank", 24, "--rope-dim", 16), ("--max-loss", 1.0, "--rope-dim", 16)])
 def test_the_table_says_what_changed_and_on_what(run, size):
-    code, out, err = run("--method", "svd", *size)
+    code, out, err = run("--method", "svd", "--samples", 5, *size)
     assert code == 0, err
-    for expected in ("Converted with svd", "bytes per token", "2,048", "loss, nats", "held-out", "Calibrated on 1,0"):
+    for expected in (
+        "Converted with svd",
+        "bytes per token",
+        "2,048",
+        "loss, nats",
+        "questions answered",
+        "held-out",
+        "Calibrated on 1,0",
+    ):
         assert expected in out
     assert "saved" not in out.lower()
 
 
 def test_options_of_the_scheme_reach_it(run):
-    code, out, _ = run("--kv-rank", 8, "--method", "mha2mla", "--rope-dim", 8, "--option", "svd=split", "--json")
-    assert code == 0 and json.loads(out)["after"]["cached_numbers_per_token_and_layer"] == 2 * 8 + 4 * 8
+    code, out, _ = run(
+        "--kv-rank", 8, "--method", "mha2mla", "--rope-dim", 8, "--option", "svd=split", "--no-retrieval", "--json"
+    )
+    after = json.loads(out)["after"]
+    assert code == 0 and after["cached_numbers_per_token_and_layer"] == 2 * 8 + 4 * 8 and after["retrieval"] is None
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,7 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
     """Load the model `name`, and do what is asked; `text` is what `prepare` takes."""
     settings, ratios = request.settings(), request.ratios()
     model, tokenizer = load(name, *where)
-    questions = text["questions"] if request.sweep else 0
-    material = prepare(model, tokenizer, **{**text, "questions": questions})
+    material = prepare(model, tokenizer, **text)
     called = Path(name).name if Path(name).is_dir() else name
     config = {"model": called, "to": request.target, **settings, "calibration": material.calibrated_on}
     config |= {"length": material.ruler.length, "seed": text["seed"], "text": material.ruler.corpus.name}
