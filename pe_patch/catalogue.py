@@ -33,7 +33,13 @@ def catalogue() -> dict[str, Entries]:
             for name, scheme in SCHEMES.items()
         ],
         "families": [
-            {"name": name, "native": adapter.native, "summary": adapter.summary} for name, adapter in ADAPTERS.items()
+            {
+                "name": name,
+                "native": adapter.native,
+                "mla": "has it" if adapter.folds_scale else "converts" if adapter.projections else "",
+                "summary": adapter.summary,
+            }
+            for name, adapter in ADAPTERS.items()
         ],
         "tasks": [{"name": name, "summary": task.summary, "paper": task.paper} for name, task in TASKS.items()],
     }
