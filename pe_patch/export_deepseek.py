@@ -32,7 +32,7 @@ def deepseek_writer(model: Any, patch: Patch) -> Callable[[Path], None]:
     _check(patch)
     config = _config(patch)
     with torch.device("meta"):
-        empty = DeepseekV3ForCausalLM(config)
+        empty: Any = DeepseekV3ForCausalLM(config)
     _check_rotation(patch, config)
     weights = _weights(model, patch, config, empty.model.layers[0].self_attn.scaling)
     expected = {name: tensor.shape for name, tensor in empty.state_dict().items()}
@@ -72,8 +72,9 @@ def _check(patch: Patch) -> None:
     for applies, why in reasons:
         if applies:
             _refuse(patch, why)
-    for attention in patch.adapter.attentions(patch.base):
-        latent: Any = attention.mla
+    each: list[Any] = list(patch.adapter.attentions(patch.base))
+    for attention in each:
+        latent = attention.mla
         if latent.features is not None:
             _refuse(patch, "it normalises the query and key of each head")
         linear = (latent.q_proj, latent.kv_a_proj_with_mqa, attention.o_proj)
@@ -89,14 +90,16 @@ def _slides(config: Any) -> bool:
 
 
 def _config(patch: Patch) -> DeepseekV3Config:
+    first: Any = patch.adapter.attentions(patch.base)[0]
     scheme: Any = patch.scheme
-    config, sizes = patch.base.config, patch.adapter.attentions(patch.base)[0].mla.sizes
-    inner = scheme.inner
+    config, sizes = patch.base.config, first.mla.sizes
+    inner: Any = scheme.inner
+    settings: dict[str, Any] = {name: getattr(config, name) for name in COPIED} | DENSE
     rotation = getattr(patch.head.config, FOREIGN)["native"]["rope_parameters"] if inner is None else inner.native()
     if rotation is None:
         _refuse(patch, f"its rotation is {inner.name!r}, which Transformers' config cannot say")
     return DeepseekV3Config(
-        **{name: getattr(config, name) for name in COPIED}, **DENSE, num_key_value_heads=sizes.heads,
+        **settings, num_key_value_heads=sizes.heads,
         first_k_dense_replace=config.num_hidden_layers, moe_intermediate_size=config.intermediate_size,
         kv_lora_rank=sizes.rank, q_lora_rank=None, qk_nope_head_dim=sizes.nope, qk_rope_head_dim=sizes.rope,
         v_head_dim=sizes.head_dim, attention_bias=False, attention_dropout=config.attention_dropout,
@@ -130,8 +133,9 @@ def _weights(model: Any, patch: Patch, config: DeepseekV3Config, scaling: float)
     }
     rope, nope = config.qk_rope_head_dim, config.qk_nope_head_dim
     pairs = torch.arange(rope, device=model.device).view(2, -1).T.flatten()  # from halves to neighbours
-    for index, attention in enumerate(patch.adapter.attentions(patch.base)):
-        latent: Any = attention.mla
+    each: list[Any] = list(patch.adapter.attentions(patch.base))
+    for index, attention in enumerate(each):
+        latent = attention.mla
         own = f"{prefix}layers.{index}.self_attn."
         query = latent.q_proj.weight.unflatten(0, (latent.sizes.heads, -1))
         query = torch.cat((query[:, :nope], query[:, nope + pairs]), 1)
