@@ -14,10 +14,12 @@ from pe_patch import SCHEMES
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import mla_sweep
+    import mla_sweep_page
     import training
     import zero_shot
 
-    return SimpleNamespace(training=training, zero_shot=zero_shot)
+    return SimpleNamespace(training=training, zero_shot=zero_shot, sweep=mla_sweep, page=mla_sweep_page)
 
 
 def test_every_scheme_is_measured_in_one_of_the_two(scripts):
@@ -52,3 +54,43 @@ def test_runs_of_another_setting_are_not_kept(scripts, tmp_path):
     file.write_text(json.dumps({"setting": asdict(setting), "runs": [1]}))
     assert scripts.training.load(file, setting) == [1]
     assert scripts.training.load(file, replace(setting, steps=1)) == []
+
+
+def tried(*losses):
+    return [{"rope_dim": 2**power, "loss": loss, "retrieval": 0.5} for power, loss in enumerate(losses, 2)]
+
+
+def test_every_method_is_healed_at_every_size_for_as_long(scripts):
+    sizes = {size: tried(4.0, 3.0, 3.5) for size in ("1/2", "1/4", "1/8", "1/16")}
+    planned = list(scripts.sweep.plan(dict.fromkeys(scripts.sweep.KINDS, sizes)))
+    assert planned[0][0] == "original"
+    healed = {(kind, options["cache_ratio"]) for kind, options, _ in planned[1:]}
+    assert healed >= {
+        (kind, ratio) for kind in ("transmla", "mha2mla", "svd") for ratio in (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    }
+    # the width of the least loss, and at 1/4 half of it
+    of_transmla = [options for kind, options, _ in planned if kind == "transmla"]
+    assert [one["rope_dim"] for one in of_transmla if one["cache_ratio"] == 1 / 2] == [8]
+    assert [one["rope_dim"] for one in of_transmla if one["cache_ratio"] == 1 / 4] == [8, 4]
+
+
+def healed(kind, rope_dim, spots, retrieval):
+    row = {
+        "loss": sum(spots) / len(spots), "loss_change": sum(spots) / len(spots) / 3 - 1, "spots": spots,
+        "retrieval": retrieval, "retrieval_interval": [retrieval - 0.01, retrieval + 0.01],
+        "kv_rank": 4, "rope_dim": rope_dim,
+    }  # fmt: skip
+    return {"kind": kind, "options": {"cache_ratio": 0.25, "rope_dim": rope_dim}, "untuned": row, "healed": row}
+
+
+def test_a_healed_loss_is_compared_place_by_place(scripts):
+    best = healed("transmla", 8, [3.0, 3.2, 2.9, 3.0], 0.97)
+    above = healed("svd", 8, [3.1, 3.31, 3.01, 3.1], 0.95)  # always about as much, far less than places differ
+    noisy = healed("mha2mla", 2, [2.6, 3.6, 3.3, 2.7], 0.80)
+    runs = [best, above, noisy]
+    verdicts = [scripts.page._against_best(run, runs) for run in runs]
+    assert verdicts[0] == "least" and verdicts[1].startswith("+0.105 +- 0.00") and "not told apart" in verdicts[2]
+    assert "not told apart" not in verdicts[1]
+    said = " ".join(scripts.page._findings({}, runs, best))
+    assert "questions answered by `transmla` (rope_dim 8)" in said and "not told apart from `mha2mla`" in said
+    assert "`mha2mla` (rope_dim 2) least (80.0%)" in said
