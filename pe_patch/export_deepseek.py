@@ -93,10 +93,10 @@ def _config(patch: Patch) -> DeepseekV3Config:
     first: Any = patch.adapter.attentions(patch.base)[0]
     scheme: Any = patch.scheme
     config, sizes = patch.base.config, first.mla.sizes
-    inner: Any = scheme.inner
+    inner = scheme.inner
     settings: dict[str, Any] = {name: getattr(config, name) for name in COPIED} | DENSE
     rotation = getattr(patch.head.config, FOREIGN)["native"]["rope_parameters"] if inner is None else inner.native()
-    if rotation is None:
+    if inner is not None and rotation is None:
         _refuse(patch, f"its rotation is {inner.name!r}, which Transformers' config cannot say")
     return DeepseekV3Config(
         **settings, num_key_value_heads=sizes.heads,
