@@ -77,7 +77,7 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
         "about one of 8 facts hidden in 256 tokens of the same files, answered exactly; the cache is counted on the "
         "model's own cache object, in float32. A change is relative to the original. The last column compares healed "
         "losses place by place with the best of the same size (normal 95 % interval over the places; what another seed "
-        "changes is not in it)."
+        "changes is not in it). The picture has, of two widths, the one chosen before healing."
     )
     yield ""
     yield "## Healing"
@@ -108,7 +108,8 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _plain_text(_conversions(result))
     yield (
-        f"`python benchmarks/mla_sweep.py` makes all of it: {minutes:.0f} minutes of one core for the healing, "
+        "`python benchmarks/mla_sweep.py` makes all but the settings tried before and the sweep on plain text: "
+        f"{minutes:.0f} minutes of one core for the healing, "
         f"{host['threads']} thread on 2 cores {_short(host['cpu'])} shared with other work, float32; torch "
         f"{host['torch'].split('+')[0]}, transformers {host['transformers']}, Python {host['python']}. Finished runs "
         "are kept in `benchmarks/results/mla_sweep.json`."
@@ -158,6 +159,8 @@ def _answering(runs: Sequence[Run], when: str) -> str:
     most, least = ordered[0], ordered[-1]
     if most[when]["retrieval_interval"][0] <= least[when]["retrieval_interval"][1]:
         low, high = (f"{run[when]['retrieval']:.1%}" for run in (least, most))
+        if low == high:
+            return f"all answer {low}"
         return f"in answers none is told apart ({low} to {high})"
     return (
         f"{_name(most)} answers most ({most[when]['retrieval']:.1%}), {_name(least)} least "
@@ -273,10 +276,11 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     for row in rows[1:]:
         same = [run for run in runs if all(run["untuned"].get(key) == row.get(key) for key in SAME)]
         if row["asked_ratio"] == 1 / 4 and same:
+            mixed = same[0]["untuned"]
             yield (
-                f"- `{row['method']}` at 1/4 with rope_dim {row['rope_dim']} answers {row['retrieval']:.0%} calibrated on "
-                f"plain text, {same[0]['untuned']['retrieval']:.0%} calibrated on text with hidden facts; its loss is "
-                f"{row['loss']:.3f} and {same[0]['untuned']['loss']:.3f}."
+                f"- `{row['method']}` at 1/4 with rope_dim {row['rope_dim']} answers {row['retrieval']:.0%} calibrated "
+                f"on plain text, {mixed['retrieval']:.0%} calibrated on text with hidden facts; its loss is "
+                f"{row['loss']:.3f} and {mixed['loss']:.3f}."
             )
     yield ""
 
