@@ -9,6 +9,7 @@ import argparse
 import logging
 import resource
 import time
+from typing import Any
 
 import torch
 from measure import save
@@ -17,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pe_patch import describe, patch_model
 from pe_patch.evaluation.memory import PeakMemory
 
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
-OPTIONS = {"kv_rank": 192, "rope_dim": 64}
+OPTIONS: dict[str, Any] = {"kv_rank": 192, "rope_dim": 64}
 """A quarter of the cache: 256 numbers of 1024 for each token and layer."""
 
 
@@ -36,14 +37,16 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPES)).eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.randint(3, SHAPES["vocab_size"], (given.tokens // 512, 512), generator=torch.Generator().manual_seed(1))
-    started = time.perf_counter()
+    parameters = sum(p.numel() for p in model.parameters())
+    started, worked = time.perf_counter(), time.process_time()
     with PeakMemory(torch.device("cpu")) as memory:
         patch_model(model, "mla", method=given.method, calibration=ids, **OPTIONS)
     found = {
         "method": given.method,
-        "parameters": sum(p.numel() for p in model.base_model.parameters()),
+        "parameters": parameters,
         "calibration_tokens": ids.numel(),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - started),
+        "processor_seconds": round(time.process_time() - worked),
         "weights_before_gib": round(weights / 2**30, 2),
         "memory_above_weights_gib": round((memory.bytes or 0) / 2**30, 2),
         "memory_of_the_process_at_its_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),

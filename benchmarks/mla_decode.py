@@ -33,7 +33,7 @@ from pe_patch import Positions, patch_model
 HEADS, HIDDEN, RANK, ROPE, NOPE = 16, 2048, 512, 64, 128
 LENGTHS = {1024: 7, 2048: 7, 4096: 5, 8192: 5, 16384: 3}
 """Cached tokens, and rounds of all three in turn."""
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": 32768,
 }  # fmt: skip
@@ -42,8 +42,8 @@ ABSORBED, NATIVE, FULL = "absorbed", "Transformers' DeepSeek-V3", "multi-head, f
 
 def deepseek() -> PreTrainedModel:
     torch.manual_seed(0)
-    experts = {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
-    latent = {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE, "qk_nope_head_dim": NOPE, "v_head_dim": NOPE}
+    experts: dict[str, Any] = {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    latent: dict[str, Any] = {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE, "qk_nope_head_dim": NOPE, "v_head_dim": NOPE}
     config = DeepseekV3Config(**SIZES, **experts, **latent, q_lora_rank=None, first_k_dense_replace=1)
     return DeepseekV3ForCausalLM(config).eval()
 
@@ -53,7 +53,7 @@ def multi_head() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=HIDDEN // HEADS)).eval()
 
 
-def step(model: PreTrainedModel, cached: int, shapes: tuple[tuple[int, int], tuple[int, int]]) -> Callable[[], Tensor]:
+def step(model: Any, cached: int, shapes: tuple[tuple[int, int], ...]) -> Callable[[], Tensor]:
     """A decoding step of the model's only attention over `cached` tokens; shapes are (heads, width) of the cache."""
     attention: Any = model.base_model.layers[0].self_attn
     rotary: Any = model.base_model.rotary_emb

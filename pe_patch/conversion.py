@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ from .calibration_text import tokens
 from .errors import OptionError, UnsupportedError
 from .latent.calibration import held_out
 from .latent.projections import Latents, Projections, Statistics
-from .latent.streaming import batches, stream
-from .scheme import Scheme
+from .latent.streaming import batches, evaluating, stream
+from .scheme import Scheme, overrides
 
+logger = logging.getLogger("pe_patch")
+
+SCALE = "attention_scaling"
+"""What a host's rotary module calls the factor on cos and sin."""
+ROUNDING = 1e-5
+"""By how much a loss may exceed its bound for float32's sake."""
 LENGTH, LIMIT, SHARE = 512, 65536, 0.25
 """Tokens to a row of calibration, tokens in all, and the share of rows on which a loss is measured."""
 
@@ -30,7 +37,7 @@ class Conversion:
     modules: dict[int, nn.Module]
     rows: list[Tensor] = field(default_factory=list)
     """Calibration tokens that no layer has seen, to measure the loss on."""
-    latents: dict[int, tuple[Projections, Latents, Statistics]] = field(default_factory=dict)
+    latents: dict[int, tuple[Projections, Latents, Statistics | None]] = field(default_factory=dict)
 
     def at(self, own: dict[int, Any], rank: int) -> dict[int, nn.Module]:
         """Modules of the same conversion with this rank, which becomes the schemes' own."""
@@ -54,9 +61,21 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
             f"{base.config.model_type} projects: give its adapter `projections=` (pe_patch.adapters.projections)."
         )
     attentions = adapter.attentions(base)
-    read = {i: adapter.projections.read(attentions[i], adapter.shape(base, base.config, i)) for i in own}
+    empty = all(p.is_meta for p in head.parameters()) and not any(hasattr(m, "_hf_hook") for m in head.modules())
+    scale = 1.0 if overrides(first, "angles") else float(getattr(base.get_submodule(adapter.rotary), SCALE, 1.0))
+    read = {
+        i: replace(
+            adapter.projections.read(attentions[i], adapter.shape(base, base.config, i), empty), rotation_scale=scale
+        )
+        for i in own
+    }
     for index, scheme in own.items():
         scheme.check(read[index])
+    if empty:  # a model without any weights, to look at what would be swapped
+        for scheme in own.values():
+            scheme.restored = True
+    if first.calibration is not None and not first.needs_calibration:
+        raise OptionError(f"{first.name!r} with these options looks at no calibration tokens: leave calibration out.")
     if first.restored or not first.needs_calibration:
         return Conversion(_all(own, read))
     if first.calibration is None:
@@ -66,7 +85,12 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
         )
     rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT, seed=first.seed), []
     if first.max_loss is not None:
-        rows, kept = held_out(rows, SHARE, first.seed)
+        rows, kept = held_out([row for row in rows if len(row) > 1], SHARE, first.seed)
+    if (count := sum(map(len, rows))) < first.kv_rank:
+        logger.warning(
+            "%d calibration tokens are fewer than the rank of %d, so the rest of it is left to chance; give more text.",
+            count, first.kv_rank,
+        )  # fmt: skip
     found = Conversion({}, kept)
     seen: dict[int, Any] = {}
 
@@ -81,7 +105,8 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
         if scheme.max_loss is None:
             found.modules[index] = _filled(scheme, read[index], statistics)
         else:
-            found.latents[index] = (read[index], scheme.convert(read[index], statistics), statistics)
+            latents = scheme.convert(read[index], statistics)
+            found.latents[index] = (read[index], latents, statistics if scheme.latent_norm else None)
 
     stream(base, adapter.blocks(base), attentions, rows, each, done=done)
     return found
@@ -102,16 +127,13 @@ def loss(head: Any, rows: list[Tensor]) -> float:
     """Mean loss of the next token, in nats."""
     if head.get_output_embeddings() is None:
         raise OptionError(f"max_loss needs a model that predicts tokens, and {type(head).__name__} has no such head.")
-    training, total, count = head.training, 0.0, 0
-    head.eval()
-    try:
-        for ids in batches([row for row in rows if len(row) > 1], 2048):
+    total, count = 0.0, 0
+    with evaluating(head):
+        for ids in batches(rows, 2048):
             ids = ids.to(head.device)
             logits = head(input_ids=ids, use_cache=False).logits[:, :-1].float()
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()
-    finally:
-        head.train(training)
     return total / count
 
 
@@ -123,11 +145,11 @@ def smallest_rank(most: int, bound: float, loss_at: Callable[[int], float]) -> i
     ranks = [*range(1, min(most, 64) + 1), *range(72, most, 8)]
     ranks += [most] if ranks[-1] != most else []
     low, high = 0, len(ranks) - 1
-    reached = loss_at(ranks[high])
+    reached, bound = loss_at(ranks[high]), bound * (1 + ROUNDING)
     if not reached <= bound:
         raise OptionError(
-            f"max_loss cannot be kept: with the full rank of {most} the loss is {reached:.4f} and was to be at most "
-            f"{bound:.4f}, since less of the keys rotates: give a larger rope_dim."
+            f"max_loss cannot be kept: with the full rank of {most} the loss is {reached:.6f} and was to be at most "
+            f"{bound:.6f}. What is missing is rotation: give a larger rope_dim."
         )
     while low < high:
         middle = (low + high) // 2

@@ -12,7 +12,7 @@ from .adapters.adapter import RotaryJoint, TypedJoint
 from .errors import PePatchError
 from .join import Patch
 from .patch import find_patch
-from .scheme import Scheme
+from .scheme import Scheme, overrides
 from .swaps import ABSENT, GIVEN_UP, Removal, Swap
 
 
@@ -87,7 +87,7 @@ def describe(model: Any) -> Description:
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
         backend=str(patch.base.config._attn_implementation),
-        keep_native=patch.keep_native,
+        keep_native=patch.keep_native or (patch.scheme.converts and not overrides(patch.scheme, "angles")),
         effective=effective(patch.scheme) | _cache(patch),
         replaced=_replaced(patch),
     )
@@ -135,6 +135,7 @@ def _cache(patch: Patch) -> dict[str, Any]:
 
 INTERNAL = (
     "pe_", "config", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained",
+    "_get_static_cache_init_shape",
 )  # fmt: skip
 
 

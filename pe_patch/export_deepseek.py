@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def deepseek_writer(model: Any, patch: Patch) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         empty.load_state_dict(weights, assign=True)
+        empty.generation_config = copy.deepcopy(model.generation_config)
         empty.to(model.dtype).save_pretrained(folder)
 
     return write
@@ -118,9 +120,15 @@ def _check_rotation(patch: Patch, config: DeepseekV3Config) -> None:
         kept = rotary.inv_freq.cpu()[latent.frequency[0].cpu()]
         there = built.inv_freq.cpu().to(kept.dtype)  # which a cast of the whole model may have rounded
         same = kept.shape == there.shape and torch.allclose(kept.float(), there.float(), rtol=1e-5, atol=0)
-        if not same or built.attention_scaling != 1:
-            divisors = "a rope_dim that divides the trained rotary width"
-            _refuse(patch, f"the frequencies it has kept are not those of a rotary width of {latent.rope}; {divisors}")
+        if built.attention_scaling != 1:
+            _refuse(patch, "its config's scaling multiplies cos and sin, and DeepSeek's the whole head instead")
+        if not same:
+            _refuse(
+                patch,
+                f"the frequencies it has kept are not those that DeepSeek gives to a rotary width of {latent.rope}. "
+                "rope_dim has to divide the trained rotary width, and be all of it where YaRN scales it, whose ramp "
+                "follows the width",
+            )
 
 
 def _weights(model: Any, patch: Patch, config: DeepseekV3Config, scaling: float) -> dict[str, Tensor]:

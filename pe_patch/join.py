@@ -17,11 +17,13 @@ from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_arguments, forward_swaps, native_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
-from .replacement import native_latent_swaps, replacement_swaps
+from .replacement import native_latent_swaps, no_early_cache, replacement_swaps
 from .rotation import Rotation
 from .scheme import AttentionShape, Scheme, overrides
 from .schemes.find import find_scheme
 from .swaps import GIVEN_UP, Removal, Swap, apply_all, bind, undo_all
+
+SHAPE_OF_CACHE = "_get_static_cache_init_shape"
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Patch:
 
     def undo(self) -> None:
         """Put everything back."""
-        if any(swap.original is GIVEN_UP for swap in self.taken):
+        if not self.undoable:
             raise PePatchError(
                 f"The weights that {self.scheme.name!r} was made of were not kept (keep_original=False), so this patch "
                 "cannot be undone; load the original model."
@@ -69,11 +71,19 @@ class Patch:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 
+    @property
+    def undoable(self) -> bool:
+        """Whether everything that was replaced is still there."""
+        return not any(swap.original is GIVEN_UP for swap in self.taken)
+
     def settle(self) -> None:
         """Once everything holds, let go of what was not to be kept."""
         if not self.scheme.keep_original:
             for swap in self.taken:
                 swap.original = GIVEN_UP
+        for scheme in self.own.values():  # else the text would travel with every copy of the model
+            scheme.calibration = None
+            scheme.options.pop("calibration", None)
 
 
 class PositionSchemes(nn.Module):
@@ -177,6 +187,8 @@ def _assemble(
         arguments = forward_arguments(type(attentions[chosen[0]]))
         taken, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
         original |= replaced if schemes[0].keep_original else {}
+        if hasattr(head, SHAPE_OF_CACHE):
+            swaps.append(bind(head, SHAPE_OF_CACHE, no_early_cache))
     elif schemes[0].converts:
         swaps += native_latent_swaps({index: attentions[index] for index in own}, schemes[0])
     swaps += taken
@@ -188,7 +200,7 @@ def _assemble(
             swaps.append(Swap.of(attention, "pe_config", config, direct=True))
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
     swaps += forward_swaps(head, base, adapter, schemes[0], plan, scores, given["strict"], given["keep_native"])
-    swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original)))
+    swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
     swaps += save_swaps(head, base, adapter, by_kind, record)

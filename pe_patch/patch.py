@@ -81,10 +81,10 @@ def _apply(head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any
     earlier = find_patch(head)
     if earlier is not None:
         if given["on_existing"] != "replace":
-            raise AlreadyPatchedError(
-                f"This model is already patched with {earlier.scheme.name!r}: unpatch_model(model) first, or "
-                "on_existing='replace'."
-            )
+            remedy = "unpatch_model(model) first, or on_existing='replace'."
+            if not earlier.undoable:
+                remedy = "its original weights were not kept, so load the original model for another patch."
+            raise AlreadyPatchedError(f"This model is already patched with {earlier.scheme.name!r}: {remedy}")
         unpatch_model(head)
     try:
         patch = collect(head, scheme, options, given)
@@ -116,6 +116,10 @@ def unpatch_model(model: Any) -> Any:
 @contextmanager
 def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments: Any) -> Iterator[Any]:
     """`patch_model` for the length of a `with` block, undone also after an exception."""
+    if arguments.get("keep_original") is False:
+        raise OptionError(
+            "keep_original=False cannot be undone, and patched() undoes: leave it out, or use patch_model."
+        )
     patch_model(model, scheme, **arguments)
     try:
         yield model

@@ -61,6 +61,19 @@ HALF: dict[str, Callable[[Tensor], Tensor]] = {
 """One number for each frequency, out of cos or sin as a family lays them out."""
 
 
+class Kept(nn.Module):
+    """The weights of a module that is out of use, by their names; not itself, so that nothing takes it for a layer."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in of.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in of.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in of._non_persistent_buffers_set)
+        for name, child in of.named_children():
+            self.add_module(name, Kept(child))
+
+
 def taken_names(attention: nn.Module, adapter: Adapter) -> list[str]:
     """The modules of an attention whose work a replacement does."""
     assert adapter.projections is not None
@@ -77,8 +90,11 @@ def replacement_swaps(
     assert adapter.projections is not None
     for index, module in modules.items():
         attention, names = attentions[index], adapter.projections
-        for name in taken_names(attention, adapter):
-            original[f"layers_{index}_{name}"] = getattr(attention, name)
+        old = {name: getattr(attention, name) for name in taken_names(attention, adapter)}
+        module.train(attention.training)
+        module.requires_grad_(any(p.requires_grad for one in old.values() for p in one.parameters()))
+        for name, one in old.items():
+            original[f"layers_{index}_{name}"] = Kept(one)
             swaps.append(Removal.of(attention, name))
         swaps.append(Swap.of(attention, scheme.name, module))
         groups = getattr(module, "groups", None)
@@ -91,6 +107,12 @@ def replacement_swaps(
     return swaps, original
 
 
+def no_early_cache(head: Any, inner: Callable[..., Any], *_: Any, **__: Any) -> None:
+    """Stands before what `generate` sizes a static cache by, which are the config's heads: the cache finds its shape in
+    the first pass instead."""
+    return None
+
+
 def native_latent_swaps(attentions: dict[int, Any], scheme: Scheme) -> list[Swap]:
     """The swaps by which layers that hold latents hand them to the attention function as they are cached."""
     swaps = []
@@ -100,6 +122,6 @@ def native_latent_swaps(attentions: dict[int, Any], scheme: Scheme) -> list[Swap
                 f"Layer {index} ({type(attention).__name__}) holds latents but has no expand_kv to take over, so "
                 f"{scheme.name!r} would have no effect there."
             )
-        swaps.append(Swap.of(attention, scheme.name, NativeHeads(attention)))
+        swaps.append(Swap.of(attention, scheme.name, NativeHeads(attention).train(attention.training)))
         swaps.append(bind(attention, "expand_kv", keep_latents))
     return swaps

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from .configuration import FOREIGN, VERSION
 from .errors import CheckpointError, PePatchError
-from .patch import restore_patch
+from .patch import find_patch, restore_patch
 from .resolve import unwrap
 
 logger = logging.getLogger("pe_patch")
@@ -49,13 +49,14 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
     model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
     try:
         with _without_load_report():  # which calls missing what a patch took away, and unexpected what it put there
-            model, report = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 path, config=config, output_loading_info=True, **from_pretrained_kwargs
             )
     except (SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"The weights in {path} are missing, damaged or do not fit its config: {error}"
         ) from error
+    model, report = loaded
     before = set(unwrap(model).state_dict())
     framework = {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
     restore_patch(model, scheme, options, framework)
@@ -106,13 +107,24 @@ def native_config(stored: dict[str, Any], native: dict[str, Any]) -> PreTrainedC
 
 
 def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str) -> None:
-    """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint."""
+    """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint.
+
+    Transformers saves models of several towers under names of earlier versions, which differ before the tower's own
+    part of the name; what it loads itself it renames.
+    """
     if not wanted:
         return
+    patch = find_patch(model)
+    prefix = f"{patch.path}." if patch is not None and patch.path else ""
+    tails = {f".{name.removeprefix(prefix)}": name for name in wanted}
     found = {}
     for file in _weight_files(path):
         with safe_open(file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}
+            for stored in tensors.keys():
+                ends = [tail for tail in tails if f".{stored}".endswith(tail)] if stored not in wanted else []
+                name = stored if stored in wanted else tails[max(ends, key=len)] if ends and prefix else None
+                if name is not None:
+                    found[name] = tensors.get_tensor(stored)
     if missing := sorted(wanted - set(found)):
         raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {scheme!r}.")
     unwrap(model).load_state_dict(found, strict=False)

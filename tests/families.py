@@ -31,7 +31,8 @@ FOUR = GROUPED | {"num_hidden_layers": 4}
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {}, "gpt_neox": {}, "gpt2": {}, "gpt_bigcode": {}, "biogpt": {}, "persimmon": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3", "axk1"), LATENT), "phi": HEADS, "stablelm": HEADS, "cohere": HEADS, "starcoder2": HEADS,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3", "axk1"), LATENT),
+    "phi": HEADS, "stablelm": HEADS, "cohere": HEADS, "starcoder2": HEADS,
     "gemma3_text": FOUR | {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "olmo3": FOUR | {"sliding_window": 8}, "cohere2": FOUR | {"sliding_window": 8},
     "exaone4": FOUR | {"sliding_window": 8, "sliding_window_pattern": 4},

@@ -130,7 +130,10 @@ REFUSED = {
     "biases elsewhere": (lambda: small(feed_forward_biased()), "its feed-forward layers have biases"),
     "adapters": (lora, "wrapped"),
     "many frequencies": (lambda: small(build("llama"), rope_dim=32), "the frequencies it has kept are not those"),
-    "YaRN of the model": (lambda: small(build("llama", rope_parameters=YARN)), "the frequencies it has kept are not"),
+    "YaRN of the model": (
+        lambda: small(build("llama", rope_parameters=YARN)),
+        "its config's scaling multiplies cos and sin",
+    ),
     "another scheme": (lambda: patch_model(build("llama"), "yarn", factor=2.0), "it holds no converted latents"),
     "native": (lambda: patch_model(native("deepseek_v3"), "mla"), "it holds no converted latents"),
 }

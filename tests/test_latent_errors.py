@@ -39,6 +39,8 @@ WRONG = [
     ({"rope_dim": 12}, OptionError, "rope_dim=12.*2, 4, 8, or a multiple of 16 up to 32"),
     ({"rope_dim": 48}, OptionError, "rope_dim=48"),
     ({"rope_dim": 18, "method": "mha2mla"}, OptionError, "rope_dim=18.*from 2 to 16"),
+    ({"method": "mha2mla", "select": "high", "rope_dim": 8}, OptionError, "leave calibration out"),
+    ({"seed": "abc"}, OptionError, "seed='abc'"),
     ({"rope_dim": 6, "method": "init"}, OptionError, "rope_dim=6.*2, 4, 8, 16"),
     ({"method": "transmlb"}, OptionError, "Did you mean 'transmla'"),
     ({"method": "mha2mla", "select": "hihg"}, OptionError, "Did you mean 'high'"),
@@ -102,11 +104,10 @@ def test_weights_that_cannot_be_read():
     wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM"))
     refuses(wrapped.eval(), UnsupportedError, "merge_and_unload|LoRA|PEFT|wrapped", **SMALL)
     model = build("llama")
-    with torch.device("meta"):
-        empty = type(model)(model.config)
-    with pytest.raises(PePatchError, match="meta"):
-        patch_model(empty, "mla", **SMALL)
-    assert not any(hasattr(layer.self_attn, "mla") for layer in empty.model.layers)
+    model.model.layers[1].self_attn.to("meta")
+    with pytest.raises(PePatchError, match=r"layer 1 .*meta"):
+        patch_model(model, "mla", **SMALL)
+    assert not any(hasattr(layer.self_attn, "mla") for layer in model.model.layers)
 
 
 def test_a_model_without_a_head_has_no_loss_to_keep_to():

@@ -35,14 +35,15 @@ class ProjectionNames:
         """The modules whose place latents take, without the norms."""
         raise NotImplementedError
 
-    def parts(self, attention: nn.Module, shape: AttentionShape) -> list[LoadedLinear]:
+    def parts(self, attention: nn.Module, shape: AttentionShape, empty: bool) -> list[LoadedLinear]:
         """Weight and bias of the queries, the keys and the values."""
         raise NotImplementedError
 
-    def read(self, attention: nn.Module, shape: AttentionShape) -> Projections:
-        """The weights of one attention, as views where the family keeps each projection in one piece."""
+    def read(self, attention: nn.Module, shape: AttentionShape, empty: bool = False) -> Projections:
+        """The weights of one attention, as views where the family keeps each projection in one piece; of an `empty`
+        model, sizes are all there is to read."""
         check_unquantised(attention)
-        (query, query_bias), (key, key_bias), (value, value_bias) = self.parts(attention, shape)
+        (query, query_bias), (key, key_bias), (value, value_bias) = self.parts(attention, shape, empty)
         query_norm, key_norm = (getattr(attention, name, None) for name in self.norms or ("", ""))
         return Projections(
             query=query,
@@ -73,9 +74,10 @@ class Separate(ProjectionNames):
     def taken(self) -> tuple[str, ...]:
         return self.query, self.key, self.value
 
-    def parts(self, attention: nn.Module, shape: AttentionShape) -> list[LoadedLinear]:
+    def parts(self, attention: nn.Module, shape: AttentionShape, empty: bool) -> list[LoadedLinear]:
         heads = (shape.num_heads, shape.num_key_value_heads, shape.num_key_value_heads)
-        return [linear(attention, name, count * shape.head_dim) for name, count in zip(self.taken, heads, strict=True)]
+        rows = [count * shape.head_dim for count in heads]
+        return [linear(attention, name, count, empty) for name, count in zip(self.taken, rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ class Fused(ProjectionNames):
     def taken(self) -> tuple[str, ...]:
         return (self.module,)
 
-    def parts(self, attention: nn.Module, shape: AttentionShape) -> list[LoadedLinear]:
+    def parts(self, attention: nn.Module, shape: AttentionShape, empty: bool) -> list[LoadedLinear]:
         counts = (shape.num_heads, shape.num_key_value_heads, shape.num_key_value_heads)
-        weight, bias = linear(attention, self.module, sum(counts) * shape.head_dim)
+        weight, bias = linear(attention, self.module, sum(counts) * shape.head_dim, empty)
 
         def cut(rows: Tensor) -> tuple[Tensor, ...]:
             if not self.per_head:
@@ -119,7 +121,7 @@ def check_unquantised(module: Any) -> None:
     )
 
 
-def linear(attention: nn.Module, name: str, rows: int) -> LoadedLinear:
+def linear(attention: nn.Module, name: str, rows: int, empty: bool = False) -> LoadedLinear:
     """Weight and bias of one projection, detached; an error that names it where it is not a plain linear layer."""
     module = getattr(attention, name, None)
     layer = getattr(attention, "layer_idx", None)
@@ -130,7 +132,7 @@ def linear(attention: nn.Module, name: str, rows: int) -> LoadedLinear:
             "builds it; convert the model before anything else replaces its projections."
         )
     for applies, why in OBSTACLES:
-        if applies(module):
+        if applies(module) and not (empty and applies is _is_away):
             kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
             raise UnsupportedError(f"{place} is {kind}, {why(module)}.")
     weight, bias = module.weight.detach(), module.bias

@@ -169,8 +169,8 @@ class Features(nn.Module):
 
     @classmethod
     def copy(cls, of: Projections) -> Features:
-        """The same modules with weights of their own."""
-        pairs = ((of.query, of.query_bias), (of.key, of.key_bias), (of.value, of.value_bias))
+        """The same modules with weights of their own. The bias of the values is left out: it is added to the output."""
+        pairs = ((of.query, of.query_bias), (of.key, of.key_bias), (of.value, None))
         assert of.query_norm is not None and of.key_norm is not None
         query, key, value = (_linear(*pair) for pair in pairs)
         return cls(query, key, value, copy.deepcopy(of.query_norm), copy.deepcopy(of.key_norm))
@@ -299,7 +299,9 @@ class LatentAttention(nn.Module):
         """Fill in the weights of a conversion; returns itself."""
         work, heads = projections.work_dtype, self.sizes.heads
         key, value = projections.key.to(work), projections.value.to(work)
-        query = latents.query.to(work)
+        query = latents.query.to(work, copy=True)
+        # Where the model multiplies cos and sin, dims that no longer meet them are multiplied here, for both sides.
+        query[:, : self.nope, : projections.rotary_dim] *= projections.rotation_scale**2
         if self.features is None:
             by_head = projections.query.to(work).unflatten(0, (heads, -1))
             self.q_proj.weight.copy_(torch.matmul(query, by_head).flatten(0, 1))
@@ -313,7 +315,7 @@ class LatentAttention(nn.Module):
             rope_key = nn.functional.pad(latents.rope_key.to(work), (0, len(value)))
             down = torch.cat((latents.down.to(work), rope_key))
         self.kv_a_proj_with_mqa.weight.copy_(down)
-        if projections.key_bias is not None:
+        if projections.key_bias is not None and self.features is None:
             self.kv_a_proj_with_mqa.bias.zero_()
             turned_bias = latents.rope_key.to(work) @ projections.key_bias.to(work)
             self.kv_a_proj_with_mqa.bias[self.sizes.latent :] = turned_bias.to(self.kv_a_proj_with_mqa.bias.dtype)

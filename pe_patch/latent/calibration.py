@@ -72,7 +72,14 @@ def _order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
 
 
-def _rows(calibration: Calibration, tokenize: Tokenize) -> list[Any]:
+def _rows(calibration: Any, tokenize: Tokenize) -> list[Any]:
+    if isinstance(calibration, Mapping) and "input_ids" in calibration:  # what a tokenizer gives
+        ids, mask = calibration["input_ids"], calibration.get("attention_mask")
+        return list(ids) if mask is None else [_unpadded(*pair) for pair in zip(ids, mask, strict=True)]
+    if hasattr(calibration, "ndim") and not isinstance(calibration, Tensor):
+        calibration = torch.as_tensor(calibration)
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2:
             raise OptionError(f"calibration: token ids are [rows, length], not {list(calibration.shape)}.")
@@ -86,6 +93,10 @@ def _rows(calibration: Calibration, tokenize: Tokenize) -> list[Any]:
         if not isinstance(text, str) or not text.strip():
             raise OptionError(f"calibration: every text is a string with words in it; number {index} is {text!r}.")
     return tokenize(list(texts))
+
+
+def _unpadded(ids: Any, mask: Any) -> Tensor:
+    return torch.as_tensor(ids, device="cpu")[torch.as_tensor(mask, device="cpu").bool()]
 
 
 def _checked(rows: list[Any], vocabulary: int) -> Iterator[Tensor]:

@@ -29,6 +29,8 @@ class Projections:
     """How many of a head's first dimensions rotate."""
     interleaved: bool = False
     """Rotated pairs are neighbours (2k, 2k + 1) rather than halves (k, k + rotary_dim / 2)."""
+    rotation_scale: float = 1.0
+    """By what the trained model multiplies cos and sin (YaRN, LongRoPE)."""
     query_norm: nn.Module | None = None
     """Normalises each head's query, `[..., head_dim]`, before it is rotated (Qwen3)."""
     key_norm: nn.Module | None = None

@@ -41,7 +41,7 @@ def stream(
     hidden states between two layers, of all rows, and the work of one layer on one batch. `layers` are all that the
     forward of `base` calls. The bar is shown on terminals, or as `progress` says.
     """
-    with _evaluating(base), _bar(len(layers), progress) as advance:
+    with evaluating(base), _bar(len(layers), progress) as advance:
         work = _rehearse(base, layers, batches(rows, budget))
         for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
             for batch in work:
@@ -176,7 +176,7 @@ def batches(rows: Sequence[Tensor], budget: int = BATCH_TOKENS) -> list[Tensor]:
 
 
 @contextmanager
-def _evaluating(base: nn.Module) -> Iterator[None]:
+def evaluating(base: nn.Module) -> Iterator[None]:
     """No dropout for as long as this lasts, and each module's own mode after it."""
     modes = [(module, module.training) for module in base.modules()]
     base.eval()

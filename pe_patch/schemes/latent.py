@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ class MLA(Scheme):
             that keeps to it is searched.
         rope_dim: rotary dimensions that are kept. For "transmla" and "svd" of the one key that all heads share: a
             divisor of the trained rotary width, or a multiple of it up to that of all key-value heads; for "mha2mla"
-            of each key-value head. min(64, head_dim) when None, or what suits `cache_ratio`.
+            of each key-value head. When None, as many as are possible up to 64, or what suits `cache_ratio`.
         method: "transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy gathered in few dimensions, principal
             components of the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: rotary dimensions chosen,
             singular values of the weights), "svd" (the rotary step of the first, the weights of the second) or
@@ -99,13 +100,8 @@ class MLA(Scheme):
         self.idle = frozenset() if self.inner is not None else frozenset({"angles"})
         self.converting = shape.latent_rank == 0
         self.keep_original = check_flag(self.name, "keep_original", keep_original)
-        self.calibration, self.seed, self.max_loss, self.kv_rank, self.rope_dim = (
-            calibration,
-            seed,
-            None,
-            shape.latent_rank,
-            0,
-        )
+        self.calibration, self.seed, self.max_loss = calibration, seed, None
+        self.kv_rank, self.rope_dim, self.bounded = shape.latent_rank, 0, cache_ratio is not None
         if not self.converting:
             self._refuse_conversion()
             self.idle |= {"replace"}
@@ -116,6 +112,8 @@ class MLA(Scheme):
         self.freqfold, self.balance_kv_ratio = freqfold, check_number(
             self.name, "balance_kv_ratio", balance_kv_ratio, 0.0, exclusive=True
         )  # fmt: skip
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise OptionError(f"'mla' got seed={seed!r}; give a whole number.")
         refuse_unused(self.method, select=select, freqfold=freqfold, balance_kv_ratio=balance_kv_ratio)
         self._settle_sizes(kv_rank, cache_ratio, max_loss, rope_dim)
 
@@ -154,7 +152,7 @@ class MLA(Scheme):
                 "such as 1/8> or max_loss=<share by which the loss may grow, such as 0.02>."
             )
         for name, value in (("kv_rank", kv_rank), ("rope_dim", rope_dim)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise OptionError(f"'mla' got {name}={value!r}; give a whole number of dimensions.")
         if self.method == "init" and max_loss is not None:
             raise OptionError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
@@ -171,8 +169,13 @@ class MLA(Scheme):
             kv_rank, rope_dim = fit_ratio(
                 of.num_key_value_heads, of.head_dim, of.rotary_dim, self.method, latents, ratio, rope_dim
             )
-        self.rope_dim = min(64, self.shape.head_dim, self.shape.rotary_dim) if rope_dim is None else rope_dim
-        self.kv_rank = 0 if kv_rank is None else kv_rank
+        self.rope_dim = self._default_rope_dim() if rope_dim is None else int(rope_dim)
+        self.kv_rank = 0 if kv_rank is None else int(kv_rank)
+
+    def _default_rope_dim(self) -> int:
+        rotary = self.shape.rotary_dim
+        one_key = self.method != "mha2mla"  # which has to divide the trained width
+        return max(n for n in range(2, min(64, rotary) + 1, 2) if not one_key or rotary % n == 0)
 
     def check(self, projections: Projections) -> None:
         """Raise where the sizes do not fit what a layer projects; a rank that is still to be searched becomes the
@@ -185,6 +188,8 @@ class MLA(Scheme):
             check_freqfold(projections, self.method, self.rope_dim, self.freqfold)
         if self.max_loss is not None:
             self.kv_rank = most
+        if self.bounded:
+            self.kv_rank = min(self.kv_rank, most)
         if not 1 <= self.kv_rank <= most:
             raise OptionError(
                 f"'mla' got kv_rank={self.kv_rank}; with rope_dim={self.rope_dim} the keys that do not rotate and the "
@@ -331,7 +336,8 @@ class MLA(Scheme):
             kv_heads=of.kv_heads, head_dim=of.head_dim,
             nope=nope_dim(self.method, of.kv_heads, of.head_dim, of.rotary_dim, self.rope_dim), rope=self.rope_dim,
             rope_heads=heads, rank=self.kv_rank, split=self.split, query_bias=of.query_bias is not None,
-            rope_bias=of.key_bias is not None, value_bias=of.value_bias is not None, norm=self.latent_norm,
+            rope_bias=of.key_bias is not None and of.key_norm is None, value_bias=of.value_bias is not None,
+            norm=self.latent_norm,
         )  # fmt: skip
 
     def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
