@@ -43,7 +43,12 @@ ABSORBED, NATIVE, FULL = "absorbed", "Transformers' DeepSeek-V3", "multi-head, f
 def deepseek() -> PreTrainedModel:
     torch.manual_seed(0)
     experts: dict[str, Any] = {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
-    latent: dict[str, Any] = {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE, "qk_nope_head_dim": NOPE, "v_head_dim": NOPE}
+    latent: dict[str, Any] = {
+        "kv_lora_rank": RANK,
+        "qk_rope_head_dim": ROPE,
+        "qk_nope_head_dim": NOPE,
+        "v_head_dim": NOPE,
+    }
     config = DeepseekV3Config(**SIZES, **experts, **latent, q_lora_rank=None, first_k_dense_replace=1)
     return DeepseekV3ForCausalLM(config).eval()
 
