@@ -57,7 +57,7 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
         "what holds for it need not hold for a large one."
     )
     yield ""
-    yield from _commands(setting)
+    yield from _commands()
     yield ""
     yield from _findings(result, runs, control)
     yield ""
@@ -116,16 +116,12 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _commands(setting: dict[str, Any]) -> Iterator[str]:
-    options = (
-        f"distill.weight={setting['distill']:g} phases.0.batch={setting['batch']} phases.0.steps={setting['steps']}"
-    )
+def _commands() -> Iterator[str]:
     yield "```bash"
-    yield "pe-patch convert MODEL --to mla --cache-ratio 1/4 --out converted    # measured before and after"
-    yield "pe-patch convert MODEL --to mla --sweep --output sweep               # methods and sizes, no training"
-    yield "python benchmarks/mla_sweep.py                                       # this page"
-    yield "accelerate launch recipes/finetune.py recipes/configs/mla_heal_demo.yaml scheme.options.rope_dim=16 \\"
-    yield f"  {options} phases.0.learning_rate={setting['learning_rate']:g}"
+    yield "pe-patch convert MODEL --to mla --cache-ratio 1/4 --out converted     # measured before and after"
+    yield "pe-patch convert MODEL --to mla --sweep --output sweep                # methods and sizes, no training"
+    yield "accelerate launch recipes/finetune.py recipes/configs/mla_heal_demo.yaml   # transmla at 1/4, healed"
+    yield "python benchmarks/mla_sweep.py                                        # this page"
     yield "```"
 
 
