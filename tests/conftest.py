@@ -47,3 +47,19 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("matrix")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def absorbing(monkeypatch) -> list[int]:
+    """New tokens of each pass through a layer that was absorbed."""
+    from pe_patch.latent import attention
+
+    seen: list[int] = []
+    real = attention.absorbed
+
+    def spy(heads, query, *rest):
+        seen.append(query.shape[2])
+        return real(heads, query, *rest)
+
+    monkeypatch.setattr(attention, "absorbed", spy)
+    return seen

@@ -183,6 +183,20 @@ def cached_logits(model: Any, ids: Tensor, prefill: int, cache: Any = None, mask
     return torch.cat(found, 1)
 
 
+@torch.no_grad()
+def in_chunks(model: Any, ids: Tensor, sizes: list[int], cache: Any = None, mask: Tensor | None = None) -> Tensor:
+    """Logits of passes over so many tokens each, all into one cache."""
+    found, start = [], 0
+    for size in sizes:
+        stop = start + size
+        seen = None if mask is None else mask[:, :stop]
+        output = model(input_ids=ids[:, start:stop], attention_mask=seen, past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, stop
+        found.append(output.logits)
+    assert start == ids.shape[1]
+    return torch.cat(found, 1)
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected value where that exceeds 1."""
     assert found.shape == expected.shape

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from pe_patch import describe, patch_model, unpatch_model
-from pe_patch.latent import attention as over_latents
 
 from .families import build as family
-from .models import SLIDING, cached_logits, error, logits, snapshot, tokens, unchanged
+from .models import SLIDING, cached_logits, error, in_chunks, logits, snapshot, tokens, unchanged
 from .models import build as small
 
 TOLERANCE = 1e-5
@@ -55,34 +54,6 @@ def model_of(name: str, backend: str | None = None, **more: Any) -> Any:
 def converted(name: str, method: str, rank: int, backend: str | None = None, **more: Any) -> Any:
     model = model_of(name, backend, **more)
     return patch_model(model, "mla", kv_rank=rank, calibration=CALIBRATION, **METHODS[method])
-
-
-@torch.no_grad()
-def in_chunks(model: Any, ids: Tensor, sizes: list[int], cache: Any = None, mask: Tensor | None = None) -> Tensor:
-    """Logits of passes over so many tokens each, all into one cache."""
-    found, start = [], 0
-    for size in sizes:
-        stop = start + size
-        seen = None if mask is None else mask[:, :stop]
-        output = model(input_ids=ids[:, start:stop], attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, stop
-        found.append(output.logits)
-    assert start == ids.shape[1]
-    return torch.cat(found, 1)
-
-
-@pytest.fixture
-def absorbing(monkeypatch) -> list[int]:
-    """New tokens of each pass through a layer that was absorbed."""
-    seen: list[int] = []
-    real = over_latents.absorbed
-
-    def spy(heads, query, *rest):
-        seen.append(query.shape[2])
-        return real(heads, query, *rest)
-
-    monkeypatch.setattr(over_latents, "absorbed", spy)
-    return seen
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,7 +15,7 @@ from pe_patch import ADAPTERS, describe, patch_model, unpatch_model
 from pe_patch.latent import attention as over_latents
 
 from .families import LATENT, build
-from .models import cached_logits, error, logits, snapshot, tokens, unchanged
+from .models import cached_logits, error, in_chunks, logits, snapshot, tokens, unchanged
 
 FAMILIES = sorted(name for name, adapter in ADAPTERS.items() if adapter.folds_scale)
 TOLERANCE = 1e-5
@@ -55,34 +55,6 @@ def pair(family: str = "deepseek_v3", backend: str | None = None, **settings: An
     """As Transformers builds it, and the same patched."""
     plain = native(family, backend, **settings)
     return plain, patch_model(copy.deepcopy(plain), "mla")
-
-
-@torch.no_grad()
-def in_chunks(model: Any, ids: Tensor, sizes: list[int], cache: Any = None, mask: Tensor | None = None) -> Tensor:
-    """Logits of passes over so many tokens each, all into one cache."""
-    found, start = [], 0
-    for size in sizes:
-        stop = start + size
-        seen = None if mask is None else mask[:, :stop]
-        output = model(input_ids=ids[:, start:stop], attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, stop
-        found.append(output.logits)
-    assert start == ids.shape[1]
-    return torch.cat(found, 1)
-
-
-@pytest.fixture
-def absorbing(monkeypatch) -> list[int]:
-    """New tokens of each pass through a layer that was absorbed."""
-    seen: list[int] = []
-    real = over_latents.absorbed
-
-    def spy(heads, query, *rest):
-        seen.append(query.shape[2])
-        return real(heads, query, *rest)
-
-    monkeypatch.setattr(over_latents, "absorbed", spy)
-    return seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
