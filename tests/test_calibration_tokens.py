@@ -79,7 +79,7 @@ def test_held_out_rows():
         ([[[1, 2]]], "[1, 2]"),
         ([[1, "a"]], "row 0 is neither"),
         ([None], "row 0 is neither"),
-        ({"input_ids": [[1, 2]]}, "got dict"),
+        ({"words": [[1, 2]]}, "got dict"),
         (7, "got int"),
         (None, "got NoneType"),
     ],

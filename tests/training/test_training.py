@@ -221,6 +221,8 @@ def test_every_recipe_runs_two_steps(path: Path, tmp_path: Path, text: Path, mod
     for stage in recipe.phases:
         stage.steps, stage.until_accuracy, stage.length, stage.batch = 2, None, min(stage.length, 256), 2
         stage.vocabulary = (280, 408) if stage.vocabulary else None
+    if recipe.scheme is not None and "cache_ratio" in recipe.scheme.options:
+        recipe.scheme.options.pop("rope_dim", None)  # which is all that the share of so small a cache holds
     recipe.evaluation.lengths = [64] * bool(recipe.evaluation.lengths)
     recipe.evaluation.samples = 2
     trained = train(recipe)
