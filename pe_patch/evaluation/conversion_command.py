@@ -93,7 +93,10 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
     if request.sweep:
         return _sweep(model, request, material, settings, ratios, config)
     found = convert_model(model, material, settings)
-    notes = [f"Calibrated on {material.calibrated_on}."]
+    notes = [
+        f"Calibrated on {material.calibrated_on}.",
+        "What a conversion loses comes back in a short training: recipes/configs/mla_heal_demo.yaml shows one.",
+    ]
     if request.out is not None:
         save(model, tokenizer, request.out)
         notes.append(f"Saved to {request.out}; load it with pe_patch.load_patched.")
