@@ -124,6 +124,22 @@ def test_a_share_of_the_cache_beyond_the_full_rank_is_the_full_rank():
     assert describe(model).options["kv_rank"] == 64  # the hidden size: no more directions can be seen
 
 
+@pytest.mark.parametrize("method", ["transmla", "mha2mla", "svd"])
+@pytest.mark.parametrize("latent_norm", [False, True])
+def test_a_rank_beyond_the_hidden_size_is_held_as_it_is_asked_for(method, latent_norm):
+    """GPT-NeoX rotates half of its heads: 96 or 64 dimensions are left of keys and values, and 64 of hidden states."""
+    model, ids = build("gpt_neox"), tokens(2, 20)
+    expected = logits(model, ids)
+    rope = 8 if method == "mha2mla" else 32
+    options = {"kv_rank": 96, "rope_dim": rope, "calibration": CALIBRATION, "latent_norm": latent_norm}
+    patch_model(model, "mla", method=method, **options)
+    if not latent_norm:
+        assert error(logits(model, ids), expected) < 1e-5
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    assert cache.layers[0].keys.shape[-1] == 96 and cache.layers[0].values.shape[-1] == 32
+    assert torch.isfinite(logits(model, ids)).all()
+
+
 def test_rounding_is_no_growth_of_the_loss():
     """With the full rank and all rotation kept the loss is the original's but for the last digits."""
     model = build("llama")

@@ -46,11 +46,12 @@ def convert(
         "mha2mla": a rotary key for each key-value head, of dims as they are; then singular vectors of the weights
             (Ji et al. 2025, arXiv 2502.14837).
 
-    At `full_rank` nothing is lost but the rotation of the other dims; with all of that kept, nothing.
+    At `full_rank` nothing is lost but the rotation of the other dims; with all of that kept, nothing. What is beyond it
+    holds zeros.
 
     Options:
         statistics: what `gather` found. None is enough for "mha2mla", unless it selects by "2-norm" or has a norm.
-        kv_rank: 1 to `full_rank`.
+        kv_rank: 1 to `widest_rank`.
         rope_dim: for "transmla" and "svd" the width of the one rotary key: an even divisor of the trained rotary width,
             or a multiple of it up to that of all key-value heads. For "mha2mla" an even number for each of these heads,
             at least 2: without any rotation no order of the tokens would be left.
@@ -67,7 +68,7 @@ def convert(
     check_unused(method, select=select, svd=svd, freqfold=freqfold, balance_kv_ratio=balance_kv_ratio)
     check_select(select)
     most = full_rank(projections, method, rope_dim, svd)
-    check_rank(method, kv_rank, most, f"at rope_dim={rope_dim}")
+    check_rank(method, kv_rank, widest_rank(projections, method, rope_dim, svd), f"at rope_dim={rope_dim}")
     if latent_norm and svd == "split":
         raise OptionError("latent_norm=True is one norm, and svd='split' makes two latents; use svd='joint'.")
     _check_statistics(statistics, method, select, latent_norm)
@@ -91,7 +92,9 @@ def convert(
         frequency=keys.frequency,
         split=svd == "split",
     )
-    latents = truncated(latents, kv_rank)
+    latents = truncated(latents, min(kv_rank, most))
+    if kv_rank > most:
+        latents = _padded(latents, kv_rank)
     return _with_norm(latents, statistics) if latent_norm else latents
 
 
@@ -111,6 +114,22 @@ def full_rank(projections: Projections, method: str, rope_dim: int, svd: str = "
             "keys; use svd='joint' or a smaller rope_dim."
         )
     return max(key, value)
+
+
+def widest_rank(projections: Projections, method: str, rope_dim: int, svd: str = "joint") -> int:
+    """All dimensions of values and of keys that do not rotate; `full_rank` is less where the hidden state has fewer."""
+    values = projections.kv_heads * projections.head_dim
+    rows = values - rope_dim * (projections.kv_heads if method == "mha2mla" else 1)
+    return max(full_rank(projections, method, rope_dim, svd), rows + values if svd == "joint" else max(rows, values))
+
+
+def _padded(latents: Latents, rank: int) -> Latents:
+    """The same in a wider latent, the rest of which is zero."""
+    more = rank - latents.up_value.shape[-1]
+    down = latents.down.unflatten(0, (2 if latents.split else 1, -1))
+    down = torch.nn.functional.pad(down, (0, 0, 0, more)).flatten(0, 1)
+    up_key, up_value = (torch.nn.functional.pad(up, (0, more)) for up in (latents.up_key, latents.up_value))
+    return replace(latents, down=down, up_key=up_key, up_value=up_value)
 
 
 @torch.no_grad()

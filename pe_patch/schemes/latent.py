@@ -13,7 +13,7 @@ from ..errors import OptionError, UnsupportedError, nearest
 from ..latent import attention as over_latents
 from ..latent.attention import Features, LatentAttention, LatentSizes
 from ..latent.checks import check_freqfold, refuse_unused
-from ..latent.convert import convert, full_rank, truncated
+from ..latent.convert import convert, full_rank, truncated, widest_rank
 from ..latent.projections import Latents, Projections, Statistics
 from ..latent.rotary_keys import SELECTIONS
 from ..latent.sizes import METHODS, SVDS, fit_ratio, nope_dim, rope_heads
@@ -190,10 +190,12 @@ class MLA(Scheme):
             self.kv_rank = most
         if self.bounded:
             self.kv_rank = min(self.kv_rank, most)
-        if not 1 <= self.kv_rank <= most:
+        widest = widest_rank(projections, self.method, self.rope_dim, self.svd)
+        if not 1 <= self.kv_rank <= widest:
+            lossless = f" ({most} lose nothing)" if most < widest else ""
             raise OptionError(
                 f"'mla' got kv_rank={self.kv_rank}; with rope_dim={self.rope_dim} the keys that do not rotate and the "
-                f"values have {most} dimensions here, so give 1 to {most}."
+                f"values have {widest} dimensions here, so give 1 to {widest}{lossless}."
             )
 
     def _check_fresh(self) -> None:
