@@ -75,7 +75,7 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
         for scheme in own.values():
             scheme.restored = True
     if first.calibration is not None and not first.needs_calibration:
-        raise OptionError(f"{first.name!r} with these options looks at no calibration tokens: leave calibration out.")
+        logger.warning("%r with these options does not look at the calibration tokens that it was given", first.name)
     if first.restored or not first.needs_calibration:
         return Conversion(_all(own, read))
     if first.calibration is None:

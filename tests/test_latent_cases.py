@@ -140,6 +140,12 @@ def test_a_rank_beyond_the_hidden_size_is_held_as_it_is_asked_for(method, latent
     assert torch.isfinite(logits(model, ids)).all()
 
 
+def test_calibration_that_nothing_looks_at_is_told(caplog):
+    given = {"kv_rank": 8, "rope_dim": 8, "calibration": CALIBRATION}
+    patch_model(build("llama"), "mla", method="mha2mla", select="high", **given)
+    assert "does not look at the calibration tokens" in caplog.text
+
+
 def test_rounding_is_no_growth_of_the_loss():
     """With the full rank and all rotation kept the loss is the original's but for the last digits."""
     model = build("llama")

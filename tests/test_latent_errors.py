@@ -39,7 +39,6 @@ WRONG = [
     ({"rope_dim": 12}, OptionError, "rope_dim=12.*2, 4, 8, or a multiple of 16 up to 32"),
     ({"rope_dim": 48}, OptionError, "rope_dim=48"),
     ({"rope_dim": 18, "method": "mha2mla"}, OptionError, "rope_dim=18.*from 2 to 16"),
-    ({"method": "mha2mla", "select": "high", "rope_dim": 8}, OptionError, "leave calibration out"),
     ({"seed": "abc"}, OptionError, "seed='abc'"),
     ({"rope_dim": 6, "method": "init"}, OptionError, "rope_dim=6.*2, 4, 8, 16"),
     ({"method": "transmlb"}, OptionError, "Did you mean 'transmla'"),
