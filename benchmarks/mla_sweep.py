@@ -32,7 +32,7 @@ from pe_patch.evaluation.conversion_sweep import converted_row, original_row
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.results import Results, write_atomically
 from pe_patch.evaluation.subject import Subject
-from pe_patch.latent.sizes import METHODS
+from pe_patch.latent.checks import METHODS
 from pe_patch.text import load_documents
 from recipes import trainer as training
 from recipes.recipe import Recipe, load_recipe
@@ -40,7 +40,7 @@ from recipes.recipe import Recipe, load_recipe
 RECIPE = Path(training.__file__).parent / "configs" / "mla_heal_demo.yaml"
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 KINDS: dict[str, dict[str, Any]] = {
-    **{method: {"method": method} for method in METHODS if method != "init"},
+    **{method: {"method": method} for method in METHODS},
     "mha2mla, split": {"method": "mha2mla", "svd": "split"},
 }
 CONTROL = "original"

@@ -77,7 +77,11 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
     if first.calibration is not None and not first.needs_calibration:
         logger.warning("%r with these options does not look at the calibration tokens that it was given", first.name)
     if first.restored or not first.needs_calibration:
-        return Conversion(_all(own, read))
+        modules = _all(own, read)
+        if first.starts_fresh:
+            for module in modules.values():
+                module.apply(head._init_weights)
+        return Conversion(modules)
     if first.calibration is None:
         raise OptionError(
             f"{first.name!r} with these options is calibrated on text: give calibration=<token ids or texts> of the "

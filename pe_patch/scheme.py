@@ -209,6 +209,11 @@ class Scheme(nn.Module):
         return False
 
     @property
+    def starts_fresh(self) -> bool:
+        """Whether what `replace` makes is to be initialised as the model's own weights once were."""
+        return False
+
+    @property
     def keeps_rotation(self) -> bool:
         """Whether the model's own positions stay as they are."""
         return False

@@ -69,6 +69,15 @@ def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
 
+def padded() -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows of 48, the first of them with 28 of padding; their mask; and the row alone."""
+    short, long = tokens(1, 20), tokens(1, 48, seed=4)
+    ids = torch.cat((torch.cat((torch.zeros(1, 28, dtype=torch.long), short), 1), long))
+    mask = torch.ones(2, 48, dtype=torch.long)
+    mask[0, :28] = 0
+    return ids, mask, short
+
+
 GIVEN: dict[str, dict[str, Any]] = {
     "integer": {},
     "one_hot": {"max_positions": 64},

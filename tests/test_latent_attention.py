@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from pe_patch import describe, patch_model, unpatch_model
 
 from .families import build as family
-from .models import SLIDING, cached_logits, error, in_chunks, logits, snapshot, tokens, unchanged
+from .models import SLIDING, cached_logits, error, in_chunks, logits, padded, snapshot, tokens, unchanged
 from .models import build as small
 
 TOLERANCE = 1e-5
@@ -96,15 +95,6 @@ def test_nothing_is_lost_where_everything_rotates(name, method):
         assert error(cached_logits(model, ids, 30), expected) < tolerance
         unpatch_model(model)
         assert unchanged(before, snapshot(model))
-
-
-def padded() -> tuple[Tensor, Tensor, Tensor]:
-    """Two rows of 48, the first of them with 28 of padding; their mask; and the row alone."""
-    short, long = tokens(1, 20), tokens(1, 48, seed=4)
-    ids = torch.cat((torch.cat((torch.zeros(1, 28, dtype=torch.long), short), 1), long))
-    mask = torch.ones(2, 48, dtype=torch.long)
-    mask[0, :28] = 0
-    return ids, mask, short
 
 
 @pytest.mark.parametrize("method, backend", [("transmla", "sdpa"), ("split", "eager"), ("joint", "sdpa")])

@@ -146,6 +146,18 @@ def test_calibration_that_nothing_looks_at_is_told(caplog):
     assert "does not look at the calibration tokens" in caplog.text
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fresh_layers_start_as_transformers_starts_the_others(family):
+    """Normal, with the standard deviation of the config."""
+    model = build(family)
+    patch_model(model, "mla", method="init", kv_rank=16, rope_dim=8)
+    for name, parameter in model.named_parameters():
+        if ".mla." in name and name.endswith("proj.weight"):
+            assert abs(float(parameter.std()) / model.config.initializer_range - 1) < 0.1, name
+        if ".mla." in name and name.endswith("norm.weight"):
+            assert torch.equal(parameter, torch.ones_like(parameter))
+
+
 def test_rounding_is_no_growth_of_the_loss():
     """With the full rank and all rotation kept the loss is the original's but for the last digits."""
     model = build("llama")

@@ -15,7 +15,7 @@ from pe_patch import ADAPTERS, describe, patch_model, unpatch_model
 from pe_patch.latent import attention as over_latents
 
 from .families import LATENT, build
-from .models import cached_logits, error, in_chunks, logits, snapshot, tokens, unchanged
+from .models import cached_logits, error, in_chunks, logits, padded, snapshot, tokens, unchanged
 
 FAMILIES = sorted(name for name, adapter in ADAPTERS.items() if adapter.folds_scale)
 TOLERANCE = 1e-5
@@ -98,15 +98,6 @@ def test_many_scores_are_taken_in_parts(monkeypatch, absorbing):
         absorbing.clear()
         assert error(in_chunks(model, ids, [18, 22]), logits(plain, ids)) < TOLERANCE
         assert absorbing == [9, 9, 4] * 2
-
-
-def padded() -> tuple[Tensor, Tensor, Tensor]:
-    """Two rows of 48, the first of them with 28 of padding; their mask; and the row alone."""
-    short, long = tokens(1, 20), tokens(1, 48, seed=4)
-    ids = torch.cat((torch.cat((torch.zeros(1, 28, dtype=torch.long), short), 1), long))
-    mask = torch.ones(2, 48, dtype=torch.long)
-    mask[0, :28] = 0
-    return ids, mask, short
 
 
 @BACKENDS

@@ -21,9 +21,9 @@ from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.run import evaluate
 from pe_patch.evaluation.subject import windows
 from pe_patch.evaluation.tasks import Needle
+from pe_patch.latent.checks import METHODS
 from pe_patch.text import TextSourceError, load_documents
 
-METHODS = ("transmla", "mha2mla", "svd")
 TARGETS = ("mla",)
 ROW = 512
 """Tokens to a row of calibration, or the model's window where that is less."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from ..errors import OptionError, nearest
 from .projections import Projections
+from .rotary_keys import SELECTIONS as HOW
 
-METHODS = ("transmla", "svd", "mha2mla")
+METHODS = ("transmla", "mha2mla", "svd")
 DECOMPOSITIONS = ("joint", "split")
-SELECTIONS = ("2-norm", "high", "low", "uniform")
+SELECTIONS = tuple(HOW)
 
 OF = {  # option: the methods it is of, and what stands for not given
     "select": (("mha2mla",), "2-norm"),

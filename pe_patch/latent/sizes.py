@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..errors import OptionError
 
-METHODS = ("transmla", "mha2mla", "svd", "init")
-SVDS = ("joint", "split")
+FRESH = "init"
+"""The method that converts nothing."""
 
 
 def rope_heads(method: str, kv_heads: int) -> int:
@@ -16,7 +16,7 @@ def rope_heads(method: str, kv_heads: int) -> int:
 def nope_dim(method: str, kv_heads: int, head_dim: int, rotary_dim: int, rope_dim: int) -> int:
     """Numbers of a head's query and key that do not rotate after a conversion: those of the head, or where fewer have
     lost their rotation, these."""
-    if method == "init":
+    if method == FRESH:
         return head_dim
     if method == "mha2mla":
         return head_dim - rope_dim

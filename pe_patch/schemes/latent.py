@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..errors import OptionError, UnsupportedError, nearest
 from ..latent import attention as over_latents
 from ..latent.attention import Features, LatentAttention, LatentSizes
-from ..latent.checks import check_freqfold, refuse_unused
+from ..latent.checks import DECOMPOSITIONS, METHODS, SELECTIONS, check_freqfold, refuse_unused
 from ..latent.convert import convert, full_rank, truncated, widest_rank
 from ..latent.projections import Latents, Projections, Statistics
-from ..latent.rotary_keys import SELECTIONS
-from ..latent.sizes import METHODS, SVDS, fit_ratio, nope_dim, rope_heads
+from ..latent.sizes import FRESH, fit_ratio, nope_dim, rope_heads
 from ..latent.statistics import gather
 from ..positions import Positions
 from ..rotation import Rotary
@@ -106,8 +105,8 @@ class MLA(Scheme):
             self._refuse_conversion()
             self.idle |= {"replace"}
             return
-        self.method = _one_of("method", method, METHODS)
-        self.select, self.svd = _one_of("select", select, tuple(SELECTIONS)), _one_of("svd", svd, SVDS)
+        self.method = _one_of("method", method, (*METHODS, FRESH))
+        self.select, self.svd = _one_of("select", select, SELECTIONS), _one_of("svd", svd, DECOMPOSITIONS)
         self.latent_norm = check_flag(self.name, "latent_norm", latent_norm)
         self.freqfold, self.balance_kv_ratio = freqfold, check_number(
             self.name, "balance_kv_ratio", balance_kv_ratio, 0.0, exclusive=True
@@ -154,7 +153,7 @@ class MLA(Scheme):
         for name, value in (("kv_rank", kv_rank), ("rope_dim", rope_dim)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise OptionError(f"'mla' got {name}={value!r}; give a whole number of dimensions.")
-        if self.method == "init" and max_loss is not None:
+        if self.method == FRESH and max_loss is not None:
             raise OptionError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
         if max_loss is not None:
             self.max_loss = check_number(self.name, "max_loss", max_loss, 0.0)
@@ -180,7 +179,7 @@ class MLA(Scheme):
     def check(self, projections: Projections) -> None:
         """Raise where the sizes do not fit what a layer projects; a rank that is still to be searched becomes the
         largest."""
-        if self.method == "init":
+        if self.method == FRESH:
             self._check_fresh()
             return
         most = full_rank(projections, self.method, self.rope_dim, self.svd)
@@ -216,7 +215,7 @@ class MLA(Scheme):
     @property
     def needs_calibration(self) -> bool:
         """Whether tokens must be seen before weights can be made."""
-        if not self.converting or self.method == "init":
+        if not self.converting or self.method == FRESH:
             return False
         by_norms = self.method == "mha2mla" and self.select == "2-norm"
         return self.method != "mha2mla" or by_norms or self.latent_norm or self.max_loss is not None
@@ -292,8 +291,12 @@ class MLA(Scheme):
 
     @property
     def rescaling(self) -> float:
-        fresh = (self.shape.head_dim / (self.shape.head_dim + self.rope_dim)) ** 0.5 if self.method == "init" else 1.0
+        fresh = (self.shape.head_dim / (self.shape.head_dim + self.rope_dim)) ** 0.5 if self.method == FRESH else 1.0
         return fresh * self.softmax_factor**2
+
+    @property
+    def starts_fresh(self) -> bool:
+        return self.converting and self.method == FRESH and not self.restored
 
     @property
     def keeps_rotation(self) -> bool:
@@ -334,7 +337,7 @@ class MLA(Scheme):
         """What the module that takes a layer's place is made of."""
         heads = rope_heads(self.method, of.kv_heads)
         return LatentSizes(
-            hidden=of.hidden, heads=of.heads, up_heads=of.heads if self.method == "init" else of.kv_heads,
+            hidden=of.hidden, heads=of.heads, up_heads=of.heads if self.method == FRESH else of.kv_heads,
             kv_heads=of.kv_heads, head_dim=of.head_dim,
             nope=nope_dim(self.method, of.kv_heads, of.head_dim, of.rotary_dim, self.rope_dim), rope=self.rope_dim,
             rope_heads=heads, rank=self.kv_rank, split=self.split, query_bias=of.query_bias is not None,
@@ -343,7 +346,7 @@ class MLA(Scheme):
         )  # fmt: skip
 
     def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
-        if self.restored or self.method == "init":
+        if self.restored or self.method == FRESH:
             return self.fresh(projections)
         return self.filled(projections, self.convert(projections, seen))
 
@@ -352,11 +355,11 @@ class MLA(Scheme):
         return self.fresh(projections).take(latents, projections)
 
     def fresh(self, projections: Projections) -> LatentAttention:
-        """A module for one layer; its weights are as random as those of any linear layer."""
+        """A module for one layer, its weights not yet filled in."""
         factory = {"dtype": projections.query.dtype, "device": projections.query.device}
         features = None if projections.key_norm is None else Features.copy(projections)
         module = LatentAttention(self.sizes(projections), features, **factory)
-        if self.method == "init":
+        if self.method == FRESH:
             every = self.shape.rotary_dim // self.rope_dim
             module.frequency.copy_(torch.arange(0, self.shape.rotary_dim // 2, every)[None])
         return module
