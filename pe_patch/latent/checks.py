@@ -10,7 +10,7 @@ from ..errors import OptionError, nearest
 from .projections import Projections
 from .rotary_keys import SELECTIONS as HOW
 
-METHODS = ("transmla", "mha2mla", "svd")
+METHODS = ("transmla", "svd", "mha2mla")
 DECOMPOSITIONS = ("joint", "split")
 SELECTIONS = tuple(HOW)
 
