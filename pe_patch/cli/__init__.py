@@ -1,0 +1,34 @@
+"""The command line. Each command has a file of its own; importing it here is what adds it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from pe_patch.errors import OptionError, PePatchError, UnknownNameError
+
+# in the order in which --help lists them
+from . import convert, demo, evaluate, export, generate, inspect, list_  # noqa: F401
+from .application import app
+from .several import spread
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    logging.basicConfig(format="%(message)s")
+    try:
+        app(spread([word for word in words if word != "--debug"]), prog_name="pe-patch")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, PePatchError) else f"{type(error).__name__}: "
+        typer.echo(f"pe-patch: {kind}{' '.join(str(error).split())}", err=True)
+        return 2 if isinstance(error, UnknownNameError | OptionError) else 1
+    return 0

@@ -1,0 +1,61 @@
+"""`pe-patch convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import app
+from .options import AsJson, Device, Dtype, Model, Options
+from .output import console, print_json
+
+
+@app.command(
+    epilog="\b\nExamples:\n  pe-patch convert ./my-llama --to mla --cache-ratio 1/4 --out ./my-llama-mla\n"
+    "  pe-patch convert ./my-llama --to mla --sweep --output sweep"
+)
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option(help="What to convert to: mla, multi-head latent attention.")],
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD...", help="transmla (default), mha2mla or svd; sweep: all.")
+    ] = None,
+    kv_rank: Annotated[int | None, typer.Option(min=1, help="Width of the latent that is cached.")] = None,
+    cache_ratio: Annotated[
+        list[str] | None, typer.Option(metavar="SHARE...", help="Share of the cache to keep, such as 1/8.")
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(min=0, help="Greatest growth of the loss, such as 0.02.")] = None,
+    rope_dim: Annotated[int | None, typer.Option(min=2, help="Dimensions that go on rotating.")] = None,
+    option: Options = None,
+    calibration: Annotated[str, typer.Option(help="Text to calibrate on: stdlib, a folder, a file, ...")] = "stdlib",
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="How much of it.")] = 65536,
+    text: Annotated[str | None, typer.Option(help="Text to measure on (default: held-out files of that).")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens to measure at (default: window, <= 2048).")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions about facts hidden in the text.")] = 100,
+    no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Let loss stand without retrieval.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Compare methods at several sizes; save no model.")] = False,
+    keep_original: Annotated[bool, typer.Option("--keep-original", help="Save the replaced weights as well.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Save the converted model to this folder.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder of the sweep's table and picture.")] = Path("sweep"),
+    seed: Annotated[int, typer.Option(help="Of the calibration, the questions and the places.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a trained model to a smaller cache, and measure what that changes; it wants healing afterwards."""
+    from pe_patch.evaluation import conversion_command
+
+    sizes = {"kv_rank": kv_rank, "cache_ratio": cache_ratio, "max_loss": max_loss, "rope_dim": rope_dim}
+    request = conversion_command.Request(
+        target=to, methods=method or (), sizes=sizes, options=option or (), sweep=sweep, out=out, output=output,
+        keep_original=keep_original,
+    )  # fmt: skip
+    questions = 0 if no_retrieval and not sweep else samples
+    text_of = {"calibration": calibration, "tokens": calibration_tokens, "text": text, "length": length, "seed": seed}
+    found = conversion_command.run(model, request, {**text_of, "questions": questions}, (dtype, device))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        found.show(console())

@@ -1,0 +1,71 @@
+"""`pe-patch evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import app
+from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, SchemeName
+from .output import command_line, console, print_results
+
+
+@app.command(
+    epilog="\b\nExample:\n  pe-patch evaluate ./my-llama --scheme yarn --factor 4 --task passkey --length 8192 32768"
+)
+def evaluate(
+    model: Model,
+    scheme: SchemeName = None,
+    factor: Factor = None,
+    option: Options = None,
+    on_existing: OnExisting = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK...", help="One or more tasks; see `pe-patch list tasks`.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="TOKENS...", help="One or more lengths in tokens.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None, typer.Option(metavar="DEPTH...", help="Where the answer stands: 0 start, 1 end.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions at each length.")] = 50,
+    text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
+    seed: Annotated[int, typer.Option(help="Of the questions and of the places in the text.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward.")] = None,
+    control_length: Annotated[int | None, typer.Option(min=1, help="Of the control (default: native window).")] = None,
+    beyond_window: Annotated[bool, typer.Option("--beyond-window", help="Allow lengths above the window.")] = False,
+    no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Let loss stand without retrieval.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write a report to this folder.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model at several lengths; every score stands beside the same questions within its window."""
+    from pe_patch import evaluation, loading
+    from pe_patch.evaluation.tables import summary
+
+    loaded, tokenizer = loading.load(model, dtype, device)
+    loading.apply(loaded, scheme, factor, option, on_existing)
+    results = evaluation.evaluate(
+        loaded,
+        tokenizer,
+        task or ["perplexity", "needle"],
+        length or None,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        text=text,
+        control_length=control_length,
+        beyond_window=beyond_window,
+        retrieval=not no_retrieval,
+        **({"depths": depth} if depth else {}),
+    )
+    if as_json:
+        print_results(results)
+    else:
+        console().print(summary(results))
+    if output is not None:
+        page = evaluation.write_report(results, output, title=f"Evaluation of {model}", command=command_line())
+        typer.echo(f"Report: {page}", err=True)

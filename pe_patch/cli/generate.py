@@ -1,0 +1,40 @@
+"""`pe-patch generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .application import app
+from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, SchemeName
+from .output import print_json
+
+
+@app.command(epilog='\b\nExample:\n  pe-patch generate ./my-llama --scheme yarn --factor 4 --prompt "Once upon a time"')
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from (default: standard input).")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to go on from.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    scheme: SchemeName = None,
+    factor: Factor = None,
+    option: Options = None,
+    on_existing: OnExisting = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text greedily with a patched model."""
+    from pe_patch import loading
+
+    text = prompt_file.read_text(encoding="utf-8") if prompt_file else sys.stdin.read() if prompt is None else prompt
+    loaded, tokenizer = loading.load(model, dtype, device)
+    loading.apply(loaded, scheme, factor, option, on_existing)
+    written, tokens = loading.continue_text(loaded, tokenizer, text, max_new_tokens)
+    if as_json:
+        print_json({"prompt": text, "prompt_tokens": tokens, "text": written})
+    else:
+        typer.echo(written)

@@ -1,0 +1,32 @@
+"""`pe-patch inspect`."""
+
+from __future__ import annotations
+
+import typer
+
+from .application import app
+from .options import AsJson, Factor, Model, OnExisting, Options, SchemeName
+from .output import print_json
+
+
+@app.command(
+    epilog="\b\nExample:\n  pe-patch inspect meta-llama/Llama-3.1-8B --scheme yarn --factor 4 --on-existing replace"
+)
+def inspect(
+    model: Model,
+    scheme: SchemeName = None,
+    factor: Factor = None,
+    option: Options = None,
+    on_existing: OnExisting = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a scheme would swap in a model. Reads its configuration only: no weights are needed."""
+    from pe_patch import describe, loading
+
+    empty = loading.empty_model(model)
+    loading.apply(empty, scheme, factor, option, on_existing)
+    description = describe(empty)
+    if as_json:
+        print_json(description.to_dict())
+    else:
+        typer.echo(str(description))

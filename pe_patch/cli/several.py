@@ -1,0 +1,58 @@
+"""Options that take several values after one flag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_task(word: str) -> bool:
+    from pe_patch.evaluation.tasks import TASKS
+
+    return all(name in TASKS for name in word.split(",") if name)
+
+
+def _is_method(word: str) -> bool:
+    from pe_patch.evaluation.conversion import METHODS
+
+    return all(name in METHODS for name in word.split(",") if name)
+
+
+SEVERAL: dict[str, Callable[[str], bool]] = {
+    "--length": lambda word: word.replace(",", "").isdigit(),
+    "--depth": lambda word: all(map(_is_number, word.split(","))),
+    "--task": _is_task,
+    "--method": _is_method,
+    "--cache-ratio": lambda word: all(map(_is_number, word.replace("/", ",").split(","))),
+}
+"""Options that take several values after one flag, and what a further value looks like."""
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """Write a flag before each of its values, as Typer wants it: `--length 1 2` becomes `--length 1 --length 2`.
+
+    Commas separate too. The word after a flag is always its value; those after it only if they look like one.
+    """
+    spread_out: list[str] = []
+    flag, first = "", False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in SEVERAL:
+            flag, first = name, not equals
+            if not equals:
+                continue
+            word = value
+        elif not flag or not (first or SEVERAL[flag](word)) or word.startswith("--"):
+            spread_out += [flag, word] if first else [word]
+            flag, first = "", False
+            continue
+        spread_out += [part for item in word.split(",") if item for part in (flag, item)]
+        first = False
+    return [*spread_out, flag] if first else spread_out
