@@ -14,6 +14,7 @@ from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.metrics import RetrievalAccuracy, TokenLoss, binomial_interval
 from pe_patch.evaluation.perplexity import Perplexity, position_buckets, sliding_losses
+from pe_patch.evaluation.questions import Question
 from pe_patch.evaluation.results import COLUMNS, Results
 from pe_patch.evaluation.retrieval import WORDINGS, make_sample
 from pe_patch.evaluation.run import evaluate
@@ -33,6 +34,10 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def llama(tokenizer):
     return tiny_llama(len(tokenizer))
+
+
+def ask(samples):
+    return [Question(sample.input_ids, (sample.answer,), len(sample.answer_ids)) for sample in samples]
 
 
 def measure(model, tokenizer, tasks, lengths, **options):
@@ -63,7 +68,7 @@ def test_one_token_answers_equal_greedy_generation(tokenizer, llama):
         make_sample(tokenizer, haystack, WORDINGS["tokens"], length=60, needles=4, rng=np.random.default_rng(seed))
         for seed in range(12)
     ]
-    given = Subject(llama, tokenizer, batch_size=5).answers(samples)
+    given = Subject(llama, tokenizer, batch_size=5).answers(ask(samples))
     for sample, answer in zip(samples, given, strict=True):
         ids = torch.tensor(sample.input_ids)[None]
         written = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
@@ -78,7 +83,7 @@ def test_long_answers_equal_step_by_step_argmax(tokenizer, llama):
         make_sample(tokenizer, haystack, english, length=length, rng=np.random.default_rng(length))
         for length in (230, 231, 250)
     ]
-    for sample, answer in zip(samples, Subject(llama, tokenizer).answers(samples), strict=True):
+    for sample, answer in zip(samples, Subject(llama, tokenizer).answers(ask(samples)), strict=True):
         ids = torch.tensor(sample.input_ids)[None]
         for _ in sample.answer_ids:
             ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], dim=1)

@@ -1,16 +1,22 @@
-"""What the tasks of one evaluation share: model, text, seed, controls, clock and the stamps on every row."""
+"""What the tasks of one evaluation share: model, text, seed, controls, clock, journal and the stamps on every row."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+import pe_patch
 from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.journal import Journal, key_of
 from pe_patch.evaluation.memory import PeakMemory
+from pe_patch.evaluation.prompts import Frame
 from pe_patch.evaluation.results import Row
+from pe_patch.evaluation.retrieval import encode
 from pe_patch.evaluation.subject import Subject
 
 
@@ -21,6 +27,25 @@ class Work:
     seconds: float = 0.0
     peak_memory: int | None = None
     memory_kind: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a piece of work found: its rows, and every answer behind them (JSON-able)."""
+
+    rows: Sequence[Row]
+    answers: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The smallest part of an evaluation that is done or not done; a stopped run goes on with the next one."""
+
+    name: str
+    """Different from the other pieces' of the same task and length."""
+    tokens: int
+    """About how many the model will be given, for the progress bar."""
+    measure: Callable[[], Outcome]
 
 
 @dataclass
@@ -36,13 +61,56 @@ class Bench:
     control_length: int
     scheme: str
     tokenizer_hash: str
-    controls: dict[Any, Any] = field(default_factory=dict)
-    """Scores at the control length by (task, depth or measure), so that each is measured once for all lengths."""
+    model_hash: str = ""
+    frame: Frame = field(default_factory=Frame)
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def samples_per_depth(self) -> int:
         """Questions in each cell: `samples` shared out over the depths, rounded up."""
         return -(-self.samples // len(self.depths))
+
+    def prompt(self, text: str, answer_prefix: str = "") -> np.ndarray:
+        """The ids [n] of a prompt as the model is given it, with its special tokens or in its chat template.
+
+        `answer_prefix` is the beginning of the answer that is given with the question.
+        """
+        return self.frame.ids(self.subject.tokenizer, text, answer_prefix)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids [n] of a text without special tokens; cached, so treat them as read-only."""
+        return encode(self.subject.tokenizer, text)
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has, special ones not counted."""
+        return len(self.encode(text))
+
+    def key(self, task: Any, *names: Any) -> str:
+        """The name of everything that a measurement depends on; `names` tell those of one task apart."""
+        return key_of(
+            version=pe_patch.__version__,
+            model=self.model_hash,
+            scheme=self.scheme,
+            precision=str(self.subject.autocast),
+            tokenizer=self.tokenizer_hash,
+            text=self.corpus.hash,
+            frame=asdict(self.frame),
+            seed=self.seed,
+            samples=self.samples,
+            depths=list(self.depths),
+            control_length=self.control_length,
+            lengths=list(self.lengths) if getattr(task, "depends_on_lengths", False) else None,
+            task=[type(task).__name__, task.name, repr(task)],
+            names=list(names),
+        )
+
+    def once(self, key: str, measured: Callable[[], Any]) -> Any:
+        """What several rows share, such as a control (JSON-able): measured once, and kept in the journal."""
+        entry = self.journal.get(key)
+        if entry is None:
+            entry = {"value": measured()}
+            self.journal.put(key, entry)
+        return entry["value"]
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[Work]:
@@ -64,11 +132,6 @@ class Bench:
             memory_kind=work.memory_kind,
             **measured,
         )
-
-    def accuracy(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        from pe_patch.evaluation.metrics import RetrievalAccuracy
-
-        return RetrievalAccuracy(keep_in_memory=True).compute(predictions=predictions, references=references) or {}
 
     def token_loss(self, losses: Sequence[float], groups: Sequence[int]) -> dict[str, Any]:
         from pe_patch.evaluation.metrics import TokenLoss

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pe_patch.errors import CheckpointError, OptionError, PePatchError, unknown
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.perplexity import Perplexity
+from pe_patch.evaluation.planning import CacheSize, cache_size
 from pe_patch.evaluation.run import evaluate
 from pe_patch.evaluation.subject import windows
 from pe_patch.evaluation.tasks import Needle
@@ -31,40 +31,6 @@ LONGEST = 2048
 """Length at which a model of a longer window is measured unless told otherwise."""
 
 Interval = tuple[float | None, float | None]
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """What a token leaves in a model's cache, all layers together."""
-
-    numbers: int
-    bytes: int
-    layers: int
-
-    @property
-    def numbers_per_layer(self) -> float:
-        return self.numbers / self.layers
-
-
-@torch.inference_mode()
-def cache_size(model: Any) -> CacheSize:
-    """Read off the cache that the model itself fills: what 16 tokens leave there beyond what 8 do."""
-
-    def kept(length: int) -> list[torch.Tensor]:
-        ids = torch.ones(1, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        layers = getattr(model(input_ids=ids, use_cache=True).past_key_values, "layers", None)
-        if not layers:
-            raise PePatchError(f"{type(model).__name__} returned no cache whose layers could be counted.")
-        found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        return [one for one in found if isinstance(one, torch.Tensor)]
-
-    short, long = kept(8), kept(16)
-    grown = [(after.numel() - before.numel(), after) for before, after in zip(short, long, strict=True)]
-    return CacheSize(
-        numbers=sum(count for count, _ in grown) // 8,
-        bytes=sum(count * tensor.element_size() for count, tensor in grown) // 8,
-        layers=len(long) // 2,
-    )
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ TOKEN_LIMIT = 1_000_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as ids, in order; `stream` [tokens] is all of them in a row; `hash` is of the text that was kept."""
+    """Documents as ids, in order; `texts` are the same as strings; `stream` [tokens] is all of them in a row; `hash` is
+    of the text that was kept."""
 
     documents: tuple[np.ndarray, ...]
+    texts: tuple[str, ...]
     stream: np.ndarray
     name: str
     hash: str
@@ -29,12 +31,13 @@ class Corpus:
     def load(cls, tokenizer: Any, text: str | Sequence[str], needed: int) -> Corpus:
         """Tokenize documents until the limit, or four times the `needed` tokens where that is more, is reached."""
         name, documents = _read(text)
-        kept, hashed, size, tokens = [], hashlib.sha256(), 0, 0
+        kept, texts, hashed, size, tokens = [], [], hashlib.sha256(), 0, 0
         for document in documents:
-            ids = _whole_ids(tokenizer, document)
+            ids = whole_ids(tokenizer, document)
             if not len(ids):
                 continue
             kept.append(ids)
+            texts.append(document)
             hashed.update(document.encode("utf-8", "surrogatepass") + b"\0")
             size += len(document.encode("utf-8", "surrogatepass"))
             tokens += len(ids)
@@ -42,7 +45,7 @@ class Corpus:
                 break
         if tokens < needed:
             raise PePatchError(f"The text ({name}) has {tokens} tokens, {needed} are needed. Give a longer text.")
-        return cls(tuple(kept), np.concatenate(kept), name, hashed.hexdigest()[:12], size / tokens)
+        return cls(tuple(kept), tuple(texts), np.concatenate(kept), name, hashed.hexdigest()[:12], size / tokens)
 
     def spots(self, longest: int, step: int, count: int, seed: int) -> tuple[list[np.ndarray], str]:
         """Up to `count` pieces of `longest` tokens whose ends are multiples of `step` apart, and where they are from.
@@ -67,7 +70,7 @@ def _read(text: str | Sequence[str]) -> tuple[str, Sequence[str]]:
     return (f"{text}, held-out files" if split else text), load_documents(text, split=split)
 
 
-def _whole_ids(tokenizer: Any, document: str) -> np.ndarray:
+def whole_ids(tokenizer: Any, document: str) -> np.ndarray:
     """The ids of a document, refused if the tokenizer dropped a part of it.
 
     Two halves may make a token or two more than the whole, never many more, unless the whole was cut.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import evaluate
+import numpy as np
 from datasets import Features, Value
 
 CONFIDENCE = 0.95
+RESAMPLES = 2000
 NORMAL_QUANTILE = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 
@@ -25,6 +28,22 @@ def binomial_interval(successes: int, trials: int, confidence: float = CONFIDENC
     low = 0.0 if successes == 0 else _root(lambda p: 1 - _at_most(successes - 1, trials, p) - tail)
     high = 1.0 if successes == trials else _root(lambda p: tail - _at_most(successes, trials, p))
     return low, high
+
+
+def bootstrap_interval(scores: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The percentile interval of a mean (Efron 1979), from `RESAMPLES` draws that are the same every time."""
+    values = np.asarray(scores, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(values[picks].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def score_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """The interval of a mean of scores from 0 to 1: exact where each is right or wrong, else by the bootstrap."""
+    if all(score in (0, 1) for score in scores):
+        return binomial_interval(int(sum(scores)), len(scores))
+    return bootstrap_interval(scores)
 
 
 def _at_most(successes: int, trials: int, p: float) -> float:

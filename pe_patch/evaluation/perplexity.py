@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from pe_patch.errors import OptionError, PePatchError, unknown
-from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.bench import Bench, Outcome, Piece
 from pe_patch.evaluation.results import Row
 from pe_patch.evaluation.subject import Subject
 
@@ -41,6 +42,8 @@ class Perplexity:
     summary: ClassVar[str] = "loss on the same last tokens for every length, in a sliding window, and by position"
     paper: ClassVar[str] = "token-weighted sliding window as in the Transformers documentation"
     retrieves: ClassVar[bool] = False
+    depends_on_lengths: ClassVar[bool] = True
+    """The same tokens are scored at every length: how many, follows from the shortest and the longest."""
 
     def __post_init__(self) -> None:
         # a list would make the task unhashable, and tasks are keys of the controls
@@ -53,15 +56,18 @@ class Perplexity:
             if value is not None and value < 1:
                 raise OptionError(f"{option} must be at least 1, got {value}.")
 
-    def cost(self, bench: Bench) -> int:
-        lengths = [*bench.lengths, *[bench.control_length] * (max(bench.lengths) > bench.control_length)]
-        per_length = self.spots * ("fixed" in self.measures) + self.windows * ("position" in self.measures)
-        windows = -(-self.stretch_tokens // self.resolved_stride(bench)) * ("sliding" in self.measures)
-        return sum((per_length + windows) * length for length in lengths)
-
-    def rows(self, bench: Bench, length: int) -> Iterator[Row]:
+    def pieces(self, bench: Bench, length: int) -> Iterator[Piece]:
+        """One piece for each measure."""
+        windows = {
+            "fixed": self.spots,
+            "sliding": -(-self.stretch_tokens // self.resolved_stride(bench)),
+            "position": self.windows,
+        }
         for measure in self.measures:
-            yield _MEASURES[measure](self, bench, length)
+            yield Piece(measure, windows[measure] * length, partial(self._measure, measure, bench, length))
+
+    def _measure(self, measure: str, bench: Bench, length: int) -> Outcome:
+        return Outcome([_MEASURES[measure](self, bench, length)])
 
     def resolved_targets(self, bench: Bench) -> int:
         shortest = min(*bench.lengths, bench.control_length)
@@ -116,6 +122,10 @@ def _fixed(task: Perplexity, bench: Bench, length: int) -> Row:
         shorter = bench.subject.losses([piece[-bench.control_length :] for piece in pieces], targets)
         return _summary(bench, shorter)["loss"]
 
+    def bare() -> float:
+        alone = bench.subject.losses([piece[-targets - 1 :] for piece in pieces], targets)
+        return _summary(bench, alone)["loss"]
+
     name = hashlib.sha256(np.stack([piece[-targets:] for piece in pieces]).tobytes()).hexdigest()[:12]
     return _row(
         (task, bench, work, length),
@@ -125,6 +135,7 @@ def _fixed(task: Perplexity, bench: Bench, length: int) -> Row:
         f"the same last {targets} tokens of {len(pieces)} spots ({where}) in {bench.corpus.name}, "
         f"{length - targets} tokens before them",
         {"targets": targets, "spots": len(pieces), "targets_hash": name},
+        bench.once(bench.key(task, "fixed", "bare"), bare),
     )
 
 
@@ -185,9 +196,9 @@ def _control(task: Perplexity, bench: Bench, length: int, measure: str, loss: fl
     """The loss on the same tokens within the native window, measured once for all lengths."""
     if length < bench.control_length:
         return loss
-    if (task, measure) not in bench.controls:
-        bench.controls[task, measure] = loss if length == bench.control_length else measured()
-    return bench.controls[task, measure]
+    return bench.once(
+        bench.key(task, measure, "within"), lambda: loss if length == bench.control_length else measured()
+    )
 
 
 def _row(
@@ -197,6 +208,7 @@ def _row(
     control: float,
     measured_on: str,
     details: dict[str, Any],
+    without_context: float | None = None,
 ) -> Row:
     task, bench, work, length = measurement
     return bench.row(
@@ -212,6 +224,7 @@ def _row(
         samples=found["tokens"],
         control=control,
         control_length=min(length, bench.control_length),
+        without_context=without_context,
         measured_on=measured_on,
         details={"perplexity": found["perplexity"], "bits_per_byte": found["bits_per_byte"], **details},
     )

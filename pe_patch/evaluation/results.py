@@ -19,7 +19,8 @@ class Row:
 
     `length` is what was asked for, `tokens` what the model was really given, answer included. `low` and `high` bound
     the 95 % interval (exact binomial for accuracies, normal over spots for losses). `control` is the same questions or
-    targets at `control_length`. `measured_on` says in words which tokens were scored. `peak_memory` is in bytes.
+    targets at `control_length`, `without_context` those with nothing to read. `measured_on` says in words which tokens
+    were scored. `peak_memory` is in bytes. `key` names everything that the numbers depend on.
     """
 
     scheme: str
@@ -42,6 +43,8 @@ class Row:
     tokenizer_hash: str
     measured_on: str
     details: dict[str, Any] = field(default_factory=dict)
+    without_context: float | None = None
+    key: str = ""
 
 
 COLUMNS = tuple(entry.name for entry in fields(Row))
@@ -56,6 +59,13 @@ class Cell:
     high: float | None
     samples: int
     control: float | None
+    without_context: float | None = None
+
+
+def _mean(rows: list[Row], name: str) -> float | None:
+    """The mean of a column over the questions of the rows that have it."""
+    known = [(value, row.samples) for row in rows if (value := getattr(row, name)) is not None]
+    return sum(value * count for value, count in known) / sum(count for _, count in known) if known else None
 
 
 @dataclass
@@ -80,15 +90,16 @@ class Results:
             return None
         samples = sum(row.samples for row in rows)
         score = sum(row.score * row.samples for row in rows) / samples
-        controls = [(row.control, row.samples) for row in rows if row.control is not None]
-        control = sum(c * n for c, n in controls) / sum(n for _, n in controls) if controls else None
+        controls = {name: _mean(rows, name) for name in ("control", "without_context")}
         if len(rows) == 1:
-            return Cell(score, rows[0].low, rows[0].high, samples, control)
+            return Cell(score, rows[0].low, rows[0].high, samples, **controls)
         if any(row.depth is None for row in rows):
             raise PePatchError(f"These rows are not depths of one measurement and cannot be pooled: {wanted}.")
-        from pe_patch.evaluation.metrics import binomial_interval
+        from pe_patch.evaluation.metrics import binomial_interval, score_interval
 
-        return Cell(score, *binomial_interval(round(score * samples), samples), samples, control)
+        each = [share for row in rows for share in row.details.get("scores", ())]
+        whole = binomial_interval(round(score * samples), samples) if len(each) != samples else score_interval(each)
+        return Cell(score, *whole, samples, **controls)
 
     def to_pandas(self) -> Any:
         """A pandas.DataFrame with one line per row and the columns of `Row`."""

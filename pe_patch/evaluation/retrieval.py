@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,16 +33,18 @@ CACHE_LIMIT = 1 << 16
 class Wording:
     """The words around a hidden fact.
 
-    `needle` holds `{key}` and `{value}`, `question` holds `{key}` and ends right where the answer must start, `answer`
-    holds `{value}`. `draw_keys(rng, n)` gives n different keys, `draw_values(rng, n)` n values. With `at_line` needles
-    go to line boundaries of the haystack where there are any.
+    `needle` holds `{key}` and `{value}`, `question` holds `{key}`, as may `lead`, the beginning of the answer that
+    is given with the question (in a chat the model's turn starts before it); `answer`, which follows, holds
+    `{value}`. `draw_keys(rng, n)` gives n different keys, `draw_values(rng, n)` n values. With `at_line` needles go
+    to line boundaries of the haystack where there are any.
     """
 
     name: str
     needle: str
     question: str
-    draw_keys: Draw
-    draw_values: Draw
+    draw_keys: Draw = field(repr=False)
+    draw_values: Draw = field(repr=False)
+    lead: str = ""
     answer: str = "{value}"
     instruction: str = ""
     at_line: bool = False
@@ -55,7 +57,8 @@ class RetrievalSample:
     `input_ids` [n] is the prompt, or with `answer_in_sequence` the whole sequence; the masks are boolean and as long.
     `is_answer` marks the answers' tokens (none in a prompt). `is_needle` marks every other token that was spliced in
     and cannot be predicted from the text: instruction, needles and questions. What neither marks is haystack.
-    `depth` is where the needle asked for first stands in the haystack: 0 is its start, 1 its end.
+    `depth` is where the needle asked for first stands in the haystack: 0 is its start, 1 its end. `bare_ids` is the
+    first question with no haystack and no needle before it.
     """
 
     input_ids: np.ndarray
@@ -65,6 +68,7 @@ class RetrievalSample:
     needles: int
     is_answer: np.ndarray
     is_needle: np.ndarray
+    bare_ids: np.ndarray
 
 
 def _draw_word_keys(rng: np.random.Generator, count: int) -> list[str]:
@@ -91,7 +95,8 @@ WORDINGS: dict[str, Wording] = {
         name="english",
         instruction="The text below has notes about lockers and their codes in it. Keep the codes in mind.\n\n",
         needle="\nA note on lockers: the {key} locker opens with the code {value}.\n",
-        question="\n\nWhich code opens the {key} locker? By the note in the text, the {key} locker opens with the code",
+        question="\n\nWhich code opens the {key} locker?",
+        lead=" By the note in the text, the {key} locker opens with the code",
         answer=" {value}",
         draw_keys=_draw_word_keys,
         draw_values=_draw_numbers,
@@ -144,6 +149,11 @@ def _encoder(tokenizer: Any) -> _Encoder:
     return _ENCODERS[tokenizer]
 
 
+def start_ids(tokenizer: Any) -> np.ndarray:
+    """The token that the tokenizer starts every text with [1], or none [0]."""
+    return _encoder(tokenizer).prefix
+
+
 def encode(tokenizer: Any, text: str) -> np.ndarray:
     """The ids of `text` [n], int64, without special tokens; cached, so treat them as read-only."""
     cache = _encoder(tokenizer).ids
@@ -179,13 +189,16 @@ def make_sample(
     depth: float | None = None,
     rng: np.random.Generator,
     answer_in_sequence: bool = False,
+    head: np.ndarray | None = None,
+    tail: str = "",
 ) -> RetrievalSample:
     """Hide `needles` facts in a piece of the haystack and ask for the first; prompt and answer fill `length` exactly.
 
     The piece starts at a random place. `depth` places the needle that is asked for first (0 to 1), the others fall
     anywhere. The same `rng` state gives the same facts, question and depths at every length. `answer_in_sequence`
-    gives the whole sequence with `queries` questions and answers at its end, for training. Nothing is ever cut:
-    a length too small or a haystack too short raises `PePatchError`.
+    gives the whole sequence with `queries` questions and answers at its end, for training. `head` [n] is what the
+    prompt starts with (default: what the tokenizer starts a text with), `tail` what stands between a question and its
+    lead. Nothing is ever cut: a length too small or a haystack too short raises `PePatchError`.
     """
     if not 1 <= queries <= needles:
         raise PePatchError(f"queries must be between 1 and needles ({needles}), got {queries}.")
@@ -201,8 +214,8 @@ def make_sample(
     facts = [
         encode(tokenizer, wording.needle.format(key=key, value=value)) for key, value in zip(keys, values, strict=True)
     ]
-    asked = [_question(tokenizer, wording, keys[i], values[i]) for i in range(queries)]
-    head = np.concatenate([_encoder(tokenizer).prefix, encode(tokenizer, wording.instruction)])
+    asked = [_question(tokenizer, wording, tail, keys[i], values[i]) for i in range(queries)]
+    head = np.concatenate([start_ids(tokenizer) if head is None else head, encode(tokenizer, wording.instruction)])
     used = len(head) + sum(map(len, facts)) + sum(len(question) + len(answer) for question, answer in asked)
     piece = _piece(haystack_ids, length - used, start, f"{needles} needles and {queries} questions", used)
     cuts = _cuts(tokenizer, wording, piece, depths)
@@ -219,11 +232,13 @@ def make_sample(
         needles=needles,
         is_answer=kind == 2,
         is_needle=kind == 1,
+        bare_ids=np.concatenate([head, asked[0][0]]),
     )
 
 
-def _question(tokenizer: Any, wording: Wording, key: str, value: str) -> tuple[np.ndarray, np.ndarray]:
-    return encode_pair(tokenizer, wording.question.format(key=key), wording.answer.format(value=value))
+def _question(tokenizer: Any, wording: Wording, tail: str, key: str, value: str) -> tuple[np.ndarray, np.ndarray]:
+    question = wording.question.format(key=key) + tail + wording.lead.format(key=key)
+    return encode_pair(tokenizer, question, wording.answer.format(value=value))
 
 
 def _piece(haystack_ids: Sequence[int] | np.ndarray, size: int, start: float, what: str, used: int) -> np.ndarray:

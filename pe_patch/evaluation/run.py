@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.bench import Bench, Piece
 from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.results import Results
-from pe_patch.evaluation.subject import Subject, scheme_label, tokenizer_hash, windows
-from pe_patch.evaluation.tasks import Needle, Task, find_task
+from pe_patch.evaluation.journal import Journal
+from pe_patch.evaluation.prompts import Frame
+from pe_patch.evaluation.results import Results, Row, write_atomically
+from pe_patch.evaluation.subject import Subject, model_fingerprint, scheme_label, tokenizer_hash, windows
+from pe_patch.evaluation.tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +44,23 @@ def evaluate(
     autocast: torch.dtype | None = None,
     label: str | None = None,
     progress: bool = True,
+    chat: bool = False,
+    task_options: Mapping[str, Any] | None = None,
+    output: str | os.PathLike[str] | None = None,
 ) -> Results:
     """Measure a loaded model at several lengths, each score beside the same questions within its native window.
 
-    `tasks` are names from TASKS or instances; `lengths` are in tokens, the answer included (default: the model's
-    window). `samples` questions per length are shared out over `depths`. `text` is a list of documents, a source
-    `pe_patch.text.load_documents` knows, or a Corpus, which several evaluations can share. Loss alone says little
-    about context, so a retrieval task is added unless `retrieval=False`. A length beyond the model's window is an
-    error unless `beyond_window=True`. `label` names the model in the rows. Raises `PePatchError` wherever a prompt
-    would have been cut.
+    `tasks` are names from TASKS or GROUPS, or instances; `task_options` go to those named that take them. `lengths`
+    are in tokens, the answer included (default: the model's window). `samples` questions per length are shared out
+    over `depths`. `text` is a list of documents, a source `pe_patch.text.load_documents` knows, or a Corpus, which
+    several evaluations can share. Loss alone says little about context, so a retrieval task is added unless
+    `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
+    model in the rows. `chat` puts prompts into the tokenizer's chat template. With `output`, a folder, every row is
+    kept there as soon as it is measured, and one that is there already is not measured again; the answers behind
+    the rows are in its `answers.jsonl`. Raises `PePatchError` wherever a prompt would have been cut.
     """
     native, effective = windows(model)
-    chosen = _with_retrieval(_tasks(tasks), retrieval)
+    chosen = _with_retrieval(_tasks(tasks, task_options), retrieval)
     wanted = _lengths(lengths, effective, beyond_window)
     control = control_length or min(native or min(wanted), max(wanted))
     if min(samples, control) < 1 or not depths:
@@ -66,21 +76,50 @@ def evaluate(
         control_length=control,
         scheme=label or scheme_label(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
+        model_hash="" if output is None else model_fingerprint(model),
+        frame=Frame.of(tokenizer, chat),
+        journal=Journal(output),
     )
+    plan = _plan(bench, chosen)
     results = Results(config=_config(bench, chosen, native, effective))
-    with _progress(bench, chosen, progress) as describe:
-        for length in wanted:
-            for task in chosen:
-                describe(f"{task.name} at {length}")
-                results.rows.extend(task.rows(bench, length))
+    todo = sum(piece.tokens for key, _, _, piece in plan if key not in bench.journal)
+    answers: list[dict[str, Any]] = []
+    with _progress(bench, todo, progress) as describe:
+        for key, task, length, piece in plan:
+            describe(f"{task.name} at {length}")
+            entry = bench.journal.get(key) or _measured(bench, key, piece)
+            results.rows += [Row(**row) for row in entry["rows"]]
+            answers += [{"scheme": bench.scheme, **answer} for answer in entry["answers"]]
+    if output is not None:
+        folder = results.save(output)
+        write_atomically(folder / "answers.jsonl", "".join(f"{json.dumps(a, ensure_ascii=False)}\n" for a in answers))
     return results
 
 
-def _tasks(tasks: Sequence[str | Task] | str | Task) -> list[Task]:
+def _plan(bench: Bench, tasks: Sequence[Task]) -> list[tuple[str, Task, int, Piece]]:
+    """Every piece of work with its key, shorter lengths first."""
+    return [
+        (bench.key(task, length, piece.name), task, length, piece)
+        for length in bench.lengths
+        for task in tasks
+        for piece in task.pieces(bench, length)
+    ]
+
+
+def _measured(bench: Bench, key: str, piece: Piece) -> dict[str, Any]:
+    outcome = piece.measure()
+    rows = [asdict(replace(row, key=key)) for row in outcome.rows]
+    bench.journal.put(key, {"rows": rows, "answers": list(outcome.answers)})
+    entry = bench.journal.get(key)
+    assert entry is not None
+    return entry
+
+
+def _tasks(tasks: Sequence[str | Task] | str | Task, options: Mapping[str, Any] | None) -> list[Task]:
     several = tasks if isinstance(tasks, Sequence) and not isinstance(tasks, str) else [tasks]
     if not several:
         raise PePatchError("Give at least one task.")
-    return [find_task(task) for task in several]
+    return find_tasks(several, options)
 
 
 def _with_retrieval(tasks: list[Task], retrieval: bool) -> list[Task]:
@@ -127,6 +166,7 @@ def _config(bench: Bench, tasks: list[Task], native: int | None, effective: int 
         "text_hash": bench.corpus.hash,
         "bytes_per_token": bench.corpus.bytes_per_token,
         "tokenizer_hash": bench.tokenizer_hash,
+        "chat": bench.frame.chat,
         "precision": str(bench.subject.autocast or next(model.parameters()).dtype),
         "device": str(bench.subject.device),
         "versions": _versions(),
@@ -144,7 +184,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(bench: Bench, tasks: list[Task], shown: bool) -> Iterator[Callable[[str], None]]:
+def _progress(bench: Bench, tokens: int, shown: bool) -> Iterator[Callable[[str], None]]:
     """A bar over the tokens the model is given, with the time left; it goes to stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -157,6 +197,6 @@ def _progress(bench: Bench, tasks: list[Task], shown: bool) -> Iterator[Callable
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        work = bar.add_task(bench.scheme, total=sum(task.cost(bench) for task in tasks))
+        work = bar.add_task(bench.scheme, total=tokens)
         bench.subject.advance = lambda tokens: bar.advance(work, tokens)
         yield lambda what: bar.update(work, description=f"{bench.scheme}: {what}")

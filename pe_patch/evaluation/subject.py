@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
 
 from pe_patch.adapters.adapter import native_window
 from pe_patch.describe import describe
-from pe_patch.errors import PePatchError
+from pe_patch.evaluation import planning
+from pe_patch.evaluation.generation import greedy_answers
 
-TOKENS_PER_BATCH = 8192
-"""How many tokens a forward takes where no batch size is given."""
+if TYPE_CHECKING:
+    from pe_patch.evaluation.questions import Question
+
+SAMPLED = 512
+"""Numbers read of each weight for a fingerprint."""
 
 
 def windows(model: Any) -> tuple[int | None, int | None]:
@@ -54,11 +58,27 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(state.encode()).hexdigest()[:12]
 
 
+def model_fingerprint(model: Any) -> str:
+    """Twelve hexadecimal digits that change with the configuration, the scheme, the dtype or the weights.
+
+    Of each weight `SAMPLED` numbers are read, evenly spread: training changes nearly all of them.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLED)
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 @dataclass
 class Subject:
-    """A model with its tokenizer, asked for answers and losses in batches of equal length, so that nothing is padded.
+    """A model with its tokenizer, asked for answers and losses in as large batches as memory allows.
 
-    `advance(tokens)` is called after every forward. `autocast` is a dtype for torch.autocast, or None.
+    `batch_size` overrides what is planned. `advance(tokens)` is called after every forward. `autocast` is a dtype for
+    torch.autocast, or None.
     """
 
     model: Any
@@ -70,6 +90,24 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """What a token leaves in the cache, measured once; 0 for a model that keeps none."""
+        with self.ready():
+            return planning.cache_size(self.model).bytes if planning.keeps_cache(self.model) else 0
+
+    def batch(self, length: int, *, logits: int = 1, cached: bool = True) -> int:
+        """How many sequences of `length` tokens to take at once."""
+        if self.batch_size is not None:
+            return self.batch_size
+        kept = self.cache_bytes if cached else 0
+        return planning.batch_size(self.model, self.device, length, cache_bytes=kept, logits=logits)
+
+    def filler(self) -> int:
+        """The token that fills the left of shorter rows, which nothing attends to."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -83,50 +121,16 @@ class Subject:
         finally:
             self.model.train(was_training)
 
-    def answers(self, samples: list[Any]) -> list[str]:
-        """What the model writes after each prompt, greedily, as many tokens as the right answer has."""
-        answers = [""] * len(samples)
-        sizes = {(len(sample.input_ids), len(sample.answer_ids)) for sample in samples}
-        for prompt_length, budget in sorted(sizes):
-            alike = [
-                index
-                for index, sample in enumerate(samples)
-                if (len(sample.input_ids), len(sample.answer_ids)) == (prompt_length, budget)
-            ]
-            for chunk in self._chunks(alike, prompt_length + budget):
-                ids = self._tensor([samples[index].input_ids for index in chunk])
-                for index, answer in zip(chunk, self._continue(ids, budget), strict=True):
-                    answers[index] = self.tokenizer.decode(answer, skip_special_tokens=False)
-                self.advance(len(chunk) * (prompt_length + budget))
-        return answers
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """What the model writes after each prompt, greedily, at most as many tokens as the question allows."""
+        return greedy_answers(self, questions)
 
-    def _continue(self, ids: torch.Tensor, budget: int) -> list[list[int]]:
-        with self.ready():
-            if budget == 1:
-                # One greedy token is the argmax after the prompt: no cache needed.
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-                return logits[:, -1:].argmax(-1).tolist()
-            greedy = GenerationConfig(
-                max_new_tokens=budget,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self._filler(),
-                eos_token_id=self.tokenizer.eos_token_id,
-            )
-            with _generating_by(self.model, greedy):
-                written = self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
-                )
-        if not torch.equal(written[:, : ids.shape[1]], ids):
-            raise PePatchError("generate() did not return the prompt it was given: the prompt was cut or changed.")
-        return written[:, ids.shape[1] :].tolist()
-
-    def losses(self, sequences: list[np.ndarray], targets: int) -> np.ndarray:
+    def losses(self, sequences: Sequence[np.ndarray], targets: int) -> np.ndarray:
         """The loss in nats of the last `targets` tokens of each sequence [sequences, targets]; all equally long."""
-        length = len(sequences[0])
-        rows = []
-        for chunk in self._chunks(list(range(len(sequences))), length):
-            ids = self._tensor([sequences[index] for index in chunk])
+        length, rows = len(sequences[0]), []
+        size = self.batch(length, logits=targets + 1, cached=False)
+        for start in range(0, len(sequences), size):
+            ids = torch.from_numpy(np.stack(sequences[start : start + size])).to(self.device)
             with self.ready():
                 logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=targets + 1).logits[
                     :, -targets - 1 : -1
@@ -136,34 +140,3 @@ class Subject:
             rows.append(loss.view(wanted.shape).double().cpu().numpy())
             self.advance(ids.numel())
         return np.concatenate(rows)
-
-    def _filler(self) -> int:
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in candidates if token is not None)
-
-    def _chunks(self, items: list[int], length: int) -> Iterator[list[int]]:
-        size = self.batch_size or max(1, TOKENS_PER_BATCH // length)
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
-
-    def _tensor(self, rows: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(rows)).to(self.device)
-
-
-@contextlib.contextmanager
-def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Put the checkpoint's own generation settings aside.
-
-    generate() fills whatever its argument leaves open from them, a repetition penalty or suppressed tokens among it.
-    """
-    owners = [
-        module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)
-    ]
-    kept = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = settings
-        yield
-    finally:
-        for owner, own in zip(owners, kept, strict=True):
-            owner.generation_config = own

@@ -1,0 +1,104 @@
+"""Facts hidden in real text and asked for: one of several, the only one, several values of one, several at once."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pe_patch.errors import PePatchError, unknown
+from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.questions import Question, QuestionTask
+from pe_patch.evaluation.retrieval import WORDINGS, RetrievalSample, Wording, make_sample, wording_for
+
+
+@dataclass(frozen=True)
+class _Hidden(QuestionTask):
+    """Questions about facts hidden in real text; prompt and answer fill the length exactly.
+
+    `wording` is a name in WORDINGS, a Wording of your own, or None for the one that fits the tokenizer.
+    """
+
+    needles: int = 1
+    wording: str | Wording | None = None
+
+    by_depth: ClassVar[bool] = True
+    same_at_every_length: ClassVar[bool] = True
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """1 where the answer equals the reference, apart from surrounding white space."""
+        return float(prediction.strip() == references[0].strip())
+
+    def questions(
+        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+    ) -> Sequence[Question]:
+        """Their facts do not depend on the length, so a control asks the same ones."""
+        wanted = within or length
+        samples = [self._sample(bench, wanted, depth, number) for number in range(bench.samples_per_depth)]
+        if {len(sample.input_ids) + len(sample.answer_ids) for sample in samples} != {wanted}:
+            raise PePatchError(f"A prompt of another length was made where {wanted} tokens were asked for.")
+        return [
+            Question(sample.input_ids, (sample.answer,), len(sample.answer_ids), sample.bare_ids, sample.depth)
+            for sample in samples
+        ]
+
+    def _sample(self, bench: Bench, length: int, depth: float | None, number: int) -> RetrievalSample:
+        where = round((depth or 0.0) * 1e6)
+        return make_sample(
+            bench.subject.tokenizer,
+            bench.corpus.stream,
+            self.resolved_wording(bench),
+            length=length,
+            needles=self.needles,
+            depth=depth,
+            rng=np.random.default_rng([bench.seed, zlib.crc32(self.name.encode()), where, number]),
+            head=bench.frame.head_ids(bench.subject.tokenizer),
+            tail=bench.frame.tail,
+        )
+
+    def measure(self) -> str:
+        return f"exact answers, {self.needles} needle{'s' if self.needles > 1 else ''}"
+
+    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+        return (
+            f"{len(questions)} questions at each depth, wording {self.resolved_wording(bench).name}, in "
+            f"{bench.corpus.name}; greedy answer, equal to the right one"
+        )
+
+    def stamps(self, bench: Bench) -> dict[str, Any]:
+        return {"wording": self.resolved_wording(bench).name}
+
+    def resolved_wording(self, bench: Bench) -> Wording:
+        if self.wording is None:
+            return wording_for(bench.subject.tokenizer)
+        if isinstance(self.wording, Wording):
+            return self.wording
+        if self.wording not in WORDINGS:
+            raise unknown("wording", self.wording, WORDINGS)
+        return WORDINGS[self.wording]
+
+
+@dataclass(frozen=True)
+class Needle(_Hidden):
+    """One of several facts is asked for; the others are distractors."""
+
+    needles: int = 8
+
+    name: ClassVar[str] = "needle"
+    summary: ClassVar[str] = "one of several facts hidden in real text is asked for (multi-key needle in a haystack)"
+    paper: ClassVar[str] = "Hsieh et al. 2024, arXiv 2404.06654 (the idea; wording and generator are ours)"
+
+
+@dataclass(frozen=True)
+class Passkey(_Hidden):
+    """The only fact hidden in the text is asked for."""
+
+    name: ClassVar[str] = "passkey"
+    summary: ClassVar[str] = "the only fact hidden in real text is asked for"
+    paper: ClassVar[str] = "Mohtashami and Jaggi 2023, arXiv 2305.16300 (the idea; wording and generator are ours)"
+
+
+NEEDLE: Mapping[str, type[QuestionTask]] = {task.name: task for task in (Needle, Passkey)}
