@@ -31,13 +31,20 @@ def evaluate(
         list[float] | None, typer.Option(metavar="DEPTH...", help="Where the answer stands: 0 start, 1 end.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions at each length.")] = 50,
+    task_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the tasks that take it; may be repeated."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")] = False,
     text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
     seed: Annotated[int, typer.Option(help="Of the questions and of the places in the text.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward.")] = None,
     control_length: Annotated[int | None, typer.Option(min=1, help="Of the control (default: native window).")] = None,
     beyond_window: Annotated[bool, typer.Option("--beyond-window", help="Allow lengths above the window.")] = False,
     no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Let loss stand without retrieval.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write a report to this folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a report to this folder; rows that it holds are not measured again.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
@@ -60,6 +67,9 @@ def evaluate(
         control_length=control_length,
         beyond_window=beyond_window,
         retrieval=not no_retrieval,
+        chat=chat,
+        task_options=loading.parse_options(task_option or ()),
+        output=output,
         **({"depths": depth} if depth else {}),
     )
     if as_json:

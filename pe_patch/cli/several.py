@@ -14,9 +14,9 @@ def _is_number(word: str) -> bool:
 
 
 def _is_task(word: str) -> bool:
-    from pe_patch.evaluation.tasks import TASKS
+    from pe_patch.evaluation.tasks import GROUPS, TASKS
 
-    return all(name in TASKS for name in word.split(",") if name)
+    return all(name in TASKS or name in GROUPS for name in word.split(",") if name)
 
 
 def _is_method(word: str) -> bool:

@@ -48,6 +48,10 @@ class Wording:
     answer: str = "{value}"
     instruction: str = ""
     at_line: bool = False
+    several_values: tuple[str, str] | None = None
+    """Question and lead that ask for all values of a `{key}`, which are `{count}`; None where it cannot be asked."""
+    several_keys: tuple[str, str] | None = None
+    """Question and lead that ask for the values of all `{keys}`; None: they are asked for one by one."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,14 @@ WORDINGS: dict[str, Wording] = {
         draw_keys=_draw_word_keys,
         draw_values=_draw_numbers,
         at_line=True,
+        several_values=(
+            "\n\nThe {key} locker opens with {count} different codes. Which are they?",
+            " By the notes in the text, the {key} locker opens with the codes",
+        ),
+        several_keys=(
+            "\n\nWhich codes open the lockers {keys}? One code for each, in this order.",
+            " By the notes in the text, the codes of these lockers are, in this order:",
+        ),
     ),
     "tokens": Wording(
         name="tokens",
@@ -217,9 +229,9 @@ def make_sample(
     asked = [_question(tokenizer, wording, tail, keys[i], values[i]) for i in range(queries)]
     head = np.concatenate([start_ids(tokenizer) if head is None else head, encode(tokenizer, wording.instruction)])
     used = len(head) + sum(map(len, facts)) + sum(len(question) + len(answer) for question, answer in asked)
-    piece = _piece(haystack_ids, length - used, start, f"{needles} needles and {queries} questions", used)
-    cuts = _cuts(tokenizer, wording, piece, depths)
-    parts = [(head, 1), *_splice(piece, facts, cuts)]
+    piece = take_piece(haystack_ids, length - used, start, f"{needles} needles and {queries} questions", used)
+    cuts = place(tokenizer, wording, piece, depths)
+    parts = [(head, 1), *splice(piece, facts, cuts)]
     for question, answer in asked:
         parts += [(question, 1), (answer, 2)] if answer_in_sequence else [(question, 1)]
     ids = np.concatenate([part for part, _ in parts])
@@ -241,7 +253,8 @@ def _question(tokenizer: Any, wording: Wording, tail: str, key: str, value: str)
     return encode_pair(tokenizer, question, wording.answer.format(value=value))
 
 
-def _piece(haystack_ids: Sequence[int] | np.ndarray, size: int, start: float, what: str, used: int) -> np.ndarray:
+def take_piece(haystack_ids: Sequence[int] | np.ndarray, size: int, start: float, what: str, used: int) -> np.ndarray:
+    """`size` ids of the haystack from `start` (0 to 1) on; `what` takes `used` tokens beside it, as errors say."""
     if size < 0:
         raise PePatchError(f"{used + size} tokens are too few: {what} alone take {used}. Ask for a greater length.")
     if len(haystack_ids) < size:
@@ -250,7 +263,7 @@ def _piece(haystack_ids: Sequence[int] | np.ndarray, size: int, start: float, wh
     return np.asarray(haystack_ids[first : first + size], dtype=np.int64)
 
 
-def _cuts(tokenizer: Any, wording: Wording, piece: np.ndarray, depths: np.ndarray) -> np.ndarray:
+def place(tokenizer: Any, wording: Wording, piece: np.ndarray, depths: np.ndarray) -> np.ndarray:
     """Where each needle goes: [needles] offsets into the piece, moved to the nearest line boundary if so worded."""
     cuts = np.rint(depths * len(piece)).astype(np.int64)
     if not wording.at_line or not len(piece):
@@ -262,7 +275,7 @@ def _cuts(tokenizer: Any, wording: Wording, piece: np.ndarray, depths: np.ndarra
     return np.where(cuts - left < right - cuts, left, right)
 
 
-def _splice(piece: np.ndarray, facts: list[np.ndarray], cuts: np.ndarray) -> list[tuple[np.ndarray, int]]:
+def splice(piece: np.ndarray, facts: list[np.ndarray], cuts: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """The piece with each fact at its cut, as (ids, mark) parts; mark 1 is a needle, 0 the haystack."""
     parts: list[tuple[np.ndarray, int]] = []
     at = 0

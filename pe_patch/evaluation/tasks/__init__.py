@@ -10,6 +10,7 @@ from pe_patch.errors import OptionError, nearest, unknown
 from pe_patch.evaluation.bench import Bench, Piece
 from pe_patch.evaluation.perplexity import Perplexity
 
+from .haystack import HEAT_MAP
 from .needle import NEEDLE, Needle, Passkey
 
 __all__ = ["GROUPS", "TASKS", "Needle", "Passkey", "Task", "find_task", "find_tasks"]
@@ -29,8 +30,8 @@ class Task(Protocol):
     def pieces(self, bench: Bench, length: int) -> Iterator[Piece]: ...
 
 
-TASKS: Mapping[str, type[Task]] = {Perplexity.name: Perplexity, **NEEDLE}
-GROUPS: Mapping[str, Sequence[str]] = {}
+TASKS: Mapping[str, type[Task]] = {Perplexity.name: Perplexity, **NEEDLE, **HEAT_MAP}
+GROUPS: Mapping[str, Sequence[str]] = {"heat_map": tuple(HEAT_MAP)}
 """Several tasks by one name."""
 
 

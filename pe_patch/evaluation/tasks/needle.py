@@ -50,7 +50,7 @@ class _Hidden(QuestionTask):
         return make_sample(
             bench.subject.tokenizer,
             bench.corpus.stream,
-            self.resolved_wording(bench),
+            resolve_wording(self.wording, bench),
             length=length,
             needles=self.needles,
             depth=depth,
@@ -64,21 +64,23 @@ class _Hidden(QuestionTask):
 
     def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
         return (
-            f"{len(questions)} questions at each depth, wording {self.resolved_wording(bench).name}, in "
+            f"{len(questions)} questions at each depth, wording {resolve_wording(self.wording, bench).name}, in "
             f"{bench.corpus.name}; greedy answer, equal to the right one"
         )
 
     def stamps(self, bench: Bench) -> dict[str, Any]:
-        return {"wording": self.resolved_wording(bench).name}
+        return {"wording": resolve_wording(self.wording, bench).name}
 
-    def resolved_wording(self, bench: Bench) -> Wording:
-        if self.wording is None:
-            return wording_for(bench.subject.tokenizer)
-        if isinstance(self.wording, Wording):
-            return self.wording
-        if self.wording not in WORDINGS:
-            raise unknown("wording", self.wording, WORDINGS)
-        return WORDINGS[self.wording]
+
+def resolve_wording(wording: str | Wording | None, bench: Bench) -> Wording:
+    """A wording by name, the one given, or the one that fits the tokenizer."""
+    if wording is None:
+        return wording_for(bench.subject.tokenizer)
+    if isinstance(wording, Wording):
+        return wording
+    if wording not in WORDINGS:
+        raise unknown("wording", wording, WORDINGS)
+    return WORDINGS[wording]
 
 
 @dataclass(frozen=True)

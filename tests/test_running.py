@@ -1,0 +1,452 @@
+"""How an evaluation runs: what is batched, what is read once, what a stopped run keeps, what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pe_patch import patch_model, patched
+from pe_patch.errors import OptionError, PePatchError, UnknownNameError
+from pe_patch.evaluation import generation, planning
+from pe_patch.evaluation.journal import Journal
+from pe_patch.evaluation.metrics import bootstrap_interval, score_interval
+from pe_patch.evaluation.prompts import Frame
+from pe_patch.evaluation.questions import Question
+from pe_patch.evaluation.run import evaluate
+from pe_patch.evaluation.subject import Subject, model_fingerprint
+from pe_patch.evaluation.tasks import GROUPS, TASKS, find_tasks
+
+from .evaluation_doubles import Copier, Mute, double, make_text, make_tokenizer, tiny_llama
+
+ROOT = Path(__file__).parent.parent
+TEXT = [make_text(400, seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def llama(tokenizer):
+    return tiny_llama(len(tokenizer), window=256)
+
+
+def measure(model, tokenizer, tasks, lengths, **options):
+    return evaluate(model, tokenizer, tasks, lengths, **{"text": TEXT, "progress": False, "samples": 4} | options)
+
+
+def question(ids, budget=6):
+    return Question(np.asarray(ids, dtype=np.int64), ("",), budget)
+
+
+def step_by_step(model, tokenizer, prompt, budget):
+    """Greedy tokens by one uncached forward each."""
+    ids = torch.tensor(prompt)[None]
+    with torch.inference_mode():
+        for _ in range(budget):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                ids = ids[:, :-1]
+                break
+    return tokenizer.decode(ids[0, len(prompt) :])
+
+
+# Batches
+
+
+@pytest.mark.parametrize("scheme", [None, ("yarn", {"factor": 2}), ("alibi", {}), ("dynamic_ntk", {"factor": 2})])
+def test_prompts_of_unequal_lengths_in_one_batch_are_answered_as_if_alone(tokenizer, llama, scheme):
+    if scheme is not None:
+        patch_model(llama, scheme[0], **scheme[1])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, len(tokenizer), size) for size in (40, 17, 29, 33, 40, 8)]
+    given = Subject(llama, tokenizer, batch_size=6).answers([question(ids) for ids in prompts])
+    assert given == [step_by_step(llama, tokenizer, ids, 6) for ids in prompts]
+    assert len(set(given)) > 3
+
+
+def test_each_question_keeps_to_its_own_budget(tokenizer, llama):
+    rng = np.random.default_rng(1)
+    prompts = [(rng.integers(1, len(tokenizer), 20), budget) for budget in (1, 5, 2, 5)]
+    given = Subject(llama, tokenizer, batch_size=4).answers([question(*each) for each in prompts])
+    assert given == [step_by_step(llama, tokenizer, *each) for each in prompts]
+
+
+def test_an_answer_ends_at_any_token_the_checkpoint_stops_at(tokenizer, llama):
+    prompt = np.random.default_rng(2).integers(1, len(tokenizer), 20)
+    ids = torch.tensor(prompt)[None]
+    first = llama(input_ids=ids).logits[0, -1].argmax()
+    second = llama(input_ids=torch.cat([ids, first.view(1, 1)], 1)).logits[0, -1].argmax()
+    assert first != second
+    llama.generation_config.eos_token_id = [0, int(second)]
+    assert Subject(llama, tokenizer).answers([question(prompt)]) == [tokenizer.decode([first])]
+
+
+# A text that several prompts begin with
+
+
+def prompts_with_a_common_text(size):
+    rng = np.random.default_rng(3)
+    text = rng.integers(1, size, 120)
+    ends = [rng.integers(1, size, 7) for _ in range(3)]
+    moved = [np.concatenate([text[:cut], ends[0], text[cut:], ends[1]]) for cut in (80, 100, 110)]
+    return [*(np.concatenate([text, end]) for end in ends), *moved, rng.integers(1, size, 90)]
+
+
+def read_tokens(model, monkeypatch):
+    """Tokens that the model is given in all, pass by pass."""
+    counts, real = [], model.forward
+
+    def spy(*args, **kwargs):
+        ids = kwargs.get("input_ids")
+        counts.append((args[0] if ids is None else ids).numel())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "scheme", [None, ("yarn", {"factor": 2}), ("t5", {}), ("self_extend", {"group": 2, "window": 32})]
+)
+def test_a_common_text_is_read_once_and_changes_no_answer(tokenizer, llama, scheme, monkeypatch):
+    if scheme is not None:
+        patch_model(llama, scheme[0], **scheme[1])
+    prompts = prompts_with_a_common_text(len(tokenizer))
+    subject = Subject(llama, tokenizer)
+    assert subject.cache_bytes
+    expected = [step_by_step(llama, tokenizer, ids, 6) for ids in prompts]
+    counts = read_tokens(llama, monkeypatch)
+    assert subject.answers([question(ids) for ids in prompts]) == expected
+    # the text once (it and the leader's own end, 126), six ends and moved parts, the stranger, and decoding
+    assert sum(counts) < 126 + 3 * 7 + (47 + 27 + 17) + 90 + 7 * 6 + 10 < sum(map(len, prompts))
+
+
+def test_frequencies_that_follow_the_length_are_not_read_in_parts(tokenizer, llama, monkeypatch):
+    """dynamic NTK turns a first pass by its own length, so that half a prompt first would be another computation."""
+    patch_model(llama, "dynamic_ntk")
+    prompts = [np.concatenate([ids, ids, ids]) for ids in prompts_with_a_common_text(len(tokenizer))[:3]]
+    given = Subject(llama, tokenizer, batch_size=1).answers([question(ids) for ids in prompts])
+    assert given == [
+        tokenizer.decode(
+            llama.generate(torch.tensor(ids)[None], max_new_tokens=6, do_sample=False)[0, len(ids) :]
+        ).replace("<eos>", "")
+        for ids in prompts
+    ]
+    assert not generation._reads_in_parts(Subject(llama, tokenizer))
+
+
+# Memory
+
+
+def test_the_cache_is_counted_as_the_model_fills_it(tokenizer, llama):
+    # 2 layers x keys and values x 2 key-value heads x 8 numbers x 4 bytes
+    assert Subject(llama, tokenizer).cache_bytes == 2 * 2 * 2 * 8 * 4
+    assert Subject(double(Mute, tokenizer), tokenizer).cache_bytes == 0
+
+
+def test_as_many_sequences_as_fit_are_taken_and_one_too_many_is_refused(tokenizer, llama, monkeypatch):
+    needed = planning.sequence_bytes(llama, 100, 256, 1)
+    monkeypatch.setattr(planning, "free_bytes", lambda device: int(3.5 * needed / planning.USABLE))
+    assert planning.batch_size(llama, torch.device("cpu"), 100, cache_bytes=256) == 3
+    monkeypatch.setattr(planning, "free_bytes", lambda device: needed // 2)
+    with pytest.raises(PePatchError, match=r"100 tokens takes about .* are free on cpu.*batch_size=1"):
+        planning.batch_size(llama, torch.device("cpu"), 100, cache_bytes=256)
+
+
+def test_eager_attention_is_planned_with_its_score_matrices(tokenizer):
+    llama = tiny_llama(len(tokenizer))
+    plain = planning.sequence_bytes(llama, 1000, 0, 1)
+    llama.set_attn_implementation("eager")
+    assert planning.sequence_bytes(llama, 1000, 0, 1) - plain == 2 * 4 * 1000 * 1000 * 4
+
+
+# Controls
+
+
+def test_every_row_has_both_controls(tokenizer, llama):
+    results = measure(llama, tokenizer, ["needle", "needle_single", "perplexity"], [64, 128],
+                      control_length=64)  # fmt: skip
+    for row in results.rows:
+        assert row.control is not None
+        if row.measure not in ("nats per token, sliding window", "nats per token, by position"):
+            assert row.without_context is not None
+
+
+def test_without_context_the_question_stands_alone(tokenizer):
+    """A model that says the value whatever it reads is found out."""
+
+    class Knows(Mute):
+        def next_token(self, ids):
+            return tokenizer.convert_tokens_to_ids("<v7>")
+
+    (row,) = measure(double(Knows, tokenizer), tokenizer, "passkey", [300], samples=64, depths=(0.5,)).rows
+    assert row.without_context == row.score == row.control
+    (row,) = measure(double(Copier, tokenizer), tokenizer, "passkey", [300], samples=64, depths=(0.5,)).rows
+    assert (row.score, row.without_context) == (1.0, 0.0)
+
+
+COPIED = [(task, "tokens") for task in ("needle_single", "needle_multi_key", "needle_multi_query", "needle", "passkey")]
+COPIED += [(task, "english") for task in ("needle_single", "needle_multi_key", "needle", "passkey")]
+"""Tasks whose answer follows its question's last words somewhere in the text; lists are composed, not copied."""
+
+
+@pytest.mark.parametrize(("task", "wording"), COPIED)
+def test_readers_score_one_and_the_mute_nothing_at_every_length_and_depth(tokenizer, task, wording):
+    options = {"task_options": {"wording": wording}, "depths": (0.0, 0.5, 1.0), "samples": 3}
+    lengths = [900, 1500] if wording == "english" else [300, 500]
+    for kind, score in ((Copier, 1.0), (Mute, 0.0)):
+        results = measure(double(kind, tokenizer), tokenizer, task, lengths, **options)
+        assert {(row.score, row.control) for row in results.rows} == {(score, score)}
+        assert len(results.rows) == 6
+
+
+def test_a_wording_that_cannot_ask_for_a_list_says_so(tokenizer):
+    with pytest.raises(PePatchError, match=r"'tokens' cannot ask for several values.*needle_multi_query"):
+        measure(double(Mute, tokenizer), tokenizer, "needle_multi_value", [300])
+
+
+@pytest.mark.parametrize("task", ["needle_multi_value", "needle_multi_query"])
+def test_a_list_of_values_is_judged_by_its_parts(tokenizer, task, monkeypatch):
+    """All four values stand in the prompt once each, and an answer is worth the share of them that it names."""
+    model = double(Mute, tokenizer)
+    results = measure(model, tokenizer, task, [1200], task_options={"wording": "english"}, depths=(0.2,), samples=2)
+    seen = []
+
+    class Spy(Subject):
+        def answers(self, questions):
+            seen.extend(questions)
+            return ["x " + ", ".join(each.references[:3]) for each in questions]
+
+    from pe_patch.evaluation import run
+
+    original, run.Subject = run.Subject, Spy
+    try:
+        (row,) = measure(model, tokenizer, task, [1200], task_options={"wording": "english"}, depths=(0.2,),
+                         samples=2).rows  # fmt: skip
+    finally:
+        run.Subject = original
+    assert (row.score, row.low < 0.75 < row.high or row.low == row.high) == (0.75, True)
+    assert results.rows[0].score == 0.0
+    for each in seen[:2]:
+        text = tokenizer.decode(each.prompt)
+        assert len(each.references) == 4 and all(text.count(value) == 1 for value in each.references)
+        assert len(each.prompt) + each.budget == 1200
+        first = text.index(each.references[0]) / len(text)
+        assert 0.15 < first < 0.3 and text.index(each.references[3]) / len(text) > 0.7
+
+
+# What a stopped run keeps
+
+
+def counted(monkeypatch):
+    """Every question that a model is asked from now on."""
+    asked, real = [], Subject.answers
+
+    def spy(self, questions):
+        asked.extend(questions)
+        return real(self, questions)
+
+    monkeypatch.setattr(Subject, "answers", spy)
+    return asked
+
+
+def same_table(one, other):
+    def plain(results):
+        return [{k: v for k, v in asdict(r).items() if k not in ("seconds", "peak_memory")} for r in results.rows]
+
+    return plain(one) == plain(other)
+
+
+def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama, tmp_path, monkeypatch):
+    tasks, lengths = ["needle", "needle_single", "perplexity"], [64, 128]
+    whole = measure(llama, tokenizer, tasks, lengths, output=tmp_path / "whole", control_length=64)
+    real, calls = Subject.answers, []
+
+    def stops(self, questions):
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        calls.append(questions)
+        return real(self, questions)
+
+    monkeypatch.setattr(Subject, "answers", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure(llama, tokenizer, tasks, lengths, output=tmp_path / "killed", control_length=64)
+    monkeypatch.setattr(Subject, "answers", real)
+    finished = len(Journal(tmp_path / "killed"))
+    assert finished
+    asked = counted(monkeypatch)
+    again = measure(llama, tokenizer, tasks, lengths, output=tmp_path / "killed", control_length=64)
+    assert same_table(whole, again)
+    measured = len(asked)
+    asked.clear()
+    measure(llama, tokenizer, tasks, lengths, output=tmp_path / "fresh", control_length=64)
+    assert measured < len(asked)
+    asked.clear()
+    assert same_table(whole, measure(llama, tokenizer, tasks, lengths, output=tmp_path / "killed", control_length=64))
+    assert not asked
+    for name in ("results.jsonl", "answers.jsonl"):
+        texts = [(tmp_path / folder / name).read_text() for folder in ("whole", "killed")]
+        rows = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory")}
+                 for line in text.splitlines()] for text in texts]  # fmt: skip
+        assert rows[0] == rows[1] and rows[0]
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_where_it_was(tmp_path):
+    code = textwrap.dedent(
+        """
+        import sys, time
+        from pe_patch.demo import BASE, load_base
+        from pe_patch import evaluate
+        from pe_patch.evaluation.subject import Subject
+        real = Subject.answers
+        def slow(self, questions):
+            print("asked", flush=True)
+            time.sleep(float(sys.argv[2]))
+            return real(self, questions)
+        Subject.answers = slow
+        model, tokenizer = load_base(BASE)
+        evaluate(model, tokenizer, "needle", [64, 128], samples=5, output=sys.argv[1], progress=False,
+                 text=["words and more words, " * 400])
+        """
+    )
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    def start(folder, pause):
+        return subprocess.Popen([sys.executable, "-c", code, str(folder), str(pause)], stdout=subprocess.PIPE,
+                                text=True, cwd=ROOT)  # fmt: skip
+
+    process = start(killed, 0.3)
+    journal = killed / Journal.NAME
+    deadline = time.monotonic() + 120
+    while (not journal.exists() or journal.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = journal.read_bytes().count(b"\n")
+    assert kept >= 4 and not (killed / "results.jsonl").exists()
+    (again, _), (fresh, _) = start(killed, 0).communicate(), start(whole, 0).communicate()
+    assert again.count("asked") < fresh.count("asked")
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory")}
+         for line in (folder / "results.jsonl").read_text().splitlines()] for folder in (killed, whole)
+    ]  # fmt: skip
+    assert rows[0] == rows[1] and len(rows[0]) == 10
+
+
+def test_other_weights_or_options_are_measured_anew(tokenizer, llama, tmp_path, monkeypatch):
+    measure(llama, tokenizer, "needle", [64], output=tmp_path)
+    asked = counted(monkeypatch)
+    measure(llama, tokenizer, "needle", [64], output=tmp_path)
+    assert not asked
+    changes = [{"seed": 1}, {"samples": 5}, {"task_options": {"needles": 2}}, {"depths": (0.25,)}]
+    for change in changes:
+        measure(llama, tokenizer, "needle", [64], output=tmp_path, **change)
+        assert asked
+        asked.clear()
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight += 1e-3
+    measure(llama, tokenizer, "needle", [64], output=tmp_path)
+    assert asked
+
+
+def test_the_fingerprint_of_a_model_follows_what_it_computes(tokenizer, llama):
+    plain = model_fingerprint(llama)
+    assert plain == model_fingerprint(tiny_llama(len(tokenizer), window=256))
+    with patched(llama, "yarn", factor=2):
+        assert model_fingerprint(llama) != plain
+    assert model_fingerprint(llama) == plain
+    assert model_fingerprint(tiny_llama(len(tokenizer), window=256, seed=1)) != plain
+
+
+def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path):
+    journal = Journal(tmp_path)
+    journal.put("a", {"value": 1})
+    journal.put("b", {"value": [2, "é"]})
+    with journal.path.open("ab") as file:
+        file.write(b'{"key": "c", "val')
+    again = Journal(tmp_path)
+    assert (again.get("a"), again.get("b"), again.get("c")) == ({"value": 1}, {"value": [2, "é"]}, None)
+    again.put("c", {"value": 3})
+    assert Journal(tmp_path).get("c") == {"value": 3}
+
+
+def test_other_damage_of_the_journal_is_an_error_that_names_the_line(tmp_path):
+    journal = Journal(tmp_path)
+    journal.put("a", {"value": 1})
+    journal.path.write_text("nonsense\n" + journal.path.read_text())
+    with pytest.raises(PePatchError, match=r"journal.jsonl, line 1 is damaged"):
+        Journal(tmp_path)
+
+
+# Intervals
+
+
+def test_fractions_have_a_bootstrap_interval_that_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        low, high = bootstrap_interval(rng.beta(2, 2, 40))
+        hits += low <= 0.5 <= high
+    assert 0.90 < hits / 300 < 0.99  # 95 % is asked for; 300 draws tell it to about 2.5 %
+
+
+def test_right_or_wrong_has_the_exact_interval():
+    # Clopper and Pearson for 5 of 20
+    assert score_interval([1.0] * 5 + [0.0] * 15) == (pytest.approx(0.0866, abs=1e-4), pytest.approx(0.4910, abs=1e-4))
+
+
+# Chat
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"  # noqa: E501
+
+
+def test_prompts_stand_in_the_chat_template_with_the_answers_beginning_after_it(tokenizer):
+    chatty = make_tokenizer(chat_template=TEMPLATE)
+    frame = Frame.of(chatty, chat=True)
+    assert (frame.head, frame.tail) == ("<|user|>", "<|end|><|assistant|>")
+    assert chatty.decode(frame.ids(chatty, "the door", " opens")) == "<|user|>the door<|end|><|assistant|> opens"
+    seen = []
+
+    class Spy(Copier):
+        def next_token(self, ids):
+            seen.append(chatty.decode(ids))
+            return super().next_token(ids)
+
+    options = {"chat": True, "task_options": {"wording": "english"}, "depths": (0.5,), "samples": 1}
+    (row,) = measure(double(Spy, chatty), chatty, "passkey", [400], **options).rows
+    assert row.score == 1.0 and row.tokens == 400
+    prompt = next(text for text in seen if len(text) > 100)
+    assert prompt.startswith("<|user|>The text below has notes")
+    assert "locker?<|end|><|assistant|> By the note in the text" in prompt
+    with pytest.raises(OptionError, match="this one has none"):
+        measure(double(Mute, tokenizer), tokenizer, "passkey", [400], chat=True)
+
+
+# Names and options
+
+
+def test_options_go_to_the_tasks_that_take_them():
+    first, second = find_tasks(["needle", "perplexity"], {"needles": 3, "spots": 2})
+    assert (first.needles, second.spots) == (3, 2)
+    assert [task.name for task in find_tasks(["heat_map"])] == list(GROUPS["heat_map"])
+    with pytest.raises(OptionError, match=r"'needels'. Did you mean 'needles'"):
+        find_tasks(["needle"], {"needels": 3})
+    with pytest.raises(UnknownNameError, match="Did you mean 'heat_map'"):
+        find_tasks(["heatmap"])
+
+
+def test_every_task_says_what_it_is():
+    for name, task in TASKS.items():
+        assert task.name == name and task.summary and task.paper, name
