@@ -61,7 +61,7 @@ class Description:
         swaps = Table("replaced", "was", "is", box=None, header_style="bold")
         for item in self.replaced:
             swaps.add_row(item.where, item.old, item.new)
-        console = Console(file=io.StringIO(), width=140, markup=False, force_jupyter=False)
+        console = Console(file=io.StringIO(), width=140, markup=False, force_jupyter=False, force_terminal=False)
         console.print(facts)
         console.print()
         console.print(swaps)

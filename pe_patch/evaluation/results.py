@@ -136,7 +136,7 @@ class Results:
         from pe_patch.evaluation.tables import summary
 
         stream = io.StringIO()
-        Console(file=stream, width=150, force_jupyter=False).print(summary(self))
+        Console(file=stream, width=150, force_jupyter=False, force_terminal=False).print(summary(self))
         return stream.getvalue()
 
 
