@@ -1,27 +1,19 @@
-"""How an evaluation runs: what is batched, what is read once, what a stopped run keeps, what is refused."""
+"""How an evaluation runs: what is batched, what is read once, what stands beside a score, what is refused."""
 
-import json
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pe_patch import patch_model, patched
+from pe_patch import patch_model
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 from pe_patch.evaluation import generation, planning
-from pe_patch.evaluation.journal import Journal
 from pe_patch.evaluation.metrics import bootstrap_interval, score_interval
 from pe_patch.evaluation.prompts import Frame
 from pe_patch.evaluation.questions import Question
 from pe_patch.evaluation.run import evaluate
-from pe_patch.evaluation.subject import Subject, model_fingerprint
+from pe_patch.evaluation.subject import Subject
 from pe_patch.evaluation.tasks import GROUPS, TASKS, find_tasks
 
 from .evaluation_doubles import Copier, Mute, double, make_text, make_tokenizer, tiny_llama
@@ -243,150 +235,6 @@ def test_a_list_of_values_is_judged_by_its_parts(tokenizer, task, monkeypatch):
         assert len(each.prompt) + each.budget == 1200
         first = text.index(each.references[0]) / len(text)
         assert 0.15 < first < 0.3 and text.index(each.references[3]) / len(text) > 0.7
-
-
-# What a stopped run keeps
-
-
-def counted(monkeypatch):
-    """Every question that a model is asked from now on."""
-    asked, real = [], Subject.answers
-
-    def spy(self, questions):
-        asked.extend(questions)
-        return real(self, questions)
-
-    monkeypatch.setattr(Subject, "answers", spy)
-    return asked
-
-
-def same_table(one, other):
-    def plain(results):
-        return [{k: v for k, v in asdict(r).items() if k not in ("seconds", "peak_memory")} for r in results.rows]
-
-    return plain(one) == plain(other)
-
-
-def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama, tmp_path, monkeypatch):
-    tasks, lengths = ["needle", "needle_single", "perplexity"], [64, 128]
-    whole = measure(llama, tokenizer, tasks, lengths, output=tmp_path / "whole", control_length=64)
-    real, calls = Subject.answers, []
-
-    def stops(self, questions):
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        calls.append(questions)
-        return real(self, questions)
-
-    monkeypatch.setattr(Subject, "answers", stops)
-    with pytest.raises(KeyboardInterrupt):
-        measure(llama, tokenizer, tasks, lengths, output=tmp_path / "killed", control_length=64)
-    monkeypatch.setattr(Subject, "answers", real)
-    finished = len(Journal(tmp_path / "killed"))
-    assert finished
-    asked = counted(monkeypatch)
-    again = measure(llama, tokenizer, tasks, lengths, output=tmp_path / "killed", control_length=64)
-    assert same_table(whole, again)
-    measured = len(asked)
-    asked.clear()
-    measure(llama, tokenizer, tasks, lengths, output=tmp_path / "fresh", control_length=64)
-    assert measured < len(asked)
-    asked.clear()
-    assert same_table(whole, measure(llama, tokenizer, tasks, lengths, output=tmp_path / "killed", control_length=64))
-    assert not asked
-    for name in ("results.jsonl", "answers.jsonl"):
-        texts = [(tmp_path / folder / name).read_text() for folder in ("whole", "killed")]
-        rows = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory")}
-                 for line in text.splitlines()] for text in texts]  # fmt: skip
-        assert rows[0] == rows[1] and rows[0]
-
-
-@pytest.mark.slow
-def test_a_killed_process_goes_on_where_it_was(tmp_path):
-    code = textwrap.dedent(
-        """
-        import sys, time
-        from pe_patch.demo import BASE, load_base
-        from pe_patch import evaluate
-        from pe_patch.evaluation.subject import Subject
-        real = Subject.answers
-        def slow(self, questions):
-            print("asked", flush=True)
-            time.sleep(float(sys.argv[2]))
-            return real(self, questions)
-        Subject.answers = slow
-        model, tokenizer = load_base(BASE)
-        evaluate(model, tokenizer, "needle", [64, 128], samples=5, output=sys.argv[1], progress=False,
-                 text=["words and more words, " * 400])
-        """
-    )
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-
-    def start(folder, pause):
-        return subprocess.Popen([sys.executable, "-c", code, str(folder), str(pause)], stdout=subprocess.PIPE,
-                                text=True, cwd=ROOT)  # fmt: skip
-
-    process = start(killed, 0.3)
-    journal = killed / Journal.NAME
-    deadline = time.monotonic() + 120
-    while (not journal.exists() or journal.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = journal.read_bytes().count(b"\n")
-    assert kept >= 4 and not (killed / "results.jsonl").exists()
-    (again, _), (fresh, _) = start(killed, 0).communicate(), start(whole, 0).communicate()
-    assert again.count("asked") < fresh.count("asked")
-    rows = [
-        [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory")}
-         for line in (folder / "results.jsonl").read_text().splitlines()] for folder in (killed, whole)
-    ]  # fmt: skip
-    assert rows[0] == rows[1] and len(rows[0]) == 10
-
-
-def test_other_weights_or_options_are_measured_anew(tokenizer, llama, tmp_path, monkeypatch):
-    measure(llama, tokenizer, "needle", [64], output=tmp_path)
-    asked = counted(monkeypatch)
-    measure(llama, tokenizer, "needle", [64], output=tmp_path)
-    assert not asked
-    changes = [{"seed": 1}, {"samples": 5}, {"task_options": {"needles": 2}}, {"depths": (0.25,)}]
-    for change in changes:
-        measure(llama, tokenizer, "needle", [64], output=tmp_path, **change)
-        assert asked
-        asked.clear()
-    with torch.no_grad():
-        llama.model.layers[1].mlp.up_proj.weight += 1e-3
-    measure(llama, tokenizer, "needle", [64], output=tmp_path)
-    assert asked
-
-
-def test_the_fingerprint_of_a_model_follows_what_it_computes(tokenizer, llama):
-    plain = model_fingerprint(llama)
-    assert plain == model_fingerprint(tiny_llama(len(tokenizer), window=256))
-    with patched(llama, "yarn", factor=2):
-        assert model_fingerprint(llama) != plain
-    assert model_fingerprint(llama) == plain
-    assert model_fingerprint(tiny_llama(len(tokenizer), window=256, seed=1)) != plain
-
-
-def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path):
-    journal = Journal(tmp_path)
-    journal.put("a", {"value": 1})
-    journal.put("b", {"value": [2, "é"]})
-    with journal.path.open("ab") as file:
-        file.write(b'{"key": "c", "val')
-    again = Journal(tmp_path)
-    assert (again.get("a"), again.get("b"), again.get("c")) == ({"value": 1}, {"value": [2, "é"]}, None)
-    again.put("c", {"value": 3})
-    assert Journal(tmp_path).get("c") == {"value": 3}
-
-
-def test_other_damage_of_the_journal_is_an_error_that_names_the_line(tmp_path):
-    journal = Journal(tmp_path)
-    journal.put("a", {"value": 1})
-    journal.path.write_text("nonsense\n" + journal.path.read_text())
-    with pytest.raises(PePatchError, match=r"journal.jsonl, line 1 is damaged"):
-        Journal(tmp_path)
 
 
 # Intervals
