@@ -12,11 +12,12 @@ from typing import Any
 
 from measure import RESULTS
 
-from pe_patch.evaluation.charts import LIGHT, MARKERS, CacheLine, cache_chart
+from pe_patch.evaluation.charts import LIGHT, CacheLine, cache_chart
 from pe_patch.evaluation.conversion import share_name
 from pe_patch.evaluation.results import write_atomically
 
 CONTROL = "original"
+MARKERS = "osD^vPX*"
 WITHIN, ANSWERED = 0.02, 0.95
 """What is asked of a healed conversion at 1/4: growth of the loss at most, share of questions at least."""
 

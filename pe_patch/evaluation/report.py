@@ -1,28 +1,49 @@
-"""Results as a page that stands alone: verdict, tables, pictures, and how to get the same numbers."""
+"""Results as a page that stands alone: verdict, tables, charts, and how to get the same numbers.
+
+What else a page should show, such as a comparison's table of schemes against what each of them does, is handed over as
+`Section`s, which stand directly below the verdict:
+
+    from pe_patch.evaluation.charts import dots
+    from pe_patch.evaluation.report import Entry, Section, write_report
+
+    table = Section(
+        "Schemes at 8 x the window",
+        text="One paragraph.",
+        columns=["scheme", "retrieval", "loss"],
+        rows=[["yarn", Entry("0.94", 0.94, small="0.81 to 0.99", hint="35 questions", best=True), Entry("2.91", 2.91)]],
+        caption="Each number counts 35 questions; more is better.",
+        sortable=True,
+        charts=[dots([{"label": "yarn", "column": "retrieval", "value": 0.94, "low": 0.81, "high": 0.99,
+                       "samples": "35 questions", "measured_on": "..."}],
+                     name="schemes", title="Schemes at 8 x the window", subtitle="35 questions, model, text")],
+    )
+    write_report(results, "report", sections=[table])
+
+`dots` makes one panel for each `column`; the picture beside the page is `schemes.png`.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import vl_convert
 
-from pe_patch.evaluation import charts
+from pe_patch.errors import PePatchError
+from pe_patch.evaluation.charts import DARK, LIGHT, Chart, charts_of, theme
 from pe_patch.evaluation.results import Results, write_atomically
-from pe_patch.evaluation.tables import Pivot, interval, pivots
+from pe_patch.evaluation.sections import Entry, Section, examples_section, rows_section, score_sections
+from pe_patch.evaluation.tables import interval, pivots
 
-CAPTIONS = {
-    "loss": "Loss on the same last tokens at every length; lower is better, and a flat line means that "
-    "distance does no harm.",
-    "retrieval": "Share of questions answered exactly, by length and by where the answer stands in the text.",
-    "frequencies": "How many tokens each pair of rotated dimensions takes for one turn. A pair whose wavelength lies "
-    "above the trained window never made a full turn in training: past that window it shows the model angles it has "
-    "not seen, unless a scheme stretches it.",
-}
+__all__ = ["Entry", "Section", "best_retrieval", "write_report"]
 
 
 def write_report(
@@ -34,32 +55,51 @@ def write_report(
     command: str | None = None,
     notes: Sequence[str] = (),
     frequencies: Mapping[str, np.ndarray] | None = None,
+    sections: Sequence[Section] = (),
 ) -> Path:
-    """Write index.html, the pictures as PNG, results.jsonl and config.json; returns the page's path.
+    """Write index.html, each chart as PNG, results.jsonl and config.json; returns the page's path.
 
     `verdict` is one sentence (default: the best retrieval at the greatest length). `frequencies` maps a scheme's name
-    to its inverse frequencies [pairs], for the third picture. Everything shown is escaped.
+    to its inverse frequencies [pairs], for the chart of wavelengths. `sections` stand between the verdict and the
+    tables that every evaluation has. Everything shown is escaped. The page asks for nothing over a network: it holds
+    the library of its charts, and its policy forbids every script but the two that it came with.
     """
+    if not results.rows:
+        raise PePatchError("There are no rows to report.")
     folder = results.save(directory)
-    pictures = []
-    for name, draw in _charts(results, frequencies or {}).items():
-        light, dark = draw(charts.LIGHT), draw(charts.DARK)
-        if light is None or dark is None:
-            continue
-        write_atomically(folder / f"{name}.png", light)
-        caption = CAPTIONS[name]
-        pictures.append({"light": _base64(light), "dark": _base64(dark), "caption": caption, "alt": caption})
-    page = _template().render(
-        title=title,
-        verdict=verdict or best_retrieval(results),
-        command=command,
-        notes=notes,
-        tables=[_table(pivot) for pivot in pivots(results)],
-        pictures=pictures,
-        measured_on=list(dict.fromkeys(row.measured_on for row in results.rows if row.length == _longest(results))),
-        config=[(name.replace("_", " "), _plain(value)) for name, value in results.config.items()],
+    measured_on = results.values("measured_on")
+    own = charts_of(results, frequencies)
+    details = [examples_section(results), rows_section(results, measured_on)]
+    page = {
+        "sections": sections,
+        "scores": score_sections(results),
+        "charts": own,
+        "details": [section for section in details if section is not None],
+    }
+    charts = [*(chart for section in sections for chart in _within(section)), *own]
+    _check_names(charts)
+    for chart in charts:
+        write_atomically(folder / f"{chart.name}.png", chart.png())
+    scripts = [_library(), _source("report.js")]
+    html = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **page,
+            title=title,
+            verdict=verdict or best_retrieval(results),
+            command=command,
+            notes=notes,
+            measured_on=measured_on,
+            config=[(name.replace("_", " "), _plain(value)) for name, value in results.config.items()],
+            specifications=_json({chart.name: chart.specifications() for chart in charts}),
+            themes=_json({"light": theme(LIGHT), "dark": theme(DARK)}),
+            style=_source("report.css"),
+            scripts=scripts,
+            hashes=[_digest(script) for script in scripts],
+        )
     )
-    write_atomically(folder / "index.html", page)
+    write_atomically(folder / "index.html", html)
     return folder / "index.html"
 
 
@@ -80,69 +120,57 @@ def best_retrieval(results: Results) -> str:
     return sentence + "."
 
 
-def _charts(
-    results: Results, frequencies: Mapping[str, np.ndarray]
-) -> dict[str, Callable[[charts.Colours], bytes | None]]:
-    return {
-        "loss": lambda colours: charts.loss_chart(results, colours),
-        "retrieval": lambda colours: charts.retrieval_chart(results, colours),
-        "frequencies": lambda colours: charts.wavelength_chart(results, frequencies, colours),
-    }
+def _within(section: Section) -> Iterator[Chart]:
+    yield from section.charts
+    for part in section.parts:
+        yield from _within(part)
 
 
-def _table(pivot: Pivot) -> dict[str, Any]:
-    counted = {cell.samples for cells in pivot.cells.values() for cell in cells if cell is not None}
-    unit = "questions" if pivot.counts else "tokens"
-    return {
-        "title": f"{pivot.task.capitalize()}: {pivot.measure}",
-        "caption": f"Columns: tokens given to the model. Each number counts {_range(counted)} {unit}; below it the "
-        f"95 % interval. {'More' if pivot.counts else 'Less'} is better; the best of each column is in colour.",
-        "lengths": [f"{length:,}" for length in pivot.lengths],
-        "rows": [
-            (scheme, [_cell(cell, column, pivot) for column, cell in enumerate(cells)])
-            for scheme, cells in pivot.cells.items()
-        ],
-    }
-
-
-def _cell(cell: Any, column: int, pivot: Pivot) -> dict[str, Any]:
-    if cell is None:
-        return {"score": "-", "interval": "", "best": False}
-    scores = [round(other.score, 3) for cells in pivot.cells.values() if (other := cells[column]) is not None]
-    best = (max if pivot.counts else min)(scores)
-    return {
-        "score": f"{cell.score:.3f}",
-        "interval": interval(cell),
-        "best": len(scores) > 1 and round(cell.score, 3) == best,
-    }
-
-
-def _range(counts: set[int]) -> str:
-    return f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
-
-
-def _longest(results: Results) -> int:
-    return max(results.values("length"))
+def _check_names(charts: Sequence[Chart]) -> None:
+    names = [chart.name for chart in charts]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PePatchError(f"Two charts are called {', '.join(twice)}; each needs a name of its own, for its picture.")
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_plain, value))
     return str(value)
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def _json(value: Any) -> str:
+    """JSON that an HTML parser reads as one piece of text, whatever names are in it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, minified, that puts `vegaEmbed` into the window."""
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    if "</script" in script.lower() or "<script" in script.lower():
+        raise PePatchError("The charts' library contains a script tag, and cannot stand within a page.")
+    return script
+
+
+@cache
+def _source(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    """What a Content-Security-Policy calls a script by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("pe_patch.evaluation", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")

@@ -42,6 +42,44 @@ def _pivot(results: Results, task: str, measure: str) -> Pivot:
     return Pivot(task, measure, lengths, cells, [row.measured_on for row in rows if row.length == lengths[-1]])
 
 
+def mean_pivot(found: list[Pivot]) -> Pivot | None:
+    """The mean of several tasks' scores, each task weighing the same; None unless all share lengths and schemes.
+
+    It has no interval; its samples are those of all tasks.
+    """
+    first = found[0]
+    if any(pivot.lengths != first.lengths or set(pivot.cells) != set(first.cells) for pivot in found):
+        return None
+    columns = range(len(first.lengths))
+    cells = {
+        name: [_mean([pivot.cells[name][column] for pivot in found]) for column in columns] for name in first.cells
+    }
+    return Pivot(f"mean of {len(found)} tasks", "each task weighing the same", first.lengths, cells, [])
+
+
+def _mean(cells: list[Cell | None]) -> Cell | None:
+    known = [cell for cell in cells if cell is not None]
+    if len(known) < len(cells):
+        return None
+
+    def over(name: str) -> float | None:
+        values = [getattr(cell, name) for cell in known]
+        return None if None in values else sum(values) / len(values)
+
+    score = sum(cell.score for cell in known) / len(known)
+    return Cell(score, None, None, sum(cell.samples for cell in known), over("control"), over("without_context"))
+
+
+def words(cell: Cell, unit: str) -> list[str]:
+    """What stands behind a score, in words: how much it counts, and its two controls."""
+    found = [f"{cell.samples:,} {unit}"]
+    if cell.control is not None:
+        found.append(f"{cell.control:.3f} within the trained window")
+    if cell.without_context is not None:
+        found.append(f"{cell.without_context:.3f} without the context")
+    return found
+
+
 def interval(cell: Cell) -> str:
     return "" if cell.low is None or cell.high is None else f"{cell.low:.2f} to {cell.high:.2f}"
 

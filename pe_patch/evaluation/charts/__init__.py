@@ -1,0 +1,34 @@
+"""The charts of a report: Vega-Lite specifications, one file for each question that a chart answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pe_patch.evaluation.charts.cache import CacheLine, cache_chart
+from pe_patch.evaluation.charts.chart import Chart
+from pe_patch.evaluation.charts.depth import depth_charts
+from pe_patch.evaluation.charts.dots import dots
+from pe_patch.evaluation.charts.loss import loss_chart
+from pe_patch.evaluation.charts.positions import position_chart
+from pe_patch.evaluation.charts.retrieval import retrieval_chart
+from pe_patch.evaluation.charts.tasks import task_chart
+from pe_patch.evaluation.charts.theme import DARK, LIGHT, Colours, theme
+from pe_patch.evaluation.charts.wavelengths import wavelength_chart
+from pe_patch.evaluation.results import Results
+
+__all__ = ["DARK", "LIGHT", "CacheLine", "Chart", "Colours", "cache_chart", "charts_of", "dots", "theme"]
+
+
+def charts_of(results: Results, frequencies: Mapping[str, np.ndarray] | None = None) -> list[Chart]:
+    """Every chart that these results have something for, in the order in which they are read."""
+    found = [
+        task_chart(results),
+        retrieval_chart(results),
+        *depth_charts(results),
+        loss_chart(results),
+        position_chart(results),
+        wavelength_chart(results, frequencies or {}),
+    ]
+    return [chart for chart in found if chart is not None]

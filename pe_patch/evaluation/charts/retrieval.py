@@ -1,0 +1,60 @@
+"""Answers against length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+
+from pe_patch.evaluation.charts.chart import Chart
+from pe_patch.evaluation.charts.dots import dots
+from pe_patch.evaluation.charts.parts import (
+    MEASURED,
+    Record,
+    about,
+    counted,
+    length_axis,
+    lines,
+    records,
+    side_by_side,
+    tooltips,
+    window_mark,
+)
+from pe_patch.evaluation.results import Results
+
+HOW_TO_READ = (
+    "Higher is better. A scheme reads its context where its line stays up beyond the trained window and its interval "
+    "clear of the others'."
+)
+
+
+def retrieval_chart(results: Results) -> Chart | None:
+    """A panel for each task, a line for each scheme, depths pooled; None where nothing was asked."""
+    rows = [row for row in results.rows if not row.measure.startswith("nats")]
+    pairs = dict.fromkeys((row.task, row.measure) for row in rows)
+    found = {pair: records(results, task=pair[0], measure=pair[1]) for pair in pairs}
+    if not found:
+        return None
+    everything = [one for some in found.values() for one in some]
+    title = "Answers by length"
+    subtitle = f"Each point: {counted(everything)}; bars and bands: 95 % interval. {about(results)}"
+    lengths = sorted({one["length"] for one in everything})
+    if len(lengths) == 1:
+        labelled = [one | {"label": one["scheme"], "column": one["task"], "value": one["score"]} for one in everything]
+        title = f"{title}: {lengths[0]:,} tokens"
+        return dots(labelled, name="retrieval", title=title, subtitle=subtitle, caption=HOW_TO_READ, domain=(0, 1))
+    panels = [_panel(results, some, pair, lengths, sole=len(found) == 1) for pair, some in found.items()]
+    return Chart("retrieval", title, tuple(panels), subtitle, HOW_TO_READ, columns=side_by_side(panels, 3))
+
+
+def _panel(
+    results: Results, found: Sequence[Record], pair: tuple[str, str], lengths: Sequence[int], sole: bool
+) -> alt.LayerChart:
+    task, measure = pair
+    y = alt.Y("score:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5))
+    x = length_axis(lengths)
+    marks = lines(found, results.values("scheme"), x, y, tooltips(*MEASURED))
+    marks += window_mark(results.config.get("native_window"), lengths, x)
+    heading = {"text": task, "subtitle": measure}
+    width, height = (560, 280) if sole else (300, 190)
+    return alt.layer(*marks).properties(width=width, height=height, title=heading)

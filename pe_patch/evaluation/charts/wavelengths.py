@@ -1,0 +1,65 @@
+"""Wavelengths of the rotation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import altair as alt
+import numpy as np
+
+from pe_patch.evaluation.charts.chart import Chart, data
+from pe_patch.evaluation.charts.parts import faded, picked, series, tooltips
+from pe_patch.evaluation.results import Results
+
+HOW_TO_READ = (
+    "A pair whose wavelength lies above the trained window never made a full turn in training: past that window it "
+    "shows the model angles it has not seen, unless a scheme stretches it."
+)
+
+
+def wavelength_chart(results: Results, frequencies: Mapping[str, np.ndarray]) -> Chart | None:
+    """Each scheme's wavelengths (tokens per turn) by pair of dimensions, against the windows; None without any.
+
+    `frequencies` maps a scheme's name to its inverse frequencies [pairs].
+    """
+    if not frequencies:
+        return None
+    names = list(dict.fromkeys([*results.values("scheme"), *frequencies]))
+    found = [
+        {"scheme": scheme, "pair": pair, "wavelength": float(wavelength), "number": f"{wavelength:,.1f} tokens"}
+        for scheme, inverse in frequencies.items()
+        for pair, wavelength in enumerate(2 * np.pi / np.asarray(inverse, dtype=np.float64))
+        if np.isfinite(wavelength)
+    ]
+    pairs = max(len(inverse) for inverse in frequencies.values())
+    lengths = results.values("length")
+    windows = {"trained window": results.config.get("native_window") or min(lengths), "greatest length": max(lengths)}
+    pick, look = picked(), series(names, list(frequencies))
+    x = alt.X(
+        "pair:Q", title="pair of rotated dimensions, fastest first",
+        scale=alt.Scale(domain=[0, pairs - 1], nice=False, padding=8), axis=alt.Axis(grid=False, tickMinStep=1),
+    )  # fmt: skip
+    greatest = max([one["wavelength"] for one in found] + list(windows.values()))
+    powers = [10**power for power in range(math.ceil(math.log10(greatest)) + 1)]
+    y = alt.Y(
+        "wavelength:Q", title="tokens per turn", scale=alt.Scale(type="log", nice=False),
+        axis=alt.Axis(format="~s", values=powers),
+    )  # fmt: skip
+    base = alt.Chart(data(found)).encode(x=x, y=y, color=look["color"])
+    tips = tooltips("scheme", extra={"pair": "pair", "number": "wavelength"})
+    marks = [
+        base.mark_line(strokeWidth=1.6).encode(opacity=faded(pick)),
+        base.mark_point(filled=True, size=34)
+        .encode(shape=look["shape"], opacity=faded(pick), tooltip=tips)
+        .add_params(pick),
+    ]
+    notes = [{"wavelength": n, "pair": 0, "note": f"{name} {n:,}"} for name, n in windows.items()]
+    line = alt.Chart(data(notes)).encode(y=y)
+    marks.append(line.mark_rule(strokeDash=[2, 3], strokeWidth=1.3))
+    # at the left end, where every curve is far below the windows
+    marks.append(line.mark_text(style="note", align="left", baseline="bottom", dy=-3).encode(x=x, text="note:N"))
+    panel = alt.layer(*marks).properties(width=560, height=280)
+    model = f" of {results.config['model']}" if "model" in results.config else ""
+    subtitle = f"How many tokens each of the {pairs} pairs of rotated dimensions{model} takes for one turn; computed"
+    return Chart("frequencies", "Wavelengths", (panel,), subtitle, HOW_TO_READ)
