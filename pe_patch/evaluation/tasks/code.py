@@ -1,0 +1,162 @@
+"""Questions about real source code: how a function that is defined somewhere in it is written."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pe_patch.errors import PePatchError
+from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.questions import Question, QuestionTask
+
+from .code_blocks import Block, Code, read_code
+from .filling import text_size
+
+ASKED_TOKENS = 160
+"""The longest function that is asked for, so that it fits every length."""
+CLOSE = 12
+"""Tokens left over that no further statement is looked for."""
+SPARE = 4
+"""Tokens that an answer may take beside the right one."""
+GAP = "\n\n"
+
+
+@dataclass(frozen=True)
+class CodeParameters(QuestionTask):
+    """The parameters of a function, to be written as they stand in its definition.
+
+    The text is whole top-level statements of real Python files, in their order, from a random place on. The function,
+    from another file, stands at the depth. Its name is defined once in all of the text, and its parameters are written
+    nowhere else. A model may know a library by heart: the score without the text tells.
+    """
+
+    name: ClassVar[str] = "code_parameters"
+    summary: ClassVar[str] = "the parameters of a function in real Python files are asked for"
+    paper: ClassVar[str] = "Kamradt 2023, https://github.com/gkamradt/LLMTest_NeedleInAHaystack (the idea, on code)"
+    by_depth: ClassVar[bool] = True
+    same_at_every_length: ClassVar[bool] = True
+
+    def questions(
+        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+    ) -> Sequence[Question]:
+        """The functions, and where the text around them starts, do not depend on the length."""
+        code = read_code(tuple(bench.corpus.texts))
+        seeds = [bench.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6)]
+        rng = np.random.default_rng(seeds)
+        asked = self._asked(bench, code, rng)
+        starts = rng.random(len(asked))
+        return [
+            _question(bench, code, block, within or length, depth or 0.0, float(start))
+            for block, start in zip(asked, starts, strict=True)
+        ]
+
+    def _asked(self, bench: Bench, code: Code, rng: np.random.Generator) -> list[Block]:
+        """Different functions, as many as there are samples."""
+        candidates = [block for block in code.blocks if block.parameters]
+        found: list[Block] = []
+        for index in rng.permutation(len(candidates)):
+            block = candidates[index]
+            if bench.count(block.text) <= ASKED_TOKENS and code.says_once(block):
+                found.append(block)
+            if len(found) == bench.samples_per_depth:
+                return found
+        raise PePatchError(
+            f"The text ({bench.corpus.name}) has {len(found)} functions in Python that can be asked for, and "
+            f"{bench.samples_per_depth} are needed at each depth. Give more source code (text='stdlib' is some), or "
+            "ask for fewer samples."
+        )
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """1 where the answer begins with the parameters and the bracket that closes them, white space apart."""
+        return float(_tight(prediction).startswith(_tight(references[0]) + ")"))
+
+    def measure(self) -> str:
+        return "share of exact parameters"
+
+    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+        return (
+            f"{len(questions)} functions at each depth, among whole statements of Python files of {bench.corpus.name}; "
+            "greedy answer begins with the right parameters"
+        )
+
+    def stamps(self, bench: Bench) -> dict[str, Any]:
+        return {"generator": 1, "wording": "own"}
+
+
+def _question(bench: Bench, code: Code, asked: Block, length: int, depth: float, start: float) -> Question:
+    assert asked.parameters is not None
+    lead = f"def {asked.name}("
+    budget = bench.count(asked.parameters + "):") + SPARE
+    room = length - budget + 1
+    least = text_size(bench, _prompt([asked], asked.name), lead)
+    if least > room:
+        raise PePatchError(
+            f"A question about {asked.name!r} takes {least} tokens without any text around it, and there is room for "
+            f"{room} beside its answer. Ask for a greater length."
+        )
+    before, after = _around(bench, code, asked, room - least, depth, start)
+    while (excess := text_size(bench, _prompt([*before, asked, *after], asked.name), lead) - room) > 0:
+        # Statements joined may take a token more than each by itself: the smallest that makes up for it goes.
+        least_loss = min(
+            (block for block in [*before, *after] if _size(bench, block) >= excess), key=partial(_size, bench)
+        )
+        (before if least_loss in before else after).remove(least_loss)
+    sizes = [sum(_size(bench, block) for block in side) for side in (before, after)]
+    return Question(
+        prompt=bench.prompt(_prompt([*before, asked, *after], asked.name), lead),
+        references=(asked.parameters,),
+        budget=budget,
+        without_context=bench.prompt(_prompt([], asked.name), lead),
+        depth=sizes[0] / sum(sizes) if sum(sizes) else 0.0,
+    )
+
+
+def _around(
+    bench: Bench, code: Code, asked: Block, room: int, depth: float, start: float
+) -> tuple[list[Block], list[Block]]:
+    """Statements of other files that fill the room before and after the function, from a place on in their order."""
+    first = int(start * len(code.blocks))
+    others = iter([block for block in [*code.blocks[first:], *code.blocks[:first]] if block.document != asked.document])
+    before, left = _fill(bench, others, round(depth * room))
+    after, left = _fill(bench, others, room - sum(_size(bench, block) for block in before))
+    if left > max(2 * CLOSE, room // 20):
+        raise PePatchError(
+            f"The text ({bench.corpus.name}) has too little Python code: {left} of {room} tokens stay empty. "
+            "Give more source code."
+        )
+    return before, after
+
+
+def _fill(bench: Bench, blocks: Iterator[Block], room: int) -> tuple[list[Block], int]:
+    """The next statements that fit, those that do not being passed over, and the tokens that are left."""
+    chosen: list[Block] = []
+    while room >= CLOSE and (block := next(blocks, None)) is not None:
+        size = _size(bench, block)
+        if size <= room:
+            chosen.append(block)
+            room -= size
+    return chosen, room
+
+
+def _size(bench: Bench, block: Block) -> int:
+    return bench.count(block.text + GAP)
+
+
+def _prompt(blocks: Sequence[Block], name: str) -> str:
+    code = GAP.join(block.text for block in blocks)
+    return (
+        f"Source code in Python:\n\n{code}\n\nHow does the definition of the function {name} begin in this code? Write "
+        "it with its parameters exactly as they stand there.\n\n"
+    )
+
+
+def _tight(text: str) -> str:
+    return "".join(text.split())
+
+
+CODE: Mapping[str, type[CodeParameters]] = {CodeParameters.name: CodeParameters}

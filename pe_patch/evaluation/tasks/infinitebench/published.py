@@ -1,0 +1,79 @@
+"""InfiniteBench: 12 published data sets of about 100,000 tokens a question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pe_patch.errors import PePatchError, unknown
+from pe_patch.evaluation.tasks.data_set import DataSetTask
+from pe_patch.evaluation.tasks.official import official_prompt
+from pe_patch.evaluation.tasks.rows import Home, Row
+
+from .table import DATA_SETS, DataSet
+
+WORDINGS = ("official", "own")
+
+
+@dataclass(frozen=True)
+class InfiniteBenchTask(DataSetTask):
+    """A data set of InfiniteBench; a row of the table says how it is asked and judged.
+
+    The official wording is the authors' for chat models, as lm-eval has it.
+    """
+
+    benchmark: ClassVar[str] = "InfiniteBench"
+    paper: ClassVar[str] = "Zhang et al. 2024, arXiv 2402.13718"
+    home: ClassVar[Home] = Home("xinrongzhang2022/InfiniteBench", ("{name}.jsonl",))
+    columns: ClassVar[tuple[str, ...]] = ("context", "input", "answer")
+    data_set: ClassVar[DataSet]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wording not in WORDINGS:
+            raise unknown("wording", self.wording, WORDINGS)
+        if self.wording == "official" and self.data_set.official is None:
+            raise PePatchError(f"lm-eval has no wording of {self.data_name}. Leave wording= at 'own'.")
+
+    def prompt(self, row: Row) -> tuple[str, str]:
+        if self.wording == "official":
+            return official_prompt(f"infinitebench/infinitebench_{self.data_set.official}.yaml")(row), ""
+        named = {"context": row["context"], "question": row["input"], **self.data_set.fields(row)}
+        return self.data_set.prompt.format(**named), self.data_set.lead
+
+    def references(self, row: Row) -> tuple[str, ...]:
+        """The answers as text; of a choice, its text and its letter."""
+        answer = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        if answer and isinstance(answer[0], list):
+            (answer,) = answer
+        right = tuple(map(str, answer))
+        if self.data_set.choices and len(right) == 1:
+            if right[0] not in row["options"]:
+                raise PePatchError(f"{self.data_name}: the answer {right[0]!r} is none of the row's options.")
+            right += ("ABCD"[row["options"].index(right[0])],)
+        return right
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """The data set's metric."""
+        lead = self.data_set.lead if self.data_set.lead_counts and self.wording == "own" else ""
+        return self.data_set.metric(lead + prediction, references)
+
+    def measure(self) -> str:
+        return self.data_set.measure
+
+
+def _task(name: str, data_set: DataSet) -> type[InfiniteBenchTask]:
+    named = {
+        "name": f"infinitebench_{name}",
+        "summary": f"InfiniteBench's {name}: {data_set.measure} (data from a folder or the hub)",
+        "data_name": name,
+        "data_set": data_set,
+        "budget": data_set.budget,
+        "__module__": __name__,
+        "__doc__": f"The data set {name} of InfiniteBench.",
+    }
+    return dataclass(frozen=True)(type(f"InfiniteBench_{name}", (InfiniteBenchTask,), named))
+
+
+PUBLISHED = {f"infinitebench_{name}": _task(name, data_set) for name, data_set in DATA_SETS.items()}

@@ -1,0 +1,108 @@
+"""A JSON object of random identifiers, one of which is asked for: nothing in it can be guessed."""
+
+from __future__ import annotations
+
+import json
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.questions import Question, QuestionTask
+
+from .filling import most, text_size
+
+SPARE = 4
+"""Tokens that an answer may take beside the value: a space, quotes."""
+LEAD = "Its value is"
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class KeyValue(QuestionTask):
+    """One value of a JSON object with as many pairs of random UUIDs as fit.
+
+    The pair that is asked for stands at the depth; the others fill the length, less than one pair of it being left.
+    """
+
+    name: ClassVar[str] = "key_value"
+    summary: ClassVar[str] = "one value of a JSON object of random identifiers is asked for"
+    paper: ClassVar[str] = "Liu et al. 2023, arXiv 2307.03172 (the idea; wording and generator are ours)"
+    by_depth: ClassVar[bool] = True
+    same_at_every_length: ClassVar[bool] = True
+
+    def questions(
+        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+    ) -> Sequence[Question]:
+        """The pair that is asked for does not depend on the length; the others of a longer object start the same."""
+        return [
+            self._question(bench, within or length, depth or 0.0, number) for number in range(bench.samples_per_depth)
+        ]
+
+    def _question(self, bench: Bench, length: int, depth: float, number: int) -> Question:
+        # Two streams, so that pairs can be drawn until the object is full.
+        seeds = [bench.seed, zlib.crc32(self.name.encode()), round(depth * 1e6), number]
+        asked, *_ = _pairs(np.random.default_rng([*seeds, 0]), 1)
+        drawn: list[Pair] = []
+        stream = np.random.default_rng([*seeds, 1])
+
+        def others(count: int) -> list[Pair]:
+            if count > len(drawn):
+                drawn.extend(_pairs(stream, count - len(drawn)))
+            return drawn[:count]
+
+        budget = bench.count(f' "{asked[1]}"') + SPARE
+
+        def text(count: int) -> str:
+            return _prompt(_with(others(count - 1), asked, depth), asked[0])
+
+        count = most(lambda n: text_size(bench, text(n), LEAD), length - budget + 1, 1, "An object of one pair")
+        place = round(depth * (count - 1))
+        return Question(
+            prompt=bench.prompt(text(count), LEAD),
+            references=(asked[1],),
+            budget=budget,
+            without_context=bench.prompt(_prompt([], asked[0]), LEAD),
+            depth=place / (count - 1) if count > 1 else 0.0,
+        )
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """1 where the answer holds the value."""
+        return float(references[0] in prediction)
+
+    def measure(self) -> str:
+        return "share of values found"
+
+    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+        return (
+            f"{len(questions)} questions at each depth, in JSON objects of random UUIDs; greedy answer holds the value"
+        )
+
+    def stamps(self, bench: Bench) -> dict[str, Any]:
+        return {"generator": 1, "wording": "own"}
+
+
+def _pairs(rng: np.random.Generator, count: int) -> list[Pair]:
+    return [(_identifier(rng), _identifier(rng)) for _ in range(count)]
+
+
+def _identifier(rng: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
+def _with(others: list[Pair], asked: Pair, depth: float) -> list[Pair]:
+    place = round(depth * len(others))
+    return [*others[:place], asked, *others[place:]]
+
+
+def _prompt(pairs: list[Pair], key: str) -> str:
+    held = json.dumps(dict(pairs), indent=0)
+    return f'A JSON object:\n\n{held}\n\nOne of its keys is "{key}". Which value belongs to it?\n'
+
+
+KEY_VALUE: Mapping[str, type[KeyValue]] = {KeyValue.name: KeyValue}

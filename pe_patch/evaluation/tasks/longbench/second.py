@@ -1,0 +1,102 @@
+"""LongBench v2: 503 questions with four choices each."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pe_patch.errors import OptionError
+from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.tasks.data_set import DataSetTask
+from pe_patch.evaluation.tasks.rows import Home, Row
+
+PROMPT = (
+    "Read the text between the two lines of dashes. It is followed by a question with four choices.\n\n"
+    "----------\n{context}\n----------\n\n{question}\n\n(A) {A}\n(B) {B}\n(C) {C}\n(D) {D}\n\n"
+    'Which of the four is right? Reply "The correct answer is (X)", with its letter for X.\n'
+)
+LEAD = "The correct answer is"
+PLACES = {"$DOC$": "context", "$Q$": "question", "$C_A$": "A", "$C_B$": "B", "$C_C$": "C", "$C_D$": "D"}
+"""What stands for a row's columns in the authors' prompt files."""
+OFFICIAL = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"
+"""SHA-256 of the authors' prompts/0shot.txt."""
+
+
+@dataclass(frozen=True)
+class LongBench2(DataSetTask):
+    """LongBench v2. `wording` is "own", or the path of a prompt file in the authors' format.
+
+    With their own prompts/0shot.txt the rows are called LongBench v2. lm-eval has another prompt, and compares the
+    likelihoods of four letters: `pe-patch harness` runs that.
+    """
+
+    name: ClassVar[str] = "longbench2"
+    summary: ClassVar[str] = (
+        "LongBench v2: questions with four choices about long texts (data from a folder or the hub)"
+    )
+    paper: ClassVar[str] = "Bai et al. 2024, arXiv 2412.15204"
+    benchmark: ClassVar[str] = "LongBench v2"
+    home: ClassVar[Home] = Home("THUDM/LongBench-v2", ("data.json",))
+    data_name: ClassVar[str] = "LongBench-v2"
+    columns: ClassVar[tuple[str, ...]] = (
+        "context", "question", "choice_A", "choice_B", "choice_C", "choice_D", "answer", "difficulty", "length",
+    )  # fmt: skip
+    budget: ClassVar[int] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wording == "own":
+            return
+        if not Path(self.wording).is_file():
+            raise OptionError(
+                f"wording is 'own' or a prompt file in the authors' format (their prompts/0shot.txt), got "
+                f"{self.wording!r}. No installed package has the official wording of LongBench v2."
+            )
+        missing = [place for place in PLACES if place not in self._file()]
+        if missing:
+            raise OptionError(f"The prompt file {self.wording} has no {', '.join(missing)}.")
+
+    def prompt(self, row: Row) -> tuple[str, str]:
+        named = {key: row[key].strip() for key in ("context", "question")}
+        named |= {letter: row[f"choice_{letter}"].strip() for letter in "ABCD"}
+        if self.wording == "own":
+            return PROMPT.format(**named), LEAD
+        # All places at once: a text may hold "$Q$" itself.
+        place = re.compile("|".join(map(re.escape, PLACES)))
+        return place.sub(lambda found: named[PLACES[found.group()]], self._file()), ""
+
+    def references(self, row: Row) -> tuple[str, ...]:
+        return (row["answer"],)
+
+    def parts(self, row: Row) -> tuple[str, ...]:
+        """As the authors report it: by difficulty, and by the length of the text."""
+        return row["difficulty"], row["length"]
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """Whether the answer says that the right letter is, in the authors' very words; another wording scores 0."""
+        given = (LEAD if self.wording == "own" else "") + prediction
+        return float(_letter(given) == references[0])
+
+    def measure(self) -> str:
+        return "share of choices right"
+
+    def label(self) -> str:
+        official = self.wording != "own" and hashlib.sha256(self._file().encode()).hexdigest() == OFFICIAL
+        return self.benchmark if official else f"{self.benchmark}'s data in other words"
+
+    def stamps(self, bench: Bench) -> dict[str, Any]:
+        return super().stamps(bench) | {"guessing": 0.25}
+
+    def _file(self) -> str:
+        return Path(self.wording).read_text(encoding="utf-8")
+
+
+def _letter(given: str) -> str | None:
+    """The letter that an answer names, with brackets or else without."""
+    given = given.replace("*", "")
+    found = re.search(LEAD + r" \(([A-D])\)", given) or re.search(LEAD + " ([A-D])", given)
+    return found.group(1) if found else None
