@@ -10,6 +10,16 @@ from typing import Any
 from .errors import OptionError, UnsupportedError, nearest, unknown
 
 
+class ConfigFault(OptionError):
+    """A fault in a positional config, as data for whoever looks for the next one too."""
+
+    def __init__(self, message: str, kind: str, *keys: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        """"silent", "unread", "untyped", "two_dialects", "beside", "ratio", "lists" or one of `SYNONYMS`."""
+        self.keys = keys
+
+
 @dataclass(frozen=True)
 class Specification:
     """A scheme by name, with its options."""
@@ -125,7 +135,7 @@ def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None =
     ]
     if any(value != values[0] for value in values):
         said = " and ".join(f"{key}={value!r}" for key, value in found.items())
-        raise OptionError(f"Contradiction: {said}. Keep the one that is meant.")
+        raise ConfigFault(f"Contradiction: {said}. Keep the one that is meant.", what, *found)
     return values[0] if values else None
 
 
@@ -148,13 +158,16 @@ def _whole(config: dict[str, Any]) -> Reading:
     if isinstance(config.get("text_config"), Mapping) and not config.keys() & own_keys:
         return read(config["text_config"])
     if stray := config.keys() & {"factor", "long_factor", "attention_factor", "low_freq_factor"}:
-        raise OptionError(f"{sorted(stray)[0]!r} says nothing without a type: add 'rope_type'.")
+        key = sorted(stray)[0]
+        raise ConfigFault(f"{key!r} says nothing without a type: add 'rope_type'.", "untyped", *stray)
     if not config.keys() & own_keys:
-        raise OptionError("This config says nothing of rotary positions: neither rope_parameters nor rope_theta.")
+        message = "This config says nothing of rotary positions: neither rope_parameters nor rope_theta."
+        raise ConfigFault(message, "silent")
     _refuse(config)
     inner, other = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if inner and other and dict(inner) != dict(other):
-        raise OptionError("Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters.")
+        message = "Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters."
+        raise ConfigFault(message, "two_dialects", "rope_parameters", "rope_scaling")
     inner = dict(inner or other)
     around = {what: _take(config, what) for what in ("theta", "part", "trained", "maximum")}
     local = config.get("rope_local_base_freq")  # Gemma 3 before Transformers 5: one base for the sliding layers
@@ -170,7 +183,8 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
     """One dict for each layer type; None stands for layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
-            raise OptionError(f"{key!r}={value!r} stands beside layer types; move it into the dict of each layer type.")
+            message = f"{key!r}={value!r} stands beside layer types; move it into the dict of each layer type."
+            raise ConfigFault(message, "beside", key)
     specifications = {}
     for layer, value in config.items():
         entries = dict(value or {})
@@ -194,9 +208,10 @@ def _flat(entries: dict[str, Any], around: Mapping[str, Any]) -> Specification:
     for key in entries:
         if key not in allowed:
             known = sorted(allowed | {"rope_type", "rope_theta", "original_max_position_embeddings"})
-            raise OptionError(
+            message = (
                 f"A config of {scheme!r} has no key {key!r}.{nearest(key, known)} Its keys are: {', '.join(known)}."
             )
+            raise ConfigFault(message, "unread", key)
     if scheme in FACTOR_IS_RATIO:
         _reconcile(scheme, entries, trained, maximum)
     if trained is None and scheme in NEEDS_WINDOW:
@@ -211,7 +226,8 @@ def _scheme(entries: dict[str, Any]) -> str:
     if rope_type is None:
         extra = entries.keys() - {key for keys in SYNONYMS.values() for key in keys} - UNSUPPORTED_KEYS.keys()
         if extra:
-            raise OptionError(f"{sorted(extra)[0]!r} says nothing without a type: add 'rope_type', for example 'yarn'.")
+            message = f"{sorted(extra)[0]!r} says nothing without a type: add 'rope_type', for example 'yarn'."
+            raise ConfigFault(message, "untyped", *extra)
         return "rope"
     if rope_type in UNSUPPORTED_TYPES:
         raise UnsupportedError(f"rope_type {rope_type!r} is not supported: {UNSUPPORTED_TYPES[rope_type]}.")
@@ -235,9 +251,11 @@ def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any)
     if factor is None:
         entries["factor"] = ratio
     elif isinstance(factor, int | float) and factor != math.ceil(ratio) and abs(factor - ratio) > 0.01 * ratio:
-        raise OptionError(
+        raise ConfigFault(
             f"Contradiction: {scheme!r} has factor={factor:g}, but max_position_embeddings={maximum} over "
-            f"original_max_position_embeddings={trained} is {ratio:g}. Correct one of the three."
+            f"original_max_position_embeddings={trained} is {ratio:g}. Correct one of the three.",
+            "ratio",
+            "factor",
         )
 
 
@@ -282,7 +300,8 @@ def _rewrite_longrope(entries: dict[str, Any], maximum: Any) -> None:
         raise OptionError(f"Contradiction: attention_factor={entries['attention_factor']!r} and long_mscale={long!r}.")
     lists = [entries[key] for key in ("short_factor", "long_factor") if key in entries]
     if len(lists) == 2 and all(hasattr(one, "__len__") for one in lists) and len(lists[0]) != len(lists[1]):
-        raise OptionError(f"Contradiction: short_factor has {len(lists[0])} entries and long_factor {len(lists[1])}.")
+        message = f"Contradiction: short_factor has {len(lists[0])} entries and long_factor {len(lists[1])}."
+        raise ConfigFault(message, "lists", "short_factor", "long_factor")
 
 
 REWRITES: dict[str, Callable[[dict[str, Any], Any], None]] = {

@@ -1,0 +1,32 @@
+"""`pe-patch doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .application import app
+from .options import AsJson
+from .output import console, print_json
+
+
+@app.command(epilog="\b\nExample:\n  pe-patch doctor ./my-llama-32k\n  pe-patch doctor ./config.json --json")
+def doctor(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, a config.json, or a hub name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare what a config claims of positions with what the built model does. Needs no weights.
+
+    Exit code 1 where the model does not do what its config says.
+    """
+    from pe_patch.doctor import diagnose
+    from pe_patch.doctor.report import render
+
+    diagnosis = diagnose(path)
+    if as_json:
+        print_json(diagnosis.to_dict())
+    else:
+        console().print(render(diagnosis))
+    if not diagnosis.healthy:
+        raise typer.Exit(1)

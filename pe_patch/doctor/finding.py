@@ -1,0 +1,47 @@
+"""What an examination found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: what is claimed, what is in effect instead, and what to do."""
+
+    code: str
+    """The kind of fault in a word, such as "theta_lost"."""
+    severity: Severity
+    """An "error" is where the model does not do what its config says, a "warning" where it may not do what is meant."""
+    where: str
+    """The key of the config, the file or the module."""
+    claimed: str
+    in_effect: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that an examination found, what it looked at, and the numbers in effect."""
+
+    subject: str
+    family: str
+    transformers: str
+    findings: list[Finding]
+    checked: list[str]
+    """What was looked at, in words."""
+    effective: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By layer type ("all" where there are none): the base, the window, the factor on cos and sin, the wavelengths."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no fault is an error."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain lists, dicts, numbers and strings."""
+        return asdict(self) | {"healthy": self.healthy}
