@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +18,8 @@ from pe_patch.evaluation.questions import Question, QuestionTask
 from .code_blocks import Block, Code, read_code
 from .filling import text_size
 
-ASKED_TOKENS = 160
-"""The longest function that is asked for, so that it fits every length."""
+ASKED_TOKENS = 320
+"""The longest function that is asked for: it must fit the least length too."""
 CLOSE = 12
 """Tokens left over that no further statement is looked for."""
 SPARE = 4
@@ -31,8 +32,10 @@ class CodeParameters(QuestionTask):
     """The parameters of a function, to be written as they stand in its definition.
 
     The text is whole top-level statements of real Python files, in their order, from a random place on. The function,
-    from another file, stands at the depth. Its name is defined once in all of the text, and its parameters are written
-    nowhere else. A model may know a library by heart: the score without the text tells.
+    from another file, stands at the depth. Its name is defined once in all of the text, and its parameters, in their
+    brackets, are written nowhere else. Where the text has fewer of them than are asked for, they come again in other
+    surroundings, and rows tell how many different ones there were. A model may know a library by heart: the score
+    without the text tells.
     """
 
     name: ClassVar[str] = "code_parameters"
@@ -48,28 +51,28 @@ class CodeParameters(QuestionTask):
         code = read_code(tuple(bench.corpus.texts))
         seeds = [bench.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6)]
         rng = np.random.default_rng(seeds)
-        asked = self._asked(bench, code, rng)
-        starts = rng.random(len(asked))
+        functions = self._functions(bench, code, rng)
+        count = bench.samples_per_depth
+        stamps = {"different_functions": min(len(functions), count)}
         return [
-            _question(bench, code, block, within or length, depth or 0.0, float(start))
-            for block, start in zip(asked, starts, strict=True)
+            replace(_question(bench, code, function, within or length, depth or 0.0, start), stamps=stamps)
+            for function, start in zip(islice(cycle(functions), count), rng.random(count).tolist(), strict=True)
         ]
 
-    def _asked(self, bench: Bench, code: Code, rng: np.random.Generator) -> list[Block]:
-        """Different functions, as many as there are samples."""
+    def _functions(self, bench: Bench, code: Code, rng: np.random.Generator) -> list[Block]:
+        """Different functions, as many as there are samples if the text has them."""
         candidates = [block for block in code.blocks if block.parameters]
         found: list[Block] = []
         for index in rng.permutation(len(candidates)):
             block = candidates[index]
-            if bench.count(block.text) <= ASKED_TOKENS and code.says_once(block):
-                found.append(block)
-            if len(found) == bench.samples_per_depth:
-                return found
-        raise PePatchError(
-            f"The text ({bench.corpus.name}) has {len(found)} functions in Python that can be asked for, and "
-            f"{bench.samples_per_depth} are needed at each depth. Give more source code (text='stdlib' is some), or "
-            "ask for fewer samples."
-        )
+            if len(found) < bench.samples_per_depth and bench.count(block.text) <= ASKED_TOKENS:
+                found += [block] if code.says_once(block) else []
+        if not found:
+            raise PePatchError(
+                f"The text ({bench.corpus.name}) has no function in Python that can be asked for. Give source code: "
+                "text='stdlib', or a folder of .py files."
+            )
+        return found
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """1 where the answer begins with the parameters and the bracket that closes them, white space apart."""

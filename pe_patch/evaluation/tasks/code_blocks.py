@@ -38,8 +38,8 @@ class Code:
     text: str
 
     def says_once(self, block: Block) -> bool:
-        """Whether a function's parameters are written nowhere but in its definition."""
-        return block.parameters is not None and self.text.count(block.parameters) == 1
+        """Whether a function's parameters, in their brackets, are written nowhere but in its definition."""
+        return block.parameters is not None and self.text.count(f"({block.parameters})") == 1
 
 
 @lru_cache(maxsize=2)

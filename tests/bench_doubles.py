@@ -1,0 +1,43 @@
+"""A bench whose model answers what a test has it answer, for tasks that are asked without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.prompts import Frame
+from pe_patch.evaluation.questions import Question
+
+CHAT = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+
+
+class Answering:
+    """Stands for a model: `answer` gives what it writes after a question."""
+
+    device = torch.device("cpu")
+    autocast = None
+
+    def __init__(self, tokenizer: Any, answer: Callable[[Question], str]) -> None:
+        self.tokenizer, self.answer = tokenizer, answer
+
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        return [self.answer(question) for question in questions]
+
+
+def make_bench(
+    tokenizer: Any,
+    *,
+    answer: Callable[[Question], str] = lambda question: "",
+    texts: Sequence[str] = ("some text of no consequence\n" * 20,),
+    chat: bool = False,
+    **options: Any,
+) -> Bench:
+    settings: dict[str, Any] = {"lengths": [1024], "depths": [0.0, 0.5, 1.0], "samples": 6, "seed": 0}
+    settings |= {"control_length": 512, "scheme": "native", "tokenizer_hash": ""} | options
+    subject: Any = Answering(tokenizer, answer)
+    corpus = Corpus.load(tokenizer, list(texts), needed=1)
+    return Bench(subject=subject, corpus=corpus, frame=Frame.of(tokenizer, chat), **settings)
