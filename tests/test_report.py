@@ -1,14 +1,19 @@
 """The page stands alone, escapes what it shows, and its numbers are those of the rows."""
 
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
-from typing import ClassVar
+from pathlib import Path
 
+import altair as alt
 import numpy as np
 import pytest
 
-from pe_patch.evaluation import charts
-from pe_patch.evaluation.report import best_retrieval, write_report
+import pe_patch
+from pe_patch.errors import PePatchError
+from pe_patch.evaluation.charts import CacheLine, cache_chart, charts_of, dots
+from pe_patch.evaluation.report import Entry, Section, best_retrieval, write_report
 from pe_patch.evaluation.results import Results, Row
 from pe_patch.evaluation.tables import pivots
 
@@ -61,34 +66,71 @@ def folder(results, tmp_path_factory):
     return folder
 
 
-def test_what_a_model_or_a_file_says_is_escaped(folder):
-    page = (folder / "index.html").read_text()
-    assert "<script" not in page
+class Page(HTMLParser):
+    """Tags with their attributes, what stands between them, and the data of scripts apart."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.tags, self.text, self.scripts, self.inside = [], [], [], ""
+        self.whole = (folder / "index.html").read_text()
+        self.feed(self.whole)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        (self.scripts if self.inside == "script" else self.text).append(data)
+
+    def attributes(self, tag):
+        return [given for name, given in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page(folder)
+
+
+def test_what_a_model_or_a_file_says_is_escaped(page):
+    assert EVIL not in page.whole
+    # two with data and two of ours, none of a name
+    assert [given.get("id") for given in page.attributes("script")] == ["specifications", "themes", None, None]
     # title twice (tab and heading), verdict, two tables, command, note, two measured-on lines, configuration
-    assert page.count("&lt;script&gt;") >= 9
+    assert page.whole.count("&lt;script&gt;") >= 9
+    assert EVIL in "".join(page.text)
 
 
-def test_the_page_needs_no_network(folder):
-    class Links(HTMLParser):
-        found: ClassVar[list[str]] = []
+def test_a_name_with_markup_reaches_the_charts_as_it_is(page, results):
+    found = json.loads(page.scripts[0])
+    assert "<" not in page.scripts[0] and "<" not in page.scripts[1]
+    data = [row for rows in found["loss"][0]["datasets"].values() for row in rows]
+    named = {row["scheme"]: row for row in data if row.get("length") == 512}
+    assert set(named) == {"base", f"yarn {EVIL}"} and named["base"]["measured_on"] == f"somewhere {EVIL}"
 
-        def handle_starttag(self, tag, attributes):
-            assert tag not in ("script", "link", "iframe")
-            self.found += [value for name, value in attributes if name in ("src", "href", "srcset")]
 
-    page = (folder / "index.html").read_text()
-    Links().feed(page)
-    assert len(Links.found) == 6 and all(link.startswith("data:image/png;base64,") for link in Links.found)
-    assert not re.search(r"https?://|@import|url\(", page)
-    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+def test_the_page_needs_no_network(page):
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {name for name, _ in page.tags}
+    assert all("src" not in given for given in page.attributes("script"))
+    pictures = [given["src"] for given in page.attributes("img")]
+    assert pictures == [given["href"] for given in page.attributes("a") if not given["href"].startswith("#")]
+    assert set(pictures) == {"loss.png", "retrieval.png", "depth.png", "frequencies.png"}
+    assert not re.search(r"https?://|@import|url\(", "".join(page.text) + page.scripts[0] + page.scripts[3])
+    [policy] = [given["content"] for given in page.attributes("meta") if "http-equiv" in given]
+    assert policy.startswith("default-src 'none'; script-src 'unsafe-eval' 'sha256-")
+    assert "prefers-color-scheme: dark" in page.whole and 'name="viewport"' in page.whole
 
 
 def test_the_files_of_a_report(folder):
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"index.html", "loss.png", "retrieval.png", "frequencies.png", "results.jsonl", "config.json"}
-    for name in ("loss.png", "retrieval.png", "frequencies.png"):
+    pictures = {"loss.png", "retrieval.png", "depth.png", "frequencies.png"}
+    assert {path.name for path in folder.iterdir()} == {*pictures, "index.html", "results.jsonl", "config.json"}
+    for name in pictures:
         assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n")
     assert len(Results.load(folder).rows) == 12
+    # most of it is the charts' library, which is there once
+    assert 0.8e6 < (folder / "index.html").stat().st_size < 1.2e6
 
 
 def test_depths_are_pooled_and_the_best_of_each_length_is_marked(results, folder):
@@ -98,7 +140,9 @@ def test_depths_are_pooled_and_the_best_of_each_length_is_marked(results, folder
     # Clopper and Pearson for 5 of 20
     assert (cell.low, cell.high) == (pytest.approx(0.0866, abs=1e-4), pytest.approx(0.4910, abs=1e-4))
     page = (folder / "index.html").read_text()
-    assert re.search(r'<td class="best">0.950<small>', page) and re.search(r"<td>0.250<small>", page)
+    hint = 'title="20 questions; 1.000 within the trained window"'
+    assert re.search(rf'<td class="best" data-value="0.95\d*" {hint}>0.950<small>', page)
+    assert re.search(rf'<td data-value="0.25" {hint}>0.250<small>0.09 to 0.49<', page)
 
 
 def test_the_verdict_names_the_best_at_the_greatest_length(results):
@@ -108,15 +152,111 @@ def test_the_verdict_names_the_best_at_the_greatest_length(results):
     assert "does not show that the context is used" in best_retrieval(only_loss)
 
 
-def test_pictures_that_have_nothing_to_show_are_left_out(results, tmp_path):
+def test_charts_that_have_nothing_to_show_are_left_out(results, tmp_path):
     only_loss = Results([entry for entry in results.rows if entry.task == "perplexity"], results.config)
     write_report(only_loss, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["loss.png"]
+    with pytest.raises(PePatchError, match="no rows"):
+        write_report(Results(), tmp_path)
 
 
-def test_drawing_leaves_the_users_matplotlib_alone(results):
-    import matplotlib
+def panels(results, name):
+    """The data of each panel of a chart: its layers have the same."""
+    [chart] = [chart for chart in charts_of(results) if chart.name == name]
+    return [[row for rows in panel["datasets"].values() for row in rows] for panel in chart.specifications()]
 
-    before = matplotlib.get_backend(), dict(matplotlib.rcParams)
-    assert charts.loss_chart(results, charts.DARK) != charts.loss_chart(results, charts.LIGHT)
-    assert (matplotlib.get_backend(), dict(matplotlib.rcParams)) == before
+
+def test_the_charts_show_the_numbers_of_the_rows(results):
+    base, _ = panels(results, "depth")
+    assert {(row["length"], row["depth"]): row["short"] for row in base} == {
+        (64, "10%"): "1.00", (64, "90%"): "1.00", (512, "10%"): "0.20", (512, "90%"): "0.30",
+    }  # fmt: skip
+    [points] = panels(results, "retrieval")
+    pooled = next(row for row in points if row.get("length") == 512 and row.get("scheme") == "base")
+    assert pooled["score"] == pytest.approx(0.25) and pooled["samples"] == "20 questions"
+    # Clopper and Pearson for 5 of 20
+    assert pooled["interval"] == "0.087 to 0.491" and pooled["control"] == "1.000 at 64 tokens"
+    assert any(row.get("note") == "trained window 64" for row in points)
+
+
+def test_the_specifications_are_vega_lite(results):
+    frequencies = {"base": 10000.0 ** (-np.arange(8) / 8)}
+    for chart in charts_of(many(results), frequencies):
+        for specification in chart.specifications():
+            alt.Chart.from_dict(specification, validate=True)
+            assert specification["width"] == "container" and "config" not in specification
+
+
+def many(results):
+    """The same rows as three more tasks, and the loss by position."""
+    rows = [replace(entry, task=f"task {n}") for entry in results.rows if entry.task == "needle" for n in range(3)]
+    buckets = [{"first": 1, "last": 1, "loss": 4.0, "tokens": 8}, {"first": 2, "last": 3, "loss": 3.0, "tokens": 16}]
+    rows += [
+        replace(entry, measure="nats per token, by position", details={"buckets": buckets})
+        for entry in results.rows
+        if entry.task == "perplexity"
+    ]
+    return Results(results.rows + rows, results.config)
+
+
+def test_many_tasks_have_a_heat_map_and_a_mean(results, tmp_path):
+    base, _ = panels(many(results), "tasks")
+    assert {row["line"] for row in base} == {"needle", *(f"task {n}" for n in range(3))}
+    assert {row["short"] for row in base if row["length"] == 512} == {"0.25"}
+    write_report(many(results), tmp_path)
+    page = Page(tmp_path)
+    assert "Mean of 4 tasks: each task weighing the same" in page.text and "Tables of the 4 tasks" in page.text
+    [points] = panels(many(results), "positions")
+    assert [(row["length"], row["score"]) for row in points if row.get("scheme") == "base"] == [(1, 4.0), (3, 3.0)]
+
+
+def test_what_is_made_from_a_loss_is_better_when_less(results):
+    shown = [replace(entry, measure=name) for entry in results.rows if entry.task == "perplexity"
+             for name in ("LongPPL", "word perplexity, as lm-eval's rolling", "bits_per_byte")]  # fmt: skip
+    assert not any(pivot.counts for pivot in pivots(Results(shown)))
+    assert "does not show that the context is used" in best_retrieval(Results(shown))
+
+
+def test_a_single_length_is_shown_as_points(results):
+    longest = Results([entry for entry in results.rows if entry.length == 512], results.config)
+    [needle] = panels(longest, "retrieval")
+    assert {row["label"]: row["value"] for row in needle} == {
+        "base": pytest.approx(0.25), f"yarn {EVIL}": pytest.approx(0.95),
+    }  # fmt: skip
+
+
+def test_sections_stand_below_the_verdict(results, tmp_path):
+    row = {"label": EVIL, "column": "bytes", "value": 4096.0, "low": 4000.0, "high": 5000.0, "samples": "3 runs"}
+    chart = dots([row, row | {"label": "other", "value": None}], name="costs", title="Costs")
+    table = Section("Costs of each", columns=["scheme", "bytes"], rows=[[EVIL, Entry("4,096", 4096, hint=EVIL)]],
+                    caption="3 runs", sortable=True, charts=[chart])  # fmt: skip
+    write_report(results, tmp_path, sections=[table, Section("Folded", text="all of it", folded=True)])
+    page = Page(tmp_path)
+    text = "".join(page.text)
+    assert EVIL not in page.whole and text.index("answers 95%") < text.index("Costs of each") < text.index("Needle:")
+    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(PePatchError, match="Two charts are called costs"):
+        write_report(results, tmp_path, sections=[table, table])
+    with pytest.raises(PePatchError, match="label, column and value"):
+        dots([{"label": "base", "value": 1.0}], name="costs", title="Costs")
+
+
+def test_the_chart_of_caches_is_a_picture():
+    original = {"cached_bytes_per_token": 4096, "loss": 3.0, "retrieval": 1.0, "questions": 50}
+    rows = [{"cached_bytes_per_token": 4096 // n, "loss": 3.0 + n / 10, "retrieval": 1 - n / 20} for n in (2, 4, 8)]
+    lines = [CacheLine(f"svd {EVIL}", rows, 0), CacheLine("other", rows[:2], 1, dashed=True)]
+    assert cache_chart(lines, original, EVIL).startswith(b"\x89PNG\r\n")
+
+
+def test_drawing_and_the_users_altair_leave_each_other_alone(results):
+    before = [[chart.specifications() for chart in charts_of(results)]]
+    with alt.theme.enable("dark"), alt.data_transformers.enable("default", max_rows=1):
+        before.append([chart.specifications() for chart in charts_of(results)])
+        assert alt.theme.active == "dark" and alt.data_transformers.options == {"max_rows": 1}
+    assert json.dumps(before[0]) == json.dumps(before[1])
+
+
+def test_the_package_draws_without_matplotlib():
+    sources = {path: path.read_text(encoding="utf-8") for path in Path(pe_patch.__file__).parent.rglob("*.py")}
+    assert len(sources) > 100
+    assert [path for path, text in sources.items() if re.search(r"^\s*(import|from) matplotlib", text, re.M)] == []

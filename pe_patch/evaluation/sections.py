@@ -8,9 +8,9 @@ from typing import Any
 
 from pe_patch.evaluation.charts import Chart
 from pe_patch.evaluation.results import Cell, Results, Row
-from pe_patch.evaluation.tables import Pivot, interval, mean_pivot, pivots, words
+from pe_patch.evaluation.tables import Pivot, interval, mean_pivot, pivots, unit, words
 
-OPEN_TABLES = 4
+OPEN_TABLES = 3
 """Tasks whose tables are shown unfolded; those of more tasks stand below their mean, to be opened."""
 EXAMPLES = 60
 """Answers shown on a page; all are in results.jsonl."""
@@ -68,7 +68,6 @@ def score_sections(results: Results) -> list[Section]:
 
 def _table(pivot: Pivot) -> Section:
     cells = [cell for line in pivot.cells.values() for cell in line if cell is not None]
-    unit = "questions" if pivot.counts else "tokens"
     controls = "; ".join(
         name
         for name, given in (
@@ -78,7 +77,7 @@ def _table(pivot: Pivot) -> Section:
         if given
     )
     counted = _range({cell.samples for cell in cells})
-    caption = f"Columns: tokens given to the model. Each number counts {counted} {unit}"
+    caption = f"Columns: tokens given to the model. Each number counts {counted} {unit(pivot.measure)}"
     caption += "; below it the 95 % interval" * any(cell.low is not None for cell in cells)
     caption += f". {'More' if pivot.counts else 'Less'} is better; the best of each column is in colour."
     if controls:
@@ -100,7 +99,7 @@ def _score(cell: Cell | None, column: int, pivot: Pivot) -> Entry:
         f"{cell.score:.3f}",
         cell.score,
         interval(cell),
-        "; ".join(words(cell, "questions" if pivot.counts else "tokens")),
+        "; ".join(words(cell, unit(pivot.measure))),
         best=len(scores) > 1 and round(cell.score, 3) == best,
     )
 

@@ -22,7 +22,18 @@ class Pivot:
     @property
     def counts(self) -> bool:
         """Whether scores are shares of questions (more is better) rather than losses (less is better)."""
-        return not self.measure.startswith("nats")
+        return not is_loss(self.measure)
+
+
+def is_loss(measure: str) -> bool:
+    """Whether less is better: losses, and what is made from them."""
+    words = measure.lower().replace("_", " ")
+    return words.startswith("nats") or any(name in words for name in ("perplexity", "longppl", "bits per"))
+
+
+def unit(measure: str) -> str:
+    """What the samples of a measure are."""
+    return "tokens" if is_loss(measure) else "questions"
 
 
 def pivots(results: Results) -> list[Pivot]:
@@ -70,9 +81,9 @@ def _mean(cells: list[Cell | None]) -> Cell | None:
     return Cell(score, None, None, sum(cell.samples for cell in known), over("control"), over("without_context"))
 
 
-def words(cell: Cell, unit: str) -> list[str]:
+def words(cell: Cell, counted: str) -> list[str]:
     """What stands behind a score, in words: how much it counts, and its two controls."""
-    found = [f"{cell.samples:,} {unit}"]
+    found = [f"{cell.samples:,} {counted}"]
     if cell.control is not None:
         found.append(f"{cell.control:.3f} within the trained window")
     if cell.without_context is not None:
@@ -101,7 +112,6 @@ def summary(results: Results) -> Table:
 def _line(results: Results, key: dict[str, str | int]) -> list[str]:
     cell, rows = results.cell(**key), results.select(**key)
     assert cell is not None
-    unit = "tokens" if str(key["measure"]).startswith("nats") else "questions"
     memory = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
     return [
         str(key["scheme"]),
@@ -109,7 +119,7 @@ def _line(results: Results, key: dict[str, str | int]) -> list[str]:
         str(key["length"]),
         f"{cell.score:.3f}",
         interval(cell) or "-",
-        f"{cell.samples} {unit}",
+        f"{cell.samples} {unit(str(key['measure']))}",
         "-" if cell.control is None else f"{cell.control:.3f} at {rows[0].control_length}",
         f"{sum(row.seconds for row in rows):.1f}",
         "-" if memory is None else f"{memory / 2**20:.0f} MiB",

@@ -34,7 +34,7 @@ def cache_chart(lines: Sequence[CacheLine], original: Mapping[str, Any], title: 
         ),
     }
     panels = tuple(_panel(lines, original, measure, *look, colours) for measure, look in shown.items())
-    subtitle = f"Dotted: the original, which keeps {whole:,} bytes for each token. Higher sizes to the right."
+    subtitle = f"Dotted: the original, which keeps {whole:,} bytes for each token."
     return Chart("cache", title, panels, subtitle, columns=2).png(colours)
 
 

@@ -50,10 +50,16 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         "value": value,
         "low": low if bounded else None,
         "high": high if bounded else None,
-        "number": row.get("number") or ("not measured" if value is None else f"{value:.4g}"),
-        "interval": f"{low:.4g} to {high:.4g}" if bounded else "none",
+        "number": row.get("number") or (_shown(value)),
+        "interval": f"{_shown(low)} to {_shown(high)}" if bounded else "none",
         **{key: str(row[key]) for key in MORE if row.get(key) is not None},
     }
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _panel(found: list[dict[str, Any]], column: str, labels: list[str], domain: tuple[float, float] | None) -> Any:
@@ -61,8 +67,9 @@ def _panel(found: list[dict[str, Any]], column: str, labels: list[str], domain: 
     # headings first, what was measured on last
     tips = [*tips[-len(SHOWN) :], *tips[: -len(SHOWN)]]
     names = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=150)
-    scale = alt.Scale(zero=False) if domain is None else alt.Scale(domain=list(domain))
-    x = alt.X("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, format="~s" if domain is None else ""))
+    style = "~s" if max(abs(one["value"] or 0) for one in found) >= 10_000 else ",.4~r"
+    scale = alt.Scale(zero=False, padding=14) if domain is None else alt.Scale(domain=list(domain))
+    x = alt.X("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, format=style))
     y = alt.Y("label:N", title=None, scale=alt.Scale(domain=labels), axis=names)
     # scales over nothing make Vega warn: what is not there is left out here
     base = alt.Chart(data([one for one in found if one["value"] is not None])).encode(y=y)

@@ -18,6 +18,7 @@ from pe_patch.evaluation.charts.parts import (
     window_mark,
 )
 from pe_patch.evaluation.results import Results
+from pe_patch.evaluation.tables import is_loss
 
 BY_POSITION = "by position"
 HOW_TO_READ = (
@@ -28,7 +29,7 @@ HOW_TO_READ = (
 
 def loss_chart(results: Results) -> Chart | None:
     """A panel for each measure of loss, a line for each scheme; None where no loss was measured."""
-    measures = [name for name in results.values("measure") if name.startswith("nats") and BY_POSITION not in name]
+    measures = [name for name in results.values("measure") if is_loss(name) and BY_POSITION not in name]
     pairs = [(row.task, row.measure) for row in results.rows if row.measure in measures]
     found = {pair: records(results, task=pair[0], measure=pair[1]) for pair in dict.fromkeys(pairs)}
     if not found:
@@ -43,7 +44,10 @@ def loss_chart(results: Results) -> Chart | None:
     names, window, x = results.values("scheme"), results.config.get("native_window"), length_axis(lengths)
     panels = []
     for (_, measure), some in found.items():
-        y = alt.Y("score:Q", title="nats per token", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
+        # a perplexity is the exponential of a loss, and may be a thousand times another
+        nats = measure.startswith("nats")
+        scale = alt.Scale(zero=False) if nats else alt.Scale(type="log", nice=True)
+        y = alt.Y("score:Q", title="nats per token" if nats else None, scale=scale, axis=alt.Axis(tickCount=6))
         marks = lines(some, names, x, y, tooltips(*MEASURED)) + window_mark(window, lengths, x)
         panels.append(alt.layer(*marks).properties(width=400, height=250, title=_panel_title(measure)))
     return Chart("loss", title, tuple(panels), subtitle, HOW_TO_READ, columns=side_by_side(panels, 2))

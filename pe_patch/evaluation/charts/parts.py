@@ -10,6 +10,7 @@ import altair as alt
 from pe_patch.evaluation.charts.chart import Panel, data
 from pe_patch.evaluation.charts.theme import DARK_INK, LIGHT_INK
 from pe_patch.evaluation.results import Results, Row
+from pe_patch.evaluation.tables import unit
 
 Record = dict[str, Any]
 
@@ -62,10 +63,6 @@ def records(results: Results, **wanted: Any) -> list[Record]:
     for row in results.select(**wanted):
         groups.setdefault((row.scheme, row.task, row.measure, row.length), []).append(row)
     return [record(results, rows) for rows in groups.values()]
-
-
-def unit(measure: str) -> str:
-    return "tokens" if measure.startswith("nats") else "questions"
 
 
 def counted(found: Iterable[Mapping[str, Any]]) -> str:
@@ -163,7 +160,7 @@ def heat_map(found: Sequence[Record], x: Any, y: Any, tips: list[alt.Tooltip], *
     """Shares from 0 to 1 as colours, with the number in each cell; `found` has `score` and `short` (the number)."""
     base = alt.Chart(data(found)).encode(x=x, y=y)
     ink = alt.condition("datum.score > 0.45", alt.value(DARK_INK), alt.value(LIGHT_INK))
-    colour = alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], range="heatmap"), legend=None)
+    colour = alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], range="heatmap", clamp=True), legend=None)
     return [
         base.mark_rect().encode(color=colour, tooltip=tips),
         base.mark_text(fontSize=text_size).encode(text="short:N", color=ink, tooltip=tips),

@@ -21,6 +21,7 @@ from pe_patch.evaluation.charts.parts import (
     window_mark,
 )
 from pe_patch.evaluation.results import Results
+from pe_patch.evaluation.tables import is_loss
 
 HOW_TO_READ = (
     "Higher is better. A scheme reads its context where its line stays up beyond the trained window and its interval "
@@ -30,7 +31,7 @@ HOW_TO_READ = (
 
 def retrieval_chart(results: Results) -> Chart | None:
     """A panel for each task, a line for each scheme, depths pooled; None where nothing was asked."""
-    rows = [row for row in results.rows if not row.measure.startswith("nats")]
+    rows = [row for row in results.rows if not is_loss(row.measure)]
     pairs = dict.fromkeys((row.task, row.measure) for row in rows)
     found = {pair: records(results, task=pair[0], measure=pair[1]) for pair in pairs}
     if not found:
@@ -40,9 +41,15 @@ def retrieval_chart(results: Results) -> Chart | None:
     subtitle = f"Each point: {counted(everything)}; bars and bands: 95 % interval. {about(results)}"
     lengths = sorted({one["length"] for one in everything})
     if len(lengths) == 1:
-        labelled = [one | {"label": one["scheme"], "column": one["task"], "value": one["score"]} for one in everything]
+        tasks = [task for task, _ in found]
+        names = {pair: ", ".join(pair) if tasks.count(pair[0]) > 1 else pair[0] for pair in found}
+        marks = [
+            one | {"label": one["scheme"], "column": names[one["task"], one["measure"]], "value": one["score"]}
+            for one in everything
+        ]
+        domain = (0.0, 1.0) if max(one["score"] for one in everything) <= 1 else None
         title = f"{title}: {lengths[0]:,} tokens"
-        return dots(labelled, name="retrieval", title=title, subtitle=subtitle, caption=HOW_TO_READ, domain=(0, 1))
+        return dots(marks, name="retrieval", title=title, subtitle=subtitle, caption=HOW_TO_READ, domain=domain)
     panels = [_panel(results, some, pair, lengths, sole=len(found) == 1) for pair, some in found.items()]
     return Chart("retrieval", title, tuple(panels), subtitle, HOW_TO_READ, columns=side_by_side(panels, 3))
 
@@ -51,7 +58,10 @@ def _panel(
     results: Results, found: Sequence[Record], pair: tuple[str, str], lengths: Sequence[int], sole: bool
 ) -> alt.LayerChart:
     task, measure = pair
-    y = alt.Y("score:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5))
+    # a share, but for measures of other libraries that reach 100
+    top = max(1, *(one["score"] for one in found))
+    shares = alt.Axis(tickCount=5, format=".0%" if top == 1 else "~g")
+    y = alt.Y("score:Q", title=None, scale=alt.Scale(domain=[0, top]), axis=shares)
     x = length_axis(lengths)
     marks = lines(found, results.values("scheme"), x, y, tooltips(*MEASURED))
     marks += window_mark(results.config.get("native_window"), lengths, x)

@@ -16,6 +16,7 @@ from pe_patch.evaluation.charts.parts import (
     tooltips,
 )
 from pe_patch.evaluation.results import Results
+from pe_patch.evaluation.tables import is_loss
 
 FEWEST = 4
 HOW_TO_READ = "Each task's own score from 0 (dark blue) to 1 (yellow), depths pooled; texts grow from left to right."
@@ -23,7 +24,7 @@ HOW_TO_READ = "Each task's own score from 0 (dark blue) to 1 (yellow), depths po
 
 def task_chart(results: Results) -> Chart | None:
     """For each scheme a heat map of tasks against lengths; None for fewer tasks than `FEWEST`."""
-    pairs = list(dict.fromkeys((row.task, row.measure) for row in results.rows if not row.measure.startswith("nats")))
+    pairs = list(dict.fromkeys((row.task, row.measure) for row in results.rows if not is_loss(row.measure)))
     if len(pairs) < FEWEST:
         return None
     several = {task for task, _ in pairs if [name for name, _ in pairs].count(task) > 1}
