@@ -254,6 +254,24 @@ def test_right_or_wrong_has_the_exact_interval():
     assert score_interval([1.0] * 5 + [0.0] * 15) == (pytest.approx(0.0866, abs=1e-4), pytest.approx(0.4910, abs=1e-4))
 
 
+def test_questions_about_one_text_count_as_one():
+    """Four copies of one answer tell no more than one: the interval is that of the texts."""
+    texts = [1.0] * 6 + [0.0] * 4
+    groups = [number for number in range(10) for _ in range(4)]
+    assert score_interval([1.0] * 40, groups) == score_interval([1.0] * 10)
+    low, high = score_interval([text for text in texts for _ in range(4)], groups)
+    assert (low, high) == bootstrap_interval(texts)
+    # the standard error of a mean of ten, sqrt(.6 x .4 / 10) = .155, times 1.96 on either side
+    assert low == pytest.approx(0.6 - 0.30, abs=0.1) and high == pytest.approx(0.6 + 0.30, abs=0.1)
+
+
+def test_pooled_depths_of_the_same_texts_are_not_taken_for_independent(tokenizer):
+    results = measure(double(Copier, tokenizer), tokenizer, "needle_single", [300], samples=6, depths=(0.0, 0.5, 1.0))
+    cell = results.cell(task="needle_single", length=300)
+    assert cell is not None and cell.samples == 6
+    assert (cell.low, cell.high) == score_interval([1.0, 1.0])
+
+
 # Chat
 
 

@@ -30,20 +30,36 @@ def binomial_interval(successes: int, trials: int, confidence: float = CONFIDENC
     return low, high
 
 
-def bootstrap_interval(scores: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The percentile interval of a mean (Efron 1979), from `RESAMPLES` draws that are the same every time."""
+def bootstrap_interval(
+    scores: Sequence[float], sizes: Sequence[int] | None = None, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The percentile interval of a mean (Efron 1979), from `RESAMPLES` draws that are the same every time.
+
+    With `sizes`, scores are sums over so many questions, drawn as a whole.
+    """
     values = np.asarray(scores, dtype=np.float64)
+    counts = np.ones(len(values)) if sizes is None else np.asarray(sizes, dtype=np.float64)
     picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
     tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(values[picks].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(values[picks].sum(axis=1) / counts[picks].sum(axis=1), [tail, 100 - tail])
     return float(low), float(high)
 
 
-def score_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """The interval of a mean of scores from 0 to 1: exact where each is right or wrong, else by the bootstrap."""
-    if all(score in (0, 1) for score in scores):
-        return binomial_interval(int(sum(scores)), len(scores))
-    return bootstrap_interval(scores)
+def score_interval(scores: Sequence[float], groups: Sequence[Any] | None = None) -> tuple[float, float]:
+    """The interval of a mean of scores from 0 to 1: exact where each is right or wrong, else by the bootstrap.
+
+    Scores of one group (questions about one text) are not independent: the groups' means are drawn then, each weighing
+    by its size. Where all scores are the same the interval is the exact one of as many questions as there are groups.
+    """
+    if groups is None or len(set(groups)) == len(scores):
+        exact = all(score in (0, 1) for score in scores)
+        return binomial_interval(int(sum(scores)), len(scores)) if exact else bootstrap_interval(scores)
+    sums: dict[Any, list[float]] = {}
+    for score, group in zip(scores, groups, strict=True):
+        sums.setdefault(group, []).append(score)
+    if len(set(scores)) == 1 and scores[0] in (0, 1):
+        return binomial_interval(int(scores[0]) * len(sums), len(sums))
+    return bootstrap_interval([sum(each) for each in sums.values()], sizes=[len(each) for each in sums.values()])
 
 
 def _at_most(successes: int, trials: int, p: float) -> float:

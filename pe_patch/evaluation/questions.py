@@ -31,6 +31,8 @@ class Question:
     """The same question with nothing to read before it [m]: what the model knows without the text."""
     depth: float | None = None
     """Where the answer stands: 0 is the start of the text, 1 its end."""
+    group: int | None = None
+    """The same for questions about the same text, whose answers are not independent; None where each has its own."""
     stamps: Mapping[str, Any] = field(default_factory=dict)
     """What the row should tell of its questions (JSON-able, the same for all of them)."""
 
@@ -144,7 +146,8 @@ class QuestionTask:
     ) -> Any:
         from pe_patch.evaluation.metrics import score_interval
 
-        low, high = score_interval(scores)
+        groups = [number if each.group is None else each.group for number, each in enumerate(questions)]
+        low, high = score_interval(scores, groups)
         score = sum(scores) / len(scores)
         control, reason = self._within(bench, length, depth, score)
         sizes = [len(question.prompt) for question in questions]
@@ -165,6 +168,7 @@ class QuestionTask:
             measured_on=self.measured_on(bench, questions),
             details={
                 "scores": scores,
+                **({"groups": groups} if any(each.group is not None for each in questions) else {}),
                 "prompt_tokens": {"mean": sum(sizes) / len(sizes), "least": min(sizes), "greatest": max(sizes)},
                 **({"no_control": reason} if reason else {}),
                 "stamps": {**self.stamps(bench), **questions[0].stamps},

@@ -98,7 +98,11 @@ class Results:
         from pe_patch.evaluation.metrics import binomial_interval, score_interval
 
         each = [share for row in rows for share in row.details.get("scores", ())]
-        whole = binomial_interval(round(score * samples), samples) if len(each) != samples else score_interval(each)
+        groups = [group for row in rows for group in row.details.get("groups", ())]
+        if len(each) != samples:
+            whole = binomial_interval(round(score * samples), samples)
+        else:
+            whole = score_interval(each, groups if len(groups) == samples else None)
         return Cell(score, *whole, samples, **controls)
 
     def to_pandas(self) -> Any:

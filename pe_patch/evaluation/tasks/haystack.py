@@ -53,6 +53,10 @@ class _HeatMap(QuestionTask):
         others = f", {self.distractors} distractors" if self.distractors else ""
         return f"share of {facts} values found{others}" if facts > 1 else f"values found, 1 needle{others}"
 
+    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+        texts = len({question.group for question in questions})
+        return f"{super().measured_on(bench, questions)}, about {texts} texts, the same at each depth"
+
     def stamps(self, bench: Bench) -> dict[str, Any]:
         return {"wording": resolve_wording(self.wording, bench).name}
 
@@ -84,7 +88,7 @@ class _HeatMap(QuestionTask):
         text = [part for part, _ in splice(piece, facts, place(tokenizer, wording, piece, depths))]
         for question, budget, references in ends:
             prompt = np.concatenate([head, *text, question])
-            yield Question(prompt, references, budget, np.concatenate([head, question]), depth)
+            yield Question(prompt, references, budget, np.concatenate([head, question]), depth, group=number)
 
     def _ends(
         self, wording: Wording, tail: str, keys: list[str], values: list[list[str]]
