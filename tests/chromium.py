@@ -7,10 +7,19 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FOUND = next((path for name in NAMES if (path := shutil.which(name))), None)
+# Chromium reads what it is told from descriptor 3 and answers on 4. Both pipes are moved out of the way first.
+START = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3]]
+os.dup2(pipes[0], 3)
+os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 60  # seconds that a page may take
 
 
@@ -26,10 +35,8 @@ class Chromium:
             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}",
             "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
-        # Chromium reads what it is told from descriptor 3 and answers on 4
-        redirect = f'exec "$0" "$@" 3<&{reads_there} 4>&{writes_there}'
         self.process = subprocess.Popen(
-            ["sh", "-c", redirect, FOUND, *options],
+            [sys.executable, "-c", START, str(reads_there), str(writes_there), FOUND, *options],
             pass_fds=(reads_there, writes_there),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
