@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
 }
 """The lower floors; `patch` joins them, and storage, export, describe, evaluation and the command line stand above."""
 
-ABOVE = {"cli", "evaluation", "demo", "catalogue", "loading"}
+ABOVE = {"cli", "evaluation", "demo", "catalogue", "loading", "advice"}
 
 
 def modules() -> dict[Path, str]:
