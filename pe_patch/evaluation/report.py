@@ -80,6 +80,7 @@ def write_report(
     _check_names(charts)
     for chart in charts:
         write_atomically(folder / f"{chart.name}.png", chart.png())
+    hashes = [(f"hash of the {what}", _plain(results.values(f"{what}_hash"))) for what in ("text", "tokenizer")]
     scripts = [_library(), _source("report.js")]
     html = (
         _environment()
@@ -91,12 +92,12 @@ def write_report(
             command=command,
             notes=notes,
             measured_on=measured_on,
-            config=[(name.replace("_", " "), _plain(value)) for name, value in results.config.items()],
+            config=[*((name.replace("_", " "), _plain(value)) for name, value in results.config.items()), *hashes],
             specifications=_json({chart.name: chart.specifications() for chart in charts}),
             themes=_json({"light": theme(LIGHT), "dark": theme(DARK)}),
             style=_source("report.css"),
             scripts=scripts,
-            hashes=[_digest(script) for script in scripts],
+            digests=[_digest(script) for script in scripts],
         )
     )
     write_atomically(folder / "index.html", html)

@@ -47,7 +47,7 @@ def _chart(results: Results, task: str, measure: str, name: tuple[str, ...]) -> 
         "depth:N", title="where the answer stands", sort=depths, scale=alt.Scale(domain=depths),
         axis=alt.Axis(domain=False, ticks=False),
     )  # fmt: skip
-    tips = tooltips("scheme", "task", "length", "depth", *MEASURED[3:])
+    tips = tooltips("scheme", "task", "asked", "depth", *MEASURED[3:])
     panels = []
     for scheme in dict.fromkeys(row.scheme for row in rows):
         marks = heat_map([one for one in found if one["scheme"] == scheme], x, y, tips)

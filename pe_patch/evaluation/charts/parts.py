@@ -18,7 +18,7 @@ TOOLTIPS = {
     "scheme": "scheme",
     "task": "task",
     "measure": "measure",
-    "length": "length asked for",
+    "asked": "length asked for",
     "tokens": "tokens given",
     "depth": "answer stands at",
     "number": "score",
@@ -40,10 +40,12 @@ def record(results: Results, rows: Sequence[Row]) -> Record:
     cell = results.cell(**same)
     assert cell is not None
     tokens = sorted({row.tokens for row in rows})
-    control = "not measured" if cell.control is None else f"{cell.control:.3f} at {first.control_length:,} tokens"
+    missing = first.details.get("no_control") or "not measured"
+    control = missing if cell.control is None else f"{cell.control:.3f} at {first.control_length:,} tokens"
     return {
         **{name: getattr(first, name) for name in names},
         "depth": f"{first.depth:.0%}" if len(rows) == 1 and first.depth is not None else "every depth measured",
+        "asked": f"{first.length:,} tokens",
         "tokens": f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}",
         "score": cell.score,
         "low": cell.low,
@@ -86,7 +88,7 @@ def tooltips(*names: str, extra: Mapping[str, str] | None = None) -> list[alt.To
 
 
 MEASURED = (
-    "scheme", "task", "length", "tokens", "number", "interval", "samples", "control", "without_context", "measured_on",
+    "scheme", "task", "asked", "tokens", "number", "interval", "samples", "control", "without_context", "measured_on",
 )  # fmt: skip
 """What a tooltip tells of a measurement."""
 
