@@ -75,7 +75,8 @@ def _panel(
         "opacity": alt.Opacity("line:N", scale=by_line([0.65 if line.dashed else 1.0 for line in lines]), legend=None),
     }
     shape = alt.Shape("line:N", scale=by_line([SHAPES[line.colour % len(SHAPES)] for line in lines]), legend=legend)
-    dash = alt.StrokeDash("line:N", scale=by_line([[5, 4] if line.dashed else [1, 0] for line in lines]), legend=legend)
+    # in a legend's filled signs dashes are only ragged edges
+    dash = alt.StrokeDash("line:N", scale=by_line([[5, 4] if line.dashed else [1, 0] for line in lines]), legend=None)
     base = alt.Chart(data(found)).encode(x=x, y=y, **look)
     level = alt.Chart(data([{"value": original[measure]}])).encode(y=y)
     return alt.layer(
