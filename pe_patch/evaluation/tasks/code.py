@@ -104,12 +104,9 @@ def _question(bench: Bench, code: Code, asked: Block, length: int, depth: float,
         )
     before, after = _around(bench, code, asked, room - least, depth, start)
     while (excess := text_size(bench, _prompt([*before, asked, *after], asked.name), lead) - room) > 0:
-        # Statements joined may take a token more than each by itself: the smallest that makes up for it goes.
-        least_loss = min(
-            (block for block in [*before, *after] if _size(bench, block) >= excess), key=partial(_size, bench)
-        )
-        (before if least_loss in before else after).remove(least_loss)
-    sizes = [sum(_size(bench, block) for block in side) for side in (before, after)]
+        lost = least_loss(bench, [*before, *after], excess)
+        (before if lost in before else after).remove(lost)
+    sizes = [sum(block_size(bench, block) for block in side) for side in (before, after)]
     return Question(
         prompt=bench.prompt(_prompt([*before, asked, *after], asked.name), lead),
         references=(asked.parameters,),
@@ -125,8 +122,8 @@ def _around(
     """Statements of other files that fill the room before and after the function, from a place on in their order."""
     first = int(start * len(code.blocks))
     others = iter([block for block in [*code.blocks[first:], *code.blocks[:first]] if block.document != asked.document])
-    before, left = _fill(bench, others, round(depth * room))
-    after, left = _fill(bench, others, room - sum(_size(bench, block) for block in before))
+    before, left = fill(bench, others, round(depth * room))
+    after, left = fill(bench, others, room - sum(block_size(bench, block) for block in before))
     if left > max(2 * CLOSE, room // 20):
         raise PePatchError(
             f"The text ({bench.corpus.name}) has too little Python code: {left} of {room} tokens stay empty. "
@@ -135,18 +132,28 @@ def _around(
     return before, after
 
 
-def _fill(bench: Bench, blocks: Iterator[Block], room: int) -> tuple[list[Block], int]:
+def fill(bench: Bench, blocks: Iterator[Block], room: int) -> tuple[list[Block], int]:
     """The next statements that fit, those that do not being passed over, and the tokens that are left."""
     chosen: list[Block] = []
     while room >= CLOSE and (block := next(blocks, None)) is not None:
-        size = _size(bench, block)
+        size = block_size(bench, block)
         if size <= room:
             chosen.append(block)
             room -= size
     return chosen, room
 
 
-def _size(bench: Bench, block: Block) -> int:
+def least_loss(bench: Bench, blocks: Sequence[Block], excess: int) -> Block:
+    """The statement to leave out where they are too long together: joined, some take a token more than by themselves.
+
+    It is the smallest that makes up for the excess, or else the greatest.
+    """
+    by_size = sorted(blocks, key=partial(block_size, bench))
+    return next((block for block in by_size if block_size(bench, block) >= excess), by_size[-1])
+
+
+def block_size(bench: Bench, block: Block) -> int:
+    """Tokens of a statement and the empty line after it."""
     return bench.count(block.text + GAP)
 
 
@@ -162,4 +169,4 @@ def _tight(text: str) -> str:
     return "".join(text.split())
 
 
-CODE: Mapping[str, type[CodeParameters]] = {CodeParameters.name: CodeParameters}
+CODE: Mapping[str, type[QuestionTask]] = {CodeParameters.name: CodeParameters}

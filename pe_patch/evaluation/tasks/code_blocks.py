@@ -15,6 +15,9 @@ SHORTEST_PARAMETERS = 12
 LONGEST_PARAMETERS = 160
 """Characters of a parameter list: fewer could be guessed, more would take a long answer."""
 
+PARAGRAPH = (40, 400)
+"""Characters of a paragraph of documentation."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -50,6 +53,19 @@ def read_code(texts: tuple[str, ...]) -> Code:
     defined = Counter(node.name for _, _, tree in kept for node in ast.walk(tree) if isinstance(node, _DEFINITIONS))
     blocks = [block for number, text, tree in kept for block in _blocks(number, text, tree, defined)]
     return Code(tuple(blocks), "\n".join(text for _, text, _ in kept))
+
+
+@lru_cache(maxsize=2)
+def read_paragraphs(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The first paragraphs of docstrings, each on one line and none twice, of a length that is worth comparing."""
+    trees = [tree for tree in map(_parse, texts) if tree is not None]
+    found = [
+        " ".join(text.split("\n\n")[0].split())
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, *_DEFINITIONS)) and (text := ast.get_docstring(node))
+    ]
+    return tuple(dict.fromkeys(text for text in found if PARAGRAPH[0] <= len(text) <= PARAGRAPH[1]))
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from pe_patch.errors import OptionError, unknown
 from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question, QuestionTask
-from pe_patch.evaluation.tasks.filling import most, text_size
+from pe_patch.evaluation.questions import Question
+from pe_patch.evaluation.tasks.generated import Drawn, Generated
 
 from . import scoring
 
@@ -21,59 +20,10 @@ PAPER = "Zhang et al. 2024, arXiv 2402.13718 (the idea; wording and generator ar
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One question: `text(units)` is its prompt, `bare` that with nothing to read, `answer(units)` the right answer,
-    and `widest` an answer that takes as many tokens as any."""
-
-    text: Callable[[int], str]
-    bare: str
-    lead: str
-    answer: Callable[[int], str]
-    widest: str
-
-
-@dataclass(frozen=True)
-class _Generated(QuestionTask):
-    """As many whole units of text as fit beside the question and its answer."""
-
-    paper: ClassVar[str] = PAPER
-    least: ClassVar[int] = 1
-    """The fewest units that a question can be asked about."""
-    spare: ClassVar[int] = 2
-    """Tokens that an answer may take beside the right one."""
-
-    def drawn(self, rng: np.random.Generator, depth: float) -> Drawn:
-        """The facts of one question."""
-        raise NotImplementedError
-
-    def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
-    ) -> Sequence[Question]:
-        count = bench.samples_per_depth if self.by_depth else bench.samples
-        return [self._question(bench, within or length, depth, number) for number in range(count)]
-
-    def _question(self, bench: Bench, length: int, depth: float | None, number: int) -> Question:
-        seeds = [bench.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6), number]
-        drawn = self.drawn(np.random.default_rng(seeds), depth or 0.0)
-        budget = bench.count(" " + drawn.widest) + self.spare
-        size: Callable[[int], int] = lambda units: text_size(bench, drawn.text(units), drawn.lead)  # noqa: E731
-        units = most(size, length - budget + 1, self.least, f"A question of {self.name!r}")
-        return Question(
-            prompt=bench.prompt(drawn.text(units), drawn.lead),
-            references=(drawn.answer(units),),
-            budget=budget,
-            without_context=bench.prompt(drawn.bare, drawn.lead),
-            depth=round(depth * units) / units if self.by_depth and depth is not None else None,
-        )
-
-    def stamps(self, bench: Bench) -> dict[str, Any]:
-        return {"generator": 1, "wording": "own"}
-
-
-@dataclass(frozen=True)
-class _InNoise(_Generated):
+class _InNoise(Generated):
     """Digits said once in lines of noise that are all the same."""
 
+    paper: ClassVar[str] = PAPER
     by_depth: ClassVar[bool] = True
     same_at_every_length: ClassVar[bool] = True
     needle: ClassVar[str] = ""
@@ -83,7 +33,7 @@ class _InNoise(_Generated):
     def digits(self, rng: np.random.Generator) -> str:
         raise NotImplementedError
 
-    def drawn(self, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
         digits = self.digits(rng)
         needle = self.needle.format(digits=digits)
 
@@ -149,7 +99,7 @@ PLACES: dict[str, Callable[[list[int]], float]] = {
 
 
 @dataclass(frozen=True)
-class ListFind(_Generated):
+class ListFind(Generated):
     """The largest, the smallest or one next to it of a list of whole numbers; equal ones count as one.
 
     Args:
@@ -158,6 +108,7 @@ class ListFind(_Generated):
 
     place: str | None = None
 
+    paper: ClassVar[str] = PAPER
     name: ClassVar[str] = "list_find"
     summary: ClassVar[str] = "the largest, second largest, ... smallest number of a long list is asked for"
     least: ClassVar[int] = 12
@@ -167,7 +118,7 @@ class ListFind(_Generated):
         if self.place is not None and self.place not in PLACES:
             raise unknown("place", self.place, PLACES)
 
-    def drawn(self, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
         place = str(rng.choice(list(PLACES))) if self.place is None else self.place
         # Bounds of its own for each list: else the answer of a long one would always be 0 or 999.
         low, high = int(rng.integers(0, 200)), int(rng.integers(800, self.span))
@@ -199,7 +150,7 @@ class ListFind(_Generated):
 
 
 @dataclass(frozen=True)
-class CallChain(_Generated):
+class CallChain(Generated):
     """What a function returns that calls another, which calls another: one is in each layer, among others like it.
 
     Args:
@@ -208,6 +159,7 @@ class CallChain(_Generated):
 
     layers: int = 4
 
+    paper: ClassVar[str] = PAPER
     name: ClassVar[str] = "call_chain"
     summary: ClassVar[str] = "the value of a function that calls through a long file of others is asked for"
 
@@ -215,7 +167,7 @@ class CallChain(_Generated):
         if self.layers < 2:
             raise OptionError(f"layers is the number of functions in a chain, at least 2; got {self.layers}.")
 
-    def drawn(self, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
         argument = int(rng.integers(-10, 11))
         shifts = [int(shift) for shift in rng.integers(-12, 18, self.layers)]
         seed = int(rng.integers(2**32))

@@ -34,7 +34,9 @@ class InfiniteBenchTask(DataSetTask):
         if self.wording not in WORDINGS:
             raise unknown("wording", self.wording, WORDINGS)
         if self.wording == "official" and self.data_set.official is None:
-            raise PePatchError(f"lm-eval has no wording of {self.data_name}. Leave wording= at 'own'.")
+            raise PePatchError(
+                f"lm-eval has no wording of {self.data_name}. Leave wording= at 'own', or leave this one out."
+            )
 
     def prompt(self, row: Row) -> tuple[str, str]:
         if self.wording == "official":
