@@ -53,7 +53,7 @@ def load_documents(
 def _records(source: str, split: Split | None, text_column: str, limit: int | None) -> Iterator[Record]:
     path = Path(source).expanduser()
     if source == "stdlib":
-        return _split(_stdlib(), split)
+        return _split(stdlib_files(), split)
     if path.is_dir():
         return _split(_folder(path, text_column), split)
     if path.is_file():
@@ -81,7 +81,7 @@ def _split(records: Iterable[Record], split: Split | None) -> Iterator[Record]:
             yield name, text
 
 
-def _stdlib() -> Iterator[Record]:
+def stdlib_files() -> Iterator[Record]:
     root = Path(sysconfig.get_paths()["stdlib"])
     shortest, longest = STDLIB_CHARACTERS
     for path in sorted(root.rglob("*.py")):

@@ -1,0 +1,287 @@
+"""RULER's tasks as an evaluation asks them: their options, their stamps and the name that a result may bear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from pe_patch.errors import OptionError, PePatchError, unknown
+from pe_patch.evaluation.bench import Bench, Piece
+from pe_patch.evaluation.corpus import whole_ids
+from pe_patch.evaluation.questions import Question, QuestionTask
+from pe_patch.evaluation.tasks.ruler.documents import Answering, Documents, Source, load
+from pe_patch.evaluation.tasks.ruler.generator import VERSION, Generator, Sample, Tokens
+from pe_patch.evaluation.tasks.ruler.material import Essay, digest, essay_from, essay_of, read_words, single
+from pe_patch.evaluation.tasks.ruler.niah import WITH_TOKENS, Niah, Shape, TokenNiah
+from pe_patch.evaluation.tasks.ruler.official import official
+from pe_patch.evaluation.tasks.ruler.scoring import postprocess, string_match_all, string_match_part
+from pe_patch.evaluation.tasks.ruler.source_questions import BY_HOPS
+from pe_patch.evaluation.tasks.ruler.tracking import Tracking
+from pe_patch.evaluation.tasks.ruler.wording import ENGLISH, NAMES, OFFICIAL, TOKENS, Wording, choose
+from pe_patch.evaluation.tasks.ruler.words import CommonWords, FrequentWords
+
+RULER_ITSELF, RULER_LIKE = "of RULER", "after RULER"
+"""What a row's stamps call its benchmark: where nothing was substituted, and where something was."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A generator, what rows say about the text that it uses, and, once all samples are made, what of it is not
+    RULER's own."""
+
+    generator: Generator
+    stamps: dict[str, Any]
+    substitutes: Callable[[], list[str]] = list
+
+
+@dataclass(frozen=True)
+class RulerTask(QuestionTask):
+    """One of RULER's tasks. Needles, values, places and answers are RULER's own for the same tokenizer and seed.
+
+    `wording` is "english" (ours), "official" (RULER's, read from the installed lm-eval), "tokens" (single tokens, for
+    the demo's vocabulary) or None for the one that fits the vocabulary. RULER's search for a size leaves a part of the
+    window empty, with running text up to three quarters of a short one; `exact_fit` fills it.
+    """
+
+    wording: str | None = None
+    exact_fit: bool = False
+
+    paper: ClassVar[str] = "Hsieh et al. 2024, arXiv 2404.06654"
+    match: ClassVar[Callable[[str, Sequence[str]], float]] = staticmethod(string_match_all)
+
+    def __post_init__(self) -> None:
+        if self.wording is not None and self.wording not in NAMES:
+            raise unknown("wording", self.wording, NAMES)
+
+    def questions(
+        self, bench: Bench, length: int, depth: float | None = None, within: int | None = None
+    ) -> list[Question]:
+        key = bench.key(self, "facts", length)
+        with self._named():
+            if within is None:
+                questions, facts = self._ask(bench, length)
+                bench.once(key, lambda: facts)
+            else:
+                facts = bench.once(key, lambda: self._ask(bench, length)[1])
+                questions, _ = self._ask(bench, within, facts)
+        return questions
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        return type(self).match(postprocess(prediction), references)
+
+    def measure(self) -> str:
+        return "share of references found"
+
+    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+        stamps, budget = questions[0].stamps, questions[0].budget
+        other = f" with {', '.join(stamps['substitutes'])}" if stamps["substitutes"] else ""
+        return (
+            f"{len(questions)} questions {stamps['benchmark']}{other}, in {stamps['haystack']}; {self.measure()}, "
+            f"greedy answers of at most {budget} token{'s' if budget > 1 else ''}"
+        )
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        """The generator of this task's samples, for one length."""
+        raise NotImplementedError
+
+    def check(self, bench: Bench) -> None:
+        """Raise now what would be raised when the first question is made."""
+        if choose(self.wording, bench.subject.tokenizer, self.name, WITH_TOKENS) == OFFICIAL:
+            official()
+
+    def pieces(self, bench: Bench, length: int) -> Iterator[Piece]:
+        with self._named():
+            self.check(bench)
+        yield from super().pieces(bench, length)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors within say which task they are of."""
+        try:
+            yield
+        except PePatchError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def _ask(self, bench: Bench, length: int, facts: Sequence[Any] | None = None) -> tuple[list[Question], list[Any]]:
+        """The questions, and the facts behind them: new ones, or those given."""
+        # Of a tokenizer that cuts, no text would ever be too long.
+        whole_ids(bench.subject.tokenizer, "door " * (2 * length))
+        name = choose(self.wording, bench.subject.tokenizer, self.name, WITH_TOKENS)
+        wording = official() if name == OFFICIAL else replace(ENGLISH, name=name)
+        made = self.make(bench, _counter(bench), length, wording)
+        generator, questions, kept = made.generator, [], []
+        samples = generator.samples(bench.samples, self.exact_fit) if facts is None else generator.again(facts)
+        for sample in samples:
+            kept.append(sample.facts)
+            questions += self._questions(bench, sample, generator.budget)
+            if len(questions) >= bench.samples:
+                break
+        stamps = self._stamps(bench, made, wording)
+        return [replace(question, stamps=stamps) for question in questions[: bench.samples]], kept
+
+    def _questions(self, bench: Bench, sample: Sample, budget: int) -> Iterable[Question]:
+        for prompt in sample.prompts:
+            yield Question(
+                prompt=bench.prompt(prompt.text, prompt.answer_prefix),
+                references=prompt.references,
+                budget=budget,
+                without_context=bench.prompt(prompt.bare, prompt.answer_prefix),
+            )
+
+    def _stamps(self, bench: Bench, made: Made, wording: Wording) -> dict[str, Any]:
+        substitutes = [] if wording.name.startswith(OFFICIAL) else [f"wording {wording.name}"]
+        substitutes += made.substitutes()
+        if self.exact_fit:
+            substitutes.append("sizes that fill the window")
+        if made.generator.endless:
+            substitutes.append("sizes found where RULER's search does not end")
+        return {
+            "benchmark": RULER_LIKE if substitutes else RULER_ITSELF,
+            "substitutes": substitutes,
+            "wording": wording.name,
+            "tokenizer_hash": bench.tokenizer_hash,
+            "generator": VERSION,
+            **made.stamps,
+        }
+
+
+@dataclass(frozen=True)
+class NiahTask(RulerTask):
+    """Facts hidden in noise, or among facts of their kind."""
+
+    shape: ClassVar[Shape]
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        noise = self.shape.haystack == "noise"
+        text = wording.noise if noise else wording.needle
+        stamps = {"haystack": "noise" if noise else "needles", "haystack_sha256": digest(text)}
+        return Made(self.generator(bench, tokens, length, wording), stamps)
+
+    def generator(
+        self, bench: Bench, tokens: Tokens, length: int, wording: Wording, essay: Essay | None = None
+    ) -> Generator:
+        kind = TokenNiah if wording.name == TOKENS else Niah
+        return kind(tokens, length, bench.seed, self.shape, wording, essay)
+
+
+@dataclass(frozen=True)
+class EssayNiahTask(NiahTask):
+    """Facts hidden in running text. `haystack` is a text file, or the JSON file of essays that RULER's script writes;
+    None is the evaluation's own text."""
+
+    haystack: str | None = None
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        corpus = bench.corpus
+        essay = essay_from(self.haystack) if self.haystack else essay_of(tuple(corpus.texts), corpus.name)
+        stamps = {"haystack": essay.name, "haystack_sha256": essay.sha256, "splitter": essay.splitter.name}
+        other = [] if essay.official else [f"haystack {essay.name}"]
+        other += [] if essay.splitter.official else [f"splitter {essay.splitter.name}"]
+        return Made(self.generator(bench, tokens, length, wording, essay), stamps, lambda: other)
+
+
+@dataclass(frozen=True)
+class TrackingTask(RulerTask):
+    """A chain of assignments hidden in noise."""
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        stamps = {"haystack": "noise", "haystack_sha256": digest(wording.noise)}
+        return Made(Tracking(tokens, length, bench.seed, wording), stamps)
+
+
+@dataclass(frozen=True)
+class CommonWordsTask(RulerTask):
+    """The most common words of a list. `words` is a JSON file of words, as RULER's `english_words.json`, for lengths
+    that need more than wonderwords has; None makes words up there."""
+
+    words: str | None = None
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        many = read_words(self.words) if self.words else None
+        generator = CommonWords(tokens, length, bench.seed, wording, many)
+        stamps = {"haystack": "words of wonderwords", "haystack_sha256": digest("\n".join(single()))}
+        invented: Callable[[], list[str]] = lambda: ["words that do not exist"] if generator.beyond else []  # noqa: E731
+        return Made(generator, stamps, list if many else invented)
+
+
+@dataclass(frozen=True)
+class FrequentWordsTask(RulerTask):
+    """The most frequent code words of a text."""
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        return Made(FrequentWords(tokens, length, bench.seed, wording), {"haystack": "random code words"})
+
+
+@dataclass(frozen=True)
+class DocumentsTask(RulerTask):
+    """Questions about documents."""
+
+    match: ClassVar[Callable[[str, Sequence[str]], float]] = staticmethod(string_match_part)
+
+    def documents(self) -> Documents:
+        raise NotImplementedError
+
+    def measure(self) -> str:
+        return "one of the references found"
+
+    def check(self, bench: Bench) -> None:
+        super().check(bench)
+        self.documents()
+
+    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+        documents = self.documents()
+        stamps = {"haystack": documents.name, "haystack_sha256": documents.sha256}
+        other = [] if documents.official else [f"questions of {documents.name}"]
+        return Made(Answering(tokens, length, bench.seed, wording, documents), stamps, lambda: other)
+
+
+@dataclass(frozen=True)
+class SquadTask(DocumentsTask):
+    """`squad` is the path of SQuAD 2.0's development set."""
+
+    squad: str | None = None
+
+    def documents(self) -> Documents:
+        return _load(self.squad, "squad", "SQuAD 2.0 (dev-v2.0.json)", "qa_local_1")
+
+
+@dataclass(frozen=True)
+class HotpotTask(DocumentsTask):
+    """`hotpotqa` is the path of HotpotQA's development set with distractors."""
+
+    hotpotqa: str | None = None
+
+    def documents(self) -> Documents:
+        return _load(self.hotpotqa, "hotpotqa", "HotpotQA (hotpot_dev_distractor_v1.json)", "qa_local_2")
+
+
+@dataclass(frozen=True)
+class LocalTask(DocumentsTask):
+    """Questions about Python's standard library, which need no file: a task like RULER's, and not RULER's."""
+
+    hops: ClassVar[int]
+
+    def documents(self) -> Documents:
+        return BY_HOPS[self.hops]()
+
+
+def _load(path: str | None, source: Source, title: str, instead: str) -> Documents:
+    if path is None:
+        raise OptionError(
+            f"The questions of {title} do not come with the library. Give {source}= the path of the file, or ask "
+            f"{instead}, whose questions are about Python's own source."
+        )
+    return load(path, source)
+
+
+def _counter(bench: Bench) -> Tokens:
+    """Counts as RULER does: without the token that a text starts with, but with a chat template."""
+    tokenizer, frame = bench.subject.tokenizer, bench.frame
+
+    def tokens(text: str, answer_prefix: str) -> int:
+        whole = f"{frame.head}{text}{frame.tail}{answer_prefix}"
+        return len(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return tokens
