@@ -79,6 +79,16 @@ def test_every_chart_is_drawn_and_the_page_fits(chromium, page, width, scheme, p
     assert len(sizes) == 3 + 4 + 3 + 1 + 1 + 1
     assert all(marks > 5 and w > 150 and h > 100 and right <= width for _, marks, w, h, right in sizes), sizes
     assert chromium.run("document.documentElement.scrollWidth") == width
+    # legends, titles and labels wrap or are shortened; none is cut off by the edge of its chart
+    cut = chromium.run("""[...document.querySelectorAll('[data-chart] svg')].flatMap((chart) => {
+        const frame = chart.getBoundingClientRect();
+        return [...chart.querySelectorAll('text, .role-legend-symbol path')].filter((part) => {
+            const box = part.getBoundingClientRect();
+            return box.top < frame.top - 2 || box.bottom > frame.bottom + 2
+                || box.left < frame.left - 2 || box.right > frame.right + 2;
+        }).map((part) => `${chart.closest('[data-chart]').dataset.chart}: ${part.textContent || 'sign'}`);
+    })""")
+    assert cut == []
     assert chromium.complaints() == []
     # a picture of the window shows more than paper: it does not compress to nothing
     picture = chromium.picture()
@@ -153,7 +163,9 @@ def test_a_click_on_a_legend_mutes_the_others_in_all_charts(chromium, page):
 
 def test_a_tooltip_tells_what_stands_behind_a_point(chromium, page):
     show(chromium, page)
-    place = middle(chromium, "[...document.querySelectorAll('[data-chart=retrieval] .mark-symbol.role-mark path')].at(-1)")
+    place = middle(
+        chromium, "[...document.querySelectorAll('[data-chart=retrieval] .mark-symbol.role-mark path')].at(-1)"
+    )
     mouse(chromium, "mouseMoved", [place[0] - 40, place[1] - 40])
     mouse(chromium, "mouseMoved", place)
     chromium.wait("document.querySelector('#vg-tooltip-element.visible') !== null")

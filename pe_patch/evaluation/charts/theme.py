@@ -47,7 +47,8 @@ def theme(colours: Colours) -> dict[str, Any]:
             "subtitleFontSize": 11,
             "subtitleLineHeight": 14,
             "offset": 8,
-            "limit": 290,
+            # no wider than the panel that it names; a picture's panels have other names for their widths
+            "limit": {"expr": "width > 0 ? max(width, 120) : 290"},
         },
         "axis": {
             "domainColor": colours["muted"],
