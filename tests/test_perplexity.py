@@ -1,0 +1,431 @@
+"""Each way to measure perplexity, against plain torch, Transformers' own loss, lm-eval, or a sum by hand."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pe_patch.errors import OptionError, PePatchError, UnknownNameError
+from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.perplexity import Perplexity, longppl, sliding_losses
+from pe_patch.evaluation.perplexity.averages import (
+    longlora_spans,
+    mean_of_perplexities,
+    mean_of_tokens,
+    mean_of_window_means,
+    yarn_spans,
+)
+from pe_patch.evaluation.perplexity.compat import COMPAT
+from pe_patch.evaluation.perplexity.sliding import Span
+from pe_patch.evaluation.run import evaluate
+from pe_patch.evaluation.subject import Subject
+
+from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
+
+TEXT = [make_text(60, seed) for seed in range(3)]
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(bos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    return tiny_llama(len(tokenizer)).double()
+
+
+@pytest.fixture(scope="module")
+def corpus(tokenizer):
+    return Corpus.load(tokenizer, TEXT, 64)
+
+
+def measure(model, tokenizer, lengths, **options):
+    task = Perplexity(**options)
+    return evaluate(model, tokenizer, task, lengths, text=TEXT, progress=False, retrieval=False).rows
+
+
+def losses_of(model, ids):
+    """The loss of every token but the first after all before it, in float64, in plain torch."""
+    ids = torch.tensor(np.array(ids))[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+    return -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+
+
+def loss_by_labels(model, ids, scored):
+    """The mean loss of the last tokens, as Transformers gives it for labels."""
+    ids = torch.tensor(np.array(ids))[None]
+    labels = ids.clone()
+    labels[:, :-scored] = -100
+    with torch.no_grad():
+        return model(input_ids=ids, labels=labels).loss.item()
+
+
+# Sliding
+
+
+@pytest.mark.parametrize(("length", "stride"), [(64, 16), (64, 63), (50, 7)])
+def test_perplexity_is_that_of_an_independent_sliding_window(llama, tokenizer, corpus, length, stride):
+    (row,) = measure(llama, tokenizer, length, measures="sliding", stride=stride, stretch_tokens=400)
+    size = row.details["stretch"]
+    pieces, _ = corpus.spots(size, size, row.details["stretches"], 0)
+    total, count, windows = [], 0, 0
+    for ids in pieces:
+        reached = 1  # the first token has nothing before it
+        while reached < len(ids):
+            # the window that begins so late that it ends at the first, or `stride` tokens further than the one before
+            end = length if reached == 1 else min(reached + stride, len(ids))
+            total += list(losses_of(llama, ids[end - length : end])[reached - end :])
+            count += end - reached
+            reached, windows = end, windows + 1
+    expected = math.fsum(total) / count
+    assert row.score == pytest.approx(expected, abs=1e-6)
+    assert row.details["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    assert row.samples == count == len(pieces) * (size - 1)
+    assert (row.details["window"], row.details["stride"], row.details["windows"]) == (length, stride, windows)
+    assert f"window {length}, stride {stride}, each token weighing the same" in row.measured_on
+
+
+def test_with_bos_every_window_starts_with_it_and_the_first_token_is_scored(llama, tokenizer):
+    ids = np.array(tokenizer(TEXT[0])["input_ids"][:40])
+    found = sliding_losses(Subject(llama, tokenizer), ids, 16, 5, bos=BOS)
+    expected = list(losses_of(llama, [BOS, *ids[:15]]))
+    for end in (20, 25, 30, 35, 40):
+        expected += list(losses_of(llama, [BOS, *ids[end - 15 : end]])[-5:])
+    assert found == pytest.approx(expected, abs=1e-5)
+    (row,) = measure(llama, tokenizer, 64, measures="sliding", bos=True)
+    assert row.details["bos"] is True and row.samples == row.details["stretch"] * row.details["stretches"]
+    assert "with the BOS token first" in row.measured_on
+    assert row.samples != measure(llama, tokenizer, 64, measures="sliding")[0].samples
+
+
+def test_without_context_is_the_loss_after_one_token(llama, tokenizer, corpus):
+    (row,) = measure(llama, tokenizer, 64, measures="fixed", targets=10, spots=5)
+    pieces, _ = corpus.spots(64, 10, 5, 0)
+    assert row.without_context == pytest.approx(np.mean([losses_of(llama, ids[-11:]) for ids in pieces]), abs=1e-6)
+
+
+# As papers and libraries compute it: the rules by hand
+
+
+def test_yarns_windows_begin_at_strides_until_one_reaches_the_end():
+    assert yarn_spans(10, 4, 3) == [Span(0, 4, 4), Span(3, 7, 3), Span(6, 10, 3)]
+    assert yarn_spans(11, 4, 3) == [Span(0, 4, 4), Span(3, 7, 3), Span(6, 10, 3), Span(9, 11, 1)]
+    assert yarn_spans(3, 4, 2) == [Span(0, 3, 3)]
+
+
+def test_longloras_windows_overlap_and_the_last_is_left_out():
+    # starts 0, 3, 6 are below 12 - 4, and 6 is dropped
+    assert longlora_spans(12, 4, 3) == [Span(0, 4, 3), Span(3, 7, 3)]
+    assert longlora_spans(4, 4, 3) == longlora_spans(6, 4, 3) == []
+
+
+def test_averages_by_hand():
+    windows = [np.array([1.0, 1.0, 1.0, 1.0]), np.array([4.0]), np.array([2.0, 2.0])]
+    assert mean_of_window_means(windows) == pytest.approx((1 + 4 + 2) / 3)
+    assert mean_of_tokens(windows) == pytest.approx((4 + 4 + 4) / 7)
+    assert mean_of_perplexities(windows) == pytest.approx((math.e + math.e**4 + math.e**2) / 3)
+
+
+# As papers and libraries compute it: on a model
+
+
+def yarn_windows(ids, length, stride):
+    """(what is read, how many of it are scored), as YaRN's and PoSE's rule says."""
+    reached = 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length - 1, len(ids))
+        yield [BOS, *ids[begin:end]], end - reached
+        reached = end
+        if end == len(ids):
+            return
+
+
+@pytest.mark.parametrize("mode", ["yarn", "pose"])
+def test_sliding_modes_equal_transformers_loss_window_by_window(llama, tokenizer, corpus, mode):
+    (row,) = measure(llama, tokenizer, 64, compat=mode, stride=20, stretch_tokens=500)
+    pieces, _ = corpus.spots(256, 256, 1, 0)
+    means, counts = [], []
+    for ids in pieces:
+        for read, scored in yarn_windows(ids, 64, 20):
+            means.append(loss_by_labels(llama, read, scored))
+            counts.append(scored)
+    assert counts[0] == 63 and counts[-1] != 20  # neither average is the other's
+    weights = counts if mode == "pose" else None
+    assert row.score == pytest.approx(math.exp(np.average(means, weights=weights)), rel=1e-6)
+    assert row.samples == sum(counts) == 256 and row.details["windows"] == len(counts)
+    assert ("each token weighing the same" in row.measured_on) == (mode == "pose")
+    assert ("mean of the windows' means" in row.measured_on) == (mode == "yarn")
+
+
+def test_yarns_truncation_is_one_window_a_text(llama, tokenizer, corpus):
+    long, short = measure(llama, tokenizer, [40, 64], compat="yarn_truncate", windows=3)[::-1]
+    pieces, _ = corpus.spots(64, 64, 3, 0)
+    for row, length in ((short, 40), (long, 64)):
+        means = [loss_by_labels(llama, [BOS, *ids[: length - 1]], length - 1) for ids in pieces]
+        assert row.score == pytest.approx(math.exp(np.mean(means)), rel=1e-6)
+        assert row.samples == 3 * (length - 1)
+
+
+def test_longloras_overlapping_windows(llama, tokenizer, corpus):
+    (row,) = measure(llama, tokenizer, 64, compat="longlora", stride=16, stretch_tokens=100)
+    data = corpus.stream[:164]
+    starts = list(range(0, 164 - 64, 16))[:-1]
+    means = [loss_by_labels(llama, data[start : start + 64], 63) for start in starts]
+    assert row.score == pytest.approx(2.71828 ** np.mean(means), rel=1e-6)
+    assert row.details["windows"] == 6 and row.samples == 6 * 63 and "last window left out" in row.measured_on
+    with pytest.raises(PePatchError, match="no two windows"):
+        measure(llama, tokenizer, 64, compat="longlora", stride=30, stretch_tokens=30)
+
+
+def test_evaluates_mean_of_perplexities(llama, tokenizer, corpus):
+    # The metric itself is a script on the hub; this is its documented computation, by Transformers' own loss.
+    (row,) = measure(llama, tokenizer, 64, compat="evaluate", documents=2)
+    texts = [ids[:63] for ids in corpus.documents[:2]]
+    each = [math.exp(loss_by_labels(llama, [BOS, *ids], len(ids))) for ids in texts]
+    assert row.score == pytest.approx(np.mean(each), rel=1e-6) and row.samples == 126
+    assert "mean of the documents' perplexities" in row.measured_on
+
+
+@pytest.mark.parametrize("length", [64, 50])
+def test_rolling_is_lm_evals_own(llama, tokenizer, length):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    theirs = huggingface.HFLM(pretrained=llama, tokenizer=tokenizer, max_length=length, batch_size=1)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXT[:2])]
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    (row,) = measure(llama, tokenizer, length, compat="lm_eval", documents=2)
+    assert row.details["log_likelihood"] == pytest.approx(sum(expected), rel=1e-6)
+    words, size = sum(len(text.split()) for text in TEXT[:2]), sum(len(text) for text in TEXT[:2])
+    assert row.score == pytest.approx(math.exp(-sum(expected) / words), rel=1e-5)
+    assert row.details["byte_perplexity"] == pytest.approx(math.exp(-sum(expected) / size), rel=1e-6)
+    assert row.details["bits_per_byte"] == pytest.approx(-sum(expected) / size / math.log(2), rel=1e-6)
+    assert row.samples == sum(len(tokenizer(text)["input_ids"]) for text in TEXT[:2])
+
+
+def test_the_modes_do_not_agree_on_one_text(llama, tokenizer):
+    rows = measure(llama, tokenizer, 64, measures="sliding", compat=tuple(COMPAT))
+    assert len({round(row.score, 9) for row in rows}) == len({row.measured_on for row in rows}) == 7
+    assert [row.details.get("compat") for row in rows] == [None, *COMPAT]
+
+
+def test_modes_that_need_bos_say_so():
+    without = make_tokenizer()
+    model = tiny_llama(len(without))
+    for options in (
+        {"compat": "yarn"},
+        {"compat": "yarn_truncate"},
+        {"compat": "evaluate"},
+        {"measures": "sliding", "bos": True},
+    ):
+        with pytest.raises(PePatchError, match="BOS token before every window"):
+            measure(model, without, 64, **options)
+
+
+# LongPPL
+
+
+def test_key_tokens_by_hand():
+    short = np.array([4.0, 4.0, 4.0, 1.0, 9.0, 3.9])
+    whole = np.array([1.9, 2.0, 2.1, 0.5, 0.1, 1.95])
+    # helped by 2.1; not above 2; loss too high; not helped; helped by 8.9; helped by 1.95 only
+    assert longppl.is_key(short, whole).tolist() == [True, False, False, False, True, False]
+
+
+class Counting(Subject):
+    """Its loss of a token is the number of tokens before it."""
+
+    def losses(self, sequences, targets):
+        return np.array([[len(ids) - targets + i for i in range(targets)] for ids in sequences], dtype=float)
+
+
+def test_neighbours_share_a_short_context():
+    counted = longppl.short_losses(Counting(None, None), np.arange(9), context=4, shared=2)
+    assert counted.tolist() == [4, 5, 4, 5, 4]
+    assert longppl.short_losses(Counting(None, None), np.arange(12), 4, 5).tolist() == [4, 5, 6, 7, 8, 4, 5, 6]
+
+
+def test_places_that_touch_are_one():
+    assert longppl.merged([(0, 3), (3, 5), (6, 7), (6, 7), (9, 9)]) == [(0, 5), (6, 7), (9, 9)]
+    assert longppl.merged([]) == []
+
+
+def split_by(pattern):
+    """A tokenizer that makes a token of each match, and of each piece between two."""
+    text = "red river runs red"
+    splitter = pre_tokenizers.Split(Regex(pattern), "isolated")
+    vocabulary = dict.fromkeys(piece for piece, _ in splitter.pre_tokenize_str(text))
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*vocabulary, "?"])}, unk_token="?"))
+    backend.pre_tokenizer = splitter
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+
+
+def test_key_tokens_are_handed_over_by_their_characters():
+    text = "red river runs red"
+    #       0  3 4   9 10 14
+    _, words = longppl._encoded(split_by(" "), text, special=False)
+    _, letters = longppl._encoded(split_by("."), text, special=False)
+    assert words == [(0, 3), (3, 4), (4, 9), (9, 10), (10, 14), (14, 15), (15, 18)] and len(letters) == 18
+    # a judge of words: "river" and the space behind it
+    places = longppl.merged([words[2], words[3]])
+    assert places == [(4, 10)]
+    assert np.flatnonzero(longppl.inside(letters, places)).tolist() == [4, 5, 6, 7, 8, 9]
+    # a judge of letters that lacks the last one of "river", and has all of the last "red"
+    places = longppl.merged([letters[i] for i in (4, 5, 6, 7, 15, 16, 17)])
+    assert np.flatnonzero(longppl.inside(words, places)).tolist() == [6]
+    assert not longppl.inside(words, []).any()
+
+
+class Remembering(Subject):
+    """Predicts "river" and the last "red" well if it has read the first token of the text, badly otherwise."""
+
+    def losses(self, sequences, targets):
+        start, helped = self.tokenizer("runs red river")["input_ids"][0], {11, 12, 16}
+        rows = []
+        for ids in sequences:
+            known = ids[0] == start
+            places = range(int(ids[-1]) - targets + 1, int(ids[-1]) + 1)
+            rows.append([(0.5 if known else 3.0) if place in helped else 1.0 for place in places])
+        return np.array(rows)
+
+
+def test_the_judges_key_tokens_by_hand(monkeypatch):
+    # Tokens are numbered, so that a stand-in for the judge knows where it is; 11, 12 and 16 need the first token.
+    numbered = [(3 * i, 3 * i + 2) for i in range(20)]
+    monkeypatch.setattr(longppl, "_encoded", lambda *_, special: (np.arange(20), numbered))
+    judge = Remembering(tiny_llama(20), None)
+    monkeypatch.setattr(judge, "tokenizer", lambda text: {"input_ids": [0]})
+    places, count = longppl.key_places(judge, "", context=4, shared=2)
+    assert (places, count) == ([(33, 35), (36, 38), (48, 50)], 3)
+    # with a short context that reaches back to the first token nothing is helped
+    assert longppl.key_places(judge, "", context=4, shared=20) == ([], 0)
+    assert longppl.key_places(judge, "", context=20, shared=2) == ([], 0)
+
+
+def test_a_judge_beyond_its_window_is_refused(tokenizer):
+    judge = Subject(tiny_llama(len(tokenizer), window=32), tokenizer)
+    with pytest.raises(PePatchError, match="beyond its window of 32"):
+        longppl.key_places(judge, TEXT[0], 8, 4)
+
+
+def whole_longppl(model, tokenizer, judge, judges_tokenizer, texts, context, shared):
+    """LongPPL in plain torch: every short context by a forward of its own, characters marked one by one."""
+    scored = []
+    for text in texts:
+        given = judges_tokenizer(text, return_offsets_mapping=True)
+        ids, whole = given["input_ids"], losses_of(judge, given["input_ids"])
+        marked = np.zeros(len(text), dtype=bool)
+        for target in range(context, len(ids)):
+            start = (target - context) // shared * shared
+            short = losses_of(judge, ids[start : target + 1])[-1]
+            if short - whole[target - 1] > longppl.GAIN and whole[target - 1] < longppl.MOST:
+                marked[slice(*given["offset_mapping"][target])] = True
+        given = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        losses = losses_of(model, given["input_ids"])
+        scored += [
+            losses[i - 1] for i, place in enumerate(given["offset_mapping"]) if i and marked[slice(*place)].all()
+        ]
+    return math.exp(np.mean(scored)), len(scored)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_longppl_equals_plain_torch(llama, tokenizer, monkeypatch, own):
+    # Weights at random are never helped by 2 nats: the rule is the same with smaller numbers.
+    monkeypatch.setattr(longppl, "GAIN", 0.05)
+    monkeypatch.setattr(longppl, "MOST", 6.0)
+    letters = PreTrainedTokenizerFast(tokenizer_object=split_letters(), unk_token="?")
+    judge = (llama, tokenizer) if own else (tiny_llama(len(letters), window=400, seed=3).double(), letters)
+    options = {} if own else {"judge": judge}
+    (row,) = measure(llama, tokenizer, 64, measures="longppl", short_context=16, shared_context=4, windows=2, **options)
+    chosen = np.random.default_rng([0, 64]).permutation(3)[:2]
+    texts = []
+    for index in chosen:
+        places = tokenizer(TEXT[index], return_offsets_mapping=True)["offset_mapping"]
+        texts.append(TEXT[index][: places[63][1]])
+    expected, count = whole_longppl(llama, tokenizer, *judge, texts, 16, 4)
+    assert row.score == pytest.approx(expected, rel=1e-6)
+    assert row.samples == row.details["key_tokens"] == count and 0 < count < row.details["scored_tokens"] == 126
+    assert (row.details["judge"] == "the evaluated model") == own
+    assert row.low < row.score < row.high and row.control == row.score
+    assert f"{count} key tokens" in row.measured_on
+
+
+def test_longppls_control_is_the_same_tokens_within_a_shorter_window(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(longppl, "GAIN", 0.05)
+    monkeypatch.setattr(longppl, "MOST", 6.0)
+    task = Perplexity(measures="longppl", short_context=8, shared_context=4, windows=1)
+    options = {"text": TEXT[:1], "progress": False, "retrieval": False}
+    (row,) = evaluate(llama, tokenizer, task, 64, control_length=32, **options).rows
+    ids = tokenizer(TEXT[0])["input_ids"][:64]
+    whole, scored = losses_of(llama, ids), []
+    for target in range(8, 64):
+        start = (target - 8) // 4 * 4
+        if losses_of(llama, ids[start : target + 1])[-1] - whole[target - 1] > 0.05 and whole[target - 1] < 6.0:
+            end = max(32, 32 + 4 * math.ceil((target - 31) / 4))  # the window of 32 that reaches it, moved by fours
+            scored.append(losses_of(llama, ids[end - 32 : target + 1])[-1])
+    assert row.samples == len(scored) > 5 and row.control_length == 32
+    assert row.control == pytest.approx(math.exp(np.mean(scored)), rel=1e-6) != row.score
+
+
+def split_letters():
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz \n?")}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return backend
+
+
+def test_longppl_without_key_tokens_has_no_row(llama, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, "pe_patch"):
+        assert measure(llama, tokenizer, 64, measures="longppl") == []
+    assert "no token" in caplog.text
+
+
+def test_the_judges_name_changes_with_its_weights(tokenizer):
+    names = [repr(Perplexity(measures="longppl", judge=(tiny_llama(448, seed=seed), tokenizer))) for seed in (0, 1, 0)]
+    assert names[0] == names[2] != names[1]
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"measures": "fixed", "stride": 8},
+            "stride has no effect on fixed: it belongs to sliding, yarn, pose",
+        ),
+        ({"measures": "position", "judge": ("a", "b")}, "judge has no effect on position: it belongs to longppl"),
+        ({"compat": "yarn", "bos": False}, "bos has no effect on yarn: it belongs to sliding"),
+        ({"compat": "yarn_truncate", "stride": 8}, "stride has no effect on yarn_truncate"),
+        ({"compat": "lm_eval", "stretch_tokens": 8}, "stretch_tokens has no effect on lm_eval"),
+        ({"compat": "evaluate", "documents": 0}, "documents must be at least 1, got 0"),
+        ({"measures": "longppl", "judge": 3}, "judge is a folder"),
+        ({"measures": ()}, "at least one measure"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        Perplexity(**options)
+
+
+def test_names_that_are_not_there_are_refused(llama, tokenizer):
+    with pytest.raises(UnknownNameError, match="Did you mean 'yarn'"):
+        Perplexity(compat="yrn")
+    with pytest.raises(UnknownNameError, match="Did you mean 'longppl'"):
+        Perplexity(measures=("longpl",))
+    with pytest.raises(PePatchError, match="short_context=64 leaves no context"):
+        measure(llama, tokenizer, 64, measures="longppl", short_context=64)
+
+
+def test_the_usual_measures_are_left_out_where_a_mode_is_asked_for():
+    assert list(Perplexity().chosen) == ["fixed", "sliding", "position"]
+    assert list(Perplexity(compat=["yarn", "pose"]).chosen) == ["yarn", "pose"]
+    assert list(Perplexity(measures="sliding", compat="yarn").chosen) == ["sliding", "yarn"]
+    assert hash(Perplexity(measures=["fixed"])) == hash(Perplexity(measures="fixed"))
