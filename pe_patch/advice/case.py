@@ -28,13 +28,19 @@ class Case:
 
     @property
     def needed(self) -> bool:
-        """Whether the target is longer than what the model was trained for."""
-        return self.target > self.facts.window
+        """Whether positions at the target are none that the model was trained for."""
+        return self.target > self.facts.window and not self.rests
+
+    @property
+    def rests(self) -> bool:
+        """Whether layers look far that have no positions, and those that rotate slide within the trained window."""
+        facts = self.facts
+        return not facts.all_slide and 0 < facts.rotation_slides <= facts.window
 
     @property
     def too_far(self) -> bool:
-        """Whether no paper has come so far by changing a rotation."""
-        return self.facts.positions == "rope" and self.ratio > FARTHEST_TRAINED
+        """Whether no paper has come so far with a model whose positions have a window."""
+        return self.facts.positions != "alibi" and self.ratio > FARTHEST_TRAINED
 
     @property
     def factor(self) -> float:

@@ -36,7 +36,11 @@ def steps(case: Case, model: str, choice: Choice) -> list[Step]:
         model = f"./{copied}"
     lengths = [str(length) for length in dict.fromkeys((min(case.facts.window, case.target), case.target))]
     measure = ["--task", "perplexity", "needle", "--length", *lengths]
-    if case.target <= case.facts.window:
+    if case.facts.window < case.facts.config_window:  # its control would take the config's word for the window
+        measure += ["--control-length", str(min(case.facts.window, case.target))]
+    if not case.needed and case.facts.config_window and case.target > case.facts.config_window:
+        measure.append("--beyond-window")
+    if not case.needed:
         return [*found, Step("Measure it as it is", _line("pe-patch", "evaluate", model, *measure))]
     if choice.untrained:
         found += _patched(case, model, choice.untrained, measure, "without training")
@@ -106,7 +110,7 @@ def _flags(chosen: Judgement) -> list[str]:
     if existing := options.pop("on_existing", None):
         flags += ["--on-existing", existing]
     for key, value in options.items():
-        flags += ["--option", f"{key}={json.dumps(value)}"]
+        flags += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     return flags
 
 

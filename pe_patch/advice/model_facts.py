@@ -45,6 +45,7 @@ class CacheLayer:
     numbers_per_token: int
     sliding_window: int | None
     """Tokens that it keeps; None keeps all."""
+    rotates: bool
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,6 @@ class ModelFacts:
     layers: tuple[int, ...]
     """Which layers to patch where types of layers rotate by bases of their own; empty for all."""
     layer_type: str | None
-    unrotated: int
-    """Layers without positions in a family that rotates."""
     word: AuthorsWord | None
 
     @property
@@ -85,6 +84,17 @@ class ModelFacts:
     def sliding(self) -> dict[int, int]:
         """How many layers keep how many tokens, of those that slide."""
         return dict(Counter(layer.sliding_window for layer in self.cache if layer.sliding_window))
+
+    @property
+    def unrotated(self) -> int:
+        """Layers without positions in a family that rotates."""
+        return sum(not layer.rotates for layer in self.cache) if self.positions == "rope" else 0
+
+    @property
+    def rotation_slides(self) -> int:
+        """The farthest that a rotating layer looks back where all of them slide, else 0."""
+        windows = [layer.sliding_window for layer in self.cache if layer.rotates]
+        return max((window or 0 for window in windows), default=0) if all(windows) else 0
 
     @property
     def all_slide(self) -> bool:
@@ -156,7 +166,9 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         positions=adapter.native,
         shape=shape,
         parameters=_parameters(model, config, adapter, base),
-        cache=_cache(config, model),
+        cache=_cache(
+            model, [adapter.rotary is not None and not adapter.rests(one) for one in adapter.attentions(base)]
+        ),
         vocabulary=config.vocab_size,
         config_window=config_window,
         window=told or (config_window if scaling else original),
@@ -164,7 +176,6 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         scaling=scaling,
         layers=layers,
         layer_type=layer_type,
-        unrotated=sum(adapter.rests(attention) for attention in adapter.attentions(base)),
         word=word,
     )
 
@@ -220,7 +231,7 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @torch.no_grad()
-def _cache(config: Any, model: Any) -> tuple[CacheLayer, ...]:
+def _cache(model: Any, rotating: list[bool]) -> tuple[CacheLayer, ...]:
     """Read off the cache that the model itself fills, layer by layer."""
     from transformers import AutoModelForCausalLM
 
@@ -232,11 +243,14 @@ def _cache(config: Any, model: Any) -> tuple[CacheLayer, ...]:
         ids = torch.zeros(1, 2, dtype=torch.long)
         cache = twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     if cache is None or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
-        raise UnsupportedError(f"{config.model_type!r} caches something else than keys and values for every token.")
+        raise UnsupportedError(
+            f"{model.config.model_type!r} caches something else than keys and values for every token."
+        )
     return tuple(
         CacheLayer(
             numbers_per_token=(layer.keys.numel() + layer.values.numel()) // 2,
             sliding_window=getattr(layer, "sliding_window", None),
+            rotates=rotates,
         )
-        for layer in cache.layers
+        for layer, rotates in zip(cache.layers, rotating, strict=True)
     )

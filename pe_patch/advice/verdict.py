@@ -41,6 +41,12 @@ def verdict(case: Case, pairs: Sequence[Pair], choice: Choice) -> str:
     if target <= facts.window and not lifts(case):
         scaled = f", with the {facts.scaling['rope_type']!r} scaling that it carries" if facts.scaling else ""
         return f"Nothing is needed: {facts.name} was trained for {facts.window:,} tokens{scaled}; {target:,} fit."
+    if case.rests:
+        return (
+            f"No position has to change: the layers of {facts.name} that rotate look back {facts.rotation_slides:,} "
+            f"tokens at most, and the {facts.unrotated} that look farther have no positions. It was trained for "
+            f"{facts.window:,} tokens; whether it reads {target:,} is for a measurement to tell."
+        )
     tell = {"rope": _rotary, "alibi": _alibi, "learned": _learned}[facts.positions]
     return f"{tell(case, pairs)} {_choices(case, choice)}"
 
@@ -53,6 +59,8 @@ def lifts(case: Case) -> bool:
 def _rotary(case: Case, pairs: Sequence[Pair]) -> str:
     facts, leaving = case.facts, sum(pair.leaves for pair in pairs)
     count = f"{leaving} of its {len(pairs)} rotating pairs would meet angles that training never showed them"
+    if not leaving:
+        count = "all of its rotating pairs have met all angles, but never so far apart"
     grown = f"{facts.window:,} tokens, and {case.target:,} are {case.ratio:.4g} times that"
     if not lifts(case):
         return f"{facts.name} was trained for {grown}: {count}."
@@ -96,6 +104,8 @@ def _choices(case: Case, choice: Choice) -> str:
     parts = []
     if choice.untrained:
         parts.append(f"Without training: {written(choice.untrained)}.")
+    elif case.ratio <= FARTHEST_UNTRAINED:
+        parts.append("Without training no scheme fits this model.")
     else:
         parts.append(f"Without training the papers go to {FARTHEST_UNTRAINED} times the window, so train.")
     if choice.trained:

@@ -1,0 +1,274 @@
+"""What advice says: which schemes, why, what to type, and what it is not about."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from transformers import CONFIG_MAPPING
+
+from pe_patch import SCHEMES, cli
+from pe_patch.advice import advise
+from pe_patch.cli.application import app
+from pe_patch.errors import OptionError, PePatchError, UnknownNameError, UnsupportedError
+from recipes.recipe import load_recipe
+
+from .advised import ASKED, CONFIGS, advised, of
+
+ROOT = Path(__file__).parent.parent
+
+
+def scheme(advice, name, which=0):
+    return [one for one in advice.schemes if one.scheme == name][which]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_every_scheme_has_a_word(name):
+    advice = advised(name)
+    named = {one.scheme for one in advice.schemes} | set(advice.from_the_start) | {advice.case.facts.positions, "mla"}
+    assert named == {one for one in SCHEMES if not one.endswith("_2d")}
+    for one in advice.schemes:
+        if one.obstacle is None:
+            reach = one.effective.get("effective_window", "unbounded")
+            assert reach == "unbounded" or reach >= advice.case.target
+
+
+def test_llama2_to_eight_windows():
+    llama2 = advised("llama2")
+    assert llama2.verdict.startswith(
+        "llama-2-7b was trained for 4,096 tokens, and 32,768 are 8 times that: 18 of its 64"
+    )
+    assert llama2.choice.untrained.scheme == "dca"
+    assert (llama2.choice.trained.scheme, llama2.choice.trained.options) == ("yarn", {"factor": 8})
+    assert scheme(llama2, "dynamic_ntk").untrained == "no"  # eight windows are too far for it
+    # the authors' rule: G >= 3 (N - W) / (2 L - 3 W) with W = 1024: 3 x 31744 / 5120 = 18.6
+    assert scheme(llama2, "self_extend").effective["group"] == 19
+    assert "5,333" in scheme(llama2, "string").obstacle  # 4096 + 4096 // 3 - 128
+
+
+def test_twice_the_window_is_near_enough_for_dynamic_ntk():
+    assert scheme(of("llama-2-7b", 8192), "dynamic_ntk").untrained == "yes"
+
+
+def test_more_text_to_train_on_changes_the_choice():
+    assert of("llama-2-7b", 32768, train_tokens=2 * 10**9).choice.trained.scheme == "ntk"
+    few = of("llama-2-7b", 32768, train_tokens=10 * 64 * 32768)
+    assert few.choice.trained.scheme == "yarn"
+    assert any("phases.0.steps=10 " in (step.command or "") for step in few.steps)
+
+
+def test_a_factor_reaches_the_target():
+    pythia = advised("pythia")
+    assert pythia.case.factor == 2.5  # 5000 / 2048 = 2.44, in quarters
+    assert any("2.441 windows" in note for note in pythia.notes)
+    assert any("32 of the 128 dimensions" in note for note in pythia.notes)
+
+
+def test_llama31_is_not_scaled_twice():
+    llama31 = advised("llama31")
+    assert llama31.choice.trained.options == {"factor": 32, "on_existing": "replace"}  # 262,144 / 8192
+    assert llama31.choice.untrained.options == {"on_existing": "compose"}
+    assert scheme(llama31, "yarn").untrained == "no" and "'llama3'" in scheme(llama31, "yarn").why
+    [note] = [note for note in llama31.notes if "on_existing='replace'" in note]
+    assert "65,536" in note  # factor 8 of 8192 tokens, from which composing schemes count
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama-2-7b", 4096), ("llama-3.1-8b", 131072), ("bloom-7b1", 100)])
+def test_within_the_window_nothing_is_needed(name, target):
+    advice = of(name, target)
+    assert advice.verdict.startswith("Nothing is needed")
+    assert not advice.schemes and not advice.plans and advice.choice.untrained is None
+    assert [shlex.split(step.command)[:2] for step in advice.steps] == [["pe-patch", "evaluate"]]
+
+
+def test_mistral_slides():
+    mistral = advised("mistral")
+    assert mistral.case.facts.sliding == {4096: 32}
+    assert "reads none beyond 4,096 tokens" in mistral.verdict and "sliding_window" in mistral.verdict
+    assert "sliding_window" in mistral.steps[0].purpose
+    assert any("trained on 8,192" in note for note in mistral.notes)
+    assert mistral.choice.trained.options == {"factor": 4, "original_max_position_embeddings": 8192}
+    assert of("mistral-7b-v0.1", 4096).verdict.startswith("Nothing is needed")
+    between = of("mistral-7b-v0.1", 8000).verdict
+    assert "sliding_window" in between and "needs no scheme" in between
+
+
+def test_qwen3_follows_its_authors():
+    qwen3 = advised("qwen3")
+    assert (qwen3.choice.untrained.scheme, qwen3.choice.untrained.options["factor"]) == ("yarn", 4)
+    assert any("40,960" in note and "32,768" in note for note in qwen3.notes)
+    assert of("qwen3-8b", 262144).choice.untrained.scheme == "dca"  # beyond what they recommend
+
+
+def test_bloom_goes_on_and_fades():
+    bloom = advised("bloom")
+    assert "takes 32 off" in bloom.verdict  # 8192 x 2^-8
+    assert bloom.choice.untrained.options == {}
+    slopes = bloom.choice.trained.options["slopes"]
+    assert slopes[-1] == 2**-8 / 4 and len(slopes) == 32
+    assert bloom.pairs == ()
+
+
+def test_a_learned_table_ends():
+    gpt2 = CONFIG_MAPPING["gpt2"]()
+    advice = advise(gpt2, 4096)
+    assert "1,024 positions and none beyond" in advice.verdict
+    assert advice.choice.untrained.options == {"max_positions": 4096, "extend": "hierarchical"}
+    far = advise(CONFIG_MAPPING["opt"](max_position_embeddings=64), 64 * 64 + 1)  # 64 x 64 is all that it reaches
+    fits, ends = scheme(far, "learned"), scheme(far, "learned", 1)
+    assert fits.options["extend"] == "interpolate" and "ends at 4096" in ends.obstacle
+
+
+def test_rotating_layers_that_all_slide_beside_layers_without_positions():
+    advice = advise(CONFIG_MAPPING["cohere2"](num_hidden_layers=4, max_position_embeddings=8192), 32768)
+    assert advice.verdict.startswith("No position has to change")
+    assert not advice.schemes
+
+
+def test_of_several_bases_the_far_layers_are_changed():
+    advice = advise(CONFIG_MAPPING["gemma3_text"](max_position_embeddings=8192), 16384)
+    assert advice.choice.trained.options["layers"] == [5, 11, 17, 23]
+    assert any("layers=[5, 11, 17, 23]" in (step.block or "") for step in advice.steps)
+
+
+def test_a_scheme_that_a_family_cannot_take_says_why():
+    advice = advise(CONFIG_MAPPING["stablelm"](), 16384)
+    assert "drops keywords" in scheme(advice, "dca").obstacle
+    assert advice.choice.untrained.scheme == "yarn"
+
+
+def commands(advice):
+    return [shlex.split(step.command) for step in advice.steps if step.command]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_commands_exist_and_take_these_flags(name):
+    group = typer.main.get_command(app)
+    for words in commands(advised(name)):
+        if words[0] != "pe-patch":
+            continue
+        command = group.commands[words[1]]
+        known = {flag for parameter in command.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_patch_is_what_inspect_shows(name, tmp_path, capsys, monkeypatch):
+    advice = advised(name)
+    [words] = [words for words in commands(advice) if words[:2] == ["pe-patch", "inspect"]]
+    if name == "mistral":  # do what the first step says
+        config = json.loads((CONFIGS / "mistral-7b-v0.1" / "config.json").read_text())
+        (tmp_path / words[2]).mkdir()
+        (tmp_path / words[2] / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+        monkeypatch.chdir(tmp_path)
+    assert cli.main([*words[1:], "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["scheme"] == advice.choice.untrained.scheme
+    assert shown["effective"]["effective_window"] in ("unbounded", advice.case.target)
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama31", "mistral", "qwen3", "pythia"])
+def test_the_recipe_takes_the_overrides(name):
+    advice = advised(name)
+    [words] = [words for words in commands(advice) if words[0] == "accelerate"]
+    assert words[1:3] == ["launch", "recipes/finetune.py"]
+    recipe = load_recipe(ROOT / words[3], words[4:])
+    assert recipe.dry_run and recipe.phases[0].length == advice.case.target
+    assert recipe.scheme.name == "yarn" and recipe.scheme.options == advice.choice.trained.options
+    assert (recipe.phases[0].batch, recipe.phases[0].steps, recipe.phases[0].learning_rate) == (64, 400, 2e-5)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_page_starts_with_the_verdict_and_fits(name):
+    advice = advised(name)
+    lines = str(advice).splitlines()
+    assert advice.verdict.startswith(lines[0].strip()) and len(lines[0]) > 60
+    assert max(map(len, lines)) <= 120
+    assert not [line for line in lines if line.endswith(("\\ ", " "))]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_folded_commands_are_the_commands(name):
+    """What stands on the page, pasted into a shell, is what was meant."""
+    advice = advised(name)
+    page = str(advice).replace("\\\n", " ")
+    pasted = [shlex.split(line) for line in page.splitlines() if line.startswith(("   pe-patch", "   accelerate"))]
+    assert pasted == commands(advice)
+
+
+def test_the_command_prints_both(capsys):
+    words = ["advise", str(CONFIGS / "llama-2-7b"), "--target-length", "32768"]
+    assert cli.main([*words, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["leaving"] == 18 and data["model"]["parameters"]["total"] == 6_738_415_616
+    assert data["choice"]["trained"]["options"] == {"factor": 8}
+    assert cli.main(words) == 0
+    assert "18 of its 64 rotating pairs" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["advise", "--help"]) == 0
+    assert "pe-patch advise meta-llama/Llama-2-7b-hf --target-length 32768" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_data_are_json(name):
+    data = advised(name).to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False))["target_length"] == data["target_length"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_length": 0}, "target_length is a whole number of at least 1, got 0"),
+        ({"target_length": 8192.5}, "target_length"),
+        ({"trained_length": -1}, "trained_length"),
+        ({"batch_size": True}, "batch_size"),
+        ({"dtype": "int4"}, "dtype is one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_values_that_are_none(given, message):
+    with pytest.raises(OptionError, match=message):
+        advise(str(CONFIGS / "llama-2-7b"), **({"target_length": 8192} | given))
+
+
+def test_a_target_that_nobody_reached():
+    advice = of("llama-2-7b", 16 * 2**20)
+    assert "No paper goes farther than 512 times" in advice.verdict
+    assert not advice.schemes and not advice.steps and "Next" not in str(advice)
+
+
+def test_far_but_not_absurd_wants_training():
+    advice = of("llama-2-7b", 131072)  # 32 windows
+    assert advice.choice.untrained is None and advice.choice.trained.scheme == "yarn"
+
+
+def test_models_that_advice_is_not_about(tmp_path, capsys):
+    with pytest.raises(UnknownNameError, match="'falcon' has no adapter"):
+        advise(CONFIG_MAPPING["falcon"](), 8192)
+    with pytest.raises(UnsupportedError, match="'t5' is no causal language model"):
+        advise(CONFIG_MAPPING["t5"](), 8192)
+    with pytest.raises(OptionError, match="a folder, a name on the hub or a Transformers config"):
+        advise(7, 8192)
+    config = json.loads((CONFIGS / "llama-2-7b" / "config.json").read_text())
+    saved = config | {
+        "pe_patch": {"version": 1, "scheme": "dca", "options": {}},
+        "rope_scaling": {"rope_type": "pe_patch"},
+    }
+    for name, content in (("unknown", {"model_type": "nonsense"}), ("patched", saved)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UnsupportedError, match="no model of the type 'nonsense'"):
+        advise(str(tmp_path / "unknown"), 8192)
+    with pytest.raises(PePatchError, match="saved with a patch, 'dca'"):
+        advise(str(tmp_path / "patched"), 8192)
+    assert cli.main(["advise", str(tmp_path / "nowhere" / "at" / "all"), "--target-length", "8192"]) == 1
+    assert "There is no folder" in capsys.readouterr().err
+    assert cli.main(["advise", str(CONFIGS / "llama-2-7b"), "--target-length", "0"]) == 2
+
+
+def test_a_window_that_no_config_names():
+    config = CONFIG_MAPPING["bloom"](n_layer=1, hidden_size=64, n_head=4)
+    assert advise(config, 8192).case.facts.window == 2048
+    assert advise(config, 8192, trained_length=512).case.facts.window == 512
+    assert of("llama-2-7b", 8192, trained_length=8192).verdict.startswith("Nothing is needed")
