@@ -233,10 +233,10 @@ def test_modes_that_need_bos_say_so():
 
 
 def test_key_tokens_by_hand():
-    short = np.array([4.0, 4.0, 4.0, 1.0, 9.0, 3.9])
-    whole = np.array([1.9, 2.0, 2.1, 0.5, 0.1, 1.95])
-    # helped by 2.1; not above 2; loss too high; not helped; helped by 8.9; helped by 1.95 only
-    assert longppl.is_key(short, whole).tolist() == [True, False, False, False, True, False]
+    short = np.array([4.0, 5.0, 5.0, 1.0, 9.0, 3.9, 3.0])
+    whole = np.array([1.9, 2.0, 2.1, 0.5, 0.1, 1.95, 1.0])
+    # helped by 2.1; loss not below 2, twice; not helped; helped by 8.9; by 1.95 only; by 2 and no more
+    assert longppl.is_key(short, whole).tolist() == [True, False, False, False, True, False, False]
 
 
 class Counting(Subject):
