@@ -169,7 +169,7 @@ def test_pairs_slower_than_the_window_meet_new_angles(name):
 
 
 def test_the_critical_dimension_is_the_one_that_longrope2_states():
-    # Llama-3-8B, base 500,000 and window 8192: the 35th of 64 pairs is the first (Shang et al. 2025, section 3.1)
+    # Llama-3-8B, base 500,000 and window 8192: the 35th of 64 pairs is the first (Shang et al. 2025, arXiv 2502.20082)
     config = AutoConfig.from_pretrained(CONFIGS / "llama-3.1-8b")
     config.rope_parameters, config.max_position_embeddings = {"rope_type": "default", "rope_theta": 5e5}, 8192
     assert min(pair.index for pair in advise(config, 131072).pairs if pair.leaves) == 35
