@@ -10,8 +10,12 @@ from pe_patch.errors import OptionError, nearest, unknown
 from pe_patch.evaluation.bench import Bench, Piece
 from pe_patch.evaluation.perplexity import Perplexity
 
+from . import infinitebench, longbench
+from .code import CODE
 from .haystack import HEAT_MAP
+from .key_value import KEY_VALUE
 from .needle import NEEDLE, Needle, Passkey
+from .ruler import RULER, RULER_GROUPS
 
 __all__ = ["GROUPS", "TASKS", "Needle", "Passkey", "Task", "find_task", "find_tasks"]
 
@@ -30,8 +34,22 @@ class Task(Protocol):
     def pieces(self, bench: Bench, length: int) -> Iterator[Piece]: ...
 
 
-TASKS: Mapping[str, type[Task]] = {Perplexity.name: Perplexity, **NEEDLE, **HEAT_MAP}
-GROUPS: Mapping[str, Sequence[str]] = {"heat_map": tuple(HEAT_MAP)}
+TASKS: Mapping[str, type[Task]] = {
+    Perplexity.name: Perplexity,
+    **NEEDLE,
+    **HEAT_MAP,
+    **RULER,
+    **KEY_VALUE,
+    **CODE,
+    **longbench.LONGBENCH,
+    **infinitebench.INFINITEBENCH,
+}
+GROUPS: Mapping[str, Sequence[str]] = {
+    "heat_map": tuple(HEAT_MAP),
+    **RULER_GROUPS,
+    **longbench.GROUPS,
+    **infinitebench.GROUPS,
+}
 """Several tasks by one name."""
 
 
