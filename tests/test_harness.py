@@ -192,20 +192,36 @@ def test_a_prompt_that_is_only_seen_when_batched_is_refused_too(llama, tokenizer
 # RULER
 
 
+class Reader(Copier):
+    """Writes the first number of seven digits that it reads, if that is even, and nothing else."""
+
+    def next_token(self, ids):
+        digits = {token: index for index, token in enumerate(self.config.digits)}
+        runs = "".join("x" if token not in digits else str(digits[token]) for token in ids)
+        number = re.search(r"\d{7}", runs)[0]
+        written = re.search(r"\d*$", runs)[0]
+        return 0 if int(number) % 2 or written == number else self.config.digits[int(number[len(written)])]
+
+
+def reader(tokenizer):
+    model = double(Reader, tokenizer, window=700)
+    model.config.digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+    return model
+
+
 @pytest.fixture(scope="module")
 def ruler(tokenizer):
-    """A model that finds what the question repeats, and so answers RULER's simplest task."""
-    return harness(double(Copier, tokenizer, window=700), tokenizer, "niah_single_1", [440, 512], limit=2)
+    return harness(reader(tokenizer), tokenizer, "niah_single_1", [440, 512], limit=6)
 
 
 @pytest.mark.slow
 def test_rulers_tasks_are_made_at_the_lengths_asked_for(ruler):
     assert [(row.length, row.samples, row.measure) for row in ruler.rows] == [
-        (440, 2, "string match"),
-        (512, 2, "string match"),
+        (440, 6, "string match"),
+        (512, 6, "string match"),
     ]
     assert all(row.task == f"lm-eval {lm_eval.__version__} niah_single_1" for row in ruler.rows)
-    assert all(256 < row.tokens <= 700 and 0 <= row.score <= 1 for row in ruler.rows)
+    assert all(256 < row.tokens <= 700 and 0 < row.score < 1 for row in ruler.rows)
     assert ruler.rows[0].tokens < ruler.rows[1].tokens
     assert ruler.rows[0].text_hash != ruler.rows[1].text_hash
 
@@ -213,14 +229,11 @@ def test_rulers_tasks_are_made_at_the_lengths_asked_for(ruler):
 @pytest.mark.slow
 def test_rulers_scores_are_lm_evals(ruler, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    subject = huggingface.HFLM(
-        pretrained=double(Copier, tokenizer, window=700), tokenizer=make_tokenizer(), max_length=700
-    )
+    subject = huggingface.HFLM(pretrained=reader(tokenizer), tokenizer=make_tokenizer(), max_length=700)
     given = lm_eval.simple_evaluate(
         model=subject,
         tasks=["niah_single_1"],
-        limit=2,
-        metadata={"tokenizer": str(tmp_path), "max_seq_lengths": [512]},
+        limit=6,
         task_manager=lm_eval.tasks.TaskManager(
             include_defaults=False,
             include_path=lm_eval.tasks.__path__[0] + "/ruler",
@@ -281,6 +294,28 @@ def test_finished_tasks_are_not_run_again(llama, tokenizer, tasks, tmp_path, mon
     assert harness(llama, tokenizer, tasks["choice"], limit=2, output=tmp_path) == first
     with pytest.raises(TypeError):
         harness(llama, tokenizer, tasks["choice"], limit=3, output=tmp_path)
+
+
+def test_an_edited_task_file_is_run_again(llama, tokenizer, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "pe_patch.evaluation.harness.tasks.every_task", lambda _: lm_eval.tasks.TaskManager(include_defaults=False)
+    )
+    path = tmp_path / "own.yaml"
+    scored = []
+    for wording in ("{{question}}", "{{question}}", "{{question}} The answer"):
+        path.write_text(json.dumps({**tasks["choice"], "task": "own", "doc_to_text": wording}))
+        scored.append(harness(llama, tokenizer, str(path), limit=2, output=tmp_path / "out").rows[0])
+    assert scored[0] == scored[1] and scored[0].text_hash != scored[2].text_hash
+
+
+def test_retention_is_the_loss_at_the_native_window_and_the_benchmarks(llama, tokenizer, tasks, monkeypatch):
+    monkeypatch.setattr("pe_patch.evaluation.harness.run.RETENTION", (tasks["choice"],))
+    rows = retention(llama, tokenizer, text=[make_text(60)], limit=2, label="mine").rows
+    assert [(row.task, row.length) for row in rows[:2]] == [
+        ("perplexity", 64),
+        (f"lm-eval {lm_eval.__version__} choice", 512),
+    ]
+    assert {row.scheme for row in rows} == {"mine"} and {row.measure for row in rows[1:]} == {"acc", "acc_norm"}
 
 
 # What cannot be done

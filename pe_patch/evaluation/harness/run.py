@@ -84,6 +84,7 @@ def harness(
             "apply_chat_template": chat,
             "seed": seed,
             "max_length": window,
+            "autocast": None if autocast is None else str(autocast),
         }
         scheme = label or scheme_label(model)
         stamps = {"scheme": scheme, "tokenizer_hash": tokenizer_hash(tokenizer)}
@@ -91,7 +92,8 @@ def harness(
         fingerprint = model_fingerprint(model)
         for task in chosen:
             for length in (wanted or [window]) if found.made_to_length(task) else [None]:
-                key = key_of(lm_eval=_version(), model=fingerprint, task=task, length=length, **settings, **stamps)
+                depends = {"lm_eval": _version(), "model": fingerprint, "task": task, "files": found.files(task)}
+                key = key_of(**depends, length=length, **settings, **stamps)
                 if key not in journal:
                     rows = _run(model, tokenizer, found, task, length, settings, autocast, stamps)
                     journal.put(key, {"rows": [asdict(replace(row, key=key)) for row in rows]})
