@@ -1,6 +1,7 @@
 """The command line: exit codes, messages without tracebacks, JSON, and flags with several values."""
 
 import json
+import re
 
 import pytest
 
@@ -64,10 +65,13 @@ def test_options_are_read_as_what_they_look_like():
         parse_options(["factor"])
 
 
-@pytest.mark.parametrize("name", ["demo", "list", "inspect", "evaluate", "generate", "export"])
+COMMANDS = ["demo", "list", "inspect", "doctor", "evaluate", "compare", "advise", "generate", "export", "convert"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_shows_an_example(run, name):
     code, out, _ = run(name, "--help")
-    assert code == 0 and "Example:" in out and f"  pe-patch {name}" in out and "--json" in out
+    assert code == 0 and re.search("Examples?:", out) and f"  pe-patch {name}" in out and "--json" in out
 
 
 def test_list_has_every_scheme_family_and_task(run):
@@ -120,6 +124,34 @@ def test_generate_continues_a_prompt(run, checkpoint, tmp_path):
     assert code == 2 and "empty" in err
 
 
+def test_a_second_evaluation_into_the_same_folder_measures_nothing_again(run, checkpoint, text, tmp_path, monkeypatch):
+    words = [
+        "evaluate",
+        checkpoint,
+        "--task",
+        "needle",
+        "--task-option",
+        "needles=2",
+        "--length",
+        "64",
+        "--samples",
+        "5",
+    ]
+    words += ["--text", text, "--output", tmp_path / "report", "--json"]
+    code, first, _ = run(*words)
+    assert code == 0 and len(json.loads(first)["rows"]) == 5
+
+    def refuses(*_):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("pe_patch.evaluation.subject.Subject.answers", refuses)
+    code, second, _ = run(*words)
+    assert code == 0 and json.loads(second) == json.loads(first)
+    assert {"index.html", "results.jsonl", "answers.jsonl", "journal.jsonl"} <= {
+        path.name for path in (tmp_path / "report").iterdir()
+    }
+
+
 def test_export_writes_a_native_checkpoint(run, checkpoint, tmp_path):
     code, _, _ = run("export", checkpoint, tmp_path / "out", "--scheme", "yarn", "--factor", "4")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -139,6 +171,9 @@ def test_export_writes_a_native_checkpoint(run, checkpoint, tmp_path):
         (["evaluate", "MODEL", "--task", "needel", "--length", "64"], 2, "Did you mean 'needle'"),
         (["evaluate", "MODEL", "--length", "65", "--task", "needle"], 1, "beyond the model's window of 64"),
         (["evaluate", "MODEL", "--length", "x"], 2, "--length"),
+        (["evaluate", "MODEL", "--limit", "3"], 2, "give --harness"),
+        (["evaluate", "MODEL", "--task", "needle", "--task-option", "needels=3"], 2, "Did you mean 'needles'"),
+        (["evaluate", "MODEL", "--task", "needle", "--length", "64", "--chat"], 2, "this one has none"),
         (["evaluate", "MODEL", "--dtype", "float8"], 2, "float32"),
         (["evaluate", "./nowhere", "--length", "64"], 1, "no folder ./nowhere"),
         (["inspect", "EMPTY"], 1, "no config.json"),

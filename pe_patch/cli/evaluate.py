@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pe_patch.errors import OptionError
+
 from .application import app
 from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, SchemeName
 from .output import command_line, console, print_results
@@ -35,6 +37,18 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the tasks that take it; may be repeated."),
     ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK,...", help="Tasks of lm-eval, by their names there: ruler,arc_challenge, or retention."
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Documents of each of lm-eval's tasks; below 1 their share.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens that lm-eval gives the model (default: its window).")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")] = False,
     text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
     seed: Annotated[int, typer.Option(help="Of the questions and of the places in the text.")] = 0,
@@ -51,27 +65,38 @@ def evaluate(
 ) -> None:
     """Measure a model at several lengths; every score stands beside the same questions within its window."""
     from pe_patch import evaluation, loading
+    from pe_patch.evaluation.harness import harness as run_harness
+    from pe_patch.evaluation.results import Results
     from pe_patch.evaluation.tables import summary
 
     loaded, tokenizer = loading.load(model, dtype, device)
     loading.apply(loaded, scheme, factor, option, on_existing)
-    results = evaluation.evaluate(
-        loaded,
-        tokenizer,
-        task or ["perplexity", "needle"],
-        length or None,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        text=text,
-        control_length=control_length,
-        beyond_window=beyond_window,
-        retrieval=not no_retrieval,
-        chat=chat,
-        task_options=loading.parse_options(task_option or ()),
-        output=output,
-        **({"depths": depth} if depth else {}),
-    )
+    results = Results()
+    if harness:
+        results += run_harness(
+            loaded, tokenizer, [name for entry in harness for name in entry.split(",")], length or None, limit=limit,
+            max_length=max_length, batch_size=batch_size or 1, chat=chat, beyond_window=beyond_window, output=output,
+        )  # fmt: skip
+    elif limit is not None or max_length is not None:
+        raise OptionError("--limit and --max-length belong to lm-eval's tasks: give --harness with them.")
+    if task or not harness:
+        results += evaluation.evaluate(
+            loaded,
+            tokenizer,
+            task or ["perplexity", "needle"],
+            length or None,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            text=text,
+            control_length=control_length,
+            beyond_window=beyond_window,
+            retrieval=not no_retrieval,
+            chat=chat,
+            task_options=loading.parse_options(task_option or ()),
+            output=output,
+            **({"depths": depth} if depth else {}),
+        )
     if as_json:
         print_results(results)
     else:

@@ -24,6 +24,7 @@ _WHERE = {
     "TokenLoss": "metrics",
     "Results": "results",
     "evaluate": "run",
+    "retention": "harness",
     "write_report": "report",
 }
 
