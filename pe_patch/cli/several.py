@@ -25,20 +25,33 @@ def _is_method(word: str) -> bool:
     return all(name in METHODS for name in word.split(",") if name)
 
 
+def _is_scheme(word: str) -> bool:
+    from pe_patch.errors import nearest
+    from pe_patch.schemes import ALIASES, SCHEMES
+
+    name = word.partition(":")[0]
+    # a name that is nearly right is passed on, to be told so
+    return word.startswith("{") or name in ALIASES or bool(nearest(name, SCHEMES))
+
+
 SEVERAL: dict[str, Callable[[str], bool]] = {
     "--length": lambda word: word.replace(",", "").isdigit(),
     "--depth": lambda word: all(map(_is_number, word.split(","))),
+    "--scheme": _is_scheme,
     "--task": _is_task,
     "--method": _is_method,
     "--cache-ratio": lambda word: all(map(_is_number, word.replace("/", ",").split(","))),
 }
 """Options that take several values after one flag, and what a further value looks like."""
+WHOLE = frozenset({"--scheme"})
+"""Those whose values have commas of their own."""
 
 
 def spread(words: Sequence[str]) -> list[str]:
     """Write a flag before each of its values, as Typer wants it: `--length 1 2` becomes `--length 1 --length 2`.
 
-    Commas separate too. The word after a flag is always its value; those after it only if they look like one.
+    Commas separate too, but for those in WHOLE. The word after a flag is always its value; those after it only if they
+    look like one.
     """
     spread_out: list[str] = []
     flag, first = "", False
@@ -53,6 +66,7 @@ def spread(words: Sequence[str]) -> list[str]:
             spread_out += [flag, word] if first else [word]
             flag, first = "", False
             continue
-        spread_out += [part for item in word.split(",") if item for part in (flag, item)]
+        items = [word] if flag in WHOLE else word.split(",")
+        spread_out += [part for item in items if item for part in (flag, item)]
         first = False
     return [*spread_out, flag] if first else spread_out

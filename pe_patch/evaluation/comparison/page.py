@@ -1,0 +1,200 @@
+"""A comparison for its readers: the table in the terminal, in Markdown and on the page, and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+from rich.table import Table
+
+from pe_patch.evaluation.charts.chart import Chart
+from pe_patch.evaluation.charts.parts import heat_map, tooltips
+from pe_patch.evaluation.comparison.comparison import Comparison, Line
+from pe_patch.evaluation.comparison.contender import without_factor
+from pe_patch.evaluation.comparison.settings import write_json
+from pe_patch.evaluation.report import Entry, Section, write_report
+from pe_patch.evaluation.results import write_atomically
+
+Column = tuple[str, Callable[[Line], float | None], Callable[[float], str]]
+"""A heading, where its number stands in a line of the table, and how it is written."""
+
+HOW_TO_READ = (
+    "Forward, decode and train: time over that of the model as it is, measured in turns in one process, median of the "
+    "rounds. Parameters: what the scheme adds. Memory: the peak of a forward at the greatest length, above what was "
+    "there before. Cache: bytes that a token leaves in all layers. Loss is nats per token, change its difference to "
+    "the model as it is, at the same tokens."
+)
+
+
+def columns(found: Comparison) -> list[Column]:
+    """The columns that have a number in some line, costs first, then by length."""
+    short = found.settings.short
+    every: list[Column] = [
+        ("forward", lambda line: line["forward"], "x {:.2f}".format),
+        ("decode", lambda line: line["decode"], "x {:.2f}".format),
+        ("train", lambda line: line["train"], "x {:.2f}".format),
+        ("parameters", lambda line: line["parameters_added"], "{:+,.0f}".format),
+        ("memory", lambda line: line["peak_memory"], lambda size: f"{size / 2**20:,.1f} MiB"),
+        ("cache", lambda line: line["cache_bytes_per_token"], "{:,.0f} B".format),
+        (f"loss {short:,}", lambda line: line["loss"].get(short), "{:.3f}".format),
+        ("change", lambda line: line["loss_change"], "{:+.3f}".format),
+        (f"retrieval {short:,}", lambda line: line["retrieval"].get(short), "{:.2f}".format),
+    ]
+    for length in [length for length in found.settings.lengths if length != short]:
+        every += [
+            (f"loss {length:,}", lambda line, length=length: line["loss"].get(length), "{:.3f}".format),
+            (f"retrieval {length:,}", lambda line, length=length: line["retrieval"].get(length), "{:.2f}".format),
+        ]
+    lines = [line for line in found.table() if line["why"] is None]
+    return [column for column in every if any(column[1](line) is not None for line in lines)]
+
+
+def cells(line: Line, of: Sequence[Column]) -> list[tuple[str, float | None]]:
+    """What stands in a line under each column, and the number behind it."""
+    values = [value(line) for _, value, _ in of]
+    return [("-" if value is None else shown(value), value) for value, (_, _, shown) in zip(values, of, strict=True)]
+
+
+def terminal(found: Comparison) -> Table:
+    """The table, its lines without numbers with the reason for it."""
+    of = columns(found)
+    table = Table(title=f"Schemes on {found.settings.model}", title_justify="left", caption_justify="left")
+    table.caption = "; ".join(notes(found)) or None
+    table.add_column("scheme")
+    for heading, _, _ in of:
+        table.add_column(heading, justify="right")
+    for line in found.table():
+        if line["why"] is None:
+            table.add_row(line["scheme"], *(shown for shown, _ in cells(line, of)))
+        else:
+            table.add_row(line["scheme"], *["-"] * len(of))
+    return table
+
+
+def markdown(found: Comparison) -> str:
+    """The table as Markdown."""
+    of = columns(found)
+    lines = [
+        "| " + " | ".join(["scheme", *(heading for heading, _, _ in of)]) + " |",
+        "| --- |" + " ---: |" * len(of),
+    ]
+    for line in found.table():
+        shown = [text for text, _ in cells(line, of)] if line["why"] is None else ["-"] * len(of)
+        lines.append("| " + " | ".join([line["scheme"], *shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def notes(found: Comparison) -> list[str]:
+    """What a reader of the table must know of single lines."""
+    told = [f"{label} cannot work here: {reason}" for label, reason in found.unsupported.items()]
+    told += [f"{label} failed: {reason}" for label, reason in found.failures.items()]
+    bounded = {line["scheme"]: line["positions"] for line in found.table() if line["why"] is None and line["positions"]}
+    told += [f"{label} has {most:,} positions and none beyond them" for label, most in bounded.items()]
+    given = [one for one in found.settings.contenders if "factor" in one.options]
+    if given and (others := without_factor(found.settings.contenders)):
+        told.append(f"no factor was given to {', '.join(others)}")
+    return told
+
+
+def write(found: Comparison, folder: Path, *, title: str, command: str | None = None, more: Sequence[str] = ()) -> Path:
+    """Write the page, the picture, `table.md` and `comparison.json`; returns the page's path."""
+    found.rows.config |= {"scheme": ", ".join(found.rows.values("scheme")), "window": found.settings.window}
+    section = Section(
+        "What each scheme gives, and what it costs",
+        columns=["scheme", *(heading for heading, _, _ in columns(found))],
+        rows=_rows(found),
+        caption=HOW_TO_READ,
+        sortable=True,
+        charts=[picture(found, "comparison")] if found.rows.rows else [],
+    )
+    write_json(folder / "comparison.json", found.to_dict())
+    write_atomically(folder / "table.md", markdown(found))
+    return write_report(
+        found.rows,
+        folder,
+        title=title,
+        verdict=verdict(found),
+        command=command,
+        notes=[*notes(found), *more],
+        sections=[section],
+    )
+
+
+def verdict(found: Comparison) -> str:
+    """Who answers most at the greatest length, what that costs within the window, and the model as it is beside it."""
+    lines = [line for line in found.table() if line["why"] is None]
+    longest, short = found.settings.lengths[-1], found.settings.short
+    told = [line for line in lines if longest in line["retrieval"]]
+    if not told:
+        return f"No contender was measured at {longest:,} tokens."
+    best = max(told, key=lambda line: line["retrieval"][longest])
+    share = best["retrieval"][longest]
+    level = [line["scheme"] for line in told if line["retrieval"][longest] == share]
+    base = next((line for line in told if line["scheme"] == found.settings.contenders[0].label), None)
+    sentence = f"At {longest:,} tokens {' and '.join(level) if len(level) < 4 else f'{len(level)} of {len(told)}'} "
+    sentence += f"answer{'s' if len(level) == 1 else ''} {share:.0%} of the questions"
+    if base is not None and base is not best:
+        sentence += f", {base['scheme']} {base['retrieval'][longest]:.0%}"
+    if len(level) == 1 and best["loss_change"] is not None:
+        sentence += f"; at {short:,} tokens its loss is {best['loss_change']:+.3f} nats beside the model as it is"
+    return sentence + "."
+
+
+def picture(found: Comparison, name: str) -> Chart:
+    """Retrieval and loss by scheme and length, as two heat maps."""
+    lines = [line for line in found.table() if line["why"] is None]
+    labels = [line["scheme"] for line in lines]
+    short = found.settings.short
+    panels = []
+    for measure, what in (("retrieval", "share of questions answered"), ("loss", "loss above the least (nats)")):
+        scores = {line["scheme"]: line[measure] for line in lines}
+        least = min((value for each in scores.values() for value in each.values()), default=0.0)
+        marks = [
+            {
+                "scheme": label, "column": _times(length, short), "length": f"{length:,} tokens",
+                # one scale of colour for both: yellow is good
+                "score": value if measure == "retrieval" else max(0.0, 1 - (value - least) / LOSS_SPAN),
+                "short": f"{value:.2f}", "number": f"{value:.3f}",
+            }
+            for label, each in scores.items() for length, value in each.items()
+        ]  # fmt: skip
+        if marks:
+            panels.append(_panel(marks, labels, [_times(length, short) for length in found.settings.lengths], what))
+    subtitle = f"{found.settings.samples} questions at each length; {found.settings.text}; seed {found.settings.seed}"
+    caption = "Yellow is good: all questions answered, the least loss. A missing cell was not measured."
+    return Chart(name, "Within the window and beyond it", tuple(panels), subtitle, caption, columns=len(panels))
+
+
+LOSS_SPAN = 2.0
+"""Nats above the least loss at which the scale of colours ends."""
+
+
+def _panel(marks: list[Line], labels: list[str], lengths: list[str], title: str) -> Any:
+    x = alt.X(
+        "column:N", title="length, in windows", sort=lengths, scale=alt.Scale(domain=lengths),
+        axis=alt.Axis(labelAngle=0, domain=False, ticks=False),
+    )  # fmt: skip
+    y = alt.Y(
+        "scheme:N", title=None, sort=labels, scale=alt.Scale(domain=labels), axis=alt.Axis(domain=False, ticks=False)
+    )
+    layers = heat_map(marks, x, y, tooltips("scheme", extra={"length": "length", "number": "score"}))
+    return alt.layer(*layers).properties(title=title, width=270, height=max(90, 26 * len(labels)))
+
+
+def _times(length: int, short: int) -> str:
+    return f"x {length // short}" if length % short == 0 else f"{length:,}"
+
+
+def _rows(found: Comparison) -> list[list[Entry | str]]:
+    of = columns(found)
+    asked = len({(row.task, row.measure) for row in found.rows.rows if not row.measure.startswith("nats")})
+    rows: list[list[Entry | str]] = []
+    for line in found.table():
+        if line["why"] is not None:
+            rows.append([line["scheme"], *(Entry("-", hint=line["why"]) for _ in of)])
+            continue
+        hint = f"mean of {asked} tasks" if asked > 1 else ""
+        rows.append([line["scheme"], *(Entry(shown, value, hint=hint) for shown, value in cells(line, of))])
+    return rows
