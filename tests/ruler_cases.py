@@ -11,6 +11,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pe_patch.evaluation.tasks.ruler import RULER
+
 WORDS = (
     "stone river lamp door seven bright cold under over small quickly runs walks falls a the of and then but "
     "however remember weather twenty-one it's afternoon"
@@ -82,3 +84,35 @@ def write_questions(folder: Path) -> dict[str, str]:
     for name, content in (("squad", squad()), ("hotpotqa", hotpotqa())):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return {name: str(folder / f"{name}.json") for name in ("squad", "hotpotqa")}
+
+
+TEXTS = (essay(),)
+
+
+def record(bench: Any) -> list[str]:
+    """From now on the texts of the bench's prompts, each question's before the same without its context."""
+    seen: list[str] = []
+    real = bench.prompt
+
+    def prompt(text: str, answer_prefix: str = "") -> Any:
+        seen.append(text + answer_prefix)
+        return real(text, answer_prefix)
+
+    bench.prompt = prompt
+    return seen
+
+
+def ask(name: str, bench: Any, length: int, files: dict[str, str] | None = None, **options: Any) -> list[Any]:
+    """The questions of a task; `files` are those of `write_questions`."""
+    of_file = {"qa_1": "squad", "qa_2": "hotpotqa"}.get(name)
+    if files and of_file:
+        options[of_file] = files[of_file]
+    return RULER[name](**options).questions(bench, length)
+
+
+def prompts(
+    name: str, bench: Any, length: int, files: dict[str, str] | None = None, **options: Any
+) -> tuple[list[Any], list[str]]:
+    """The questions of a task with their texts."""
+    seen = record(bench)
+    return ask(name, bench, length, files, **options), seen[::2]

@@ -34,7 +34,7 @@ def official_prompt(file: str, repair: Callable[[str], str] = str) -> Render:
     `repair` puts white space back that lm-eval's copy has lost, in the template. Without lm-eval, or where it has no
     such file, raises `PePatchError`.
     """
-    path = _tasks() / file
+    path = lm_eval_tasks() / file
     if not path.is_file():
         raise PePatchError(f"The installed lm-eval has no wording of this task ({file}). Leave wording= at 'own'.")
     settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -47,7 +47,8 @@ def official_prompt(file: str, repair: Callable[[str], str] = str) -> Render:
     return lambda row: template.render(row)
 
 
-def _tasks() -> Path:
+def lm_eval_tasks() -> Path:
+    """Where the installed lm-eval keeps its tasks. Nothing of it is imported. Without it raises `PePatchError`."""
     found = importlib.util.find_spec("lm_eval")
     if found is None or not found.submodule_search_locations:
         raise PePatchError(

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pe_patch.evaluation.tasks.ruler.niah import SHAPES
-from pe_patch.evaluation.tasks.ruler.task import (
+from pe_patch.evaluation.tasks.ruler.kinds import (
     CommonWordsTask,
     EssayNiahTask,
     FrequentWordsTask,
     HotpotTask,
     LocalTask,
     NiahTask,
-    RulerTask,
     SquadTask,
     TrackingTask,
 )
+from pe_patch.evaluation.tasks.ruler.niah import SHAPES
+from pe_patch.evaluation.tasks.ruler.task import RULER_ITSELF, RulerTask
+
+__all__ = ["RULER", "RULER_GROUPS", "RULER_ITSELF", "THIRTEEN"]
 
 _NIAH = {
     "niah_single_1": "one number hidden in noise is asked for",

@@ -25,6 +25,8 @@ DEPTHS = tuple(int(depth) for depth in np.round(np.linspace(0, 100, 40)))
 """The depths, in percent, where RULER cuts running text for a needle."""
 OFFICIAL_ESSAYS = "PaulGrahamEssays.json"
 """What RULER's script calls the essays that it downloads; a file of that name and form is taken to be that."""
+OFFICIAL_WORDS = "affcd6d45fdf3cc843d585c99c97ad615094e760e6c4756b654bab6c73bc2eca"
+"""The SHA-256 of RULER's `english_words.json`, as its repository's pointer to the file has it."""
 INVENTED = 1 << 18
 """How many words that do not exist there are."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -118,18 +120,29 @@ def parse(text: str, file: Path) -> object:
         raise PePatchError(f"{file}: not JSON ({error}).") from error
 
 
-def read_words(path: str) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Words:
+    """The words of a file, and whether it is RULER's own."""
+
+    words: tuple[str, ...]
+    name: str
+    official: bool
+
+
+@lru_cache(maxsize=2)
+def read_words(path: str) -> Words:
     """The words of a file: JSON with a list, or with a word under each key as RULER's `english_words.json` has them.
 
     Raises:
         PePatchError: there is no such file, or it has another form.
     """
     file = Path(path).expanduser()
-    content = parse(read(file, "word file"), file)
+    text = read(file, "word file")
+    content = parse(text, file)
     words = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise PePatchError(f"{file}: words in JSON are a list of strings, or an object with a word under each key.")
-    return tuple(words)
+    return Words(tuple(words), file.name, official=digest(text) == OFFICIAL_WORDS)
 
 
 def digest(text: str) -> str:

@@ -6,13 +6,13 @@ The files are parsed and not imported, since importing them starts a download.
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from pe_patch.errors import PePatchError
+from pe_patch.evaluation.tasks.official import lm_eval_tasks
 from pe_patch.evaluation.tasks.ruler.wording import OFFICIAL, Asking, Wording
 
 _CORRECTED = {"assgined": "assigned"}
@@ -28,17 +28,11 @@ def official() -> Wording:
     Raises:
         PePatchError: lm-eval is not installed, or its files have changed.
     """
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise PePatchError(
-            f"wording={OFFICIAL!r} takes RULER's own words from lm-eval, which is not installed: "
-            "pip install 'pe_patch[lm-eval]', or leave the wording out."
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "tasks" / "ruler"
+    folder = lm_eval_tasks() / "ruler"
     installed = version("lm_eval")
     try:
         return _read(folder, f"{OFFICIAL} (lm-eval {installed})")
-    except (OSError, SyntaxError, KeyError, IndexError) as error:
+    except (OSError, SyntaxError, LookupError, ValueError, StopIteration) as error:
         raise PePatchError(
             f"RULER's words are not where they were in lm-eval 0.4.13; {installed} is installed ({error!r}). lm-eval "
             "0.4.13 has them; install it, or leave the wording out."

@@ -7,22 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pe_patch.errors import OptionError, PePatchError, unknown
+from pe_patch.errors import PePatchError, unknown
 from pe_patch.evaluation.bench import Bench, Piece
 from pe_patch.evaluation.corpus import whole_ids
 from pe_patch.evaluation.questions import Question, QuestionTask
-from pe_patch.evaluation.tasks.ruler.documents import Answering, Documents, Source, load
 from pe_patch.evaluation.tasks.ruler.generator import VERSION, Generator, Sample, Tokens
-from pe_patch.evaluation.tasks.ruler.material import Essay, digest, essay_from, essay_of, read_words, single
-from pe_patch.evaluation.tasks.ruler.niah import WITH_TOKENS, Niah, Shape, TokenNiah
+from pe_patch.evaluation.tasks.ruler.niah import WITH_TOKENS
 from pe_patch.evaluation.tasks.ruler.official import official
-from pe_patch.evaluation.tasks.ruler.scoring import postprocess, string_match_all, string_match_part
-from pe_patch.evaluation.tasks.ruler.source_questions import BY_HOPS
-from pe_patch.evaluation.tasks.ruler.tracking import Tracking
-from pe_patch.evaluation.tasks.ruler.wording import ENGLISH, NAMES, OFFICIAL, TOKENS, Wording, choose
-from pe_patch.evaluation.tasks.ruler.words import CommonWords, FrequentWords
+from pe_patch.evaluation.tasks.ruler.scoring import postprocess, string_match_all
+from pe_patch.evaluation.tasks.ruler.wording import ENGLISH, NAMES, OFFICIAL, Wording, choose
 
-RULER_ITSELF, RULER_LIKE = "of RULER", "after RULER"
+RULER_ITSELF, RULER_LIKE = "RULER", "after RULER"
 """What a row's stamps call its benchmark: where nothing was substituted, and where something was."""
 
 
@@ -76,9 +71,11 @@ class RulerTask(QuestionTask):
 
     def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
         stamps, budget = questions[0].stamps, questions[0].budget
-        other = f" with {', '.join(stamps['substitutes'])}" if stamps["substitutes"] else ""
+        substitutes = [each for each in stamps["substitutes"] if stamps["haystack"] not in each]
+        other = f" with {', '.join(substitutes)}" if substitutes else ""
+        which = "of RULER" if stamps["benchmark"] == RULER_ITSELF else f"{RULER_LIKE}{other}"
         return (
-            f"{len(questions)} questions {stamps['benchmark']}{other}, in {stamps['haystack']}; {self.measure()}, "
+            f"{len(questions)} questions {which}, in {stamps['haystack']}; {self.measure()}, "
             f"greedy answers of at most {budget} token{'s' if budget > 1 else ''}"
         )
 
@@ -145,135 +142,6 @@ class RulerTask(QuestionTask):
             "generator": VERSION,
             **made.stamps,
         }
-
-
-@dataclass(frozen=True)
-class NiahTask(RulerTask):
-    """Facts hidden in noise, or among facts of their kind."""
-
-    shape: ClassVar[Shape]
-
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        noise = self.shape.haystack == "noise"
-        text = wording.noise if noise else wording.needle
-        stamps = {"haystack": "noise" if noise else "needles", "haystack_sha256": digest(text)}
-        return Made(self.generator(bench, tokens, length, wording), stamps)
-
-    def generator(
-        self, bench: Bench, tokens: Tokens, length: int, wording: Wording, essay: Essay | None = None
-    ) -> Generator:
-        kind = TokenNiah if wording.name == TOKENS else Niah
-        return kind(tokens, length, bench.seed, self.shape, wording, essay)
-
-
-@dataclass(frozen=True)
-class EssayNiahTask(NiahTask):
-    """Facts hidden in running text. `haystack` is a text file, or the JSON file of essays that RULER's script writes;
-    None is the evaluation's own text."""
-
-    haystack: str | None = None
-
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        corpus = bench.corpus
-        essay = essay_from(self.haystack) if self.haystack else essay_of(tuple(corpus.texts), corpus.name)
-        stamps = {"haystack": essay.name, "haystack_sha256": essay.sha256, "splitter": essay.splitter.name}
-        other = [] if essay.official else [f"haystack {essay.name}"]
-        other += [] if essay.splitter.official else [f"splitter {essay.splitter.name}"]
-        return Made(self.generator(bench, tokens, length, wording, essay), stamps, lambda: other)
-
-
-@dataclass(frozen=True)
-class TrackingTask(RulerTask):
-    """A chain of assignments hidden in noise."""
-
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        stamps = {"haystack": "noise", "haystack_sha256": digest(wording.noise)}
-        return Made(Tracking(tokens, length, bench.seed, wording), stamps)
-
-
-@dataclass(frozen=True)
-class CommonWordsTask(RulerTask):
-    """The most common words of a list. `words` is a JSON file of words, as RULER's `english_words.json`, for lengths
-    that need more than wonderwords has; None makes words up there."""
-
-    words: str | None = None
-
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        many = read_words(self.words) if self.words else None
-        generator = CommonWords(tokens, length, bench.seed, wording, many)
-        stamps = {"haystack": "words of wonderwords", "haystack_sha256": digest("\n".join(single()))}
-        invented: Callable[[], list[str]] = lambda: ["words that do not exist"] if generator.beyond else []  # noqa: E731
-        return Made(generator, stamps, list if many else invented)
-
-
-@dataclass(frozen=True)
-class FrequentWordsTask(RulerTask):
-    """The most frequent code words of a text."""
-
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        return Made(FrequentWords(tokens, length, bench.seed, wording), {"haystack": "random code words"})
-
-
-@dataclass(frozen=True)
-class DocumentsTask(RulerTask):
-    """Questions about documents."""
-
-    match: ClassVar[Callable[[str, Sequence[str]], float]] = staticmethod(string_match_part)
-
-    def documents(self) -> Documents:
-        raise NotImplementedError
-
-    def measure(self) -> str:
-        return "one of the references found"
-
-    def check(self, bench: Bench) -> None:
-        super().check(bench)
-        self.documents()
-
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        documents = self.documents()
-        stamps = {"haystack": documents.name, "haystack_sha256": documents.sha256}
-        other = [] if documents.official else [f"questions of {documents.name}"]
-        return Made(Answering(tokens, length, bench.seed, wording, documents), stamps, lambda: other)
-
-
-@dataclass(frozen=True)
-class SquadTask(DocumentsTask):
-    """`squad` is the path of SQuAD 2.0's development set."""
-
-    squad: str | None = None
-
-    def documents(self) -> Documents:
-        return _load(self.squad, "squad", "SQuAD 2.0 (dev-v2.0.json)", "qa_local_1")
-
-
-@dataclass(frozen=True)
-class HotpotTask(DocumentsTask):
-    """`hotpotqa` is the path of HotpotQA's development set with distractors."""
-
-    hotpotqa: str | None = None
-
-    def documents(self) -> Documents:
-        return _load(self.hotpotqa, "hotpotqa", "HotpotQA (hotpot_dev_distractor_v1.json)", "qa_local_2")
-
-
-@dataclass(frozen=True)
-class LocalTask(DocumentsTask):
-    """Questions about Python's standard library, which need no file: a task like RULER's, and not RULER's."""
-
-    hops: ClassVar[int]
-
-    def documents(self) -> Documents:
-        return BY_HOPS[self.hops]()
-
-
-def _load(path: str | None, source: Source, title: str, instead: str) -> Documents:
-    if path is None:
-        raise OptionError(
-            f"The questions of {title} do not come with the library. Give {source}= the path of the file, or ask "
-            f"{instead}, whose questions are about Python's own source."
-        )
-    return load(path, source)
 
 
 def _counter(bench: Bench) -> Tokens:

@@ -101,7 +101,7 @@ def choose(wanted: str | None, tokenizer: Any, task: str, with_tokens: tuple[str
     if task not in with_tokens:
         why = "" if wanted else ", which a vocabulary with key and value tokens calls for"
         raise OptionError(
-            f"{task} has no wording {TOKENS!r}{why}; these have: {', '.join(with_tokens)}. "
+            f"this task has no wording {TOKENS!r}{why}; these have: {', '.join(with_tokens)}. "
             f"Ask for one of them, or give wording={ENGLISH.name!r}."
         )
     if not has_tokens:
