@@ -260,3 +260,18 @@ def test_the_package_draws_without_matplotlib():
     sources = {path: path.read_text(encoding="utf-8") for path in Path(pe_patch.__file__).parent.rglob("*.py")}
     assert len(sources) > 100
     assert [path for path, text in sources.items() if re.search(r"^\s*(import|from) matplotlib", text, re.M)] == []
+
+
+def test_the_effective_length_is_told_where_rulers_tasks_were_measured(tmp_path):
+    scores = {64: (1.0, 0.9), 512: (0.9, 0.82), 1024: (0.7, 0.9)}
+    rows = [
+        row("yarn", task, length, score, measure="share of references found")
+        for length, pair in scores.items()
+        for task, score in zip(("niah_single_1", "vt"), pair, strict=True)
+    ]
+    page = write_report(Results(rows, {"native_window": 64}), tmp_path).read_text()
+    # means .95, .86 and .80: the rule wants more than .856
+    assert re.search(r"Effective length.*?yarn.*?512.*?0\.870", page, re.S)
+    assert "not measured: niah_single_2" in page and "2 of RULER&#39;s thirteen" in page
+    other = Results([row("a", "needle", 64, 1.0)])
+    assert "Effective length" not in write_report(other, tmp_path).read_text()

@@ -40,7 +40,14 @@ import vl_convert
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.charts import DARK, LIGHT, Chart, charts_of, theme
 from pe_patch.evaluation.results import Results, write_atomically
-from pe_patch.evaluation.sections import Entry, Section, examples_section, rows_section, score_sections
+from pe_patch.evaluation.sections import (
+    Entry,
+    Section,
+    effective_sections,
+    examples_section,
+    rows_section,
+    score_sections,
+)
 from pe_patch.evaluation.tables import interval, pivots
 
 __all__ = ["Entry", "Section", "best_retrieval", "write_report"]
@@ -72,7 +79,7 @@ def write_report(
     details = [examples_section(results), rows_section(results, measured_on)]
     page = {
         "sections": sections,
-        "scores": score_sections(results),
+        "scores": [*effective_sections(results), *score_sections(results)],
         "charts": own,
         "details": [section for section in details if section is not None],
     }

@@ -66,6 +66,42 @@ def score_sections(results: Results) -> list[Section]:
     return [*tables, *losses]
 
 
+def effective_sections(results: Results) -> list[Section]:
+    """How long a context each scheme really uses, by RULER's rule; nothing where none of its tasks was measured."""
+    from pe_patch.evaluation.effective import THRESHOLD, effective_length
+    from pe_patch.evaluation.tasks.ruler import RULER
+
+    if not any(row.task in RULER for row in results.rows):
+        return []
+    found = effective_length(results)
+    rows = [
+        (
+            scheme,
+            Entry(_reach(entry), entry["effective"] or 0),
+            *(Entry(f"{entry[name]:.3f}", entry[name]) for name in ("average", "rising", "falling")),
+        )
+        for scheme, entry in found.items()
+    ]
+    first = next(iter(found.values()))
+    because = f" It is not RULER's own figure: {'; '.join(first['because'])}." if first["because"] else ""
+    return [
+        Section(
+            "Effective length",
+            columns=("scheme", "effective length", "mean", "longer lengths weigh more", "shorter lengths weigh more"),
+            rows=rows,
+            caption=f"The greatest length, in tokens, at which the mean of {len(first['tasks'])} of its tasks "
+            f"({first['of_thirteen']} of RULER's thirteen) is above {THRESHOLD:.1%}, what Llama-2-7B-chat has at 4,096."
+            f"{because}",
+        )
+    ]
+
+
+def _reach(entry: Mapping[str, Any]) -> str:
+    if entry["effective"] is None:
+        return "none measured"
+    return f"{entry['effective']:,}{' or more' if entry['at_least'] else ''}"
+
+
 def _table(pivot: Pivot) -> Section:
     cells = [cell for line in pivot.cells.values() for cell in line if cell is not None]
     controls = "; ".join(
