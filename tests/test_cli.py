@@ -52,6 +52,11 @@ def run(capsys):
         ("evaluate --length", "evaluate --length"),
         ("evaluate --length --json", "evaluate --length --json"),
         ("export a b --scheme yarn", "export a b --scheme yarn"),
+        (
+            "compare M --scheme yarn rerope:window=64,k=2 --json",
+            "compare M --scheme yarn --scheme rerope:window=64,k=2 --json",
+        ),
+        ("inspect --scheme rope llama3", "inspect --scheme rope llama3"),  # a folder of that name
     ],
 )
 def test_flags_take_several_values(words, expected):

@@ -43,6 +43,8 @@ SEVERAL: dict[str, Callable[[str], bool]] = {
     "--cache-ratio": lambda word: all(map(_is_number, word.replace("/", ",").split(","))),
 }
 """Options that take several values after one flag, and what a further value looks like."""
+ONLY = {"--scheme": "compare"}
+"""Those that take several in one command alone: elsewhere a folder may well be called like a scheme."""
 WHOLE = frozenset({"--scheme"})
 """Those whose values have commas of their own."""
 
@@ -55,9 +57,10 @@ def spread(words: Sequence[str]) -> list[str]:
     """
     spread_out: list[str] = []
     flag, first = "", False
+    several = {name for name in SEVERAL if ONLY.get(name, words[0]) == words[0]} if words else set()
     for word in words:
         name, equals, value = word.partition("=")
-        if name in SEVERAL:
+        if name in several:
             flag, first = name, not equals
             if not equals:
                 continue
