@@ -16,7 +16,7 @@ from pe_patch import cli, evaluate, load_patched, patched
 from pe_patch.cli.several import spread
 from pe_patch.demo import BASE, load_base, recipes
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
-from pe_patch.evaluation.comparison import compare, processes, survey, timing
+from pe_patch.evaluation.comparison import compare, facts, processes, survey, timing
 from pe_patch.evaluation.comparison.contender import Contender, contenders, split_options
 from pe_patch.evaluation.comparison.page import columns, markdown, picture
 from pe_patch.evaluation.comparison.run import carry_out
@@ -99,6 +99,20 @@ def test_costs_against_counts_by_hand(folder):
     assert "| learned |" in markdown(found) and " - |" in markdown(found)
 
 
+def test_peak_memory_is_what_tensors_take_at_once():
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")  # type: ignore[assignment]
+
+    def call():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        third = second.double()
+        return third.sum()
+
+    assert facts.peak_memory(model, call)[0] == pytest.approx(4000 + 8000, abs=200)
+
+
 def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
     asked, real = [], Subject.answers
 
@@ -119,8 +133,7 @@ def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
     stop = None
     again = run(folder / "stopped")
     assert 2 < whole <= len(asked) <= whole + 1  # the row that was being measured is begun anew
-    tables = [[{**line, "peak_memory": None} for line in one.table()] for one in (again, found)]
-    assert tables[0] == tables[1]
+    assert again.table() == found.table()
     asked.clear()
     assert run(folder / "stopped").table() == again.table() and not asked
 
@@ -143,9 +156,11 @@ def test_one_that_fails_loses_no_other(folder, monkeypatch, capsys, by_hand):
     assert table["as it is"]["retrieval"] == {"256": by_hand["as it is"].cell(task="needle", length=256).score}
     assert table["linear"]["why"] is None
     monkeypatch.setattr(Subject, "losses", real)
-    assert cli.main(["compare", str(BASE), *words, *output]) == 0
-    shown = capsys.readouterr().out
-    assert "yarn" in shown and "out of luck" not in shown
+    again = compare(
+        str(BASE), ["yarn", "linear"], [256], output=folder / "failing", text=str(folder / "text"), **WITH | {
+            "tasks": ("perplexity", "needle")}
+    )  # fmt: skip
+    assert not again.failures and {line["scheme"]: line["why"] for line in again.table()} == dict.fromkeys(table)
 
 
 def test_what_cannot_work_is_shown_with_the_reason(folder):
