@@ -17,7 +17,7 @@ import torch
 
 from pe_patch.evaluation.comparison.settings import write_json
 
-POLL = 0.5
+POLL = 1.0
 """Seconds between two looks at how far everybody is."""
 
 

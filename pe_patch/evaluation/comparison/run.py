@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from pe_patch.evaluation.subject import windows
 
 FACTORS = (1, 2, 4, 8)
 """The default lengths, in windows."""
+TAIL = 8192
+"""Bytes of a growing log that hold its last lines."""
 
 
 def compare(
@@ -174,6 +177,8 @@ def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Calla
         task = bar.add_task("", total=max(1.0 - start, 1e-9))
 
         def tick(running: list[str]) -> None:
+            if not shown:
+                return
             bar.update(task, completed=done(settings, folder) - start, description=", ".join(running))
 
         yield tick
@@ -196,10 +201,24 @@ def _share(settings: Settings, contender: Contender, folder: Folder) -> float:
         complete = (here / stage / "finished.json").exists()
         parts.append(1.0 if complete else sum(set(lengths)) / sum(settings.lengths))
     if settings.training is not None:
-        steps = sum(phase.steps for phase in load_recipe(settings.training).phases)
-        log = _lines(here / "training" / "log.jsonl")
-        parts += [log[-1]["step"] / steps if log else 0.0] * 2  # training takes longer than measuring
+        # training takes longer than measuring
+        parts += [_step(here / "training" / "log.jsonl") / _steps(settings.training)] * 2
     return min(1.0, sum(parts) / len(parts))
+
+
+@cache
+def _steps(training: Training) -> int:
+    return sum(phase.steps for phase in load_recipe(training).phases)
+
+
+def _step(log: Path) -> int:
+    """The last step in a log; its end is read alone, since it is looked at all the time while it grows."""
+    if not log.exists():
+        return 0
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL))
+        whole = file.read().split(b"\n")[1 if file.tell() > TAIL else 0 : -1]
+    return next((found["step"] for line in reversed(whole) if "step" in (found := json.loads(line))), 0)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
