@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -70,6 +71,7 @@ def peak_memory(model: Any, call: Callable[[], Any]) -> tuple[int | None, str]:
         with PeakMemory(model.device) as peak:
             call()
         return peak.bytes, peak.kind
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below it, the profiler writes to stderr that it was started
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None

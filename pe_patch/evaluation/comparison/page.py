@@ -62,9 +62,9 @@ def terminal(found: Comparison) -> Table:
     of = columns(found)
     table = Table(title=f"Schemes on {found.settings.model}", title_justify="left", caption_justify="left")
     table.caption = "; ".join(notes(found)) or None
-    table.add_column("scheme")
+    table.add_column("scheme", no_wrap=True)
     for heading, _, _ in of:
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for line in found.table():
         if line["why"] is None:
             table.add_row(line["scheme"], *(shown for shown, _ in cells(line, of)))
@@ -100,7 +100,8 @@ def notes(found: Comparison) -> list[str]:
 
 def write(found: Comparison, folder: Path, *, title: str, command: str | None = None, more: Sequence[str] = ()) -> Path:
     """Write the page, the picture, `table.md` and `comparison.json`; returns the page's path."""
-    found.rows.config |= {"scheme": ", ".join(found.rows.values("scheme")), "window": found.settings.window}
+    labels = ", ".join(found.rows.values("scheme"))
+    found.rows.config |= {"model": found.settings.model, "scheme": labels, "window": found.settings.window}
     section = Section(
         "What each scheme gives, and what it costs",
         columns=["scheme", *(heading for heading, _, _ in columns(found))],
@@ -142,13 +143,13 @@ def verdict(found: Comparison) -> str:
     return sentence + "."
 
 
-def picture(found: Comparison, name: str) -> Chart:
+def picture(found: Comparison, name: str, title: str = "Within the window and beyond it") -> Chart:
     """Retrieval and loss by scheme and length, as two heat maps."""
     lines = [line for line in found.table() if line["why"] is None]
     labels = [line["scheme"] for line in lines]
     short = found.settings.short
     panels = []
-    for measure, what in (("retrieval", "share of questions answered"), ("loss", "loss above the least (nats)")):
+    for measure, what in (("retrieval", "share of questions answered"), ("loss", "loss (nats per token)")):
         scores = {line["scheme"]: line[measure] for line in lines}
         least = min((value for each in scores.values() for value in each.values()), default=0.0)
         marks = [
@@ -162,11 +163,16 @@ def picture(found: Comparison, name: str) -> Chart:
         ]  # fmt: skip
         if marks:
             panels.append(_panel(marks, labels, [_times(length, short) for length in found.settings.lengths], what))
-    subtitle = f"{found.settings.samples} questions at each length; {found.settings.text}; seed {found.settings.seed}"
-    caption = "Yellow is good: all questions answered, the least loss. A missing cell was not measured."
-    return Chart(name, "Within the window and beyond it", tuple(panels), subtitle, caption, columns=len(panels))
+    settings = found.settings
+    subtitle = f"Window {short:,} tokens; {settings.samples} questions at each length; text: {settings.text}; seed "
+    subtitle += f"{settings.seed}. Yellow is good; an empty cell was not measured or has no positions."
+    return Chart(name, title, tuple(panels), subtitle, CAPTION, columns=len(panels))
 
 
+CAPTION = (
+    "Each line is a scheme, each column a length. Yellow is good: all questions answered, the least loss. An empty "
+    "cell was not measured, or the scheme has no positions there."
+)
 LOSS_SPAN = 2.0
 """Nats above the least loss at which the scale of colours ends."""
 

@@ -66,6 +66,8 @@ def compare(
             "save_pretrained, its tokenizer beside it."
         )
     name = os.fspath(model)
+    if Path(name).is_dir():  # the same folder by another path is the same model
+        name = str(Path(name).resolve())
     window = windows(loading.empty_model(name))[0] or 0
     wanted = _lengths(lengths, window)
     settings = Settings(

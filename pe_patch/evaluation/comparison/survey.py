@@ -46,7 +46,7 @@ def survey(output: Path, *, seed: int = 0, quick: bool = False) -> Settings:
 
     `quick` trains every phase for two steps and asks a few questions: it shows that everything runs, and no more.
     """
-    start = output / "start"
+    start = output.resolve() / "start"
     if not (start / "model.safetensors").exists():
         make_start(start, seed, documents=20 if quick else None)
     overrides = [f"phases.{phase}.{key}={value}" for phase in range(6) for key, value in (("steps", 2), ("warmup", 1))]
