@@ -59,6 +59,7 @@ def run(
 
 
 def show(found: Comparison, console: Any) -> None:
-    """The table, and in one sentence what it says."""
-    console.print(page.terminal(found))
+    """The tables, and in one sentence what they say."""
+    for table in page.terminal(found):
+        console.print(table)
     console.print(page.verdict(found), highlight=False, soft_wrap=True)

@@ -23,8 +23,8 @@ Column = tuple[str, Callable[[Line], float | None], Callable[[float], str]]
 HOW_TO_READ = (
     "Forward, decode and train: time over that of the model as it is, measured in turns in one process, median of the "
     "rounds. Parameters: what the scheme adds. Memory: the peak of a forward at the greatest length, above what was "
-    "there before. Cache: bytes that a token leaves in all layers. Loss is nats per token, change its difference to "
-    "the model as it is, at the same tokens."
+    "there before. Cache: bytes that a token leaves in all layers. Loss is nats per token, its change the difference "
+    "to the model as it is, at the same tokens."
 )
 
 
@@ -39,7 +39,7 @@ def columns(found: Comparison) -> list[Column]:
         ("memory", lambda line: line["peak_memory"], lambda size: f"{size / 2**20:,.1f} MiB"),
         ("cache", lambda line: line["cache_bytes_per_token"], "{:,.0f} B".format),
         (f"loss {short:,}", lambda line: line["loss"].get(short), "{:.3f}".format),
-        ("change", lambda line: line["loss_change"], "{:+.3f}".format),
+        ("change of loss", lambda line: line["loss_change"], "{:+.3f}".format),
         (f"retrieval {short:,}", lambda line: line["retrieval"].get(short), "{:.2f}".format),
     ]
     for length in [length for length in found.settings.lengths if length != short]:
@@ -57,20 +57,30 @@ def cells(line: Line, of: Sequence[Column]) -> list[tuple[str, float | None]]:
     return [("-" if value is None else shown(value), value) for value, (_, _, shown) in zip(values, of, strict=True)]
 
 
-def terminal(found: Comparison) -> Table:
-    """The table, its lines without numbers with the reason for it."""
+def terminal(found: Comparison) -> list[Table]:
+    """What each scheme costs, and what it gives at each length: narrow enough for a terminal."""
     of = columns(found)
-    table = Table(title=f"Schemes on {found.settings.model}", title_justify="left", caption_justify="left")
-    table.caption = "; ".join(notes(found)) or None
-    table.add_column("scheme", no_wrap=True)
-    for heading, _, _ in of:
-        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    costs = [column for column in of if not column[0].startswith(("loss ", "retrieval "))]
+    table = Table(title=f"What each scheme costs on {found.settings.model}", title_justify="left")
+    scores = Table(title="Retrieval / loss by tokens given to the model", title_justify="left", caption_justify="left")
+    scores.caption = "; ".join(notes(found)) or None
+    headings = ([heading for heading, _, _ in costs], [f"{length:,}" for length in found.settings.lengths])
+    for one, names in zip((table, scores), headings, strict=True):
+        one.add_column("scheme")
+        for name in names:
+            one.add_column(name, justify="right", no_wrap=True)
     for line in found.table():
-        if line["why"] is None:
-            table.add_row(line["scheme"], *(shown for shown, _ in cells(line, of)))
-        else:
-            table.add_row(line["scheme"], *["-"] * len(of))
-    return table
+        if line["why"] is not None:
+            table.add_row(line["scheme"], *["-"] * len(costs))
+            continue
+        table.add_row(line["scheme"], *(shown for shown, _ in cells(line, costs)))
+        pairs = [(line["retrieval"].get(length), line["loss"].get(length)) for length in found.settings.lengths]
+        scores.add_row(line["scheme"], *(" / ".join((_shown(a, 2), _shown(b, 3))) for a, b in pairs))
+    return [table, scores]
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def markdown(found: Comparison) -> str:
@@ -133,13 +143,14 @@ def verdict(found: Comparison) -> str:
     best = max(told, key=lambda line: line["retrieval"][longest])
     share = best["retrieval"][longest]
     level = [line["scheme"] for line in told if line["retrieval"][longest] == share]
-    base = next((line for line in told if line["scheme"] == found.settings.contenders[0].label), None)
+    start = found.settings.contenders[0].label
+    base = next((line for line in told if line["scheme"] == start), None)
     sentence = f"At {longest:,} tokens {' and '.join(level) if len(level) < 4 else f'{len(level)} of {len(told)}'} "
     sentence += f"answer{'s' if len(level) == 1 else ''} {share:.0%} of the questions"
     if base is not None and base is not best:
         sentence += f", {base['scheme']} {base['retrieval'][longest]:.0%}"
     if len(level) == 1 and best["loss_change"] is not None:
-        sentence += f"; at {short:,} tokens its loss is {best['loss_change']:+.3f} nats beside the model as it is"
+        sentence += f"; at {short:,} tokens its loss is {best['loss_change']:+.3f} nats from that of {start}"
     return sentence + "."
 
 

@@ -42,13 +42,13 @@ def demo(output: Path, *, seed: int = 0, quick: bool = False) -> Settings:
         contenders=contenders(EXTENSIONS, factor=FACTOR),
         lengths=lengths,
         tasks=(*RULER, Perplexity(measures=("fixed",), spots=2 if quick else 16)),
-        samples=2 if quick else 20,
+        samples=2 if quick else 16,
         seed=seed,
         training=Training(Path(str(recipes().__file__)).parent / "configs" / "tiny_yarn.yaml", tuple(overrides)),
         dtype="float32",
         device="cpu",
         window=WINDOW,
-        rounds=1 if quick else 5,
+        rounds=1 if quick else 3,
     )
 
 
