@@ -51,7 +51,10 @@ def compare(
         bool, typer.Option("--quick", help="A preset's two steps and few questions: does it run?")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes side by side (default: processors / threads; 0: none).")
+        int | None,
+        typer.Option(
+            min=0, help="Processes side by side (default: processors / threads, presets: processors; 0: none)."
+        ),
     ] = None,
     output: Annotated[
         Path, typer.Option(help="The folder of everything; what is finished there is not done again.")
