@@ -11,6 +11,8 @@ from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrai
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
+from pe_patch.evaluation.run import evaluate
+
 WORDS = (
     "the a of door river stone lamp under over runs walks falls bright cold seven small quickly and then but".split()
 )
@@ -123,3 +125,11 @@ def tiny_llama(vocabulary: int, window: int = 64, seed: int = 0) -> LlamaForCaus
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+TEXT = [make_text(400, seed) for seed in range(3)]
+
+
+def measure(model: Any, tokenizer: Any, tasks: Any, lengths: Any, **options: Any) -> Any:
+    """A small evaluation on the texts above."""
+    return evaluate(model, tokenizer, tasks, lengths, **{"text": TEXT, "progress": False, "samples": 4} | options)

@@ -17,13 +17,10 @@ from pe_patch.evaluation.perplexity import Perplexity, position_buckets, sliding
 from pe_patch.evaluation.questions import Question
 from pe_patch.evaluation.results import COLUMNS, Results
 from pe_patch.evaluation.retrieval import WORDINGS, make_sample
-from pe_patch.evaluation.run import evaluate
 from pe_patch.evaluation.subject import Subject, windows
 from pe_patch.evaluation.tasks import Needle, Passkey
 
-from .evaluation_doubles import Copier, Mute, double, make_text, make_tokenizer, tiny_llama
-
-TEXT = [make_text(400, seed) for seed in range(3)]
+from .evaluation_doubles import TEXT, Copier, Mute, double, make_tokenizer, measure, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +35,6 @@ def llama(tokenizer):
 
 def ask(samples):
     return [Question(sample.input_ids, (sample.answer,), len(sample.answer_ids)) for sample in samples]
-
-
-def measure(model, tokenizer, tasks, lengths, **options):
-    return evaluate(model, tokenizer, tasks, lengths, **{"text": TEXT, "progress": False, "samples": 4} | options)
 
 
 # Retrieval

@@ -12,14 +12,12 @@ from pe_patch.evaluation import generation, planning
 from pe_patch.evaluation.metrics import bootstrap_interval, score_interval
 from pe_patch.evaluation.prompts import Frame
 from pe_patch.evaluation.questions import Question
-from pe_patch.evaluation.run import evaluate
 from pe_patch.evaluation.subject import Subject
 from pe_patch.evaluation.tasks import GROUPS, TASKS, find_tasks
 
-from .evaluation_doubles import Copier, Mute, double, make_text, make_tokenizer, tiny_llama
+from .evaluation_doubles import Copier, Mute, double, make_tokenizer, measure, tiny_llama
 
 ROOT = Path(__file__).parent.parent
-TEXT = [make_text(400, seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +28,6 @@ def tokenizer():
 @pytest.fixture
 def llama(tokenizer):
     return tiny_llama(len(tokenizer), window=256)
-
-
-def measure(model, tokenizer, tasks, lengths, **options):
-    return evaluate(model, tokenizer, tasks, lengths, **{"text": TEXT, "progress": False, "samples": 4} | options)
 
 
 def question(ids, budget=6):

@@ -15,13 +15,11 @@ import torch
 from pe_patch import patched
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.journal import Journal
-from pe_patch.evaluation.run import evaluate
 from pe_patch.evaluation.subject import Subject, model_fingerprint
 
-from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
+from .evaluation_doubles import make_tokenizer, measure, tiny_llama
 
 ROOT = Path(__file__).parent.parent
-TEXT = [make_text(400, seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +30,6 @@ def tokenizer():
 @pytest.fixture
 def llama(tokenizer):
     return tiny_llama(len(tokenizer), window=256)
-
-
-def measure(model, tokenizer, tasks, lengths, **options):
-    return evaluate(model, tokenizer, tasks, lengths, **{"text": TEXT, "progress": False, "samples": 4} | options)
 
 
 def counted(monkeypatch):
