@@ -177,6 +177,11 @@ def test_export_writes_a_native_checkpoint(run, checkpoint, tmp_path):
         (["evaluate", "MODEL", "--length", "65", "--task", "needle"], 1, "beyond the model's window of 64"),
         (["evaluate", "MODEL", "--length", "x"], 2, "--length"),
         (["evaluate", "MODEL", "--limit", "3"], 2, "give --harness"),
+        (
+            ["evaluate", "MODEL", "--harness", "piqa", "--task-option", "needles=3"],
+            2,
+            "--task-option would change nothing",
+        ),
         (["evaluate", "MODEL", "--task", "needle", "--task-option", "needels=3"], 2, "Did you mean 'needles'"),
         (["evaluate", "MODEL", "--task", "needle", "--length", "64", "--chat"], 2, "this one has none"),
         (["evaluate", "MODEL", "--dtype", "float8"], 2, "float32"),

@@ -69,6 +69,14 @@ def evaluate(
     from pe_patch.evaluation.results import Results
     from pe_patch.evaluation.tables import summary
 
+    own = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
+    if stray := [name for name, value in (own | {"--no-retrieval": no_retrieval}).items() if value]:
+        if harness and not task:
+            raise OptionError(
+                f"{', '.join(stray)} would change nothing of lm-eval's tasks: give --task, or leave it out."
+            )
+    if not harness and (limit is not None or max_length is not None):
+        raise OptionError("--limit and --max-length belong to lm-eval's tasks: give --harness with them.")
     loaded, tokenizer = loading.load(model, dtype, device)
     loading.apply(loaded, scheme, factor, option, on_existing)
     results = Results()
@@ -77,8 +85,6 @@ def evaluate(
             loaded, tokenizer, [name for entry in harness for name in entry.split(",")], length or None, limit=limit,
             max_length=max_length, batch_size=batch_size or 1, chat=chat, beyond_window=beyond_window, output=output,
         )  # fmt: skip
-    elif limit is not None or max_length is not None:
-        raise OptionError("--limit and --max-length belong to lm-eval's tasks: give --harness with them.")
     if task or not harness:
         results += evaluation.evaluate(
             loaded,
