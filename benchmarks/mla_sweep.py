@@ -35,7 +35,8 @@ from pe_patch.evaluation.subject import Subject
 from pe_patch.latent.checks import METHODS
 from pe_patch.text import load_documents
 from recipes import trainer as training
-from recipes.recipe import Recipe, load_recipe
+from recipes.reading import load_recipe
+from recipes.recipe import Recipe
 
 RECIPE = Path(training.__file__).parent / "configs" / "mla_heal_demo.yaml"
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)

@@ -16,7 +16,8 @@ if not __package__:  # started as a script, which has no package to import its n
 
 from pe_patch.errors import PePatchError
 
-from .recipe import Recipe, RecipeError, load_recipe
+from .reading import load_recipe
+from .recipe import Recipe, RecipeError
 from .trainer import Trainer
 
 __all__ = ["Recipe", "load_recipe", "main", "train"]

@@ -1,19 +1,14 @@
-"""What a recipe may say: a tree of dataclasses, read from one YAML file and dotted overrides."""
+"""What a recipe may say: a tree of dataclasses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, Literal
 
 from pe_patch.errors import PePatchError
 
-SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
+VERSION = 1
+"""Of what a recipe may say; a file of another version is refused."""
 
 
 class RecipeError(PePatchError, ValueError):
@@ -32,8 +27,15 @@ class Model:
     """Of the weights. Mixed precision keeps them in float32 and computes in bfloat16."""
     attention: str | None = None
     """Transformers' `attn_implementation`; null takes its default."""
+    shifted_groups: int | None = None
+    """LongLoRA's shifted sparse attention while training: attention within this many groups of each sequence, in half
+    of the heads shifted by half a group (arXiv 2309.12307, section 3.2). Evaluation has full attention."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """What the backward pass needs waits in the host's memory."""
+    quantization: Literal["nf4"] | None = None
+    """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); needs `lora` and bitsandbytes."""
 
 
 @dataclass
@@ -56,8 +58,12 @@ class Scheme:
     """A name from `pe_patch.SCHEMES`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Its options, spelled as `patch_model` takes them (`factor: 8`, `on_existing: replace`)."""
+    options_file: str | None = None
+    """A JSON file of options, as `pe-patch search` writes it; those in `options` go before."""
     calibration_tokens: int | None = None
     """How many tokens of the first phase's sequences are handed to the scheme as its option `calibration`."""
+    warm_start_tokens: int | None = None
+    """Start the scheme's bias from what the model's own positions do to its scores over so many tokens."""
 
 
 @dataclass
@@ -103,6 +109,10 @@ class Data:
     """Neither attention nor positions cross from one document to the next; false packs contiguous text."""
     workers: int = 0
     """Processes that prepare batches ahead of time."""
+    cache: str | None = None
+    """A folder for tokenised text, found again by its content; null is `~/.cache/pe_patch`."""
+    streaming: bool = False
+    """Read a data set of the hub as it comes, for what does not fit on the disk."""
 
 
 @dataclass
@@ -117,6 +127,22 @@ class Source:
     """The least and the greatest number of hidden facts; all of them are asked for."""
     targets: Literal["all", "answers"] = "all"
     """What the loss sees: all that can be predicted, or the answers alone."""
+    source: str | None = None
+    """Another source of text than `data.source`."""
+    text_column: str | None = None
+    """Another column than `data.text_column`."""
+    min_length: int | None = None
+    """Take only documents of at least so many tokens."""
+
+
+@dataclass
+class Pose:
+    """Positions that skip, so that short sequences train the distances of long ones (PoSE, arXiv 2309.10400)."""
+
+    target: int
+    """Positions go up to here, not included."""
+    chunks: int = 2
+    """Into how many a sequence is cut; between them positions skip."""
 
 
 @dataclass
@@ -147,12 +173,26 @@ class Phase:
     """Where `cosine` and `warmup_stable_decay` end, and the latter starts, as a share of the learning rate."""
     vocabulary: tuple[int, int] | None = None
     """First and one past the last token id that compete in the softmax; null is all of them."""
+    pose: Pose | None = None
+    """Null: positions are consecutive."""
+
+
+@dataclass
+class Loss:
+    """How the loss is computed; none of this changes its value."""
+
+    chunk: int = 1024
+    """Targets whose logits exist at once; 0 makes them all at once."""
+    fused: Literal["auto", "never"] = "auto"
+    """Use Liger's fused kernel on a GPU where it is installed."""
 
 
 @dataclass
 class Optimizer:
     """AdamW; vectors (norms, biases) are not decayed."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its state in 8 bits, of bitsandbytes."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -167,8 +207,12 @@ class Evaluation:
     """Steps between evaluations; null evaluates never."""
     tasks: list[str] = field(default_factory=lambda: ["perplexity", "needle"])
     lengths: list[int] = field(default_factory=list)
-    """In tokens; empty is the model's native length and that of the last phase."""
+    """In tokens; empty is the model's native length and the longest trained one."""
     samples: int = 32
+    before: bool = False
+    """Measure the model with its scheme before the first step, too."""
+    original: bool = False
+    """Measure it without the scheme first: what a change of scheme has to come back to."""
 
 
 @dataclass
@@ -179,6 +223,16 @@ class Checkpoints:
     """Steps between checkpoints; null writes none."""
     keep: int = 2
     """How many of the newest are kept."""
+
+
+@dataclass
+class Guard:
+    """When to stop a run that has gone wrong. A loss that is no number always stops it."""
+
+    factor: float | None = 3.0
+    """Stop where the loss is above this many times the mean of the steps before; null never does."""
+    window: int = 50
+    """Over how many steps that mean goes; so many must have been made."""
 
 
 @dataclass
@@ -201,100 +255,20 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    loss: Loss = field(default_factory=Loss)
+    guard: Guard = field(default_factory=Guard)
+    export: list[str] = field(default_factory=list)
+    """Targets of `pe_patch.export`, each written to `<output>/export/<target>`."""
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0
     resume: str | None = None
     """`auto` goes on from the newest checkpoint in `output` if there is one; or the path of a checkpoint."""
-    trackers: list[str] = field(default_factory=list)
-    """Of accelerate: `tensorboard`, `wandb` and others. `<output>/log.jsonl` is always written."""
+    trackers: list[str] | None = None
+    """Of accelerate: `tensorboard`, `wandb` and others; null is tensorboard where it is installed. `<output>/log.jsonl`
+    is always written."""
     progress: bool = True
     """Show a progress bar."""
     dry_run: bool = False
-    """Print what would be trained, and stop."""
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with `key=value` or `nested.key=value` overrides (list items by number).
-
-    An unknown key or a value of another type raises `RecipeError`, naming the key, where it was given and the nearest
-    key there is.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = ", ".join(sorted(file.name for file in (Path(__file__).parent / "configs").glob("*.yaml")))
-        raise RecipeError(f"There is no recipe {path.absolute()}. Those that come with pe_patch: {near}.")
-    config = OmegaConf.structured(Recipe)
-    config = _checked(str(path), lambda: cast(DictConfig, OmegaConf.merge(config, OmegaConf.load(path))))
-    for override in overrides:
-        if "=" not in override:
-            raise RecipeError(f"An override is written key=value, got {override!r}.")
-        config = _checked(override, lambda config=config, override=override: _overridden(config, override))
-    recipe = cast(Recipe, _checked(str(path), lambda: OmegaConf.to_object(config)))
-    check(recipe, str(path))
-    return recipe
-
-
-def _overridden(config: DictConfig, override: str) -> DictConfig:
-    override = override.removeprefix("--")
-    key, _, value = override.partition("=")
-    if not any(part.isdigit() for part in key.split(".")):
-        return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
-    # A merge replaces a list as a whole, an update reaches into it.
-    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-    return config
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe as YAML, every default spelled out."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
-
-
-def _checked(where: str, action: Any) -> Any:
-    """The action's result; what OmegaConf has to say against it becomes a `RecipeError` that starts with `where`."""
-    try:
-        return action()
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not YAML, {' '.join(str(error).split())}") from error
-    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
-        message, *details = str(error).splitlines()
-        key = next((line.split(":", 1)[1].strip() for line in details if "full_key" in line), "")
-        raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}") from error
-
-
-def check(recipe: Recipe, where: str = "recipe") -> None:
-    """Raise `RecipeError` where the values of a recipe contradict each other."""
-    demands = [
-        ((recipe.model.source is None) != (recipe.model.config is None), "give one of model.source and model.config"),
-        (bool(recipe.phases), "phases is empty; give at least one"),
-        (recipe.checkpoints.keep > 0, "checkpoints.keep must be at least 1"),
-        (recipe.scheme is None or recipe.scheme.calibration_tokens is None or recipe.scheme.calibration_tokens > 0,
-         "scheme.calibration_tokens must be at least 1"),
-        (recipe.scheme is None or not (recipe.scheme.calibration_tokens and "calibration" in recipe.scheme.options),
-         "give one of scheme.calibration_tokens and scheme.options.calibration"),
-        (recipe.distill is None or bool(recipe.distill.source or recipe.model.source), "a model from a config has no "
-         "teacher: give distill.source"),
-        (recipe.distill is None or recipe.distill.weight >= 0 < recipe.distill.temperature, "distill.weight cannot be "
-         "negative, and distill.temperature must be above 0"),
-        (recipe.model.config is None or _has_tokenizer(recipe), "a model from a config needs a tokenizer: give "
-         "tokenizer.source or tokenizer.train_size"),
-    ]  # fmt: skip
-    for number, phase in enumerate(recipe.phases):
-        name, sources = f"phases.{number}", phase.mixture.values()
-        demands += [
-            (min(phase.steps, phase.batch, phase.micro_batch or 1) > 0, f"{name}: steps, batch and micro_batch must be "
-             "at least 1"),
-            (phase.length > 1, f"{name}.length must be at least 2"),
-            (sum(source.share for source in sources) > 0, f"{name}.mixture: the shares add up to nothing"),
-            (all(source.share >= 0 for source in sources), f"{name}.mixture: a share cannot be negative"),
-            (all(1 <= source.needles[0] <= source.needles[1] for source in sources), f"{name}.mixture: needles is "
-             "[least, greatest], at least 1"),
-            (phase.vocabulary is None or 0 <= phase.vocabulary[0] < phase.vocabulary[1], f"{name}.vocabulary is "
-             "[first, one past the last]"),
-        ]  # fmt: skip
-    broken = [message for holds, message in demands if not holds]
-    if broken:
-        raise RecipeError(f"{where}: {'; '.join(broken)}.")
-
-
-def _has_tokenizer(recipe: Recipe) -> bool:
-    return recipe.tokenizer.source is not None or recipe.tokenizer.train_size is not None
+    """Print what would be trained and what it would cost, and stop."""
+    version: int = VERSION
+    """Of the recipe's format; every file says it."""

@@ -25,7 +25,8 @@ from .data import Corpus, PhaseData, first_tokens, micro_batches
 from .log import Log, table
 from .loss import Score, count_targets, next_token_score
 from .models import build_model, build_teacher, build_tokenizer, parameter_groups
-from .recipe import Phase, Recipe, save_recipe
+from .reading import save_recipe
+from .recipe import Phase, Recipe
 
 ACCURACY_STEPS = 25
 """Over how many steps `until_accuracy` is judged."""

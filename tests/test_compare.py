@@ -230,7 +230,7 @@ def test_fine_tuning_is_the_recipe_by_hand(folder):
         (text / f"{number}.txt").write_text(" ".join(f"word{i} stone" for i in range(600)))
     file = folder / "short.yaml"
     file.write_text(
-        f"output: {folder / 'alone'}\nmodel: {{source: demo}}\ndata: {{source: {text}}}\nprogress: false\n"
+        f"version: 1\noutput: {folder / 'alone'}\nmodel: {{source: demo}}\ndata: {{source: {text}}}\nprogress: false\n"
         "phases:\n  - {length: 64, batch: 2, steps: 9, learning_rate: 1.0e-3, warmup: 0, mixture: {text: {share: 1}}}\n"
     )
     found = run(folder / "tuned", ["yarn"], tasks=("needle",), samples=1, fine_tune=file, steps=2)

@@ -18,6 +18,7 @@ from recipes.data import Corpus
 WORDS = "the a for while return import class if not in of and yield with as pass raise from this that".split()
 
 PLAIN = """
+version: 1
 output: {output}
 model: {{source: {model}}}
 data: {{source: {text}}}

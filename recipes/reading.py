@@ -1,0 +1,131 @@
+"""Reading a recipe from one YAML file and dotted overrides, and writing it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .recipe import VERSION, Recipe, RecipeError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key=value` or `nested.key=value` overrides (list items by number).
+
+    An unknown key or a value of another type raises `RecipeError`, naming the key, where it was given and the nearest
+    key there is.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(file.name for file in (Path(__file__).parent / "configs").glob("*.yaml")))
+        raise RecipeError(f"There is no recipe {path.absolute()}. Those that come with pe_patch: {near}.")
+    config = OmegaConf.structured(Recipe)
+    said = _checked(str(path), lambda: OmegaConf.load(path))
+    _check_version(said, path)
+    config = _checked(str(path), lambda: cast(DictConfig, OmegaConf.merge(config, said)))
+    for override in overrides:
+        if "=" not in override:
+            raise RecipeError(f"An override is written key=value, got {override!r}.")
+        config = _checked(override, lambda config=config, override=override: _overridden(config, override))
+    recipe = cast(Recipe, _checked(str(path), lambda: OmegaConf.to_object(config)))
+    check(recipe, str(path))
+    return recipe
+
+
+def _check_version(said: Any, path: Path) -> None:
+    """Raise `RecipeError` unless the file says that it is of the version that is read here."""
+    if not isinstance(said, DictConfig):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, such as `output: runs/mine`.")
+    version = said.get("version")
+    if version is None:
+        raise RecipeError(
+            f"{path}: say which version of the format this is; the one read here is `version: {VERSION}`."
+        )
+    if version != VERSION:
+        advice = "a newer pe_patch" if isinstance(version, int) and version > VERSION else f"`version: {VERSION}`"
+        raise RecipeError(
+            f"{path}: version {version!r} of the format; this pe_patch reads {VERSION}. It needs {advice}."
+        )
+
+
+def _overridden(config: DictConfig, override: str) -> DictConfig:
+    override = override.removeprefix("--")
+    key, _, value = override.partition("=")
+    if not any(part.isdigit() for part in key.split(".")):
+        return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
+    # A merge replaces a list as a whole, an update reaches into it.
+    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+    return config
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as YAML, every default spelled out."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
+
+
+def _checked(where: str, action: Any) -> Any:
+    """The action's result; what OmegaConf has to say against it becomes a `RecipeError` that starts with `where`."""
+    try:
+        return action()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML, {' '.join(str(error).split())}") from error
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        message, *details = str(error).splitlines()
+        key = next((line.split(":", 1)[1].strip() for line in details if "full_key" in line), "")
+        raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}") from error
+
+
+def check(recipe: Recipe, where: str = "recipe") -> None:
+    """Raise `RecipeError` where the values of a recipe contradict each other."""
+    demands = [
+        ((recipe.model.source is None) != (recipe.model.config is None), "give one of model.source and model.config"),
+        (bool(recipe.phases), "phases is empty; give at least one"),
+        (recipe.checkpoints.keep > 0, "checkpoints.keep must be at least 1"),
+        (recipe.scheme is None or recipe.scheme.calibration_tokens is None or recipe.scheme.calibration_tokens > 0,
+         "scheme.calibration_tokens must be at least 1"),
+        (recipe.scheme is None or recipe.scheme.warm_start_tokens is None or recipe.scheme.warm_start_tokens > 0,
+         "scheme.warm_start_tokens must be at least 1"),
+        (recipe.model.quantization is None or recipe.lora is not None, "model.quantization freezes the weights: give "
+         "lora, such as lora: {rank: 8}"),
+        (recipe.model.shifted_groups is None or recipe.model.shifted_groups > 1, "model.shifted_groups must be at least "
+         "2"),
+        (recipe.loss.chunk >= 0, "loss.chunk cannot be negative; 0 makes all logits at once"),
+        (recipe.guard.factor is None or recipe.guard.factor > 1, "guard.factor must be above 1, or null"),
+        (recipe.guard.window > 0, "guard.window must be at least 1"),
+        (recipe.scheme is None or not (recipe.scheme.calibration_tokens and "calibration" in recipe.scheme.options),
+         "give one of scheme.calibration_tokens and scheme.options.calibration"),
+        (recipe.distill is None or bool(recipe.distill.source or recipe.model.source), "a model from a config has no "
+         "teacher: give distill.source"),
+        (recipe.distill is None or recipe.distill.weight >= 0 < recipe.distill.temperature, "distill.weight cannot be "
+         "negative, and distill.temperature must be above 0"),
+        (recipe.model.config is None or _has_tokenizer(recipe), "a model from a config needs a tokenizer: give "
+         "tokenizer.source or tokenizer.train_size"),
+    ]  # fmt: skip
+    for number, phase in enumerate(recipe.phases):
+        name, sources = f"phases.{number}", phase.mixture.values()
+        demands += [
+            (min(phase.steps, phase.batch, phase.micro_batch or 1) > 0, f"{name}: steps, batch and micro_batch must be "
+             "at least 1"),
+            (phase.length > 1, f"{name}.length must be at least 2"),
+            (sum(source.share for source in sources) > 0, f"{name}.mixture: the shares add up to nothing"),
+            (all(source.share >= 0 for source in sources), f"{name}.mixture: a share cannot be negative"),
+            (all(1 <= source.needles[0] <= source.needles[1] for source in sources), f"{name}.mixture: needles is "
+             "[least, greatest], at least 1"),
+            (all(source.min_length is None or source.min_length > 0 for source in sources), f"{name}.mixture: "
+             "min_length must be at least 1"),
+            (phase.pose is None or phase.pose.chunks > 1, f"{name}.pose.chunks must be at least 2"),
+            (phase.pose is None or phase.pose.target > phase.length, f"{name}.pose.target must be above the length"),
+            (phase.vocabulary is None or 0 <= phase.vocabulary[0] < phase.vocabulary[1], f"{name}.vocabulary is "
+             "[first, one past the last]"),
+        ]  # fmt: skip
+    broken = [message for holds, message in demands if not holds]
+    if broken:
+        raise RecipeError(f"{where}: {'; '.join(broken)}.")
+
+
+def _has_tokenizer(recipe: Recipe) -> bool:
+    return recipe.tokenizer.source is not None or recipe.tokenizer.train_size is not None
