@@ -39,28 +39,93 @@ def load_documents(
     names the column of a table. `limit` is the greatest number of documents. A source that does not exist or holds no
     text raises `TextSourceError`.
     """
+    return list(iter_documents(source, split=split, text_column=text_column, limit=limit))
+
+
+def iter_documents(
+    source: str | Path,
+    *,
+    split: Split | None = None,
+    text_column: str = "text",
+    limit: int | None = None,
+    streaming: bool = False,
+) -> Iterator[str]:
+    """The documents that `load_documents` gives, one by one and read as they are asked for.
+
+    No more than one document and a batch of a Parquet file's rows are in memory at a time (of a .json file all of it).
+    `streaming` reads a hub data set over the network as it comes, where it would be downloaded as a whole before; with
+    a `limit` it always is. What cannot be read raises at the document that it concerns.
+    """
+    _check(split, limit)
+    records = _records(str(source), split, text_column, streaming or limit is not None)
+    return _some(islice(records, limit), source, split)
+
+
+def fingerprint(
+    source: str | Path, *, split: Split | None = None, text_column: str = "text", limit: int | None = None
+) -> str:
+    """A hash of what `iter_documents` would give with these arguments, without reading it as text.
+
+    It is made of the names and the bytes of the files, or of the name and the revision of a hub data set.
+    """
+    _check(split, limit)
+    files = _files(str(source))
+    parts = [repr((split, text_column, limit))]
+    if files is None:
+        parts.append(f"{source}@{_revision(str(source))}")
+    else:
+        parts += [f"{name}\0{_digest(path)}" for name, path in files]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _check(split: Any, limit: int | None) -> None:
     if split not in (None, "train", "test"):
         raise PePatchError(f"split is 'train', 'test' or None, got {split!r}.")
     if limit is not None and limit < 1:
         raise PePatchError(f"limit is the greatest number of documents, at least 1; got {limit}.")
-    records = _records(str(source), split, text_column, limit)
-    documents = [text for _, text in islice(records, limit)]
-    if not documents:
+
+
+def _some(records: Iterator[Record], source: str | Path, split: Split | None) -> Iterator[str]:
+    """The texts of the records, of which there must be one."""
+    for _, text in records:
+        yield text
+        break
+    else:
         raise TextSourceError(f"{source!s} holds no text (split {split!r}). A source of text is {ALLOWED}.")
-    return documents
+    for _, text in records:
+        yield text
 
 
-def _records(source: str, split: Split | None, text_column: str, limit: int | None) -> Iterator[Record]:
-    path = Path(source).expanduser()
+def _records(source: str, split: Split | None, text_column: str, streaming: bool) -> Iterator[Record]:
     if source == "stdlib":
         return _split(stdlib_files(), split)
+    files = _files(source)
+    if files is None:
+        return _from_hub(source, split, text_column, streaming=streaming)
+    return _split((record for name, path in files for record in _file(path, name, text_column)), split)
+
+
+def _files(source: str) -> Iterator[tuple[str, Path]] | None:
+    """The names and paths of the files of a source, in order; None where it can only be a data set of the hub."""
+    path = Path(source).expanduser()
+    if source == "stdlib":
+        return _stdlib_paths()
     if path.is_dir():
-        return _split(_folder(path, text_column), split)
+        return _folder(path)
     if path.is_file():
-        return _split(_file(path, path.name, text_column), split)
+        return iter([(path.name, path)])
     if path.suffix in READERS or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
         raise TextSourceError(f"There is no file or folder {path.absolute()}. A source of text is {ALLOWED}.")
-    return _from_hub(source, split, text_column, streaming=limit is not None)
+    return None
+
+
+def _digest(path: Path) -> str:
+    """The hash of a file's bytes."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _split(records: Iterable[Record], split: Split | None) -> Iterator[Record]:
@@ -82,14 +147,19 @@ def _split(records: Iterable[Record], split: Split | None) -> Iterator[Record]:
 
 
 def stdlib_files() -> Iterator[Record]:
-    root = Path(sysconfig.get_paths()["stdlib"])
     shortest, longest = STDLIB_CHARACTERS
+    for name, path in _stdlib_paths():
+        text = _decode(path)
+        if text is not None and shortest <= len(text) <= longest:
+            yield name, text
+
+
+def _stdlib_paths() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if STDLIB_SKIPPED.isdisjoint(name.parts):
-            text = _decode(path)
-            if text is not None and shortest <= len(text) <= longest:
-                yield name.as_posix(), text
+            yield name.as_posix(), path
 
 
 def _decode(path: Path) -> str | None:
@@ -100,12 +170,12 @@ def _decode(path: Path) -> str | None:
         return None
 
 
-def _folder(folder: Path, text_column: str) -> Iterator[Record]:
+def _folder(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and path.suffix in READERS and not hidden:
-            yield from _file(path, name.as_posix(), text_column)
+            yield name.as_posix(), path
 
 
 def _file(path: Path, name: str, text_column: str) -> Iterator[Record]:
@@ -186,17 +256,26 @@ def _from_hub(name: str, split: Split | None, text_column: str, *, streaming: bo
 
     `streaming` reads only as many rows as are asked for.
     """
-    import datasets
-
-    try:
-        splits: Any = datasets.load_dataset(name, streaming=streaming)
-    except Exception as error:  # the hub client raises many kinds: offline, no such name, no such config
-        raise TextSourceError(
-            f"There is no file or folder {Path(name).absolute()}, and no data set {name!r} could be loaded from the "
-            f"hub ({type(error).__name__}: {error}). A source of text is {ALLOWED}."
-        ) from error
+    splits = _hub(name, "load_dataset", streaming=streaming)
     own = next((key for key in (split or "train", "validation" if split == "test" else None) if key in splits), None)
     has_test = "test" in splits or "validation" in splits
     rows = splits[own or next(iter(splits))]
     records = ((f"{name}:{index}", _column(row, text_column, name)) for index, row in enumerate(rows))
     return iter(records) if own and (split != "train" or has_test) else _split(records, split)
+
+
+def _revision(name: str) -> str:
+    """The commit of a hub data set, or what `datasets` knows a copy on the disk by."""
+    return _hub(name, "load_dataset_builder").hash
+
+
+def _hub(name: str, function: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return getattr(datasets, function)(name, **options)
+    except Exception as error:  # the hub client raises many kinds: offline, no such name, no such config
+        raise TextSourceError(
+            f"There is no file or folder {Path(name).absolute()}, and no data set {name!r} could be loaded from the "
+            f"hub ({type(error).__name__}: {error}). A source of text is {ALLOWED}."
+        ) from error
