@@ -14,25 +14,38 @@ PACKAGE = ROOT / "pe_patch"
 
 LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "errors": set(),
+    "heads": {"errors"},
+    "parallel": {"errors", "heads"},
     "positions": {"errors"},
-    "scheme": {"errors", "positions", "attention", "latent"},  # the last two for types only
-    "rotation": {"errors", "positions", "scheme", "attention"},
+    "scheme": {"errors", "heads", "positions", "attention", "latent"},  # the last two for types only
+    "rotation": {"errors", "heads", "positions", "scheme", "attention"},
     "stacked": {"positions", "scheme", "attention"},  # attention for a type only
     "dialects": {"errors"},
-    "schemes": {"errors", "positions", "ranges", "scheme", "rotation", "dialects", "schemes", "attention", "latent"},
+    "schemes": {
+        "errors",
+        "heads",
+        "positions",
+        "ranges",
+        "scheme",
+        "rotation",
+        "dialects",
+        "schemes",
+        "attention",
+        "latent",
+    },
     "ranges": {"positions"},
     "kernels": {"kernels", "positions", "ranges"},
     "latent": {"errors", "swaps", "latent"},
     "backends": {"errors", "scheme"},
-    "core": {"backends", "errors", "kernels", "positions", "ranges", "scheme"},
-    "attention": {"backends", "core", "errors", "positions"},
+    "core": {"backends", "errors", "heads", "kernels", "positions", "ranges", "scheme"},
+    "attention": {"backends", "core", "errors", "parallel", "positions"},
     "adapters": {"errors", "scheme", "rotation", "attention", "latent", "adapters"},
     "swaps": set(),
-    "forward": {"errors", "positions", "scheme", "attention"},
+    "forward": {"errors", "parallel", "positions", "scheme", "attention"},
 }
 """The lower floors; `patch` joins them, and storage, export, describe, evaluation and the command line stand above."""
 
-ABOVE = {"cli", "evaluation", "demo", "catalogue", "loading", "advice"}
+ABOVE = {"cli", "evaluation", "demo", "catalogue", "loading", "advice", "search"}
 
 
 def modules() -> dict[Path, str]:
@@ -68,6 +81,7 @@ def test_nothing_below_knows_the_tools_above():
 
 TORCH_ONLY = {
     "errors",
+    "heads",
     "positions",
     "ranges",
     "kernels",

@@ -11,7 +11,7 @@ import typer
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 
 # in the order in which --help lists them
-from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_  # noqa: F401
+from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_, search  # noqa: F401
 from .application import app
 from .several import spread
 

@@ -1,0 +1,62 @@
+"""How far a search has come, how long it will take, and how good the best is so far."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """A bar on stderr over the candidates, and one line with the time a search will take, once the first is scored.
+
+    Times count only what was scored now, not what an earlier run left.
+    """
+
+    def __init__(self, total: int, iterations: int, shown: bool) -> None:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+        )  # fmt: skip
+        self.bar = Bar(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+        self.task = self.bar.add_task("search", total=total, left="?")
+        self.total, self.iterations, self.shown = total, iterations, shown
+        self.done, self.measured, self.seconds, self.best = 0, 0, 0.0, float("inf")
+
+    def advance(self, score: float, generation: int | None, seconds: float | None) -> None:
+        """One more score; `seconds` it took, None where it was there already, `generation` None for a baseline."""
+        self.done += 1
+        if seconds is not None:
+            self.measured += 1
+            self.seconds += seconds
+            if self.measured == 1 and self.shown:
+                left = duration(seconds * (self.total - self.done + 1))
+                self.bar.console.print(
+                    f"A candidate takes {seconds:.2f} s; {self.total - self.done + 1:,} of them about {left}.",
+                    highlight=False,
+                )
+        what = "known schemes" if generation is None else f"generation {generation} of {self.iterations}"
+        if generation is not None:
+            self.best = min(self.best, score)
+            what += f", best {self.best:.4f}"
+        left = duration(self.seconds / self.measured * (self.total - self.done)) if self.measured else "?"
+        self.bar.update(self.task, completed=self.done, description=what, left=left)
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """About how long, in the unit that people would use."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
