@@ -16,6 +16,7 @@ from .export import export as export
 from .patch import patch_model as patch_model
 from .patch import patched as patched
 from .patch import unpatch_model as unpatch_model
+from .peft_hooks import listen
 from .positions import Positions as Positions
 from .scheme import AttentionShape as AttentionShape
 from .scheme import Scheme as Scheme
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
 
 __version__ = "0.1.0"
+
+listen()
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from .adapters import Adapter
 from .adapters.adapter import native_parameters
 from .errors import OptionError
 from .scheme import Scheme
-from .swaps import Swap, bind
+from .swaps import Swap
 
 VERSION = 1
 FOREIGN = "pe_patch"
@@ -102,12 +102,10 @@ def config_swaps(
     return swaps
 
 
-def save_swaps(head: Any, base: Any, adapter: Adapter, kinds: Kinds, record: dict[str, Any]) -> list[Swap]:
+def saves_foreign(base: Any, adapter: Adapter, kinds: Kinds, record: dict[str, Any]) -> bool:
     """Families without rotary parameters have nothing in their config that plain Transformers would stumble over, so
-    their `save_pretrained` writes a model type that it does not know."""
-    if adapter.rotary is not None or expressible(adapter, base.config, kinds, record) is not None:
-        return []
-    return [bind(owner, "save_pretrained", save_foreign) for owner in {id(head): head, id(base): base}.values()]
+    their `save_pretrained` is to write a model type that it does not know."""
+    return adapter.rotary is None and expressible(adapter, base.config, kinds, record) is None
 
 
 def save_foreign(

@@ -38,6 +38,10 @@ class CheckpointError(PePatchError, OSError):
     """A folder that is not a checkpoint, or a checkpoint that does not hold what it claims."""
 
 
+class MismatchError(PePatchError, ValueError):
+    """An adapter of another scheme than the model stands under."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'yarn'?"` for the closest of `choices`, or an empty string when none is close."""
     matches = get_close_matches(str(name), list(choices), n=1, cutoff=0.6)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from . import resolve
 from .adapters import Adapter
 from .attention import Backend, backend_for, check_backend
-from .configuration import Kinds, config_swaps, record_of, save_swaps
+from .configuration import Kinds, config_swaps, record_of, save_foreign, saves_foreign
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_arguments, forward_swaps, native_swaps
+from .peft_hooks import head_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
 from .replacement import native_latent_swaps, no_early_cache, replacement_swaps
 from .rotation import Rotation
@@ -203,7 +204,8 @@ def _assemble(
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
-    swaps += save_swaps(head, base, adapter, by_kind, record)
+    save = save_foreign if saves_foreign(base, adapter, by_kind, record) else None
+    swaps += head_swaps([*{id(owner): owner for owner in (head, base)}.values()], save)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)

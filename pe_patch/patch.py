@@ -16,6 +16,7 @@ from .adapters import Adapter
 from .adapters.adapter import RotaryJoint, TypedJoint
 from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from .join import Patch, collect
+from .peft_hooks import watch
 from .resolve import Layers
 from .rotation import Rotation
 from .scheme import Scheme, overrides
@@ -67,6 +68,7 @@ def patch_model(
     given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
     given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
     _apply(head, scheme, options, given)
+    watch(model)
     return model
 
 

@@ -11,28 +11,57 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from . import peft_record
 from .configuration import FOREIGN, VERSION
 from .errors import CheckpointError, PePatchError
 from .patch import find_patch, restore_patch
 from .resolve import unwrap
+from .schemes.find import find_scheme
 
 logger = logging.getLogger("pe_patch")
 
+QUIET: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+AUTO_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+"""The head that an adapter's `task_type` stands for."""
+
 
 def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
-    """Load a model that was saved while patched, patch included.
+    """Load a model that was saved while patched, patch included; or a PEFT adapter with the model it belongs to.
+
+    From an adapter's folder come the base model that its config names, patched as it was when the adapter was saved,
+    and the adapter on it: a `PeftModel`. The base may be the original model, or one that was saved patched.
 
     Args:
         path: a local folder or a hub name.
-        **from_pretrained_kwargs: handed to the model class's `from_pretrained` (dtype, device_map ...).
+        **from_pretrained_kwargs: handed to the model class's `from_pretrained` (dtype, device_map ...); `is_trainable`
+            is for the adapter.
 
     Raises:
         CheckpointError: where there is no such checkpoint, it carries no patch, or it is damaged.
+        MismatchError: where the base that an adapter names was saved under another scheme.
     """
+    if is_adapter(path):
+        return _load_adapted(path, **from_pretrained_kwargs)
     stored = read_config(path)
     record = stored.pop(FOREIGN, None)
     if record is None:
@@ -58,8 +87,7 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         ) from error
     model, report = loaded
     before = set(unwrap(model).state_dict())
-    framework = {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
-    restore_patch(model, scheme, options, framework)
+    restore_patch(model, scheme, options, _framework(record))
     after = set(unwrap(model).state_dict())
     if missing := sorted(set(report["missing_keys"]) & after):
         raise CheckpointError(f"{path} lacks {missing[0]!r} and {len(missing) - 1} more weights of {architecture}.")
@@ -67,6 +95,55 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         logger.warning("%s holds %r and %d more weights that this model has no use for", path, unknown[0], len(unknown))
     _load_weights(model, path, after - before, scheme)
     return model
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder or hub name holds a PEFT adapter and no model of its own."""
+    if Path(path).exists():
+        return not (Path(path) / "config.json").exists() and (Path(path) / peft_record.CONFIG).exists()
+    try:
+        config, adapter = (cached_file(str(path), name, **QUIET) for name in ("config.json", peft_record.CONFIG))
+    except OSError:  # neither a folder nor a hub name, which whoever reads it as a model says better
+        return False
+    return config is None and adapter is not None
+
+
+def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretrained_kwargs: Any) -> Any:
+    """The base of an adapter, patched from the adapter's record, with the adapter on it."""
+    from peft import PeftConfig, PeftModel  # late: it is slow to import, and most models carry no adapter
+
+    record = peft_record.read_record(path)
+    if record is None:
+        raise CheckpointError(
+            f"The adapter {path} was not saved from a patched model; load it with peft.AutoPeftModelForCausalLM, and "
+            "patch what comes out if you want it under a scheme."
+        )
+    config = PeftConfig.from_pretrained(str(path))
+    base = config.base_model_name_or_path
+    if not base:
+        raise CheckpointError(
+            f"The adapter {path} does not say which model it belongs to: load that, patch it with "
+            f"{peft_record.told(record)}, and hand it to PeftModel.from_pretrained."
+        )
+    if config.revision is not None:
+        from_pretrained_kwargs.setdefault("revision", config.revision)
+    if FOREIGN in read_config(base):
+        model = load_patched(base, **from_pretrained_kwargs)
+    elif find_scheme(record["scheme"], record["options"])[0].converts:
+        raise CheckpointError(
+            f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be made "
+            f"again from {base}: load the converted model, and hand it to PeftModel.from_pretrained."
+        )
+    else:
+        auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
+        model = auto_class.from_pretrained(base, **from_pretrained_kwargs)
+        restore_patch(model, record["scheme"], record["options"], _framework(record))
+    return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+
+
+def _framework(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says to `patch_model` beside the scheme and its options."""
+    return {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
 
 
 @contextmanager
