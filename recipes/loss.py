@@ -31,25 +31,39 @@ def next_token_score(
     accuracy: bool,
     teacher: Tensor | None = None,
     temperature: float = 1.0,
+    shifted: bool = False,
 ) -> Score:
     """Score `logits` [batch, length, vocabulary] at predicting `labels` [batch, length], each one place ahead.
 
     `vocabulary` (first, one past the last) lets only those tokens compete. `accuracy` counts the hits; otherwise
     `correct` is zero. `divergence` is from the logits of a `teacher` [batch, length, vocabulary]; zero without one.
+    `shifted` labels already stand where they are predicted.
     """
-    targets = labels[:, 1:]
-    chosen = targets != IGNORED
-    candidates, wanted = _candidates(logits, chosen, vocabulary), targets[chosen] - (vocabulary or (0,))[0]
-    loss = F.cross_entropy(candidates.float(), wanted, reduction="sum")
-    correct = (candidates.argmax(-1) == wanted).sum() if accuracy else torch.zeros_like(wanted[:1]).sum()
+    chosen, wanted = find_targets(labels, shifted)
+    candidates = among(logits[chosen], vocabulary)
+    loss, correct = hits(candidates, wanted - (vocabulary or (0,))[0], accuracy=accuracy)
     if teacher is None:
         return Score(loss, correct, torch.zeros_like(loss))
-    return Score(loss, correct, divergence(_candidates(teacher, chosen, vocabulary), candidates, temperature))
+    return Score(loss, correct, divergence(among(teacher[chosen], vocabulary), candidates, temperature))
 
 
-def _candidates(logits: Tensor, chosen: Tensor, vocabulary: tuple[int, int] | None) -> Tensor:
-    candidates = logits[:, :-1][chosen]
-    return candidates if vocabulary is None else candidates[:, slice(*vocabulary)]
+def find_targets(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Where `labels` [batch, length] are predicted, [batch, length], bool, and the targets there, [targets]."""
+    if not shifted:
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    chosen = labels != IGNORED
+    return chosen, labels[chosen]
+
+
+def among(logits: Tensor, vocabulary: tuple[int, int] | None) -> Tensor:
+    """The columns of `logits` that compete."""
+    return logits if vocabulary is None else logits[..., slice(*vocabulary)]
+
+
+def hits(candidates: Tensor, wanted: Tensor, *, accuracy: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and hits, summed, of logits [targets, vocabulary] at `wanted` [targets]; in float32 or wider."""
+    loss = F.cross_entropy(_wide(candidates), wanted, reduction="sum")
+    return loss, (candidates.argmax(-1) == wanted).sum() if accuracy else torch.zeros_like(wanted[:1]).sum()
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
@@ -62,8 +76,12 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Te
 
 
 def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    wanted, ours = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
+    wanted, ours = ((_wide(logits) / temperature).log_softmax(-1) for logits in (teacher, student))
     return F.kl_div(ours, wanted, reduction="sum", log_target=True)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def count_targets(labels: Tensor) -> Tensor:
