@@ -1,0 +1,22 @@
+"""Which tokens are trained on at which step: documents, tokenised once on disk, packed, and text with hidden facts."""
+
+from .batches import first_tokens, micro_batches
+from .corpus import Corpus
+from .mixture import mix_notes, mix_table
+from .packing import pack
+from .phase import PhaseData
+from .sequences import IGNORED
+from .store import load_corpora, open_store
+
+__all__ = [
+    "IGNORED",
+    "Corpus",
+    "PhaseData",
+    "first_tokens",
+    "load_corpora",
+    "micro_batches",
+    "mix_notes",
+    "mix_table",
+    "open_store",
+    "pack",
+]

@@ -1,0 +1,98 @@
+"""Which pieces of which documents share a row."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Rows(Sequence[np.ndarray]):
+    """Packed rows: each an array [pieces, 3] of document, start and stop, int64."""
+
+    def __init__(self, pieces: np.ndarray, row_of: np.ndarray, count: int) -> None:
+        """`pieces` [n, 3] in the order in which they stand in their rows, and the row of each [n]."""
+        order = np.argsort(row_of, kind="stable")
+        self.pieces = pieces[order]
+        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        start, stop = self.offsets[range(len(self))[number] :][:2]
+        return self.pieces[start:stop]
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Rows:
+    """Rows of at most `capacity` tokens; best-fit decreasing, so that a document is cut only where it must be.
+
+    A document of more than `capacity` tokens fills whole rows, and its rest is packed as a document of its own. Of two
+    rows with the same room the earlier is taken.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    whole = _whole_rows(sizes, capacity)
+    rest = sizes % capacity
+    # By falling size, and documents of one size in their order.
+    order = np.argsort(-rest, kind="stable")[: np.count_nonzero(rest)]
+    rows = _best_fit(rest[order], capacity) + len(whole)
+    start = sizes[order] - rest[order]
+    pieces = np.concatenate([whole, np.stack([order, start, sizes[order]], axis=1)])
+    row_of = np.concatenate([np.arange(len(whole)), rows])
+    return Rows(pieces, row_of, int(row_of.max()) + 1 if len(row_of) else 0)
+
+
+def _whole_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """The pieces [n, 3] that fill a row by themselves."""
+    times = sizes // capacity
+    document = np.repeat(np.arange(len(sizes)), times)
+    first = np.repeat(np.cumsum(times) - times, times)
+    start = (np.arange(len(document)) - first) * capacity
+    return np.stack([document, start, start + capacity], axis=1)
+
+
+def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """The row [n] of each piece, of sizes [n] that fall, each put where it leaves the least room.
+
+    Pieces of one size are placed together. A row that was just filled is the fullest that may still hold the next one,
+    so it takes as many of them as fit before another row is touched.
+    """
+    rows = np.empty(len(sizes), dtype=np.int64)
+    free: dict[int, list[np.ndarray]] = {}  # the rows that have this much room
+    rooms: list[int] = []  # the keys of `free`, sorted
+    opened = at = 0
+
+    def keep(room: int, some: np.ndarray) -> None:
+        if room and len(some):
+            if room not in free:
+                insort(rooms, room)
+            free.setdefault(room, []).append(some)
+
+    bounds = np.append(np.flatnonzero(np.diff(sizes, prepend=capacity + 1)), len(sizes)).tolist()
+    for size, stop in zip(sizes[bounds[:-1]].tolist(), bounds[1:], strict=True):
+        while at < stop:
+            place = bisect_left(rooms, size)
+            if place < len(rooms):
+                room = rooms.pop(place)
+                there = np.sort(np.concatenate(free.pop(room)))
+            else:
+                room = capacity
+                there = np.arange(opened, opened + -(-(stop - at) // (capacity // size)))
+                opened += len(there)
+            fit = room // size
+            full, more = divmod(stop - at, fit)
+            full = min(full, len(there))
+            rows[at : at + full * fit] = np.repeat(there[:full], fit)
+            at += full * fit
+            keep(room - fit * size, there[:full])
+            if full < len(there):
+                more = more if at < stop else 0
+                rows[at : at + more] = there[full]
+                at += more
+                keep(room - more * size, there[full : full + 1])
+                keep(room, there[full + 1 :])
+    return rows

@@ -1,0 +1,47 @@
+"""The sequences of one phase, by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ..recipe import Phase
+from .corpus import Corpus
+from .mixture import Order, Turns
+from .sequences import Item, Text, kind_of
+from .store import Corpora
+
+
+class PhaseData(Dataset[Item]):
+    """The sequences of one phase; number `i` is the same whenever and wherever it is asked for.
+
+    An item has `input_ids`, `labels` and `position_ids`, each [length]. Positions start again at every document, and a
+    label is `IGNORED` at a document's first token, where it cannot be predicted, and in the padding. `corpora` is what
+    `load_corpora` gives, or one corpus for all sources.
+    """
+
+    def __init__(
+        self, corpora: Corpora | Corpus, tokenizer: Any, phase: Phase, *, seed: Sequence[int], boundaries: bool
+    ) -> None:
+        self.phase, self.seed = phase, tuple(seed)
+        self.sources: list[Text] = [
+            kind_of(source, phase, boundaries)(
+                name,
+                source,
+                phase,
+                corpora if isinstance(corpora, Corpus) else corpora[source.source, source.text_column],
+                tokenizer,
+            )
+            for name, source in phase.mixture.items()
+        ]
+        shares = np.array([source.share for source in phase.mixture.values()])
+        self.turns = Turns(shares / shares.sum(), self.seed)
+        self.orders = [Order(len(source), self.seed) for source in self.sources]
+
+    def __getitem__(self, number: int) -> Item:
+        index, turn = self.turns[number]
+        rng = np.random.default_rng([*self.seed, number])
+        return self.sources[index].item(self.orders[index][turn], rng)
