@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .backends import BACKENDS, BY_IMPLEMENTATION, NO_PAGING, Backend, Output, backend_for, check_backend
 from .core import Core
 from .errors import NoEffectError
+from .parallel import check_masks, local_heads, local_sinks, mask_of_layer, sequence_of
 from .positions import Positions
 
 __all__ = ["BACKENDS", "BY_IMPLEMENTATION", "NO_PAGING", "Backend", "Core", "attend", "backend_for", "check_backend"]
@@ -34,10 +35,19 @@ def attend(
     probe = module.__dict__.get("pe_probe")
     if probe is not None:
         probe.append((module, positions))
+    sequence = sequence_of(backend.implementation, backend.host)
+    if sequence is not None:
+        masks = None if positions is None else positions.masks
+        mask = mask_of_layer(module, masks, extra.get("sliding_window"))
+        # DeepSpeed changes it where it repeats key heads, and does not change it back.
+        module.__dict__["num_key_value_groups"] = query.shape[1] // key.shape[1]
+        if "s_aux" in extra:
+            extra["s_aux"] = local_sinks(extra["s_aux"], query, sequence)
     core = Core(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
     scheme = module.__dict__.get("pe_scheme")
     if scheme is None:
         return core.host(query, key, value, mask)
+    check_masks(module, scheme.name)
     if positions is None:
         raise NoEffectError(
             f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "
@@ -45,6 +55,7 @@ def attend(
         )
     if isinstance(mask, Tensor) and mask.shape[2] == 1:  # one row for all queries
         core.mask = mask.expand(-1, -1, query.shape[2], -1)
+    core.heads = local_heads(module, query, key, scheme, sequence)
     positions, kind = positions.fit(key.shape[2]), query.device.type
     if scheme.calls_modules or not torch.is_autocast_enabled(kind):
         return scheme("attend", query, key, value, positions, core)
@@ -71,6 +82,7 @@ def _register(backend: Backend) -> None:
             positions=pe_positions, **extra,
         )  # fmt: skip
 
+    interface.pe_backend = backend  # by which what takes its place is told from it
     AttentionInterface.register(backend.implementation, interface)
     AttentionMaskInterface.register(backend.implementation, backend.mask)
 

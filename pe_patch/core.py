@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backends import Backend, Output
 from .errors import UnsupportedError
+from .heads import Heads
 from .kernels import cpu, portable
 from .kernels import ranges as cpu_ranges
 from .kernels.band import LONG, attention_by_distance, reaches
@@ -33,6 +34,8 @@ class Core:
     dropout: float
     backend: Backend
     extra: dict[str, Any]
+    heads: Heads | None = None
+    """Which heads of the model these are; None for all of them."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme | None = None

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from .attention import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from .errors import BeyondWindowError, NoEffectError, UnsupportedError
+from .parallel import Sequence, layer_masks, sequence_of
 from .positions import Positions, document_lengths, from_mask, remember
 from .scheme import Scheme
 
@@ -40,6 +41,9 @@ class Runtime:
     patch: tuple[int, int] | None = None
     """Height and width of a patch in pixels, for a tower that reads images."""
     keep_native: bool = False
+    layers: int = 0
+    whole: str | None = None
+    """Why a sequence cannot be split over processes here; None where it can."""
 
 
 def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +51,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     runtime: Runtime = base.pe_runtime
     for name, value in zip(runtime.arguments, args, strict=False):
         kwargs[name] = value
-    _check_attention(base, runtime)
+    sequence = _check_attention(base, runtime)
     handed = getattr(base, "pe_position_ids", None)
     if handed is not None:
         kwargs.setdefault("position_ids", handed)
@@ -57,10 +61,58 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
         return inner(**kwargs)  # the family's own error says it best
     past = kwargs.get("past_key_values")
     past_length = past.get_seq_length() if past is not None else 0
+    if sequence is not None:
+        return inner(**_before_ulysses(base, runtime, sequence, shown, past_length, kwargs))
     _check_window(runtime, shown.shape[1], past_length, kwargs.get("position_ids"))
     if runtime.embeds or runtime.scores or runtime.carry is not None:
         kwargs = _with_positions(base, runtime, shown, past_length, kwargs)
     return inner(**kwargs)
+
+
+def _before_ulysses(
+    base: Any, runtime: Runtime, sequence: Sequence, shown: Tensor, past_length: int | Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What the layers need that Ulysses drops: masks, and the positions of a whole sequence of which this process was
+    given a part."""
+    if runtime.whole is not None:
+        raise UnsupportedError(f"Ulysses cannot split sequences under {runtime.scheme.name!r} here: {runtime.whole}.")
+    if not sequence.splits(base):
+        return _with_masks(base, runtime, shown, past_length, kwargs)
+    explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if explicit is None:
+        raise UnsupportedError(
+            "Ulysses splits a sequence over processes, and without position_ids each would count its part from 0: give "
+            "this part of the whole sequence's, [rows, part]."
+        )
+    if explicit.ndim != 2 or not (mask is None or (isinstance(mask, Tensor) and mask.shape == shown.shape[:2])):
+        raise UnsupportedError("Under Ulysses position_ids and attention_mask are those of the part, [rows, part].")
+    if not (isinstance(past_length, int) and past_length == 0):
+        raise UnsupportedError("Under Ulysses a sequence is read at once: leave past_key_values out.")
+    whole = sequence.whole(explicit.to(shown.device).expand(shown.shape[0], -1))
+    padding = None if mask is None else sequence.whole(mask.to(shown.device))
+    _check_window(runtime, whole.shape[1], 0, whole)
+    if runtime.embeds:
+        kwargs = _embedded(base, runtime, explicit.to(shown.device), kwargs)
+    positions = Positions(whole, whole)
+    if runtime.scores:
+        positions = _positions(runtime.scheme, whole, None, whole, 0, None)
+    masks = layer_masks(base, runtime.layers, padding, None, whole)
+    return {**kwargs, "pe_positions": positions._replace(masks=masks)}
+
+
+def _with_masks(
+    base: Any, runtime: Runtime, shown: Tensor, past_length: int | Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The same for whole sequences, which Ulysses leaves alone but for their masks."""
+    explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    _check_window(runtime, shown.shape[1], past_length, explicit)
+    kwargs = _with_positions(base, runtime, shown, past_length, _open_cache(base, kwargs))
+    host = torch.arange(shown.shape[1], device=shown.device)[None] + past_length
+    at = host if explicit is None else explicit.to(shown.device)
+    positions = kwargs.get("pe_positions") or Positions(at, at)
+    past = kwargs.get("past_key_values")
+    masks = layer_masks(base, runtime.layers, mask, past, at.expand(shown.shape[0], -1))
+    return {**kwargs, "pe_positions": positions._replace(masks=masks)}
 
 
 def tower_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -82,12 +134,15 @@ def tower_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: An
     return inner(**kwargs)
 
 
-def _check_attention(base: Any, runtime: Runtime) -> None:
-    if base.config._attn_implementation not in BY_IMPLEMENTATION:
+def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
+    """How sequences are split over processes, if they are; an error where our attention function would not run."""
+    backend = BY_IMPLEMENTATION.get(base.config._attn_implementation)
+    if backend is None:
         raise NoEffectError(
             f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
             f"would drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
         )
+    return sequence_of(backend.implementation, backend.host)
 
 
 def _with_positions(
@@ -105,14 +160,7 @@ def _with_positions(
     else:
         query = ranks
     if runtime.embeds:
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
-            embeds = base.get_input_embeddings()(kwargs.pop("input_ids"))
-        if runtime.multiplier == 1:
-            embeds = runtime.scheme("embed", embeds, query)
-        else:  # what is added is added to what the layers see
-            embeds = runtime.scheme("embed", embeds * runtime.multiplier, query) / runtime.multiplier
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds
+        kwargs = _embedded(base, runtime, query, kwargs)
     if runtime.scores or runtime.carry is not None:  # what carries the positions also keeps packed documents apart
         kwargs = _open_cache(base, kwargs)
         past = kwargs.get("past_key_values")
@@ -124,6 +172,18 @@ def _with_positions(
         else:
             kwargs = runtime.carry(base, kwargs, positions, explicit)
     return kwargs
+
+
+def _embedded(base: Any, runtime: Runtime, positions: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Input embeddings with what the scheme adds to them, in the place of ids."""
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = base.get_input_embeddings()(kwargs["input_ids"])
+    if runtime.multiplier == 1:
+        embeds = runtime.scheme("embed", embeds, positions)
+    else:  # what is added is added to what the layers see
+        embeds = runtime.scheme("embed", embeds * runtime.multiplier, positions) / runtime.multiplier
+    return {**kwargs, "input_ids": None, "inputs_embeds": embeds}
 
 
 def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor | None:

@@ -21,6 +21,7 @@ from .forward import (
     set_attn_implementation,
     tower_forward,
 )
+from .parallel import agree
 from .plan import Plan
 from .scheme import Scheme
 from .schemes import SCHEMES
@@ -135,7 +136,10 @@ def forward_swaps(
         strict=strict,
         patch=adapter.tower.patch(base.config) if adapter.tower else None,
         keep_native=keep_native,
+        layers=len(adapter.attentions(base)),
+        whole=_why_whole(adapter, scheme),
     )
+    agree(dict.fromkeys(one for one in scores if one is not None), adapter.attentions(base)[0])
     forward = base_forward if adapter.tower is None else tower_forward
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
     for owner in {id(head): head, id(base): base}.values():
@@ -153,6 +157,17 @@ def forward_swaps(
     if before_head and head is not base:
         swaps.append(bind(head, "forward", Chain(*before_head)))
     return swaps
+
+
+def _why_whole(adapter: Adapter, scheme: Scheme) -> str | None:
+    """Why the sequences of this family cannot be split over processes by Ulysses, or None."""
+    if adapter.tower is not None:
+        return "a tower that reads images has no sequence to split"
+    if scheme.converts or scheme.shape.latent_rank:
+        return "it moves heads between processes, and this attention has latents that all heads share"
+    if adapter.forward is not None:
+        return "this family does not call its attention through the interface that Ulysses stands in"
+    return None if adapter.carries else "this family drops the keywords that carry positions and masks to its layers"
 
 
 def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:

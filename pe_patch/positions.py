@@ -32,6 +32,8 @@ class Positions(NamedTuple):
     """Which of the keys a cache layer has kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()
     """What the scheme computed once for all layers (`Scheme.prepare`)."""
+    masks: tuple[Any, ...] | None = None
+    """The attention mask of each layer, where the one that the layers are handed gets lost on the way (Ulysses)."""
 
     @property
     def distance(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import OptionError
+from .heads import SHARED
 from .positions import Positions
 from .scheme import AttentionShape, Scheme, causal_distance, overrides
 
@@ -81,6 +82,7 @@ class Rotation(Scheme):
     """
 
     mechanism = "rotary"
+    per_head = SHARED
 
     def __init__(
         self, shape: AttentionShape, *, theta: float | None = None, original_max_position_embeddings: int | None = None
@@ -179,6 +181,8 @@ class Rotary(Rotation):
     use the regime of their own document's length; a token that comes later uses the smallest regime on a geometric grid
     that holds its position, for itself and for all keys it looks at.
     """
+
+    per_head = SHARED
 
     def relative_position(self, length: int) -> Tensor:
         return causal_distance(length)

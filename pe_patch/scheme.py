@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OptionError, UnsupportedError, nearest
+from .heads import Heads, declared, part
 from .positions import Positions
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ class Scheme(nn.Module):
     widens_heads: ClassVar[bool] = False
     """Its bias can ride on extra dimensions of the head (`DistanceBias.features`), in every dtype."""
 
+    per_head: Mapping[str, int] | None = None
+    """Attributes with numbers for each head, and along which dimension, for processes that share the heads; empty where
+    heads share everything, None where nobody has said."""
+
     shape: AttentionShape
     options: dict[str, Any]
 
@@ -118,6 +123,7 @@ class Scheme(nn.Module):
         super().__init__()
         self.shape = shape
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
+        self._constants_of_parts: dict[Heads, dict[tuple[str, torch.device], Tensor]] = {}
 
     @classmethod
     def _parameters_of_init(cls) -> list[inspect.Parameter]:
@@ -155,7 +161,8 @@ class Scheme(nn.Module):
 
     def forward(self, rung: str, *arguments: Any) -> Any:
         """Call a rung by its name, as a module: hooks that fetch offloaded or sharded weights stand before it."""
-        return getattr(self, rung)(*arguments)
+        heads = getattr(arguments[-1], "heads", None) if rung == "attend" else None
+        return getattr(self if heads is None else part(self, heads), rung)(*arguments)
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Add to the input embeddings. hidden `[batch, query, hidden]`, positions `[batch | 1, query]`."""
@@ -252,8 +259,8 @@ class Scheme(nn.Module):
         """Raise where a module with numbers for every head is handed a part of the heads."""
         if query.shape[1] != self.shape.num_heads:
             raise UnsupportedError(
-                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]}: "
-                "heads split over devices (tensor parallelism) are not supported with it."
+                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]}, "
+                "and nothing says which: heads may be split by Transformers' tensor parallelism or DeepSpeed's Ulysses."
             )
 
     def check_causal(self, core: Core) -> None:
@@ -286,6 +293,11 @@ class Scheme(nn.Module):
         """Whether it does more at the scores than the class `beyond`."""
         rungs = {"encode", "bias", "attend"} - self.idle
         return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in rungs)
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether it treats all heads alike, so that any of them do without knowing which they are."""
+        return declared(type(self)) and not self.per_head
 
     @property
     def scorer(self) -> Scheme | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .positions import Positions
-from .scheme import Scheme
+from .scheme import AttentionShape, Scheme
 
 if TYPE_CHECKING:
     from .attention import Core
@@ -28,6 +30,18 @@ class Stacked:
     @property
     def name(self) -> str:
         return f"{self.encoder.name} + {self.scorer.name}"
+
+    @property
+    def shape(self) -> AttentionShape:
+        return self.encoder.shape
+
+    @property
+    def shares_heads(self) -> bool:
+        return self.encoder.shares_heads and self.scorer.shares_heads
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of both."""
+        return chain(self.encoder.parameters(), self.scorer.parameters())
 
     def __call__(self, rung: str, *arguments: Any) -> Any:
         return getattr(self, rung)(*arguments)

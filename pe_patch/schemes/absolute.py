@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, nearest
+from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
 from .checks import check_length, check_number
@@ -18,6 +19,7 @@ class NoPE(Scheme):
     mechanism = "none"
     summary = "no positions; the causal mask alone orders the tokens"
     paper = "Kazemnejad et al. 2023, arXiv 2305.19466"
+    per_head = SHARED
 
 
 class DroPE(NoPE):
@@ -34,6 +36,7 @@ class DroPE(NoPE):
     name = "drope"
     summary = "the rotation dropped from a trained model, which is then recalibrated"
     paper = "Gelberg et al. 2025, arXiv 2512.12167"
+    per_head = SHARED
 
     def __init__(self, shape: AttentionShape, *, softmax_scale: float = 1.0) -> None:
         super().__init__(shape)
@@ -62,6 +65,7 @@ class Integer(Scheme):
     mechanism = "absolute"
     summary = "the position as a number along one learned direction"
     paper = "a baseline of old, discussed in Vaswani et al. 2017, arXiv 1706.03762"
+    per_head = SHARED
     shift_invariant = False
 
     def __init__(
@@ -105,6 +109,7 @@ class Sinusoidal(Scheme):
     mechanism = "absolute"
     summary = "fixed sines and cosines added to the input embeddings"
     paper = "Vaswani et al. 2017, arXiv 1706.03762"
+    per_head = SHARED
     shift_invariant = False
 
     def __init__(self, shape: AttentionShape, *, theta: float = 10000.0, layout: str = "interleaved") -> None:
@@ -168,6 +173,7 @@ class Learned(Scheme):
     mechanism = "absolute"
     summary = "a learned vector for each position, added to the input embeddings"
     paper = "Gehring et al. 2017, arXiv 1705.03122"
+    per_head = SHARED
     shift_invariant = False
 
     def __init__(
@@ -229,6 +235,7 @@ class OneHot(Scheme):
     mechanism = "absolute"
     summary = "a linear projection of the one-hot position, added to the input embeddings"
     paper = "Gehring et al. 2017, arXiv 1705.03122, as a projection"
+    per_head = SHARED
     shift_invariant = False
 
     def __init__(self, shape: AttentionShape, *, max_positions: int | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -59,6 +60,7 @@ class ALiBi(DistanceBias):
     summary = "a penalty on the scores that grows linearly with the distance"
     paper = "Press et al. 2021, arXiv 2108.12409"
     widens_heads = True
+    per_head = MappingProxyType({"slopes": 0})
 
     def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
         super().__init__(shape)
@@ -146,6 +148,7 @@ class T5(DistanceBias):
     name = "t5"
     summary = "a learned bias for each head and bucket of distances, shared by the layers"
     paper = "Raffel et al. 2019, arXiv 1910.10683"
+    per_head = MappingProxyType({"table": 1})
 
     def __init__(self, shape: AttentionShape, *, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(shape)
@@ -205,6 +208,7 @@ class Kerple(DistanceBias):
     summary = "a learned logarithm or power of the distance for each head"
     paper = "Chi et al. 2022, arXiv 2205.09921"
     per_layer = True
+    per_head = MappingProxyType({"a": 0, "p": 0})
 
     def __init__(self, shape: AttentionShape, *, kind: str = "log") -> None:
         super().__init__(shape)
@@ -238,12 +242,17 @@ class Sandwich(DistanceBias):
     name = "sandwich"
     summary = "a fixed sum of cosines of the distance, weaker from head to head"
     paper = "Chi et al. 2022, arXiv 2212.10356"
+    per_head = MappingProxyType({"strength": 0})
 
     def __init__(self, shape: AttentionShape, *, dim: int = 128) -> None:
         super().__init__(shape)
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
             raise OptionError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
+        self.strength = [shape.num_heads / 8 / head for head in range(1, shape.num_heads + 1)]
+
+    def _strength(self, device: torch.device) -> Tensor:
+        return self.constant("strength", device, lambda: torch.tensor(self.strength, dtype=torch.float32, device="cpu"))
 
     def of(self, distance: Tensor, head: Tensor) -> Tensor:
         # In float32 an angle of thousands of radians has lost its third decimal: whole turns are taken off first.
@@ -252,7 +261,7 @@ class Sandwich(DistanceBias):
         total = torch.zeros_like(distance, dtype=torch.float32)
         for frequency in self.frequencies:
             total = total + torch.cos(coarse * (TURN_AFTER * frequency % math.tau) + fine * frequency)
-        return total * (self.shape.num_heads / 8 / (head + 1))
+        return total * self._strength(distance.device)[head]
 
     def _waves(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """cos(p w), then sin(p w): their products sum to the cosines of a difference; `[batch | 1, n, dim]`."""
@@ -262,18 +271,15 @@ class Sandwich(DistanceBias):
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         at_query, at_key = (self._waves(at, torch.float32) for at in (positions.query, positions.key))
-        strength = self.shape.num_heads / 8 / torch.arange(1, query.shape[1] + 1, device=query.device)
-        return strength[:, None, None] * (at_query @ at_key.transpose(1, 2))[:, None]
+        return self._strength(query.device)[:, None, None] * (at_query @ at_key.transpose(1, 2))[:, None]
 
     def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The waves themselves. In half precision they would have to be cut into limbs, and three products of them are
         wider than any flash kernel's head, so there are none."""
         if dtype not in (torch.float32, torch.float64):
             return None
-        strength = self.shape.num_heads / 8 / scaling / torch.arange(1, self.shape.num_heads + 1, dtype=torch.float64)
-        at_query = (
-            self._waves(positions.query, torch.float64)[:, None] * strength.to(positions.query.device)[:, None, None]
-        )
+        strength = torch.tensor(self.strength, dtype=torch.float64, device=positions.query.device) / scaling
+        at_query = self._waves(positions.query, torch.float64)[:, None] * strength[:, None, None]
         padding = -at_query.shape[-1] % WIDTH
         at_key = self._waves(positions.key, dtype)[:, None]
         return nn.functional.pad(at_query.to(dtype), (0, padding)), nn.functional.pad(at_key, (0, padding))

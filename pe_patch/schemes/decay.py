@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..heads import SHARED
 from ..positions import Positions
 from ..rotation import Rotation
 from ..scheme import AttentionShape, Scheme, causal_distance
@@ -38,6 +40,7 @@ class XPos(Rotation):
     summary = "rotates, and lets every pair of dimensions decay with the distance, the fast ones sooner"
     paper = "Sun et al. 2022, arXiv 2212.10554"
     own_scores = True
+    per_head = SHARED
 
     def __init__(self, shape: AttentionShape, *, scale_base: float = 512, **shared: Any) -> None:
         super().__init__(shape, **shared)
@@ -137,6 +140,7 @@ class RoPEALiBi(Over):
     name = "rope_alibi"
     summary = "a rotation, and a penalty on the scores that grows linearly with the distance"
     paper = "Su et al. 2021, arXiv 2104.09864, with Press et al. 2021, arXiv 2108.12409"
+    per_head = MappingProxyType({"slopes": 0})
 
     def __init__(
         self,

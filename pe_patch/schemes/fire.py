@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ class FIRE(Scheme):
     paper = "Li et al. 2023, arXiv 2310.04418"
     per_layer = True
     shift_invariant = False
+    per_head = MappingProxyType({"weight_out": 0, "bias_out": 0})
 
     def __init__(self, shape: AttentionShape, *, width: int = 32, threshold: float = 512) -> None:
         super().__init__(shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, UnsupportedError, nearest
+from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
 from .bias import alibi_slopes
@@ -68,6 +70,7 @@ class RoPE2D(GridScheme):
     summary = "rotates by the row and the column of an image patch, axially or by learned directions"
     paper = "Heo et al. 2024, arXiv 2403.13298"
     per_layer = True
+    per_head: Mapping[str, int] = SHARED
 
     def __init__(self, shape: AttentionShape, *, mode: str = "axial", theta: float | None = None) -> None:
         super().__init__(shape)
@@ -81,6 +84,7 @@ class RoPE2D(GridScheme):
         self.mode, self.theta = mode, float(theta)
         if mode == "mixed":
             self.frequencies = nn.Parameter(self.random_directions())
+            self.per_head = MappingProxyType({"frequencies": 1})
 
     def magnitudes(self) -> Tensor:
         """theta^(-4t / d) for t < d / 4, radians per patch, float32."""
@@ -138,6 +142,7 @@ class ALiBi2D(GridScheme):
     name = "alibi_2d"
     summary = "a bias by the Euclidean distance between image patches"
     paper = "Fuller et al. 2023, arXiv 2311.00566"
+    per_head = MappingProxyType({"slopes": 0})
 
     def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
         super().__init__(shape)

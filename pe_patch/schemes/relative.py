@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme, causal_distance, wide
 from .checks import check_flag, check_length
@@ -42,6 +44,7 @@ class Shaw(ContentRelative):
     name = "shaw"
     summary = "a learned vector on keys and values for each distance up to a bound"
     paper = "Shaw et al. 2018, arXiv 1803.02155"
+    per_head = SHARED
     per_layer = True
 
     def __init__(self, shape: AttentionShape, *, max_distance: int = 16, values: bool = True) -> None:
@@ -111,6 +114,7 @@ class TransformerXL(ContentRelative):
     name = "transformer_xl"
     summary = "projected sinusoids of the distance meet the query, with learned biases beside it"
     paper = "Dai et al. 2019, arXiv 1901.02860"
+    per_head = MappingProxyType({"u": 0, "v": 0, "projection": 1})
 
     def __init__(self, shape: AttentionShape, *, clamp_length: int | None = None) -> None:
         super().__init__(shape)
@@ -229,6 +233,7 @@ class CoPE(ContentRelative):
     name = "cope"
     summary = "distances counted in tokens that the query takes to matter, each with a learned vector"
     paper = "Golovneva et al. 2024, arXiv 2405.18719"
+    per_head = SHARED
     per_layer = True
 
     def __init__(self, shape: AttentionShape, *, max_positions: int = 64) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..heads import SHARED
 from ..positions import Positions
 from ..ranges import Range
 from ..rotation import Rotation, Turned
@@ -57,6 +58,7 @@ class Remapped(Rotation):
     own_scores = True
     ranged = True
     training_free = True
+    per_head = SHARED
 
     def __init__(
         self,
