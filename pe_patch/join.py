@@ -16,6 +16,7 @@ from .configuration import Kinds, config_swaps, record_of, save_foreign, saves_f
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_arguments, forward_swaps, native_swaps
+from .parallel import check_conversion
 from .peft_hooks import head_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
 from .replacement import native_latent_swaps, no_early_cache, replacement_swaps
@@ -125,6 +126,8 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
     shape = adapter.shape(base, config, chosen[0])
     cls, options = find_scheme(scheme, options, shape)
     check_tower(adapter, cls, config)
+    if cls.converts:
+        check_conversion(attentions[chosen[0]], cls.name)
     if cls.touches_rotation(options):
         options = resolve.settle_existing(config, cls, options, given["on_existing"], {kinds[i] for i in chosen})
     own = _build(cls, base, adapter, chosen, options)
