@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .engines import Engine
 from .recipe import Recipe, RecipeError
 
 LASTING = ("model", "tokenizer", "scheme", "lora", "distill", "data", "phases", "optimizer", "mixed_precision", "seed")
@@ -29,16 +30,26 @@ class Progress:
     """Tokens seen, by all processes."""
     recent: list[float] = field(default_factory=list)
     """The accuracies of this phase's last steps, oldest first."""
+    losses: list[float] = field(default_factory=list)
+    """The losses of this phase's last steps, oldest first."""
+    lowest: float | None = None
+    """The lowest mean of so many losses in this phase."""
+
+    def next_phase(self) -> None:
+        """Begin the phase after this one."""
+        self.phase, self.phase_step = self.phase + 1, 0
+        self.recent, self.losses, self.lowest = [], [], None
 
 
-def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, recipe: Recipe) -> Path:
+def save_checkpoint(engine: Engine, folder: Path, progress: Progress, recipe: Recipe) -> Path:
     """Write `folder/step-000123` and drop the oldest; a checkpoint is there whole or not at all."""
+    accelerator = engine.accelerator
     path = folder / f"step-{progress.step:06d}"
     unfinished = folder / f".{path.name}.unfinished"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    engine.save(unfinished)
     # Every process has its own random state to write: rename only when all of them have.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -48,6 +59,7 @@ def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, recipe: 
             shutil.rmtree(path)
         unfinished.rename(path)
         for old in complete_checkpoints(folder)[: -recipe.checkpoints.keep]:
+            (old / "progress.json").unlink()  # first, so that half a checkpoint never looks like a whole one
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return path
@@ -76,7 +88,7 @@ def find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
     return path
 
 
-def load_checkpoint(accelerator: Any, path: Path, recipe: Recipe) -> Progress:
+def load_checkpoint(engine: Engine, path: Path, recipe: Recipe) -> Progress:
     """Put weights, optimiser and random states back; a checkpoint of another recipe raises `RecipeError`."""
     record = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     ours, theirs = _lasting(recipe), record["recipe"]
@@ -85,8 +97,8 @@ def load_checkpoint(accelerator: Any, path: Path, recipe: Recipe) -> Progress:
         raise RecipeError(
             f"{path} was made by a recipe with another {', '.join(different)}; it cannot be gone on from."
         )
-    accelerator.wait_for_everyone()
-    accelerator.load_state(str(path))
+    engine.accelerator.wait_for_everyone()
+    engine.load(path)
     return Progress(**record["progress"])
 
 

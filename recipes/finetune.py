@@ -16,11 +16,15 @@ if not __package__:  # started as a script, which has no package to import its n
 
 from pe_patch.errors import PePatchError
 
+from .guard import LEFT, Left
 from .reading import load_recipe
 from .recipe import Recipe, RecipeError
 from .trainer import Trainer
 
 __all__ = ["Recipe", "load_recipe", "main", "train"]
+
+
+EXIT_CODES: dict[type[PePatchError], int] = {RecipeError: 2, Left: LEFT, PePatchError: 1}
 
 
 def train(recipe: Recipe) -> Any:
@@ -30,21 +34,21 @@ def train(recipe: Recipe) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 2 for a recipe that is wrong, 1 for a run that failed."""
+    """The command line. Returns the exit code: 2 for a recipe that is wrong, 1 for a run that failed, 143 for one that
+    SIGTERM ended and that was saved."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/configs/tiny_yarn.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value or nested.key=value, with or without leading --")
+    parser.add_argument("--dry-run", action="store_true", help="print what it would do and cost, and stop")
     known, dashed = parser.parse_known_args(arguments)
+    overrides = [*known.overrides, *dashed, *["dry_run=true"] * known.dry_run]
     try:
-        train(load_recipe(known.recipe, [*known.overrides, *dashed]))
-    except RecipeError as error:
+        train(load_recipe(known.recipe, overrides))
+    except tuple(EXIT_CODES) as error:
         print(error, file=sys.stderr)
-        return 2
-    except PePatchError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     return 0
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-COLUMNS = ("phase", "loss", "divergence", "accuracy", "tokens_per_second")
+COLUMNS = ("phase", "loss", "divergence", "accuracy", "gradient_norm", "tokens_per_second")
 
 
 class Log:
@@ -57,6 +57,7 @@ class Log:
         """One optimiser step."""
         self.write("step", values)
         said = [f"{name.replace('_', ' ')} {_short(values[name])}" for name in COLUMNS if values.get(name) is not None]
+        said.append(gigabytes(values["memory"]))
         self.bar.update(self.task, completed=values["step"], description="  ".join(said).replace(" per ", "/"))
 
     def skip(self, steps: int) -> None:
@@ -69,6 +70,11 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if value < 100 else f"{value:,.0f}"
     return str(value)
+
+
+def gigabytes(size: float) -> str:
+    """Bytes, in GB of 10^9."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.2g} MB"
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:

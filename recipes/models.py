@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pe_patch
 from pe_patch.evaluation.retrieval import TOKEN_KEYS
 from pe_patch.storage import read_config
 
-from .recipe import Lora, Model, Recipe, RecipeError
+from .recipe import Lora, Model, Recipe, RecipeError, Scheme
 
 DEMO = Path(pe_patch.__file__).parent / "assets" / "demo"
 
@@ -72,17 +73,37 @@ def add_retrieval_tokens(tokenizer: Any) -> None:
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
 
 
-def build_model(recipe: Recipe, tokenizer: Any, options: dict[str, Any] | None = None, device: Any = None) -> Any:
+def load_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """The model as it is before its scheme."""
+    model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model)
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def with_scheme(model: Any, recipe: Recipe, options: dict[str, Any] | None = None, device: Any = None) -> Any:
     """The model with its scheme and its adapters; what is to be trained requires gradients, nothing else does.
 
     `options` of the scheme are given beside the recipe's own, and it is patched on `device`, where there is one.
     """
-    model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model)
-    if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.scheme is not None:
-        pe_patch.patch_model(model.to(device), recipe.scheme.name, **recipe.scheme.options, **(options or {}))
+        said = {**options_of(recipe.scheme), **(options or {})}
+        pe_patch.patch_model(model.to(device), recipe.scheme.name, **said)
     return model if recipe.lora is None else _with_lora(model, recipe.lora)
+
+
+def options_of(scheme: Scheme) -> dict[str, Any]:
+    """The scheme's options, those of its file beneath its own."""
+    if scheme.options_file is None:
+        return scheme.options
+    path = Path(scheme.options_file)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"scheme.options_file: {path.absolute()} is no JSON file of options: {error}") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"scheme.options_file: {path.absolute()} holds no object of options by name.")
+    return {**found, **scheme.options}
 
 
 def build_teacher(recipe: Recipe, student: Any, device: Any) -> Any:

@@ -46,10 +46,7 @@ def _check_version(said: Any, path: Path) -> None:
             f"{path}: say which version of the format this is; the one read here is `version: {VERSION}`."
         )
     if version != VERSION:
-        advice = "a newer pe_patch" if isinstance(version, int) and version > VERSION else f"`version: {VERSION}`"
-        raise RecipeError(
-            f"{path}: version {version!r} of the format; this pe_patch reads {VERSION}. It needs {advice}."
-        )
+        raise RecipeError(f"{path}: version {version!r} of the format, and this pe_patch reads version {VERSION}.")
 
 
 def _overridden(config: DictConfig, override: str) -> DictConfig:
@@ -91,10 +88,9 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
          "scheme.warm_start_tokens must be at least 1"),
         (recipe.model.quantization is None or recipe.lora is not None, "model.quantization freezes the weights: give "
          "lora, such as lora: {rank: 8}"),
-        (recipe.model.shifted_groups is None or recipe.model.shifted_groups > 1, "model.shifted_groups must be at least "
-         "2"),
+        ((recipe.model.shifted_groups or 2) > 1, "model.shifted_groups must be at least 2"),
         (recipe.loss.chunk >= 0, "loss.chunk cannot be negative; 0 makes all logits at once"),
-        (recipe.guard.factor is None or recipe.guard.factor > 1, "guard.factor must be above 1, or null"),
+        (recipe.guard.rise is None or recipe.guard.rise > 0, "guard.rise must be above 0, or null"),
         (recipe.guard.window > 0, "guard.window must be at least 1"),
         (recipe.scheme is None or not (recipe.scheme.calibration_tokens and "calibration" in recipe.scheme.options),
          "give one of scheme.calibration_tokens and scheme.options.calibration"),

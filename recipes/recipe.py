@@ -229,10 +229,12 @@ class Checkpoints:
 class Guard:
     """When to stop a run that has gone wrong. A loss that is no number always stops it."""
 
-    factor: float | None = 3.0
-    """Stop where the loss is above this many times the mean of the steps before; null never does."""
-    window: int = 50
-    """Over how many steps that mean goes; so many must have been made."""
+    rise: float | None = 2.0
+    """Stop where the mean loss of the last `window` steps is so many nats above the lowest such mean of the phase; null
+    never does."""
+    window: int = 10
+    memory: bool = True
+    """Refuse a run that by arithmetic cannot fit the memory there is."""
 
 
 @dataclass

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
-from rich.console import Console
+import torch.nn.functional as F
+from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
-from pe_patch.errors import PePatchError
 from pe_patch.text import load_documents
 
+from . import finish, plan
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from .data import Corpus, PhaseData, first_tokens, micro_batches
-from .log import Log, table
-from .loss import Score, count_targets, next_token_score
-from .models import build_model, build_teacher, build_tokenizer, parameter_groups
+from .engines import IGNORED, choose_engine
+from .guard import Left, Signal, TrainingError, fault
+from .log import Log
+from .loss import Score, next_token_score
+from .measure import Measure
+from .models import build_teacher, build_tokenizer, load_model, parameter_groups, with_scheme
 from .reading import save_recipe
 from .recipe import Phase, Recipe
 
 ACCURACY_STEPS = 25
 """Over how many steps `until_accuracy` is judged."""
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
     "constant": lambda phase: ("constant_with_warmup", {}),
@@ -45,10 +43,6 @@ SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-class TrainingError(PePatchError, RuntimeError):
-    """Training cannot go on: the loss is no longer a number, or what a phase was to reach was not reached."""
-
-
 def learning_rates(phase: Phase) -> Callable[[int], float]:
     """The learning rate as a function of the phase's step, counted from zero; Transformers' own schedules."""
     name, options = SCHEDULES[phase.schedule](phase)
@@ -59,78 +53,78 @@ def learning_rates(phase: Phase) -> Callable[[int], float]:
     return lambda step: phase.learning_rate * multiplier(step)
 
 
-def model_inputs(batch: dict[str, Tensor], *, boundaries: bool) -> dict[str, Any]:
-    """What a forward pass is given. There is no attention mask and no cache: only then does Transformers take positions
-    that start again for packed documents, and keep attention from crossing between them.
+def model_inputs(batch: dict[str, Tensor], *, boundaries: bool, skips: bool = False) -> dict[str, Any]:
+    """What a forward pass is given.
+
+    Without a mask and a cache Transformers takes positions that do not follow each other for packed documents, and
+    keeps attention from crossing between them. Positions that skip within one document need a mask of ones, or
+    attention would be cut at each skip.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    return {**inputs, "position_ids": batch["position_ids"]} if boundaries else inputs
+    if skips:
+        inputs["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return {**inputs, "position_ids": batch["position_ids"]} if boundaries or skips else inputs
+
+
+class Sums(NamedTuple):
+    """What the passes of a step add up to over all processes, in nats and in numbers of targets."""
+
+    loss: Tensor
+    correct: Tensor
+    divergence: Tensor
+    targets: Tensor
 
 
 class Trainer:
     """One run of one recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.output = recipe, Path(recipe.output)
-        trackers: Any = recipe.trackers or None
-        self.accelerator: Any = Accelerator(
-            mixed_precision=recipe.mixed_precision, log_with=trackers, project_dir=recipe.output
+        self.recipe, self.output, self.folder = recipe, Path(recipe.output), Path(recipe.output) / "checkpoints"
+        self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
+        self.signal = Signal()
+        self.trackers = _trackers(recipe)
+        self.engine = choose_engine(
+            mixed_precision=recipe.mixed_precision, log_with=self.trackers or None, project_dir=recipe.output
         )
+        self.accelerator = self.engine.accelerator
         set_seed(recipe.seed)
         texts = self._documents("train")
         self.tokenizer = build_tokenizer(recipe, texts)
         self.corpus = Corpus(texts, self.tokenizer)
         self.progress = Progress()
-        self.model = build_model(recipe, self.tokenizer, *self._calibration())
+        self.measure = Measure(recipe, self.engine, self.tokenizer, lambda: self._documents("test"))
+        self.model = load_model(recipe, self.tokenizer)
+        if self.checkpoint is None and not recipe.dry_run:
+            self.measure.original(self.model)
+        self.model = with_scheme(self.model, recipe, *self.calibration())
+        self.engine.refuse(recipe, self.model)
         taught = recipe.distill is not None and not recipe.dry_run
         self.teacher: Any = build_teacher(recipe, self.model, self.accelerator.device) if taught else None
 
-    def _calibration(self) -> tuple[dict[str, Any], Any]:
+    def calibration(self) -> tuple[dict[str, Any], Any]:
         """What the scheme is calibrated on, as its option, and where; nothing where the recipe does not ask for it."""
         recipe = self.recipe
         if recipe.scheme is None or recipe.scheme.calibration_tokens is None:
             return {}, None
-        data = self._data(recipe.phases[0], (recipe.seed, 0))
+        data = self._data(0)
         return {"calibration": first_tokens(data, recipe.scheme.calibration_tokens)}, self.accelerator.device
 
     def show_plan(self) -> Any:
-        """Print steps and tokens; returns the untrained model."""
-        phases = self.recipe.phases
-        rows = [
-            {
-                "phase": number,
-                "length": phase.length,
-                "steps": phase.steps,
-                "sequences": phase.steps * phase.batch,
-                "tokens": phase.steps * phase.batch * phase.length,
-            }
-            for number, phase in enumerate(phases)
-        ]
-        parameters = list(self.model.parameters())
-        if self.accelerator.is_main_process:
-            console = Console()
-            console.print(table("What would be trained", rows))
-            console.print(
-                f"{sum(row['steps'] for row in rows):,} steps at most, {sum(row['tokens'] for row in rows):,} tokens, "
-                f"from a text of {len(self.corpus.stream):,} tokens in {len(self.corpus.documents):,} documents. "
-                f"{sum(p.numel() for p in parameters if p.requires_grad):,} of {sum(p.numel() for p in parameters):,} "
-                "parameters are trained."
-            )
+        """Print what the run would do and cost, measured on one step; returns the untrained model."""
+        plan.show(self)
         return self.model
 
     def run(self) -> Any:
         """Train all phases, from the newest checkpoint if so asked; returns the model as it was saved."""
-        recipe, folder = self.recipe, self.output / "checkpoints"
-        checkpoint = find_checkpoint(recipe, folder)
-        groups = parameter_groups(self.model, recipe.optimizer.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optimizer.betas)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        recipe, checkpoint = self.recipe, self.checkpoint
+        plan.refuse_what_cannot_fit(self)
+        self.prepare()
         if checkpoint is not None:
-            self.progress = load_checkpoint(self.accelerator, checkpoint, recipe)
+            self.progress = load_checkpoint(self.engine, checkpoint, recipe)
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.output / "recipe.yaml")
-        if recipe.trackers:
+        if self.trackers:
             self.accelerator.init_trackers("pe_patch")
         total = sum(phase.steps for phase in recipe.phases[self.progress.phase :])
         total += self.progress.step - self.progress.phase_step
@@ -141,16 +135,25 @@ class Trainer:
             total_steps=total,
             progress=recipe.progress,
         )
-        self.model.train()  # a loaded model is in evaluation mode: no dropout, no gradient checkpointing
-        with log as self.log:
+        with log as self.log, self.signal:
+            if checkpoint is None:
+                self.measure.at_the_start(self.model, log)
+            self.model.train()  # a loaded model is in evaluation mode: no dropout, no gradient checkpointing
             while self.progress.phase < len(recipe.phases):
-                self._phase(recipe.phases[self.progress.phase], folder)
-        return self._finish()
+                self._phase(recipe.phases[self.progress.phase])
+            self.measure.at_the_end(self.model, log, self.progress.step)
+        return finish.finish(self)
 
-    def _phase(self, phase: Phase, folder: Path) -> None:
+    def prepare(self) -> None:
+        """Build the optimiser and hand both to the engine."""
+        groups = parameter_groups(self.model, self.recipe.optimizer.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.recipe.optimizer.betas)
+        self.model, self.optimizer = self.engine.prepare(self.model, optimizer)
+
+    def _phase(self, phase: Phase) -> None:
         """The rest of the phase that `progress` is in."""
         progress, rate, started = self.progress, learning_rates(phase), time.perf_counter()
-        for batches in self._batches(phase):
+        for batches in self.batches(progress.phase, progress.phase_step):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(progress.phase_step)
             values = self._step(batches, phase)
@@ -160,71 +163,84 @@ class Trainer:
             progress.tokens += tokens
             at = {"step": progress.step, "phase": progress.phase}
             speed = {"tokens": progress.tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+            speed["memory"] = self.engine.memory()
             self.log.step({**at, **values, "learning_rate": rate(progress.phase_step - 1), **speed})
             ended = self._ended(phase)
             if ended:
-                progress.phase, progress.phase_step, progress.recent = progress.phase + 1, 0, []
-            self._now_and_then(folder)
+                progress.next_phase()
+            self._now_and_then()
             if ended:
                 return
             started = time.perf_counter()
 
-    def _data(self, phase: Phase, seed: tuple[int, int]) -> PhaseData:
-        return PhaseData(self.corpus, self.tokenizer, phase, seed=seed, boundaries=self.recipe.data.boundaries)
+    def _data(self, phase: int) -> PhaseData:
+        recipe = self.recipe
+        seed, boundaries = (recipe.seed, phase), recipe.data.boundaries
+        return PhaseData(self.corpus, self.tokenizer, recipe.phases[phase], seed=seed, boundaries=boundaries)
 
-    def _batches(self, phase: Phase) -> Iterator[list[dict[str, Tensor]]]:
-        recipe, progress = self.recipe, self.progress
+    def batches(self, phase: int, first_step: int = 0) -> Iterator[list[dict[str, Tensor]]]:
+        """For each step of a phase this process's micro-batches."""
         return micro_batches(
-            self._data(phase, (recipe.seed, progress.phase)),
-            first_step=progress.phase_step,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            workers=recipe.data.workers,
+            self._data(phase),
+            first_step=first_step,
+            rank=self.engine.data_rank,
+            world=self.engine.data_world,
+            workers=self.recipe.data.workers,
         )
 
     def _step(self, batches: list[dict[str, Tensor]], phase: Phase) -> dict[str, Any]:
         """One optimiser step: the mean loss over the targets of all processes and micro-batches."""
-        accelerator, distill = self.accelerator, self.recipe.distill
-        batches = [{key: value.to(accelerator.device) for key, value in batch.items()} for batch in batches]
-        targets = accelerator.reduce(torch.stack([count_targets(batch["labels"]) for batch in batches]).sum())
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                score = self._score(batch, phase)
-                loss = score.loss if distill is None else score.loss + distill.weight * score.divergence
-                # Gradients are averaged over the processes; a sum is wanted.
-                accelerator.backward(loss * accelerator.num_processes / targets.clamp(min=1))
-            sums += torch.stack([value.detach().double() for value in score])
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
-        loss, accuracy, divergence = (accelerator.reduce(sums) / targets.clamp(min=1)).tolist()
-        self._refuse_nan(loss, float(norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        extra = {} if distill is None else {"divergence": divergence}
+        sums = self.gradients(batches, phase)
+        norm = self.engine.clip(self.recipe.optimizer.clip)
+        targets = max(1, int(sums.targets))
+        loss = float(sums.loss) / targets
+        self._refuse_fault(loss, norm)
+        self.engine.step()
+        extra = {} if self.recipe.distill is None else {"divergence": float(sums.divergence) / targets}
         if phase.until_accuracy is not None:
-            self.progress.recent = [*self.progress.recent, accuracy][-ACCURACY_STEPS:]
-            extra["accuracy"] = accuracy
-        return {"loss": loss, **extra, "targets": int(targets), "gradient_norm": float(norm)}
+            extra["accuracy"] = float(sums.correct) / targets
+            self.progress.recent = [*self.progress.recent, extra["accuracy"]][-ACCURACY_STEPS:]
+        return {"loss": loss, **extra, "targets": int(sums.targets), "gradient_norm": norm}
 
-    def _score(self, batch: dict[str, Tensor], phase: Phase) -> Score:
+    def gradients(self, batches: list[dict[str, Tensor]], phase: Phase) -> Sums:
+        """The forward and backward passes of a step; returns what they add up to over all processes."""
+        engine, distill = self.engine, self.recipe.distill
+        inputs = [engine.inputs(batch) for batch in batches]
+        count = torch.stack([(one["shift_labels"] != IGNORED).sum() for one in inputs]).sum().double()
+        told = torch.zeros_like(count) + self.signal.came
+        # One process may be told to leave and another not: they must leave together.
+        targets, told = engine.reduce(torch.stack((count, told)))
+        sums = torch.zeros(3, dtype=torch.float64, device=count.device)
+        for index, one in enumerate(inputs):
+            with engine.micro_step(last=index == len(inputs) - 1):
+                score = self._score(one, phase)
+                loss = score.loss if distill is None else score.loss + distill.weight * score.divergence
+                engine.backward(loss / targets.clamp(min=1).to(loss.dtype))
+            sums += torch.stack([value.detach().double() for value in score])
+        self.signal.came = bool(told)
+        loss, correct, divergence = engine.reduce(sums)
+        return Sums(loss, correct, divergence, targets)
+
+    def _score(self, inputs: dict[str, Tensor], phase: Phase) -> Score:
         """The model's predictions, against the text and, with `distill`, against the teacher's."""
-        inputs = model_inputs(batch, boundaries=self.recipe.data.boundaries)
+        labels = inputs["shift_labels"]
+        given = model_inputs(inputs, boundaries=self.recipe.data.boundaries, skips=phase.pose is not None)
         options: dict[str, Any] = {"vocabulary": phase.vocabulary, "accuracy": phase.until_accuracy is not None}
         if self.recipe.distill is not None:
             with torch.no_grad():
-                options["teacher"] = self.teacher(**inputs).logits
+                options["teacher"] = self.teacher(**given).logits
             options["temperature"] = self.recipe.distill.temperature
-        return next_token_score(self.model(**inputs).logits, batch["labels"], **options)
+        return next_token_score(self.model(**given).logits, F.pad(labels[:, :-1], (1, 0), value=IGNORED), **options)
 
-    def _refuse_nan(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _refuse_fault(self, loss: float, norm: float) -> None:
+        found = fault(loss, norm, self.progress, self.recipe.guard)
+        if found is None:
             return
-        saved = complete_checkpoints(self.output / "checkpoints")
+        saved = complete_checkpoints(self.folder)
         kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
         raise TrainingError(
-            f"Step {self.progress.step + 1}: the loss is {loss}, the norm of its gradient {norm}; nothing was updated. "
-            f"{kept} Try a smaller learning_rate, a longer warmup, or mixed_precision=no."
+            f"Step {self.progress.step + 1}: {found}; nothing was updated. {kept} Try a smaller learning_rate, a "
+            "longer warmup, or mixed_precision=no."
         )
 
     def _ended(self, phase: Phase) -> bool:
@@ -244,55 +260,24 @@ class Trainer:
             )
         return True
 
-    def _now_and_then(self, folder: Path) -> None:
-        """Evaluation and checkpoint, each at its own interval."""
+    def _now_and_then(self) -> None:
+        """Evaluation and checkpoint, each at its own interval; and leaving, where that was asked for."""
         step, recipe = self.progress.step, self.recipe
+        every = recipe.checkpoints.every
         if recipe.evaluation.every and step % recipe.evaluation.every == 0:
-            self._evaluate()
-        if recipe.checkpoints.every and step % recipe.checkpoints.every == 0:
-            save_checkpoint(self.accelerator, folder, self.progress, recipe)
-
-    def _evaluate(self) -> None:
-        """Loss and retrieval on held-out text; on one process, unless each has only a part of the model."""
-        accelerator, sharded = self.accelerator, self.accelerator.distributed_type in SHARDED
-        if accelerator.is_main_process or sharded:
-            model = self.model if sharded else accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-            for row in self._measure(model).rows:
-                self.log.write("evaluation", {"step": self.progress.step, **asdict(row)})
-        accelerator.wait_for_everyone()
-
-    def _measure(self, model: Any) -> Any:
-        # Imported late: it brings plotting and metrics along, which a run that never evaluates has no use for.
-        from pe_patch.evaluation import evaluate
-        from pe_patch.evaluation.subject import windows
-
-        wanted, target = self.recipe.evaluation, self.recipe.phases[-1].length
-        return evaluate(
-            model,
-            self.tokenizer,
-            tasks=wanted.tasks,
-            lengths=wanted.lengths or sorted({windows(model)[0] or target, target}),
-            samples=wanted.samples,
-            text=self._documents("test"),
-            beyond_window=True,
-            progress=False,
-        )
+            self.measure.during(self.model, self.log, step)
+        if (every and step % every == 0) or self.signal.came:
+            saved = save_checkpoint(self.engine, self.folder, self.progress, recipe)
+            if self.signal.came:
+                raise Left(f"Told to leave at step {step}, after saving {saved}. Give resume=auto to go on from there.")
 
     def _documents(self, split: Literal["train", "test"]) -> list[str]:
         data = self.recipe.data
         return load_documents(data.source, split=split, text_column=data.text_column, limit=data.limit)
 
-    def _finish(self) -> Any:
-        recipe, step = self.recipe, self.progress.step
-        if recipe.evaluation.every and step % recipe.evaluation.every:
-            self._evaluate()
-        weights = self.accelerator.get_state_dict(self.model) if self.accelerator.distributed_type in SHARDED else None
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
-        if recipe.lora is not None and recipe.lora.merge:
-            model = model.merge_and_unload()
-        if self.accelerator.is_main_process:
-            model.save_pretrained(self.output / "model", state_dict=weights)
-            self.tokenizer.save_pretrained(self.output / "model")
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # takes the process group down, so nothing may come after it
-        return model
+
+def _trackers(recipe: Recipe) -> list[str]:
+    """Those that the recipe names; where it says nothing tensorboard, if that is installed."""
+    if recipe.trackers is not None:
+        return recipe.trackers
+    return ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []
