@@ -208,7 +208,7 @@ def _assemble(
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
     save = save_foreign if saves_foreign(base, adapter, by_kind, record) else None
-    swaps += head_swaps([*{id(owner): owner for owner in (head, base)}.values()], save)
+    swaps += head_swaps(head, base, save)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)

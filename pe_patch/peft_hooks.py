@@ -130,12 +130,11 @@ def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     return result
 
 
-def head_swaps(owners: list[PreTrainedModel], save: Callable[..., Any] | None) -> list[Swap]:
+def head_swaps(head: PreTrainedModel, base: PreTrainedModel, save: Callable[..., Any] | None) -> list[Swap]:
     """Saving and loading of adapters without a PEFT wrapper; `save` is what else stands round `save_pretrained`."""
     outer = save_head if save is None else Chain(save_head, save)
-    return [
-        bind(o, name, f) for o in owners for name, f in (("save_pretrained", outer), ("load_adapter", load_into_head))
-    ]
+    swaps = [bind(head, "save_pretrained", outer), bind(head, "load_adapter", load_into_head)]
+    return swaps if save is None or base is head else [*swaps, bind(base, "save_pretrained", save)]
 
 
 def watch(model: Any) -> None:
