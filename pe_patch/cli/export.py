@@ -11,10 +11,10 @@ from .application import app
 from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, SchemeName
 from .output import print_json
 
+TARGET = "For whom: transformers, transformers4, vllm, sglang, llamacpp, or deepseek (latent attention)."
 
-@app.command(
-    epilog="\b\nExample:\n  pe-patch export ./my-llama ./my-llama-32k --scheme yarn --factor 8 --target transformers"
-)
+
+@app.command(epilog="\b\nExample:\n  pe-patch export ./my-llama ./my-llama-32k --scheme yarn --factor 8 --target vllm")
 def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -22,19 +22,28 @@ def export(
     factor: Factor = None,
     option: Options = None,
     on_existing: OnExisting = None,
-    target: Annotated[str, typer.Option(help="For whom: transformers, ...")] = "transformers",
+    target: Annotated[str, typer.Option(help=TARGET)] = "transformers",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a model with its scheme so that it loads without pe_patch."""
+    """Write a model with its scheme so that it loads without pe_patch, and say how to serve it."""
     from pe_patch import export as export_model
     from pe_patch import loading
+    from pe_patch.errors import unknown
+    from pe_patch.export import TARGETS, read_commands, save_tokenizer
 
+    if target not in TARGETS:  # before a model is loaded for nothing
+        raise unknown("export target", target, TARGETS)
     loaded, tokenizer = loading.load(model, dtype, "cpu")
     loading.apply(loaded, scheme, factor, option, on_existing)
     written = export_model(loaded, output, target=target)
-    tokenizer.save_pretrained(written)
+    save_tokenizer(tokenizer, written, target)
+    commands = read_commands(written)
     if as_json:
-        print_json({"path": str(written), "target": target})
-    else:
-        typer.echo(f"Written to {written}")
+        print_json({"path": str(written), "target": target, "commands": commands})
+        return
+    typer.echo(f"Written to {written}")
+    for command in commands:
+        typer.echo(f"  {command}")
+    if commands:
+        typer.echo("More in SERVE.md there.")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from .configuration import FOREIGN
-from .errors import UnsupportedError
-from .join import Patch
+from ..configuration import FOREIGN
+from ..errors import UnsupportedError
+from ..join import Patch
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Whose layers, apart from the attention, are those of DeepSeek's dense layers; what differs is looked for in each."""

@@ -1,0 +1,36 @@
+"""The tokenizer beside an exported model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from ..configuration import write_json
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path, target: str = "transformers") -> None:
+    """Save a tokenizer into an exported folder, with the window of the model there as its `model_max_length`.
+
+    vLLM takes the smaller of the two for its own limit, and pipelines truncate at it.
+    """
+    folder = Path(folder)
+    window = _window(folder)
+    tokenizer = copy.copy(tokenizer)
+    if window is not None:
+        tokenizer.model_max_length = window
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    if target == "transformers4" and file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("tokenizer_class") == "TokenizersBackend":  # the name is Transformers 5's
+            write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _window(folder: Path) -> int | None:
+    serving = folder / "serve.json"
+    if serving.is_file():
+        return json.loads(serving.read_text(encoding="utf-8"))["window"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("text_config") or config).get("max_position_embeddings")
