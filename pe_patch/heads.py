@@ -44,8 +44,9 @@ def declared(cls: type) -> bool:
 def part(scheme: Any, heads: Heads) -> Any:
     """The scheme for a range of its heads.
 
-    Slopes, tables and parameters are slices (`Scheme.per_head` names them and the dimension of the heads), views of the
-    whole ones, so that gradients flow to them; everything else is the same object.
+    Slopes, tables and parameters are slices (`Scheme.per_head` names them and the dimension of the heads). All
+    parameters are views of the whole ones, which gradients flow to; hooks on these are not called where a kernel takes
+    gradients of its own. Everything else is the same object.
 
     Raises:
         UnsupportedError: the scheme does not say what it keeps for each head.
@@ -60,7 +61,10 @@ def part(scheme: Any, heads: Heads) -> Any:
     parameters, modules = scheme.__dict__["_parameters"], scheme.__dict__["_modules"]
     whole: Mapping[str, int] = scheme.per_head
     cut = {name: _cut(scheme, name, dimension, heads) for name, dimension in whole.items()}
-    view.__dict__["_parameters"] = {name: cut.pop(name, parameter) for name, parameter in parameters.items()}
+    view.__dict__["_parameters"] = {
+        name: cut.pop(name) if name in cut else parameter if parameter is None else parameter.view_as(parameter)
+        for name, parameter in parameters.items()
+    }
     view.__dict__["_modules"] = {
         name: part(module, heads) if hasattr(module, "per_head") else module for name, module in modules.items()
     }

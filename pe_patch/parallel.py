@@ -156,7 +156,7 @@ def local_heads(module: nn.Module, query: Tensor, key: Tensor, scheme: Any, sequ
         )
     if learns:
         sum_gradients(scheme, mesh)
-    return None if scheme.shares_heads else _range(scheme, mesh.get_local_rank(), mesh.size(), query, key)
+    return _range(scheme, mesh.get_local_rank(), mesh.size(), query, key)
 
 
 def local_sinks(sinks: Tensor | None, query: Tensor, sequence: Sequence) -> Tensor | None:
