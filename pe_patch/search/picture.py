@@ -34,7 +34,10 @@ def _scores(found: SearchResult, names: list[str]) -> alt.LayerChart:
     wide = min(scores) > 0 and max(scores) > WIDE_RANGE * min(scores)
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=False)
     look = series(names, names)
-    x = alt.X("generation:Q", title="generation", axis=alt.Axis(tickMinStep=1, grid=False))
+    x = alt.X(
+        "generation:Q", title="generation", scale=alt.Scale(nice=False, padding=6),
+        axis=alt.Axis(tickMinStep=1, format="d", grid=False),
+    )  # fmt: skip
     y = alt.Y("score:Q", title="loss (nats per token)", scale=scale)
     each = [{"scheme": SEARCHED, "generation": one.generation, "score": one.score} for one in found.history]
     best = [{"scheme": SEARCHED, "generation": g, "score": score} for g, score in enumerate(found.curve)]
@@ -52,7 +55,12 @@ def _factors(found: SearchResult, names: list[str]) -> alt.LayerChart:
     rows = [{"scheme": n, "pair": k, "factor": value} for n, values in lists.items() for k, value in enumerate(values)]
     look = series(names, names)
     base = alt.Chart(data(rows)).encode(
-        x=alt.X("pair:Q", title="rotated pair, fastest first", axis=alt.Axis(tickMinStep=1, grid=False)),
+        x=alt.X(
+            "pair:Q",
+            title="rotated pair, fastest first",
+            scale=alt.Scale(nice=False, padding=6),
+            axis=alt.Axis(tickMinStep=1, format="d", grid=False),
+        ),
         y=alt.Y("factor:Q", title="factor that its frequency is divided by", scale=alt.Scale(type="log", base=2)),
         color=look["color"],
     )
