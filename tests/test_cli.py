@@ -70,7 +70,7 @@ def test_options_are_read_as_what_they_look_like():
         parse_options(["factor"])
 
 
-COMMANDS = ["demo", "list", "inspect", "doctor", "evaluate", "compare", "advise", "generate", "export", "convert"]
+COMMANDS = "demo list inspect doctor evaluate compare advise generate export convert search".split()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
