@@ -96,8 +96,8 @@ class Head:
             return inner(hidden)
 
         def behind_layer(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-            seen["raw"] = Recorded.of(output)
-            return seen["raw"]
+            seen["raw"] = output.clone()  # the family may write into what it is given
+            return Recorded.of(output)
 
         def at_model(module: nn.Module, inner: Callable[..., Any], *given: Any, **named: Any) -> CausalLMOutput:
             seen["logits"] = inner(*given, **named).logits
@@ -122,7 +122,7 @@ class Head:
         rounding = torch.finfo(seen["again"].dtype).eps * 32
         if mine.shape != whole[:, 1::2].shape or not torch.allclose(mine, whole[:, 1::2], rtol=rounding, atol=rounding):
             raise RecipeError(f"{self.family} gives other logits for a chunk of its hidden states: {REMEDY}.")
-        self.bare = torch.equal(seen["raw"].plain.float(), whole.float())
+        self.bare = torch.equal(seen["raw"].float(), whole.float())
 
     def logits(self, rows: Tensor, layer: Layer) -> Tensor:
         """The family's logits [rows, vocabulary] of hidden states [rows, width]."""

@@ -49,14 +49,18 @@ class Recorded(Tensor):
         constants = [one for one in given if isinstance(one, Tensor) and not isinstance(one, Recorded)]
         constants += [constant for one in sources for constant in one.constants]
         before = {id(one): one.replay for one in sources}  # as it is now: an operation may write into its argument
+        written = isinstance(result, Recorded) and id(result) in before
 
         def replay(other: Tensor) -> Tensor:
             def again(one: Any) -> Any:
-                return before[id(one)](other) if isinstance(one, Recorded) else one
+                if not isinstance(one, Recorded):
+                    return one
+                made = before[id(one)](other)
+                return made.clone() if written and one is result else made  # `other` may be needed once more
 
             return func(*tree_map(again, args), **tree_map(again, kwargs))
 
-        if isinstance(result, Recorded) and id(result) in before:  # written into
+        if written:
             result.replay, result.constants = replay, constants
             return result
         return cls._with(result, replay, constants)
