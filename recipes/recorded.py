@@ -60,7 +60,7 @@ class Recorded(Tensor):
 
             return func(*tree_map(again, args), **tree_map(again, kwargs))
 
-        if written:
+        if isinstance(result, Recorded) and written:
             result.replay, result.constants = replay, constants
             return result
         return cls._with(result, replay, constants)
