@@ -81,7 +81,7 @@ class _Built(TileBias):
         scores += self.made.detach()[tile.head, :, tile.keys]
 
     def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> None:
-        self.grad[tile.head, :, tile.keys] += slope
+        self.grad[tile.head, :, tile.keys] += slope.sum(0)
 
     def end(self, queries: slice, place: int) -> None:
         found = torch.autograd.grad(self.made, self.parameters, self.grad, allow_unused=True)

@@ -74,18 +74,20 @@ class _Term(TileBias):
 
     def _sides(self, tile: Tile) -> tuple[Tensor, Tensor]:
         along = slice(tile.begin, tile.begin + tile.width)
-        own = self.query[tile.batch, tile.head, tile.queries].flip(0)
+        own = self.query[tile.batch, tile.head, tile.queries].flip(1)
         return (own + self.v[tile.head]) * self.scaling, self.strip[tile.head, along]
 
     def add(self, scores: Tensor, tile: Tile) -> None:
         turned, along = self._sides(tile)
         term = turned @ along.T
-        term[:, max(0, self.total - tile.begin) :] = -math.inf
-        scores += diagonals(term, scores.shape[1])
+        term[..., max(0, self.total - tile.begin) :] = -math.inf
+        scores += diagonals(term, scores.shape[2])
 
     def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> Tensor:
         turned, along = self._sides(tile)
-        self.to_strip[tile.head, tile.begin : tile.begin + tile.width].addmm_(skewed.T, turned)
+        self.to_strip[tile.head, tile.begin : tile.begin + tile.width].addmm_(
+            skewed.flatten(0, 1).T, turned.flatten(0, 1)
+        )
         more = (skewed @ along) * self.scaling
-        self.to_v[tile.head] += more.sum(0)
+        self.to_v[tile.head] += more.sum((0, 1))
         return more

@@ -10,12 +10,15 @@ from torch import Tensor
 ROWS = 256
 SPAN = 1024
 """Queries and keys of a tile, which stays in a core's share of the cache."""
+PAIRS = ROWS * SPAN
+"""Pairs of a query and a key in a tile, at most: of short sequences several go into one, so that many of them cost no
+more calls than a long one does."""
 
 
 class Tile(NamedTuple):
-    """Some queries of one head, the last one first, over some of its keys."""
+    """Some queries of one head in some sequences, the last query first, over some of their keys."""
 
-    batch: int
+    batch: slice
     head: int
     queries: slice
     keys: slice
@@ -26,7 +29,7 @@ class Tile(NamedTuple):
 
 
 class TileBias:
-    """A bias that is added to one tile of one head, and what it makes of the scores' gradient."""
+    """A bias that is added to one tile, and what it makes of the scores' gradient."""
 
     rows = ROWS
     """Queries at a time."""
@@ -37,12 +40,13 @@ class TileBias:
         """Called before the tiles of some queries, over the keys up to `place`."""
 
     def add(self, scores: Tensor, tile: Tile) -> None:
-        """Add to the scaled scores `[rows, keys]` in place; -inf ahead of a query."""
+        """Add to the scaled scores `[sequences, rows, keys]` in place; -inf ahead of a query."""
         raise NotImplementedError
 
     def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> Tensor | None:
-        """Take the scores' gradient: `skewed` `[rows, width]` has one diagonal of the tile in each column, and `slope`
-        `[rows, keys]` is the tile, a view of it. What the gradient of the queries gains, `[rows, head]`, or None."""
+        """Take the scores' gradient: `skewed` `[sequences, rows, width]` has one diagonal of the tile in each column, and
+        `slope` `[sequences, rows, keys]` is the tile, a view of it. What the gradient of the queries gains,
+        `[sequences, rows, head]`, or None."""
         raise NotImplementedError
 
     def end(self, queries: slice, place: int) -> None:
@@ -50,9 +54,10 @@ class TileBias:
 
 
 def diagonals(skewed: Tensor, keys: int) -> Tensor:
-    """The tile `[rows, keys]` of which `skewed` `[rows, rows + keys - 1]` has the diagonals as columns; a view."""
-    rows, width = skewed.shape
-    return skewed.as_strided((rows, keys), (width + 1, 1), skewed.storage_offset())
+    """The tiles `[sequences, rows, keys]` of which `skewed` `[sequences, rows, rows + keys - 1]` has the diagonals as
+    columns; a view."""
+    sequences, rows, width = skewed.shape
+    return skewed.as_strided((sequences, rows, keys), (rows * width, width + 1, 1), skewed.storage_offset())
 
 
 def materialised_gradients(
@@ -65,38 +70,41 @@ def materialised_gradients(
     sides = (query, key, value)
     found = tuple(torch.zeros(one.shape, dtype=precise) for one in sides)
     grad, query, key, value, output = (one.to(precise) for one in (grad, query, key, value, output))
-    room = [torch.empty(bias.rows * (SPAN + extra), dtype=precise) for extra in (0, 0, bias.rows)]
+    tall, broad = min(bias.rows, count), min(SPAN, total)
+    many = min(batch, max(1, PAIRS // (tall * broad)))
+    room = [torch.empty(many * tall * (broad + extra), dtype=precise) for extra in (0, 0, tall)]
     for start in range(0, count, bias.rows):
         here = slice(start, min(start + bias.rows, count))
         rows, place = here.stop - start, total - count + here.stop
         bias.begin(here, place)
-        for row, head in ((row, head) for row in range(batch) for head in range(heads)):
-            keys, values = key[row, head // group], value[row, head // group]
-            to_key, to_value = found[1][row, head // group], found[2][row, head // group]
-            own, above, made = (one[row, head, here].flip(0) for one in (query, grad, output))
+        for first, head in ((first, head) for first in range(0, batch, many) for head in range(heads)):
+            some = slice(first, min(first + many, batch))
+            keys, values = key[some, head // group], value[some, head // group]
+            to_key, to_value = found[1][some, head // group], found[2][some, head // group]
+            own, above, made = (one[some, head, here].flip(1) for one in (query, grad, output))
             own = own if bias.shift is None else own + bias.shift[head]
-            scaled, norm = own * scaling, lse[row, head, here].flip(0)[:, None]
-            delta = (above * made).sum(1, keepdim=True)
+            scaled, norm = own * scaling, lse[some, head, here].flip(1)[..., None]
+            delta = (above * made).sum(-1, keepdim=True)
             into = torch.zeros_like(own)
             for low in range(0, place, SPAN):
                 there = slice(low, min(low + SPAN, place))
-                span = there.stop - low
-                tile = Tile(row, head, here, there, total - place + low, span + rows - 1)
-                scores, change = (one[: rows * span].view(rows, span) for one in room[:2])
-                torch.mm(scaled, keys[there].T, out=scores)
+                span, sequences = there.stop - low, some.stop - first
+                tile = Tile(some, head, here, there, total - place + low, span + rows - 1)
+                scores, change = (one[: sequences * rows * span].view(sequences, rows, span) for one in room[:2])
+                torch.bmm(scaled, keys[:, there].mT, out=scores)
                 bias.add(scores, tile)
                 weights = scores.sub_(norm).exp_()
-                torch.mm(above, values[there].T, out=change)
+                torch.bmm(above, values[:, there].mT, out=change)
                 change.sub_(delta)
-                skewed = room[2][: rows * tile.width].view(rows, tile.width).zero_()
+                skewed = room[2][: sequences * rows * tile.width].view(sequences, rows, tile.width).zero_()
                 slope = diagonals(skewed, span)
                 torch.mul(weights, change, out=slope)
-                into.addmm_(slope, keys[there], alpha=scaling)
-                to_key[there].addmm_(slope.T, scaled)
-                to_value[there].addmm_(weights.T, above)
+                into.baddbmm_(slope, keys[:, there], alpha=scaling)
+                to_key[:, there].baddbmm_(slope.mT, scaled)
+                to_value[:, there].baddbmm_(weights.mT, above)
                 more = bias.take(skewed, slope, tile)
                 if more is not None:
                     into += more
-            found[0][row, head, here] = into.flip(0)
+            found[0][some, head, here] = into.flip(1)
         bias.end(here, place)
     return tuple(one.to(like.dtype) for one, like in zip(found, sides, strict=True))

@@ -76,7 +76,7 @@ class _Learned(TileBias):
         self.strip, self.grad = strip, torch.zeros_like(strip)
 
     def add(self, scores: Tensor, tile: Tile) -> None:
-        scores += self.strip[tile.head, tile.begin : tile.begin + tile.width].unfold(0, scores.shape[1], 1)
+        scores += self.strip[tile.head, tile.begin : tile.begin + tile.width].unfold(0, scores.shape[2], 1)
 
     def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> None:
-        self.grad[tile.head, tile.begin : tile.begin + tile.width] += skewed.sum(0)
+        self.grad[tile.head, tile.begin : tile.begin + tile.width] += skewed.sum((0, 1))
