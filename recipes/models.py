@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ def locate(source: str) -> str:
     return str(DEMO) if source == "demo" else source
 
 
-def build_tokenizer(recipe: Recipe, texts: Sequence[str]) -> Any:
-    """The tokenizer the recipe names, or a new one trained on the texts."""
+def build_tokenizer(recipe: Recipe, texts: Callable[[], Sequence[str]]) -> Any:
+    """The tokenizer the recipe names, or a new one trained on the texts, which are read only then."""
     wanted = recipe.tokenizer
     if wanted.train_size is not None:
-        tokenizer = train_tokenizer(texts, wanted.train_size)
+        tokenizer = train_tokenizer(texts(), wanted.train_size)
     else:
         source = locate(wanted.source or recipe.model.source or "")
         try:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pe_patch.evaluation.planning import free_bytes
 
+from .data import mix_notes, mix_table
 from .log import gigabytes, table
 from .recipe import Phase, Recipe, RecipeError
 
@@ -138,11 +139,15 @@ def show(trainer: Trainer) -> None:
         seconds = found.steps_seconds
         rows[-1]["seconds"] = seconds
     total = sum(row.pop("seconds") for row in rows)
+    for number in range(len(rows)):
+        data = trainer.data(number)
+        console.print(table(f"What phase {number} draws from", mix_table(data)))
+        for note in mix_notes(data):
+            console.print(note)
     console.print(table("What would be trained", rows))
     console.print(
         f"{sum(row['steps'] for row in rows):,} steps at most, {sum(row['tokens'] for row in rows):,} tokens, "
-        f"about {duration(total)}, from a text of {len(trainer.corpus.stream):,} tokens in "
-        f"{len(trainer.corpus.documents):,} documents. {trained:,} of {whole:,} parameters are trained."
+        f"about {duration(total)}. {trained:,} of {whole:,} parameters are trained."
     )
     console.print(
         f"Time: the second of two micro-batches of each phase on {trainer.engine.describe()}, times their number; "

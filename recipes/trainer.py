@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
@@ -18,12 +18,14 @@ from pe_patch.text import load_documents
 
 from . import finish, plan
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from .data import Corpus, PhaseData, first_tokens, micro_batches
+from .chunked import Scorer
+from .data import PhaseData, first_tokens, load_corpora, micro_batches
 from .engines import IGNORED, choose_engine
 from .guard import Left, Signal, TrainingError, fault
 from .log import Log
-from .loss import Score, next_token_score
+from .loss import Score
 from .measure import Measure
+from .memory import offload_activations
 from .models import build_teacher, build_tokenizer, load_model, parameter_groups, with_scheme
 from .reading import save_recipe
 from .recipe import Phase, Recipe
@@ -88,9 +90,10 @@ class Trainer:
         )
         self.accelerator = self.engine.accelerator
         set_seed(recipe.seed)
-        texts = self._documents("train")
-        self.tokenizer = build_tokenizer(recipe, texts)
-        self.corpus = Corpus(texts, self.tokenizer)
+        self.tokenizer = build_tokenizer(recipe, lambda: self._documents("train"))
+        self.corpora = load_corpora(recipe.data, recipe.phases, self.tokenizer, progress=recipe.progress)
+        for number in range(len(recipe.phases)):
+            self.data(number)  # raises where a source has nothing for a phase, before a model is loaded
         self.progress = Progress()
         self.measure = Measure(recipe, self.engine, self.tokenizer, lambda: self._documents("test"))
         self.model = load_model(recipe, self.tokenizer)
@@ -98,16 +101,15 @@ class Trainer:
             self.measure.original(self.model)
         self.model = with_scheme(self.model, recipe, *self.calibration())
         self.engine.refuse(recipe, self.model)
-        taught = recipe.distill is not None and not recipe.dry_run
-        self.teacher: Any = build_teacher(recipe, self.model, self.accelerator.device) if taught else None
+        device = self.accelerator.device
+        self.teacher = None if recipe.distill is None else build_teacher(recipe, self.model, device)
 
     def calibration(self) -> tuple[dict[str, Any], Any]:
         """What the scheme is calibrated on, as its option, and where; nothing where the recipe does not ask for it."""
         recipe = self.recipe
         if recipe.scheme is None or recipe.scheme.calibration_tokens is None:
             return {}, None
-        data = self._data(0)
-        return {"calibration": first_tokens(data, recipe.scheme.calibration_tokens)}, self.accelerator.device
+        return {"calibration": first_tokens(self.data(0), recipe.scheme.calibration_tokens)}, self.accelerator.device
 
     def show_plan(self) -> Any:
         """Print what the run would do and cost, measured on one step; returns the untrained model."""
@@ -145,7 +147,10 @@ class Trainer:
         return finish.finish(self)
 
     def prepare(self) -> None:
-        """Build the optimiser and hand both to the engine."""
+        """Build loss and optimiser, and hand model and optimiser to the engine."""
+        self.scorer = Scorer(self.model, self.recipe.loss, self.recipe.distill, self.teacher)
+        if not self.engine.sharded:  # else it learns in its first pass, when every process has its part
+            self.scorer.learn(self.model.to(self.accelerator.device))
         groups = parameter_groups(self.model, self.recipe.optimizer.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.recipe.optimizer.betas)
         self.model, self.optimizer = self.engine.prepare(self.model, optimizer)
@@ -173,15 +178,16 @@ class Trainer:
                 return
             started = time.perf_counter()
 
-    def _data(self, phase: int) -> PhaseData:
+    def data(self, phase: int) -> PhaseData:
+        """The sequences of a phase."""
         recipe = self.recipe
         seed, boundaries = (recipe.seed, phase), recipe.data.boundaries
-        return PhaseData(self.corpus, self.tokenizer, recipe.phases[phase], seed=seed, boundaries=boundaries)
+        return PhaseData(self.corpora, self.tokenizer, recipe.phases[phase], seed=seed, boundaries=boundaries)
 
     def batches(self, phase: int, first_step: int = 0) -> Iterator[list[dict[str, Tensor]]]:
         """For each step of a phase this process's micro-batches."""
         return micro_batches(
-            self._data(phase),
+            self.data(phase),
             first_step=first_step,
             rank=self.engine.data_rank,
             world=self.engine.data_world,
@@ -204,7 +210,7 @@ class Trainer:
 
     def gradients(self, batches: list[dict[str, Tensor]], phase: Phase) -> Sums:
         """The forward and backward passes of a step; returns what they add up to over all processes."""
-        engine, distill = self.engine, self.recipe.distill
+        engine = self.engine
         inputs = [engine.inputs(batch) for batch in batches]
         count = torch.stack([(one["shift_labels"] != IGNORED).sum() for one in inputs]).sum().double()
         told = torch.zeros_like(count) + self.signal.came
@@ -213,24 +219,26 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=count.device)
         for index, one in enumerate(inputs):
             with engine.micro_step(last=index == len(inputs) - 1):
-                score = self._score(one, phase)
-                loss = score.loss if distill is None else score.loss + distill.weight * score.divergence
-                engine.backward(loss / targets.clamp(min=1).to(loss.dtype))
-            sums += torch.stack([value.detach().double() for value in score])
+                objective, score = self._score(one, phase)
+                engine.backward(objective / targets.clamp(min=1).to(objective.dtype))
+            sums += torch.stack([value.double() for value in score])
         self.signal.came = bool(told)
         loss, correct, divergence = engine.reduce(sums)
         return Sums(loss, correct, divergence, targets)
 
-    def _score(self, inputs: dict[str, Tensor], phase: Phase) -> Score:
-        """The model's predictions, against the text and, with `distill`, against the teacher's."""
-        labels = inputs["shift_labels"]
+    def _score(self, inputs: dict[str, Tensor], phase: Phase) -> tuple[Tensor, Score]:
+        """What is minimised, and its parts: the model's predictions against the text and, with `distill`, against the
+        teacher's."""
         given = model_inputs(inputs, boundaries=self.recipe.data.boundaries, skips=phase.pose is not None)
-        options: dict[str, Any] = {"vocabulary": phase.vocabulary, "accuracy": phase.until_accuracy is not None}
-        if self.recipe.distill is not None:
-            with torch.no_grad():
-                options["teacher"] = self.teacher(**given).logits
-            options["temperature"] = self.recipe.distill.temperature
-        return next_token_score(self.model(**given).logits, F.pad(labels[:, :-1], (1, 0), value=IGNORED), **options)
+        with offload_activations() if self.recipe.model.activation_offload else nullcontext():
+            return self.scorer(
+                self.model,
+                given,
+                inputs["shift_labels"],
+                shifted=True,
+                vocabulary=phase.vocabulary,
+                accuracy=phase.until_accuracy is not None,
+            )
 
     def _refuse_fault(self, loss: float, norm: float) -> None:
         found = fault(loss, norm, self.progress, self.recipe.guard)

@@ -73,7 +73,7 @@ def test_the_teacher_is_the_model_before_the_patch_and_its_divergence_a_mean_ove
     ]  # fmt: skip
     recipe = load_recipe(recipe_file, options)
     run = trainer.Trainer(recipe)
-    data = PhaseData(run.corpus, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
+    data = PhaseData(run.corpora, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
     student = pe_patch.patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), "nope").double()
     network, count, total, text = network.double().eval(), 0, torch.zeros(()), torch.zeros(())
     for number in range(4):
@@ -159,7 +159,7 @@ def test_a_scheme_is_calibrated_on_the_first_sequences(recipe_file: Path, monkey
     rows = seen["calibration"]
     assert seen["scheme"] == "mla" and seen["kv_rank"] == 8 and seen["model"].training is False
     assert sum(map(len, rows)) == 200
-    data = PhaseData(run.corpus, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
+    data = PhaseData(run.corpora, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
     for number, row in enumerate(rows):
         item = data[number]
         assert row == item["input_ids"][: len(row)].tolist()

@@ -36,7 +36,7 @@ def test_loss_is_the_mean_over_the_targets_of_the_whole_step(recipe_file: Path, 
     recipe.model.source = str(plain)
     train(recipe)
     run = trainer.Trainer(recipe)
-    data = PhaseData(run.corpus, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
+    data = PhaseData(run.corpora, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
     network = network.double().train()
     losses, counts = [], []
     for number in range(4):
