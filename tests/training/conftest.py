@@ -75,6 +75,12 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised text is kept for the tests alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path, text: Path, model: Path) -> Path:
     path = tmp_path / "plain.yaml"

@@ -108,7 +108,7 @@ def test_packed_training_is_training_on_separate_documents(
     corpus: tuple[Corpus, Any], model: Path, scheme: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Loss and every gradient of a packed batch, against the documents one by one, of which no positions are given."""
-    network = AutoModelForCausalLM.from_pretrained(model, attention_dropout=0.0)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, attention_dropout=0.0)
     pe_patch.patch_model(network, scheme, **SCHEMES[scheme])
     with torch.no_grad():  # as far from its start as a trained model: sharp attention, learned biases that are not zero
         generator = torch.Generator().manual_seed(0)
