@@ -69,13 +69,18 @@ def sequence_of(implementation: str, host: str) -> Sequence | None:
         )
     if hasattr(function, "pe_backend"):
         return None
-    ulysses = _ulysses(function)
+    ulysses = ulysses_of(implementation)
     if ulysses is None:
         raise NoEffectError(
             f"Something other than DeepSpeed's Ulysses has replaced the attention function {implementation!r} "
             f"({function!r}), and what it does with masks and positions is not known."
         )
     return Sequence(ulysses.process_group, ulysses.sp_rank, ulysses.world_size, not ulysses.disable_in_eval)
+
+
+def ulysses_of(implementation: str) -> Any:
+    """DeepSpeed's module that stands before an attention function, or None."""
+    return _ulysses(ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _nothing))
 
 
 def _nothing() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IGNORED = -100
 """The label of a token that is no target, as PyTorch and Transformers have it."""
@@ -26,6 +28,7 @@ class Engine:
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
+        self.sharded = self.sharded or accelerator.distributed_type == DistributedType.FSDP
         self.model: Any = None
         self.optimizer: Any = None
 
@@ -89,7 +92,8 @@ class Engine:
 
     def clip(self, norm: float) -> float:
         """Cut the gradient to a norm; returns what the norm was before."""
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), norm))
+        found = self.accelerator.clip_grad_norm_(self.model.parameters(), norm)
+        return float(found.full_tensor() if isinstance(found, DTensor) else found)
 
     def step(self) -> None:
         self.optimizer.step()
