@@ -46,7 +46,8 @@ def attend(
     core = Core(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
     scheme = module.__dict__.get("pe_scheme")
     if scheme is None:
-        return core.host(query, key, value, mask)
+        shift = module.__dict__.get("pe_shift")
+        return core.host(query, key, value, mask) if shift is None else shift(core, query, key, value, mask)
     check_masks(module, scheme.name)
     if positions is None:
         raise NoEffectError(
