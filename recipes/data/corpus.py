@@ -11,7 +11,7 @@ import numpy as np
 
 from ..recipe import RecipeError
 
-BATCH = (256, 1 << 22)
+BATCH = (256, 1 << 20)
 """The most documents and characters that are tokenised at once."""
 
 TOKENS, OFFSETS, FACTS = "tokens.bin", "offsets.bin", "facts.json"

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,13 +154,18 @@ def _synchronise(file: BinaryIO) -> None:
 @contextmanager
 def _bar(source: str, shown: bool) -> Iterator[Any]:
     """A line that tells documents, tokens and tokens per second."""
+    started = time.perf_counter()
     with Progress(
         SpinnerColumn(),
-        TextColumn("tokenising {task.description}: {task.fields[documents]:,} documents, {task.completed:,} tokens"),
-        TextColumn("{task.speed:,.0f} tokens/s", table_column=None),
         TimeElapsedColumn(),
+        TextColumn(  # the source comes last, where a narrow terminal cuts
+            "{task.fields[documents]:,} documents, {task.completed:,} tokens, {task.fields[speed]:,.0f} tokens/s: "
+            "tokenising {task.description}"
+        ),
         console=Console(stderr=True),
         disable=not shown,
     ) as bar:
-        task = bar.add_task(source, total=None, documents=0)
-        yield lambda documents, tokens: bar.update(task, documents=documents, completed=tokens)
+        task = bar.add_task(source, total=None, documents=0, speed=0)
+        yield lambda documents, tokens: bar.update(
+            task, documents=documents, completed=tokens, speed=tokens / (time.perf_counter() - started)
+        )

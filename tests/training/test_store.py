@@ -240,6 +240,18 @@ def test_damage_and_folders_that_cannot_be_used_are_said(tmp_path: Path, cache: 
     assert entries(cache) == [folder.name]
 
 
+def test_progress_is_told_while_tokenising_and_not_when_found(
+    tmp_path: Path, cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write(tmp_path / "f"))
+    tokens = sum(map(len, expected(DOCUMENTS, tokenizer)))
+    open_store(source, tokenizer, split=None, cache=cache, progress=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"300 documents, {tokens:,} tokens" in said and "tokens/s" in said
+    open_store(source, tokenizer, split=None, cache=cache, progress=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_where_it_is_kept(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(write(tmp_path / "folder"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
