@@ -41,9 +41,9 @@ def _adamw_8bit(groups: list[dict[str, Any]], wanted: Optimizer, sharded: bool) 
         )
     if find_spec("bitsandbytes") is None:
         raise RecipeError(f"optimizer.name: adamw_8bit needs bitsandbytes: {INSTALL}.")
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW8bit
 
-    return bitsandbytes.optim.AdamW8bit(groups, lr=0.0, betas=tuple(wanted.betas))
+    return AdamW8bit(groups, lr=0.0, betas=tuple(wanted.betas))
 
 
 OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}

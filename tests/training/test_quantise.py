@@ -1,0 +1,146 @@
+"""Frozen weights in 4 bits, and an optimiser whose moments have 8."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pe_patch import load_patched, patch_model
+from pe_patch.peft_record import train_scheme
+from recipes import optimizers, quantise
+from recipes.models import parameter_groups
+from recipes.optimizers import build_optimizer
+from recipes.quantise import merge_unquantised, prepare_quantised, quantisation_config
+from recipes.recipe import Lora, Model, Optimizer, Recipe, RecipeError
+
+from ..models import build, tokens
+from .cases import phase
+
+IDS = tokens(4, 30)
+
+
+def recipe(**options: Any) -> Recipe:
+    fields = {"version": 1, "output": "run", "model": Model(source="some", quantization="nf4"), "lora": Lora()}
+    return Recipe(**{**fields, "phases": [phase()], **options})
+
+
+def test_nothing_is_asked_for():
+    assert quantisation_config(recipe(model=Model(source="some"))) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lora": None}, "lora: section"),
+        ({"model": Model(config={"model_type": "llama"}, quantization="nf4")}, r"model\.source"),
+    ],
+)
+def test_refused(options, says):
+    with pytest.raises(RecipeError, match=says):
+        quantisation_config(recipe(**options))
+
+
+def test_without_bitsandbytes(monkeypatch):
+    for module in (quantise, optimizers):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pe_patch\[qlora\]"):
+        quantisation_config(recipe())
+    with pytest.raises(RecipeError, match=r"pe_patch\[qlora\]"):
+        build_optimizer([], Optimizer(name="adamw_8bit"))
+
+
+def test_adamw_is_torchs_own():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.1}], Optimizer(betas=(0.8, 0.9)))
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+@needs_bitsandbytes
+def test_the_settings_are_the_papers():
+    config: Any = quantisation_config(recipe(mixed_precision="bf16"))
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    plain: Any = quantisation_config(recipe())
+    assert plain.bnb_4bit_compute_dtype == torch.float32
+
+
+@needs_bitsandbytes
+def test_qlora_on_a_patched_model(tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "base")
+    wanted = recipe(model=Model(source=str(tmp_path / "base"), quantization="nf4"))
+    config = quantisation_config(wanted)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    model = prepare_quantised(patch_model(model, "t5"), wanted)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
+    assert train_scheme(model) == ["0.table"]
+    optimizer = build_optimizer(parameter_groups(model, 0.0), wanted.optimizer)
+    table = model.get_base_model().model.position_schemes.scheme[0].table.clone()
+    losses = []
+    for _ in range(2):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0]
+    assert not torch.equal(table, model.get_base_model().model.position_schemes.scheme[0].table)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_patched(tmp_path / "adapter", is_trainable=True, quantization_config=config).train()
+    with torch.no_grad():  # in training mode: in the other one bitsandbytes multiplies in bfloat16 on some CPUs
+        assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
+    merged = merge_unquantised(tmp_path / "adapter", torch.float32)
+    expected = load_patched(tmp_path / "adapter", dtype=torch.float32)
+    assert merged.config.pe_patch["scheme"] == "t5" and not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        assert torch.allclose(merged.eval()(IDS).logits, expected(IDS).logits, atol=1e-4)
+
+
+@needs_bitsandbytes
+def test_eight_bits_need_a_quarter_and_resume_exactly():
+    def make() -> tuple[torch.nn.Parameter, Any]:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 128 * 128).view(128, 128))
+        optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.1}], Optimizer(name="adamw_8bit"))
+        optimizer.param_groups[0]["lr"] = 1e-3
+        return weight, optimizer
+
+    def step(weight: torch.nn.Parameter, optimizer: Any, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+    weight, optimizer = make()
+    exact = torch.nn.Parameter(weight.detach().clone())
+    reference = torch.optim.AdamW([exact], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for number in range(3):
+        step(weight, optimizer, number), step(exact, reference, number)
+    size = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+    assert size < 0.3 * 8 * weight.numel()
+    assert float((weight - exact).detach().abs().max()) < 1e-3  # a third of what three steps can move it
+    assert float((weight - exact).detach().abs().mean()) < 1e-4
+    other, resumed = make()
+    other.data.copy_(weight.data)
+    resumed.load_state_dict(optimizer.state_dict())
+    for one, its in ((weight, optimizer), (other, resumed)):
+        step(one, its, 3)
+    assert torch.equal(weight, other)
+
+
+@needs_bitsandbytes
+def test_eight_bits_are_not_sharded():
+    with pytest.raises(RecipeError, match="FSDP2"):
+        build_optimizer([], Optimizer(name="adamw_8bit"), sharded=True)
