@@ -28,6 +28,9 @@ def search(
     text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
     samples: Annotated[int, typer.Option(help="Documents that each candidate is scored on.")] = 8,
     needles: Annotated[int, typer.Option(help="Facts hidden in each of longrope2's documents.")] = 8,
+    targets: Annotated[
+        int | None, typer.Option(help="Last tokens of longrope's documents that count (default: 1/8, at most 2048).")
+    ] = None,
     population: Annotated[int, typer.Option(help="Candidates of the first generation.")] = 64,
     iterations: Annotated[int, typer.Option(help="Further generations.")] = 40,
     mutations: Annotated[int, typer.Option(help="Mutated candidates of each.")] = 16,
@@ -58,7 +61,7 @@ def search(
     given = None if start is None else _factors(start)
     loaded, tokenizer = loading.load(model, dtype, device)
     found = run(
-        loaded, tokenizer, length, method=method, text=text, samples=samples, needles=needles,
+        loaded, tokenizer, length, method=method, text=text, samples=samples, needles=needles, targets=targets,
         schedule=Schedule(population, iterations, mutations, crossovers, parents), seed=seed, start=given,
         attention_factor=attention_factor, on_existing=on_existing or "error", batch_size=batch_size, output=output,
     )  # fmt: skip

@@ -17,7 +17,10 @@ from pe_patch.evaluation.subject import Subject
 from pe_patch.patch import patched
 
 TARGETS = 2048
-"""Tokens at the end of a document whose loss counts; their logits are all that is made of the vocabulary."""
+"""The most tokens at a document's end whose loss counts by default; no logits are made of any others."""
+SHARE = 8
+"""One in so many tokens is a target by default: those at the end, which have the length before them. The mean over all
+places lets the far end get worse for the sake of the many nearer ones."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,22 @@ def load_corpus(tokenizer: Any, text: str | Sequence[str] | Corpus, needed: int)
     return replace(corpus, name="stdlib, files for training")
 
 
-def documents(tokenizer: Any, corpus: Corpus, length: int, samples: int, seed: int) -> Material:
-    """LongRoPE's: the loss of documents of `length` tokens; at most their last 2048 tokens are targets."""
+def documents(
+    tokenizer: Any, corpus: Corpus, length: int, samples: int, seed: int, targets: int | None = None
+) -> Material:
+    """LongRoPE's: the loss of documents of `length` tokens, of which the last `targets` count; by default an eighth of
+    them, at most 2048."""
+    targets = max(1, min(TARGETS, length // SHARE)) if targets is None else targets
+    if not 1 <= targets < length:
+        raise OptionError(f"targets={targets}; of {length} tokens 1 to {length - 1} can be targets.")
     start = start_ids(tokenizer)
     size = length - len(start)
-    pieces, where = corpus.spots(size, max(1, min(TARGETS, size // 4)), samples, seed)
+    pieces, where = corpus.spots(size, targets, samples, seed)
     if len(pieces) < samples:
         raise PePatchError(
             f"The text ({corpus.name}) has room for {len(pieces)} different pieces of {size} tokens, {samples} are "
             "wanted. Give a longer text or fewer samples."
         )
-    targets = min(length - 1, TARGETS)
     told = f"the last {targets} tokens of {samples} pieces of {length} tokens ({where}) of {corpus.name}"
     rows = [np.concatenate([start, piece]) for piece in pieces]
     return Material(rows, np.ones((samples, targets), dtype=bool), corpus.name, told)
@@ -93,11 +101,14 @@ def make_material(
     samples: int,
     count: int,
     seed: int,
+    targets: int | None = None,
 ) -> Material:
     """What the candidates of a method are scored on; a text that is too short raises `PePatchError`."""
     corpus = load_corpus(tokenizer, text, length)
     if method == "longrope":
-        return documents(tokenizer, corpus, length, samples, seed)
+        return documents(tokenizer, corpus, length, samples, seed, targets)
+    if targets is not None:
+        raise OptionError("targets belongs to the method 'longrope'; of longrope2 the answers are the targets.")
     return needles(tokenizer, corpus, length, samples, seed, count)
 
 

@@ -30,6 +30,7 @@ def search(
     text: str | Sequence[str] | Corpus = "stdlib",
     samples: int = 8,
     needles: int = 8,
+    targets: int | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
     start: Sequence[float] | None = None,
@@ -48,6 +49,7 @@ def search(
         text: documents, a source that `pe_patch.text.load_documents` knows, or a Corpus.
         samples: documents of `length` tokens that a candidate is scored on.
         needles: facts hidden in each of longrope2's documents, all of them asked for.
+        targets: last tokens of longrope's documents whose loss counts; by default an eighth of them, at most 2048.
         schedule: how many candidates; the papers' numbers by default.
         seed: of the candidates, the facts and the places in the text.
         start: factors to start from as well, one for each rotated pair.
@@ -70,11 +72,12 @@ def search(
     if start is not None:
         starts = [space.given(start), *starts]
     schedule.check(len(starts))
-    material = make_material(method, tokenizer, text, length, samples, needles, seed)
+    material = make_material(method, tokenizer, text, length, samples, needles, seed, targets)
     subject = Subject(model, tokenizer, batch_size)
     subject.batch_size = subject.batch(length, logits=material.targets + 1, cached=False)
     settings = {
-        "method": method, "length": length, "samples": samples, "needles": needles, **asdict(schedule), "seed": seed,
+        "method": method, "length": length, "samples": samples, "needles": needles,
+        "targets": material.targets, **asdict(schedule), "seed": seed,
         "start": start and list(start), "attention_factor": target.attention_factor, "on_existing": on_existing,
         "text": material.text, "text_hash": material.hash, "model_hash": model_fingerprint(model),
         "window": target.window, "device": subject.device.type,

@@ -101,7 +101,7 @@ class Space:
             raise OptionError(
                 f"start has {len(listed)} factors; this attention rotates {self.pairs} pairs: give one each."
             )
-        for critical in self.criticals:
+        for critical in reversed(self.criticals):  # NTK's curve up to a later pair holds for those before
             candidate = Candidate(critical, listed[critical:], "given")
             if np.allclose(candidate.factors, listed, rtol=1e-5, atol=0) and not self.fault(candidate):
                 return candidate

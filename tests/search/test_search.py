@@ -36,6 +36,7 @@ def rows_and_targets(method):
     material = make_material(method, demo()[1], TEXT, LENGTH, 2, 4, 0)
     targets = np.zeros((2, LENGTH), dtype=bool)
     targets[:, -material.targets :] = material.mask
+    assert targets.sum() == (2 * LENGTH // 8 if method == "longrope" else 2 * 4)
     return torch.from_numpy(np.stack(material.rows)), torch.from_numpy(targets)
 
 
@@ -127,7 +128,8 @@ def test_the_model_is_given_back_and_takes_the_options(caplog):
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
     assert not caplog.records
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    last = LENGTH // 8
+    loss = F.cross_entropy(logits[:, -last - 1 : -1].flatten(0, 1).double(), ids[:, -last:].flatten())
     assert float(loss) == pytest.approx(result.best.score, abs=2e-6)
 
 
@@ -153,6 +155,8 @@ def test_lengths_that_do_not_divide_reach_all_the_way():
     [
         ({"length": 256}, OptionError, "length=256 lies within the trained window of 256"),
         ({"samples": 0}, OptionError, "samples=0"),
+        ({"targets": 512, "method": "longrope"}, OptionError, "targets=512; of 512 tokens 1 to 511"),
+        ({"targets": 9}, OptionError, "belongs to the method 'longrope'"),
         ({"text": ["x = 1\n" * 40]}, PePatchError, "(?i)longer text"),
         ({"text": ["".join(TEXT)[:9000]], "samples": 50, "method": "longrope"}, PePatchError, "50 are wanted"),
         ({"needles": 65}, PePatchError, "64 keys, 65 needles"),
