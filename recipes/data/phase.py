@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..recipe import Phase
+from . import pose
 from .corpus import Corpus
 from .mixture import Order, Turns
 from .sequences import Item, Text, kind_of
@@ -27,6 +28,8 @@ class PhaseData(Dataset[Item]):
         self, corpora: Corpora | Corpus, tokenizer: Any, phase: Phase, *, seed: Sequence[int], boundaries: bool
     ) -> None:
         self.phase, self.seed = phase, tuple(seed)
+        if phase.pose is not None:
+            pose.check(phase.length, phase.pose.target, phase.pose.chunks)
         self.sources: list[Text] = [
             kind_of(source, phase, boundaries)(
                 name,

@@ -24,6 +24,17 @@ class Chunks(NamedTuple):
     """Boolean [length]: what stands before this token in the sequence is not what stands before it in the document."""
 
 
+def check(length: int, target: int, chunks: int) -> None:
+    """Raise `RecipeError` unless `length` tokens can be cut and spread so."""
+    if length < chunks * chunks or chunks < 2:
+        raise RecipeError(
+            f"pose.chunks is {chunks}: it must be at least 2, and a sequence of {length} tokens can be cut into "
+            f"{int(length**0.5)} chunks at most."
+        )
+    if target < length:
+        raise RecipeError(f"pose.target is {target}, below the phase's length of {length}: no position could skip.")
+
+
 def draw_chunks(length: int, document: int, target: int, chunks: int, draw: Draw) -> Chunks:
     """Cut `length` tokens of a document of `document` tokens into chunks that lie apart in it and in their positions.
 
@@ -32,13 +43,7 @@ def draw_chunks(length: int, document: int, target: int, chunks: int, draw: Draw
     `target - length`, each drawn uniformly. The sizes are drawn as in the authors' code, which has two chunks: the
     first has 1 to half of the tokens, rounded up; with more chunks, each but the last 1 to its equal part.
     """
-    if length < chunks * chunks or chunks < 2:
-        raise RecipeError(
-            f"pose.chunks is {chunks}: it must be at least 2, and a sequence of {length} tokens can be cut into "
-            f"{int(length**0.5)} chunks at most."
-        )
-    if target < length:
-        raise RecipeError(f"pose.target is {target}, below the phase's length of {length}: no position could skip.")
+    check(length, target, chunks)
     most = -(-length // chunks)
     sizes = [draw(1, most) for _ in range(chunks - 1)]
     sizes.append(length - sum(sizes))

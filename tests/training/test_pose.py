@@ -120,9 +120,9 @@ def test_needles_keep_their_text_and_skip_positions(corpus: tuple[Corpus, Any]) 
 
 def test_what_cannot_skip_is_refused(corpus: tuple[Corpus, Any]) -> None:
     with pytest.raises(RecipeError, match=r"pose\.target is 16"):
-        made(*corpus, target=16)[0]
+        made(*corpus, target=16)
     with pytest.raises(RecipeError, match=r"pose\.chunks is 6.*5 chunks"):
-        made(*corpus, chunks=6)[0]
+        made(*corpus, chunks=6)
     longest = max(map(len, corpus[0].documents))
     with pytest.raises(RecipeError, match=rf"no document of the text has 2,000 tokens.*{longest}.*Lower length"):
         made(*corpus, length=2000, target=4000)
