@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from ..recipe import RecipeError
 from .context_parallel import ContextParallel
@@ -26,8 +26,7 @@ def choose_engine(**arguments: Any) -> Engine:
     if asked("ACCELERATE_USE_DEEPSPEED"):
         from .deep_speed import DeepSpeed  # it is slow to import, and few have it
 
-        _talk_over_gloo()
-        return DeepSpeed(Accelerator(**arguments))
+        return DeepSpeed(Accelerator(**arguments, **_over_gloo()))
     accelerator = Accelerator(**arguments)
     kind, sizes = accelerator.distributed_type, _sizes(accelerator)
     if sizes["tp"] > 1:
@@ -56,9 +55,14 @@ def asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def _talk_over_gloo() -> None:
-    """DeepSpeed would choose a backend by the device, and on a CPU one that few have."""
-    if torch.cuda.is_available() or torch.distributed.is_initialized():
-        return
+def _over_gloo() -> dict[str, Any]:
+    """What makes DeepSpeed and accelerate run on CPUs; nothing where there are GPUs."""
+    if torch.cuda.is_available():
+        return {}
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.distributed.init_process_group("gloo")
+    import deepspeed
+
+    # It would be compiled on its first use, for which not every machine has what it takes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Without a backend accelerate would count one process, whatever the launcher says.
+    return {"kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}

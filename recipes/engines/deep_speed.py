@@ -99,19 +99,27 @@ class DeepSpeed(Engine):
             self.model.step()  # which only counts
 
     def clip(self, norm: float) -> float:
-        """Takes the step too: DeepSpeed knows the norm of sharded gradients only when it has used it."""
+        """With sharded gradients it takes the step too: DeepSpeed knows their norm only when it has used it."""
+        if self.plain:
+            self._clipping(0.0)
+            return float(nn.utils.clip_grad_norm_(self.model.parameters(), norm))
         self._clipping(norm)
         self.model.step()
-        found = self.model.get_global_grad_norm()
-        return float("nan") if found is None else float(found)
+        return float(self.model.get_global_grad_norm())
+
+    def step(self) -> None:
+        if self.plain:
+            self.model.step()
+
+    @property
+    def plain(self) -> bool:
+        """Whether DeepSpeed left optimiser and gradients as they were."""
+        return isinstance(self.model.optimizer, torch.optim.Optimizer)
 
     def _clipping(self, norm: float) -> None:
         self.model._config.gradient_clipping = norm
         if hasattr(self.model.optimizer, "clip_grad"):
             self.model.optimizer.clip_grad = norm
-
-    def step(self) -> None:
-        """Nothing is left of it."""
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         if not self.sharded:

@@ -72,7 +72,11 @@ class Engine:
         """Raise `RecipeError` for what this engine would drop without a word."""
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        """Make of both what a step works on; `optimizer` is None where nothing is trained."""
+        if optimizer is None:
+            self.model = self.accelerator.prepare(model)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model, self.optimizer
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -37,9 +38,7 @@ def _worker(pipe: Any, function: Callable[..., Any], environment: dict[str, str]
     except BaseException:
         pipe.send((None, traceback.format_exc()))
         os._exit(1)  # peers may wait for this one for ever, and so would a tidy end
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    os._exit(0)
+    time.sleep(TIMEOUT)  # until it is killed: peers may still be listening to this one
 
 
 def on_processes(
@@ -54,8 +53,9 @@ def on_processes(
     try:
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
-            told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}  # fmt: skip
+            told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
+            told |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            told |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             process = context.Process(target=_worker, args=(theirs, function, told, arguments), daemon=True)
             process.start()
             theirs.close()
