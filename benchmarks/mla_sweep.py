@@ -97,8 +97,6 @@ class Bench:
         # Rotary widths are chosen on text that nothing is judged on.
         other = Corpus.load(self.tokenizer, train[-40:], needed=256)
         self.other = Ruler(self.tokenizer, other, 256, setting.rope_questions, setting.rope_spots, setting.seed)
-        shared = training.Corpus(train, self.tokenizer)
-        training.Corpus = lambda texts, tokenizer: shared
         material: Any = Material(self.ruler)
         self.original = original_row(self.model, material)
         self.calibration = Healing(self.recipe({}, 0))._calibration()[0]["calibration"]
