@@ -47,7 +47,8 @@ def scheme_modules(model: Any) -> nn.Module | None:
 def train_scheme(model: Any) -> list[str]:
     """Let the scheme's own weights train beside an adapter, which PEFT has frozen with the rest of the model.
 
-    They are saved with the adapter and come back with it. Returns their names.
+    To be called once the last adapter is on, since PEFT freezes all else with each. The weights are saved with the
+    adapter and come back with it. Returns their names.
 
     Raises:
         PePatchError: where the model carries no patch.
@@ -223,7 +224,8 @@ class SchemeWeights:
             return
         self.modules.load_state_dict(self.weights)
         for name, parameter in self.modules.named_parameters():
-            parameter.requires_grad_(trainable and name in self.trained)
+            if trainable and name in self.trained:
+                parameter.requires_grad_(True)
 
 
 def _file(source: Any, name: str, hub: dict[str, Any]) -> Path | None:
