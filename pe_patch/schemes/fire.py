@@ -43,8 +43,8 @@ class FIRE(Scheme):
         super().__init__(shape)
         units = check_length("fire", "width", width) or 32
         self.threshold = check_number("fire", "threshold", threshold, 0.0, exclusive=True)
-        self.c = nn.Parameter(torch.tensor(0.1))
-        self.multiplier = nn.Parameter(torch.tensor(1.0))
+        self.c = nn.Parameter(torch.tensor([0.1]))  # of one dimension: shards and DeepSpeed know none without
+        self.multiplier = nn.Parameter(torch.tensor([1.0]))
         first = nn.Linear(1, units)
         self.weight_in = nn.Parameter(first.weight.detach()[:, 0].clone())
         self.bias_in = nn.Parameter(first.bias.detach().clone())
