@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .backends import Output
+from .backends import Backend, Output, backend_for
 from .core import Core
 from .errors import OptionError, PePatchError, UnsupportedError
 from .kernels.shifted import shifted
@@ -36,15 +36,13 @@ class Shift:
             core = replace(core, module=cast(Any, _Ungrouped(core.module)))
 
         def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return core.host(query, key, value, mask)[0]
+            return replace(core, mask=mask).host(query, key, value, mask)[0]
 
         return shifted(attention, query, key, value, mask, self.groups), None
 
     def _check(self, core: Core, query: Tensor, key: Tensor, mask: Any) -> None:
         name, length = type(core.module).__name__, query.shape[2]
-        if core.backend.name not in SLICED:
-            raise UnsupportedError(f"Shifted attention cuts the mask, which {core.backend.name} keeps otherwise; "
-                                   "set_attn_implementation('sdpa').")  # fmt: skip
+        _check_backend(core.backend)
         if query.shape[1] != self.heads:
             raise UnsupportedError(
                 f"Shifted attention shifts half of {self.heads} heads, and {name} was handed {query.shape[1]}: heads "
@@ -101,6 +99,7 @@ def shift_attention(model: Any, groups: int) -> Any:
     if heads % 2:
         raise OptionError(f"Half of the heads are shifted, and {patch.base.config.model_type} has {heads}; {REMEDY}.")
     attentions = patch.adapter.attentions(patch.base)
+    _check_backend(backend_for(patch.base.config._attn_implementation))
     _check_layers(patch, attentions)
     if any("pe_shift" in attention.__dict__ for attention in attentions):
         unshift_attention(model)
@@ -121,6 +120,14 @@ def unshift_attention(model: Any) -> Any:
     return model
 
 
+def _check_backend(backend: Backend) -> None:
+    if backend.name not in SLICED:
+        raise UnsupportedError(
+            f"Shifted attention cuts the mask into groups, and {backend.name} keeps it in another form: "
+            "model.set_attn_implementation('sdpa'), which without a mask runs the same kernels on a GPU."
+        )
+
+
 def _check_layers(patch: Any, attentions: list[Any]) -> None:
     """Raise where a layer does more at its scores than take queries and keys with their positions in them."""
     config, name = patch.base.config, patch.base.config.model_type
@@ -131,8 +138,9 @@ def _check_layers(patch: Any, attentions: list[Any]) -> None:
     for index, attention in enumerate(attentions):
         scheme = attention.__dict__["pe_scheme"]
         if scheme is not None:
+            under = "" if scheme.name == patch.scheme.name else f" under {patch.scheme.name!r}"
             raise UnsupportedError(
-                f"{getattr(scheme, 'name', patch.scheme.name)!r} acts on the scores of layer {index} of {name}, where "
+                f"{scheme.name!r}{under} acts on the scores of layer {index} of {name}, where "
                 "groups would hide what it needs; shifted attention takes schemes whose positions enter before (a "
                 f"static rotation such as 'linear', 'ntk' or 'yarn', 'nope', absolute positions); or {REMEDY}."
             )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import pe_patch
 from pe_patch import patch_model, unpatch_model
+from pe_patch.attention import BACKENDS, Core
 from pe_patch.errors import OptionError, PePatchError, UnsupportedError
 from pe_patch.kernels.shifted import shifted
-from pe_patch.shift import shift_attention, unshift_attention
+from pe_patch.shift import Shift, shift_attention, unshift_attention
 
 from .families import build
 
@@ -64,11 +65,7 @@ def test_the_groups_are_those_of_the_paper(key_heads: int, masked: bool) -> None
 
 
 def oracle(model: Any, mask: Tensor) -> None:
-    """Give every layer the mask of the paper, through Transformers' own attention, instead of ours."""
-
-    def forward(base: Any, inner: Any, *given: Any, **named: Any) -> Any:
-        return inner(*given, **{**named, "attention_mask": mask})
-
+    """Give every layer the mask of the paper instead of the causal one; the attention under it is Transformers'."""
     for layer in model.model.layers:
         module = layer.self_attn
         original = type(module).forward
@@ -90,15 +87,14 @@ def packed(batch: int) -> tuple[dict[str, Any], Tensor]:
     return {"input_ids": ids, "position_ids": positions, "use_cache": False}, documents
 
 
-@pytest.mark.parametrize(
-    "scheme", [("linear", {"factor": 4}), ("nope", {}), ("sinusoidal", {})], ids=lambda one: one[0]
-)
+@pytest.mark.parametrize("scheme", ["linear", "nope", "sinusoidal"])
 @pytest.mark.parametrize(("attention", "key_heads"), [("sdpa", 2), ("eager", 2), ("sdpa", 1), ("eager", 1)])
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_model_trains_under_the_papers_mask_and_reads_in_full(
-    scheme: tuple[str, dict[str, Any]], attention: str, key_heads: int, documents: bool
+    scheme: str, attention: str, key_heads: int, documents: bool
 ) -> None:
-    model = patch_model(build("llama", attention, num_key_value_heads=key_heads).double(), scheme[0], **scheme[1])
+    options = {"factor": 4} if scheme == "linear" else {}
+    model = patch_model(build("llama", attention, num_key_value_heads=key_heads).double(), scheme, **options)
     inputs, at = packed(2)
     if not documents:
         del inputs["position_ids"]
@@ -107,7 +103,7 @@ def test_a_model_trains_under_the_papers_mask_and_reads_in_full(
     shift_attention(model, GROUPS)
     with torch.no_grad():
         assert torch.equal(model.eval()(**inputs).logits, before)
-    target = patch_model(build("llama", "sdpa", num_key_value_heads=key_heads).double(), scheme[0], **scheme[1]).train()
+    target = patch_model(build("llama", "sdpa", num_key_value_heads=key_heads).double(), scheme, **options).train()
     oracle(target, seen(LENGTH, GROUPS, 4, at if documents else None))
     gradients = []
     for one in (model.train(), target):
@@ -117,7 +113,8 @@ def test_a_model_trains_under_the_papers_mask_and_reads_in_full(
         gradients.append([loss.detach(), *(p.grad for p in one.parameters() if p.grad is not None)])
     assert float((model(**inputs).logits - before).abs().max()) > 1e-3
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        within = 1e-9 if attention == "sdpa" else 1e-5  # the family's eager softmax is in float32
+        torch.testing.assert_close(ours, theirs, rtol=within, atol=within)
 
 
 def test_no_token_sees_one_ahead_of_it() -> None:
@@ -155,7 +152,7 @@ def test_nothing_stays_of_it(tmp_path: Any) -> None:
 @pytest.mark.parametrize("scheme", ["alibi", "t5", "self_extend", "xpos", "cope", "rope_alibi", "dynamic_ntk", "mla"])
 def test_what_acts_on_the_scores_is_refused_by_name(scheme: str) -> None:
     options: dict[str, dict[str, Any]] = {
-        "self_extend": {"group_size": 4, "neighbor_window": 16}, "dynamic_ntk": {"factor": 2},
+        "self_extend": {"group": 4, "window": 16}, "dynamic_ntk": {"factor": 2},
         "mla": {"calibration": [list(range(3, 90))], "kv_rank": 16},
     }  # fmt: skip
     model = patch_model(build("llama"), scheme, **options.get(scheme, {}))
@@ -172,7 +169,7 @@ def test_layers_of_another_kind_are_refused(family: str) -> None:
 
 
 def test_a_family_of_its_own_bias_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="'alibi' acts on the scores of layer 0 of bloom"):
+    with pytest.raises(UnsupportedError, match="'alibi' under 'sinusoidal' acts on the scores of layer 0 of bloom"):
         shift_attention(patch_model(build("bloom"), "sinusoidal", keep_native=True), GROUPS)
 
 
@@ -183,7 +180,7 @@ def test_bad_input_is_named() -> None:
     for groups in (1, 0, True, 2.0, None):
         with pytest.raises(OptionError, match="at least 2"):
             shift_attention(model, groups)  # type: ignore[arg-type]
-    odd = patch_model(build("llama", num_attention_heads=3, num_key_value_heads=3), "rope")
+    odd = patch_model(build("llama", hidden_size=48, num_attention_heads=3, num_key_value_heads=3), "rope")
     with pytest.raises(OptionError, match="has 3"):
         shift_attention(odd, GROUPS)
     shift_attention(model, GROUPS).train()
@@ -193,6 +190,11 @@ def test_bad_input_is_named() -> None:
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(UnsupportedError, match="whole sequences"):
         model(ids[:, :8], past_key_values=cache)
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(UnsupportedError, match="flex"):
-        model(ids, use_cache=False)
+    core = Core(model.model.layers[0].self_attn, None, 1.0, 0.0, BACKENDS["flash"], {})
+    with pytest.raises(UnsupportedError, match="flash keeps it in another form"):
+        Shift(GROUPS, 4)(core, *[torch.zeros(1, 4, LENGTH, 16)] * 3, None)
+    core.backend = BACKENDS["sdpa"]
+    with pytest.raises(UnsupportedError, match="spread over processes"):
+        Shift(GROUPS, 4)(core, *[torch.zeros(1, 2, LENGTH, 16)] * 3, None)
+    with pytest.raises(UnsupportedError, match="flex keeps it in another form"):
+        shift_attention(patch_model(build("llama"), "rope", backend="flex"), GROUPS)
