@@ -19,8 +19,6 @@ from recipes.examples import transformers_trainer
 
 from ..models import VOCABULARY, build, tokens
 
-trl = pytest.importorskip("trl")
-
 SCHEMES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0},
     "alibi": {},
@@ -52,6 +50,7 @@ def test_transformers_trainer_saves_the_scheme_and_resumes(text, model, tmp_path
 
 
 def test_trl_saves_an_adapter_that_knows_the_scheme(text, model, tmp_path):
+    pytest.importorskip("trl")
     from recipes.examples import trl_sft
 
     trainer = trl_sft.main(arguments(text, model, tmp_path))
@@ -123,6 +122,7 @@ def check(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, d
 
 
 def sft(model: Any, documents: list[list[int]], tokenizer: Any, output: Path, **options: Any) -> Any:
+    trl = pytest.importorskip("trl")
     settings = trl.SFTConfig(str(output), report_to="none", bf16=False, gradient_checkpointing=False, **options)
     rows = Dataset.from_dict({"input_ids": documents})
     return trl.SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
