@@ -25,6 +25,8 @@ def save_model(model: PreTrainedModel, config: Any, folder: Path) -> None:
     """Weights, generation config, and the config that the target reads."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if "position_schemes." not in name}
     model.save_pretrained(folder, state_dict=weights)
+    config.architectures = [type(model).__name__]  # servers choose their class by it
+    config.dtype = model.dtype
     config.save_pretrained(folder)
 
 

@@ -59,7 +59,10 @@ def writer(model: PreTrainedModel, patch: Patch) -> Writer:
         refuse(patch, TOOL, "its converter does not write the rotary base and scaling of this family")
     architecture = ARCHITECTURES[family]
     _check(patch, found.parameters, architecture)
-    config = config_with(patch, found.parameters, found.window)
+    parameters = dict(found.parameters)
+    if parameters["rope_type"] == "linear":
+        parameters["original_max_position_embeddings"] = found.trained
+    config = config_with(patch, parameters, found.window)
     if hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = found.trained
     extra = _override(found, architecture)

@@ -39,7 +39,7 @@ def writer(model: PreTrainedModel, patch: Patch) -> Writer:
     found = rotary_parameters(patch, TOOL)
     if patch.base.config.model_type not in FAMILIES:
         refuse(patch, TOOL, "it has no class of this family that reads a rotary scaling from the config")
-    if found.parameters.get("partial_rotary_factor", 1) != 1:
+    if found.parameters["rope_type"] == "proportional" or found.parameters.get("partial_rotary_factor", 1) != 1:
         refuse(patch, TOOL, "its class of this family turns the whole head, whatever the config says")
     parameters = translated(patch, found)
     config = config_with(patch, parameters, found.window)
@@ -71,8 +71,6 @@ def translated(patch: Patch, found: Exported) -> dict[str, Any]:
     kind = parameters["rope_type"]
     if kind == "dynamic":
         refuse(patch, TOOL, "its 'dynamic' turns all sequences by one base, whatever their length", "Use 'ntk'")
-    if kind == "proportional":
-        refuse(patch, TOOL, "its class of this family turns every pair, whatever the config says")
     if kind == "linear":
         parameters |= {"factor": float(parameters["factor"]), "original_max_position_embeddings": found.trained}
     if kind == "yarn":
