@@ -64,11 +64,15 @@ class DeepSpeed(Engine):
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
         # Rows are told pass by pass, and how many passes make a step is told at the last of them.
         self.config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+        if self.stage == 3:  # of its two ways, which divide gradients by different numbers, the usual one
+            self.config["zero_optimization"]["reduce_scatter"] = True
         if self.accelerator.device.type == "cpu":  # else DeepSpeed would compile an optimiser of its own
             self.config["zero_force_ds_cpu_optimizer"] = False
         if self.parts > 1:
-            handler = self.accelerator.parallelism_config.sp_handler
-            handler.sp_attn_implementation = attention_of(model)
+            parallelism = self.accelerator.parallelism_config
+            # accelerate takes only Transformers' own names here, and counts sequences by sizes that nobody need give.
+            parallelism.sp_handler.sp_attn_implementation = attention_of(model)
+            parallelism.dp_replicate_size, parallelism.dp_shard_size = 1, self.data_world
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         return self.model, self.optimizer
 
@@ -93,8 +97,10 @@ class DeepSpeed(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed's gradient is the mean over groups that see different sequences, and the sum over parts of one."""
-        self.model.backward(loss * self.data_world, scale_wrt_gas=False)
+        """DeepSpeed's gradient is the mean over groups that see different sequences, and the sum over parts of one;
+        where it reduces and scatters at once (ZeRO-3), it is the mean over all processes."""
+        means = self.accelerator.num_processes if self.stage == 3 else self.data_world
+        self.model.backward(loss * means, scale_wrt_gas=False)
         if not self.last:
             self.model.step()  # which only counts
 

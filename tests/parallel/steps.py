@@ -48,9 +48,11 @@ def model_under(name: str, options: dict[str, Any], family: str = "llama", **siz
     return model.train()
 
 
-def train(engine: Any, model: Any, folder: str | None = None) -> dict[str, Any]:
+def train(engine: Any, model: Any, folder: str | None = None, plain: bool = False) -> dict[str, Any]:
     """Losses and gradient norms of the steps, and the weights behind them; with `folder`, through a checkpoint."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # Adam would make steps of the noise in gradients that are zero but for rounding.
+    kind = torch.optim.SGD if plain else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=1e-1 if plain else 1e-3)
     model, optimizer = engine.prepare(model, optimizer)
     losses, norms = [], []
     for step in range(STEPS):
@@ -96,6 +98,7 @@ def run(schemes: dict[str, dict[str, Any]], folder: str | None = None, **sizes: 
     """`train` for each scheme, on the processes of one launch."""
     engine, found = choose_engine(), {}
     for name, options in schemes.items():
-        found[name] = train(engine, model_under(name, options, **sizes), folder and f"{folder}/{name}")
+        checkpoint = folder and f"{folder}/{name}"
+        found[name] = train(engine, model_under(name, options, **sizes), checkpoint, plain=name in MORE)
         forget_ulysses()
     return found
