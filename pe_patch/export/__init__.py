@@ -15,7 +15,7 @@ from ..errors import PePatchError, unknown
 from ..join import Patch
 from ..patch import find_patch
 from . import llamacpp, sglang, transformers4, vllm
-from .checkpoint import Writer
+from .checkpoint import SERVING_FILES, Writer
 from .checkpoint import read_commands as read_commands
 from .native import transformers_config as transformers_config
 from .native import transformers_writer
@@ -54,6 +54,8 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         write(Path(temporary), folder)
         folder.mkdir(exist_ok=True)
+        for file in SERVING_FILES:  # of an earlier export for a server
+            (folder / file).unlink(missing_ok=True)
         for file in os.listdir(temporary):
             shutil.move(os.path.join(temporary, file), folder / file)
     return folder

@@ -16,6 +16,8 @@ from ..configuration import write_json
 Writer = Callable[[Path, Path], None]
 """Writes an export to the first folder, for the second, to which its files are moved when all are there."""
 
+SERVING_FILES = ("serve.json", "SERVE.md")
+
 FOLDER = "FOLDER"
 ORIGINAL = "ORIGINAL"
 """Stand in a command for the exported folder, and for the checkpoint as it was before the patch."""
@@ -51,8 +53,8 @@ class Serving:
     def write(self, folder: Path, final: Path) -> None:
         content = asdict(self)
         content["commands"] = [_placed(command, final) for command in self.commands]
-        write_json(folder / "serve.json", {name: value for name, value in content.items() if value})
-        (folder / "SERVE.md").write_text(self._markdown(content["commands"]), encoding="utf-8")
+        write_json(folder / SERVING_FILES[0], {name: value for name, value in content.items() if value})
+        (folder / SERVING_FILES[1]).write_text(self._markdown(content["commands"]), encoding="utf-8")
 
     def _markdown(self, commands: list[list[str]]) -> str:
         parts = [
@@ -74,7 +76,7 @@ class Serving:
 
 def read_commands(folder: Path) -> list[str]:
     """The commands that serve an exported folder, as lines for a shell; none where it needs no server."""
-    file = folder / "serve.json"
+    file = folder / SERVING_FILES[0]
     if not file.is_file():
         return []
     return [shlex.join(command) for command in json.loads(file.read_text(encoding="utf-8"))["commands"]]

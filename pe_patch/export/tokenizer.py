@@ -33,4 +33,9 @@ def _window(folder: Path) -> int | None:
     if serving.is_file():
         return json.loads(serving.read_text(encoding="utf-8"))["window"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return (config.get("text_config") or config).get("max_position_embeddings")
+    config = config.get("text_config") or config
+    window = config.get("max_position_embeddings")
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if window is not None and rotary.get("rope_type") == "dynamic":  # its config holds the trained window
+        return int(window * rotary["factor"])
+    return window

@@ -73,3 +73,13 @@ def test_what_cannot_be_said_ends_with_1_and_the_reason(run, checkpoint, tmp_pat
 def test_a_wrong_target_is_wrong_usage(run, tmp_path):
     code, _, err = run("export", "no-such-model", tmp_path / "out", "--target", "llama.cpp")
     assert code == 2 and "Did you mean 'llamacpp'" in err and "sglang" in err
+
+
+def test_nothing_of_an_earlier_target_stays(run, checkpoint, tmp_path):
+    words = ["export", checkpoint, tmp_path / "out", "--scheme"]
+    assert run(*words, "yarn", "--factor", 4, "--target", "vllm")[0] == 0
+    code, printed, _ = run(*words, "dynamic_ntk", "--factor", 2, "--json")
+    assert code == 0 and json.loads(printed)["commands"] == []
+    assert not (tmp_path / "out" / "serve.json").exists() and not (tmp_path / "out" / "SERVE.md").exists()
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == 128  # though the config of this type holds the trained 64

@@ -19,11 +19,13 @@ from ..families import VOCABULARY, build
 DATA = Path(__file__).parent.parent / "data" / "export"
 GOLDEN = {target: json.loads((DATA / f"{target}.json").read_text()) for target in
           ("transformers4", "vllm", "sglang", "llamacpp")}  # fmt: skip
-CASES = [
-    pytest.param(target, case, id=f"{target}-{case['family']}-{case['scheme']}-{index}")
-    for target, cases in GOLDEN.items()
-    for index, case in enumerate(cases)
-]
+CASES: list[tuple[str, dict[str, Any]]] = [(target, case) for target, cases in GOLDEN.items() for case in cases]
+
+
+def named(value: Any) -> str | None:
+    return f"{value['family']}-{value['scheme']}" if isinstance(value, dict) and "family" in value else None
+
+
 WINDOW = 4096
 SERVERS = ("vllm", "sglang", "llamacpp")
 IDS = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -49,7 +51,7 @@ def same(found: Any, expected: Any) -> bool:
     return type(found) in (int, float, bool) and found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("target", "case"), CASES)
+@pytest.mark.parametrize(("target", "case"), CASES, ids=named)
 def test_the_files_are_those_written_by_hand(target, case, tmp_path):
     model = patched(case["family"], case["scheme"], case["options"])
     out = export(model, tmp_path / "out", target)
@@ -75,7 +77,7 @@ def test_the_files_are_those_written_by_hand(target, case, tmp_path):
     assert str(out) in (out / "SERVE.md").read_text()
 
 
-@pytest.mark.parametrize(("target", "case"), [one for one in CASES if "inv_freq" in one.values[1]])
+@pytest.mark.parametrize(("target", "case"), [one for one in CASES if "inv_freq" in one[1]], ids=named)
 def test_the_tool_turns_by_the_same_frequencies(target, case):
     """The numbers are what the tool's own rotary code gives for the file written by hand."""
     patch = find_patch(patched(case["family"], case["scheme"], case["options"]))
@@ -93,7 +95,9 @@ def test_the_tool_turns_by_the_same_frequencies(target, case):
 
 
 @pytest.mark.parametrize(
-    ("target", "case"), [one for one in CASES if one.values[0] != "transformers4" or one.values[1]["family"] == "llama"]
+    ("target", "case"),
+    [one for one in CASES if one[0] != "transformers4" or one[1]["family"] == "llama"],
+    ids=named,
 )
 def test_transformers_reads_it_with_the_same_logits(target, case, tmp_path):
     """The servers' files are v5's with keys it ignores, and v5 still reads v4's."""
