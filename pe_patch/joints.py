@@ -139,7 +139,7 @@ def forward_swaps(
         layers=len(adapter.attentions(base)),
         whole=_why_whole(adapter, scheme),
     )
-    agree(dict.fromkeys(one for one in scores if one is not None), adapter.attentions(base)[0])
+    agree({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
     forward = base_forward if adapter.tower is None else tower_forward
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
     for owner in {id(head): head, id(base): base}.values():
