@@ -36,8 +36,8 @@ TEMPLATE = """---
 
 {{ trained }}
 
-![Loss by step, and what was measured on the way](curve.png)
-
+{% if steps %}![Loss by step, and what was measured on the way](curve.png)
+{% endif %}
 {% if scores %}
 ## Scores
 
@@ -67,7 +67,8 @@ def write(trainer: Trainer) -> None:
     lines = [json.loads(line) for line in (trainer.output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["event"] == "step"]
     rows = [line for line in lines if line["event"] == "evaluation"]
-    (folder / "curve.png").write_bytes(curve.picture(steps, rows))
+    if steps:
+        (folder / "curve.png").write_bytes(curve.picture(steps, rows))
     source = recipe.model.source
     name = "a small demonstration model" if source == "demo" else source or "A model with fresh weights"
     on_hub = source is not None and source.count("/") == 1 and not source.startswith((".", "/"))
@@ -81,10 +82,11 @@ def write(trainer: Trainer) -> None:
         model=name[0].upper() + name[1:],
         scheme=_scheme(recipe),
         loading=_loading(trainer),
-        trained=_trained(trainer, steps),
+        steps=bool(steps),
+        trained=_trained(trainer, steps) if steps else "None: the scheme works on the model as it was.",
         scores=_scores(rows),
         recovery=_recovery(rows),
-        data=_mix(trainer),
+        data=_mix(trainer) if steps else "None was trained on.",
         recipe=OmegaConf.to_yaml(OmegaConf.structured(recipe)),
         machine=trainer.engine.describe(),
         versions=", ".join(f"{one} {version(one)}" for one in VERSIONS) + f" and Python {platform.python_version()}",
@@ -142,7 +144,7 @@ def _scores(rows: list[dict[str, Any]]) -> str:
         original = [row["score"] for row in of if row["original"]]
         ours = [row for row in of if not row["original"]]
         before = [row["score"] for row in ours if row["step"] == 0]
-        after = [row["score"] for row in ours if row["step"] > 0]
+        after = [row["score"] for row in ours if row["step"] == ours[-1]["step"] > 0]
         shown = " | ".join(f"{values[-1]:.3f}" if values else "-" for values in (original, before, after))
         depth = "" if kind[3] is None else f", depth {kind[3]:g}"
         measured = f"{of[-1]['samples']} samples: {of[-1]['measured_on']}"

@@ -26,7 +26,7 @@ def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
     base = alt.Chart(data(lines))
     dots = base.mark_circle(size=12, opacity=0.35).encode(x=x, y=y)
     mean = base.mark_line().encode(x=x, y=alt.Y("mean:Q", title="nats per token"))
-    panels: list[Any] = [alt.layer(dots, mean).properties(width=400, height=230, title="training loss")]
+    panels: list[Any] = [alt.layer(dots, mean).properties(width=400, height=230, title="training loss")] * bool(steps)
     for title, losses in (("held-out loss", True), ("held-out score", False)):
         found = [
             {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import card
-from .models import load_model, with_scheme
+from .quantise import merge_saved
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -39,19 +40,16 @@ def finish(trainer: Trainer) -> Any:
 
 def _merged_anew(trainer: Trainer, model: Any, weights: dict[str, Any] | None) -> Any:
     """The base model loaded again, unquantised, with the trained adapters merged into it."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    recipe = replace(trainer.recipe, model=replace(trainer.recipe.model, quantization=None))
-    whole = with_scheme(load_model(recipe, trainer.tokenizer), recipe, *trainer.calibration())
-    trained = get_peft_model_state_dict(model, state_dict=weights)
-    set_peft_model_state_dict(whole, trained)
-    return whole.merge_and_unload()
+    adapter = trainer.output / "adapter"
+    model.save_pretrained(adapter, state_dict=weights)
+    return merge_saved(adapter, getattr(torch, trainer.recipe.model.dtype))
 
 
 def _export(trainer: Trainer, target: str) -> Any:
     """Export what was saved, as it was saved."""
     import pe_patch
+    from pe_patch.export import save_tokenizer
 
     path = pe_patch.export(pe_patch.load_patched(trainer.output / "model"), trainer.output / "export" / target, target)
-    trainer.tokenizer.save_pretrained(path)
+    save_tokenizer(trainer.tokenizer, path, target)
     return path

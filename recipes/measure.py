@@ -24,7 +24,7 @@ class Measure:
 
     def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], list[str]]) -> None:
         self.wanted, self.engine, self.tokenizer, self.documents = recipe.evaluation, engine, tokenizer, documents
-        self.target = longest(recipe.phases)
+        self.target = longest(recipe.phases) if recipe.phases else max(self.wanted.lengths)
         self.first: list[dict[str, Any]] = []
         self.last: int | None = None
         self.lengths = self.wanted.lengths
@@ -55,6 +55,7 @@ class Measure:
         self.last = step
 
     def at_the_end(self, model: Any, log: Log, step: int) -> None:
+        """Measure what came out, unless that was just done."""
         if self.wanted.every and self.last != step:
             self.during(model, log, step)
 

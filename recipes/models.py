@@ -14,8 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import pe_patch
 from pe_patch.evaluation.retrieval import TOKEN_KEYS
+from pe_patch.peft_record import scheme_modules, train_scheme
+from pe_patch.shift import shift_attention
 from pe_patch.storage import read_config
+from pe_patch.warm_start import warm_start as fit
 
+from .quantise import prepare_quantised, quantisation_config
 from .recipe import Lora, Model, Recipe, RecipeError, Scheme
 
 DEMO = Path(pe_patch.__file__).parent / "assets" / "demo"
@@ -75,20 +79,31 @@ def add_retrieval_tokens(tokenizer: Any) -> None:
 
 def load_model(recipe: Recipe, tokenizer: Any) -> Any:
     """The model as it is before its scheme."""
-    model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model)
+    quantised = quantisation_config(recipe)
+    model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model, quantised)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def with_scheme(model: Any, recipe: Recipe, options: dict[str, Any] | None = None, device: Any = None) -> Any:
+def with_scheme(
+    model: Any, recipe: Recipe, calibration: list[list[int]], warm_start: list[list[int]], device: Any
+) -> Any:
     """The model with its scheme and its adapters; what is to be trained requires gradients, nothing else does.
 
-    `options` of the scheme are given beside the recipe's own, and it is patched on `device`, where there is one.
+    `calibration` and `warm_start` are rows of token ids for a scheme that converts weights or is fitted to what was
+    there before, or empty; then the model is patched on `device`.
     """
-    if recipe.scheme is not None:
-        said = {**options_of(recipe.scheme), **(options or {})}
-        pe_patch.patch_model(model.to(device), recipe.scheme.name, **said)
+    scheme = recipe.scheme
+    if scheme is not None:
+        options = {**options_of(scheme), **({"calibration": calibration} if calibration else {})}
+        pe_patch.patch_model(model.to(device) if calibration or warm_start else model, scheme.name, **options)
+        if warm_start:
+            fit(model, warm_start)
+    if recipe.model.shifted_groups is not None:
+        shift_attention(model, recipe.model.shifted_groups)
+    if recipe.model.quantization is not None:
+        prepare_quantised(model, recipe)
     return model if recipe.lora is None else _with_lora(model, recipe.lora)
 
 
@@ -118,9 +133,11 @@ def build_teacher(recipe: Recipe, student: Any, device: Any) -> Any:
     return teacher
 
 
-def _pretrained(wanted: Model) -> Any:
+def _pretrained(wanted: Model, quantised: Any = None) -> Any:
     source = locate(wanted.source or "")
-    extra = {} if wanted.attention is None else {"attn_implementation": wanted.attention}
+    extra: dict[str, Any] = {} if wanted.attention is None else {"attn_implementation": wanted.attention}
+    if quantised is not None:
+        extra["quantization_config"] = quantised
     load = pe_patch.load_patched if "pe_patch" in read_config(source) else AutoModelForCausalLM.from_pretrained
     return load(source, dtype=getattr(torch, wanted.dtype), use_safetensors=True, **extra)
 
@@ -163,6 +180,11 @@ def _with_lora(model: Any, lora: Lora) -> Any:
     for name, parameter in adapted.named_parameters():
         if "position_schemes.original." in name:  # PEFT finds what to train in full by the ends of names
             parameter.requires_grad_(False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()  # PEFT leaves norms and embeddings in the base's dtype
+    if (modules := scheme_modules(model)) is not None and any(True for _ in modules.parameters()):
+        train_scheme(adapted)
     return adapted
 
 

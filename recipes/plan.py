@@ -119,7 +119,6 @@ def show(trainer: Trainer) -> None:
     whole = sum(parameter.numel() for parameter in parameters)
     refuse_what_cannot_fit(trainer)
     trainer.prepare()
-    trainer.model.train()
     rows = []
     for number, phase in enumerate(recipe.phases):
         found = _run(trainer, number)

@@ -29,7 +29,9 @@ def quantisation_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     if recipe.model.quantization is None:
         return None
     if recipe.lora is None:
-        raise RecipeError("model.quantization freezes the weights in 4 bits, so there must be a lora: section to train.")
+        raise RecipeError(
+            "model.quantization freezes the weights in 4 bits, so there must be a lora: section to train."
+        )
     if recipe.model.source is None:
         raise RecipeError("model.quantization needs model.source: fresh weights in 4 bits are worth nothing.")
     if find_spec("bitsandbytes") is None:
@@ -55,7 +57,7 @@ def prepare_quantised(model: Any, recipe: Recipe) -> Any:
     )
 
 
-def merge_unquantised(adapter: Path, dtype: torch.dtype) -> Any:
+def merge_saved(adapter: Path, dtype: torch.dtype) -> Any:
     """The base model as it was before quantisation, under its scheme, with a saved adapter merged into it.
 
     Merging into 4-bit weights would round the update away with them.

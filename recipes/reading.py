@@ -10,6 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pe_patch import SCHEMES
+
 from .recipe import VERSION, Recipe, RecipeError
 
 
@@ -80,7 +82,16 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     """Raise `RecipeError` where the values of a recipe contradict each other."""
     demands = [
         ((recipe.model.source is None) != (recipe.model.config is None), "give one of model.source and model.config"),
-        (bool(recipe.phases), "phases is empty; give at least one"),
+        (bool(recipe.phases) or _needs_no_training(recipe), "phases is empty; give at least one (only a scheme that "
+         "needs no training can do without)"),
+        (bool(recipe.phases) or bool(recipe.evaluation.lengths), "without phases, say at which evaluation.lengths to "
+         "measure"),
+        (recipe.model.dtype == "float32" or recipe.lora is not None or not recipe.phases, "model.dtype bfloat16 would "
+         "train weights that lose every step below 1/256 of them: take float32 with mixed_precision bf16, or lora"),
+        (recipe.model.dtype == "float32" or recipe.mixed_precision == "bf16" or not recipe.phases, "model.dtype "
+         "bfloat16 keeps what is trained in float32 and computes in bfloat16: give mixed_precision bf16"),
+        (recipe.lora is None or recipe.lora.merge or not recipe.export, "an adapter that is not merged cannot be "
+         "exported: lora.merge: true, or no export"),
         (recipe.checkpoints.keep > 0, "checkpoints.keep must be at least 1"),
         (recipe.scheme is None or recipe.scheme.calibration_tokens is None or recipe.scheme.calibration_tokens > 0,
          "scheme.calibration_tokens must be at least 1"),
@@ -121,6 +132,11 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     broken = [message for holds, message in demands if not holds]
     if broken:
         raise RecipeError(f"{where}: {'; '.join(broken)}.")
+
+
+def _needs_no_training(recipe: Recipe) -> bool:
+    known = SCHEMES.get(recipe.scheme.name) if recipe.scheme is not None else None
+    return known is not None and known.training_free
 
 
 def _has_tokenizer(recipe: Recipe) -> bool:

@@ -27,6 +27,7 @@ from .loss import Score
 from .measure import Measure
 from .memory import offload_activations
 from .models import build_teacher, build_tokenizer, load_model, parameter_groups, with_scheme
+from .optimizers import build_optimizer
 from .reading import save_recipe
 from .recipe import Phase, Recipe
 
@@ -99,17 +100,17 @@ class Trainer:
         self.model = load_model(recipe, self.tokenizer)
         if self.checkpoint is None and not recipe.dry_run:
             self.measure.original(self.model)
-        self.model = with_scheme(self.model, recipe, *self.calibration())
+        scheme, device = recipe.scheme, self.accelerator.device
+        calibration = self.tokens(None if scheme is None else scheme.calibration_tokens)
+        warm_start = self.tokens(None if scheme is None else scheme.warm_start_tokens)
+        self.model = with_scheme(self.model, recipe, calibration, warm_start, device)
         self.engine.refuse(recipe, self.model)
-        device = self.accelerator.device
         self.teacher = None if recipe.distill is None else build_teacher(recipe, self.model, device)
 
-    def calibration(self) -> tuple[dict[str, Any], Any]:
-        """What the scheme is calibrated on, as its option, and where; nothing where the recipe does not ask for it."""
-        recipe = self.recipe
-        if recipe.scheme is None or recipe.scheme.calibration_tokens is None:
-            return {}, None
-        return {"calibration": first_tokens(self.data(0), recipe.scheme.calibration_tokens)}, self.accelerator.device
+    def tokens(self, count: int | None) -> list[list[int]]:
+        """The first tokens of the first phase, for a scheme that is made or fitted on text; none where none are asked
+        for."""
+        return [] if count is None else first_tokens(self.data(0), count)
 
     def show_plan(self) -> Any:
         """Print what the run would do and cost, measured on one step; returns the untrained model."""
@@ -119,6 +120,8 @@ class Trainer:
     def run(self) -> Any:
         """Train all phases, from the newest checkpoint if so asked; returns the model as it was saved."""
         recipe, checkpoint = self.recipe, self.checkpoint
+        if not recipe.phases:
+            return self._without_training()
         plan.refuse_what_cannot_fit(self)
         self.prepare()
         if checkpoint is not None:
@@ -140,20 +143,32 @@ class Trainer:
         with log as self.log, self.signal:
             if checkpoint is None:
                 self.measure.at_the_start(self.model, log)
-            self.model.train()  # a loaded model is in evaluation mode: no dropout, no gradient checkpointing
             while self.progress.phase < len(recipe.phases):
                 self._phase(recipe.phases[self.progress.phase])
             self.measure.at_the_end(self.model, log, self.progress.step)
         return finish.finish(self)
 
+    def _without_training(self) -> Any:
+        """Measure and save a model whose scheme needs no training."""
+        assert self.recipe.scheme is not None
+        self.output.mkdir(parents=True, exist_ok=True)
+        save_recipe(self.recipe, self.output / "recipe.yaml")
+        path = self.output / "log.jsonl"
+        with Log(self.accelerator, path, from_step=0, total_steps=0, progress=self.recipe.progress) as self.log:
+            self.log.console.print(f"{self.recipe.scheme.name} needs no training: the model is measured and saved.")
+            self.model, self.optimizer = self.engine.prepare(self.model, None)
+            self.measure.at_the_start(self.model, self.log)
+            self.measure.at_the_end(self.model, self.log, 0)
+        return finish.finish(self)
+
     def prepare(self) -> None:
         """Build loss and optimiser, and hand model and optimiser to the engine."""
         self.scorer = Scorer(self.model, self.recipe.loss, self.recipe.distill, self.teacher)
-        if not self.engine.sharded:  # else it learns in its first pass, when every process has its part
-            self.scorer.learn(self.model.to(self.accelerator.device))
         groups = parameter_groups(self.model, self.recipe.optimizer.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.recipe.optimizer.betas)
+        optimizer = build_optimizer(groups, self.recipe.optimizer, sharded=self.engine.sharded)
         self.model, self.optimizer = self.engine.prepare(self.model, optimizer)
+        self.model.train()  # a loaded model is in evaluation mode: no dropout, no gradient checkpointing
+        self.scorer.learn(self.model)
 
     def _phase(self, phase: Phase) -> None:
         """The rest of the phase that `progress` is in."""

@@ -16,7 +16,7 @@ from pe_patch.peft_record import train_scheme
 from recipes import optimizers, quantise
 from recipes.models import parameter_groups
 from recipes.optimizers import build_optimizer
-from recipes.quantise import merge_unquantised, prepare_quantised, quantisation_config
+from recipes.quantise import merge_saved, prepare_quantised, quantisation_config
 from recipes.recipe import Lora, Model, Optimizer, Recipe, RecipeError
 
 from ..models import build, tokens
@@ -103,7 +103,7 @@ def test_qlora_on_a_patched_model(tmp_path: Path):
     again = load_patched(tmp_path / "adapter", is_trainable=True, quantization_config=config).train()
     with torch.no_grad():  # in training mode: in the other one bitsandbytes multiplies in bfloat16 on some CPUs
         assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
-    merged = merge_unquantised(tmp_path / "adapter", torch.float32)
+    merged = merge_saved(tmp_path / "adapter", torch.float32)
     expected = load_patched(tmp_path / "adapter", dtype=torch.float32)
     assert merged.config.pe_patch["scheme"] == "t5" and not hasattr(merged.config, "quantization_config")
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from recipes.recipe import RecipeError
 from recipes.trainer import TrainingError, learning_rates
 
 from .cases import logged, phase
-
-CONFIGS = sorted((Path(models.__file__).parent / "configs").glob("*.yaml"))
 
 
 def test_loss_is_the_mean_over_the_targets_of_the_whole_step(recipe_file: Path, model: Path) -> None:
@@ -208,32 +205,6 @@ def test_bfloat16(recipe_file: Path, tmp_path: Path) -> None:
 
 
 # What comes with pe_patch
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_runs_two_steps(path: Path, tmp_path: Path, text: Path, model: Path) -> None:
-    recipe = load_recipe(path, [f"output={tmp_path}", f"data.source={text}", "progress=false", "data.workers=0"])
-    if recipe.model.config is None:
-        recipe.model.source = str(model)
-    else:
-        recipe.model.config |= {"hidden_size": 32, "intermediate_size": 48}
-        recipe.tokenizer.train_size = 280
-    for stage in recipe.phases:
-        stage.steps, stage.until_accuracy, stage.length, stage.batch = 2, None, min(stage.length, 256), 2
-        stage.vocabulary = (280, 408) if stage.vocabulary else None
-    if recipe.scheme is not None and "cache_ratio" in recipe.scheme.options:
-        recipe.scheme.options.pop("rope_dim", None)  # which is all that the share of so small a cache holds
-    recipe.evaluation.lengths = [64] * bool(recipe.evaluation.lengths)
-    recipe.evaluation.samples = 2
-    trained = train(recipe)
-    steps = logged(tmp_path)
-    assert len(steps) == 2 * len(recipe.phases) and all(math.isfinite(step["loss"]) for step in steps)
-    assert bool(logged(tmp_path, "evaluation")) == bool(recipe.evaluation.every)
-    if recipe.scheme is not None:
-        assert trained.config.pe_patch["scheme"] == recipe.scheme.name
-        assert json.loads((tmp_path / "model/config.json").read_text())["pe_patch"]["scheme"] == recipe.scheme.name
-    content = path.read_text()
-    assert f"recipes/finetune.py recipes/configs/{path.name}" in content.split("output:")[0]
 
 
 def test_the_demo_model_loads_and_is_what_its_recipe_says() -> None:
