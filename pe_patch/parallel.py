@@ -69,6 +69,8 @@ def sequence_of(implementation: str, host: str) -> Sequence | None:
         )
     if hasattr(function, "pe_backend"):
         return None
+    if host == "flex_attention":
+        raise UnsupportedError("FlexAttention's masks are not put back under Ulysses; use 'sdpa'.")
     ulysses = ulysses_of(implementation)
     if ulysses is None:
         raise NoEffectError(

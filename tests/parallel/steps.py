@@ -98,7 +98,7 @@ def run(schemes: dict[str, dict[str, Any]], folder: str | None = None, **sizes: 
     """`train` for each scheme, on the processes of one launch."""
     engine, found = choose_engine(), {}
     for name, options in schemes.items():
-        checkpoint = folder and f"{folder}/{name}"
+        checkpoint = f"{folder}/{name}" if folder and name == "t5" else None
         found[name] = train(engine, model_under(name, options, **sizes), checkpoint, plain=name in MORE)
         forget_ulysses()
     return found

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("launch", "scheme"), CASES, ids=["-".join(case) for case in CASES])
 def test_several_processes_do_what_one_does(launch, scheme, folder):
-    """The first step goes through a checkpoint, between which and its loading all weights are changed."""
+    """Under t5 the first step goes through a checkpoint, between which and its loading all weights are changed."""
     wanted, found = alone()[scheme], together(launch, str(folder / launch))
     for rank, one in enumerate(found):
         got = one[scheme]
