@@ -181,13 +181,13 @@ class Scorer:
             return self._whole(model, inputs, labels, shifted, vocabulary, accuracy)
         self.learn(model)
         chosen, wanted = find_targets(labels, shifted)
-        wanted = wanted - (vocabulary or (0,))[0]
+        wanted, places = wanted - (vocabulary or (0,))[0], chosen.flatten().nonzero().squeeze(1)
         taught = self._taught(inputs, chosen)
         parts: list[Score] = []
 
         def compute(hidden: Tensor, layer: Layer) -> Tensor:
             assert self.head is not None
-            rows = hidden[chosen]
+            rows = hidden.flatten(0, 1).index_select(0, places)
             if self._fuses(rows, vocabulary, accuracy):
                 total = _fused(rows, self.head.layer, wanted)
                 parts.append(Score(total.detach(), total.new_zeros(()), total.new_zeros(())))

@@ -34,6 +34,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"An override is written key=value, got {override!r}.")
         config = _checked(override, lambda config=config, override=override: _overridden(config, override))
     recipe = cast(Recipe, _checked(str(path), lambda: OmegaConf.to_object(config)))
+    if recipe.scheme is not None and recipe.scheme.options_file is not None:
+        beside = path.parent / recipe.scheme.options_file
+        recipe.scheme.options_file = str(beside) if beside.is_file() else recipe.scheme.options_file
     check(recipe, str(path))
     return recipe
 

@@ -59,7 +59,8 @@ class Scheme:
     options: dict[str, Any] = field(default_factory=dict)
     """Its options, spelled as `patch_model` takes them (`factor: 8`, `on_existing: replace`)."""
     options_file: str | None = None
-    """A JSON file of options, as `pe-patch search` writes it; those in `options` go before."""
+    """A JSON file of options, as `pe-patch search` writes it, from the recipe's folder or where the run starts;
+    those in `options` go before."""
     calibration_tokens: int | None = None
     """How many tokens of the first phase's sequences are handed to the scheme as its option `calibration`."""
     warm_start_tokens: int | None = None
