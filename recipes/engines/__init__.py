@@ -27,6 +27,8 @@ def choose_engine(**arguments: Any) -> Engine:
         from .deep_speed import DeepSpeed  # it is slow to import, and few have it
 
         return DeepSpeed(Accelerator(**arguments, **_over_gloo()))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        arguments["cpu"] = True  # else accelerate would run each process by itself, without a word
     accelerator = Accelerator(**arguments)
     kind, sizes = accelerator.distributed_type, _sizes(accelerator)
     if sizes["tp"] > 1:
