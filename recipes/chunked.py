@@ -107,7 +107,8 @@ class Head:
         ids = torch.arange(TRIAL, device=device)[None]
         # With random numbers of its own: dropout in training goes on as if this had not been.
         apart = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with torch.no_grad(), apart, self._bound(at_layer, at_model, behind_layer):
+        # In evaluation, where Ulysses leaves a sequence whole.
+        with torch.no_grad(), apart, _evaluating(self.model), self._bound(at_layer, at_model, behind_layer):
             model(input_ids=ids % self.model.config.get_text_config().vocab_size, use_cache=False)
         logits = seen.get("logits")
         if not isinstance(logits, Recorded) or seen["hidden"].shape[:2] != ids.shape:
@@ -139,6 +140,17 @@ class Head:
                 f"adapter on it, under ZeRO-3 or FSDP2): {REMEDY}, or leave {self.family}'s output layer unadapted."
             )
         return [one for one in parameters if one.requires_grad]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Scorer:

@@ -98,7 +98,7 @@ def test_torchrun_says_the_same_as_accelerate(engine, tmp_path):
 def test_a_job_that_is_told_to_leave_is_queued_again(script, started, tmp_path):
     """With stand-ins for SLURM's commands: `srun` lives until it is told to end."""
     for name, body in {
-        "srun": f"echo $* > {tmp_path}/started\ntrap 'exit 143' TERM\ntouch {tmp_path}/up\nwhile :; do sleep 0.05; done",
+        "srun": f"echo $* > {tmp_path}/started; trap 'exit 143' TERM; touch {tmp_path}/up\nwhile :; do sleep .05; done",
         "scontrol": f'[ "$1" = show ] && echo first || echo "$*" > {tmp_path}/queued',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
