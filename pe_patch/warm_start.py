@@ -32,7 +32,7 @@ from .join import Patch
 from .latent.streaming import evaluating
 from .patch import find_patch, patch_model
 from .positions import Positions
-from .scheme import Scheme, overrides
+from .scheme import AttentionShape, Scheme, overrides
 from .schemes.bias import ALiBi
 
 BY = ("loss", "attention")
@@ -81,8 +81,8 @@ def warm_start(
         by: "attention" takes what is nearest to the attention of all layers. "loss" takes, of this, of what is nearest
             to one layer where several share their parameters, and of the start, that with the least loss on the text.
         limit: tokens that are read, at most.
-        queries: of each row so many, spread evenly, are compared. What is held at a time, in float64, is `rows x layers
-            x keys x (queries x heads + key_heads x head_dim)` numbers.
+        queries: of each row so many, spread evenly, are compared. What is held is `tokens x layers x (queries x heads +
+            key_heads x head_dim)` numbers: 3 GB for 16384 tokens, 22 layers and 32 heads.
         least_slope: ALiBi's slopes may not fall below it: a head without one would see no end.
         seed: chooses rows where there are more tokens than `limit`.
 
@@ -143,10 +143,9 @@ class _Seen:
 
     hidden: Tensor | None
     native: Tensor
-    """The weights of the native attention, `[1, heads, queries, keys]`, float64."""
+    """The weights of the native attention, `[1, heads, queries, keys]`, float32; all is counted in float64."""
     query: Tensor = field(default_factory=lambda: torch.empty(0))
     key: Tensor = field(default_factory=lambda: torch.empty(0))
-    value: Tensor = field(default_factory=lambda: torch.empty(0))
     positions: Positions | None = None
     core: Any = None
 
@@ -154,7 +153,9 @@ class _Seen:
         """The scheme's, with its gradient."""
         assert self.positions is not None
         positions = self.positions._replace(prepared=scheme.prepare(self.positions))
-        return scheme("attend", self.query, self.key, self.value, positions, self.core)[1]
+        query, key = self.query.double(), self.key.double()
+        nothing = key.new_zeros((*key.shape[:-1], 1))  # weights are all that is wanted
+        return scheme("attend", query, key, nothing, positions, self.core)[1]
 
 
 class _Slopes(ALiBi):
@@ -218,7 +219,7 @@ def _watching(attentions: dict[int, nn.Module], seen: dict[int, list[_Seen]], ch
                 f"{type(attention).__name__} in layer {index} does not hand out its attention weights, to which the "
                 "new scheme would be fitted; patch this model without a warm start."
             )
-        seen[index].append(_Seen(_given(args, kwargs), weights[:, :, chosen.to(weights.device)].double()))
+        seen[index].append(_Seen(_given(args, kwargs), weights[:, :, chosen.to(weights.device)].float()))
 
     with ExitStack() as stack:
         for index, attention in attentions.items():
@@ -241,7 +242,7 @@ def _handing(attentions: dict[int, tuple[nn.Module, _Seen]], chosen: Tensor) -> 
 
             stack.callback(attention.register_forward_pre_hook(hand, with_kwargs=True).remove)
             stack.callback(attention.__dict__.__setitem__, "pe_scheme", attention.__dict__["pe_scheme"])
-            attention.__dict__["pe_scheme"] = _Catch(seen, chosen)
+            attention.__dict__["pe_scheme"] = _Catch(seen, chosen, attention.__dict__["pe_scheme"].shape)
         yield
     if any(seen.positions is None for _, seen in attentions.values()):
         raise NoEffectError("An attention of the patch was not reached by the text that it was to be fitted to.")
@@ -253,13 +254,13 @@ class _Catch:
 
     seen: _Seen
     chosen: Tensor
+    shape: AttentionShape
     name = "warm start"
     calls_modules = False
 
     def __call__(self, rung: str, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Any) -> Any:
         seen, at = self.seen, self.chosen.to(query.device)
-        seen.query, seen.key = query[:, :, at].double(), key.double()
-        seen.value = value.new_zeros((*value.shape[:-1], 1), dtype=torch.float64)  # weights are all that is wanted
+        seen.query, seen.key = query[:, :, at], key
         seen.positions = positions._replace(query=positions.query[:, at], prepared=())
         mask = core.allowed(query, key)[..., at, :]
         seen.core = replace(core, mask=mask, backend=BACKENDS["eager"], dropout=0.0)
@@ -268,7 +269,7 @@ class _Catch:
 
 def _crossed(scheme: Scheme, part: _Seen) -> Tensor:
     """Cross-entropy of the scheme's attention to the native one, summed over queries and heads."""
-    return -(part.native * part.weights(scheme).clamp(min=TINY).log()).sum()
+    return -(part.native.double() * part.weights(scheme).clamp(min=TINY).log()).sum()
 
 
 def _reached(scheme: Scheme, parts: list[_Seen]) -> list[tuple[str, nn.Parameter]]:
@@ -312,7 +313,8 @@ def _divergence(schemes: list[Scheme], parts: list[list[_Seen]]) -> float:
     total, count = 0.0, 0
     for scheme, own in zip(schemes, parts, strict=True):
         for part in own:
-            total += (torch.xlogy(part.native, part.native).sum() + _crossed(scheme, part)).item()
+            native = part.native.double()
+            total += (torch.xlogy(native, native).sum() + _crossed(scheme, part)).item()
             count += part.native.shape[1] * part.native.shape[2]
     return total / count
 

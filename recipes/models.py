@@ -99,7 +99,7 @@ def with_scheme(
         options = {**options_of(scheme), **({"calibration": calibration} if calibration else {})}
         pe_patch.patch_model(model.to(device) if calibration or warm_start else model, scheme.name, **options)
         if warm_start:
-            fit(model, warm_start)
+            fit(model, warm_start, limit=sum(map(len, warm_start)))
     if recipe.model.shifted_groups is not None:
         shift_attention(model, recipe.model.shifted_groups)
     if recipe.model.quantization is not None:
