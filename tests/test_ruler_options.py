@@ -156,6 +156,9 @@ def test_single_tokens_are_asked_where_the_vocabulary_has_them(name, length):
         contexts = [text[: text.rindex("<k")] for text in written]
         assert len(set(contexts)) == 2 and contexts[:4] == contexts[:1] * 4
         assert len({text[text.rindex("<k") :] for text in written[:4]}) == 4
+        assert [question.group for question in questions] == [0] * 4 + [1] * 4  # about one text, so not independent
+    else:
+        assert all(question.group is None for question in questions)
 
 
 def test_a_task_that_single_tokens_cannot_ask_says_which_can():

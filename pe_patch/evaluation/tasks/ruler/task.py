@@ -111,20 +111,22 @@ class RulerTask(QuestionTask):
         generator, questions, kept = made.generator, [], []
         samples = generator.samples(bench.samples, self.exact_fit) if facts is None else generator.again(facts)
         for sample in samples:
+            group = len(kept) if len(sample.prompts) > 1 else None
             kept.append(sample.facts)
-            questions += self._questions(bench, sample, generator.budget)
+            questions += self._questions(bench, sample, generator.budget, group)
             if len(questions) >= bench.samples:
                 break
         stamps = self._stamps(bench, made, wording)
         return [replace(question, stamps=stamps) for question in questions[: bench.samples]], kept
 
-    def _questions(self, bench: Bench, sample: Sample, budget: int) -> Iterable[Question]:
+    def _questions(self, bench: Bench, sample: Sample, budget: int, group: int | None) -> Iterable[Question]:
         for prompt in sample.prompts:
             yield Question(
                 prompt=bench.prompt(prompt.text, prompt.answer_prefix),
                 references=prompt.references,
                 budget=budget,
                 without_context=bench.prompt(prompt.bare, prompt.answer_prefix),
+                group=group,
             )
 
     def _stamps(self, bench: Bench, made: Made, wording: Wording) -> dict[str, Any]:
