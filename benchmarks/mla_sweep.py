@@ -30,7 +30,7 @@ from pe_patch.errors import OptionError
 from pe_patch.evaluation.conversion import Ruler, share_name
 from pe_patch.evaluation.conversion_sweep import converted_row, original_row
 from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.results import Results, write_atomically
+from pe_patch.evaluation.results import write_atomically
 from pe_patch.evaluation.subject import Subject
 from pe_patch.latent.checks import METHODS
 from pe_patch.text import load_documents
@@ -72,9 +72,10 @@ class Healing(training.Trainer):
     ruler: Ruler
     curve: list[dict[str, Any]]
 
-    def _measure(self, model: Any) -> Any:
-        self.curve.append({"step": self.progress.step, **_brief(self.ruler.measure(model).to_dict())})
-        return Results()
+    def note(self, model: Any, log: Any, step: int) -> None:
+        """In place of the recipe's own measuring."""
+        self.measure.last = step
+        self.curve.append({"step": step, **_brief(self.ruler.measure(model).to_dict())})
 
 
 @dataclass
@@ -99,7 +100,12 @@ class Bench:
         self.other = Ruler(self.tokenizer, other, 256, setting.rope_questions, setting.rope_spots, setting.seed)
         material: Any = Material(self.ruler)
         self.original = original_row(self.model, material)
-        self.calibration = Healing(self.recipe({}, 0))._calibration()[0]["calibration"]
+        self.calibration = self._calibration()
+
+    def _calibration(self) -> list[list[int]]:
+        recipe = self.recipe({}, 0)
+        assert recipe.scheme is not None
+        return Healing(recipe).tokens(recipe.scheme.calibration_tokens)
 
     def recipe(self, options: dict[str, Any] | None, every: int) -> Recipe:
         """The heal recipe with this benchmark's settings; no options train the original."""
@@ -137,7 +143,8 @@ class Bench:
         run = Healing(self.recipe(options, every))
         run.ruler, run.curve = self.curve_ruler, []
         if every:
-            run._measure(run.model)
+            run.measure.during = run.note  # type: ignore[method-assign]
+            run.note(run.model, None, 0)
         untuned = self.row(run.model, options)
         started, worked = time.perf_counter(), time.process_time()
         model = run.run().eval()
