@@ -48,7 +48,7 @@ class Measure:
         """Measure now: on one process, unless each has only a part of the model."""
         accelerator, together = self.engine.accelerator, self.engine.sharded
         if accelerator.is_main_process or together:
-            whole = model if together else accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+            whole = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
             for row in self._rows(whole):
                 log.write("evaluation", {"step": step, "original": False, **row})
         accelerator.wait_for_everyone()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pe_patch.parallel import ulysses_of
 from pe_patch.patch import find_patch
@@ -28,6 +29,12 @@ class DeepSpeed(Engine):
                 "DeepSpeed was asked for, and accelerate leaves it out on a CPU: take use_cpu out of its configuration "
                 "(ACCELERATE_USE_CPU), with which it would run DDP."
             )
+        if accelerator.deepspeed_plugin.zero3_init_flag:
+            raise RecipeError(
+                "zero3_init_flag: a model that is loaded in parts cannot be patched, warm started or converted; set it "
+                "to false in accelerate's configuration (ACCELERATE_DEEPSPEED_ZERO3_INIT)."
+            )
+        unset_hf_deepspeed_config()  # by which Transformers would load models in parts all the same
         self.config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
         self.stage = int(self.config["zero_optimization"]["stage"])
         self.sharded = self.stage == 3
