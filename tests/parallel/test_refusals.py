@@ -1,0 +1,159 @@
+"""What an engine would drop is an error by name, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from pe_patch import patch_model
+from pe_patch.errors import NoEffectError, UnsupportedError
+from pe_patch.parallel import ulysses_of
+from recipes.engines import choose_engine, deep_speed
+from recipes.engines.context_parallel import refuse_under_context_parallel
+from recipes.engines.deep_speed import DeepSpeed, refuse_under_ulysses
+from recipes.engines.fully_shard import FullyShard
+from recipes.recipe import Data, Distill, Model, Phase, Pose, Recipe, RecipeError
+
+from ..models import build
+from .launch import on_processes
+
+RECIPE = Recipe(output="x", phases=[Phase(length=64, batch=2)])
+
+
+def patched(scheme: str = "alibi", family: str = "llama", **options: Any) -> Any:
+    return patch_model(build(family), scheme, **options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts", "told"),
+    [
+        (RECIPE, 3, "4 heads among 3"),
+        (replace(RECIPE, distill=Distill()), 2, "distill"),
+        (replace(RECIPE, phases=[Phase(length=65, batch=2)]), 2, r"length=65"),
+        (replace(RECIPE, model=Model(shifted_groups=4)), 2, "shifted_groups"),
+    ],
+)
+def test_under_ulysses(recipe, parts, told):
+    with pytest.raises(RecipeError, match=told):
+        refuse_under_ulysses(recipe, patched(), parts)
+
+
+def test_models_that_ulysses_would_get_wrong():
+    with pytest.raises(RecipeError, match=r"scheme: \{name: rope\}"):
+        refuse_under_ulysses(RECIPE, build("llama"), 2)
+    with pytest.raises(RecipeError, match="interface that Ulysses stands in"):
+        refuse_under_ulysses(RECIPE, patched("alibi", "bloom"), 2)
+    with pytest.raises(RecipeError, match="neither eager nor flex"):
+        refuse_under_ulysses(RECIPE, patched("alibi", backend="eager"), 2)
+    ids = torch.randint(1, 90, (4, 32))
+    with pytest.raises(RecipeError, match="latents"):
+        refuse_under_ulysses(RECIPE, patched("mla", kv_rank=16, calibration=ids), 2)
+    refuse_under_ulysses(RECIPE, patched(), 4)
+
+
+CP = replace(RECIPE, data=Data(boundaries=False))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "recipe", "told"),
+    [
+        ("alibi", {}, CP, "alibi acts at the scores"),
+        ("dynamic_ntk", {}, CP, "dynamic_ntk acts at the scores"),
+        ("self_extend", {"group": 2, "window": 4}, CP, "self_extend acts at the scores"),
+        ("yarn", {"factor": 2.0}, RECIPE, "data.boundaries"),
+        ("yarn", {"factor": 2.0}, replace(CP, distill=Distill()), "distill"),
+        ("yarn", {"factor": 2.0}, replace(CP, phases=[Phase(length=64, batch=2, pose=Pose(target=128))]), "pose"),
+        ("yarn", {"factor": 2.0}, replace(CP, phases=[Phase(length=66, batch=2)]), "4 equal pieces"),
+        ("yarn", {"factor": 2.0, "backend": "eager"}, CP, "sdpa alone"),
+    ],
+)
+def test_under_context_parallelism(scheme, options, recipe, told):
+    with pytest.raises(RecipeError, match=told):
+        refuse_under_context_parallel(recipe, patched(scheme, **options), 2)
+
+
+def test_context_parallelism_takes_static_rotations():
+    refuse_under_context_parallel(CP, patched("yarn", factor=2.0), 2)
+    refuse_under_context_parallel(CP, build("llama"), 2)
+
+
+def test_fully_shard_says_what_it_is_and_takes_no_mixed_precision(capsys):
+    engine = FullyShard(SimpleNamespace(print=print, distributed_type=DistributedType.MULTI_CPU, num_processes=2))
+    assert "fully_shard" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="mixed_precision=bf16"):
+        engine.refuse(replace(RECIPE, mixed_precision="bf16"), build("llama"))
+    with pytest.raises(RecipeError, match="quantization"):
+        engine.refuse(replace(RECIPE, model=Model(quantization="nf4")), build("llama"))
+
+
+def deepspeed(**changes: Any) -> Any:
+    plugin = SimpleNamespace(zero3_init_flag=False, deepspeed_config={"zero_optimization": {"stage": 3}})
+    told = {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": plugin, "parallelism_config": None}
+    return SimpleNamespace(**{**told, **changes})
+
+
+def test_deepspeed_that_accelerate_left_out():
+    with pytest.raises(RecipeError, match="use_cpu"):
+        DeepSpeed(deepspeed(distributed_type=DistributedType.MULTI_CPU))
+    plugin = SimpleNamespace(zero3_init_flag=True)
+    with pytest.raises(RecipeError, match="zero3_init_flag"):
+        DeepSpeed(deepspeed(deepspeed_plugin=plugin))
+    with pytest.raises(RecipeError, match="4 bits"):
+        DeepSpeed(deepspeed()).refuse(replace(RECIPE, model=Model(quantization="nf4")), build("llama"))
+
+
+def test_rows_are_told_to_ulysses():
+    shapes = {f"required_{name}_shape": torch.Size([1, 1, 4, 8]) for name in ("query", "key_value", "context")}
+    ulysses = SimpleNamespace(batch_size=1, **shapes)
+    deep_speed.tell_rows(ulysses, 3)
+    assert ulysses.batch_size == 3 and ulysses.required_key_value_shape == (1, 3, 4, 8)
+
+
+def test_attention_that_something_unknown_stands_before(monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = patched()
+    ids = torch.randint(1, 90, (1, 8))
+    model(ids)
+    assert ulysses_of("pe_sdpa") is None
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "pe_sdpa", lambda *a, **k: None)
+    with pytest.raises(NoEffectError, match="Something other than DeepSpeed's Ulysses"):
+        model(ids)
+
+
+def test_attention_whose_masks_context_parallelism_takes_away():
+    from accelerate.big_modeling import _attach_context_parallel_hooks
+
+    model, rotary = patched("t5"), patched("yarn", factor=2.0)
+    for one in (model, rotary):
+        _attach_context_parallel_hooks(one)
+    ids = torch.randint(1, 90, (1, 8))
+    rotary(ids)
+    with pytest.raises(UnsupportedError, match="Context parallelism"):
+        model(ids)
+
+
+def launched(**environment: str) -> str:
+    try:
+        return choose_engine().describe()
+    except RecipeError as error:
+        return str(error)
+
+
+def by_itself() -> str:
+    """As a script that nothing launched."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    return launched()
+
+
+def test_what_was_launched():
+    # Plain torchrun, where accelerate would see no processes.
+    assert all("2 x cpu" in one for one in on_processes(2, launched, {"ACCELERATE_USE_CPU": "false"}))
+    assert "one process" in on_processes(1, by_itself, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})[0]
