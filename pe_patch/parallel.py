@@ -77,7 +77,9 @@ def sequence_of(implementation: str, host: str) -> Sequence | None:
             f"Something other than DeepSpeed's Ulysses has replaced the attention function {implementation!r} "
             f"({function!r}), and what it does with masks and positions is not known."
         )
-    return Sequence(ulysses.process_group, ulysses.sp_rank, ulysses.world_size, not ulysses.disable_in_eval)
+    return Sequence(
+        ulysses.process_group, ulysses.sp_rank, ulysses.world_size, not getattr(ulysses, "disable_in_eval", False)
+    )
 
 
 def ulysses_of(implementation: str) -> Any:

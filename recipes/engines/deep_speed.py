@@ -65,6 +65,11 @@ class DeepSpeed(Engine):
     def refuse(self, recipe: Any, model: nn.Module) -> None:
         if recipe.model.quantization is not None and self.stage == 3:
             raise RecipeError("model.quantization: ZeRO-3 shards numbers, and weights of 4 bits are none; use DDP.")
+        if recipe.mixed_precision == "bf16" and self.stage == 0:
+            raise RecipeError(
+                "mixed_precision=bf16: DeepSpeed's optimiser for zero_stage 0 leads elsewhere than those of its other "
+                "stages, which agree with DDP; set zero_stage to 1 or more."
+            )
         if self.parts > 1:
             refuse_under_ulysses(recipe, model, self.parts)
 

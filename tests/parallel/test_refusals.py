@@ -106,6 +106,9 @@ def test_deepspeed_that_accelerate_left_out():
         DeepSpeed(deepspeed(deepspeed_plugin=plugin))
     with pytest.raises(RecipeError, match="4 bits"):
         DeepSpeed(deepspeed()).refuse(replace(RECIPE, model=Model(quantization="nf4")), build("llama"))
+    plugin = SimpleNamespace(zero3_init_flag=False, deepspeed_config={"zero_optimization": {"stage": 0}})
+    with pytest.raises(RecipeError, match="zero_stage to 1"):
+        DeepSpeed(deepspeed(deepspeed_plugin=plugin)).refuse(replace(RECIPE, mixed_precision="bf16"), build("llama"))
 
 
 def test_rows_are_told_to_ulysses():
