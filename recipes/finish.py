@@ -26,6 +26,9 @@ def finish(trainer: Trainer) -> Any:
     if accelerator.is_main_process:
         if anew:
             model, weights = _merged_anew(trainer, model, weights), None
+        if weights is not None:  # gathered, tied weights are no longer the same tensor
+            tied = getattr(model, "all_tied_weights_keys", {})
+            weights = {name: tensor for name, tensor in weights.items() if name not in tied}
         folder = trainer.output / "model"
         model.save_pretrained(folder, state_dict=weights)
         trainer.tokenizer.save_pretrained(folder)

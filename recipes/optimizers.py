@@ -30,7 +30,7 @@ def build_optimizer(groups: list[dict[str, Any]], wanted: Optimizer, *, sharded:
 
 
 def _adamw(groups: list[dict[str, Any]], wanted: Optimizer, sharded: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, betas=wanted.betas)
+    return torch.optim.AdamW(groups, lr=0.0, betas=wanted.betas, fused=True)
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], wanted: Optimizer, sharded: bool) -> torch.optim.Optimizer:

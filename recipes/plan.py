@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LAYER = 17
 """Numbers that a layer keeps for its backward pass, for each token and each of the hidden dimensions, where attention
 keeps no scores (Korthikanti et al. 2022, arXiv 2205.05198, equation 1: 34 bytes in two-byte numbers)."""
+WIDE = 160
+"""Characters of a line where nothing says how wide the screen is."""
 MOMENTS = {"adamw": 8, "adamw_8bit": 2}
 """Bytes of the optimiser's state for each trained number."""
 
@@ -114,6 +116,8 @@ def show(trainer: Trainer) -> None:
     """Print steps, tokens, the mix, the memory of each device and the time, from a step that is run for each phase."""
     recipe, main = trainer.recipe, trainer.accelerator.is_main_process
     console = Console(quiet=not main)
+    if not console.is_terminal:
+        console = Console(quiet=not main, width=WIDE)
     parameters = list(trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in parameters)

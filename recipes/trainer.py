@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
+from pe_patch.export import check_export
 from pe_patch.text import load_documents
 
 from . import finish, plan
@@ -105,6 +106,8 @@ class Trainer:
         warm_start = self.tokens(None if scheme is None else scheme.warm_start_tokens)
         self.model = with_scheme(self.model, recipe, calibration, warm_start, device)
         self.engine.refuse(recipe, self.model)
+        for target in recipe.export:
+            check_export(self.model, target)
         self.teacher = None if recipe.distill is None else build_teacher(recipe, self.model, device)
 
     def tokens(self, count: int | None) -> list[list[int]]:
