@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import PePatchError, unknown
 from ..join import Patch
 from ..patch import find_patch
+from ..resolve import unwrap
 from . import llamacpp, sglang, transformers4, vllm
 from .checkpoint import SERVING_FILES, Writer
 from .checkpoint import read_commands as read_commands
@@ -38,17 +39,12 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
     Raises:
         UnsupportedError: where the target cannot express the scheme; nothing is written then.
     """
-    if target not in TARGETS:
-        raise unknown("export target", target, TARGETS)
     if not isinstance(model, PreTrainedModel):
         raise PePatchError(
             f"Export takes the model itself, not {type(model).__name__} round it: merge_and_unload() a PEFT model, "
             "unwrap a prepared or compiled one."
         )
-    patch = find_patch(model)
-    if patch is None:
-        raise PePatchError("This model carries no patch; save_pretrained is all it needs.")
-    write = TARGETS[target](model, patch)
+    write = check_export(model, target)
     folder = Path(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -59,6 +55,19 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
         for file in os.listdir(temporary):
             shutil.move(os.path.join(temporary, file), folder / file)
     return folder
+
+
+def check_export(model: Any, target: str) -> Writer:
+    """What writes an export to `target`; whatever stands against it is raised now, and nothing is written yet.
+
+    Here a model may be wrapped (PEFT, accelerate): what it will be once it is merged is what counts.
+    """
+    if target not in TARGETS:
+        raise unknown("export target", target, TARGETS)
+    patch = find_patch(model)
+    if patch is None:
+        raise PePatchError("This model carries no patch; save_pretrained is all it needs.")
+    return TARGETS[target](unwrap(model), patch)
 
 
 def _deepseek(model: PreTrainedModel, patch: Patch) -> Writer:
