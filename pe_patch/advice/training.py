@@ -56,13 +56,13 @@ RECIPES: tuple[TrainingRecipe, ...] = (
         ("linear",), "LongLoRA: Chen et al. 2023, arXiv 2309.12307",
         "Llama-2 to 8,192 up to 100,000 tokens on RedPajama",
         sequences=64, steps=1000, learning_rate=2e-5, schedule="constant", warmup=20, weight_decay=0.0,
-        note="adapters of rank 8, embeddings and norms in full, its attention in shifted groups is not in the recipe",
+        note="adapters of rank 8, embeddings and norms in full, shifted groups while training: recipes/configs/longlora_8b_32k.yaml",
     ),
     TrainingRecipe(
         ("linear", "ntk", "yarn"), "PoSE: Zhu et al. 2023, arXiv 2309.10400",
         "windows of 2,048 tokens, their positions skipping up to 16,384 and to 131,072",
         sequences=64, steps=1000, learning_rate=2e-5, warmup=10, window="original",
-        note="memory and time of the original window; the recipe does not skip positions yet",
+        note="memory and time of the original window; recipes/configs/pose_7b_32k.yaml",
     ),
     TrainingRecipe(
         ("longrope", "ntk", "yarn"), "LongRoPE2: Shang et al. 2025, arXiv 2502.20082",
