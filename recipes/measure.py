@@ -29,9 +29,14 @@ class Measure:
         self.last: int | None = None
         self.lengths = self.wanted.lengths
 
+    def settle(self, model: Any) -> None:
+        """Choose the lengths where the recipe names none; `model` is as it was loaded."""
+        from pe_patch.evaluation.subject import windows
+
+        self.lengths = self.lengths or sorted({windows(model)[0] or self.target, self.target})
+
     def original(self, model: Any) -> None:
         """Measure the model as it was loaded, if so asked; kept until there is a log."""
-        self._choose_lengths(model)
         if self.wanted.every and self.wanted.original:
             if self.engine.accelerator.is_main_process:
                 rows = self._rows(model.to(self.engine.accelerator.device))
@@ -58,11 +63,6 @@ class Measure:
         """Measure what came out, unless that was just done."""
         if self.wanted.every and self.last != step:
             self.during(model, log, step)
-
-    def _choose_lengths(self, model: Any) -> None:
-        from pe_patch.evaluation.subject import windows
-
-        self.lengths = self.lengths or sorted({windows(model)[0] or self.target, self.target})
 
     def _rows(self, model: Any) -> Iterator[dict[str, Any]]:
         # Imported late: it brings plotting and metrics along, which a run that never evaluates has no use for.

@@ -99,6 +99,7 @@ class Trainer:
         self.progress = Progress()
         self.measure = Measure(recipe, self.engine, self.tokenizer, lambda: self._documents("test"))
         self.model = load_model(recipe, self.tokenizer)
+        self.measure.settle(self.model)
         if self.checkpoint is None and not recipe.dry_run:
             self.measure.original(self.model)
         scheme, device = recipe.scheme, self.accelerator.device
