@@ -44,8 +44,8 @@ class TileBias:
         raise NotImplementedError
 
     def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> Tensor | None:
-        """Take the scores' gradient: `skewed` `[sequences, rows, width]` has one diagonal of the tile in each column, and
-        `slope` `[sequences, rows, keys]` is the tile, a view of it. What the gradient of the queries gains,
+        """Take the scores' gradient: `skewed` `[sequences, rows, width]` has one diagonal of the tile in each column,
+        and `slope` `[sequences, rows, keys]` is the tile, a view of it. What the gradient of the queries gains,
         `[sequences, rows, head]`, or None."""
         raise NotImplementedError
 
