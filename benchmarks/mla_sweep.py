@@ -38,7 +38,7 @@ from recipes import trainer as training
 from recipes.reading import load_recipe
 from recipes.recipe import Recipe
 
-RECIPE = Path(training.__file__).parent / "configs" / "mla_heal_demo.yaml"
+RECIPE = Path(training.__file__).parent / "configs" / "tiny_mla_heal.yaml"
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 KINDS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},

@@ -121,7 +121,7 @@ def _commands() -> Iterator[str]:
     yield "```bash"
     yield "pe-patch convert MODEL --to mla --cache-ratio 1/4 --out converted     # measured before and after"
     yield "pe-patch convert MODEL --to mla --sweep --output sweep                # methods and sizes, no training"
-    yield "accelerate launch recipes/finetune.py recipes/configs/mla_heal_demo.yaml   # transmla at 1/4, healed"
+    yield "accelerate launch recipes/finetune.py recipes/configs/tiny_mla_heal.yaml   # transmla at 1/4, healed"
     yield "python benchmarks/mla_sweep.py                                        # this page"
     yield "```"
 

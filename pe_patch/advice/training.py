@@ -56,7 +56,7 @@ RECIPES: tuple[TrainingRecipe, ...] = (
         ("linear",), "LongLoRA: Chen et al. 2023, arXiv 2309.12307",
         "Llama-2 to 8,192 up to 100,000 tokens on RedPajama",
         sequences=64, steps=1000, learning_rate=2e-5, schedule="constant", warmup=20, weight_decay=0.0,
-        note="adapters of rank 8, embeddings and norms in full, shifted groups while training: recipes/configs/longlora_8b_32k.yaml",
+        note="adapters of rank 8, embeddings and norms in full, shifted groups: recipes/configs/longlora_8b_32k.yaml",
     ),
     TrainingRecipe(
         ("linear", "ntk", "yarn"), "PoSE: Zhu et al. 2023, arXiv 2309.10400",

@@ -95,7 +95,7 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
     found = convert_model(model, material, settings)
     notes = [
         f"Calibrated on {material.calibrated_on}.",
-        "What a conversion loses comes back in a short training: recipes/configs/mla_heal_demo.yaml shows one.",
+        "What a conversion loses comes back in a short training: recipes/configs/tiny_mla_heal.yaml shows one.",
     ]
     if request.out is not None:
         save(model, tokenizer, request.out)
