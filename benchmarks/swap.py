@@ -59,6 +59,7 @@ WINDOW = {"original_max_position_embeddings": LENGTH}
 """BLOOM's config does not say it."""
 RUNS = {
     "rope (original)": Run("demo", None),
+    "rope, trained on": Run("demo", "rope"),
     "alibi": Run("demo", "alibi"),
     "alibi, warm": Run("demo", "alibi", warm=True),
     "t5": Run("demo", "t5"),
@@ -66,6 +67,7 @@ RUNS = {
     "kerple": Run("demo", "kerple"),
     "kerple, warm": Run("demo", "kerple", warm=True),
     "bloom: alibi (original)": Run("bloom", None),
+    "bloom: alibi, trained on": Run("bloom", "alibi"),
     "bloom: rope": Run("bloom", "rope", options=WINDOW),
     "bloom: rope, theta 100": Run("bloom", "rope", options={"theta": 100.0, **WINDOW}),
     "bloom: rope beside alibi": Run("bloom", "rope", options={"keep_native": True, **WINDOW}),

@@ -79,6 +79,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _looks(run: dict[str, Any]) -> dict[str, str]:
+    """What a run's line is told by: colour and dashes."""
+    name = run["run"].removeprefix("bloom: ")
+    return {"positions": name.removesuffix(", warm"), "start": "warm start" if run["warm"] else "as it starts"}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """A PNG: loss and retrieval by step, one row of panels for each base."""
     import altair as alt
@@ -88,11 +94,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels = []
     for base in TITLES:
         own = [run for run in result["runs"] if run["base"] == base]
-        points = [
-            {**point, "run": run["run"].removeprefix("bloom: "), "seed": run["seed"]}
-            for run in own
-            for point in run["curve"]
-        ]
+        points = [{**point, **_looks(run), "seed": run["seed"]} for run in own for point in run["curve"]]
         start = original(result["runs"], base, 0)
         for measure, unit in (("loss", "nats per token"), ("retrieval", "share answered")):
             if not points:
@@ -101,7 +103,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             lines = alt.Chart(data(points)).mark_line(point=alt.OverlayMarkDef(size=14))
             panel: Any = lines.encode(
                 x=alt.X("step:Q", title="step"), y=alt.Y(f"{measure}:Q", title=unit, scale=scale),
-                color=alt.Color("run:N", title=None), detail="seed:N",
+                color=alt.Color("positions:N", title=None), strokeDash=alt.StrokeDash("start:N", title=None),
+                detail="seed:N",
             )  # fmt: skip
             if start is not None and measure == "loss":
                 bound = alt.Chart(data([{"bound": CLOSE * start["loss"]}])).mark_rule(strokeDash=[4, 3], opacity=0.6)
