@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from . import curve
+from .data import mix_table
 from .plan import duration
 from .recipe import Recipe
 
@@ -122,12 +123,14 @@ def _trained(trainer: Trainer, steps: list[dict[str, Any]]) -> str:
 
 
 def _mix(trainer: Trainer) -> str:
+    head = "| phase | part | text | documents | tokens | share of the sequences | tokens drawn | each seen |"
     rows = [
-        f"| {number} | {name} | {source.source or trainer.recipe.data.source} | {source.kind} | {source.share:g} |"
-        for number, phase in enumerate(trainer.recipe.phases)
-        for name, source in phase.mixture.items()
+        f"| {number} | {row['source']} ({row['kind']}) | {row['text']} | {row['documents']:,} | {row['tokens']:,} | "
+        f"{row['share']:g} | {row['drawn']:,} | {row['times_seen']:g} times |"
+        for number in range(len(trainer.recipe.phases))
+        for row in mix_table(trainer.data(number))
     ]
-    return "\n".join(["| phase | part | source | kind | share |", "| ---: | --- | --- | --- | ---: |", *rows])
+    return "\n".join([head, "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", *rows])
 
 
 def _scores(rows: list[dict[str, Any]]) -> str:

@@ -52,7 +52,7 @@ def test_killed_and_told_to_leave_it_ends_bit_for_bit_where_an_uninterrupted_run
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with started(recipe_file, cut) as first:
-        wait_for_steps(cut, random.randint(1, 12), first)  # a random step; a failure shows the log of both
+        wait_for_steps(cut, random.randint(1, 12), first)
         first.send_signal(signal.SIGKILL)
     with started(recipe_file, cut) as second:
         wait_for_steps(cut, random.randint(16, 24), second)
