@@ -72,7 +72,7 @@ def draw(found: dict[str, Any]) -> bytes:
                 .encode(
                     x=alt.X("tokens:Q", scale=alt.Scale(type="log", base=2), title="tokens", axis=axis),
                     y=alt.Y("value:Q", title=None if measure == "answered" else "nats per token", scale=scale),
-                    color=alt.Color("way:N", sort=ways, title=None),
+                    color=alt.Color("way:N", title=None, scale=alt.Scale(domain=ways, scheme="tableau10")),
                 )
             ).properties(width=300, height=230, title=title)
         )  # fmt: skip
