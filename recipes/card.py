@@ -27,7 +27,7 @@ TEMPLATE = """---
 
 # {{ title }}
 
-{{ model }}, trained{{ scheme }} by pe_patch.
+{{ model }}{% if steps %}, trained{% endif %}{{ scheme }} by pe_patch.
 
 ```python
 {{ loading }}
