@@ -50,6 +50,11 @@ def prepare_quantised(model: Any, recipe: Recipe) -> Any:
     and the scheme's own weights are in float32, and gradients reach the first checkpointed layer."""
     from peft import prepare_model_for_kbit_training
 
+    for module in model.modules():
+        # On a CPU with bfloat16 instructions the first pass in evaluation mode packs the weights for good, and what is
+        # trained after that gets wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=recipe.model.gradient_checkpointing,

@@ -84,7 +84,7 @@ class RoPE2D(GridScheme):
         self.mode, self.theta = mode, float(theta)
         if mode == "mixed":
             self.frequencies = nn.Parameter(self.random_directions())
-            self.per_head = MappingProxyType({"frequencies": 1})
+            self.per_head = {"frequencies": 1}  # a proxy could not be copied with the model
 
     def magnitudes(self) -> Tensor:
         """theta^(-4t / d) for t < d / 4, radians per patch, float32."""

@@ -71,6 +71,7 @@ def model(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """accelerate fixes the precision for the whole process; here every test is a process of its own."""
+    AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
 

@@ -47,8 +47,6 @@ def small(recipe: Recipe, model: Path, text: Path, folder: Path) -> Recipe:
         for source in phase.mixture.values():
             source.needles = (1, 2) if phase.pose is not None else source.needles
             source.source, source.min_length = None, min(source.min_length, phase.length) if source.min_length else None
-    if recipe.model.quantization is not None:
-        recipe.evaluation.every = None  # on a CPU bitsandbytes evaluates matrices of at least 64 columns alone
     recipe.evaluation.lengths = [LONGEST] * bool(recipe.evaluation.every)
     recipe.evaluation.samples = 2
     return recipe

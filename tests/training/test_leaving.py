@@ -23,8 +23,8 @@ from .cases import logged
 
 ROOT = Path(__file__).parents[2]
 TIMING = {"seconds", "tokens_per_second", "memory"}
-LONG = ["phases.0.steps=40", "checkpoints.every=3", "resume=auto", "scheme={name: yarn, options: {factor: 4}}",
-        "evaluation={every: 20, tasks: [perplexity], samples: 2}"]  # fmt: skip
+LONG = ["phases.0.steps=160", "checkpoints.every=5", "resume=auto", "scheme={name: yarn, options: {factor: 4}}",
+        "evaluation={every: 80, tasks: [perplexity], samples: 2}"]  # fmt: skip
 
 
 def started(recipe_file: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -62,14 +62,14 @@ def test_killed_and_told_to_leave_it_ends_bit_for_bit_where_an_uninterrupted_run
         said = second.stderr.read().decode()
     assert "Told to leave at step" in said and "resume=auto" in said
     step = len(logged(cut))
-    assert (cut / f"checkpoints/step-{step:06d}/progress.json").is_file() and step < 40
+    assert (cut / f"checkpoints/step-{step:06d}/progress.json").is_file() and step < 160
     for output in (cut, whole):
         train(load_recipe(recipe_file, [f"output={output}", *LONG]))
-    assert curve(cut) == curve(whole) and len(curve(cut)) == 40
+    assert curve(cut) == curve(whole) and len(curve(cut)) == 160
     measured = [
         [(row["step"], row["measure"], row["score"]) for row in logged(output, "evaluation")] for output in (cut, whole)
     ]
-    assert measured[0] == measured[1] and {row[0] for row in measured[0]} == {20, 40}
+    assert measured[0] == measured[1] and {row[0] for row in measured[0]} == {80, 160}
     ours, theirs = (load_file(output / "model/model.safetensors") for output in (cut, whole))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 

@@ -127,7 +127,7 @@ def train(settings: Settings, training: Training, contender: Contender, folder: 
         resume="auto",
         progress=False,
     )
-    parts.check(recipe, str(training.recipe))
+    importlib.import_module(f"{script.__package__}.reading").check(recipe, str(training.recipe))
     return script.train(recipe)
 
 
