@@ -85,7 +85,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.output, self.folder = recipe, Path(recipe.output), Path(recipe.output) / "checkpoints"
         self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
-        self.signal = Signal()
+        self.signal, self.leaving = Signal(), False
         self.trackers = _trackers(recipe)
         self.engine = choose_engine(
             mixed_precision=recipe.mixed_precision, log_with=self.trackers or None, project_dir=recipe.output
@@ -241,7 +241,7 @@ class Trainer:
                 objective, score = self._score(one, phase)
                 engine.backward(objective / targets.clamp(min=1).to(objective.dtype))
             sums += torch.stack([value.double() for value in score])
-        self.signal.came = bool(told)
+        self.leaving = bool(told)  # not the flag itself, which a signal may have set in the meantime
         loss, correct, divergence = engine.reduce(sums)
         return Sums(loss, correct, divergence, targets)
 
@@ -295,9 +295,9 @@ class Trainer:
         every = recipe.checkpoints.every
         if recipe.evaluation.every and step % recipe.evaluation.every == 0:
             self.measure.during(self.model, self.log, step)
-        if (every and step % every == 0) or self.signal.came:
+        if (every and step % every == 0) or self.leaving:
             saved = save_checkpoint(self.engine, self.folder, self.progress, recipe)
-            if self.signal.came:
+            if self.leaving:
                 raise Left(f"Told to leave at step {step}, after saving {saved}. Give resume=auto to go on from there.")
 
     def _documents(self, split: Literal["train", "test"]) -> list[str]:
