@@ -39,8 +39,9 @@ def markdown(result: dict[str, Any]) -> str:
         "per token on the same last 128 tokens of 64 places in held-out files, 128 tokens before them. Retrieval: "
         "share of 65 questions about 8 facts hidden in held-out text. Back: the first measured step, every 25, from "
         "which on the loss stays within 2 % of the original's. Warm: after `pe_patch.warm_start` on 16,384 tokens of "
-        "the training text, without hidden facts, before any step. The original is measured and not trained on: a "
-        "model that was not done learning gets better for that reason too, the BLOOM above all.",
+        "the training text, without hidden facts, before any step. `trained on` is the model's own scheme "
+        "under the same training: a model that was not done learning gets better for that reason too, the BLOOM above "
+        "all.",
         "",
         f"`python benchmarks/swap.py`, float32, {host['threads']} thread of {host['cpu']}, shared with other work: "
         f"{minutes:.0f} minutes of processor time in all, evaluation included; torch {host['torch']}, transformers "
@@ -103,7 +104,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             lines = alt.Chart(data(points)).mark_line(point=alt.OverlayMarkDef(size=14))
             panel: Any = lines.encode(
                 x=alt.X("step:Q", title="step"), y=alt.Y(f"{measure}:Q", title=unit, scale=scale),
-                color=alt.Color("positions:N", title=None), strokeDash=alt.StrokeDash("start:N", title=None),
+                color=alt.Color("positions:N", title=None, scale=alt.Scale(scheme="tableau10")),
+                strokeDash=alt.StrokeDash("start:N", title=None),
                 detail="seed:N",
             )  # fmt: skip
             if start is not None and measure == "loss":
