@@ -268,7 +268,7 @@ class Trainer:
         saved = complete_checkpoints(self.folder)
         kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
         raise TrainingError(
-            f"Step {self.progress.step + 1}: {found}; nothing was updated. {kept} Try a smaller learning_rate, a "
+            f"Step {self.progress.step + 1}: {found}; nothing of it was saved. {kept} Try a smaller learning_rate, a "
             "longer warmup, or mixed_precision=no."
         )
 
