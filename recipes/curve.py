@@ -28,15 +28,7 @@ def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
     mean = base.mark_line().encode(x=x, y=alt.Y("mean:Q", title="nats per token"))
     panels: list[Any] = [alt.layer(dots, mean).properties(width=400, height=230, title="training loss")] * bool(steps)
     for title, losses in (("held-out loss", True), ("held-out score", False)):
-        found = [
-            {
-                "step": row["step"],
-                "score": row["score"],
-                "kind": f"{row['task']}, {row['length']:,} tokens" + (" (original)" if row["original"] else ""),
-            }
-            for row in rows
-            if is_loss(row["measure"]) is losses and row["depth"] is None
-        ]
+        found = _measured([row for row in rows if is_loss(row["measure"]) is losses])
         if found:
             scale = alt.Scale(zero=False) if losses else alt.Scale(domain=[0, 1])
             panels.append(
@@ -47,6 +39,18 @@ def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
                 ).properties(width=400, height=230, title=title)
             )
     return Chart("curve", "Training", tuple(panels), columns=min(len(panels), 2)).png()
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One point for each step, length and task: its first measure, all depths together."""
+    first: dict[str, str] = {}
+    scores: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        measure = row["measure"].partition(", depth")[0]
+        if first.setdefault(row["task"], measure) == measure:
+            kind = f"{row['task']}, {row['length']:,}" + (", original" if row["original"] else "")
+            scores.setdefault((row["step"], kind), []).append(row["score"])
+    return [{"step": step, "kind": kind, "score": sum(of) / len(of)} for (step, kind), of in scores.items()]
 
 
 def _mean(steps: list[dict[str, Any]]) -> float:
