@@ -78,7 +78,7 @@ def refuse_what_cannot_fit(trainer: Trainer) -> None:
     if device.type == "cpu":
         free //= engine.local_world
     for number, phase in enumerate(recipe.phases):
-        need = needed(model, recipe, phase, groups=engine.data_world, parts=engine.sequence_parts, shards=engine.shards)
+        need = needed(model, recipe, phase, groups=engine.data_world, parts=engine.parts, shards=engine.shards)
         if need.total + weights > free:
             raise RecipeError(
                 f"phases.{number}: {phase.length:,} tokens do not fit: by arithmetic a step takes "

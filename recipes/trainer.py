@@ -249,7 +249,7 @@ class Trainer:
         """What is minimised, and its parts: the model's predictions against the text and, with `distill`, against the
         teacher's."""
         # A part of a sequence must know where it stands, even where nothing else asks for positions.
-        placed = self.recipe.data.boundaries or self.engine.sequence_parts > 1
+        placed = self.recipe.data.boundaries or self.engine.parts > 1
         given = model_inputs(inputs, boundaries=placed, skips=phase.pose is not None)
         with offload_activations() if self.recipe.model.activation_offload else nullcontext():
             return self.scorer(

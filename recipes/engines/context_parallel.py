@@ -29,20 +29,8 @@ class ContextParallel(Engine):
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
-        self.parts: int = accelerator.parallelism_config.cp_size
+        self.parts = accelerator.parallelism_config.cp_size
         self.waiting: deque[dict[str, Tensor]] = deque()
-
-    @property
-    def sequence_parts(self) -> int:
-        return self.parts
-
-    @property
-    def data_rank(self) -> int:
-        return self.accelerator.process_index // self.parts
-
-    @property
-    def data_world(self) -> int:
-        return self.accelerator.num_processes // self.parts
 
     def refuse(self, recipe: Any, model: nn.Module) -> None:
         refuse_under_context_parallel(recipe, model, self.parts)

@@ -39,20 +39,8 @@ class DeepSpeed(Engine):
         self.stage = int(self.config["zero_optimization"]["stage"])
         self.sharded = self.stage == 3
         parallelism = accelerator.parallelism_config
-        self.parts: int = parallelism.sp_size if parallelism is not None else 1
+        self.parts = parallelism.sp_size if parallelism is not None else 1
         self.last = True
-
-    @property
-    def sequence_parts(self) -> int:
-        return self.parts
-
-    @property
-    def data_rank(self) -> int:
-        return self.accelerator.process_index // self.parts
-
-    @property
-    def data_world(self) -> int:
-        return self.accelerator.num_processes // self.parts
 
     @property
     def shards(self) -> int:

@@ -15,8 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-IGNORED = -100
-"""The label of a token that is no target, as PyTorch and Transformers have it."""
+from ..data import IGNORED
 
 
 class Engine:
@@ -25,6 +24,8 @@ class Engine:
     name = "accelerate"
     sharded = False
     """Whether a process holds only a part of the weights, so that all must run every forward together."""
+    parts = 1
+    """Into how many processes' parts a sequence is cut."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
@@ -35,17 +36,12 @@ class Engine:
     @property
     def data_rank(self) -> int:
         """Which of the groups of processes that see different sequences this one belongs to."""
-        return self.accelerator.process_index
+        return self.accelerator.process_index // self.parts
 
     @property
     def data_world(self) -> int:
         """How many such groups there are."""
-        return self.accelerator.num_processes
-
-    @property
-    def sequence_parts(self) -> int:
-        """Into how many processes' parts a sequence is cut."""
-        return 1
+        return self.accelerator.num_processes // self.parts
 
     @property
     def shards(self) -> int:
