@@ -29,6 +29,7 @@ def attend(
     scaling: float | None,
     dropout: float = 0.0,
     positions: Positions | None,
+    cached: bool | None = None,
     **extra: Any,
 ) -> Output:
     """Attention of one layer under the scheme that was bound to it; Transformers' own where none was."""
@@ -45,6 +46,12 @@ def attend(
             extra["s_aux"] = local_sinks(extra["s_aux"], query, sequence)
     core = Core(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
     scheme = module.__dict__.get("pe_scheme")
+    if cached is False and key.shape[2] > query.shape[2]:
+        raise NoEffectError(
+            f"{type(module).__name__} got {key.shape[2]} keys in a pass over {query.shape[2]} tokens without a cache: "
+            "Transformers handed a cache to the layers that the patched model did not see, so positions would be wrong. "
+            "Run `pe-patch selftest`."
+        )
     if scheme is None:
         shift = module.__dict__.get("pe_shift")
         return core.host(query, key, value, mask) if shift is None else shift(core, query, key, value, mask)
@@ -76,11 +83,12 @@ def _register(backend: Backend) -> None:
         scaling: float | None = None,
         dropout: float = 0.0,
         pe_positions: Positions | None = None,
+        pe_cached: bool | None = None,
         **extra: Any,
     ) -> Output:
         return attend(
             module, query, key, value, attention_mask, backend=backend, scaling=scaling, dropout=dropout,
-            positions=pe_positions, **extra,
+            positions=pe_positions, cached=pe_cached, **extra,
         )  # fmt: skip
 
     interface.pe_backend = backend  # by which what takes its place is told from it

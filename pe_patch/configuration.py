@@ -40,6 +40,15 @@ def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -
         ) from error
 
 
+def cache_specification(config: Any, record: dict[str, Any], kinds: Kinds) -> str:
+    """Return what decides how a patched model encodes the keys that it caches, as JSON."""
+    read = {
+        str(kind): [scheme.shape.rope_theta, scheme.shape.trained_length, scheme.shape.rotary_dim]
+        for kind, scheme in kinds.items()
+    }
+    return json.dumps([config.model_type, record, read], sort_keys=True)
+
+
 def expressible(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, Any]) -> dict[str, Any] | None:
     """The `rope_parameters` (or an empty dict for a family without any) under which plain Transformers computes the
     same logits in one pass, or None if there are none."""

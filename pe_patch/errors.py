@@ -34,6 +34,10 @@ class BeyondWindowError(PePatchError, ValueError):
     """A sequence is longer than the window the model is patched for."""
 
 
+class CacheError(PePatchError, ValueError):
+    """A cache whose keys do not fit the model's scheme, or whose positions are lost."""
+
+
 class CheckpointError(PePatchError, OSError):
     """A folder that is not a checkpoint, or a checkpoint that does not hold what it claims."""
 

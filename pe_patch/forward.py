@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from . import compat
 from .attention import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from .errors import BeyondWindowError, NoEffectError, UnsupportedError
 from .parallel import Sequence, layer_masks, sequence_of
-from .positions import Positions, document_lengths, from_mask, remember
+from .patching.cache_record import CacheRecord, close_record, key_positions, open_record, slots_of
+from .positions import Positions, document_lengths, from_mask, without_holes
 from .scheme import Scheme
 
 logger = logging.getLogger("pe_patch")
@@ -31,10 +33,19 @@ class Runtime:
     """By which the base model multiplies what it is given as input embeddings."""
     scores: bool
     """Some layer needs the positions of queries and keys at its scores."""
+    rotates_at_scores: bool
+    """The scheme rotates keys that it takes from the cache."""
     carry: Callable[..., dict[str, Any]] | None
     """How positions reach the layers where keywords do not."""
-    arguments: list[str]
+    arguments: tuple[str, ...]
     """Names of the base forward's positional arguments."""
+    cache_argument: str | None
+    """What the base forward calls its cache argument; None for a model that reads images."""
+    head_arguments: tuple[str, ...]
+    head_cache_argument: str | None
+    """The same of the outer model's forward."""
+    specification: str
+    """The scheme, its options and what it read from the model: what a cache must have been filled under."""
     window: int | None
     strict: bool
     warned: bool = field(default=False)
@@ -42,12 +53,14 @@ class Runtime:
     """Height and width of a patch in pixels, for a tower that reads images."""
     keep_native: bool = False
     layers: int = 0
+    carries: bool = True
+    """Keywords given to the base model reach the attention function."""
     whole: str | None = None
     """Why a sequence cannot be split over processes here; None where it can."""
 
 
 def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands before the base model's own forward."""
+    """Find the positions and the cache of one pass, then call the base model's own forward."""
     runtime: Runtime = base.pe_runtime
     for name, value in zip(runtime.arguments, args, strict=False):
         kwargs[name] = value
@@ -57,16 +70,28 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
         kwargs.setdefault("position_ids", handed)
     ids = kwargs.get("input_ids")
     shown = ids if ids is not None else kwargs.get("inputs_embeds")
+    past = compat.take_cache(kwargs, runtime.cache_argument, f"{type(base).__name__}.forward")
     if shown is None:
         return inner(**kwargs)  # the family's own error says it best
-    past = kwargs.get("past_key_values")
-    past_length = past.get_seq_length() if past is not None else 0
     if sequence is not None:
+        past_length = 0 if past is None else past.get_seq_length()
         return inner(**_before_ulysses(base, runtime, sequence, shown, past_length, kwargs))
+    past = _open_cache(base, runtime, past, kwargs)
+    past_length = 0 if past is None else past.get_seq_length()
     _check_window(runtime, shown.shape[1], past_length, kwargs.get("position_ids"))
-    if runtime.embeds or runtime.scores or runtime.carry is not None:
-        kwargs = _with_positions(base, runtime, shown, past_length, kwargs)
-    return inner(**kwargs)
+    if past is None:
+        return inner(**_with_positions(base, runtime, shown, past_length, None, None, kwargs))
+    record = open_record(past, runtime.scheme.name, runtime.specification, past_length, runtime.rotates_at_scores)
+    kwargs = _with_positions(base, runtime, shown, past_length, past, record, kwargs)
+    total = past_length + shown.shape[1]  # now: a static cache counts on in the very tensor that it hands out
+    record.open, record.finished = True, False
+    try:
+        output = inner(**kwargs)
+        record.finished = True
+    finally:
+        record.open = False
+    close_record(past, record, total)
+    return output
 
 
 def _before_ulysses(
@@ -87,7 +112,7 @@ def _before_ulysses(
     if explicit.ndim != 2 or not (mask is None or (isinstance(mask, Tensor) and mask.shape == shown.shape[:2])):
         raise UnsupportedError("Under Ulysses position_ids and attention_mask are those of the part, [rows, part].")
     if not (isinstance(past_length, int) and past_length == 0):
-        raise UnsupportedError("Under Ulysses a sequence is read at once: leave past_key_values out.")
+        raise UnsupportedError("Under Ulysses a sequence is read at once: leave the cache out.")
     whole = sequence.whole(explicit.to(shown.device).expand(shown.shape[0], -1))
     padding = None if mask is None else sequence.whole(mask.to(shown.device))
     _check_window(runtime, whole.shape[1], 0, whole)
@@ -106,11 +131,15 @@ def _with_masks(
     """The same for whole sequences, which Ulysses leaves alone but for their masks."""
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     _check_window(runtime, shown.shape[1], past_length, explicit)
-    kwargs = _with_positions(base, runtime, shown, past_length, _open_cache(base, kwargs))
+    past = _open_cache(base, runtime, compat.cache_in(kwargs), kwargs)
+    record = None
+    if past is not None:
+        record = open_record(past, runtime.scheme.name, runtime.specification, past_length)
+        record.open = True  # Ulysses is for training and evaluation: nothing continues this cache elsewhere
+    kwargs = _with_positions(base, runtime, shown, past_length, past, record, kwargs)
     host = torch.arange(shown.shape[1], device=shown.device)[None] + past_length
     at = host if explicit is None else explicit.to(shown.device)
     positions = kwargs.get("pe_positions") or Positions(at, at)
-    past = kwargs.get("past_key_values")
     masks = layer_masks(base, runtime.layers, mask, past, at.expand(shown.shape[0], -1))
     return {**kwargs, "pe_positions": positions._replace(masks=masks)}
 
@@ -146,13 +175,28 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
 
 
 def _with_positions(
-    base: Any, runtime: Runtime, shown: Tensor, past_length: int | Tensor, kwargs: dict[str, Any]
+    base: Any,
+    runtime: Runtime,
+    shown: Tensor,
+    past_length: int | Tensor,
+    past: Any,
+    record: CacheRecord | None,
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
+    """Return the keywords of a pass with what the scheme adds to them: positions, embeddings, or both."""
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if explicit is not None and explicit.ndim != 2:
+    takes_ids = "position_ids" in runtime.arguments
+    acts = runtime.embeds or runtime.scores or runtime.carry is not None
+    if acts and explicit is not None and explicit.ndim != 2:
         raise UnsupportedError(f"position_ids of {explicit.ndim} dimensions (several axes) are not supported here.")
+    host, holes = _host_positions(mask, shown, past_length)
+    if explicit is None and holes and takes_ids:
+        kwargs = {**kwargs, "position_ids": host}
+    if runtime.carries and runtime.carry is None:
+        kwargs = {**kwargs, "pe_cached": past is not None}
+    if not acts:
+        return kwargs
     ranks = _ranks(mask, shown.shape[1], past_length)
-    host = torch.arange(shown.shape[1], device=shown.device)[None] + past_length
     if explicit is not None:
         query = explicit.to(shown.device)
     elif runtime.scheme.shift_invariant or ranks is None:
@@ -162,16 +206,31 @@ def _with_positions(
     if runtime.embeds:
         kwargs = _embedded(base, runtime, query, kwargs)
     if runtime.scores or runtime.carry is not None:  # what carries the positions also keeps packed documents apart
-        kwargs = _open_cache(base, kwargs)
-        past = kwargs.get("past_key_values")
         positions = None
         if runtime.scores:
-            positions = _positions(runtime.scheme, query, ranks, explicit, past_length, past)
+            positions = _positions(runtime.scheme, query, ranks, explicit, past_length, past, record)
         if runtime.carry is None:
-            kwargs["pe_positions"] = positions
+            kwargs = {**kwargs, "pe_positions": positions}
         else:
             kwargs = runtime.carry(base, kwargs, positions, explicit)
     return kwargs
+
+
+def _host_positions(mask: Any, shown: Tensor, past_length: int | Tensor) -> tuple[Tensor, bool]:
+    """Return the positions that the host would make, `[batch | 1, count]`, and whether a mask changed them.
+
+    Masked tokens between real ones are no positions: a row with such a hole gets the positions of the row without it.
+    """
+    count = shown.shape[1]
+    index = torch.arange(count, device=shown.device) + past_length
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # a host may hand one mask for each layer type
+        return index[None], False
+    if isinstance(past_length, int) and mask.shape[1] < past_length + count:
+        return index[None], False
+    at = without_holes(mask.to(shown.device)).index_select(1, index)
+    if not torch.compiler.is_compiling() and bool((at == index).all()):
+        return index[None], False
+    return at, True
 
 
 def _embedded(base: Any, runtime: Runtime, positions: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -194,26 +253,30 @@ def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor
     return from_mask(mask).index_select(1, index)
 
 
-def _open_cache(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Make the cache that the host would make, since the positions of cached keys are remembered on it."""
+def _open_cache(base: Any, runtime: Runtime, past: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the cache of this pass; make the one that the host would make, so that it can be recorded."""
+    if past is not None or runtime.cache_argument is None:
+        return past
     use_cache = kwargs.get("use_cache")
     use_cache = base.config.use_cache if use_cache is None else use_cache
-    checkpointing = getattr(base, "gradient_checkpointing", False) and base.training
-    if use_cache and not checkpointing and kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = DynamicCache(config=base.config)
-    return kwargs
+    if not use_cache or compat.checkpoints_layers(base):
+        return None
+    kwargs[runtime.cache_argument] = DynamicCache(config=base.config)
+    return kwargs[runtime.cache_argument]
 
 
 def _positions(
-    scheme: Scheme, query: Tensor, ranks: Tensor | None, explicit: Tensor | None, past_length: int | Tensor, past: Any
+    scheme: Scheme,
+    query: Tensor,
+    ranks: Tensor | None,
+    explicit: Tensor | None,
+    past_length: int | Tensor,
+    past: Any,
+    record: CacheRecord | None,
 ) -> Positions:
-    slots = None
-    if past is not None and getattr(past, "is_compileable", False):
-        whole = [layer.get_max_length() for layer in past.layers if not layer.is_sliding]
-        slots = max(whole, default=None)  # where every layer slides, no layer's size is the length of the sequence
     count = query.shape[1]
     fresh = past is None or (count > 1 and bool(past_length == 0))
-    key = query if past is None else remember(past, query, past_length, slots)
+    key = query if record is None else key_positions(past, record, query, past_length)
     length = None
     if scheme.length_dependent:
         if not fresh:
@@ -224,8 +287,11 @@ def _positions(
             length = (ranks[:, -1:] + 1).expand(-1, count)
         else:
             length = count
-    filled = None if slots is None else past_length + count
-    positions = Positions(query, key, length, fresh, filled)
+        if fresh and record is not None and not torch.compiler.is_compiling():
+            longest = length if isinstance(length, int) else int(length.max())
+            record.least = count if longest > cast(Any, scheme).regime_start else 0
+    filled = None if past is None or slots_of(past) is None else past_length + count
+    positions = Positions(query, key, length, fresh, filled, past is not None)
     return positions._replace(prepared=scheme.prepare(positions))
 
 
@@ -262,15 +328,19 @@ CUT = ("input_ids", "position_ids")
 
 
 def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands before the forward of a head whose scheme follows the length.
+    """Read a prompt and guesses at its continuation in two passes, under a scheme that follows the length.
 
     Assisted and prompt-lookup generation read the prompt and the first guesses in one pass over an empty cache. The
     length that counts is the prompt's, so it is read by itself, as in plain generation.
     """
-    ids, past, kept = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+    runtime: Runtime = head.pe_base.pe_runtime
+    for name, value in zip(runtime.head_arguments, args, strict=False):
+        kwargs[name] = value
+    past = compat.take_cache(kwargs, runtime.head_cache_argument, f"{type(head).__name__}.forward")
+    ids, kept = kwargs.get("input_ids"), kwargs.get("logits_to_keep")
     guesses = kept - 1 if type(kept) is int else 0
     if guesses < 1 or past is None or ids is None or past.get_seq_length() > 0 or not kwargs.get("return_dict", True):
-        return inner(*args, **kwargs)
+        return inner(**kwargs)
 
     def read(start: int, stop: int, keep: int) -> Any:
         part = {name: kwargs[name][:, start:stop] for name in CUT if kwargs.get(name) is not None}

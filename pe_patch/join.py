@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import resolve
+from . import compat, resolve
 from .adapters import Adapter
 from .attention import Backend, backend_for, check_backend
-from .configuration import Kinds, config_swaps, record_of, save_foreign, saves_foreign
+from .configuration import Kinds, cache_specification, config_swaps, record_of, save_foreign, saves_foreign
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
-from .joints import WithoutInner, at_scores, forward_arguments, forward_swaps, native_swaps
+from .joints import WithoutInner, at_scores, forward_swaps, native_swaps
 from .parallel import check_conversion
 from .peft_hooks import head_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
@@ -188,7 +188,7 @@ def _assemble(
     swaps, original = native_swaps(base, adapter, own, plan, given["keep_native"])
     taken: list[Swap] = []
     if modules:
-        arguments = forward_arguments(type(attentions[chosen[0]]))
+        arguments = compat.argument_names(type(attentions[chosen[0]]).forward)
         taken, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
         original |= replaced if schemes[0].keep_original else {}
         if hasattr(head, SHAPE_OF_CACHE):
@@ -203,9 +203,12 @@ def _assemble(
         if adapter.forward is not None:
             swaps.append(Swap.of(attention, "pe_config", config, direct=True))
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
-    swaps += forward_swaps(head, base, adapter, schemes[0], plan, scores, given["strict"], given["keep_native"])
-    swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
+    swaps += forward_swaps(
+        head, base, adapter, schemes[0], plan, scores, given["strict"], given["keep_native"],
+        cache_specification(config, record, by_kind),
+    )  # fmt: skip
+    swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
     save = save_foreign if saves_foreign(base, adapter, by_kind, record) else None
     swaps += head_swaps(head, base, save)

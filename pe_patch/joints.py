@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
+from . import compat
 from .adapters import Adapter
 from .adapters.adapter import NoTable, TypedJoint
 from .adapters.vision import no_table
@@ -123,20 +123,30 @@ def forward_swaps(
     scores: list[Scheme | Stacked | None],
     strict: bool,
     keep_native: bool,
+    specification: str,
 ) -> list[Swap]:
     """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
+    cache_argument = None
+    if adapter.tower is None:
+        cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.carry is None)
     runtime = Runtime(
         scheme=scheme,
         embeds=plan.embeds,
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores),
+        rotates_at_scores=plan.turns and plan.at_scores,
         carry=adapter.carry,
-        arguments=list(forward_arguments(type(base))),
+        arguments=compat.argument_names(type(base).forward),
+        cache_argument=cache_argument,
+        head_arguments=compat.argument_names(type(head).forward),
+        head_cache_argument=compat.cache_argument(type(head).forward),
+        specification=specification,
         window=scheme.effective_window,
         strict=strict,
         patch=adapter.tower.patch(base.config) if adapter.tower else None,
         keep_native=keep_native,
         layers=len(adapter.attentions(base)),
+        carries=adapter.carries,
         whole=_why_whole(adapter, scheme),
     )
     agree({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
@@ -168,8 +178,3 @@ def _why_whole(adapter: Adapter, scheme: Scheme) -> str | None:
     if adapter.forward is not None:
         return "this family does not call its attention through the interface that Ulysses stands in"
     return None if adapter.carries else "this family drops the keywords that carry positions and masks to its layers"
-
-
-def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the positional arguments of a class's forward."""
-    return tuple(name for name in list(inspect.signature(cls.forward).parameters)[1:] if name != "kwargs")

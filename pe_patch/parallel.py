@@ -17,17 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import compat
 from .errors import NoEffectError, UnsupportedError
 from .heads import Heads
 
 ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
 CONTEXT_PARALLEL = "_attach_context_parallel_hooks"
 """In the name of the hook by which accelerate takes the masks away from attentions."""
-
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 _SUMMED: Any = WeakIdKeyDictionary()
 """The hook on each parameter whose gradient is summed over the processes that share its heads."""
@@ -107,14 +105,14 @@ def layer_masks(base: Any, layers: int, mask: Tensor | None, past: Any, position
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = [_only_kind(config)] * layers
-    if unknown := set(kinds) - set(MASKS):
+    if unknown := set(kinds) - set(compat.MASK_FUNCTIONS):
         raise UnsupportedError(
             f"Ulysses drops the masks of layers, and how those of {', '.join(sorted(unknown))} look is not known here."
         )
     embeds = torch.empty((*position_ids.shape, 0), dtype=base.dtype, device=position_ids.device)
     made = {
-        kind: MASKS[kind](
-            config=config, inputs_embeds=embeds, attention_mask=mask, past_key_values=past, position_ids=position_ids
+        kind: compat.layer_mask(
+            kind, past, config=config, inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids
         )
         for kind in dict.fromkeys(kinds)
     }

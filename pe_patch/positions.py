@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import PePatchError
+from .errors import NoEffectError
 
 
 class Positions(NamedTuple):
@@ -28,6 +28,8 @@ class Positions(NamedTuple):
     """Whether the cache was empty before this pass."""
     filled: Tensor | int | None = None
     """How many slots of a static cache hold a token after this pass; None where the cache grows."""
+    cached: bool = False
+    """Whether this pass reads from or writes to a cache."""
     kept: Tensor | None = None
     """Which of the keys a cache layer has kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()
@@ -46,6 +48,12 @@ class Positions(NamedTuple):
         count = self.key.shape[1]
         if key_length == count:
             return self
+        if key_length > count and not self.cached:
+            raise NoEffectError(
+                f"An attention got {key_length} keys in a pass over {count} tokens without a cache: Transformers handed "
+                "a cache to the layers that the patched model did not see, so positions would be wrong. Run "
+                "`pe-patch selftest`."
+            )
         index = torch.arange(key_length, device=self.key.device)
         if key_length > count:
             index = index.clamp(max=count - 1)
@@ -57,8 +65,18 @@ class Positions(NamedTuple):
 
 
 def from_mask(mask: Tensor) -> Tensor:
-    """Rank of each token among the real ones of its row, `[batch, length]`; padding stands at zero."""
+    """Return the rank of each token among the real ones of its row, `[batch, length]`; padding gets zero."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def without_holes(mask: Tensor) -> Tensor:
+    """Return positions that skip masked tokens behind the first real one of a row, `[batch, length]`.
+
+    Padding on the left counts, so that a row without a hole gets 0, 1, 2 ..., the positions that its host would make.
+    """
+    real = mask.long().cumsum(-1)
+    holes = ((mask == 0) & (real > 0)).long().cumsum(-1)
+    return torch.arange(mask.shape[-1], device=mask.device) - holes
 
 
 def document_lengths(positions: Tensor) -> Tensor:
@@ -72,47 +90,3 @@ def document_lengths(positions: Tensor) -> Tensor:
     document = starts.cumsum(-1) - 1
     last = torch.zeros_like(positions).scatter_reduce(1, document, positions, reduce="amax", include_self=True)
     return last.gather(1, document) + 1
-
-
-def remember(cache: Any, query: Tensor, past_length: int | Tensor, slots: int | None) -> Tensor:
-    """Positions of all keys that `cache` will hold after this pass, `[batch | 1, key]`.
-
-    Cached keys carry no position of their own, and position ids may skip, so they are remembered on the cache itself:
-    a cropped cache forgets the same tokens, and the beams of one prompt share their positions.
-
-    Args:
-        cache: any Transformers cache.
-        query: positions of the tokens of this pass, `[batch | 1, query]`.
-        past_length: how many tokens the cache holds, as the cache reports it.
-        slots: capacity of a static cache, None for one that grows.
-    """
-    rows, new = query.shape
-    known = getattr(cache, "pe_positions", None)
-    if known is None and past_length > 0:
-        raise PePatchError(
-            "This cache was filled before the model was patched, so its keys do not fit the scheme; start from an "
-            "empty cache."
-        )
-    if slots is not None:  # fixed shapes, so that a compiled decoding step is compiled once
-        if known is None or known.shape != (rows, slots):
-            known = torch.zeros(rows, slots, dtype=torch.long, device=query.device)
-            cache.pe_positions = known
-        known.index_copy_(1, torch.arange(new, device=query.device) + past_length, query)
-        return known
-    if known is None or past_length == 0:
-        known = query[:, :0]
-    elif known.shape[0] != rows:
-        if max(rows, known.shape[0]) % min(rows, known.shape[0]):
-            raise PePatchError(f"A cache of {known.shape[0]} rows cannot be continued with {rows}.")
-        if known.shape[0] < rows:  # several continuations of each prompt
-            known = known.repeat_interleave(rows // known.shape[0], 0)
-        elif rows == 1:  # position ids given before and left to the model now
-            query = query.expand(known.shape[0], -1)
-        else:
-            raise PePatchError(
-                f"This cache was filled with {known.shape[0]} rows, and {rows} go on: nothing says which were kept. "
-                "Start from an empty cache."
-            )
-    known = torch.cat((known[:, :past_length], query), -1)
-    cache.pe_positions = known
-    return known

@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import compat
 from .adapters import Adapter
 from .errors import UnsupportedError
 from .latent.native import NativeHeads, keep_latents
 from .scheme import Scheme
 from .swaps import Removal, Swap, bind
-
-CACHES = ("past_key_values", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class ReplacedForward:
         kwargs |= dict(zip(self.arguments, args, strict=False))
         hidden, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
         cos, sin = (HALF[self.layout](one) for one in kwargs.pop("position_embeddings"))
-        caches = [kwargs.pop(name, None) for name in CACHES]
+        cache = compat.take_cache(kwargs, "cache", f"{type(attention).__name__}.forward")
+        kwargs.pop("cache", None)
         query, key, value = getattr(attention, self.child)(hidden, cos, sin)
-        for cache in caches:
-            if cache is not None:
-                key, value = cache.update(key, value, attention.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
         function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         dropout = attention.attention_dropout if attention.training else 0.0
         output, weights = function(

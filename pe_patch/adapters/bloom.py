@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
+from .. import compat
 from ..attention import BACKENDS, attend, backend_for
 from ..errors import UnsupportedError
 
@@ -47,13 +47,13 @@ def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_
     if getattr(base.config, "pretraining_tp", 1) > 1 and getattr(base.config, "slow_but_exact", False):
         raise UnsupportedError("slow_but_exact=True splits the projection after attention; set it to False to patch.")
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    past = kwargs.get("past_key_values")
+    past = compat.cache_in(kwargs)
     if kwargs.get("attention_mask") is None:
         mask = None
         if position_ids is not None and past is None:
             embeds = torch.empty((*inputs.shape[:2], 1), device=inputs.device, dtype=base.word_embeddings.weight.dtype)
-            mask = create_causal_mask(
-                config=base.config, inputs_embeds=embeds, attention_mask=None, past_key_values=None,
+            mask = compat.layer_mask(
+                "full_attention", None, config=base.config, inputs_embeds=embeds, attention_mask=None,
                 position_ids=position_ids,
             )  # fmt: skip
         if mask is None:

@@ -1,0 +1,1 @@
+"""How a scheme is put into a model and taken out."""
