@@ -49,8 +49,8 @@ def attend(
     if cached is False and key.shape[2] > query.shape[2]:
         raise NoEffectError(
             f"{type(module).__name__} got {key.shape[2]} keys in a pass over {query.shape[2]} tokens without a cache: "
-            "Transformers handed a cache to the layers that the patched model did not see, so positions would be wrong. "
-            "Run `pe-patch selftest`."
+            "Transformers handed it a cache that the patched model did not see, so positions would be wrong. Run "
+            "`pe-patch selftest`."
         )
     if scheme is None:
         shift = module.__dict__.get("pe_shift")

@@ -120,7 +120,7 @@ def _before_ulysses(
         kwargs = _embedded(base, runtime, explicit.to(shown.device), kwargs)
     positions = Positions(whole, whole)
     if runtime.scores:
-        positions = _positions(runtime.scheme, whole, None, whole, 0, None)
+        positions = _positions(runtime.scheme, whole, None, whole, 0, None, None)
     masks = layer_masks(base, runtime.layers, padding, None, whole)
     return {**kwargs, "pe_positions": positions._replace(masks=masks)}
 
@@ -314,12 +314,21 @@ def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, expli
         logger.warning(message)
 
 
+def _by_name(head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Put the arguments of an outer model's forward under the names that it takes them by; return the cache."""
+    runtime: Runtime = head.pe_base.pe_runtime
+    for name, value in zip(runtime.head_arguments, args, strict=False):
+        kwargs[name] = value
+    return compat.take_cache(kwargs, runtime.head_cache_argument, f"{type(head).__name__}.forward")
+
+
 def hand_over_positions(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands before the forward of a head that keeps `position_ids` to itself, for as long as the call lasts."""
     base = head.pe_base
+    _by_name(head, args, kwargs)
     base.pe_position_ids = kwargs.pop("position_ids", None)
     try:
-        return inner(*args, **kwargs)
+        return inner(**kwargs)
     finally:
         base.pe_position_ids = None
 
@@ -333,10 +342,7 @@ def read_prompt_first(head: Any, inner: Callable[..., Any], *args: Any, **kwargs
     Assisted and prompt-lookup generation read the prompt and the first guesses in one pass over an empty cache. The
     length that counts is the prompt's, so it is read by itself, as in plain generation.
     """
-    runtime: Runtime = head.pe_base.pe_runtime
-    for name, value in zip(runtime.head_arguments, args, strict=False):
-        kwargs[name] = value
-    past = compat.take_cache(kwargs, runtime.head_cache_argument, f"{type(head).__name__}.forward")
+    past = _by_name(head, args, kwargs)
     ids, kept = kwargs.get("input_ids"), kwargs.get("logits_to_keep")
     guesses = kept - 1 if type(kept) is int else 0
     if guesses < 1 or past is None or ids is None or past.get_seq_length() > 0 or not kwargs.get("return_dict", True):

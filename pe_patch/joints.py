@@ -128,7 +128,7 @@ def forward_swaps(
     """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
     cache_argument = None
     if adapter.tower is None:
-        cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.carry is None)
+        cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.rotary is not None)
     runtime = Runtime(
         scheme=scheme,
         embeds=plan.embeds,

@@ -51,8 +51,7 @@ class Positions(NamedTuple):
         if key_length > count and not self.cached:
             raise NoEffectError(
                 f"An attention got {key_length} keys in a pass over {count} tokens without a cache: Transformers handed "
-                "a cache to the layers that the patched model did not see, so positions would be wrong. Run "
-                "`pe-patch selftest`."
+                "it a cache that the patched model did not see, so positions would be wrong. Run `pe-patch selftest`."
             )
         index = torch.arange(key_length, device=self.key.device)
         if key_length > count:

@@ -204,7 +204,7 @@ def close_record(cache: Any, record: CacheRecord, total: int | Tensor) -> None:
 
 
 def token_hashes(keys: Tensor) -> Tensor:
-    """Return a hash of each key from the bits of its first dimensions: `[batch, heads, keys, head]` to `[batch, keys]`."""
+    """Return a hash of the first bits of each key, `[batch, keys]`, for keys `[batch, heads, keys, head]`."""
     sample = keys[:, 0, :, :HASHED].detach().to(torch.float32).contiguous().view(torch.int32).long()
     factors = torch.tensor([(2 * n + 3) * 0x9E3779B1 for n in range(sample.shape[-1])], device=keys.device)
     mixed = (sample ^ (sample >> 13)) * factors
@@ -236,14 +236,14 @@ def _plain_keys(cache: Any, total: int) -> tuple[int, Tensor, Tensor] | None:
 
 
 def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> None:
-    """Follow what was done to a cache since the last pass: rows chosen, repeated or reordered, newest tokens dropped."""
+    """Follow changes of a cache since the last pass: rows selected, repeated or reordered, newest tokens dropped."""
     changed = f"This cache was changed since {record.scheme!r} filled it"
     if not record.finished and (record.hashes is None or length > record.hashes.shape[1]):
         raise CacheError(f"The last pass over this cache did not finish, so its layers may differ. {EMPTY}")
     if length < record.least:
         raise CacheError(
             f"This cache was cropped to {length} tokens, but its first {record.least} were read in one pass, and "
-            f"{record.scheme!r} encoded them for a text of that length. {EMPTY} Or fix the length with expected_length=."
+            f"{record.scheme!r} encoded them for a text of that length. {EMPTY}"
         )
     if record.finished and record.tokens is not None and length > record.tokens:
         raise CacheError(f"{changed}: it holds {length} tokens, and {record.tokens} were read into it. {EMPTY}")
@@ -274,14 +274,14 @@ def _holds_keys(layer: Any) -> bool:
 
 
 def _follow_rows(record: CacheRecord, now: Tensor, start: int, stop: int, changed: str) -> None:
-    """Give every row of a cache the positions of the recorded row that has the same keys, `now` `[rows, stop - start]`."""
+    """Give each row of a cache the positions of the recorded row with the same keys; `now` is `[rows, stop - start]`."""
     assert record.hashes is not None and record.positions is not None
     known = record.hashes[:, start:stop].to(now.device)
     equal = (now[:, None] == known[None]).all(-1)
     if not bool(equal.any(1).all()):
         raise CacheError(
-            f"{changed}: tokens were removed from its middle, or its keys were replaced, and {record.scheme!r} needs the "
-            f"position of every key. {EMPTY} Key-value compression works with static rotary schemes."
+            f"{changed}: tokens were removed from its middle, or its keys were replaced, and {record.scheme!r} needs "
+            f"the position of every key. {EMPTY} Key-value compression works with static rotary schemes."
         )
     in_place = equal.shape[0] == equal.shape[1] and bool(equal.diagonal().all())
     source = torch.arange(len(now), device=now.device) if in_place else equal.int().argmax(1)
@@ -293,6 +293,6 @@ def _follow_rows(record: CacheRecord, now: Tensor, start: int, stop: int, change
     alike = (chosen[:, None] == positions[None]).all(-1) | ~equal.to(positions.device)
     if not in_place and not bool(alike.all()):
         raise CacheError(
-            f"{changed}: rows with the same keys have other positions, so rows cannot be told apart. {EMPTY}"
+            f"{changed}: rows with the same keys have different positions, so their order is lost. {EMPTY}"
         )
     record.positions = chosen
