@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pe_patch import Positions, patch_model
+from pe_patch import Positions, compat, patch_model
 
 HEADS, HIDDEN, RANK, ROPE, NOPE = 16, 2048, 512, 64, 128
 LENGTHS = {1024: 7, 2048: 7, 4096: 5, 8192: 5, 16384: 3}
@@ -68,12 +68,13 @@ def step(model: Any, cached: int, shapes: tuple[tuple[int, int], ...]) -> Callab
     cache.update(key, value, 0)
     hidden = torch.randn(1, 1, HIDDEN, generator=generator)
     at, keys = torch.tensor([[cached]]), torch.arange(cached + 1)[None]
-    rotation, positions = rotary(hidden, at), Positions(at, keys)
+    rotation, positions = rotary(hidden, at), Positions(at, keys, cached=True)
+    cached_as = compat.cache_keyword(attention, cache)
 
     def run() -> Tensor:
         output, _ = attention(
-            hidden_states=hidden, position_embeddings=rotation, attention_mask=None, past_key_values=cache,
-            pe_positions=positions,
+            hidden_states=hidden, position_embeddings=rotation, attention_mask=None, pe_positions=positions,
+            **cached_as,
         )  # fmt: skip
         cache.crop(-1)
         return output

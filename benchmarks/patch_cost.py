@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pe_patch import describe, patch_model
+from pe_patch import compat, describe, patch_model
 
 LENGTH, FACTOR, WINDOW, STEPS = 2048, 4.0, 512, 64
 TARGET = 1.02
@@ -61,7 +61,8 @@ def decode(model: LlamaForCausalLM, ids: torch.Tensor) -> Callable[[], Any]:
     def call() -> None:
         output = model(ids[:, :WINDOW], use_cache=True)
         for index in range(WINDOW, WINDOW + STEPS):
-            output = model(ids[:, index : index + 1], past_key_values=output.past_key_values, use_cache=True)
+            keyword = compat.cache_keyword(model, compat.cache_of(output))
+            output = model(ids[:, index : index + 1], use_cache=True, **keyword)
 
     return call
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import compat
 from .adapters import ADAPTERS as ADAPTERS
 from .adapters import Adapter as Adapter
 from .describe import Description as Description
 from .describe import describe as describe
 from .errors import AlreadyPatchedError as AlreadyPatchedError
+from .errors import CacheError as CacheError
 from .errors import NoEffectError as NoEffectError
 from .errors import PePatchError as PePatchError
 from .errors import UnsupportedError as UnsupportedError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 listen()
+compat.warn_if_untested()
 
 
 def __getattr__(name: str) -> Any:

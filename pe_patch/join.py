@@ -205,7 +205,7 @@ def _assemble(
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += forward_swaps(
-        head, base, adapter, schemes[0], plan, scores, given["strict"], given["keep_native"],
+        head, base, adapter, own, plan, scores, given["strict"], given["keep_native"],
         cache_specification(config, record, by_kind),
     )  # fmt: skip
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))

@@ -15,6 +15,7 @@ from .forward import (
     Runtime,
     base_forward,
     hand_over_positions,
+    keep_cache,
     layer_rotation,
     read_prompt_first,
     refuse_paging,
@@ -118,7 +119,7 @@ def forward_swaps(
     head: Any,
     base: Any,
     adapter: Adapter,
-    scheme: Scheme,
+    own: dict[int, Scheme],
     plan: Plan,
     scores: list[Scheme | Stacked | None],
     strict: bool,
@@ -126,6 +127,7 @@ def forward_swaps(
     specification: str,
 ) -> list[Swap]:
     """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
+    scheme = next(iter(own.values()))
     cache_argument = None
     if adapter.tower is None:
         cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.rotary is not None)
@@ -155,6 +157,9 @@ def forward_swaps(
     for owner in {id(head): head, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
         swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
+    everywhere = len(own) == len(adapter.attentions(base))
+    if adapter.drops_cache_at_window and everywhere and not keep_native and not scheme.keeps_rotation:
+        swaps.append(bind(head, "prepare_inputs_for_generation", keep_cache))
     if hasattr(head, "init_continuous_batching"):
         swaps.append(bind(head, "init_continuous_batching", refuse_paging))
     if adapter.build_bias is not None:

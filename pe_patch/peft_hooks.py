@@ -21,8 +21,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
+from . import compat
 from .configuration import FOREIGN
 from .errors import CheckpointError, OptionError, PePatchError
+from .patching.cache_record import PREFIX
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
 from .resolve import WRAPPERS, unwrap
 from .swaps import Bound, Chain, Swap, bind
@@ -150,8 +152,17 @@ def watch(model: Any) -> None:
         model = next((getattr(model, name) for name in WRAPPERS if hasattr(model, name)), None)
 
 
+def mark_prompt(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `PeftModel.get_prompt` and mark a cache of learned keys and values (prefix tuning) as such."""
+    prompt = inner(*args, **kwargs)
+    if compat.is_cache(prompt):
+        setattr(prompt, PREFIX, True)
+    return prompt
+
+
 def _watch_wrapper(wrapper: Any) -> None:
-    for name, function in (("save_pretrained", save_wrapper), ("load_adapter", load_into_wrapper)):
+    functions = {"save_pretrained": save_wrapper, "load_adapter": load_into_wrapper, "get_prompt": mark_prompt}
+    for name, function in functions.items():
         wrapper.__dict__.setdefault(name, Bound(wrapper, name, function))
 
 

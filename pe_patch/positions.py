@@ -50,8 +50,9 @@ class Positions(NamedTuple):
             return self
         if key_length > count and not self.cached:
             raise NoEffectError(
-                f"An attention got {key_length} keys in a pass over {count} tokens without a cache: Transformers handed "
-                "it a cache that the patched model did not see, so positions would be wrong. Run `pe-patch selftest`."
+                f"An attention got {key_length} keys in a pass over {count} tokens without a cache: Transformers "
+                "handed it a cache that the patched model did not see, so positions would be wrong. Run "
+                "`pe-patch selftest`."
             )
         index = torch.arange(key_length, device=self.key.device)
         if key_length > count:

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "pe_patch"
 LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "errors": set(),
     "heads": {"errors"},
-    "parallel": {"errors", "heads"},
+    "compat": {"errors"},
+    "patching": {"errors", "patching"},
+    "parallel": {"compat", "errors", "heads"},
     "positions": {"errors"},
     "scheme": {"errors", "heads", "positions", "attention", "latent"},  # the last two for types only
     "rotation": {"errors", "heads", "positions", "scheme", "attention"},
@@ -39,9 +41,9 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "backends": {"errors", "scheme"},
     "core": {"backends", "errors", "heads", "kernels", "positions", "ranges", "scheme"},
     "attention": {"backends", "core", "errors", "parallel", "positions"},
-    "adapters": {"errors", "scheme", "rotation", "attention", "latent", "adapters"},
+    "adapters": {"compat", "errors", "scheme", "rotation", "attention", "latent", "adapters"},
     "swaps": set(),
-    "forward": {"errors", "parallel", "positions", "scheme", "attention"},
+    "forward": {"compat", "errors", "parallel", "patching", "positions", "scheme", "attention"},
 }
 """The lower floors; `patch` joins them, and storage, export, describe, evaluation and the command line stand above."""
 

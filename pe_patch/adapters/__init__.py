@@ -28,7 +28,6 @@ PLAIN = {
     "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
     "phi": "Phi-1, Phi-1.5, Phi-2",
-    "phi3": "Phi-3, Phi-4",
     "olmoe": "OLMoE",
     "starcoder2": "StarCoder2",
     "arcee": "AFM-4.5B",
@@ -37,17 +36,13 @@ PLAIN = {
     "ministral": "Ministral",
     "persimmon": "Persimmon 8B",
     "apertus": "Apertus",
-    "phimoe": "Phi-3.5-MoE",
 }
 
 PROJECTIONS: dict[str, ProjectionNames] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "arcee", "ministral", "phimoe"), Separate()
-    ),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "arcee", "ministral"), Separate()),
     **dict.fromkeys(("qwen3", "qwen3_moe", "apertus"), Separate(norms=("q_norm", "k_norm"))),
     **dict.fromkeys(("starcoder2", "seed_oss"), Separate(residual_dropout="residual_dropout")),
     "phi": Separate(output="dense", norms=("q_layernorm", "k_layernorm")),
-    "phi3": Fused(),
 }
 """Those of `PLAIN` whose attention does nothing but project, normalise each head, rotate, attend and project."""
 
@@ -75,6 +70,8 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
             layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
             carry=carry_positions, build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
         ),
+        "phi3": Adapter(drops_cache_at_window=True, projections=Fused(), summary="Phi-3, Phi-4"),
+        "phimoe": Adapter(drops_cache_at_window=True, projections=Separate(), summary="Phi-3.5-MoE"),
         "cohere": Adapter(layout="interleaved", interleaved_pairs=True, summary="Command R"),
         "cohere2": Adapter(
             layout="interleaved", interleaved_pairs=True, rotates="sliding_window", summary="Command R7B, Command A"

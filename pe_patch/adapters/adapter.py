@@ -50,6 +50,8 @@ class Adapter:
     """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
     carries: bool = True
     """Keywords given to the base model reach the attention function."""
+    drops_cache_at_window: bool = False
+    """Generation drops the cache and reads the whole sequence again when it crosses the trained window."""
     folds_scale: bool = False
     """YaRN's factor over all dimensions is multiplied into `attention.scaling` when the model is built."""
     learned: str | None = None

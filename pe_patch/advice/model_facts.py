@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..adapters import Adapter
 from ..adapters.adapter import native_parameters
 from ..errors import OptionError, PePatchError, UnsupportedError
@@ -241,7 +242,7 @@ def _cache(model: Any, rotating: list[bool]) -> tuple[CacheLayer, ...]:
             copy.deepcopy(model.config), dtype=torch.bfloat16, attn_implementation="eager"
         )
         ids = torch.zeros(1, 2, dtype=torch.long)
-        cache = twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+        cache = compat.cache_of(twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
     if cache is None or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
         raise UnsupportedError(
             f"{model.config.model_type!r} caches something else than keys and values for every token."

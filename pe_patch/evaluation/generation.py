@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from pe_patch import compat
 from pe_patch.errors import PePatchError
 from pe_patch.patch import find_patch
+from pe_patch.resolve import unwrap
 
 if TYPE_CHECKING:
     from pe_patch.evaluation.questions import Question
@@ -97,7 +99,7 @@ def _continue(
             pad_token_id=subject.filler(),
             eos_token_id=sorted(_end_tokens(subject)) or None,
         )
-        more = {} if cache is None else {"past_key_values": cache}
+        more = compat.cache_keyword(unwrap(subject.model), cache)
         with _generating_by(subject.model, greedy):
             written = subject.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, **more)
     if not torch.equal(written[:, : ids.shape[1]], ids):
@@ -160,9 +162,9 @@ def _from_common_text(subject: Subject, questions: Sequence[Question], group: li
     members = [_Member(i, len(prompt) - 1 if i == leader else _common(prompt, questions[i].prompt)) for i in group]
     longest = max(member.shared for member in members)
     with subject.ready():
-        trunk = subject.model(
-            input_ids=_tensor(subject, prompt[None, :longest]), use_cache=True, logits_to_keep=1
-        ).past_key_values
+        trunk = compat.cache_of(
+            subject.model(input_ids=_tensor(subject, prompt[None, :longest]), use_cache=True, logits_to_keep=1)
+        )
     if not isinstance(trunk, DynamicCache) or any(trunk.is_sliding):
         return None
     found: dict[int, list[int]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from pe_patch import compat
 from pe_patch.errors import PePatchError
 
 USABLE = 0.8
@@ -55,7 +56,7 @@ def keeps_cache(model: Any) -> bool:
 def _cached(model: Any, length: int) -> list[torch.Tensor]:
     """What a pass over some tokens leaves in each layer's keys and values."""
     ids = torch.ones(1, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    layers = getattr(getattr(model(input_ids=ids, use_cache=True), "past_key_values", None), "layers", None) or ()
+    layers = getattr(compat.cache_of(model(input_ids=ids, use_cache=True)), "layers", None) or ()
     found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return [one for one in found if isinstance(one, torch.Tensor)]
 

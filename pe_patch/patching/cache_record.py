@@ -274,7 +274,10 @@ def _holds_keys(layer: Any) -> bool:
 
 
 def _follow_rows(record: CacheRecord, now: Tensor, start: int, stop: int, changed: str) -> None:
-    """Give each row of a cache the positions of the recorded row with the same keys; `now` is `[rows, stop - start]`."""
+    """Give each row of a cache the positions of the recorded row with the same keys.
+
+    `now` holds the hashes of its keys `start` to `stop`, `[rows, stop - start]`.
+    """
     assert record.hashes is not None and record.positions is not None
     known = record.hashes[:, start:stop].to(now.device)
     equal = (now[:, None] == known[None]).all(-1)

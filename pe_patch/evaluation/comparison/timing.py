@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pe_patch import loading, patched
+from pe_patch import compat, loading, patched
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.comparison import facts
 from pe_patch.evaluation.comparison.contender import Contender
 from pe_patch.evaluation.comparison.settings import Folder, Settings, load_recipe, quiet, read_json, write_json
+from pe_patch.resolve import unwrap
 
 DECODED = 5
 """Steps of decoding that are timed in each round; their median is that round's."""
@@ -111,13 +112,13 @@ def _visit(model: Any, length: int, trained: int | None, seconds: Seconds) -> No
 
 def _decode(model: Any, length: int) -> float:
     """The median time of one token more; the cache is cut back after each."""
-    cache = facts.forward(model, length - 1, use_cache=True).past_key_values
+    cache = compat.cache_of(facts.forward(model, length - 1, use_cache=True))
     if cache is None or not hasattr(cache, "crop"):
         raise PePatchError(f"{type(model).__name__} fills no cache that can be cut back; decoding cannot be timed.")
     ids = facts.token_ids(model, 1)
 
     def step() -> None:
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **compat.cache_keyword(unwrap(model), cache))
 
     times = []
     for _ in range(1 + DECODED):

@@ -1,0 +1,198 @@
+"""A cache is continued as the scheme that filled it needs, or refused: reordered, cut, of another scheme, of no scheme."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from pe_patch import CacheError, patch_model, unpatch_model
+
+from .models import FAMILIES, build, error, logits, padded, put, tokens
+
+TOLERANCE = 1e-5
+AT_SCORES = ("alibi", "self_extend", "rerope", "shaw", "cope", "dynamic_ntk pinned")
+"""One scheme of each mechanism that needs to know where cached keys are."""
+STATIC = ("yarn", "linear", "rope", "nope", "sinusoidal")
+
+CELLS = [("llama", name) for name in AT_SCORES]
+CELLS += [(family, name) for family in ("gpt_neox", "bloom") for name in ("alibi", "self_extend")]
+at_scores = pytest.mark.parametrize(("family", "name"), CELLS)
+every = pytest.mark.parametrize(("family", "name"), [*CELLS, ("llama", "yarn"), ("bloom", "yarn")])
+
+any_scheme = pytest.mark.parametrize(
+    ("family", "name"), [*CELLS, *(("llama", name) for name in STATIC), ("bloom", "yarn"), ("gpt_neox", "yarn")]
+)
+
+
+@torch.no_grad()
+def read(model, ids, cache=None, **inputs):
+    """Logits of one pass into a cache, and the cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits, cache
+
+
+def rows():
+    """A batch of a short and a long row with its mask; then five more tokens for each."""
+    ids, mask, short = padded()
+    more = tokens(2, 5, seed=11)
+    return ids, mask, short, more
+
+
+def alone(model, short, long, more):
+    """What each row's further tokens give when the row is read alone, in a pass over the whole row."""
+    return [logits(model, torch.cat((row, more[n : n + 1]), 1))[:, -5:] for n, row in enumerate((short, long))]
+
+
+@every
+@pytest.mark.parametrize("change", ("reordered", "selected", "repeated", "copied", "pickled"))
+def test_changed_rows_equal_rows_alone(family, name, change):
+    model = put(build(family), name)
+    ids, mask, short, more = rows()
+    inputs = {} if family == "bloom" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}  # as `generate` does
+    _, cache = read(model, ids, attention_mask=mask, **inputs)
+    order = torch.tensor({"reordered": [1, 0], "selected": [0], "repeated": [0, 0, 1, 1]}.get(change, [0, 1]))
+    if change == "reordered":
+        cache.reorder_cache(order)
+    elif change == "selected":
+        cache.batch_select_indices(order)
+    elif change == "repeated":
+        cache.batch_repeat_interleave(2)
+    else:
+        cache = copy.deepcopy(cache) if change == "copied" else pickle.loads(pickle.dumps(cache))
+    mask = torch.cat((mask[order], torch.ones(len(order), 5, dtype=torch.long)), 1)
+    inputs = {} if family == "bloom" else {"position_ids": (mask.cumsum(1) - 1)[:, -5:]}
+    found, _ = read(model, more[order], cache, attention_mask=mask, **inputs)
+    expected = alone(model, short, ids[1:], more)
+    for row, index in zip(found, order.tolist(), strict=True):
+        assert error(row[None], expected[index]) < TOLERANCE
+
+
+@every
+def test_a_cache_of_explicit_positions_is_cut_down_to_one_row(family, name):
+    """Rows at positions of their own, then one of them without position ids."""
+    if family == "bloom":
+        pytest.skip("BLOOM takes no position_ids")
+    model, ids, more = put(build(family), name), tokens(2, 12), tokens(1, 3, seed=5)
+    at = torch.arange(12)[None].expand(2, -1)
+    _, cache = read(model, ids, position_ids=at)
+    cache.batch_select_indices(torch.tensor([1]))
+    found, _ = read(model, more, cache)
+    assert error(found, logits(model, torch.cat((ids[1:], more), 1))[:, -3:]) < TOLERANCE
+
+
+@at_scores
+def test_tokens_cut_out_of_the_middle_are_refused(family, name):
+    """As key-value compressors do, in every layer alike."""
+    model, ids = put(build(family), name), tokens(1, 24)
+    _, cache = read(model, ids)
+    kept = torch.tensor([0, 1, *range(12, 24)])
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+    with pytest.raises(CacheError, match="removed from its middle"):
+        read(model, tokens(1, 1), cache)
+
+
+@at_scores
+def test_layers_that_keep_different_tokens_are_refused(family, name):
+    model, ids = put(build(family), name), tokens(1, 24)
+    _, cache = read(model, ids)
+    cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:, :, 4:], cache.layers[0].values[:, :, 4:]
+    with pytest.raises(CacheError):
+        read(model, tokens(1, 1), cache)
+
+
+@any_scheme
+def test_a_cache_from_before_the_patch_is_refused(family, name):
+    model, ids = build(family), tokens(1, 12)
+    _, cache = read(model, ids)
+    put(model, name)
+    with pytest.raises(CacheError, match="filled before the model was patched"):
+        read(model, ids[:, :1], cache)
+
+
+@any_scheme
+def test_a_cache_of_a_patch_is_refused_once_the_patch_is_gone(family, name):
+    model, ids = build(family), tokens(1, 12)
+    native = logits(model, ids)
+    _, cache = read(put(model, name), ids)
+    unpatch_model(model)
+    with pytest.raises(CacheError, match="without that patch"):
+        read(model, ids[:, :1], cache)
+    cache.crop(-12)
+    assert torch.equal(read(model, ids, cache)[0], native)
+
+
+@pytest.mark.parametrize("cache_class", (DynamicCache, StaticCache))
+@pytest.mark.parametrize(("first", "second"), [("alibi", "yarn"), ("yarn", "linear"), ("rope", "nope"), ("yarn", "t5")])
+def test_a_cache_of_another_scheme_is_refused(first, second, cache_class):
+    model, ids = put(build("llama"), first), tokens(1, 12)
+    length = {"max_cache_len": 32} if cache_class is StaticCache else {}
+    _, cache = read(model, ids, cache_class(config=model.config, **length))
+    unpatch_model(model)
+    put(model, second)
+    with pytest.raises(CacheError, match=f"filled under '{first}'"):
+        read(model, ids[:, :1], cache)
+
+
+def test_a_cache_of_other_options_is_refused_and_one_of_the_same_is_not():
+    model, ids = build("llama"), tokens(1, 12)
+    patch_model(model, "yarn", factor=4)
+    expected = logits(model, ids)[:, 8:]
+    _, cache = read(model, ids[:, :8])
+    patch_model(model, "yarn", factor=8, on_existing="replace")
+    with pytest.raises(CacheError, match="other options"):
+        read(model, ids[:, 8:], copy.deepcopy(cache))
+    patch_model(model, "yarn", factor=4, on_existing="replace")
+    assert error(read(model, ids[:, 8:], cache)[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ("dynamic_ntk", "dynamic_yarn", "longrope", "yarn auto"))
+def test_a_long_first_pass_cannot_be_cropped_into(family, name):
+    """Its tokens were encoded for its length; a fresh pass over what remains would encode them otherwise."""
+    model, ids = put(build(family), name), tokens(1, 50)
+    _, cache = read(model, ids)
+    cache.crop(-30)
+    with pytest.raises(CacheError, match="cropped to 20 tokens"):
+        read(model, ids[:, :1], cache)
+
+
+@at_scores
+def test_a_pass_that_was_interrupted_can_be_undone_by_a_crop(family, name, monkeypatch):
+    model, ids = put(build(family), name), tokens(1, 16)
+    expected = logits(model, ids)[:, 10:]
+    _, cache = read(model, ids[:, :10])
+    last = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+    hook = last[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        read(model, ids[:, 10:], cache)
+    hook.remove()
+    broken = copy.deepcopy(cache)
+    with pytest.raises(CacheError):
+        read(model, ids[:, 10:], broken)
+    layer = cache.layers[0]
+    layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
+    assert error(read(model, ids[:, 10:], cache)[0], expected) < TOLERANCE
+
+
+@every
+@pytest.mark.parametrize("steps", ((12,), (8, 1, 1, 1, 1)))
+def test_holes_in_a_mask_are_no_positions(family, name, steps):
+    """Two rows of 12, three tokens of the first masked out of its middle: the row without them, with and without cache."""
+    model, ids = put(build(family), name), tokens(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 3:6] = 0
+    real = mask[0].bool()
+    expected = logits(model, ids[:1, real])
+    cache, start, found = DynamicCache(config=model.config), 0, []
+    for size in steps:
+        step, cache = read(model, ids[:, start : start + size], cache, attention_mask=mask[:, : start + size])
+        found.append(step)
+        start += size
+    assert error(torch.cat(found, 1)[:1, real], expected) < TOLERANCE
+    assert error(logits(model, ids, attention_mask=mask)[:1, real], expected) < TOLERANCE
+    assert error(torch.cat(found, 1)[1:], logits(model, ids[1:])) < TOLERANCE
