@@ -1,4 +1,4 @@
-"""A cache is continued as the scheme that filled it needs, or refused: reordered, cut, of another scheme, of no scheme."""
+"""A cache is continued as the scheme that filled it needs, or refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from pe_patch import CacheError, patch_model, unpatch_model
 
+from . import families
 from .models import FAMILIES, build, error, logits, padded, put, tokens
 
 TOLERANCE = 1e-5
@@ -182,7 +183,7 @@ def test_a_pass_that_was_interrupted_can_be_undone_by_a_crop(family, name, monke
 @every
 @pytest.mark.parametrize("steps", ((12,), (8, 1, 1, 1, 1)))
 def test_holes_in_a_mask_are_no_positions(family, name, steps):
-    """Two rows of 12, three tokens of the first masked out of its middle: the row without them, with and without cache."""
+    """Mask three of twelve tokens in the middle of a row: it gives what the row without them gives."""
     model, ids = put(build(family), name), tokens(2, 12)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, 3:6] = 0
@@ -196,3 +197,36 @@ def test_holes_in_a_mask_are_no_positions(family, name, steps):
     assert error(torch.cat(found, 1)[:1, real], expected) < TOLERANCE
     assert error(logits(model, ids, attention_mask=mask)[:1, real], expected) < TOLERANCE
     assert error(torch.cat(found, 1)[1:], logits(model, ids[1:])) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ("phi3", "phimoe"))
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("longrope", {"long_factor": [2.0] * 8}),
+        ("dynamic_ntk", {}),
+        ("linear", {"factor": "auto"}),
+        ("yarn", {"factor": 2}),
+    ],
+)
+def test_a_batch_of_phi_is_its_rows_alone_across_the_window(family, scheme, options):
+    """Transformers drops Phi-3's cache when the padded length crosses the window, whatever the row's own length."""
+    model = families.build(family, max_position_embeddings=128, original_max_position_embeddings=32)
+    patch_model(model, scheme, original_max_position_embeddings=32, **options)
+    prompts = [tokens(1, 26), tokens(1, 31, seed=3)]
+    ids = torch.zeros(2, 31, dtype=torch.long)
+    ids[0, 5:], ids[1] = prompts[0][0], prompts[1][0]
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    asked = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    asked |= {"eos_token_id": None, "pad_token_id": 0}
+    passes = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    together = model.generate(ids, attention_mask=mask, **asked)
+    assert passes == [31] + [1] * 15
+    for row, prompt in enumerate(prompts):
+        single = model.generate(prompt, **asked)
+        for found, expected in zip(together.logits, single.logits, strict=True):
+            assert error(found[row : row + 1], expected) < TOLERANCE
