@@ -1,14 +1,32 @@
-# `make demo` and `make test` do all the set-up on a fresh machine: they need Python 3.10 or newer and nothing else.
+# Every target does its own set-up on a fresh machine: Python 3.10 or newer and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+FAST := -m fast -n $(WORKERS) --dist loadscope
+OLDEST := transformers==5.17.0
 
-.PHONY: demo test lint types benchmark clean
+# What other versions of Transformers may want in other versions than constraints.txt pins.
+UNPINNED := transformers|tokenizers|peft|trl|lm-eval|deepspeed|bitsandbytes
+
+.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow lint types benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Environments of their own for the newest and the oldest supported Transformers.
+.venv-newest/.installed: REQUIRED = transformers
+.venv-oldest/.installed: REQUIRED = $(OLDEST)
+.venv-newest/.installed .venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^($(UNPINNED))==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e . pytest pytest-xdist '$(REQUIRED)'
+	touch $@
+
+.venv-newest/.installed-dev: .venv-newest/.installed
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -16,6 +34,23 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+# One scheme of each mechanism on Llama, GPT-NeoX and BLOOM in the situations that matter: under two minutes.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest $(FAST)
+
+test-fast-newest: .venv-newest/.installed
+	.venv-newest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	.venv-newest/bin/python -m pytest $(FAST)
+
+test-fast-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	.venv-oldest/bin/python -m pytest $(FAST)
+
+# The whole suite on the newest Transformers that the registry serves; run it weekly.
+test-newest: .venv-newest/.installed-dev
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c .venv-newest/constraints.txt transformers
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadscope
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -30,4 +65,4 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/bloom.py
 
 clean:
-	rm -rf $(VENV) report build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest report build dist *.egg-info

@@ -14,6 +14,7 @@ from pe_patch import CacheError, patch_model, unpatch_model
 from . import families
 from .models import FAMILIES, build, error, logits, padded, put, tokens
 
+pytestmark = pytest.mark.fast
 TOLERANCE = 1e-5
 AT_SCORES = ("alibi", "self_extend", "rerope", "shaw", "cope", "dynamic_ntk pinned")
 """One scheme of each mechanism that needs to know where cached keys are."""
