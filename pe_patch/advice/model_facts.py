@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
-from ..adapters.adapter import native_parameters
+from ..adapters.authors import AuthorsWord
+from ..adapters.trained_window import TrainedWindow, native_parameters
 from ..errors import OptionError, PePatchError, UnsupportedError
+from ..existing import existing_scheme
 from ..loading import empty_model
 from ..resolve import find_adapter, find_stack
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from ..schemes.find import find_scheme
-from .known import AuthorsWord, authors_word
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class ModelFacts:
     """What the config allows, 0 where it says nothing."""
     window: int
     """What the model has been trained for as it stands, with whatever scaling it carries."""
+    trained: TrainedWindow
+    """That window and the one before any scaling, with their sources."""
     existing: Rotary | None
     """Its rotation as it stands, with the scaling that its config carries; None without rotation."""
     scaling: dict[str, Any]
@@ -149,16 +152,17 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     """
     _, base = find_stack(model, None)
     config, adapter = base.config, find_adapter(base, None)
-    word = None if trained_length else authors_word(config)
     layer_type, layers = _farthest(adapter, base)
-    shape = adapter.shape(base, config, layers[0] if layers else 0)
-    told = trained_length or (word.trained_length if word else 0)
+    first = layers[0] if layers else 0
+    trained = adapter.window(base, config, first)
+    if trained_length is not None:
+        trained = trained.settle(trained_length, composed=True)
+    if trained.scaled_length is None or trained.length is None:
+        question = trained.question(composed=trained.scaled, option="trained_length")
+        raise OptionError(f"Advice starts from the window that {name} was trained for, and {question}")
+    shape = replace(adapter.shape(base, config, first), trained_length=trained.length)
     config_window = int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or 0)
     scaling = {} if adapter.rotary is None else _scaling(config, layer_type)
-    original = shape.trained_length if scaling else told or shape.trained_length or config_window
-    if not original:
-        raise OptionError(f"The config of {name} names no window: say how many tokens it was trained for.")
-    shape = replace(shape, trained_length=original)
     return ModelFacts(
         name=Path(name).name or name,
         family=config.model_type,
@@ -171,12 +175,13 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         ),
         vocabulary=config.vocab_size,
         config_window=config_window,
-        window=told or (config_window if scaling else original),
-        existing=None if adapter.rotary is None else _existing(config, scaling, shape),
+        window=trained.scaled_length,
+        trained=trained,
+        existing=None if adapter.rotary is None else _existing(base, adapter, first, trained, scaling, shape),
         scaling=scaling,
         layers=layers,
         layer_type=layer_type,
-        word=word,
+        word=None if trained_length else trained.word,
     )
 
 
@@ -195,11 +200,12 @@ def _scaling(config: Any, layer_type: str | None) -> dict[str, Any]:
     return {} if parameters.get("rope_type", "default") == "default" else parameters
 
 
-def _existing(config: Any, scaling: dict[str, Any], shape: AttentionShape) -> Rotary:
-    """The rotation that a config asks for."""
-    lengths = ("max_position_embeddings", "original_max_position_embeddings")
-    around = {key: value for key in lengths if (value := getattr(config, key, None)) is not None}
-    scheme, options = find_scheme({"rope_parameters": scaling, **around} if scaling else "rope", {}, shape)
+def _existing(
+    base: Any, adapter: Adapter, layer: int, trained: TrainedWindow, scaling: dict[str, Any], shape: AttentionShape
+) -> Rotary:
+    """The rotation that the model has."""
+    found = existing_scheme(base, adapter, layer, trained) if scaling else "rope"
+    scheme, options = find_scheme(found, {}, shape)
     built = scheme(shape, **options)
     assert isinstance(built, Rotary)
     return built
