@@ -193,8 +193,8 @@ def _changed(
             f": pair {pair} turns by {float(built[pair]):.6g} radians per token, and would by {float(said[pair]):.6g}"
         )
     return UnsupportedError(
-        f"The built {module} does not turn by the {parameters['rope_type']!r} that the config names{numbers}. The config "
-        "was changed after the model was built, which changes nothing in it: load the model again."
+        f"The built {module} does not turn by the {parameters['rope_type']!r} that the config names{numbers}. The "
+        "config was changed after the model was built, which changes nothing in it: load the model again."
     )
 
 
@@ -208,8 +208,8 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
         reach = min(scheme.effective_window or 2 * known, 2 * known)
         if not scheme.differs_within(reach):
             given = ", ".join(f"{key}={value}" for key, value in scheme.settled.items())
+            named = f"{scheme.name!r}{f' with {given}' if given else ''}"
             raise NoEffectError(
-                f"{scheme.name!r}{f' with {given}' if given else ''} over this model's own {window.rope_type!r} scaling "
-                f"changes nothing up to {reach} tokens: its window is {window.told(composed=True)}. Give a larger "
-                "factor or group, or a smaller window or chunk."
+                f"{named} over this model's own {window.rope_type!r} scaling changes nothing up to {reach} tokens: its "
+                f"window is {window.told(composed=True)}. Give a larger factor or group, or a smaller window or chunk."
             )

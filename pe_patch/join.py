@@ -49,7 +49,7 @@ class Patch:
     """Native parameters that a scheme has put out of use."""
     taken: list[Swap] = field(default_factory=list)
     """The swaps that took away weights which another attention was made of."""
-    window: TrainedWindow = TrainedWindow(None, None, "")
+    window: TrainedWindow = field(default_factory=TrainedWindow)
     """The window that the model was trained for."""
 
     @property

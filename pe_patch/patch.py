@@ -182,8 +182,8 @@ def _announce(patch: Patch) -> None:
     )  # fmt: skip
     if patch.window.raised:
         logger.warning(
-            "max_position_embeddings=%s was written into the config after the model was built for %s tokens, and changes "
-            "nothing in it: the trained window is taken to be %s.",
+            "max_position_embeddings=%s was written into the config after the model was built for %s tokens, which "
+            "changes nothing in it: the trained window is taken to be %s.",
             patch.window.said, patch.window.maximum, patch.window.told(patch.composed),
         )  # fmt: skip
     beyond_rotation = scheme.own_scores or scheme.scorer is not None

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -28,11 +28,11 @@ NOT_A_RATIO = ("longrope", "llama3")
 class TrainedWindow:
     """How many tokens a model was trained for, before and with the scaling that its config carries."""
 
-    length: int | None
+    length: int | None = None
     """Before any scaling, in tokens: what a scheme that replaces the rotation extends from. None where nothing says."""
-    scaled_length: int | None
+    scaled_length: int | None = None
     """As the model is, with its scaling: what a scheme over that rotation extends from. `length` without a scaling."""
-    source: str
+    source: str = "nothing names it"
     """Where `length` comes from, in words; why it is unknown where it is None."""
     scaled_source: str = ""
     """Where `scaled_length` comes from, in words; empty without a scaling."""
@@ -122,7 +122,7 @@ def trained_window(base: Any, config: Any, layer_type: str | None = None) -> Tra
     word = authors_word(config, maximum, parameters)
     said = getattr(config, "max_position_embeddings", None)
     found = TrainedWindow(
-        None, None, source, rope_type=rope_type, maximum=maximum, said=said if is_count(said) else None, word=word
+        source=source, rope_type=rope_type, maximum=maximum, said=said if is_count(said) else None, word=word
     )
     own = word is not None and word.trained_length is not None
     if word is not None and own:
@@ -205,7 +205,7 @@ def _left_as_it_was(config: Any, found: TrainedWindow, parameters: dict[str, Any
     return before is not None and before.trained_length == original
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Return whether a value is a number of tokens."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
