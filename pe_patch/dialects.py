@@ -105,6 +105,11 @@ def yarn_temperature(factor: float, slope: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
 
 
+def left_as_it_was(family: Any, maximum: Any) -> int | None:
+    """Return the trained window of a family whose unscaled `max_position_embeddings` this is, where the two differ."""
+    return LEFT_AS_IT_WAS.get((family, maximum))
+
+
 def read(config: Mapping[str, Any]) -> Reading:
     """The scheme and options that `config` asks for, or one such specification for each layer type.
 
@@ -177,7 +182,7 @@ def _whole(config: dict[str, Any]) -> Reading:
     local = config.get("rope_local_base_freq")  # Gemma 3 before Transformers 5: one base for the sliding layers
     if any(isinstance(value, Mapping) for value in inner.values()):
         return _nested(inner, around)
-    before = LEFT_AS_IT_WAS.get((config.get("model_type"), around["maximum"]))
+    before = left_as_it_was(config.get("model_type"), around["maximum"])
     if before is not None and before in (inner.get(SYNONYMS["trained"][0]), around["trained"]):
         around["maximum"] = before
     whole = _flat(inner, around)

@@ -49,9 +49,10 @@ def settle_existing(
     kinds = adapter.kinds(base, config)
     layer = next((index for index in chosen if _scaled(native_parameters(config, kinds[index]))), chosen[0])
     window, parameters = adapter.window(base, config, layer), native_parameters(config, kinds[layer])
-    composed = False
+    composed = on_existing == "compose" and _scaled(parameters) and adapter.rotary is not None
+    if options.get(OPTION) is not None and OPTION in scheme.option_names():
+        window = window.settle(options[OPTION], composed)
     if _scaled(parameters) and adapter.rotary is not None:
-        composed = on_existing == "compose"
         if on_existing == "error":
             raise _already(window, parameters)
         if composed:
@@ -61,8 +62,6 @@ def settle_existing(
             _check_built(base, adapter, kinds[layer])
     if OPTION not in scheme.option_names():
         return options, window
-    if options.get(OPTION) is not None:
-        window = window.settle(options[OPTION], composed)
     number = window.scaled_length if composed else window.length
     if number is None:
         raise OptionError(f"{scheme.name!r} extends a trained window, and {window.question(composed)}")
@@ -162,7 +161,9 @@ def built_rotation(base: PreTrainedModel, adapter: Adapter, kind: str | None) ->
         hidden = torch.zeros(1, 1, 1, 1, device=origin.device)
         made = copy.deepcopy(rotary)(hidden, origin, *([] if kind is None else [kind]))
     cos = made[0] if isinstance(made, tuple) else made.abs()
-    return inv_freq, float(cos.flatten()[0])
+    factor = float(cos.flatten()[0])
+    exact = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", factor)
+    return inv_freq, float(exact) if math.isclose(exact, factor, rel_tol=1e-5) else factor
 
 
 def _check_built(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> None:
@@ -211,5 +212,5 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
             named = f"{scheme.name!r}{f' with {given}' if given else ''}"
             raise NoEffectError(
                 f"{named} over this model's own {window.rope_type!r} scaling changes nothing up to {reach} tokens: its "
-                f"window is {window.told(composed=True)}. Give a larger factor or group, or a smaller window or chunk."
+                f"window is {window.in_words(composed=True)}. Give a larger factor or a smaller window."
             )

@@ -178,13 +178,13 @@ def _announce(patch: Patch) -> None:
     logger.info(
         "patched %d of %d layers of %s with %s(%s); trained window: %s",
         len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
-        patch.window.told(patch.composed),
+        patch.window.in_words(patch.composed),
     )  # fmt: skip
     if patch.window.raised:
         logger.warning(
             "max_position_embeddings=%s was written into the config after the model was built for %s tokens, which "
             "changes nothing in it: the trained window is taken to be %s.",
-            patch.window.said, patch.window.maximum, patch.window.told(patch.composed),
+            patch.window.config_maximum, patch.window.maximum, patch.window.in_words(patch.composed),
         )  # fmt: skip
     beyond_rotation = scheme.own_scores or scheme.scorer is not None
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)

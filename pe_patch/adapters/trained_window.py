@@ -44,7 +44,7 @@ class TrainedWindow:
     """The (`length`, `scaled_length`) that the config leaves open, where it does."""
     maximum: int | None = None
     """The `max_position_embeddings` that the model was built with."""
-    said: int | None = None
+    config_maximum: int | None = None
     """The `max_position_embeddings` of the config, which may have been changed since."""
     word: AuthorsWord | None = None
     """What the model's authors say besides."""
@@ -57,45 +57,55 @@ class TrainedWindow:
     @property
     def raised(self) -> bool:
         """Whether the config claims a longer window than the model was built with."""
-        return self.said is not None and self.maximum is not None and self.said > self.maximum
+        return (self.config_maximum or 0) > (self.maximum or self.config_maximum or 0)
 
-    def told(self, composed: bool = False) -> str:
-        """Return one of the two numbers and its source in words, for example `32,768 tokens (...)`."""
-        number, source = (self.scaled_length, self.scaled_source or self.source) if composed else (
-            self.length, self.source)  # fmt: skip
+    def in_words(self, composed: bool = False) -> str:
+        """Return one of the two numbers with its source, for example `32,768 tokens (...)`."""
+        number = self.scaled_length if composed else self.length
+        source = (self.scaled_source or self.source) if composed else self.source
         return f"unknown ({source})" if number is None else f"{number:,} tokens ({source})"
 
     def question(self, composed: bool = False, option: str = OPTION) -> str:
-        """Return what to type where the number is unknown, with an example for each reading of the config."""
-        own = self.scaled_source or self.source if composed else self.source
-        numbers = list(dict.fromkeys(pair[composed] for pair in self.choices))
+        """Return why the number is unknown and what to type, with an example for each reading of the config."""
+        reason = (self.scaled_source or self.source) if composed else self.source
+        numbers = dict.fromkeys(pair[composed] for pair in self.choices)
         example = f"for example {option}=4096"
         if len(numbers) > 1:
             example = " or ".join(f"{option}={number}" for number in numbers)
-        return f"{own}: give {option}=<tokens>, {example}."
+        return f"{reason}: give {option}=<tokens>, {example}."
 
     def settle(self, given: Any, composed: bool) -> TrainedWindow:
         """Return the window with the number that a user gives for it.
 
         Args:
             given: the window that the scheme extends from, in tokens. Under `composed` it may also be the window before
-                the scaling, under whose name configs know it; then it confirms `length`.
+                the scaling, for which configs use the same name; then it confirms `length`.
             composed: whether the scheme builds on the config's scaling rather than replace it.
         """
-        if isinstance(given, bool) or not isinstance(given, int | float) or given != int(given) or given < 1:
-            raise OptionError(
-                f"{OPTION}={given!r} is not a window: give a whole number of tokens, for example {OPTION}=4096."
+        number = _count(given, OPTION)
+        if not (composed and self.scaled):
+            scaled = next((after for before, after in self._pairs if before == number), self.scaled_length)
+            return replace(
+                self, length=number, scaled_length=scaled if self.scaled else number, source=f"the option {OPTION}"
             )
-        given, source = int(given), f"the option {OPTION}"
-        pairs = self.choices or ((self.length or 0, self.scaled_length or 0),)
-        if composed and self.scaled:
-            for length, scaled in pairs:
-                if given == length != scaled and not any(given == other for _, other in pairs):
-                    return replace(self, length=length, scaled_length=scaled, source=source, scaled_source=source)
-            length = next((length for length, scaled in pairs if scaled == given), self.length)
-            return replace(self, length=length, scaled_length=given, scaled_source=source)
-        scaled = next((scaled for length, scaled in pairs if length == given), self.scaled_length)
-        return replace(self, length=given, scaled_length=scaled if self.scaled else given, source=source)
+        if all(number != after for _, after in self._pairs):
+            for before, after in self._pairs:
+                if number == before:
+                    source = f"the option {OPTION}={number}, before the scaling"
+                    return replace(self, length=before, scaled_length=after, source=source, scaled_source=source)
+        return self.settle_scaled(number)
+
+    def settle_scaled(self, given: Any, option: str = OPTION) -> TrainedWindow:
+        """Return the window with the number that a user gives for the model as it is, with its scaling."""
+        number, source = _count(given, option), f"the option {option}"
+        if not self.scaled:
+            return replace(self, length=number, scaled_length=number, source=source)
+        before = next((before for before, after in self._pairs if after == number), self.length)
+        return replace(self, length=before, scaled_length=number, scaled_source=source)
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        return self.choices or ((self.length or 0, self.scaled_length or 0),)
 
 
 def native_parameters(config: Any, kind: str | None = None) -> dict[str, Any]:
@@ -120,88 +130,92 @@ def trained_window(base: Any, config: Any, layer_type: str | None = None) -> Tra
     maximum, source = _maximum(base, config)
     rope_type = str(parameters.get("rope_type") or "default")
     word = authors_word(config, maximum, parameters)
-    said = getattr(config, "max_position_embeddings", None)
-    found = TrainedWindow(
-        source=source, rope_type=rope_type, maximum=maximum, said=said if is_count(said) else None, word=word
+    named = getattr(config, "max_position_embeddings", None)
+    window = TrainedWindow(
+        source=source,
+        rope_type=rope_type,
+        maximum=maximum,
+        config_maximum=named if is_count(named) else None,
+        word=word,
     )
-    own = word is not None and word.trained_length is not None
-    if word is not None and own:
-        found = replace(found, length=word.trained_length, source=word.source)
-    if rope_type in ("default", "pe_patch") or not parameters:
-        length = found.length if own else maximum
-        return replace(found, length=length, scaled_length=length, rope_type="default")
-    return _with_scaling(found, config, parameters)
+    if word is not None and word.trained_length is not None:
+        window = replace(window, length=word.trained_length, source=word.source)
+    if rope_type in ("default", "pe_patch"):
+        length = window.length or maximum
+        return replace(window, length=length, scaled_length=length, rope_type="default")
+    return _with_scaling(window, config, parameters)
 
 
-def _with_scaling(found: TrainedWindow, config: Any, parameters: dict[str, Any]) -> TrainedWindow:
-    """Both windows of a config that carries a scaling."""
-    maximum, rope_type = found.maximum, found.rope_type
+def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]) -> TrainedWindow:
+    """Return both windows of a config that carries a scaling."""
+    maximum, rope_type = window.maximum, window.rope_type
     original = parameters.get(OPTION) or getattr(config, OPTION, None)
-    original = int(original) if is_count(original) else found.length
+    if maximum is None and original == window.config_maximum:  # Transformers copies its default there too
+        original = None
+    original = original if is_count(original) else window.length
     factor = _factor(parameters, maximum, original)
-    found = replace(found, factor=factor)
+    window = replace(window, factor=factor)
     carried = f"{rope_type!r}" if factor is None else f"{rope_type!r} by {factor:g}"
     if original is None and rope_type == "dynamic":  # begins beyond its window and changes nothing within
-        return replace(found, length=maximum, scaled_length=maximum, scaled_source=found.source)
+        return replace(window, length=maximum, scaled_length=maximum, scaled_source=window.source)
     if original is None:
-        return _by_factor(found, config, carried)
-    if found.length is None:
-        found = replace(found, length=original, source=f"{OPTION} of the config's {rope_type!r} scaling")
+        return _by_factor(window, config, carried)
+    if window.length is None:
+        window = replace(window, length=original, source=f"{OPTION} of the config's {rope_type!r} scaling")
     if rope_type == "dynamic":
-        return replace(found, scaled_length=original, scaled_source=found.source)
+        return replace(window, scaled_length=original, scaled_source=window.source)
     reached = None if factor is None else int(factor * original)
     by_factor = f"{carried} from {original:,}"
     if maximum is not None and maximum > original and (rope_type in NOT_A_RATIO or _agree(original, factor, maximum)):
-        said = f"max_position_embeddings, {carried} from {original:,}"
-        return replace(found, scaled_length=maximum, scaled_source=said)
-    if maximum is None or _left_as_it_was(config, found, parameters, original):
-        return replace(found, scaled_length=reached, scaled_source=by_factor)
+        return replace(window, scaled_length=maximum, scaled_source=f"max_position_embeddings, {by_factor}")
+    if maximum is None or _left_as_it_was(config, window, parameters, original):
+        return replace(window, scaled_length=reached, scaled_source=by_factor)
     if reached is None:
-        return replace(found, scaled_source=f"the config's {rope_type!r} scaling names no factor")
+        return replace(window, scaled_source=f"the config's {rope_type!r} scaling names no factor")
     assert maximum is not None
-    said = f"{by_factor} reaches {reached:,} tokens, but max_position_embeddings={maximum}"
-    return replace(found, scaled_source=said, choices=((original, maximum), (original, reached)))
+    conflict = f"{by_factor} reaches {reached:,} tokens, but max_position_embeddings={maximum}"
+    return replace(window, scaled_source=conflict, choices=((original, maximum), (original, reached)))
 
 
-def _by_factor(found: TrainedWindow, config: Any, carried: str) -> TrainedWindow:
-    """Both windows where the config has a factor (`linear`, `proportional`) and one length: some count the factor in
-    that length (Gemma 3), others do not (Vicuna), and nothing in Transformers tells them apart."""
-    maximum, factor = found.maximum, found.factor or 1.0
+def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindow:
+    """Return both windows where the config has a factor (`linear`, `proportional`) and one length. Some configs count
+    the factor in that length (Gemma 3), others do not (Vicuna), and nothing in Transformers tells them apart."""
+    maximum, factor = window.maximum, window.factor or 1.0
     if maximum is None:
-        return found
+        return window
     if factor == 1:
-        return replace(found, length=maximum, scaled_length=maximum, scaled_source=found.source)
+        return replace(window, length=maximum, scaled_length=maximum, scaled_source=window.source)
     before, after = round(maximum / factor), int(maximum * factor)
     counts = f"max_position_embeddings={maximum} over the factor {factor:g}"
-    if found.word is not None and found.word.maximum_is_scaled:
+    if window.word is not None and window.word.maximum_is_scaled:
         return replace(
-            found, length=before, scaled_length=maximum, source=f"{counts}; {found.word.source}",
-            scaled_source=found.word.source,
+            window, length=before, scaled_length=maximum, source=f"{counts}; {window.word.source}",
+            scaled_source=window.word.source,
         )  # fmt: skip
     for key in OTHER_NAMES:
         other = getattr(config, key, None)
         if not is_count(other):
             continue
         if _close(other, after):
-            return replace(found, length=maximum, scaled_length=after, scaled_source=f"{key} of the config, {carried}")
+            return replace(window, length=maximum, scaled_length=after, scaled_source=f"{key} of the config, {carried}")
         if _close(other, maximum):
             return replace(
-                found, length=before, scaled_length=maximum, source=f"{counts}, as {key}={other} says",
+                window, length=before, scaled_length=maximum, source=f"{counts}, as {key}={other} says",
                 scaled_source=f"{key} of the config",
             )  # fmt: skip
-    open_ = (
+    unclear = (
         f"the config carries {carried} and max_position_embeddings={maximum}, and does not say whether that is the "
         f"window before the factor ({maximum} to {after} tokens) or after it ({before} to {maximum})"
     )
-    return replace(found, source=open_, scaled_source=open_, choices=((before, maximum), (maximum, after)))
+    return replace(window, source=unclear, scaled_source=unclear, choices=((before, maximum), (maximum, after)))
 
 
-def _left_as_it_was(config: Any, found: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
-    """Whether this `max_position_embeddings` is the one that the model had before a scaling from `original` was added,
-    as Qwen3's model card asks for and YaRN's authors did with Mistral."""
-    if found.maximum == original:
+def _left_as_it_was(config: Any, window: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
+    """Return whether this `max_position_embeddings` is from before a scaling that starts at `original` was added, as
+    Qwen3's model card asks for and YaRN's authors did with Mistral."""
+    if window.maximum == original:
         return True
-    before = authors_word(config, found.maximum, {**parameters, "rope_type": "default", OPTION: None})
+    before = authors_word(config, window.maximum, {**parameters, "rope_type": "default", OPTION: None})
     return before is not None and before.trained_length == original
 
 
@@ -215,12 +229,12 @@ def _close(one: float, other: float) -> bool:
 
 
 def _agree(original: int, factor: float | None, maximum: int) -> bool:
-    """Whether a factor is the ratio of two windows, up to rounding: 32 from 4,096 to 128,000 tokens."""
+    """Return whether a factor is the ratio of two windows, up to rounding: 32 from 4,096 to 128,000 tokens."""
     return factor is not None and (_close(factor, maximum / original) or factor == math.ceil(maximum / original))
 
 
 def _factor(parameters: dict[str, Any], maximum: int | None, original: int | None) -> float | None:
-    """The factor as Transformers takes it: the one that is written, else the ratio of the two windows."""
+    """Return the factor as Transformers takes it: the one that is written, else the ratio of the two windows."""
     written = parameters.get("factor")
     if isinstance(written, int | float) and not isinstance(written, bool):
         return float(written)
@@ -228,7 +242,7 @@ def _factor(parameters: dict[str, Any], maximum: int | None, original: int | Non
 
 
 def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
-    """The rotary parameters of one layer type, or of the type with the largest base."""
+    """Return the rotary parameters of one layer type, or of the type with the largest base."""
     parameters = native_parameters(config, layer_type)
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     if nested and not parameters.get("rope_type"):
@@ -237,20 +251,20 @@ def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
 
 
 def _maximum(base: Any, config: Any) -> tuple[int | None, str]:
-    """The `max_position_embeddings` that the model was built with, and where it comes from or why it is unknown."""
-    said, built = getattr(config, "max_position_embeddings", None), built_window(base)
-    if is_count(said) and built is not None and said > built[0]:
-        return built[0], f"what {built[1]} was built with; the config was changed to {said:,} afterwards"
-    if is_count(said) and not _left_out(config, said):
-        return said, "max_position_embeddings of the config"
+    """Return the `max_position_embeddings` that the model was built with, and its source or why it is unknown."""
+    maximum, built = getattr(config, "max_position_embeddings", None), built_window(base)
+    if is_count(maximum) and built is not None and maximum > built[0]:
+        return built[0], f"what {built[1]} was built with; the config was changed to {maximum:,} afterwards"
+    if is_count(maximum) and not _left_out(config, maximum):
+        return maximum, "max_position_embeddings of the config"
     for key in OTHER_NAMES:
         if is_count(getattr(config, key, None)):
             return getattr(config, key), f"{key} of the config"
-    if is_count(said):
-        default = f"{said:,} is the default of {type(config).__name__}"
+    if is_count(maximum):
+        default = f"{maximum:,} is the default of {type(config).__name__}"
         return None, f"the config.json of {config.name_or_path} names no window ({default})"
-    if said is not None:
-        return None, f"the config says max_position_embeddings={said!r}, which is no number of tokens"
+    if maximum is not None:
+        return None, f"the config says max_position_embeddings={maximum!r}, which is no number of tokens"
     if built is not None:
         return built[0], f"what {built[1]} was built with"
     return None, f"the config of this {config.model_type} names no window"
@@ -271,12 +285,12 @@ def built_window(base: Any) -> tuple[int, str] | None:
     return None
 
 
-def _left_out(config: Any, said: int) -> bool:
-    """Whether Transformers filled the window in from its class, because the checkpoint's config.json has none."""
+def _left_out(config: Any, maximum: int) -> bool:
+    """Return whether Transformers filled the window in from its class, since the checkpoint's config.json has none."""
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     field = getattr(type(config), "__dataclass_fields__", {}).get(name)
     source = getattr(config, "name_or_path", "")
-    if field is None or field.default != said or not source:
+    if field is None or field.default != maximum or not source:
         return False
     file: Any = Path(source) / "config.json"
     if not file.is_file():
@@ -288,3 +302,15 @@ def _left_out(config: Any, said: int) -> bool:
             return False
     written = json.loads(Path(file).read_text(encoding="utf-8"))
     return written.get("model_type") == config.model_type and not {name, "max_position_embeddings"} & written.keys()
+
+
+def _count(given: Any, option: str) -> int:
+    """Return a user's number of tokens.
+
+    Raises:
+        OptionError: it is none.
+    """
+    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+    if not number or given != int(given) or given < 1:
+        raise OptionError(f"{option}={given!r} is not a window; give a whole number of tokens, such as {option}=4096.")
+    return int(given)

@@ -156,7 +156,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     first = layers[0] if layers else 0
     trained = adapter.window(base, config, first)
     if trained_length is not None:
-        trained = trained.settle(trained_length, composed=True)
+        trained = trained.settle_scaled(trained_length, "trained_length")
     if trained.scaled_length is None or trained.length is None:
         question = trained.question(composed=trained.scaled, option="trained_length")
         raise OptionError(f"Advice starts from the window that {name} was trained for, and {question}")

@@ -168,5 +168,5 @@ def _scaling(case: Case) -> str:
         f"{base} on_existing='replace' starts again from these {facts.original:,} tokens and the base "
         f"{facts.shape.rope_theta:g}, so its factor is {case.factor:g}, and the weights must be trained to it. "
         f"on_existing='compose' puts a scheme on top of what is there ({', '.join(over)}); they count from "
-        f"{facts.trained.told(composed=True)}{_product(facts)}."
+        f"{facts.trained.in_words(composed=True)}{_product(facts)}."
     )
