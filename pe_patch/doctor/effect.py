@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..adapters import ADAPTERS
-from ..adapters.trained_window import trained_window
+from ..adapters.trained_window import TrainedWindow, trained_window
 from ..dialects import Reading, Specification
 from ..errors import PePatchError
 from ..rotation import Rotation
 from ..scheme import Scheme
 from ..schemes import SCHEMES
-from .claims import rope_dicts, short
+from .claims import filled_in, rope_dicts, short
 from .finding import Finding
 from .subject import Subject, Turning
 
@@ -244,6 +244,8 @@ def numbers_told(inv_freq: Tensor, factor: float, pair: int = -1) -> str:
 def windows(subject: Subject, turning: Turning) -> dict[str, Any]:
     """Return the window before any scaling, the one with it, what the config allows, and the sources."""
     known = trained_window(subject.model, subject.text_config, turning.kind)
+    if filled_in(subject):
+        known = TrainedWindow(source="the config names no window")
     return {
         "trained_window": known.length,
         "trained_window_source": known.source,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..adapters.trained_window import OTHER_NAMES, built_window, is_count, trained_window
+from ..adapters.trained_window import built_window, is_count, trained_window
 from ..dialects import TYPES, left_as_it_was, yarn_temperature
-from .claims import rope_dicts, said_window, window_reversed
+from .claims import filled_in, named_window, rope_dicts, said_window, window_reversed
 from .finding import Finding
 from .subject import Subject
 
@@ -44,17 +44,14 @@ def _unnamed(subject: Subject) -> Iterator[Finding]:
     config = subject.text_config
     if config is None or not hasattr(config, "max_position_embeddings"):
         return
-    key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    names = (key, "max_position_embeddings", *OTHER_NAMES)
-    written = [(name, subject.text[name]) for name in names if subject.text.get(name) is not None]
+    key, written = named_window(subject)
     remedy = f'Write the length that the model was trained for, such as "{key}": 4096.'
-    whole = subject.text is subject.said  # in a text_config Transformers leaves out what its class says anyway
-    if not written and whole and not subject.live and is_count(config.max_position_embeddings):
+    if not written and filled_in(subject):
         yield Finding(
             "window_unknown", "error", key, "no window",
             f"{config.max_position_embeddings} tokens, which is only the default of {type(config).__name__}", remedy,
         )  # fmt: skip
-    for name, value in written[:1]:
+    for name, value in list(written.items())[:1]:
         if not is_count(value) and not isinstance(value, float):
             yield Finding("window_unknown", "error", name, f"{name}={value!r}", "no number of tokens", remedy)
     built = built_window(subject.model) if subject.live else None
