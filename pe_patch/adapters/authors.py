@@ -110,7 +110,7 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
         AuthorsWord(
             "Its authors trained it on 32,768 tokens and rescaled its far-reaching layers to the window that the "
             "config names (Gemma Team 2025, arXiv 2503.19786), which therefore counts the factor.",
-            "Gemma 3's report, arXiv 2503.19786: max_position_embeddings counts the factor",
+            "Gemma 3's report, arXiv 2503.19786",
             maximum_is_scaled=True,
         ),
     ),

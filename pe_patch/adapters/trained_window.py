@@ -186,12 +186,11 @@ def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindo
     if factor == 1:
         return replace(window, length=maximum, scaled_length=maximum, scaled_source=window.source)
     before, after = round(maximum / factor), int(maximum * factor)
-    counts = f"max_position_embeddings={maximum} over the factor {factor:g}"
     if window.word is not None and window.word.maximum_is_scaled:
-        return replace(
-            window, length=before, scaled_length=maximum, source=f"{counts}; {window.word.source}",
-            scaled_source=window.word.source,
-        )  # fmt: skip
+        source = window.word.source
+        counted = f"max_position_embeddings, which counts the factor {factor:g}; {source}"
+        source = f"{maximum:,} over the factor {factor:g}; {source}"
+        return replace(window, length=before, scaled_length=maximum, source=source, scaled_source=counted)
     for key in OTHER_NAMES:
         other = getattr(config, key, None)
         if not is_count(other):
@@ -199,10 +198,8 @@ def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindo
         if _close(other, after):
             return replace(window, length=maximum, scaled_length=after, scaled_source=f"{key} of the config, {carried}")
         if _close(other, maximum):
-            return replace(
-                window, length=before, scaled_length=maximum, source=f"{counts}, as {key}={other} says",
-                scaled_source=f"{key} of the config",
-            )  # fmt: skip
+            source = f"{maximum:,} over the factor {factor:g}, which {key}={other} counts too"
+            return replace(window, length=before, scaled_length=maximum, source=source, scaled_source=f"{key}={other}")
     unclear = (
         f"the config carries {carried} and max_position_embeddings={maximum}, and does not say whether that is the "
         f"window before the factor ({maximum} to {after} tokens) or after it ({before} to {maximum})"

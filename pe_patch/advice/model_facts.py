@@ -232,6 +232,14 @@ def _parameters(model: Any, config: Any, adapter: Adapter, base: nn.Module) -> P
     )
 
 
+def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return rotary parameters, flat or for each layer type, without their scaling."""
+    kept = ("rope_theta", "partial_rotary_factor")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {kind: _plain(value) if isinstance(value, dict) else value for kind, value in parameters.items()}
+    return {"rope_type": "default"} | {key: parameters[key] for key in kept if key in parameters}
+
+
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What configs call the number of experts that a token is sent to some of."""
 
@@ -241,11 +249,14 @@ def _cache(model: Any, rotating: list[bool]) -> tuple[CacheLayer, ...]:
     """Read off the cache that the model itself fills, layer by layer."""
     from transformers import AutoModelForCausalLM
 
-    # Eager attention and bfloat16 look at no value, which on the meta device there is none of.
+    # Nothing here may look at a value, since tensors on the meta device have none. Eager attention and bfloat16 do not,
+    # nor do plain frequencies; those that follow the length would, and a cache is the same under either.
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    if parameters := getattr(text, "rope_parameters", None):
+        text.rope_parameters = _plain(parameters)
     with torch.device("meta"):
-        twin: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model.config), dtype=torch.bfloat16, attn_implementation="eager"
-        )
+        twin: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
         ids = torch.zeros(1, 2, dtype=torch.long)
         cache = twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     if cache is None or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
