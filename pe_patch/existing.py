@@ -127,11 +127,11 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     read = dialects.read(parameters)
     if not isinstance(read, dialects.Specification):
         raise UnsupportedError(f"This config has different parameters for {', '.join(read)}, which do not compose.")
-    found = {"scheme": read.scheme, **read.options}
-    if read.scheme == "linear" and window.length is None:
-        found[OPTION] = window.maximum or 1  # which has no part in its frequencies
-    cls, options = find_scheme(found, {}, None)
-    scheme = cls(adapter.shape(base, base.config, layer), **options)
+    options = {"scheme": read.scheme, **read.options}
+    if window.length is None and OPTION not in options:
+        options[OPTION] = window.maximum or 1  # which has no part in its frequencies
+    cls, given = find_scheme(options, {}, None)
+    scheme = cls(adapter.shape(base, base.config, layer), **given)
     if not isinstance(scheme, Rotary):
         raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
     inv_freq, factor = built_rotation(base, adapter, kind)
@@ -144,8 +144,8 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
                 f"The built rotary module multiplies cos and sin by {factor:.6g} and {read.scheme!r} by "
                 f"{our_factor:.6g}: the config does not describe this model, so nothing composes with it."
             )
-        found["attention_factor"] = factor
-    return found
+        options["attention_factor"] = factor
+    return options
 
 
 def built_rotation(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> tuple[Tensor, float]:
@@ -184,14 +184,14 @@ def _same(expected: Tensor, built: Tensor) -> bool:
 
 
 def _changed(
-    base: PreTrainedModel, adapter: Adapter, parameters: dict[str, Any], said: Tensor, built: Tensor
+    base: PreTrainedModel, adapter: Adapter, parameters: dict[str, Any], expected: Tensor, built: Tensor
 ) -> UnsupportedError:
     module = type(getattr(base, str(adapter.rotary))).__name__
-    numbers = ""
-    if said.shape == built.shape:
-        pair = int((said.float().cpu() - built.float().cpu()).abs().div(said.float().cpu().clamp(min=1e-12)).argmax())
+    expected, built, numbers = expected.detach().float().cpu(), built.detach().float().cpu(), ""
+    if expected.shape == built.shape:
+        pair = int((expected - built).abs().div(expected.clamp(min=1e-12)).argmax())
         numbers = (
-            f": pair {pair} turns by {float(built[pair]):.6g} radians per token, and would by {float(said[pair]):.6g}"
+            f": pair {pair} turns by {float(built[pair]):.6g} radians per token, not by {float(expected[pair]):.6g}"
         )
     return UnsupportedError(
         f"The built {module} does not turn by the {parameters['rope_type']!r} that the config names{numbers}. The "

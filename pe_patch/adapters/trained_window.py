@@ -221,8 +221,8 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=TOLERANCE)
+def _close(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=TOLERANCE)
 
 
 def _agree(original: int, factor: float | None, maximum: int) -> bool:
@@ -243,7 +243,7 @@ def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     parameters = native_parameters(config, layer_type)
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     if nested and not parameters.get("rope_type"):
-        return max(nested, key=lambda one: float(one.get("rope_theta") or 0))
+        return max(nested, key=lambda kind: float(kind.get("rope_theta") or 0))
     return parameters
 
 
