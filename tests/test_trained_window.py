@@ -215,6 +215,24 @@ def test_the_loaded_model_decides_on_the_temperature_underneath():
     assert error(logits(model, tokens(1, 30)), native) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "llama4_text", "deepseek_v2", "cohere", "gpt_oss", "gpt_neox"])
+def test_within_the_near_window_a_composed_scheme_is_the_model_itself(family):
+    """Whatever Transformers does with YaRN's factor: on cos and sin, into the softmax scale, or, as Llama 4 normalises
+    what is rotated, nothing."""
+    config = families.build(family).config
+    kept = {
+        key: value for key, value in config.rope_parameters.items() if key in ("rope_theta", "partial_rotary_factor")
+    }
+    config.rope_parameters = {**kept, "rope_type": "yarn", "factor": 4.0, KEY: 16}
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), tokens(2, 12)
+    for parameter in model.parameters():
+        parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+    native = logits(model, ids)
+    patch_model(model, "rerope", window=14, on_existing="compose")
+    assert error(logits(model, ids), native) < 1e-5
+
+
 NOTHING = {
     "self_extend by 1": ("self_extend", {"factor": 1.0}),
     "groups of one": ("self_extend", {"group": 1}),

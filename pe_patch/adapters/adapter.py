@@ -49,6 +49,9 @@ class Adapter:
     """Whether an attention rotates: an attribute of it, or a function; None where all do."""
     late_norm: bool = False
     """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
+    rotated_norm: str | None = None
+    """The module of an attention that normalises queries and keys after the rotation, without weights. It cancels any
+    factor on cos and sin."""
     carries: bool = True
     """Keywords given to the base model reach the attention function."""
     folds_scale: bool = False
