@@ -88,7 +88,7 @@ def describe(model: Any) -> Description:
         num_layers=patch.shape.num_layers,
         backend=str(patch.base.config._attn_implementation),
         keep_native=patch.keep_native or (patch.scheme.converts and not overrides(patch.scheme, "angles")),
-        effective=effective(patch.scheme) | _cache(patch),
+        effective=effective(patch.scheme) | _window_source(patch) | _cache(patch),
         replaced=_replaced(patch),
     )
 
@@ -101,8 +101,8 @@ def effective(scheme: Scheme) -> dict[str, Any]:
         if value is not None:
             numbers["trained_window" if name == "window" else name] = value
     inner: Any = getattr(scheme, "over", None)
-    if getattr(inner, "window", None) is not None:  # what it stands over is what the model was trained with
-        numbers["trained_window"] = inner.window
+    if getattr(inner, "window", None) is not None:  # the model was trained with the rotation underneath
+        numbers["trained_window"] = getattr(scheme, "reads", None) or inner.window
     numbers |= scheme.settled
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
     inv_freq = getattr(scheme, "inv_freq", None)
@@ -115,6 +115,17 @@ def effective(scheme: Scheme) -> dict[str, Any]:
     if parameters := sum(p.numel() for p in scheme.parameters()):
         numbers["parameters_added"] = parameters
     return numbers
+
+
+def _window_source(patch: Patch) -> dict[str, Any]:
+    """Return where the trained window in use comes from."""
+    used, window = effective(patch.scheme).get("trained_window"), patch.window
+    if used is None:
+        return {}
+    if used == (window.scaled_length if patch.composed else window.length):
+        source = window.scaled_source if patch.composed else window.source
+        return {"trained_window_source": source or window.source}
+    return {"trained_window_source": f"an option of {patch.scheme.name}"}
 
 
 def _cache(patch: Patch) -> dict[str, Any]:

@@ -83,6 +83,10 @@ NEEDS_WINDOW = {"dynamic_ntk", "yarn", "dynamic_yarn", "llama3", "longrope"}
 FACTOR_IS_RATIO = {"linear", "yarn", "longrope"}
 """Schemes whose factor is max_position_embeddings over the trained window (Llama 3.1 has 8 where that ratio is 16)."""
 
+LEFT_AS_IT_WAS = {("qwen3", 40960): 32768, ("qwen3_moe", 40960): 32768, ("mistral", 32768): 8192}
+"""Trained windows of models whose config allows more, by family and `max_position_embeddings`. A scaling that their
+authors add starts from the trained window and leaves that number as it was."""
+
 SYNONYMS = {
     "type": ("rope_type", "type"),
     "theta": ("rope_theta", "theta", "rotary_emb_base", "base"),
@@ -99,6 +103,11 @@ def yarn_temperature(factor: float, slope: float = 1.0) -> float:
     """0.1 m ln s + 1, the square root of YaRN's inverse temperature (Peng et al. 2023, arXiv 2309.00071, equation 22);
     1 where nothing is extended."""
     return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
+
+
+def left_as_it_was(family: Any, maximum: Any) -> int | None:
+    """Return the trained window of a family whose unscaled `max_position_embeddings` this is, where the two differ."""
+    return LEFT_AS_IT_WAS.get((family, maximum))
 
 
 def read(config: Mapping[str, Any]) -> Reading:
@@ -173,6 +182,9 @@ def _whole(config: dict[str, Any]) -> Reading:
     local = config.get("rope_local_base_freq")  # Gemma 3 before Transformers 5: one base for the sliding layers
     if any(isinstance(value, Mapping) for value in inner.values()):
         return _nested(inner, around)
+    before = left_as_it_was(config.get("model_type"), around["maximum"])
+    if before is not None and before in (inner.get(SYNONYMS["trained"][0]), around["trained"]):
+        around["maximum"] = before
     whole = _flat(inner, around)
     if local is None:
         return whole

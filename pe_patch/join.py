@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from . import compat, resolve
 from .adapters import Adapter
+from .adapters.trained_window import TrainedWindow
 from .attention import Backend, backend_for, check_backend
 from .configuration import Kinds, cache_specification, config_swaps, record_of, save_foreign, saves_foreign
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_swaps, native_swaps
 from .parallel import check_conversion
+from .patching.existing import check_effect, settle_existing
 from .peft_hooks import head_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
 from .replacement import native_latent_swaps, no_early_cache, replacement_swaps
@@ -47,10 +49,17 @@ class Patch:
     """Native parameters that a scheme has put out of use."""
     taken: list[Swap] = field(default_factory=list)
     """The swaps that took away weights which another attention was made of."""
+    window: TrainedWindow = field(default_factory=TrainedWindow)
+    """The window that the model was trained for."""
 
     @property
     def layers(self) -> list[int]:
         return list(self.own)
+
+    @property
+    def composed(self) -> bool:
+        """Whether the scheme builds on a scaling that the model's config carries."""
+        return self.window.scaled and self.arguments["on_existing"] == "compose"
 
     @property
     def scheme(self) -> Scheme:
@@ -128,9 +137,12 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
     check_tower(adapter, cls, config)
     if cls.converts:
         check_conversion(attentions[chosen[0]], cls.name)
+    window = adapter.window(base, config, chosen[0])
     if cls.touches_rotation(options):
-        options = resolve.settle_existing(config, cls, options, given["on_existing"], {kinds[i] for i in chosen})
+        options, window = settle_existing(base, adapter, cls, options, given["on_existing"], chosen)
     own = _build(cls, base, adapter, chosen, options)
+    if given["on_existing"] == "compose" and window.scaled:
+        check_effect(own.values(), window)
     schemes, by_kind = list(dict.fromkeys(own.values())), {kinds[index]: own[index] for index in chosen}
     for scheme in schemes:
         scheme.restored = given.get("restored", False)
@@ -142,7 +154,9 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
         found = convert(head, base, adapter, own)
 
     def assemble(modules: dict[int, nn.Module]) -> Patch:
-        return _assemble(head, path, adapter, own, plan, backend, modules, given)
+        patch = _assemble(head, path, adapter, own, plan, backend, modules, given)
+        patch.window = window
+        return patch
 
     if not found.latents:
         return assemble(found.modules)

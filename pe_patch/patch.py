@@ -16,6 +16,7 @@ from .adapters import Adapter
 from .adapters.adapter import RotaryJoint, TypedJoint
 from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from .join import Patch, collect
+from .patching.existing import EXISTING
 from .peft_hooks import watch
 from .resolve import Layers
 from .rotation import Rotation
@@ -62,8 +63,8 @@ def patch_model(
     Raises:
         PePatchError: in one of its kinds, before anything was changed.
     """
-    if on_existing not in resolve.EXISTING:
-        raise OptionError(f"on_existing={on_existing!r} is not one of {', '.join(resolve.EXISTING)}.")
+    if on_existing not in EXISTING:
+        raise OptionError(f"on_existing={on_existing!r} is not one of {', '.join(EXISTING)}.")
     head = resolve.unwrap(model)
     given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
     given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
@@ -175,9 +176,16 @@ def _announce(patch: Patch) -> None:
     scheme, adapter = patch.scheme, patch.adapter
     options = ", ".join(f"{key}={value}" for key, value in scheme.recorded.items() if not isinstance(value, list))
     logger.info(
-        "patched %d of %d layers of %s with %s(%s)",
+        "patched %d of %d layers of %s with %s(%s); trained window: %s",
         len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
+        patch.window.in_words(patch.composed),
     )  # fmt: skip
+    if patch.window.raised:
+        logger.warning(
+            "max_position_embeddings=%s was written into the config after the model was built for %s tokens, which "
+            "changes nothing in it: the trained window is taken to be %s.",
+            patch.window.config_maximum, patch.window.maximum, patch.window.in_words(patch.composed),
+        )  # fmt: skip
     beyond_rotation = scheme.own_scores or scheme.scorer is not None
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
     same = scheme.name == adapter.native or scheme.converts

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import dialects
 from .adapters import ADAPTERS, Adapter
-from .adapters.adapter import native_parameters, native_window
-from .errors import AlreadyPatchedError, OptionError, PePatchError, UnknownNameError, UnsupportedError, nearest, unknown
-from .scheme import Scheme
-from .schemes import SCHEMES
+from .errors import OptionError, PePatchError, UnknownNameError, UnsupportedError, nearest, unknown
 
 WRAPPERS = ("_orig_mod", "module")
 """Where torch.compile and data parallelism keep the model that they wrap."""
@@ -99,58 +95,6 @@ def _unknown_family(family: str) -> UnknownFamilyError:
         "the attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is "
         f"all it takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
     )
-
-
-EXISTING = ("error", "replace", "compose")
-
-
-def settle_existing(
-    config: Any, scheme: type[Scheme], options: dict[str, Any], on_existing: str, kinds: Iterable[str | None] = (None,)
-) -> dict[str, Any]:
-    """What becomes of a scaling that the model's own config already carries; returns the options to use.
-
-    `kinds` are the layer types to be patched, where each has rotary parameters of its own.
-    """
-    scaled = {
-        kind: parameters
-        for kind in kinds
-        if (parameters := native_parameters(config, kind)).get("rope_type", "default") not in ("default", None)
-    }
-    if not scaled:
-        return options
-    kind, parameters = next(iter(scaled.items()))
-    if on_existing == "error":
-        raise AlreadyPatchedError(
-            f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second one on "
-            f"top would not mean what it says. on_existing='replace' starts again from its window of "
-            f"{native_window(config, kind)} tokens and theta {parameters.get('rope_theta')}; on_existing='compose' "
-            "builds on it where that has a meaning."
-        )
-    if on_existing == "compose":
-        if "over" not in scheme.option_names():
-            able = [name for name, known in SCHEMES.items() if "over" in known.option_names()]
-            raise UnsupportedError(
-                f"{scheme.name!r} over an existing {parameters['rope_type']!r} has no meaning; only {', '.join(able)} "
-                "compose. Use on_existing='replace'."
-            )
-        if len(set(kinds)) > 1:
-            raise UnsupportedError(f"Only the {kind} layers of this model are scaled; choose them with layers=.")
-        return {"over": _existing_scheme(config, parameters), **options}
-    return options
-
-
-def _existing_scheme(config: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The scaling that a config carries, in our own words; a factor may follow from its two lengths."""
-    lengths = ("max_position_embeddings", "original_max_position_embeddings")
-    around = {name: value for name in lengths if (value := getattr(config, name, None)) is not None}
-    found = dialects.read({"rope_parameters": parameters, **around})
-    if not isinstance(found, dialects.Specification):
-        raise UnsupportedError(f"This config has different parameters for {', '.join(found)}, which do not compose.")
-    return {"scheme": found.scheme, **found.options}
-
-
-def _short(parameters: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in parameters.items() if not isinstance(value, list))
 
 
 def find_layers(layers: Layers, count: int) -> list[int]:

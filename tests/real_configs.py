@@ -61,6 +61,34 @@ GEMMA3 = {
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     },
 }
+VICUNA = {
+    "model_type": "llama",
+    "max_position_embeddings": 4096,
+    "max_sequence_length": 16384,
+    "rope_scaling": {"factor": 4.0, "type": "linear"},
+}
+R1_QWEN3 = {
+    "model_type": "qwen3",
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000,
+    "rope_scaling": {
+        "attn_factor": 0.8782488562869419,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "rope_type": "yarn",
+    },
+}
+YARN_MISTRAL = {
+    "model_type": "mistral",
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "factor": 16.0,
+        "finetuned": True,
+        "original_max_position_embeddings": 8192,
+        "type": "yarn",
+    },
+}
 GEMMA3_READ = {
     "full_attention": Specification("linear", {"factor": 8.0, "theta": 1000000.0}),
     "sliding_attention": Specification("rope", {"theta": 10000.0}),
@@ -200,13 +228,33 @@ REAL: dict[str, tuple[dict[str, Any], Any]] = {
         Specification("yarn", {"factor": 16.0, "original_max_position_embeddings": 4096}),
     ),
     "vicuna-7b-v1.5-16k (v4 linear)": (
-        {
-            "model_type": "llama",
-            "max_position_embeddings": 4096,
-            "max_sequence_length": 16384,
-            "rope_scaling": {"factor": 4.0, "type": "linear"},
-        },
+        VICUNA,
         Specification("linear", {"factor": 4.0}),
+    ),
+    "Yarn-Mistral-7b-128k (the window before YaRN beside it)": (
+        YARN_MISTRAL,
+        Specification("yarn", {"factor": 16.0, "theta": 10000.0, "original_max_position_embeddings": 8192}),
+    ),
+    "Qwen3-8B with YaRN, as its card says": (
+        {
+            "model_type": "qwen3",
+            "max_position_embeddings": 40960,
+            "rope_theta": 1000000,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        },
+        Specification("yarn", {"factor": 4.0, "theta": 1000000, "original_max_position_embeddings": 32768}),
+    ),
+    "DeepSeek-R1-0528-Qwen3-8B (attn_factor)": (
+        R1_QWEN3,
+        Specification(
+            "yarn",
+            {
+                "attention_factor": 1.0,
+                "factor": 4.0,
+                "theta": 1000000,
+                "original_max_position_embeddings": 32768,
+            },
+        ),
     ),
     "internlm2-chat-7b (v4 dynamic)": (
         {

@@ -16,7 +16,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "errors": set(),
     "heads": {"errors"},
     "compat": {"errors"},
-    "patching": {"errors", "patching"},
+    "patching": {"adapters", "dialects", "errors", "patching", "rotation", "scheme", "schemes"},
     "parallel": {"compat", "errors", "heads"},
     "positions": {"errors"},
     "scheme": {"errors", "heads", "positions", "attention", "latent"},  # the last two for types only

@@ -82,7 +82,8 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "olmo3": Adapter(full_precision=True, typed=True, summary="OLMo 3"),
         "gemma3_text": Adapter(typed=True, summary="Gemma 3"),
         "llama4_text": Adapter(
-            layout="complex", interleaved_pairs=True, rotates="use_rope", summary="Llama 4 Scout, Maverick"
+            layout="complex", interleaved_pairs=True, rotates="use_rope", rotated_norm="qk_norm",
+            summary="Llama 4 Scout, Maverick",
         ),
         "granite": Adapter(
             embedding_multiplier="embedding_multiplier", projections=Separate(), summary="Granite 3"

@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..rotation import cos_sin
 from ..scheme import AttentionShape, Scheme
 from .projections import ProjectionNames
+from .trained_window import TrainedWindow, native_parameters, trained_window
 from .vision import Tower
 
 DEFAULT_THETA = 10000.0
@@ -48,6 +49,9 @@ class Adapter:
     """Whether an attention rotates: an attribute of it, or a function; None where all do."""
     late_norm: bool = False
     """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
+    rotated_norm: str | None = None
+    """The module of an attention that normalises queries and keys after the rotation, without weights. It cancels any
+    factor on cos and sin."""
     carries: bool = True
     """Keywords given to the base model reach the attention function."""
     drops_cache_at_window: bool = False
@@ -108,6 +112,10 @@ class Adapter:
         width = 2 * frequencies_of(getattr(base, self.rotary), kind)[0].shape[-1]
         return RotaryJoint(scheme, self.layout, width, self.full_precision)
 
+    def window(self, base: nn.Module, config: Any, layer: int = 0) -> TrainedWindow:
+        """Return the window that the model was trained for, as the scaling of this layer has it."""
+        return trained_window(base, config, self.kinds(base, config)[layer])
+
     def shape(self, base: nn.Module, config: Any, layer: int = 0) -> AttentionShape:
         """Sizes of one layer, read from the modules that were built; the config serves where no module knows."""
         attention = self.attentions(base)[layer]
@@ -124,7 +132,7 @@ class Adapter:
             rotary_dim=rotary_dim,
             rotary_start=_first(attention, "qk_nope_head_dim") or 0,
             rope_theta=native_theta(rotary, config, kind) if rotary is not None else DEFAULT_THETA,
-            trained_length=native_window(config, kind),
+            trained_length=self.window(base, config, layer).length or 0,
             num_layers=len(self.blocks(base)),
             interleaved=self.interleaved_pairs,
             grid=self.tower.grid(config) if self.tower else None,
@@ -135,19 +143,6 @@ class Adapter:
 
 def _first(owner: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
-
-
-def native_parameters(config: Any, kind: str | None = None) -> dict[str, Any]:
-    """The config's own rotary parameters, those of one layer type where it has several, or an empty dict."""
-    parameters = dict(getattr(config, "rope_parameters", None) or {})
-    return parameters if kind is None else dict(parameters[kind] or {})
-
-
-def native_window(config: Any, kind: str | None = None) -> int:
-    """The length the model was trained for: the original one where a scaling has been applied; 0 where unknown."""
-    original = native_parameters(config, kind).get("original_max_position_embeddings")
-    original = original or getattr(config, "original_max_position_embeddings", None)
-    return int(original or getattr(config, "max_position_embeddings", None) or 0)
 
 
 def frequencies_of(rotary: Any, kind: str | None) -> tuple[Tensor, Tensor]:

@@ -59,11 +59,6 @@ def _beyond_twice(case: Case) -> str | None:
     return _undoes(case)
 
 
-def _string(case: Case) -> Options:
-    """The authors' third of the window, where the window is not the one that the scheme would take for granted."""
-    return {} if case.composed_window == case.facts.window else {"shift": case.facts.window // 3, "window": 128}
-
-
 def _beyond_string(case: Case) -> str | None:
     window = case.facts.window
     reach = window + window // 3 - 128
@@ -146,7 +141,7 @@ ROTARY: tuple[Candidate, ...] = (
         "string", "yes", "no",
         "For lengths that a model has and reads badly: RULER at 128k 77.0 to 80.0 on Llama-3.1-8B, 66.6 to 81.7 on 70B "
         "(An et al. 2024, arXiv 2410.18745).",
-        options=_string, needs_training=_never, limit=_beyond_string, composes=True,
+        needs_training=_never, limit=_beyond_string, composes=True,
     ),
     Candidate(
         "longrope", "yes", "yes",

@@ -48,16 +48,9 @@ class Case:
         return round_factor(self.target / self.facts.original)
 
     @property
-    def composed_window(self) -> int:
-        """The window that a scheme over the model's own rotation takes for granted."""
-        existing = self.facts.existing
-        assert existing is not None
-        return existing.effective_window or existing.window
-
-    @property
     def composed_factor(self) -> float:
-        """The target over that window."""
-        return round_factor(self.target / self.composed_window)
+        """The target over the window that a scheme over the model's own scaling extends from."""
+        return round_factor(self.ratio)
 
 
 def round_factor(ratio: float) -> float:

@@ -13,14 +13,15 @@ from torch import nn
 
 from .. import compat
 from ..adapters import Adapter
-from ..adapters.adapter import native_parameters
+from ..adapters.authors import AuthorsWord
+from ..adapters.trained_window import TrainedWindow, native_parameters
 from ..errors import OptionError, PePatchError, UnsupportedError
 from ..loading import empty_model
+from ..patching.existing import existing_scheme
 from ..resolve import find_adapter, find_stack
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from ..schemes.find import find_scheme
-from .known import AuthorsWord, authors_word
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class ModelFacts:
     """What the config allows, 0 where it says nothing."""
     window: int
     """What the model has been trained for as it stands, with whatever scaling it carries."""
+    trained: TrainedWindow
+    """That window and the one before any scaling, with their sources."""
     existing: Rotary | None
     """Its rotation as it stands, with the scaling that its config carries; None without rotation."""
     scaling: dict[str, Any]
@@ -150,16 +153,17 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     """
     _, base = find_stack(model, None)
     config, adapter = base.config, find_adapter(base, None)
-    word = None if trained_length else authors_word(config)
     layer_type, layers = _farthest(adapter, base)
-    shape = adapter.shape(base, config, layers[0] if layers else 0)
-    told = trained_length or (word.trained_length if word else 0)
+    first = layers[0] if layers else 0
+    trained = adapter.window(base, config, first)
+    if trained_length is not None:
+        trained = trained.settle_scaled(trained_length, "trained_length")
+    if trained.scaled_length is None or trained.length is None:
+        question = trained.question(composed=trained.scaled, option="trained_length")
+        raise OptionError(f"Advice starts from the window that {name} was trained for, and {question}")
+    shape = replace(adapter.shape(base, config, first), trained_length=trained.length)
     config_window = int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or 0)
     scaling = {} if adapter.rotary is None else _scaling(config, layer_type)
-    original = shape.trained_length if scaling else told or shape.trained_length or config_window
-    if not original:
-        raise OptionError(f"The config of {name} names no window: say how many tokens it was trained for.")
-    shape = replace(shape, trained_length=original)
     return ModelFacts(
         name=Path(name).name or name,
         family=config.model_type,
@@ -172,12 +176,13 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         ),
         vocabulary=config.vocab_size,
         config_window=config_window,
-        window=told or (config_window if scaling else original),
-        existing=None if adapter.rotary is None else _existing(config, scaling, shape),
+        window=trained.scaled_length,
+        trained=trained,
+        existing=None if adapter.rotary is None else _existing(base, adapter, first, trained, scaling, shape),
         scaling=scaling,
         layers=layers,
         layer_type=layer_type,
-        word=word,
+        word=None if trained_length else trained.word,
     )
 
 
@@ -196,11 +201,12 @@ def _scaling(config: Any, layer_type: str | None) -> dict[str, Any]:
     return {} if parameters.get("rope_type", "default") == "default" else parameters
 
 
-def _existing(config: Any, scaling: dict[str, Any], shape: AttentionShape) -> Rotary:
-    """The rotation that a config asks for."""
-    lengths = ("max_position_embeddings", "original_max_position_embeddings")
-    around = {key: value for key in lengths if (value := getattr(config, key, None)) is not None}
-    scheme, options = find_scheme({"rope_parameters": scaling, **around} if scaling else "rope", {}, shape)
+def _existing(
+    base: Any, adapter: Adapter, layer: int, trained: TrainedWindow, scaling: dict[str, Any], shape: AttentionShape
+) -> Rotary:
+    """The rotation that the model has."""
+    found = existing_scheme(base, adapter, layer, trained) if scaling else "rope"
+    scheme, options = find_scheme(found, {}, shape)
     built = scheme(shape, **options)
     assert isinstance(built, Rotary)
     return built
@@ -227,6 +233,14 @@ def _parameters(model: Any, config: Any, adapter: Adapter, base: nn.Module) -> P
     )
 
 
+def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return rotary parameters, flat or for each layer type, without their scaling."""
+    kept = ("rope_theta", "partial_rotary_factor")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {kind: _plain(value) if isinstance(value, dict) else value for kind, value in parameters.items()}
+    return {"rope_type": "default"} | {key: parameters[key] for key in kept if key in parameters}
+
+
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What configs call the number of experts that a token is sent to some of."""
 
@@ -236,11 +250,14 @@ def _cache(model: Any, rotating: list[bool]) -> tuple[CacheLayer, ...]:
     """Read off the cache that the model itself fills, layer by layer."""
     from transformers import AutoModelForCausalLM
 
-    # Eager attention and bfloat16 look at no value, which on the meta device there is none of.
+    # Nothing here may look at a value, since tensors on the meta device have none. Eager attention and bfloat16 do not,
+    # nor do plain frequencies; those that follow the length would, and a cache is the same under either.
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    if parameters := getattr(text, "rope_parameters", None):
+        text.rope_parameters = _plain(parameters)
     with torch.device("meta"):
-        twin: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model.config), dtype=torch.bfloat16, attn_implementation="eager"
-        )
+        twin: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
         ids = torch.zeros(1, 2, dtype=torch.long)
         cache = compat.cache_of(twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
     if cache is None or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):

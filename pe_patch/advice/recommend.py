@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.adapter import native_window
+from ..adapters.trained_window import OPTION
 from ..describe import effective
 from ..errors import PePatchError, UnsupportedError
 from ..export import transformers_config
 from ..patch import find_patch, patch_model, unpatch_model
-from ..resolve import find_stack
+from ..resolve import find_adapter, find_stack
 from ..schemes import SCHEMES
 from .candidates import CANDIDATES, Answer, Candidate
 from .case import FARTHEST_UNTRAINED, Case
@@ -107,10 +107,15 @@ def _framework(candidate: Candidate, case: Case, model: Any) -> dict[str, Any]:
     facts, options = case.facts, {}
     if facts.scaling:
         options["on_existing"] = "compose" if candidate.composes else "replace"
+    start, composed = facts.original, options.get("on_existing") == "compose"
+    if composed:
+        start = facts.window
     _, base = find_stack(model, None)
-    accepts = "original_max_position_embeddings" in SCHEMES[candidate.scheme].option_names()
-    if accepts and native_window(base.config, facts.layer_type) != facts.original:
-        options["original_max_position_embeddings"] = facts.original
+    own = find_adapter(base, None).window(base, base.config, facts.layers[0] if facts.layers else 0)
+    found = own.scaled_length if composed else own.length
+    by_authors = own.word is not None and own.word.trained_length == start != own.maximum
+    if OPTION in SCHEMES[candidate.scheme].option_names() and (found != start or by_authors):
+        options[OPTION] = start
     return options | ({"layers": list(facts.layers)} if facts.layers else {})
 
 

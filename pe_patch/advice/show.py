@@ -91,6 +91,7 @@ def _model(advice: Advice) -> Table:
     if shape.latent_rank:
         heads = f"{shape.num_heads} heads over a latent of {shape.latent_rank} numbers that is cached in their place"
     window = f"trained for {facts.window:,} tokens"
+    window += f" ({facts.trained.scaled_source or facts.trained.source})"
     if facts.config_window and facts.config_window != facts.window:
         window += f"; the config says {facts.config_window:,}"
     rows = [

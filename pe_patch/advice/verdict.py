@@ -8,6 +8,7 @@ from ..schemes import SCHEMES
 from ..schemes.bias import alibi_slopes
 from .case import FARTHEST_TRAINED, FARTHEST_UNTRAINED, Case
 from .frequencies import Pair
+from .model_facts import ModelFacts
 from .recommend import Choice, Judgement
 from .training import recipes_for
 
@@ -150,6 +151,13 @@ def notes(case: Case) -> list[str]:
     return found
 
 
+def _product(facts: ModelFacts) -> str:
+    """A reminder where the factor times the original window is another number (Llama 3.1)."""
+    product = int((facts.trained.factor or 1) * facts.original)
+    differs = product != facts.window and facts.scaling["rope_type"] == "llama3"
+    return f", not from the {product:,} that the factor alone would give" if differs else ""
+
+
 def _scaling(case: Case) -> str:
     facts = case.facts
     kind, over = facts.scaling["rope_type"], [name for name, one in SCHEMES.items() if "over" in one.option_names()]
@@ -159,6 +167,6 @@ def _scaling(case: Case) -> str:
     return (
         f"{base} on_existing='replace' starts again from these {facts.original:,} tokens and the base "
         f"{facts.shape.rope_theta:g}, so its factor is {case.factor:g}, and the weights must be trained to it. "
-        f"on_existing='compose' puts a scheme on top of what is there ({', '.join(over)}); they count from the "
-        f"{case.composed_window:,} tokens that the scaling's own numbers give."
+        f"on_existing='compose' puts a scheme on top of what is there ({', '.join(over)}); they count from "
+        f"{facts.trained.in_words(composed=True)}{_product(facts)}."
     )

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import modeling_rope_utils
 
 from .. import dialects
+from ..adapters.trained_window import OTHER_NAMES, is_count
 from ..dialects import SYNONYMS, TYPES, ConfigFault, Reading
 from ..errors import OptionError, UnknownNameError, UnsupportedError
 from ..schemes import SCHEMES
@@ -276,6 +277,21 @@ def _unread(subject: Subject, told: list[Finding]) -> Iterator[Finding]:
                     "Transformers does not read it; where that changes a number, another finding says so",
                     "Remove it, or leave it for the tool that reads it.",
                 )  # fmt: skip
+
+
+def named_window(subject: Subject) -> tuple[str, dict[str, Any]]:
+    """Return the family's key for the window, and every key of the config that names one, with its value."""
+    mapped = getattr(subject.text_config, "attribute_map", {})
+    key = mapped.get("max_position_embeddings", "max_position_embeddings")
+    names = dict.fromkeys((key, "max_position_embeddings", *OTHER_NAMES))
+    return key, {name: subject.text[name] for name in names if subject.text.get(name) is not None}
+
+
+def filled_in(subject: Subject) -> bool:
+    """Return whether the window is the default of the config's class. A `text_config` is another matter: Transformers
+    leaves out of it what its class says anyway."""
+    known = is_count(getattr(subject.text_config, "max_position_embeddings", None))
+    return known and not subject.live and subject.text is subject.said and not named_window(subject)[1]
 
 
 def short(value: Any) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..adapters import ADAPTERS
+from ..adapters.trained_window import TrainedWindow, trained_window
 from ..dialects import Reading, Specification
 from ..errors import PePatchError
 from ..rotation import Rotation
 from ..scheme import Scheme
 from ..schemes import SCHEMES
-from .claims import rope_dicts, short
+from .claims import filled_in, rope_dicts, short
 from .finding import Finding
 from .subject import Subject, Turning
 
@@ -240,6 +241,19 @@ def numbers_told(inv_freq: Tensor, factor: float, pair: int = -1) -> str:
     return f"{which} {often}" + (f", cos and sin times {factor:.4f}" if factor != 1 else "")
 
 
+def windows(subject: Subject, turning: Turning) -> dict[str, Any]:
+    """Return the window before any scaling, the one with it, what the config allows, and the sources."""
+    known = trained_window(subject.model, subject.text_config, turning.kind)
+    if filled_in(subject):
+        known = TrainedWindow(source="the config names no window")
+    return {
+        "trained_window": known.length,
+        "trained_window_source": known.source,
+        "scaled_window": known.scaled_length,
+        "window": subject.window,
+    }
+
+
 def effective(subject: Subject) -> dict[str, dict[str, Any]]:
     """The numbers in effect for each kind of layer."""
     found: dict[str, dict[str, Any]] = {}
@@ -248,8 +262,7 @@ def effective(subject: Subject) -> dict[str, dict[str, Any]]:
         turning_pairs = inv_freq[inv_freq > 0]
         found[turning.kind or "all"] = {
             "base": plain_base(turning.inv_freq, parameters.get("rope_theta")) or parameters.get("rope_theta"),
-            "trained_window": parameters.get("original_max_position_embeddings") or subject.window,
-            "window": subject.window,
+            **windows(subject, turning),
             "rotary_dim": turning.width,
             "attention_factor": turning.attention_factor,
             "wavelengths_in_tokens": [round(2 * math.pi / value, 2) for value in turning_pairs.tolist()],

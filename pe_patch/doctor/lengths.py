@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..dialects import TYPES, yarn_temperature
-from .claims import rope_dicts, said_window, window_reversed
+from ..adapters.trained_window import built_window, is_count, trained_window
+from ..dialects import TYPES, left_as_it_was, yarn_temperature
+from .claims import filled_in, named_window, rope_dicts, said_window, window_reversed
 from .finding import Finding
 from .subject import Subject
 
@@ -19,7 +20,7 @@ TOLERANCE = 0.05
 
 def check_lengths(subject: Subject) -> list[Finding]:
     """All findings about lengths and temperatures."""
-    findings = list(_whole(subject))
+    findings = [*_whole(subject), *_unnamed(subject)]
     for path, entries in rope_dicts(subject.said):
         scheme = TYPES.get(str(entries.get("rope_type", entries.get("type"))))
         if scheme in FALLS_BACK:
@@ -36,6 +37,30 @@ def check_lengths(subject: Subject) -> list[Finding]:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _unnamed(subject: Subject) -> Iterator[Finding]:
+    """A window that is missing, no number of tokens, or written into a model that was built with another one."""
+    config = subject.text_config
+    if config is None or not hasattr(config, "max_position_embeddings"):
+        return
+    key, written = named_window(subject)
+    remedy = f'Write the length that the model was trained for, such as "{key}": 4096.'
+    if not written and filled_in(subject):
+        yield Finding(
+            "window_unknown", "error", key, "no window",
+            f"{config.max_position_embeddings} tokens, which is only the default of {type(config).__name__}", remedy,
+        )  # fmt: skip
+    for name, value in list(written.items())[:1]:
+        if not is_count(value) and not isinstance(value, float):
+            yield Finding("window_unknown", "error", name, f"{name}={value!r}", "no number of tokens", remedy)
+    built = built_window(subject.model) if subject.live else None
+    if built is not None and subject.window > built[0]:
+        yield Finding(
+            "window_raised", "error", key, f"{key}={subject.window}",
+            f"{built[0]} tokens, which {built[1]} was built for: the config was changed afterwards",
+            f'patch_model(model, "yarn", factor={subject.window / built[0]:g}), or set it back to {built[0]}.',
+        )  # fmt: skip
 
 
 def _trained(subject: Subject, entries: dict[str, Any]) -> int:
@@ -81,7 +106,12 @@ def _window(subject: Subject, path: str, entries: dict[str, Any], scheme: str) -
         )  # fmt: skip
     elif written > maximum > 0 and scheme in ("llama3", "dynamic_yarn"):
         yield window_reversed(where, written, maximum)
-    elif written == maximum and scheme != "longrope" and factor and factor > 1:
+    elif (
+        scheme != "longrope"
+        and factor
+        and factor > 1
+        and (written == maximum or written == left_as_it_was(subject.family, maximum))
+    ):
         yield Finding(
             "window_not_widened", "note", "max_position_embeddings",
             f"{scheme} by {factor:g} from {written} tokens, and max_position_embeddings={maximum}",
@@ -170,7 +200,8 @@ def _sliding(subject: Subject, path: str, entries: dict[str, Any], factor: float
     config = subject.text_config
     sliding = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    whole = max(subject.window, int(factor * _trained(subject, entries)))
+    known = trained_window(subject.model, config).scaled_length if config is not None else None
+    whole = known or max(subject.window, int(factor * _trained(subject, entries)))
     all_slide = kinds is None or set(kinds) == {"sliding_attention"}
     if isinstance(sliding, int) and sliding and all_slide and sliding < whole:
         yield Finding(

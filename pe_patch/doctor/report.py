@@ -42,7 +42,8 @@ def _facts(diagnosis: Diagnosis) -> Table:
         table.add_row(
             "in effect" if kind == "all" else kind,
             Text(
-                f"base {numbers['base']:.10g}, trained window {numbers['trained_window']}, window {numbers['window']}, "
+                f"base {numbers['base']:.10g}, trained window {numbers['trained_window'] or 'unknown'}, "
+                f"with its scaling {numbers['scaled_window'] or 'unknown'}, window {numbers['window']}, "
                 f"cos and sin times {numbers['attention_factor']:.4g}{span} ({numbers['dtype']})"
             ),
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pe_patch.adapters.adapter import native_window
+from pe_patch.adapters.trained_window import trained_window
 from pe_patch.describe import describe
 from pe_patch.evaluation import planning
 from pe_patch.evaluation.generation import greedy_answers
@@ -37,7 +37,7 @@ def windows(model: Any) -> tuple[int | None, int | None]:
         effective = describe(model).to_dict()["effective"]
         bound = effective.get("effective_window")
         return effective.get("trained_window") or limit, bound if isinstance(bound, int) else None
-    return native_window(config) or None, limit
+    return trained_window(model, config).length, limit
 
 
 def scheme_label(model: Any) -> str:

@@ -125,7 +125,7 @@ class MLA(Scheme):
             raise OptionError("'mla' got factor and over; factor is YaRN, so give the factor inside over.")
         if factor is not None:
             over = {"rope_type": "yarn", "factor": factor, "mscale": 1.0, "mscale_all_dim": 1.0}
-        inner = build_inner(self.name, over, self.shape, {})
+        inner, _ = build_inner(self.name, over, self.shape, None, None)
         if inner.length_dependent:
             raise UnsupportedError(
                 f"'mla' caches its rotary key rotated, and {inner.name!r} changes frequencies with the length: use a "

@@ -12,26 +12,40 @@ from torch import Tensor
 from ..errors import OptionError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
-from .checks import check_number
+from .checks import check_length, check_number
 from .find import find_scheme
 
 RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")
 
 
+WINDOW = "original_max_position_embeddings"
+
+
 def build_inner(
-    scheme: str, over: str | Mapping[str, Any] | None, shape: AttentionShape, shared: dict[str, Any]
-) -> Rotary:
-    """The rotary scheme that `over` names (a name, or a dict in any dialect; plain RoPE when None), with the options
-    `shared` where it does not set them itself."""
+    scheme: str, over: str | Mapping[str, Any] | None, shape: AttentionShape, theta: Any, window: Any
+) -> tuple[Rotary, int | None]:
+    """Build the rotary scheme that `over` names (a name, or a dict in any dialect; plain RoPE when None).
+
+    Args:
+        theta: the base of its frequencies, where `over` does not set one.
+        window: the trained window. If `over` sets a window itself, that one belongs to the frequencies, and this one is
+            what the model reads with them (Llama 3.1: frequencies from 8,192, a window of 131,072).
+
+    Returns:
+        The scheme, and the window that the model reads with its frequencies; None where that follows from them.
+    """
     if not isinstance(over, str | Mapping | None):
         raise OptionError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
-    given = {option: value for option, value in shared.items() if value is not None}
+    given = {} if theta is None else {"theta": theta}
     inner, options = find_scheme("rope" if over is None else over, given, shape)
     if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):
         raise OptionError(f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone.")
+    own = options.get(WINDOW)
+    if own is None and window is not None:
+        options[WINDOW] = window
     built = inner(shape, **options)
     assert isinstance(built, Rotary)
-    return built
+    return built, check_length(scheme, WINDOW, window) if own is not None and window != own else None
 
 
 class Over(Rotary):
@@ -52,8 +66,7 @@ class Over(Rotary):
         original_max_position_embeddings: int | None = None,
     ) -> None:
         super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
-        shared = {"theta": theta, "original_max_position_embeddings": original_max_position_embeddings}
-        self.over = build_inner(self.name, over, shape, shared)
+        self.over, self.reads = build_inner(self.name, over, shape, theta, original_max_position_embeddings)
         self.theta, self.window, self.expected_length = self.over.theta, self.over.window, self.over.expected_length
 
     def change(self, inv_freq: Tensor) -> Tensor:
@@ -77,7 +90,13 @@ class Over(Rotary):
 
     @property
     def effective_window(self) -> int | None:
-        return self.over.effective_window
+        return self.reads or self.over.effective_window
+
+    def differs_within(self, length: int) -> bool:
+        """Return whether anything is encoded otherwise than by the other scheme in a sequence of `length` tokens."""
+        theirs, their_factor = self.over.frequencies(self.over.regime(length))
+        ours, factor = self.frequencies(self.over.regime(length))
+        return self.scorer is not None or factor != their_factor or not torch.equal(ours.float(), theirs.float())
 
 
 class Resonance(Over):

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ..attention import Core
 
 
+SAMPLED, ROWS = 4096, 64
+"""How many keys and queries of a long sequence are looked at to tell whether a scheme changes anything."""
+
+
 @dataclass(frozen=True)
 class Zone:
     """Which pairs of a query and a key, as in `Range`, and the positions by which the two rotate there.
@@ -69,14 +73,14 @@ class Remapped(Rotation):
         original_max_position_embeddings: int | None = None,
     ) -> None:
         super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
-        shared = {"theta": theta, "original_max_position_embeddings": original_max_position_embeddings}
-        self.over = build_inner(self.name, over, shape, shared)
+        self.over, self.reads = build_inner(self.name, over, shape, theta, original_max_position_embeddings)
         if self.over.length_dependent:
             raise OptionError(
                 f"{self.name!r} takes frequencies that stay, and those of {self.over.name!r} follow the length here; "
                 "give over= a fixed factor, or an expected_length."
             )
-        self.theta, self.window = self.over.theta, self.over.effective_window or self.over.window
+        self.theta = self.over.theta
+        self.window = self.reads or self.over.effective_window or self.over.window
         self._factor: float | None = None
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -146,15 +150,39 @@ class Remapped(Rotation):
         return made
 
     def relative_position(self, length: int) -> Tensor:
-        at = torch.arange(length, device="cpu")[None]
-        positions, ahead = Positions(at, at), at[0] > at[0][:, None]
-        result = torch.full((length, length), torch.nan, dtype=torch.float64, device="cpu")
+        at = torch.arange(length, device="cpu")
+        return self._distances(at, at).float()
+
+    def _distances(self, query: Tensor, key: Tensor) -> Tensor:
+        """The distance that each pair of a query and a key at these positions goes by, `[query, key]`, float64; NaN
+        where the pair is not attended."""
+        positions, ahead = Positions(query[None], key[None]), key > query[:, None]
+        result = torch.full(ahead.shape, torch.nan, dtype=torch.float64, device="cpu")
         for zone in self.zones(positions):
-            query, key = (torch.zeros_like(at) if place is None else place for place in (zone.query, zone.key))
-            distance = query[0, :, None].double() - key[0, None, :].double()
+            at_query = torch.zeros_like(query) if zone.query is None else zone.query[0]
+            at_key = torch.zeros_like(key) if zone.key is None else zone.key[0]
+            distance = at_query[:, None].double() - at_key.double()
             covered = zone.range().covers(positions)[0] & ~ahead
             result = torch.where(covered, distance, result)
-        return result.float()
+        return result
+
+    def differs_within(self, length: int) -> bool:
+        """Return whether anything is encoded otherwise than by the other scheme in a sequence of `length` tokens.
+
+        Distances are compared for some pairs, evenly spread from the first token to the last.
+        """
+        theirs, their_factor = self.over.frequencies(self.over.regime_start)
+        ours, factor = self.frequencies()
+        if factor != their_factor or not torch.equal(ours, theirs):
+            return True
+        key = torch.linspace(0, length - 1, min(length, SAMPLED), dtype=torch.float64, device="cpu").long()
+        query = key[:: max(1, len(key) // ROWS)]
+        query = torch.cat((query, key[-1:]))
+        sharpness = self.sharpness(query[None])
+        if sharpness is not None and bool((sharpness != 1).any()):
+            return True
+        plain = (query[:, None] - key).double()
+        return not torch.equal(self._distances(query, key)[plain >= 0], plain[plain >= 0])
 
     def tokens(self, option: str, value: Any, default: int) -> int:
         """The value of an option that counts tokens, within the trained window; at least 1."""

@@ -1,0 +1,313 @@
+"""The length that a model was trained for, and where the number comes from. Every part of the library asks here."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from ..errors import OptionError
+from .authors import AuthorsWord, authors_word
+
+OPTION = "original_max_position_embeddings"
+"""The option by which a user states the window."""
+OTHER_NAMES = ("seq_length", "max_sequence_length", "max_seq_len", "model_max_length")
+"""Keys beside `max_position_embeddings` in which configs state a length."""
+TOLERANCE = 0.01
+"""By what share a window may differ from the factor times the other one."""
+NOT_A_RATIO = ("longrope", "llama3")
+"""Types whose factor is not the ratio of the two windows (Llama 3.1: factor 8, windows 16 apart)."""
+
+
+@dataclass(frozen=True)
+class TrainedWindow:
+    """How many tokens a model was trained for, before and with the scaling that its config carries."""
+
+    length: int | None = None
+    """Before any scaling, in tokens: what a scheme that replaces the rotation extends from. None where nothing says."""
+    scaled_length: int | None = None
+    """As the model is, with its scaling: what a scheme over that rotation extends from. `length` without a scaling."""
+    source: str = "nothing names it"
+    """Where `length` comes from, in words; why it is unknown where it is None."""
+    scaled_source: str = ""
+    """Where `scaled_length` comes from, in words; empty without a scaling."""
+    rope_type: str = "default"
+    """The scaling that the config carries."""
+    factor: float | None = None
+    """The factor of that scaling; derived from the two windows where the config names none."""
+    choices: tuple[tuple[int, int], ...] = ()
+    """The (`length`, `scaled_length`) that the config leaves open, where it does."""
+    maximum: int | None = None
+    """The `max_position_embeddings` that the model was built with."""
+    config_maximum: int | None = None
+    """The `max_position_embeddings` of the config, which may have been changed since."""
+    word: AuthorsWord | None = None
+    """What the model's authors say besides."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the config carries a scaling."""
+        return self.rope_type != "default"
+
+    @property
+    def raised(self) -> bool:
+        """Whether the config claims a longer window than the model was built with."""
+        return (self.config_maximum or 0) > (self.maximum or self.config_maximum or 0)
+
+    def in_words(self, composed: bool = False) -> str:
+        """Return one of the two numbers with its source, for example `32,768 tokens (...)`."""
+        number = self.scaled_length if composed else self.length
+        source = (self.scaled_source or self.source) if composed else self.source
+        return f"unknown ({source})" if number is None else f"{number:,} tokens ({source})"
+
+    def question(self, composed: bool = False, option: str = OPTION) -> str:
+        """Return why the number is unknown and what to type, with an example for each reading of the config."""
+        reason = (self.scaled_source or self.source) if composed else self.source
+        numbers = dict.fromkeys(pair[composed] for pair in self.choices)
+        example = f"for example {option}=4096"
+        if len(numbers) > 1:
+            example = " or ".join(f"{option}={number}" for number in numbers)
+        return f"{reason}: give {option}=<tokens>, {example}."
+
+    def settle(self, given: Any, composed: bool) -> TrainedWindow:
+        """Return the window with the number that a user gives for it.
+
+        Args:
+            given: the window that the scheme extends from, in tokens. Under `composed` it may also be the window before
+                the scaling, for which configs use the same name; then it confirms `length`.
+            composed: whether the scheme builds on the config's scaling rather than replace it.
+        """
+        number = _count(given, OPTION)
+        if not (composed and self.scaled):
+            scaled = next((after for before, after in self._pairs if before == number), self.scaled_length)
+            return replace(
+                self, length=number, scaled_length=scaled if self.scaled else number, source=f"the option {OPTION}"
+            )
+        if all(number != after for _, after in self._pairs):
+            for before, after in self._pairs:
+                if number == before:
+                    source = f"the option {OPTION}={number}, before the scaling"
+                    return replace(self, length=before, scaled_length=after, source=source, scaled_source=source)
+        return self.settle_scaled(number)
+
+    def settle_scaled(self, given: Any, option: str = OPTION) -> TrainedWindow:
+        """Return the window with the number that a user gives for the model as it is, with its scaling."""
+        number, source = _count(given, option), f"the option {option}"
+        if not self.scaled:
+            return replace(self, length=number, scaled_length=number, source=source)
+        before = next((before for before, after in self._pairs if after == number), self.length)
+        return replace(self, length=before, scaled_length=number, scaled_source=source)
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        return self.choices or ((self.length or 0, self.scaled_length or 0),)
+
+
+def native_parameters(config: Any, kind: str | None = None) -> dict[str, Any]:
+    """Return the config's own rotary parameters, those of one layer type where it has several, or an empty dict."""
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    return parameters if kind is None else dict(parameters[kind] or {})
+
+
+def trained_window(base: Any, config: Any, layer_type: str | None = None) -> TrainedWindow:
+    """Return the window that a model was trained for, and say where the number comes from.
+
+    In the order of trust: what the model's authors say (`authors.KNOWN`), the config's scaling, what the modules were
+    built with, and `max_position_embeddings`. What a user gives goes before all of them: see `TrainedWindow.settle`.
+
+    Args:
+        base: the model, whose modules know what they were built with; None where there is only a config.
+        config: of the language model.
+        layer_type: which layers, where layer types have their own rotary parameters; those with the largest base
+            when None.
+    """
+    parameters = _parameters(config, layer_type)
+    maximum, source = _maximum(base, config)
+    rope_type = str(parameters.get("rope_type") or "default")
+    word = authors_word(config, maximum, parameters)
+    named = getattr(config, "max_position_embeddings", None)
+    window = TrainedWindow(
+        source=source,
+        rope_type=rope_type,
+        maximum=maximum,
+        config_maximum=named if is_count(named) else None,
+        word=word,
+    )
+    if word is not None and word.trained_length is not None:
+        window = replace(window, length=word.trained_length, source=word.source)
+    if rope_type in ("default", "pe_patch"):
+        length = window.length or maximum
+        return replace(window, length=length, scaled_length=length, rope_type="default")
+    return _with_scaling(window, config, parameters)
+
+
+def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]) -> TrainedWindow:
+    """Return both windows of a config that carries a scaling."""
+    maximum, rope_type = window.maximum, window.rope_type
+    original = parameters.get(OPTION) or getattr(config, OPTION, None)
+    if maximum is None and original == window.config_maximum:  # Transformers copies its default there too
+        original = None
+    original = original if is_count(original) else window.length
+    factor = _factor(parameters, maximum, original)
+    window = replace(window, factor=factor)
+    carried = f"{rope_type!r}" if factor is None else f"{rope_type!r} by {factor:g}"
+    if original is None and rope_type == "dynamic":  # begins beyond its window and changes nothing within
+        return replace(window, length=maximum, scaled_length=maximum, scaled_source=window.source)
+    if original is None:
+        return _by_factor(window, config, carried)
+    if window.length is None:
+        window = replace(window, length=original, source=f"{OPTION} of the config's {rope_type!r} scaling")
+    if rope_type == "dynamic":
+        return replace(window, scaled_length=original, scaled_source=window.source)
+    reached = None if factor is None else int(factor * original)
+    by_factor = f"{carried} from {original:,}"
+    if maximum is not None and maximum > original and (rope_type in NOT_A_RATIO or _agree(original, factor, maximum)):
+        return replace(window, scaled_length=maximum, scaled_source=f"max_position_embeddings, {by_factor}")
+    if maximum is None or _left_as_it_was(config, window, parameters, original):
+        return replace(window, scaled_length=reached, scaled_source=by_factor)
+    if reached is None:
+        return replace(window, scaled_source=f"the config's {rope_type!r} scaling names no factor")
+    assert maximum is not None
+    conflict = f"{by_factor} reaches {reached:,} tokens, but max_position_embeddings={maximum}"
+    return replace(window, scaled_source=conflict, choices=((original, maximum), (original, reached)))
+
+
+def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindow:
+    """Return both windows where the config has a factor (`linear`, `proportional`) and one length. Some configs count
+    the factor in that length (Gemma 3), others do not (Vicuna), and nothing in Transformers tells them apart."""
+    maximum, factor = window.maximum, window.factor or 1.0
+    if maximum is None:
+        return window
+    if factor == 1:
+        return replace(window, length=maximum, scaled_length=maximum, scaled_source=window.source)
+    before, after = round(maximum / factor), int(maximum * factor)
+    if window.word is not None and window.word.maximum_is_scaled:
+        source = window.word.source
+        counted = f"max_position_embeddings, which counts the factor {factor:g}; {source}"
+        source = f"{maximum:,} over the factor {factor:g}; {source}"
+        return replace(window, length=before, scaled_length=maximum, source=source, scaled_source=counted)
+    for key in OTHER_NAMES:
+        other = getattr(config, key, None)
+        if not is_count(other):
+            continue
+        if _close(other, after):
+            return replace(window, length=maximum, scaled_length=after, scaled_source=f"{key} of the config, {carried}")
+        if _close(other, maximum):
+            source = f"{maximum:,} over the factor {factor:g}, which {key}={other} counts too"
+            return replace(window, length=before, scaled_length=maximum, source=source, scaled_source=f"{key}={other}")
+    unclear = (
+        f"the config carries {carried} and max_position_embeddings={maximum}, and does not say whether that is the "
+        f"window before the factor ({maximum} to {after} tokens) or after it ({before} to {maximum})"
+    )
+    return replace(window, source=unclear, scaled_source=unclear, choices=((before, maximum), (maximum, after)))
+
+
+def _left_as_it_was(config: Any, window: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
+    """Return whether this `max_position_embeddings` is from before a scaling that starts at `original` was added, as
+    Qwen3's model card asks for and YaRN's authors did with Mistral."""
+    if window.maximum == original:
+        return True
+    before = authors_word(config, window.maximum, {**parameters, "rope_type": "default", OPTION: None})
+    return before is not None and before.trained_length == original
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a number of tokens."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _close(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=TOLERANCE)
+
+
+def _agree(original: int, factor: float | None, maximum: int) -> bool:
+    """Return whether a factor is the ratio of two windows, up to rounding: 32 from 4,096 to 128,000 tokens."""
+    return factor is not None and (_close(factor, maximum / original) or factor == math.ceil(maximum / original))
+
+
+def _factor(parameters: dict[str, Any], maximum: int | None, original: int | None) -> float | None:
+    """Return the factor as Transformers takes it: the one that is written, else the ratio of the two windows."""
+    written = parameters.get("factor")
+    if isinstance(written, int | float) and not isinstance(written, bool):
+        return float(written)
+    return maximum / original if maximum and original else None
+
+
+def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
+    """Return the rotary parameters of one layer type, or of the type with the largest base."""
+    parameters = native_parameters(config, layer_type)
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    if nested and not parameters.get("rope_type"):
+        return max(nested, key=lambda kind: float(kind.get("rope_theta") or 0))
+    return parameters
+
+
+def _maximum(base: Any, config: Any) -> tuple[int | None, str]:
+    """Return the `max_position_embeddings` that the model was built with, and its source or why it is unknown."""
+    maximum, built = getattr(config, "max_position_embeddings", None), built_window(base)
+    if is_count(maximum) and built is not None and maximum > built[0]:
+        return built[0], f"what {built[1]} was built with; the config was changed to {maximum:,} afterwards"
+    if is_count(maximum) and not _left_out(config, maximum):
+        return maximum, "max_position_embeddings of the config"
+    for key in OTHER_NAMES:
+        if is_count(getattr(config, key, None)):
+            return getattr(config, key), f"{key} of the config"
+    if is_count(maximum):
+        default = f"{maximum:,} is the default of {type(config).__name__}"
+        return None, f"the config.json of {config.name_or_path} names no window ({default})"
+    if maximum is not None:
+        return None, f"the config says max_position_embeddings={maximum!r}, which is no number of tokens"
+    if built is not None:
+        return built[0], f"what {built[1]} was built with"
+    return None, f"the config of this {config.model_type} names no window"
+
+
+def built_window(base: Any) -> tuple[int, str] | None:
+    """Return the window that a model's rotary module or table of positions was built for, and its class; None without
+    such a module."""
+    for module in base.modules() if base is not None else ():
+        built = getattr(module, "original_max_seq_len", None)
+        if is_count(built):
+            return built, type(module).__name__
+    for name in ("wpe", "embed_positions"):
+        rows = getattr(getattr(base, name, None), "num_embeddings", None)
+        if is_count(rows):
+            table = getattr(base, name)
+            return rows - int(getattr(table, "offset", 0)), type(table).__name__
+    return None
+
+
+def _left_out(config: Any, maximum: int) -> bool:
+    """Return whether Transformers filled the window in from its class, since the checkpoint's config.json has none."""
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    field = getattr(type(config), "__dataclass_fields__", {}).get(name)
+    source = getattr(config, "name_or_path", "")
+    if field is None or field.default != maximum or not source:
+        return False
+    file: Any = Path(source) / "config.json"
+    if not file.is_file():
+        try:
+            file = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
+        except HFValidationError:  # a folder that is gone, and no name on the hub
+            return False
+        if not isinstance(file, str):
+            return False
+    written = json.loads(Path(file).read_text(encoding="utf-8"))
+    return written.get("model_type") == config.model_type and not {name, "max_position_embeddings"} & written.keys()
+
+
+def _count(given: Any, option: str) -> int:
+    """Return a user's number of tokens.
+
+    Raises:
+        OptionError: it is none.
+    """
+    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+    if not number or given != int(given) or given < 1:
+        raise OptionError(f"{option}={given!r} is not a window; give a whole number of tokens, such as {option}=4096.")
+    return int(given)

@@ -1,0 +1,218 @@
+"""What becomes of a scaling that a model's own config carries when a scheme is patched in: an error, replaced, or kept
+underneath. The built rotary module decides what that scaling is; the config only describes it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import dialects
+from ..adapters import ADAPTERS, Adapter
+from ..adapters.adapter import frequencies_of
+from ..adapters.trained_window import OPTION, TrainedWindow, native_parameters
+from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError
+from ..rotation import Rotary
+from ..scheme import Scheme
+from ..schemes import SCHEMES
+from ..schemes.find import find_scheme
+from ..schemes.over import Over
+from ..schemes.zones import Remapped
+
+EXISTING = ("error", "replace", "compose")
+
+
+def settle_existing(
+    base: PreTrainedModel,
+    adapter: Adapter,
+    scheme: type[Scheme],
+    options: dict[str, Any],
+    on_existing: str,
+    chosen: list[int],
+) -> tuple[dict[str, Any], TrainedWindow]:
+    """Return the options to use and the trained window that the scheme extends from.
+
+    Args:
+        chosen: indices of the layers to be patched.
+
+    Raises:
+        AlreadyPatchedError: the config carries a scaling and `on_existing` is "error".
+        OptionError: the window is needed and unknown; the message names the option.
+        UnsupportedError: the scheme does not compose, or the config was changed after the model was built.
+    """
+    config = base.config
+    kinds = adapter.kinds(base, config)
+    layer = next((index for index in chosen if _scaled(native_parameters(config, kinds[index]))), chosen[0])
+    window, parameters = adapter.window(base, config, layer), native_parameters(config, kinds[layer])
+    composed = on_existing == "compose" and _scaled(parameters) and adapter.rotary is not None
+    if options.get(OPTION) is not None and OPTION in scheme.option_names():
+        window = window.settle(options[OPTION], composed)
+    if _scaled(parameters) and adapter.rotary is not None:
+        if on_existing == "error":
+            raise _already(window, parameters)
+        if composed:
+            _check_composes(scheme, options, parameters, {kinds[index] for index in chosen}, kinds[layer])
+            options = {"over": existing_scheme(base, adapter, layer, window), **options}
+        elif "theta" not in options:
+            _check_built(base, adapter, kinds[layer])
+    if OPTION not in scheme.option_names():
+        return options, window
+    number = window.scaled_length if composed else window.length
+    if number is None:
+        raise OptionError(f"{scheme.name!r} extends a trained window, and {window.question(composed)}")
+    if composed and number != window.length:
+        options = {**options, OPTION: number}
+    return options, window
+
+
+def _scaled(parameters: dict[str, Any]) -> bool:
+    return parameters.get("rope_type", "default") not in ("default", None)
+
+
+def _already(window: TrainedWindow, parameters: dict[str, Any]) -> AlreadyPatchedError:
+    start = f"its window of {window.length} tokens and theta {parameters.get('rope_theta')} ({window.source})"
+    if window.length is None:
+        start = f"theta {parameters.get('rope_theta')} and the unscaled window, which you must state: {window.source}"
+    over = "" if window.scaled_length is None else f" from {window.scaled_length} tokens"
+    return AlreadyPatchedError(
+        f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second one on "
+        f"top would not mean what it says. on_existing='replace' starts again from {start}; on_existing='compose' "
+        f"builds on it{over} where that has a meaning."
+    )
+
+
+def _short(parameters: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in parameters.items() if not isinstance(value, list))
+
+
+def _check_composes(
+    scheme: type[Scheme],
+    options: dict[str, Any],
+    parameters: dict[str, Any],
+    kinds: set[str | None],
+    kind: str | None,
+) -> None:
+    if "over" not in scheme.option_names():
+        able = [name for name, known in SCHEMES.items() if "over" in known.option_names()]
+        raise UnsupportedError(
+            f"{scheme.name!r} over an existing {parameters['rope_type']!r} has no meaning; only {', '.join(able)} "
+            "compose. Use on_existing='replace'."
+        )
+    if len(kinds) > 1:
+        raise UnsupportedError(f"Only the {kind} layers of this model are scaled; choose them with layers=.")
+    if options.get("over") is not None:
+        raise OptionError(
+            f"on_existing='compose' puts {scheme.name!r} over the config's {parameters['rope_type']!r}, and "
+            f"over={options['over']!r} names another scheme; leave one of the two out."
+        )
+
+
+def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window: TrainedWindow) -> dict[str, Any]:
+    """Return the scaling that a model carries, in our own words, with the numbers that its rotary module turns by.
+
+    Raises:
+        UnsupportedError: the module does not turn by what the config says.
+    """
+    kind = adapter.kinds(base, base.config)[layer]
+    parameters = native_parameters(base.config, kind)
+    if window.factor is not None and parameters["rope_type"] in dialects.FACTOR_IS_RATIO:
+        parameters = {**parameters, "factor": window.factor}
+    if window.length is not None:
+        parameters = {**parameters, OPTION: window.length}
+    read = dialects.read(parameters)
+    if not isinstance(read, dialects.Specification):
+        raise UnsupportedError(f"This config has different parameters for {', '.join(read)}, which do not compose.")
+    options = {"scheme": read.scheme, **read.options}
+    if window.length is None and OPTION not in options:
+        options[OPTION] = window.maximum or 1  # which has no part in its frequencies
+    cls, given = find_scheme(options, {}, None)
+    scheme = cls(adapter.shape(base, base.config, layer), **given)
+    if not isinstance(scheme, Rotary):
+        raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
+    inv_freq, factor = built_rotation(base, adapter, kind)
+    if adapter.rotated_norm and any(hasattr(each, adapter.rotated_norm) for each in adapter.attentions(base)):
+        factor = 1.0
+    ours, our_factor = scheme.frequencies(None)
+    if not _same(ours, inv_freq):
+        raise _changed(base, adapter, parameters, ours, inv_freq)
+    if not math.isclose(our_factor, factor, rel_tol=1e-4):
+        if "attention_factor" not in cls.option_names():
+            raise UnsupportedError(
+                f"The built rotary module multiplies cos and sin by {factor:.6g} and {read.scheme!r} by "
+                f"{our_factor:.6g}: the config does not describe this model, so nothing composes with it."
+            )
+        options["attention_factor"] = factor
+    return options
+
+
+def built_rotation(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> tuple[Tensor, float]:
+    """Return the frequencies that a built rotary module turns short sequences by, `[rotary_dim / 2]`, and the factor on
+    cos and sin, measured at position zero on a copy."""
+    assert adapter.rotary is not None
+    rotary: Any = getattr(base, adapter.rotary)
+    if frequencies_of(rotary, kind)[1].is_meta:  # no numbers there: build what its config asks for
+        rotary = type(rotary)(rotary.config)
+    inv_freq = frequencies_of(rotary, kind)[1].detach().cpu()
+    with torch.no_grad():
+        origin = torch.zeros(1, 1, dtype=torch.long, device=frequencies_of(rotary, kind)[0].device)
+        hidden = torch.zeros(1, 1, 1, 1, device=origin.device)
+        made = copy.deepcopy(rotary)(hidden, origin, *([] if kind is None else [kind]))
+    cos = made[0] if isinstance(made, tuple) else made.abs()
+    factor = float(cos.flatten()[0])
+    exact = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", factor)
+    return inv_freq, float(exact) if math.isclose(exact, factor, rel_tol=1e-5) else factor
+
+
+def _check_built(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> None:
+    """Raise where the module was built from another config than the model has now: base and window would be wrong."""
+    rotary: Any = getattr(base, str(adapter.rotary))
+    inv_freq = frequencies_of(rotary, kind)[1]
+    if inv_freq.is_meta or base.config.model_type not in ADAPTERS:
+        return
+    again = frequencies_of(type(rotary)(copy.deepcopy(base.config)), kind)[1]
+    if not _same(again, inv_freq):
+        raise _changed(base, adapter, native_parameters(base.config, kind), again, inv_freq)
+
+
+def _same(expected: Tensor, built: Tensor) -> bool:
+    tolerance = 1e-5 if built.dtype in (torch.float32, torch.float64) else 1e-2
+    expected, built = expected.detach().float().cpu(), built.detach().float().cpu()
+    return expected.shape == built.shape and torch.allclose(expected, built, rtol=tolerance, atol=0)
+
+
+def _changed(
+    base: PreTrainedModel, adapter: Adapter, parameters: dict[str, Any], expected: Tensor, built: Tensor
+) -> UnsupportedError:
+    module = type(getattr(base, str(adapter.rotary))).__name__
+    expected, built, numbers = expected.detach().float().cpu(), built.detach().float().cpu(), ""
+    if expected.shape == built.shape:
+        pair = int((expected - built).abs().div(expected.clamp(min=1e-12)).argmax())
+        numbers = (
+            f": pair {pair} turns by {float(built[pair]):.6g} radians per token, not by {float(expected[pair]):.6g}"
+        )
+    return UnsupportedError(
+        f"The built {module} does not turn by the {parameters['rope_type']!r} that the config names{numbers}. The "
+        "config was changed after the model was built, which changes nothing in it: load the model again."
+    )
+
+
+def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
+    """Raise `NoEffectError` for a scheme over a model's own scaling that leaves everything as it was, up to the length
+    that it reaches and twice the window at most."""
+    for scheme in schemes:
+        if not isinstance(scheme, Over | Remapped):
+            continue
+        known = window.scaled_length or scheme.window
+        reach = min(scheme.effective_window or 2 * known, 2 * known)
+        if not scheme.differs_within(reach):
+            given = ", ".join(f"{key}={value}" for key, value in scheme.settled.items())
+            named = f"{scheme.name!r}{f' with {given}' if given else ''}"
+            raise NoEffectError(
+                f"{named} over this model's own {window.rope_type!r} scaling changes nothing up to {reach} tokens: its "
+                f"window is {window.in_words(composed=True)}. Give a larger factor or a smaller window."
+            )
