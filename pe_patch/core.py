@@ -68,6 +68,11 @@ class Core:
         given = self.extra.get("is_causal")
         return getattr(self.module, "is_causal", True) if given is None else given
 
+    def after_rotation(self, x: Tensor) -> Tensor:
+        """Normalise queries or keys that were rotated at the scores, where the family does so after its rotation."""
+        norm = self.module.__dict__.get("pe_norm_after_rotation")
+        return x if norm is None else norm(x)
+
     @property
     def layer(self) -> int:
         """Which of the model's layers this is, from 0."""

@@ -17,26 +17,50 @@ if TYPE_CHECKING:
     from .attention import Core
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False, arithmetic: str = "model"
+) -> Tensor:
     """Rotate the pairs of `x`, `[batch, heads, length, head]`, by angles given as cos and sin `[batch | 1, length, r]`.
 
     Both have the family's own layout over r = rotary_dim; dimensions outside `[start, start + r)` pass through. The
-    order of operations is Transformers', so that equal angles give equal bits.
+    dtypes (`scheme.ARITHMETIC`) and the order of operations are Transformers', so that equal angles give equal bits.
     """
     width = cos.shape[-1]
-    part = x if width == x.shape[-1] else x[..., start : start + width]
-    if interleaved:
-        turned = torch.stack((-part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
-    else:
-        turned = torch.cat((-part[..., width // 2 :], part[..., : width // 2]), dim=-1)
-    rotated = part * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    rotated = _product(x if width == x.shape[-1] else x[..., start : start + width], cos, sin, interleaved, arithmetic)
     if width == x.shape[-1]:
         return rotated
     return torch.cat((x[..., :start], rotated, x[..., start + width :]), dim=-1)
 
 
-def cos_sin(angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32."""
+def _product(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, arithmetic: str) -> Tensor:
+    """Rotate all dimensions of `x`, and return the result in its dtype."""
+    dtype = x.dtype
+    if arithmetic == "complex":
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        turn = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2).to(dtype)
+    table = torch.float32 if arithmetic == "float32 tables" else dtype
+    cos, sin = cos.to(table).unsqueeze(1), sin.to(table).unsqueeze(1)
+    if arithmetic == "float32":
+        x = x.float()
+    if interleaved:
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        other = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+    return (x * cos + other * sin).to(dtype)
+
+
+def cos_sin(
+    angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interleaved: bool, polar: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32.
+
+    `polar` takes them from `torch.polar`, as families with a complex product do.
+    """
+    if polar:
+        turn = torch.polar(torch.ones_like(angles), angles) * factor
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (turn.real, turn.imag))
+        return cos.to(dtype), sin.to(dtype)
     angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
@@ -49,14 +73,15 @@ class Turned:
     sin: Tensor
     start: int = 0
     interleaved: bool = False
+    arithmetic: str = "model"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` `[batch, heads, length, head]` rotated, in its own dtype."""
-        return rotate(x, self.cos.to(x.dtype), self.sin.to(x.dtype), self.start, self.interleaved)
+        """Rotate `x` `[batch, heads, length, head]`, in its own dtype."""
+        return rotate(x, self.cos, self.sin, self.start, self.interleaved, self.arithmetic)
 
     def back(self, grad: Tensor) -> Tensor:
-        """Gradients are rotated the other way; the factor on cos and sin stays."""
-        return rotate(grad, self.cos.to(grad.dtype), -self.sin.to(grad.dtype), self.start, self.interleaved)
+        """Rotate gradients the other way; the factor on cos and sin stays."""
+        return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
 
     def part(self, start: int, stop: int) -> Turned:
         """The same for the places `start` to `stop`; one angle for all places serves any of them."""
@@ -152,11 +177,16 @@ class Rotation(Scheme):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions `[batch | 1, length]` under a static scheme, `[batch | 1, length, r]`, float32."""
         inv_freq, factor = self._table("static", positions.device, [self.regime_start])
-        return cos_sin(positions[..., None].float() * inv_freq[0], factor[0], torch.float32, self.shape.interleaved)
+        return self._tables_of(positions[..., None].float() * inv_freq[0], factor[0])
+
+    def _tables_of(self, angles: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of `angles` `[batch | 1, length, r / 2]` times `factor`, `[batch | 1, length, r]`, float32."""
+        polar = self.shape.arithmetic == "complex"
+        return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
 
     def turned(self, cos: Tensor, sin: Tensor) -> Turned:
         """The rotation of queries or keys of this attention by given tables."""
-        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved)
+        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries or keys `[batch, heads, length, head]` turned by float32 tables, in their own dtype."""
@@ -243,8 +273,7 @@ class Rotary(Rotation):
         sides = ((positions.query, inv_query, factor_query), (positions.key, inv_key, factor_key))
         tables: list[Tensor] = [positions.query[:, :0]]
         for position, inv_freq, factor in sides:
-            angles = position[..., None].float() * inv_freq
-            tables += cos_sin(angles, factor[..., None], torch.float32, self.shape.interleaved)
+            tables += self._tables_of(position[..., None].float() * inv_freq, factor[..., None])
         return tuple(tables)
 
     def _rotate_both(
@@ -263,6 +292,7 @@ class Rotary(Rotation):
         output = None
         for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
             rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
+            rotated = core.after_rotation(rotated[0]), core.after_rotation(rotated[1])
             other = core(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
             output = other if output is None else core.where((choice == step)[:, :, None, None], other, output)
         return output

@@ -22,6 +22,18 @@ RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule"
 """Keywords of `patch_model` itself; no scheme may name an option like this."""
 
 
+ARITHMETIC = ("model", "float32 tables", "float32", "complex")
+"""How a family multiplies queries and keys by cos and sin, in half precision:
+
+- "model": cos and sin are cast to the dtype of the model, and so is every product (Llama).
+- "float32 tables": cos and sin stay float32, which makes the products float32 (OLMo).
+- "float32": cos and sin are cast to the dtype of the model; queries and keys are cast to float32 (Cohere).
+- "complex": one complex product in float32 (Llama 4, DeepSeek-V2).
+
+Each casts the result back to the dtype of the model.
+"""
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """What a scheme may know of the attention it serves: sizes only, read from the built modules."""
@@ -46,6 +58,14 @@ class AttentionShape:
     """Tokens before the patches, such as a class token."""
     latent_rank: int = 0
     """Width of the latent that an attention caches instead of keys and values (DeepSeek); 0 where it caches those."""
+    value_dim: int = 0
+    """Width of a value, and of a head's output; `head_dim`, which is that of queries and keys, where 0."""
+    arithmetic: str = "model"
+    """Dtypes in which the family rotates, one of `ARITHMETIC`, so that a rotation at the scores rounds as it does."""
+
+    def __post_init__(self) -> None:
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
 
 
 class Scheme(nn.Module):

@@ -75,9 +75,12 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
             layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
             carry=carry_positions, build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
         ),
-        "cohere": Adapter(layout="interleaved", interleaved_pairs=True, summary="Command R"),
+        "cohere": Adapter(
+            layout="interleaved", interleaved_pairs=True, full_precision_product=True, summary="Command R"
+        ),
         "cohere2": Adapter(
-            layout="interleaved", interleaved_pairs=True, rotates="sliding_window", summary="Command R7B, Command A"
+            layout="interleaved", interleaved_pairs=True, full_precision_product=True, rotates="sliding_window",
+            summary="Command R7B, Command A",
         ),
         "exaone4": Adapter(rotates=slides_or_all_do, summary="EXAONE 4.0"),
         "olmo": Adapter(full_precision=True, summary="OLMo 1"),
@@ -85,7 +88,8 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "olmo3": Adapter(full_precision=True, typed=True, summary="OLMo 3"),
         "gemma3_text": Adapter(typed=True, summary="Gemma 3"),
         "llama4_text": Adapter(
-            layout="complex", interleaved_pairs=True, rotates="use_rope", summary="Llama 4 Scout, Maverick"
+            layout="complex", interleaved_pairs=True, rotates="use_rope", norm_after_rotation="qk_norm",
+            summary="Llama 4 Scout, Maverick",
         ),
         "granite": Adapter(
             embedding_multiplier="embedding_multiplier", projections=Separate(), summary="Granite 3"

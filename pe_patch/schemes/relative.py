@@ -34,7 +34,7 @@ class Shaw(ContentRelative):
     """A learned vector for each distance, on the key and on the value (Shaw et al. 2018, arXiv 1803.02155).
 
     Scores are q_i (k_j + A^K[c]) / sqrt(d) and outputs sum_j w_ij (v_j + A^V[c]), c = clip(j - i, -K, K). Tables
-    `[2 K + 1, head]`, shared by the heads, zeros at the start.
+    A^K `[2 K + 1, head]` and A^V `[2 K + 1, value]`, shared by the heads, zeros at the start.
 
     Options:
         max_distance: K, the number of tokens beyond which all distances are one.
@@ -56,7 +56,7 @@ class Shaw(ContentRelative):
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
         self.values = (
-            nn.Parameter(torch.zeros(entries, shape.head_dim)) if check_flag("shaw", "values", values) else None
+            nn.Parameter(torch.zeros(entries, shape.value_dim)) if check_flag("shaw", "values", values) else None
         )
 
     def relative_position(self, length: int) -> Tensor:
