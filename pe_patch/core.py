@@ -280,15 +280,20 @@ class Core:
     def _widened(
         self, query: Tensor, key: Tensor, value: Tensor, more_query: Tensor, more_key: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels."""
-        width, extra = value.shape[-1], more_query.shape[-1]
+        """Attention with extra dimensions on query and key.
+
+        The narrower of key and value is padded, since unequal heads leave fast kernels.
+        """
+        width = value.shape[-1]
         if self.backend.name == "flash" and self.extra.get("softcap") is not None:
             raise UnsupportedError("Flash attention would cap scores and bias together; use backend='sdpa' or 'eager'.")
         more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
         more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
         # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.
         query, key = torch.cat((more_query, query), -1), torch.cat((more_key, key), -1)
-        value = nn.functional.pad(value, (0, query.shape[-1] - width if extra else 0))
+        missing = query.shape[-1] - width
+        value = nn.functional.pad(value, (0, max(0, missing)))
+        query, key = (nn.functional.pad(one, (0, max(0, -missing))) for one in (query, key))
         output, weights = self.host(query, key, value, self.mask)
         return output[..., :width], weights
 

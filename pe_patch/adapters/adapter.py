@@ -262,4 +262,6 @@ class NoTable(nn.Module):
 
     def forward(self, ids: Tensor, *_: Any, position_ids: Tensor | None = None, **__: Any) -> Tensor:
         ids = ids if position_ids is None else position_ids
-        return torch.zeros((1, 1, self.width), device=ids.device).expand(ids.shape[0], ids.shape[1], -1)
+        # Whole numbers, which leave the dtype of the embeddings that they are added to as it is.
+        zeros = torch.zeros((1, 1, self.width), dtype=torch.int8, device=ids.device)
+        return zeros.expand(ids.shape[0], ids.shape[1], -1)
