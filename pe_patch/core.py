@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .backends import Backend, Output
+from .backends import Backend, HostView, Output
 from .errors import UnsupportedError
 from .heads import Heads
 from .kernels import cpu, portable
@@ -336,10 +336,14 @@ class Core:
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
     def host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+        seen = self.module.__dict__.get("pe_seen")
+        if seen is not None:
+            seen(query, key)
         function = self.backend.function(self.module)
         if function is None:
             return self.mix(self.scores(query, key), value)
-        return function(self.module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
+        module: Any = HostView(self.module, self.backend.host) if self.backend.name == "flash" else self.module
+        return function(module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
 
 
 def _biased_by_chunks(

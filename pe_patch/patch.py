@@ -17,6 +17,7 @@ from .adapters.adapter import RotaryJoint, TypedJoint
 from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from .join import Patch, collect
 from .peft_hooks import watch
+from .probe import prove
 from .resolve import Layers
 from .rotation import Rotation
 from .scheme import Scheme, overrides
@@ -90,6 +91,8 @@ def _apply(head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any
         unpatch_model(head)
     try:
         patch = collect(head, scheme, options, given)
+        if given["adapter"] is not None:
+            prove(patch)
         patch.apply()
     except BaseException:
         if earlier is not None:

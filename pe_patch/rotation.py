@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from .errors import OptionValueError
 from .heads import SHARED
 from .positions import Positions
 from .scheme import AttentionShape, Scheme, causal_distance, overrides
@@ -115,23 +115,25 @@ class Rotation(Scheme):
         super().__init__(shape)
         given = shape.rope_theta if theta is None else theta
         if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given < float("inf"):
-            raise OptionError(f"{self.name!r} got theta={given!r}; the base of the frequencies is a number above 1.")
+            raise OptionValueError(
+                f"{self.name!r} got theta={given!r}; the base of the frequencies is a number above 1."
+            )
         self.theta = float(given)
         length = original_max_position_embeddings
         if length is not None and (isinstance(length, bool) or length != int(length)):
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got original_max_position_embeddings={length!r}; give a whole number of tokens."
             )
         self.window = shape.trained_length if length is None else int(length)
         self.dim = shape.rotary_dim
         self.expected_length: int | None = None
         if self.dim < 2 or self.dim % 2:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} rotates pairs of dimensions, so it needs an even number of them; this attention has "
                 f"rotary_dim={self.dim} (head_dim={shape.head_dim})."
             )
         if self.window < 1:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} needs to know the window the model was trained for, and its config does not say: "
                 "give original_max_position_embeddings=<tokens>."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -111,6 +112,9 @@ class Scheme(nn.Module):
     restored: bool = False
     """What `replace` makes will be filled from a checkpoint."""
 
+    examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What to type for an option that has no default, where a plain number is not it."""
+
     idle: frozenset[str] = frozenset()
     """Rungs that it overrides and, with the options given, has no use for."""
 
@@ -177,7 +181,8 @@ class Scheme(nn.Module):
                 )
         for p in cls._parameters_of_init():
             if p.default is p.empty and p.name not in options:
-                raise OptionError(f"{label!r} needs the option {p.name!r}, for example {p.name}=4; it has no default.")
+                example = cls.examples.get(p.name, f"{p.name}=4")
+                raise OptionError(f"{label!r} needs the option {p.name!r}, for example {example}; it has no default.")
 
     def forward(self, rung: str, *arguments: Any) -> Any:
         """Call a rung by its name, as a module: hooks that fetch offloaded or sharded weights stand before it."""

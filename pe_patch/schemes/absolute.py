@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, nearest
+from ..errors import OptionValueError, nearest
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
@@ -42,7 +42,7 @@ class DroPE(NoPE):
         super().__init__(shape)
         given = softmax_scale
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < float("inf"):
-            raise OptionError(f"'drope' got softmax_scale={given!r}; it is a positive number.")
+            raise OptionValueError(f"'drope' got softmax_scale={given!r}; it is a positive number.")
         self.softmax_scale = float(given)
         self.idle = frozenset({"encode"}) if self.softmax_scale == 1 else frozenset()
 
@@ -73,11 +73,11 @@ class Integer(Scheme):
     ) -> None:
         super().__init__(shape)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < float("inf"):
-            raise OptionError(f"'integer' got scale={scale!r}; it is a number other than 0.")
+            raise OptionValueError(f"'integer' got scale={scale!r}; it is a number other than 0.")
         length = check_length(self.name, "original_max_position_embeddings", original_max_position_embeddings)
         self.window = length or shape.trained_length
         if self.window < 1:
-            raise OptionError(
+            raise OptionValueError(
                 "'integer' measures positions against the window the model was trained for, and its config does not "
                 "say: give original_max_position_embeddings=<tokens>."
             )
@@ -115,9 +115,9 @@ class Sinusoidal(Scheme):
     def __init__(self, shape: AttentionShape, *, theta: float = 10000.0, layout: str = "interleaved") -> None:
         super().__init__(shape)
         if layout not in LAYOUTS:
-            raise OptionError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.{nearest(layout, LAYOUTS)}")
+            raise OptionValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.{nearest(layout, LAYOUTS)}")
         if shape.hidden_size % 2:
-            raise OptionError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
+            raise OptionValueError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
         self.theta, self.layout = check_number(self.name, "theta", theta, 1.0, exclusive=True), layout
 
     def frequencies(self) -> Tensor:
@@ -182,11 +182,13 @@ class Learned(Scheme):
         super().__init__(shape)
         rows = check_length(self.name, "max_positions", max_positions) or shape.trained_length
         if rows < 1:
-            raise OptionError("'learned' needs max_positions=<tokens>: the model's config does not say its window.")
+            raise OptionValueError(
+                "'learned' needs max_positions=<tokens>: the model's config does not say its window."
+            )
         if extend is not None and extend not in EXTENSIONS:
-            raise OptionError(f"extend={extend!r} is not one of {', '.join(EXTENSIONS)} or None.")
+            raise OptionValueError(f"extend={extend!r} is not one of {', '.join(EXTENSIONS)} or None.")
         if not 0 < alpha < 1 or alpha == 0.5:
-            raise OptionError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
+            raise OptionValueError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
         self.rows, self.extend, self.alpha = rows, extend, alpha
         self.table = nn.Parameter(torch.zeros(self.rows, shape.hidden_size))
 
@@ -201,12 +203,14 @@ class Learned(Scheme):
     def adopt(self, table: Tensor) -> None:
         known, rows = table.shape[0], self.rows
         if rows > known and self.extend is None:
-            raise OptionError(
+            raise OptionValueError(
                 f"The model's table has {known} positions and max_positions={rows} asks for more: say how to make "
                 "them, extend='hierarchical' or extend='interpolate'."
             )
         if rows > known * known and self.extend == "hierarchical":
-            raise OptionError(f"The hierarchical extension of {known} positions ends at {known * known}, not {rows}.")
+            raise OptionValueError(
+                f"The hierarchical extension of {known} positions ends at {known * known}, not {rows}."
+            )
         if rows <= known:
             start = table[:rows]
         elif self.extend == "interpolate":
@@ -242,7 +246,9 @@ class OneHot(Scheme):
         super().__init__(shape)
         columns = check_length(self.name, "max_positions", max_positions) or shape.trained_length
         if columns < 1:
-            raise OptionError("'one_hot' needs max_positions=<tokens>: the model's config does not say its window.")
+            raise OptionValueError(
+                "'one_hot' needs max_positions=<tokens>: the model's config does not say its window."
+            )
         self.columns = columns
         self.weight = nn.Parameter(torch.zeros(shape.hidden_size, columns))
 

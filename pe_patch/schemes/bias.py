@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, nearest
+from ..errors import OptionValueError, nearest
 from ..positions import Positions
 from ..scheme import AttentionShape, DistanceBias, wide
 
@@ -66,7 +66,7 @@ class ALiBi(DistanceBias):
         super().__init__(shape)
         self.slopes = [float(slope) for slope in (alibi_slopes(shape.num_heads) if slopes is None else slopes)]
         if len(self.slopes) != shape.num_heads or not all(0 < slope < math.inf for slope in self.slopes):
-            raise OptionError(
+            raise OptionValueError(
                 f"slopes needs {shape.num_heads} positive numbers, one for each query head; got {slopes}."
             )
 
@@ -154,7 +154,9 @@ class T5(DistanceBias):
         super().__init__(shape)
         for option, value, low in (("num_buckets", num_buckets, 4), ("max_distance", max_distance, num_buckets)):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise OptionError(f"'t5' got {option}={value!r}; {option} must be a whole number of at least {low}.")
+                raise OptionValueError(
+                    f"'t5' got {option}={value!r}; {option} must be a whole number of at least {low}."
+                )
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.table = nn.Parameter(torch.zeros(num_buckets, shape.num_heads))
 
@@ -213,7 +215,7 @@ class Kerple(DistanceBias):
     def __init__(self, shape: AttentionShape, *, kind: str = "log") -> None:
         super().__init__(shape)
         if kind not in KINDS:
-            raise OptionError(f"kind={kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
+            raise OptionValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
         self.kind = kind
         self.a = nn.Parameter(torch.rand(shape.num_heads))
         self.p = nn.Parameter(2 * torch.rand(shape.num_heads))
@@ -247,7 +249,7 @@ class Sandwich(DistanceBias):
     def __init__(self, shape: AttentionShape, *, dim: int = 128) -> None:
         super().__init__(shape)
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
-            raise OptionError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
+            raise OptionValueError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
         self.strength = [shape.num_heads / 8 / head for head in range(1, shape.num_heads + 1)]
 

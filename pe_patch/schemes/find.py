@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..dialects import Specification, read
-from ..errors import OptionError, UnknownNameError, unknown
+from ..errors import OptionValueError, UnknownNameError, unknown
 from ..scheme import AttentionShape, Scheme
 
 
@@ -26,12 +26,12 @@ def find_scheme(
     if isinstance(scheme, Mapping):
         specification = read(dict(scheme))
         if not isinstance(specification, Specification):
-            raise OptionError(
+            raise OptionValueError(
                 f"This dict has parameters for each layer type ({', '.join(specification)}); give those of one of them."
             )
         for option, value in specification.options.items():
             if options.setdefault(option, value) != value:
-                raise OptionError(f"{option}={options[option]!r} and, in the dict, {value!r}; give it once.")
+                raise OptionValueError(f"{option}={options[option]!r} and, in the dict, {value!r}; give it once.")
         _check_width(specification, shape)
         scheme = specification.scheme
     if isinstance(scheme, str):
@@ -51,7 +51,7 @@ def _check_width(specification: Specification, shape: AttentionShape | None) -> 
     if part is None or shape is None or specification.scheme == "proportional":
         return
     if int(part * shape.head_dim) != shape.rotary_dim:
-        raise OptionError(
+        raise OptionValueError(
             f"The dict rotates {part:g} of each head, and this model {shape.rotary_dim} of {shape.head_dim} "
             "dimensions; which ones rotate is fixed when a model is built."
         )

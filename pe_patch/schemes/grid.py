@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, UnsupportedError, nearest
+from ..errors import OptionValueError, UnsupportedError, nearest
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
@@ -75,12 +75,14 @@ class RoPE2D(GridScheme):
     def __init__(self, shape: AttentionShape, *, mode: str = "axial", theta: float | None = None) -> None:
         super().__init__(shape)
         if mode not in MODES:
-            raise OptionError(f"mode={mode!r} is not one of {', '.join(MODES)}.{nearest(mode, MODES)}")
+            raise OptionValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.{nearest(mode, MODES)}")
         theta = MODES[mode] if theta is None else theta
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < float("inf"):
-            raise OptionError(f"'rope_2d' got theta={theta!r}; the base of the frequencies is a number above 1.")
+            raise OptionValueError(f"'rope_2d' got theta={theta!r}; the base of the frequencies is a number above 1.")
         if shape.head_dim % 4:
-            raise OptionError(f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {shape.head_dim}.")
+            raise OptionValueError(
+                f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {shape.head_dim}."
+            )
         self.mode, self.theta = mode, float(theta)
         if mode == "mixed":
             self.frequencies = nn.Parameter(self.random_directions())
@@ -148,7 +150,7 @@ class ALiBi2D(GridScheme):
         super().__init__(shape)
         self.slopes = alibi_slopes(shape.num_heads) if slopes is None else [float(slope) for slope in slopes]
         if len(self.slopes) != shape.num_heads or min(self.slopes) <= 0:
-            raise OptionError(f"slopes needs {shape.num_heads} positive numbers, one for each head.")
+            raise OptionValueError(f"slopes needs {shape.num_heads} positive numbers, one for each head.")
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         self.check_heads(query)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .checks import check_number
@@ -24,11 +24,13 @@ def build_inner(
     """The rotary scheme that `over` names (a name, or a dict in any dialect; plain RoPE when None), with the options
     `shared` where it does not set them itself."""
     if not isinstance(over, str | Mapping | None):
-        raise OptionError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
+        raise OptionValueError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
     given = {option: value for option, value in shared.items() if value is not None}
     inner, options = find_scheme("rope" if over is None else over, given, shape)
     if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):
-        raise OptionError(f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone.")
+        raise OptionValueError(
+            f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone."
+        )
     built = inner(shape, **options)
     assert isinstance(built, Rotary)
     return built
@@ -121,9 +123,9 @@ class ClippedRoPE(Over):
         )
         pairs = self.dim // 2
         if check_number(self.name, "dims", dims, 2) != int(dims):
-            raise OptionError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
+            raise OptionValueError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
         if pairs < 2 or ("dims" not in self.options and dims >= pairs):
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} tapers {dims} frequencies by default and this attention has {pairs}, so that none "
                 f"would stay as it is; say how many with dims=<2 to {pairs}>."
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme, causal_distance, wide
@@ -51,7 +51,7 @@ class Shaw(ContentRelative):
         super().__init__(shape)
         farthest = check_length("shaw", "max_distance", max_distance)
         if farthest is None:
-            raise OptionError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
+            raise OptionValueError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
         self.max_distance = farthest
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
@@ -119,7 +119,7 @@ class TransformerXL(ContentRelative):
     def __init__(self, shape: AttentionShape, *, clamp_length: int | None = None) -> None:
         super().__init__(shape)
         if shape.hidden_size % 2:
-            raise OptionError(f"'transformer_xl' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
+            raise OptionValueError(f"'transformer_xl' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
         self.clamp_length = check_length("transformer_xl", "clamp_length", clamp_length)
         heads = shape.num_heads
         self.u = nn.Parameter(torch.zeros(heads, shape.head_dim))
@@ -240,7 +240,7 @@ class CoPE(ContentRelative):
         super().__init__(shape)
         entries = check_length("cope", "max_positions", max_positions)
         if entries is None or entries < 2:
-            raise OptionError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
+            raise OptionValueError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
         self.max_positions = entries
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 

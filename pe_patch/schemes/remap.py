@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionValueError
 from ..positions import Positions
 from ..scheme import AttentionShape
 from .checks import check_flag, check_length, check_number
@@ -33,7 +33,9 @@ class Windowed(Remapped):
         self.log_scaling = check_flag(self.name, "log_scaling", log_scaling)
         if self.log_scaling:
             if self.window < 2:
-                raise OptionError(f"{self.name!r} cannot scale by ln L with a trained window of {self.window} token.")
+                raise OptionValueError(
+                    f"{self.name!r} cannot scale by ln L with a trained window of {self.window} token."
+                )
             self.shift_invariant = False
 
     @property
@@ -144,7 +146,7 @@ class SelfExtend(Windowed):
             self.group = given
             self.near = self._window_for(target) if target and window is None else self.near
         if self._reach() < target:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} with group={self.group} and window={self.near} reaches {self._reach()} tokens of the "
                 f"{target} that factor={factor} asks for; give a larger group."
             )
@@ -159,7 +161,7 @@ class SelfExtend(Windowed):
             return 1
         room = 2 * self.window - 3 * self.near
         if room <= 0:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got window={self.near}, which leaves nothing for groups of two thirds of the trained "
                 f"window of {self.window}; give a smaller window, or group= too."
             )
@@ -172,7 +174,7 @@ class SelfExtend(Windowed):
         most = (2 * self.window * self.group - 3 * target) // (3 * (self.group - 1))
         if most < 1:
             needed = -(-3 * (target - 1) // (2 * self.window - 3))
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} with group={self.group} leaves no room for a window on the way to {target} tokens; "
                 f"give a group of {needed} or more, or window= too."
             )
@@ -218,7 +220,7 @@ class DCA(Remapped):
         self.chunk = self.tokens("chunk_size", chunk_size, 3 * self.window // 4)
         self.local = self.tokens("local_window", local_window, min(self.window // 8, self.chunk // 2))
         if 2 * self.local > self.chunk:  # near keys would lie two chunks back, where distances are not exact
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got chunk_size={self.chunk} and local_window={self.local}; a local window is at most "
                 "half a chunk."
             )
@@ -269,7 +271,7 @@ class STRING(Remapped):
         self.near = self.tokens("window", window, min(128, self.shift // 2))
         self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, exclusive=True)
         if self.near >= self.shift:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got shift={self.shift} and window={self.near}; distances are shifted down by their "
                 "difference, so the shift is the larger one."
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dialects import yarn_temperature
-from ..errors import OptionError
+from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .checks import check_flag, check_length, check_number, check_order
@@ -74,7 +74,7 @@ class YaRN(Scaled):
         if not all_dim:
             return 1.0
         if self.factor is None:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got mscale_all_dim={all_dim:g}, by which this family multiplies its softmax scale, and "
                 "a factor that follows the length; give a fixed factor, or leave mscale and mscale_all_dim out."
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..ranges import Range
@@ -72,7 +72,7 @@ class Remapped(Rotation):
         shared = {"theta": theta, "original_max_position_embeddings": original_max_position_embeddings}
         self.over = build_inner(self.name, over, shape, shared)
         if self.over.length_dependent:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} takes frequencies that stay, and those of {self.over.name!r} follow the length here; "
                 "give over= a fixed factor, or an expected_length."
             )
@@ -160,7 +160,7 @@ class Remapped(Rotation):
         """The value of an option that counts tokens, within the trained window; at least 1."""
         given = check_length(self.name, option, value)
         if given is not None and given > self.window:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got {option}={given}, and the frequencies are good for {self.window} tokens only; give "
                 f"at most {self.window}."
             )
