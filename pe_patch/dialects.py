@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import OptionError, UnsupportedError, nearest, unknown
+from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window
+from .errors import OptionError, OptionValueError, UnsupportedError, nearest, unknown
 
 
 class ConfigFault(OptionError):
@@ -114,6 +115,8 @@ def read(config: Mapping[str, Any]) -> Reading:
     """
     if not isinstance(config, Mapping) or not config:
         raise OptionError(f"A positional config is a dict that is not empty; got {config!r}.")
+    if stray := [key for key in config if not isinstance(key, str)]:
+        raise OptionValueError(f"The keys of a positional config are strings; got {stray[0]!r}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
         return _own(record)
@@ -136,7 +139,20 @@ def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None =
     if any(value != values[0] for value in values):
         said = " and ".join(f"{key}={value!r}" for key, value in found.items())
         raise ConfigFault(f"Contradiction: {said}. Keep the one that is meant.", what, *found)
-    return values[0] if values else None
+    return _checked(what, values[0], next(iter(found))) if values else None
+
+
+def _checked(what: str, value: Any, key: str) -> Any:
+    """The value of one of `SYNONYMS`, or an `OptionValueError` where it is not of its kind."""
+    if what == "type":
+        if not isinstance(value, str):
+            raise OptionValueError(f"{key}={value!r} is no name of a rope type, such as 'yarn'.")
+        return value
+    if what == "part":
+        return check_number("config", key, value, 0.0, 1.0, exclusive=True)
+    if what == "theta":
+        return check_number("config", key, value, 1.0, LARGEST_BASE, exclusive=True)
+    return check_window("config", key, value)
 
 
 def _own(entries: Mapping[str, Any]) -> Specification:
@@ -165,6 +181,9 @@ def _whole(config: dict[str, Any]) -> Reading:
         raise ConfigFault(message, "silent")
     _refuse(config)
     inner, other = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", inner), ("rope_scaling", other)):
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise OptionValueError(f"{key}={value!r} is not a dict whose keys are strings.")
     if inner and other and dict(inner) != dict(other):
         message = "Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters."
         raise ConfigFault(message, "two_dialects", "rope_parameters", "rope_scaling")
@@ -176,6 +195,7 @@ def _whole(config: dict[str, Any]) -> Reading:
     whole = _flat(inner, around)
     if local is None:
         return whole
+    local = check_number("config", "rope_local_base_freq", local, 1.0, LARGEST_BASE, exclusive=True)
     return {"full_attention": whole, "sliding_attention": Specification("rope", {"theta": local})}
 
 
@@ -188,6 +208,8 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
     specifications = {}
     for layer, value in config.items():
         entries = dict(value or {})
+        if stray := [key for key in (layer, *entries) if not isinstance(key, str)]:
+            raise OptionValueError(f"The keys of a positional config are strings; got {stray[0]!r}.")
         default = {what: said for what, said in around.items() if not entries.keys() & set(SYNONYMS[what])}
         specifications[layer] = Specification("nope") if value is None else _flat(entries, default)
     return specifications
@@ -250,7 +272,12 @@ def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any)
     ratio, factor = maximum / trained, entries.get("factor")
     if factor is None:
         entries["factor"] = ratio
-    elif isinstance(factor, int | float) and factor != math.ceil(ratio) and abs(factor - ratio) > 0.01 * ratio:
+    elif (
+        isinstance(factor, int | float)
+        and math.isfinite(factor)
+        and factor != math.ceil(ratio)
+        and abs(factor - ratio) > 0.01 * ratio
+    ):
         raise ConfigFault(
             f"Contradiction: {scheme!r} has factor={factor:g}, but max_position_embeddings={maximum} over "
             f"original_max_position_embeddings={trained} is {ratio:g}. Correct one of the three.",
@@ -272,6 +299,7 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
     multiplier = entries.pop("attn_factor", None)
     if multiplier is None:
         return
+    multiplier = check_number("config", "attn_factor", multiplier, 0.0, LARGEST_FACTOR)
     given, factor = entries.get("attention_factor"), entries.get("factor")
     if given is not None:
         if given != multiplier:
@@ -281,7 +309,7 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
     elif multiplier != 1:
         if not isinstance(factor, int | float) or "mscale" in entries:
             raise OptionError("'attn_factor' multiplies 0.1 ln factor + 1; give 'factor' with it and no 'mscale'.")
-        entries["attention_factor"] = multiplier * yarn_temperature(factor)
+        entries["attention_factor"] = multiplier * yarn_temperature(check_number("config", "factor", factor, 1.0))
 
 
 def _rewrite_dynamic_yarn(entries: dict[str, Any], maximum: Any) -> None:

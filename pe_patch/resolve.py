@@ -209,7 +209,7 @@ def find_layers(layers: Layers, count: int) -> list[int]:
     elif callable(layers):
         chosen = [index for index in range(count) if layers(index)]
     elif isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Mapping):
-        chosen = [_layer(index, layers, count) for index in layers]
+        chosen = [_layer(index, layers, count) for index in _entries(layers, count)]
     else:
         raise _not_layers(layers, count)
     if wrong := [index for index in chosen if not -count <= index < count]:
@@ -225,6 +225,13 @@ def _sliced(layers: slice, count: int) -> list[int]:
         return list(range(count))[layers]
     except (TypeError, ValueError) as error:
         raise OptionValueError(f"layers={layers!r} is no slice of {count} layers: {error}.") from error
+
+
+def _entries(layers: Iterable[Any], count: int) -> list[Any]:
+    try:
+        return list(layers)
+    except TypeError as error:  # a tensor of no dimension
+        raise _not_layers(layers, count) from error
 
 
 def _layer(index: Any, layers: Any, count: int) -> int:

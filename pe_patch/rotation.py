@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import OptionValueError
+from .checks import LARGEST_BASE, check_number, check_window
+from .errors import OptionValueError, UnsupportedError
 from .heads import SHARED
 from .positions import Positions
 from .scheme import AttentionShape, Scheme, causal_distance, overrides
@@ -114,17 +115,11 @@ class Rotation(Scheme):
     ) -> None:
         super().__init__(shape)
         given = shape.rope_theta if theta is None else theta
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given < float("inf"):
-            raise OptionValueError(
-                f"{self.name!r} got theta={given!r}; the base of the frequencies is a number above 1."
-            )
-        self.theta = float(given)
-        length = original_max_position_embeddings
-        if length is not None and (isinstance(length, bool) or length != int(length)):
-            raise OptionValueError(
-                f"{self.name!r} got original_max_position_embeddings={length!r}; give a whole number of tokens."
-            )
-        self.window = shape.trained_length if length is None else int(length)
+        remedy = "It is the base of the frequencies."
+        self.theta = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
+        option = "original_max_position_embeddings"
+        length = check_window(self.name, option, original_max_position_embeddings)
+        self.window = shape.trained_length if length is None else length
         self.dim = shape.rotary_dim
         self.expected_length: int | None = None
         if self.dim < 2 or self.dim % 2:
@@ -223,6 +218,13 @@ class Rotary(Rotation):
     def rotates_early(self) -> bool:
         return not self.length_dependent and not self._acts_on_scores(Rotary)
 
+    @property
+    def changes_nothing(self) -> bool:
+        if not self.rotates_early or self.scorer is not None:
+            return False
+        inv_freq, factor = self.frequencies(self.regime_start)
+        return factor == 1 and torch.equal(inv_freq, self.plain_frequencies(self.shape.rope_theta))
+
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
         inv_freq, _ = self._table("static", positions.device, [self.regime_start])
         return positions[..., None].float() * inv_freq[0], self._static_factor
@@ -242,6 +244,11 @@ class Rotary(Rotation):
         return self._prepare_cached(positions, positions.length)
 
     def _prepare_first_pass(self, positions: Positions, length: Tensor | int) -> tuple[Tensor, ...]:
+        if isinstance(length, torch.SymInt) or (isinstance(length, Tensor) and torch.compiler.is_exporting()):
+            raise UnsupportedError(
+                f"{self.name!r} follows the length of the sequence, which torch.export does not know here: export with "
+                "a fixed length and without attention_mask and position_ids, or use a scheme with a fixed factor."
+            )
         if isinstance(length, int):  # read from a shape, so that a compiler can follow
             length, known = torch.full_like(positions.query, length), [length]
             which = torch.zeros_like(length)

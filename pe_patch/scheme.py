@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from .errors import OptionError, UnsupportedError, nearest
 from .heads import Heads, declared, part
 from .positions import Positions
+from .shape import ARITHMETIC as ARITHMETIC
+from .shape import AttentionShape as AttentionShape
 
 if TYPE_CHECKING:
     from .attention import Core
@@ -21,52 +22,6 @@ if TYPE_CHECKING:
 
 RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
 """Keywords of `patch_model` itself; no scheme may name an option like this."""
-
-
-ARITHMETIC = ("model", "float32 tables", "float32", "complex")
-"""How a family multiplies queries and keys by cos and sin, in half precision:
-
-- "model": cos and sin are cast to the dtype of the model, and so is every product (Llama).
-- "float32 tables": cos and sin stay float32, which makes the products float32 (OLMo).
-- "float32": cos and sin are cast to the dtype of the model; queries and keys are cast to float32 (Cohere).
-- "complex": one complex product in float32 (Llama 4, DeepSeek-V2).
-
-Each casts the result back to the dtype of the model.
-"""
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What a scheme may know of the attention it serves: sizes only, read from the built modules."""
-
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rotary_dim: int
-    """How many dimensions of a head rotate."""
-    rotary_start: int
-    """Where in the head they begin (DeepSeek rotates the last ones)."""
-    rope_theta: float
-    trained_length: int
-    """The window the model was trained for, in tokens; 0 where nothing says so."""
-    num_layers: int
-    interleaved: bool = False
-    """Rotated pairs are neighbours (2k, 2k + 1) rather than halves (k, k + rotary_dim / 2)."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of patches of a trained image, for a tower that reads images."""
-    leading_tokens: int = 0
-    """Tokens before the patches, such as a class token."""
-    latent_rank: int = 0
-    """Width of the latent that an attention caches instead of keys and values (DeepSeek); 0 where it caches those."""
-    value_dim: int = 0
-    """Width of a value, and of a head's output; `head_dim`, which is that of queries and keys, where 0."""
-    arithmetic: str = "model"
-    """Dtypes in which the family rotates, one of `ARITHMETIC`, so that a rotation at the scores rounds as it does."""
-
-    def __post_init__(self) -> None:
-        if not self.value_dim:
-            object.__setattr__(self, "value_dim", self.head_dim)
 
 
 class Scheme(nn.Module):
@@ -323,6 +278,11 @@ class Scheme(nn.Module):
     def shares_heads(self) -> bool:
         """Whether it treats all heads alike, so that any of them do without knowing which they are."""
         return declared(type(self)) and not self.per_head
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether, with these options, it is plain RoPE of the model's own base, at every length."""
+        return False
 
     @property
     def scorer(self) -> Scheme | None:

@@ -95,7 +95,9 @@ def _reach(base: Any, adapter: Adapter, field: str, where: str) -> Any:
     return owner
 
 
-def _missing(adapter: Adapter, field: str, owner: Any, where: str, kind: type = object, name: str = "") -> OptionValueError:
+def _missing(
+    adapter: Adapter, field: str, owner: Any, where: str, kind: type = object, name: str = ""
+) -> OptionValueError:
     """The error for a name that `owner` does not have, with those that it has."""
     names: Iterable[str] = [name for name, _ in owner.named_children()]
     if kind is object:

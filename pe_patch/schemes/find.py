@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..checks import plain
 from ..dialects import Specification, read
 from ..errors import OptionValueError, UnknownNameError, unknown
 from ..scheme import AttentionShape, Scheme
@@ -22,15 +23,15 @@ def find_scheme(
     """
     from . import ALIASES, SCHEMES  # here, because schemes over others find them with this function
 
-    options = dict(options)
+    options = {option: plain(value) for option, value in options.items()}
     if isinstance(scheme, Mapping):
-        specification = read(dict(scheme))
+        specification = read(plain(dict(scheme)))
         if not isinstance(specification, Specification):
             raise OptionValueError(
                 f"This dict has parameters for each layer type ({', '.join(specification)}); give those of one of them."
             )
         for option, value in specification.options.items():
-            if options.setdefault(option, value) != value:
+            if not _same(options.setdefault(option, value), value):
                 raise OptionValueError(f"{option}={options[option]!r} and, in the dict, {value!r}; give it once.")
         _check_width(specification, shape)
         scheme = specification.scheme
@@ -43,6 +44,11 @@ def find_scheme(
         raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {scheme!r}.")
     scheme.check_options(options)
     return scheme, options
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of an option are one; arrays and tensors are so only where they are the same object."""
+    return one is other or (type(one).__eq__ is not object.__eq__ and (one == other) is True)
 
 
 def _check_width(specification: Specification, shape: AttentionShape | None) -> None:

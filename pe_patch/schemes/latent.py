@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flag, check_number
 from ..errors import OptionValueError, UnsupportedError, nearest
 from ..latent import attention as over_latents
 from ..latent.attention import Features, LatentAttention, LatentSizes
@@ -20,7 +21,6 @@ from ..latent.statistics import gather
 from ..positions import Positions
 from ..rotation import Rotary
 from ..scheme import AttentionShape, Scheme
-from .checks import check_flag, check_number
 from .over import build_inner
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
-from .checks import check_number
 from .find import find_scheme
 
 RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flag, check_length, check_table
 from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme, causal_distance, wide
-from .checks import check_flag, check_length
 
 if TYPE_CHECKING:
     from ..attention import Core
@@ -52,7 +52,7 @@ class Shaw(ContentRelative):
         farthest = check_length("shaw", "max_distance", max_distance)
         if farthest is None:
             raise OptionValueError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
-        self.max_distance = farthest
+        self.max_distance = check_table("shaw", "max_distance", farthest, 2 * (shape.head_dim + shape.value_dim))
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
         self.values = (
@@ -241,7 +241,7 @@ class CoPE(ContentRelative):
         entries = check_length("cope", "max_positions", max_positions)
         if entries is None or entries < 2:
             raise OptionValueError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
-        self.max_positions = entries
+        self.max_positions = check_table("cope", "max_positions", entries, shape.head_dim)
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:

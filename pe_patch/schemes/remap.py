@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import LARGEST_FACTOR, check_flag, check_length, check_number
 from ..errors import OptionValueError
 from ..positions import Positions
 from ..scheme import AttentionShape
-from .checks import check_flag, check_length, check_number
 from .zones import Remapped, Zone
 
 
@@ -102,6 +102,10 @@ class LeakyReRoPE(Windowed):
         return (positions.query.float() + shift) / self.k, positions.key.float() / self.k
 
     @property
+    def changes_nothing(self) -> bool:
+        return self.k == 1 and not self.log_scaling and self.over.changes_nothing
+
+    @property
     def effective_window(self) -> int | None:
         return int((self.window - self.near) * self.k + self.near)
 
@@ -182,6 +186,10 @@ class SelfExtend(Windowed):
 
     def _reach(self) -> int:
         return (self.window - self.near) * self.group + self.near
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.group == 1 and not self.log_scaling and self.over.changes_nothing
 
     @property
     def effective_window(self) -> int | None:
@@ -269,7 +277,7 @@ class STRING(Remapped):
         super().__init__(shape, **shared)
         self.shift = self.tokens("shift", shift, self.window // 3)
         self.near = self.tokens("window", window, min(128, self.shift // 2))
-        self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, exclusive=True)
+        self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, LARGEST_FACTOR, exclusive=True)
         if self.near >= self.shift:
             raise OptionValueError(
                 f"{self.name!r} got shift={self.shift} and window={self.near}; distances are shifted down by their "

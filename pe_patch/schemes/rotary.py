@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import LARGEST_FACTOR, check_length, check_list, check_number, check_width
 from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
-from .checks import check_length, check_list, check_number, check_width
 from .over import ClippedRoPE, Resonance
 from .scaling import (
     NTK,
@@ -195,7 +195,7 @@ class LongRoPE(Rotary):
         self.factor = 1.0 if factor is None else check_number(self.name, "factor", factor, 1.0, do=remedy)
         self.expected_length = check_length(self.name, "expected_length", expected_length)
         if attention_factor is not None:
-            self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0)
+            self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, LARGEST_FACTOR)
         elif self.factor == 1:
             self.scale = 1.0
         else:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_length
 from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..ranges import Range
 from ..rotation import Rotation, Turned
 from ..scheme import AttentionShape
-from .checks import check_length
 from .over import build_inner
 
 if TYPE_CHECKING:
