@@ -53,7 +53,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` in an error, in 80 letters at most."""
     try:
         text = repr(value)
@@ -71,7 +71,7 @@ def check_number(
         return number
     allowed = f"a finite number {'above' if exclusive else 'of at least'} {low:g} and at most {high:g}"
     do = f" {do}" if do else ""
-    raise OptionValueError(f"{scheme!r} got {option}={_shown(value)}; {option} must be {allowed}.{do}")
+    raise OptionValueError(f"{scheme!r} got {option}={shown(value)}; {option} must be {allowed}.{do}")
 
 
 def check_length(
@@ -83,7 +83,7 @@ def check_length(
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
     raise OptionValueError(
-        f"{scheme!r} got {option}={_shown(value)}; give a whole {what}, at least {low} and at most {high}, or leave it "
+        f"{scheme!r} got {option}={shown(value)}; give a whole {what}, at least {low} and at most {high}, or leave it "
         "out."
     )
 
@@ -100,7 +100,7 @@ def check_count(scheme: str, option: str, value: Any, low: int, high: int, do: s
         return int(value)
     do = f" {do}" if do else ""
     raise OptionValueError(
-        f"{scheme!r} got {option}={_shown(value)}; {option} must be a whole number of at least {low} and at most "
+        f"{scheme!r} got {option}={shown(value)}; {option} must be a whole number of at least {low} and at most "
         f"{high}.{do}"
     )
 
@@ -122,7 +122,7 @@ def check_choice(scheme: str, option: str, value: Any, choices: Iterable[str]) -
         return value
     near = nearest(value, choices) if isinstance(value, str) else ""
     raise OptionValueError(
-        f"{scheme!r} got {option}={_shown(value)}; {option}={_shown(value)} is not one of {', '.join(choices)}.{near}"
+        f"{scheme!r} got {option}={shown(value)}; {option}={shown(value)} is not one of {', '.join(choices)}.{near}"
     )
 
 
@@ -141,14 +141,17 @@ def check_list(
     """`value` as `count` positive floats, one for each of something, or an `OptionValueError`."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise OptionValueError(
-            f"{scheme!r} got {option}={_shown(value)}; give a list of {count} positive numbers, one for each {each}."
+            f"{scheme!r} got {option}={shown(value)}; give a list of {count} positive numbers, one for each {each}."
         )
     if len(value) != count:
         raise OptionValueError(
             f"{scheme!r} got {len(value)} entries in {option}, and this attention {has} {count} {each}s; "
             f"{option} needs {count} positive numbers, one for each {each}."
         )
-    return [check_number(scheme, f"{option}[{k}]", entry, 0.0, high, exclusive=True) for k, entry in enumerate(value)]
+    do = f"{option} needs {count} positive numbers, one for each {each}."
+    return [
+        check_number(scheme, f"{option}[{k}]", entry, 0.0, high, exclusive=True, do=do) for k, entry in enumerate(value)
+    ]
 
 
 def check_width(scheme: str, dim: int) -> None:
@@ -163,4 +166,4 @@ def check_flag(scheme: str, option: str, value: Any) -> bool:
     """`value` as it is, or an `OptionError` unless it is True or False."""
     if isinstance(value, bool):
         return value
-    raise OptionValueError(f"{scheme!r} got {option}={_shown(value)}; give True or False.")
+    raise OptionValueError(f"{scheme!r} got {option}={shown(value)}; give True or False.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window
+from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, shown
 from .errors import OptionError, OptionValueError, UnsupportedError, nearest, unknown
 
 
@@ -114,9 +114,9 @@ def read(config: Mapping[str, Any]) -> Reading:
         UnsupportedError: one that exists elsewhere and not here.
     """
     if not isinstance(config, Mapping) or not config:
-        raise OptionError(f"A positional config is a dict that is not empty; got {config!r}.")
+        raise OptionError(f"A positional config is a dict that is not empty; got {shown(config)}.")
     if stray := [key for key in config if not isinstance(key, str)]:
-        raise OptionValueError(f"The keys of a positional config are strings; got {stray[0]!r}.")
+        raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
         return _own(record)
@@ -137,7 +137,7 @@ def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None =
         TYPES.get(value, value) if what == "type" and isinstance(value, str) else value for value in found.values()
     ]
     if any(value != values[0] for value in values):
-        said = " and ".join(f"{key}={value!r}" for key, value in found.items())
+        said = " and ".join(f"{key}={shown(value)}" for key, value in found.items())
         raise ConfigFault(f"Contradiction: {said}. Keep the one that is meant.", what, *found)
     return _checked(what, values[0], next(iter(found))) if values else None
 
@@ -146,7 +146,7 @@ def _checked(what: str, value: Any, key: str) -> Any:
     """The value of one of `SYNONYMS`, or an `OptionValueError` where it is not of its kind."""
     if what == "type":
         if not isinstance(value, str):
-            raise OptionValueError(f"{key}={value!r} is no name of a rope type, such as 'yarn'.")
+            raise OptionValueError(f"{key}={shown(value)} is no name of a rope type, such as 'yarn'.")
         return value
     if what == "part":
         return check_number("config", key, value, 0.0, 1.0, exclusive=True)
@@ -161,7 +161,7 @@ def _own(entries: Mapping[str, Any]) -> Specification:
     if isinstance(options.get("options"), Mapping):
         options = dict(options["options"])
     if not isinstance(entries.get("scheme"), str):
-        raise OptionError(f"'scheme' must be the name of a scheme; got {entries.get('scheme')!r}.")
+        raise OptionError(f"'scheme' must be the name of a scheme; got {shown(entries.get('scheme'))}.")
     for key in SYNONYMS["type"]:
         if key in options:
             raise OptionError(f"Contradiction: 'scheme' and {key!r} both name a scheme. Keep 'scheme'.")
@@ -183,7 +183,7 @@ def _whole(config: dict[str, Any]) -> Reading:
     inner, other = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     for key, value in (("rope_parameters", inner), ("rope_scaling", other)):
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            raise OptionValueError(f"{key}={value!r} is not a dict whose keys are strings.")
+            raise OptionValueError(f"{key}={shown(value)} is not a dict whose keys are strings.")
     if inner and other and dict(inner) != dict(other):
         message = "Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters."
         raise ConfigFault(message, "two_dialects", "rope_parameters", "rope_scaling")
@@ -203,13 +203,13 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
     """One dict for each layer type; None stands for layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
-            message = f"{key!r}={value!r} stands beside layer types; move it into the dict of each layer type."
+            message = f"{key!r}={shown(value)} stands beside layer types; move it into the dict of each layer type."
             raise ConfigFault(message, "beside", key)
     specifications = {}
     for layer, value in config.items():
         entries = dict(value or {})
         if stray := [key for key in (layer, *entries) if not isinstance(key, str)]:
-            raise OptionValueError(f"The keys of a positional config are strings; got {stray[0]!r}.")
+            raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
         default = {what: said for what, said in around.items() if not entries.keys() & set(SYNONYMS[what])}
         specifications[layer] = Specification("nope") if value is None else _flat(entries, default)
     return specifications
@@ -304,7 +304,8 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
     if given is not None:
         if given != multiplier:
             raise OptionError(
-                f"Contradiction: attention_factor={given!r} and attn_factor={multiplier!r}. Keep attention_factor."
+                f"Contradiction: attention_factor={shown(given)} and attn_factor={shown(multiplier)}. Keep "
+                "attention_factor."
             )
     elif multiplier != 1:
         if not isinstance(factor, int | float) or "mscale" in entries:
@@ -323,9 +324,13 @@ def _rewrite_longrope(entries: dict[str, Any], maximum: Any) -> None:
     """Phi-3.5-MoE gives its attention factor for either list; here there is one."""
     short, long = entries.pop("short_mscale", None), entries.pop("long_mscale", None)
     if short != long:
-        raise UnsupportedError(f"short_mscale={short!r} and long_mscale={long!r} differ; one factor must serve both.")
+        raise UnsupportedError(
+            f"short_mscale={shown(short)} and long_mscale={shown(long)} differ; one factor must serve both."
+        )
     if long is not None and entries.setdefault("attention_factor", long) != long:
-        raise OptionError(f"Contradiction: attention_factor={entries['attention_factor']!r} and long_mscale={long!r}.")
+        raise OptionError(
+            f"Contradiction: attention_factor={entries['attention_factor']!r} and long_mscale={shown(long)}."
+        )
     lists = [entries[key] for key in ("short_factor", "long_factor") if key in entries]
     if len(lists) == 2 and all(hasattr(one, "__len__") for one in lists) and len(lists[0]) != len(lists[1]):
         message = f"Contradiction: short_factor has {len(lists[0])} entries and long_factor {len(lists[1])}."

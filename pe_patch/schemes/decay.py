@@ -33,7 +33,7 @@ class XPos(Rotation):
     product would be anyway.
 
     Options:
-        scale_base: B >= 1, in tokens; larger is a slower decay.
+        scale_base: B >= 0.25, in tokens; larger is a slower decay.
     """
 
     name = "xpos"
@@ -44,7 +44,7 @@ class XPos(Rotation):
 
     def __init__(self, shape: AttentionShape, *, scale_base: float = 512, **shared: Any) -> None:
         super().__init__(shape, **shared)
-        self.scale_base = check_number(self.name, "scale_base", scale_base, 1.0, LARGEST_LENGTH)
+        self.scale_base = check_number(self.name, "scale_base", scale_base, 0.25, LARGEST_LENGTH)
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checks import plain
+from ..checks import plain, shown
 from ..dialects import Specification, read
 from ..errors import OptionValueError, UnknownNameError, unknown
 from ..scheme import AttentionShape, Scheme
@@ -32,7 +32,9 @@ def find_scheme(
             )
         for option, value in specification.options.items():
             if not _same(options.setdefault(option, value), value):
-                raise OptionValueError(f"{option}={options[option]!r} and, in the dict, {value!r}; give it once.")
+                raise OptionValueError(
+                    f"{option}={shown(options[option])} and, in the dict, {shown(value)}; give it once."
+                )
         _check_width(specification, shape)
         scheme = specification.scheme
     if isinstance(scheme, str):
@@ -41,7 +43,7 @@ def find_scheme(
             raise unknown("scheme", scheme, [*SCHEMES, *ALIASES])
         scheme = SCHEMES[name]
     if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
-        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {scheme!r}.")
+        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {shown(scheme)}.")
     scheme.check_options(options)
     return scheme, options
 
