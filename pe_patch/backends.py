@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
+from transformers.utils.import_utils import is_flash_attn_2_available, is_torch_npu_available
 
 from .errors import OptionValueError, UnsupportedError, unknown
 from .scheme import Scheme, overrides

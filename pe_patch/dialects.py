@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, shown
+from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, plain, shown
 from .errors import OptionError, OptionValueError, UnsupportedError, nearest, unknown
 
 
@@ -115,17 +115,32 @@ def read(config: Mapping[str, Any]) -> Reading:
     """
     if not isinstance(config, Mapping) or not config:
         raise OptionError(f"A positional config is a dict that is not empty; got {shown(config)}.")
+    config = plain(config)
     if stray := [key for key in config if not isinstance(key, str)]:
         raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
         return _own(record)
+    for key, value in entries.items():
+        _check_kind(key, value)
     typed = any(key in entries for key in SYNONYMS["type"])
     if entries.keys() & {"rope_scaling", "rope_parameters"} or (not typed and entries.keys() & WHOLE_CONFIG):
         return _whole(entries)
     if any(isinstance(value, Mapping) for value in entries.values()):
         return _nested(dict(config), {})
     return _flat(entries, {})
+
+
+def _check_kind(key: str, value: Any) -> None:
+    """Raise `OptionValueError` for what JSON cannot hold, such as a matrix, which nothing below could compare."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            _check_kind(f"{key}.{name}", entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _check_kind(key, entry)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise OptionValueError(f"{key}={shown(value)} is no number, string, list or dict, which a config consists of.")
 
 
 def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None = None) -> Any:

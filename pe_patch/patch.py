@@ -179,10 +179,10 @@ def _verify(patch: Patch, probe: bool) -> None:
 def _is_native(patch: Patch, index: int) -> bool:
     """Whether a layer turns as it did before the patch."""
     base, adapter, scheme = patch.base, patch.adapter, patch.own[index]
-    if adapter.rotary is None or not scheme.changes_nothing:
+    if adapter.rotary is None or not isinstance(scheme, Rotation) or not scheme.changes_nothing:
         return False
-    native = base.get_submodule("position_schemes").original
-    rotary = native[adapter.rotary] if adapter.rotary in native else getattr(base, adapter.rotary)
+    native: Any = base.get_submodule("position_schemes").original
+    rotary: Any = native[adapter.rotary] if adapter.rotary in native else getattr(base, adapter.rotary)
     kind = adapter.kinds(base, base.config)[index]
     factor = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", 1.0)
     return factor == 1 and torch.equal(frequencies_of(rotary, kind)[0].cpu(), scheme.inv_freq)

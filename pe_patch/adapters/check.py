@@ -61,7 +61,7 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
                 f"Adapter(rotary={turning[0]!r}), or the model's own rotation would stay beside the scheme."
             )
         return
-    types = getattr(base.config, "layer_types", None)
+    types = getattr(base.config, "layer_types", None) or ()
     if adapter.typed and (not isinstance(types, list | tuple) or len(types) < count):
         raise _wrong(adapter, "typed", f"and the config of {type(base).__name__} has no layer_types for {count} layers")
     rotary = getattr(base, adapter.rotary)
@@ -72,7 +72,7 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
     if all(isinstance(getattr(rotary, name, None), Tensor) for name in wanted):
         return
     kept = sorted(name for name in dir(rotary) if name.endswith(FREQUENCIES) and "original" not in name)
-    by_type = {f"{kind}_{FREQUENCIES}" for kind in types or ()}
+    by_type = {f"{kind}_{FREQUENCIES}" for kind in types}
     if adapter.typed and FREQUENCIES in kept:
         remedy = "leave typed out"
     elif not adapter.typed and kept and set(kept) <= by_type:
