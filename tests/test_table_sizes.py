@@ -144,3 +144,16 @@ def test_every_scheme_with_parameters_of_a_head_is_here():
             if any(True for _ in built.parameters()) or scheme.per_head:
                 learned.add(name)
     assert learned - {"rope_alibi"} <= set(SCHEMES_WITH_TABLES)
+
+
+@torch.no_grad()
+def test_slopes_too_steep_for_half_precision_are_added_otherwise():
+    """A slope of 100 over a head of 16, times 2048 for the high limb of a position, is beyond float16."""
+    model = build("llama", dtype=torch.float16)
+    ids = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
+    patch_model(model, "alibi", slopes=[100.0] * 4)
+    found = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids, use_cache=False).logits
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
