@@ -5,13 +5,37 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_flash_attn_2_available, is_torch_npu_available
 
-from .errors import UnsupportedError, unknown
+from .errors import OptionValueError, UnsupportedError, unknown
 from .scheme import Scheme, overrides
+
+
+class HostView:
+    """An attention as Transformers' flash function sees it: with Transformers' name for the implementation.
+
+    That function takes the kernel that the config names, and ours is none that it knows.
+    """
+
+    def __init__(self, module: nn.Module, host: str) -> None:
+        self._module, self.config = module, _ConfigView(getattr(module, "config", None), host)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _ConfigView:
+    def __init__(self, config: Any, host: str) -> None:
+        self._config, self._attn_implementation = config, host
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
 
 Output = tuple[Tensor, Tensor | None]
 """Attention output `[batch, query, heads, head]` and, from eager, the weights `[batch, heads, query, key]`."""
@@ -62,6 +86,8 @@ BY_HOST = {backend.host: backend for backend in BACKENDS.values()}
 def backend_for(implementation: str | None) -> Backend:
     """Our backend for an attention implementation by any of its names."""
     name = implementation or "sdpa"
+    if not isinstance(name, str):
+        raise OptionValueError(f"backend={name!r} is not a name; give one of {', '.join(BACKENDS)}.")
     for table in (BACKENDS, BY_HOST, BY_IMPLEMENTATION):
         if name in table:
             return table[name]
@@ -85,3 +111,14 @@ def check_backend(backend: Backend, scheme: Scheme) -> None:
         raise UnsupportedError(f"{scheme.name!r} has no pointwise form for FlexAttention; use 'sdpa' or 'eager'.")
     if scheme.scorer is not None:
         check_backend(backend, scheme.scorer)
+    if backend.name == "flash":
+        _check_flash()
+
+
+def _check_flash() -> None:
+    """Raise `UnsupportedError` where no flash attention is installed for this machine."""
+    if not (is_flash_attn_2_available(kernels_fallback_ok=True) or is_torch_npu_available()):
+        raise UnsupportedError(
+            "backend='flash' needs the package flash-attn, and a GPU that it runs on: pip install flash-attn "
+            "--no-build-isolation. 'sdpa' needs no package and uses the flash kernels of PyTorch where it can."
+        )

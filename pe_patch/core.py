@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .backends import Backend, Output
+from .backends import Backend, HostView, Output
 from .errors import UnsupportedError
 from .heads import Heads
 from .kernels import cpu, portable
@@ -67,6 +67,11 @@ class Core:
         """Whether a query sees no key ahead of it where no mask says so."""
         given = self.extra.get("is_causal")
         return getattr(self.module, "is_causal", True) if given is None else given
+
+    def after_rotation(self, x: Tensor) -> Tensor:
+        """Normalise queries or keys that were rotated at the scores, where the family does so after its rotation."""
+        norm = self.module.__dict__.get("pe_norm_after_rotation")
+        return x if norm is None else norm(x)
 
     @property
     def layer(self) -> int:
@@ -275,15 +280,20 @@ class Core:
     def _widened(
         self, query: Tensor, key: Tensor, value: Tensor, more_query: Tensor, more_key: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention with extra dimensions on query and key; value is padded, since unequal heads leave fast kernels."""
-        width, extra = value.shape[-1], more_query.shape[-1]
+        """Attention with extra dimensions on query and key.
+
+        The narrower of key and value is padded, since unequal heads leave fast kernels.
+        """
+        width = value.shape[-1]
         if self.backend.name == "flash" and self.extra.get("softcap") is not None:
             raise UnsupportedError("Flash attention would cap scores and bias together; use backend='sdpa' or 'eager'.")
         more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
         more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
         # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.
         query, key = torch.cat((more_query, query), -1), torch.cat((more_key, key), -1)
-        value = nn.functional.pad(value, (0, query.shape[-1] - width if extra else 0))
+        missing = query.shape[-1] - width
+        value = nn.functional.pad(value, (0, max(0, missing)))
+        query, key = (nn.functional.pad(one, (0, max(0, -missing))) for one in (query, key))
         output, weights = self.host(query, key, value, self.mask)
         return output[..., :width], weights
 
@@ -326,10 +336,14 @@ class Core:
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
     def host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+        seen = self.module.__dict__.get("pe_seen")
+        if seen is not None:
+            seen(query, key)
         function = self.backend.function(self.module)
         if function is None:
             return self.mix(self.scores(query, key), value)
-        return function(self.module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
+        module: Any = HostView(self.module, self.backend.host) if self.backend.name == "flash" else self.module
+        return function(module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
 
 
 def _biased_by_chunks(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import OptionError, UnsupportedError, nearest, unknown
+from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, plain, shown
+from .errors import OptionError, OptionValueError, UnsupportedError, nearest, unknown
 
 
 class ConfigFault(OptionError):
@@ -122,16 +123,33 @@ def read(config: Mapping[str, Any]) -> Reading:
         UnsupportedError: one that exists elsewhere and not here.
     """
     if not isinstance(config, Mapping) or not config:
-        raise OptionError(f"A positional config is a dict that is not empty; got {config!r}.")
+        raise OptionError(f"A positional config is a dict that is not empty; got {shown(config)}.")
+    config = plain(config)
+    if stray := [key for key in config if not isinstance(key, str)]:
+        raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
         return _own(record)
+    for key, value in entries.items():
+        _check_kind(key, value)
     typed = any(key in entries for key in SYNONYMS["type"])
     if entries.keys() & {"rope_scaling", "rope_parameters"} or (not typed and entries.keys() & WHOLE_CONFIG):
         return _whole(entries)
     if any(isinstance(value, Mapping) for value in entries.values()):
         return _nested(dict(config), {})
     return _flat(entries, {})
+
+
+def _check_kind(key: str, value: Any) -> None:
+    """Raise `OptionValueError` for what JSON cannot hold, such as a matrix, which nothing below could compare."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            _check_kind(f"{key}.{name}", entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _check_kind(key, entry)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise OptionValueError(f"{key}={shown(value)} is no number, string, list or dict, which a config consists of.")
 
 
 def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None = None) -> Any:
@@ -143,9 +161,22 @@ def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None =
         TYPES.get(value, value) if what == "type" and isinstance(value, str) else value for value in found.values()
     ]
     if any(value != values[0] for value in values):
-        said = " and ".join(f"{key}={value!r}" for key, value in found.items())
+        said = " and ".join(f"{key}={shown(value)}" for key, value in found.items())
         raise ConfigFault(f"Contradiction: {said}. Keep the one that is meant.", what, *found)
-    return values[0] if values else None
+    return _checked(what, values[0], next(iter(found))) if values else None
+
+
+def _checked(what: str, value: Any, key: str) -> Any:
+    """The value of one of `SYNONYMS`, or an `OptionValueError` where it is not of its kind."""
+    if what == "type":
+        if not isinstance(value, str):
+            raise OptionValueError(f"{key}={shown(value)} is no name of a rope type, such as 'yarn'.")
+        return value
+    if what == "part":
+        return check_number("config", key, value, 0.0, 1.0, exclusive=True)
+    if what == "theta":
+        return check_number("config", key, value, 1.0, LARGEST_BASE, exclusive=True)
+    return check_window("config", key, value)
 
 
 def _own(entries: Mapping[str, Any]) -> Specification:
@@ -154,7 +185,7 @@ def _own(entries: Mapping[str, Any]) -> Specification:
     if isinstance(options.get("options"), Mapping):
         options = dict(options["options"])
     if not isinstance(entries.get("scheme"), str):
-        raise OptionError(f"'scheme' must be the name of a scheme; got {entries.get('scheme')!r}.")
+        raise OptionError(f"'scheme' must be the name of a scheme; got {shown(entries.get('scheme'))}.")
     for key in SYNONYMS["type"]:
         if key in options:
             raise OptionError(f"Contradiction: 'scheme' and {key!r} both name a scheme. Keep 'scheme'.")
@@ -174,6 +205,9 @@ def _whole(config: dict[str, Any]) -> Reading:
         raise ConfigFault(message, "silent")
     _refuse(config)
     inner, other = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", inner), ("rope_scaling", other)):
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise OptionValueError(f"{key}={shown(value)} is not a dict whose keys are strings.")
     if inner and other and dict(inner) != dict(other):
         message = "Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters."
         raise ConfigFault(message, "two_dialects", "rope_parameters", "rope_scaling")
@@ -188,6 +222,7 @@ def _whole(config: dict[str, Any]) -> Reading:
     whole = _flat(inner, around)
     if local is None:
         return whole
+    local = check_number("config", "rope_local_base_freq", local, 1.0, LARGEST_BASE, exclusive=True)
     return {"full_attention": whole, "sliding_attention": Specification("rope", {"theta": local})}
 
 
@@ -195,11 +230,13 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
     """One dict for each layer type; None stands for layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
-            message = f"{key!r}={value!r} stands beside layer types; move it into the dict of each layer type."
+            message = f"{key!r}={shown(value)} stands beside layer types; move it into the dict of each layer type."
             raise ConfigFault(message, "beside", key)
     specifications = {}
     for layer, value in config.items():
         entries = dict(value or {})
+        if stray := [key for key in (layer, *entries) if not isinstance(key, str)]:
+            raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
         default = {what: said for what, said in around.items() if not entries.keys() & set(SYNONYMS[what])}
         specifications[layer] = Specification("nope") if value is None else _flat(entries, default)
     return specifications
@@ -262,7 +299,12 @@ def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any)
     ratio, factor = maximum / trained, entries.get("factor")
     if factor is None:
         entries["factor"] = ratio
-    elif isinstance(factor, int | float) and factor != math.ceil(ratio) and abs(factor - ratio) > 0.01 * ratio:
+    elif (
+        isinstance(factor, int | float)
+        and math.isfinite(factor)
+        and factor != math.ceil(ratio)
+        and abs(factor - ratio) > 0.01 * ratio
+    ):
         raise ConfigFault(
             f"Contradiction: {scheme!r} has factor={factor:g}, but max_position_embeddings={maximum} over "
             f"original_max_position_embeddings={trained} is {ratio:g}. Correct one of the three.",
@@ -284,16 +326,18 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
     multiplier = entries.pop("attn_factor", None)
     if multiplier is None:
         return
+    multiplier = check_number("config", "attn_factor", multiplier, 0.0, LARGEST_FACTOR)
     given, factor = entries.get("attention_factor"), entries.get("factor")
     if given is not None:
         if given != multiplier:
             raise OptionError(
-                f"Contradiction: attention_factor={given!r} and attn_factor={multiplier!r}. Keep attention_factor."
+                f"Contradiction: attention_factor={shown(given)} and attn_factor={shown(multiplier)}. Keep "
+                "attention_factor."
             )
     elif multiplier != 1:
         if not isinstance(factor, int | float) or "mscale" in entries:
             raise OptionError("'attn_factor' multiplies 0.1 ln factor + 1; give 'factor' with it and no 'mscale'.")
-        entries["attention_factor"] = multiplier * yarn_temperature(factor)
+        entries["attention_factor"] = multiplier * yarn_temperature(check_number("config", "factor", factor, 1.0))
 
 
 def _rewrite_dynamic_yarn(entries: dict[str, Any], maximum: Any) -> None:
@@ -307,9 +351,13 @@ def _rewrite_longrope(entries: dict[str, Any], maximum: Any) -> None:
     """Phi-3.5-MoE gives its attention factor for either list; here there is one."""
     short, long = entries.pop("short_mscale", None), entries.pop("long_mscale", None)
     if short != long:
-        raise UnsupportedError(f"short_mscale={short!r} and long_mscale={long!r} differ; one factor must serve both.")
+        raise UnsupportedError(
+            f"short_mscale={shown(short)} and long_mscale={shown(long)} differ; one factor must serve both."
+        )
     if long is not None and entries.setdefault("attention_factor", long) != long:
-        raise OptionError(f"Contradiction: attention_factor={entries['attention_factor']!r} and long_mscale={long!r}.")
+        raise OptionError(
+            f"Contradiction: attention_factor={entries['attention_factor']!r} and long_mscale={shown(long)}."
+        )
     lists = [entries[key] for key in ("short_factor", "long_factor") if key in entries]
     if len(lists) == 2 and all(hasattr(one, "__len__") for one in lists) and len(lists[0]) != len(lists[1]):
         message = f"Contradiction: short_factor has {len(lists[0])} entries and long_factor {len(lists[1])}."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 
 class PePatchError(Exception):
@@ -15,7 +15,11 @@ class UnknownNameError(PePatchError, ValueError):
 
 
 class OptionError(PePatchError, TypeError):
-    """An option that is unknown or missing, or a value that it cannot take."""
+    """An option that is unknown or missing, or options that exclude each other."""
+
+
+class OptionValueError(OptionError, ValueError):
+    """A value that an option cannot take."""
 
 
 class NoEffectError(PePatchError, RuntimeError):
@@ -46,13 +50,107 @@ class MismatchError(PePatchError, ValueError):
     """An adapter of another scheme than the model stands under."""
 
 
+SYNONYMS: Mapping[str, str] = MappingProxyType(
+    {
+        # schemes
+        "rotary": "rope", "rotaryembedding": "rope", "rotarypositionembedding": "rope", "default": "rope",
+        "positioninterpolation": "linear", "positionalinterpolation": "linear", "interpolation": "linear",
+        "linearscaling": "linear", "linearinterpolation": "linear",
+        "ntkaware": "ntk", "ntkawarescaling": "ntk", "ntkscaling": "ntk", "dynamicntkscaling": "dynamic_ntk",
+        "dynamicntkaware": "dynamic_ntk", "ntkparts": "ntk_by_parts",
+        "su": "longrope", "llama31": "llama3", "llama32": "llama3", "llama33": "llama3",
+        "sinusoid": "sinusoidal", "sincos": "sinusoidal", "learnedabsolute": "learned", "absolutelearned": "learned",
+        "none": "nope", "nopositions": "nope", "nopositionalencoding": "nope",
+        "linearbias": "alibi", "attentionwithlinearbiases": "alibi", "t5bias": "t5", "t5relativebias": "t5",
+        "relativebias": "t5", "xl": "transformer_xl", "selfattentionwithrelativepositions": "shaw",
+        "grouped": "self_extend", "dualchunk": "dca", "dualchunkattention": "dca", "chunkllama": "dca",
+        "lambdaattention": "lm_infinite", "streamingllm": "lm_infinite",
+        "transmla": "mla", "mha2mla": "mla", "multiheadlatentattention": "mla", "latentattention": "mla",
+        "resonancerope": "resonance", "resonanceyarn": "resonance", "partialrope": "proportional",
+        # options
+        "scale": "factor", "scaling": "factor", "scalingfactor": "factor", "ropefactor": "factor",
+        "base": "theta", "ropetheta": "theta", "ropebase": "theta", "rotarybase": "theta",
+        "originallength": "original_max_position_embeddings",
+        "trainedlength": "original_max_position_embeddings", "originalwindow": "original_max_position_embeddings",
+        "groupsize": "group", "groupsize1": "group", "windowsize": "window", "neighborsize": "window",
+        "sinktokens": "sinks", "attentionsinks": "sinks", "rank": "kv_rank", "kvlorarank": "kv_rank",
+        "buckets": "num_buckets", "longmscale": "attention_factor",
+        # targets and backends
+        "flashattention": "flash", "flashattention2": "flash", "fa2": "flash", "flexattention": "flex",
+        "gguf": "llamacpp", "hf": "transformers", "huggingface": "transformers",
+    }
+)  # fmt: skip
+"""Other names of the field for what this library calls otherwise, by their letters and digits alone."""
+
+DETAILS: Mapping[str, str] = MappingProxyType(
+    {
+        "transmla": " with method='transmla'",
+        "mha2mla": " with method='mha2mla'",
+        "resonanceyarn": " with over='yarn'",
+        "streamingllm": " with sinks=4",
+    }
+)
+"""What goes with some of these names."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`" Did you mean 'yarn'?"` for the closest of `choices`, or an empty string when none is close."""
-    matches = get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    """Return `" Did you mean 'yarn'?"` for what of `choices` `name` most likely means, or an empty string.
+
+    Letter case and separators do not matter; then other names of the field count, then names of several parts of which
+    the first was given, then misspellings. A misspelling keeps its first letter and its digits.
+    """
+    choices = sorted({str(choice) for choice in choices})
+    found = _meant(str(name), choices)
+    if not found:
+        return ""
+    detail = DETAILS.get(_letters(str(name)), "") if found == [SYNONYMS.get(_letters(str(name)))] else ""
+    return f" Did you mean {' or '.join(repr(choice) for choice in found)}{detail}?"
+
+
+def _meant(name: str, choices: list[str]) -> list[str]:
+    given = _letters(name)
+    same = [choice for choice in choices if _letters(choice) == given]
+    if same or not given:
+        return same[:1]
+    if SYNONYMS.get(given) in choices:
+        return [SYNONYMS[given]]
+    begun = [choice for choice in choices if choice.lower().startswith(f"{name.lower()}_")]
+    if 0 < len(begun) <= 3:
+        return begun
+    near = sorted((_edits(given, _letters(choice)), choice) for choice in choices if _alike(given, _letters(choice)))
+    return [choice for edits, choice in near if edits <= _allowed(given)][:1]
+
+
+def _letters(name: str) -> str:
+    """Letters and digits of a name, in lower case."""
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _alike(given: str, choice: str) -> bool:
+    """Whether two names may be one, misspelt: the first letter is right, and so are digits where there are any."""
+    digits = [[character for character in name if character.isdigit()] for name in (given, choice)]
+    return given[:1] == choice[:1] and (not digits[0] or digits[0] == digits[1])
+
+
+def _allowed(name: str) -> int:
+    """The number of letters that may be wrong in a name of this length."""
+    return 0 if len(name) < 3 else 1 if len(name) < 6 else 2
+
+
+def _edits(one: str, other: str) -> int:
+    """Count the letters to insert, drop, change or exchange with their neighbour, which turn one word into another."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, left in enumerate(one, 1):
+        earlier, before, row = before, row, [i]
+        for j, right in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (left != right)))
+            if i > 1 and j > 1 and left == other[j - 2] and one[i - 2] == right:
+                row[j] = min(row[j], earlier[j - 2] + 1)
+    return row[-1]
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UnknownNameError:
-    """The error for a name that is not in a registry: what was asked, the near name, what there is."""
+    """Return the error for a name that is not in a registry: the name, what it may mean, and all there is."""
     choices = sorted(choices)
     return UnknownNameError(f"Unknown {kind} {name!r}.{nearest(name, choices)} There are: {', '.join(choices)}.")

@@ -396,7 +396,7 @@ def keep_cache(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any)
     Phi-3 reads the whole sequence again when the padded length of a batch crosses its window, so that a row in a batch
     would differ from the row alone. A scheme follows the length of each row instead.
     """
-    return GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
+    return cast(Any, GenerationMixin).prepare_inputs_for_generation(model, *args, **kwargs)
 
 
 def refuse_paging(model: Any, inner: Callable[..., Any], *_: Any, **__: Any) -> None:

@@ -127,7 +127,7 @@ def _build(
 
 def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> Patch:
     """Everything that will change, with nothing changed yet; every error is raised here."""
-    path, base = resolve.find_stack(head, given["submodule"])
+    path, base = resolve.find_stack(head, given["submodule"], given["adapter"])
     config = base.config
     adapter = resolve.find_adapter(base, given["adapter"])
     attentions, kinds = adapter.attentions(base), adapter.kinds(base, config)

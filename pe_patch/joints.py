@@ -24,6 +24,7 @@ from .forward import (
 )
 from .parallel import agree
 from .plan import Plan
+from .rotation import Rotary
 from .scheme import Scheme
 from .schemes import SCHEMES
 from .stacked import Stacked
@@ -55,6 +56,8 @@ def native_swaps(
     if adapter.folds_scale and not keep_native and not stays:
         chosen = [(attention, own[i]) for i, attention in enumerate(adapter.attentions(base)) if i in own]
         swaps += [Swap.of(each, "scaling", adapter.softmax_scale(each, scheme), direct=True) for each, scheme in chosen]
+    if adapter.norm_after_rotation is not None and plan.at_scores and not keep_native:
+        swaps += _norm_swaps(adapter, {i: each for i, each in enumerate(adapter.attentions(base)) if i in own}, own)
     if adapter.learned is not None and not keep_native:
         table = getattr(base, adapter.learned)
         own[0].adopt(table.weight[adapter.learned_offset :])
@@ -63,6 +66,20 @@ def native_swaps(
     if adapter.tower is not None and not keep_native:
         swaps.append(bind(getattr(base, adapter.tower.embeddings), "interpolate_pos_encoding", no_table))
     return swaps, original
+
+
+def _norm_swaps(adapter: Adapter, attentions: dict[int, Any], own: dict[int, Scheme]) -> list[Swap]:
+    """Hold the norm that follows the rotation back until `Rotary` has rotated at the scores.
+
+    Schemes that rotate pairs by several positions do without: a norm without weights and a rotation may change places.
+    """
+    name, swaps = str(adapter.norm_after_rotation), []
+    for index, attention in attentions.items():
+        norm = getattr(attention, name, None)
+        if norm is not None and type(own[index]).attend is Rotary.attend:
+            swaps.append(Swap.of(attention, name, nn.Identity()))
+            swaps.append(Swap.of(attention, "pe_norm_after_rotation", norm, direct=True))
+    return swaps
 
 
 def _rotary_swaps(

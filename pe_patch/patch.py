@@ -13,10 +13,12 @@ from torch import nn
 
 from . import resolve
 from .adapters import Adapter
-from .adapters.adapter import RotaryJoint, TypedJoint
+from .adapters.adapter import RotaryJoint, TypedJoint, frequencies_of
+from .checks import check_choice, check_flag
 from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from .join import Patch, collect
 from .patching.existing import EXISTING
+from .patching.probe import prove
 from .peft_hooks import watch
 from .resolve import Layers
 from .rotation import Rotation
@@ -63,8 +65,9 @@ def patch_model(
     Raises:
         PePatchError: in one of its kinds, before anything was changed.
     """
-    if on_existing not in EXISTING:
-        raise OptionError(f"on_existing={on_existing!r} is not one of {', '.join(EXISTING)}.")
+    check_choice("patch_model", "on_existing", on_existing, EXISTING)
+    check_flag("patch_model", "keep_native", keep_native)
+    check_flag("patch_model", "strict", strict)
     head = resolve.unwrap(model)
     given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
     given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
@@ -91,6 +94,8 @@ def _apply(head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any
         unpatch_model(head)
     try:
         patch = collect(head, scheme, options, given)
+        if given["adapter"] is not None:
+            prove(patch)
         patch.apply()
     except BaseException:
         if earlier is not None:
@@ -172,6 +177,18 @@ def _verify(patch: Patch, probe: bool) -> None:
             )
 
 
+def _is_native(patch: Patch, index: int) -> bool:
+    """Whether a layer turns as it did before the patch."""
+    base, adapter, scheme = patch.base, patch.adapter, patch.own[index]
+    if adapter.rotary is None or not isinstance(scheme, Rotation) or not scheme.changes_nothing:
+        return False
+    native: Any = base.get_submodule("position_schemes").original
+    rotary: Any = native[adapter.rotary] if adapter.rotary in native else getattr(base, adapter.rotary)
+    kind = adapter.kinds(base, base.config)[index]
+    factor = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", 1.0)
+    return factor == 1 and torch.equal(frequencies_of(rotary, kind)[0].cpu(), scheme.inv_freq)
+
+
 def _announce(patch: Patch) -> None:
     scheme, adapter = patch.scheme, patch.adapter
     options = ", ".join(f"{key}={value}" for key, value in scheme.recorded.items() if not isinstance(value, list))
@@ -186,6 +203,12 @@ def _announce(patch: Patch) -> None:
             "changes nothing in it: the trained window is taken to be %s.",
             patch.window.config_maximum, patch.window.maximum, patch.window.in_words(patch.composed),
         )  # fmt: skip
+    if scheme.name != adapter.native and all(_is_native(patch, index) for index in patch.layers):
+        logger.warning(
+            "%r with these options is what %s does already, so no logit changes.",
+            scheme.name,
+            type(patch.base).__name__,
+        )
     beyond_rotation = scheme.own_scores or scheme.scorer is not None
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
     same = scheme.name == adapter.native or scheme.converts

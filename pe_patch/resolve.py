@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .adapters import ADAPTERS, Adapter
-from .errors import OptionError, PePatchError, UnknownNameError, UnsupportedError, nearest, unknown
+from .adapters.check import check_adapter
+from .errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, unknown
 
 WRAPPERS = ("_orig_mod", "module")
 """Where torch.compile and data parallelism keep the model that they wrap."""
@@ -56,14 +59,30 @@ def stacks(head: PreTrainedModel) -> dict[str, PreTrainedModel]:
     return inner
 
 
-def find_stack(head: PreTrainedModel, submodule: str | None) -> tuple[str, PreTrainedModel]:
-    """The attention stack to patch, and its path; an error naming the candidates where that is not clear."""
+def find_stack(
+    head: PreTrainedModel, submodule: str | None, adapter: Adapter | None = None
+) -> tuple[str, PreTrainedModel]:
+    """The attention stack to patch, and its path; an error naming the candidates where that is not clear.
+
+    Without an adapter only stacks of supported families are candidates.
+    """
     found = stacks(head)
+    if submodule is not None and not isinstance(submodule, str):
+        raise OptionValueError(
+            f"submodule={submodule!r} is not the name of a module; give one of {', '.join(sorted(found))}."
+        )
+    known = found if adapter is not None else {n: m for n, m in found.items() if m.config.model_type in ADAPTERS}
     if submodule is None:
         if len(found) == 1:
             return next(iter(found.items()))
+        if not known:
+            raise _unknown_stacks(head, found)
+        unknown_ones = [_labelled(name, model) for name, model in sorted(found.items()) if name not in known]
+        rest = f" Not supported: {', '.join(unknown_ones)}." if unknown_ones else ""
+        each = ", ".join(_labelled(name, model) for name, model in sorted(known.items()))
         raise UnsupportedError(
-            f"{type(head).__name__} has several attention stacks; say which with submodule: {', '.join(sorted(found))}."
+            f"{type(head).__name__} has several attention stacks; say which with submodule: {each}.{rest} Example: "
+            f"submodule={sorted(known)[0]!r}."
         )
     matching = {n: m for n, m in found.items() if n == submodule or submodule in n.split(".")}
     if len(matching) == 1:
@@ -73,11 +92,19 @@ def find_stack(head: PreTrainedModel, submodule: str | None) -> tuple[str, PreTr
     raise UnsupportedError(f"submodule={submodule!r} fits several: {', '.join(sorted(matching))}.")
 
 
+def _labelled(name: str, model: PreTrainedModel) -> str:
+    return f"{name or type(model).__name__} ({model.config.model_type})"
+
+
 def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
-    """The given adapter, or the row of this family."""
+    """The given adapter, checked against the model, or the row of this family."""
     if adapter is not None:
         if not isinstance(adapter, Adapter):
-            raise OptionError(f"adapter= takes a pe_patch.Adapter, not {type(adapter).__name__}.")
+            raise OptionValueError(
+                f"adapter={adapter!r} is a {type(adapter).__name__}; it takes a pe_patch.Adapter, for example "
+                "adapter=pe_patch.Adapter(attention='attention')."
+            )
+        check_adapter(base, adapter)
         return adapter
     family = base.config.model_type
     if family not in ADAPTERS:
@@ -90,10 +117,22 @@ class UnknownFamilyError(UnsupportedError, UnknownNameError):
 
 
 def _unknown_family(family: str) -> UnknownFamilyError:
+    # A type that Transformers knows is no misspelling of another, however near its name.
+    near = "" if family in CONFIG_MAPPING else nearest(family, ADAPTERS)
     return UnknownFamilyError(
-        f"The family {family!r} has no adapter.{nearest(family, ADAPTERS)} If its forward calls `rotary_emb` once and "
+        f"The family {family!r} has no adapter.{near} If its forward calls `rotary_emb` once and "
         "the attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is "
         f"all it takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
+    )
+
+
+def _unknown_stacks(head: PreTrainedModel, found: dict[str, PreTrainedModel]) -> UnknownFamilyError:
+    """The error for a model of several stacks, none of which is supported, so that there is nothing to choose from."""
+    each = ", ".join(_labelled(name, model) for name, model in sorted(found.items()))
+    return UnknownFamilyError(
+        f"{type(head).__name__} is not supported: none of its attention stacks has an adapter: {each}. For one that "
+        "calls the attention interface in each layer, give submodule=<its path> and adapter=pe_patch.Adapter(...) "
+        f"(CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
     )
 
 
@@ -102,14 +141,48 @@ def find_layers(layers: Layers, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, slice):
-        chosen = list(range(count))[layers]
+        chosen = _sliced(layers, count)
     elif callable(layers):
         chosen = [index for index in range(count) if layers(index)]
+    elif isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Mapping):
+        chosen = [_layer(index, layers, count) for index in _entries(layers, count)]
     else:
-        chosen = [int(index) for index in layers]
+        raise _not_layers(layers, count)
     if wrong := [index for index in chosen if not -count <= index < count]:
-        raise OptionError(f"layers= names {wrong[0]}, but this model has layers 0 to {count - 1}.")
+        raise OptionValueError(f"layers= names {wrong[0]}, but this model has layers 0 to {count - 1}.")
     chosen = sorted({index % count for index in chosen})
     if not chosen:
-        raise OptionError(f"layers= chooses none of the {count} layers, so the patch would have no effect.")
+        raise OptionValueError(f"layers= chooses none of the {count} layers, so the patch would have no effect.")
     return chosen
+
+
+def _sliced(layers: slice, count: int) -> list[int]:
+    try:
+        return list(range(count))[layers]
+    except (TypeError, ValueError) as error:
+        raise OptionValueError(f"layers={layers!r} is no slice of {count} layers: {error}.") from error
+
+
+def _entries(layers: Iterable[Any], count: int) -> list[Any]:
+    try:
+        return list(layers)
+    except TypeError as error:  # a tensor of no dimension
+        raise _not_layers(layers, count) from error
+
+
+def _layer(index: Any, layers: Any, count: int) -> int:
+    """One entry of `layers` as an index; numpy's integers and integer tensors count as such."""
+    try:
+        if not isinstance(index, bool) and getattr(index, "dtype", None) not in (torch.bool, np.bool_):
+            return operator.index(index)
+    except TypeError:
+        pass
+    raise _not_layers(layers, count)
+
+
+def _not_layers(layers: Any, count: int) -> OptionValueError:
+    example = f" For one layer give layers=[{layers}]." if type(layers) is int else ""
+    return OptionValueError(
+        f"layers={layers!r} does not name layers.{example} It takes a list of indices from 0 to {count - 1}, a slice, "
+        "or a function of the index; leave it out for all layers."
+    )

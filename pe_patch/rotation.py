@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from .checks import LARGEST_BASE, check_number, check_window
+from .errors import OptionValueError, UnsupportedError
 from .heads import SHARED
 from .positions import Positions
 from .scheme import AttentionShape, Scheme, causal_distance, overrides
@@ -17,26 +18,50 @@ if TYPE_CHECKING:
     from .attention import Core
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False, arithmetic: str = "model"
+) -> Tensor:
     """Rotate the pairs of `x`, `[batch, heads, length, head]`, by angles given as cos and sin `[batch | 1, length, r]`.
 
     Both have the family's own layout over r = rotary_dim; dimensions outside `[start, start + r)` pass through. The
-    order of operations is Transformers', so that equal angles give equal bits.
+    dtypes (`scheme.ARITHMETIC`) and the order of operations are Transformers', so that equal angles give equal bits.
     """
     width = cos.shape[-1]
-    part = x if width == x.shape[-1] else x[..., start : start + width]
-    if interleaved:
-        turned = torch.stack((-part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
-    else:
-        turned = torch.cat((-part[..., width // 2 :], part[..., : width // 2]), dim=-1)
-    rotated = part * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    rotated = _product(x if width == x.shape[-1] else x[..., start : start + width], cos, sin, interleaved, arithmetic)
     if width == x.shape[-1]:
         return rotated
     return torch.cat((x[..., :start], rotated, x[..., start + width :]), dim=-1)
 
 
-def cos_sin(angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32."""
+def _product(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, arithmetic: str) -> Tensor:
+    """Rotate all dimensions of `x`, and return the result in its dtype."""
+    dtype = x.dtype
+    if arithmetic == "complex":
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        turn = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2).to(dtype)
+    table = torch.float32 if arithmetic == "float32 tables" else dtype
+    cos, sin = cos.to(table).unsqueeze(1), sin.to(table).unsqueeze(1)
+    if arithmetic == "float32":
+        x = x.float()
+    if interleaved:
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        other = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+    return (x * cos + other * sin).to(dtype)
+
+
+def cos_sin(
+    angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interleaved: bool, polar: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32.
+
+    `polar` takes them from `torch.polar`, as families with a complex product do.
+    """
+    if polar:
+        turn = torch.polar(torch.ones_like(angles), angles) * factor
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (turn.real, turn.imag))
+        return cos.to(dtype), sin.to(dtype)
     angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
@@ -49,14 +74,15 @@ class Turned:
     sin: Tensor
     start: int = 0
     interleaved: bool = False
+    arithmetic: str = "model"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` `[batch, heads, length, head]` rotated, in its own dtype."""
-        return rotate(x, self.cos.to(x.dtype), self.sin.to(x.dtype), self.start, self.interleaved)
+        """Rotate `x` `[batch, heads, length, head]`, in its own dtype."""
+        return rotate(x, self.cos, self.sin, self.start, self.interleaved, self.arithmetic)
 
     def back(self, grad: Tensor) -> Tensor:
-        """Gradients are rotated the other way; the factor on cos and sin stays."""
-        return rotate(grad, self.cos.to(grad.dtype), -self.sin.to(grad.dtype), self.start, self.interleaved)
+        """Rotate gradients the other way; the factor on cos and sin stays."""
+        return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
 
     def part(self, start: int, stop: int) -> Turned:
         """The same for the places `start` to `stop`; one angle for all places serves any of them."""
@@ -89,24 +115,20 @@ class Rotation(Scheme):
     ) -> None:
         super().__init__(shape)
         given = shape.rope_theta if theta is None else theta
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 1 < given < float("inf"):
-            raise OptionError(f"{self.name!r} got theta={given!r}; the base of the frequencies is a number above 1.")
-        self.theta = float(given)
-        length = original_max_position_embeddings
-        if length is not None and (isinstance(length, bool) or length != int(length)):
-            raise OptionError(
-                f"{self.name!r} got original_max_position_embeddings={length!r}; give a whole number of tokens."
-            )
-        self.window = shape.trained_length if length is None else int(length)
+        remedy = "It is the base of the frequencies."
+        self.theta = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
+        option = "original_max_position_embeddings"
+        length = check_window(self.name, option, original_max_position_embeddings)
+        self.window = shape.trained_length if length is None else length
         self.dim = shape.rotary_dim
         self.expected_length: int | None = None
         if self.dim < 2 or self.dim % 2:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} rotates pairs of dimensions, so it needs an even number of them; this attention has "
                 f"rotary_dim={self.dim} (head_dim={shape.head_dim})."
             )
         if self.window < 1:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} needs to know the window the model was trained for, and its config does not say: "
                 "give original_max_position_embeddings=<tokens>."
             )
@@ -152,11 +174,16 @@ class Rotation(Scheme):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions `[batch | 1, length]` under a static scheme, `[batch | 1, length, r]`, float32."""
         inv_freq, factor = self._table("static", positions.device, [self.regime_start])
-        return cos_sin(positions[..., None].float() * inv_freq[0], factor[0], torch.float32, self.shape.interleaved)
+        return self._tables_of(positions[..., None].float() * inv_freq[0], factor[0])
+
+    def _tables_of(self, angles: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of `angles` `[batch | 1, length, r / 2]` times `factor`, `[batch | 1, length, r]`, float32."""
+        polar = self.shape.arithmetic == "complex"
+        return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
 
     def turned(self, cos: Tensor, sin: Tensor) -> Turned:
         """The rotation of queries or keys of this attention by given tables."""
-        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved)
+        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries or keys `[batch, heads, length, head]` turned by float32 tables, in their own dtype."""
@@ -191,6 +218,13 @@ class Rotary(Rotation):
     def rotates_early(self) -> bool:
         return not self.length_dependent and not self._acts_on_scores(Rotary)
 
+    @property
+    def changes_nothing(self) -> bool:
+        if not self.rotates_early or self.scorer is not None:
+            return False
+        inv_freq, factor = self.frequencies(self.regime_start)
+        return factor == 1 and torch.equal(inv_freq, self.plain_frequencies(self.shape.rope_theta))
+
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
         inv_freq, _ = self._table("static", positions.device, [self.regime_start])
         return positions[..., None].float() * inv_freq[0], self._static_factor
@@ -210,6 +244,11 @@ class Rotary(Rotation):
         return self._prepare_cached(positions, positions.length)
 
     def _prepare_first_pass(self, positions: Positions, length: Tensor | int) -> tuple[Tensor, ...]:
+        if isinstance(length, torch.SymInt) or (isinstance(length, Tensor) and torch.compiler.is_exporting()):
+            raise UnsupportedError(
+                f"{self.name!r} follows the length of the sequence, which torch.export does not know here: export with "
+                "a fixed length and without attention_mask and position_ids, or use a scheme with a fixed factor."
+            )
         if isinstance(length, int):  # read from a shape, so that a compiler can follow
             length, known = torch.full_like(positions.query, length), [length]
             which = torch.zeros_like(length)
@@ -243,8 +282,7 @@ class Rotary(Rotation):
         sides = ((positions.query, inv_query, factor_query), (positions.key, inv_key, factor_key))
         tables: list[Tensor] = [positions.query[:, :0]]
         for position, inv_freq, factor in sides:
-            angles = position[..., None].float() * inv_freq
-            tables += cos_sin(angles, factor[..., None], torch.float32, self.shape.interleaved)
+            tables += self._tables_of(position[..., None].float() * inv_freq, factor[..., None])
         return tuple(tables)
 
     def _rotate_both(
@@ -263,6 +301,7 @@ class Rotary(Rotation):
         output = None
         for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
             rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
+            rotated = core.after_rotation(rotated[0]), core.after_rotation(rotated[1])
             other = core(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
             output = other if output is None else core.where((choice == step)[:, :, None, None], other, output)
         return output

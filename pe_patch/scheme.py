@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .errors import OptionError, UnsupportedError, nearest
 from .heads import Heads, declared, part
 from .positions import Positions
+from .shape import ARITHMETIC as ARITHMETIC
+from .shape import AttentionShape as AttentionShape
 
 if TYPE_CHECKING:
     from .attention import Core
@@ -20,32 +22,6 @@ if TYPE_CHECKING:
 
 RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
 """Keywords of `patch_model` itself; no scheme may name an option like this."""
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What a scheme may know of the attention it serves: sizes only, read from the built modules."""
-
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rotary_dim: int
-    """How many dimensions of a head rotate."""
-    rotary_start: int
-    """Where in the head they begin (DeepSeek rotates the last ones)."""
-    rope_theta: float
-    trained_length: int
-    """The window the model was trained for, in tokens; 0 where nothing says so."""
-    num_layers: int
-    interleaved: bool = False
-    """Rotated pairs are neighbours (2k, 2k + 1) rather than halves (k, k + rotary_dim / 2)."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of patches of a trained image, for a tower that reads images."""
-    leading_tokens: int = 0
-    """Tokens before the patches, such as a class token."""
-    latent_rank: int = 0
-    """Width of the latent that an attention caches instead of keys and values (DeepSeek); 0 where it caches those."""
 
 
 class Scheme(nn.Module):
@@ -90,6 +66,9 @@ class Scheme(nn.Module):
     """By what share the loss may grow; the least width that keeps to it is searched."""
     restored: bool = False
     """What `replace` makes will be filled from a checkpoint."""
+
+    examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What to type for an option that has no default, where a plain number is not it."""
 
     idle: frozenset[str] = frozenset()
     """Rungs that it overrides and, with the options given, has no use for."""
@@ -157,7 +136,8 @@ class Scheme(nn.Module):
                 )
         for p in cls._parameters_of_init():
             if p.default is p.empty and p.name not in options:
-                raise OptionError(f"{label!r} needs the option {p.name!r}, for example {p.name}=4; it has no default.")
+                example = cls.examples.get(p.name, f"{p.name}=4")
+                raise OptionError(f"{label!r} needs the option {p.name!r}, for example {example}; it has no default.")
 
     def forward(self, rung: str, *arguments: Any) -> Any:
         """Call a rung by its name, as a module: hooks that fetch offloaded or sharded weights stand before it."""
@@ -298,6 +278,11 @@ class Scheme(nn.Module):
     def shares_heads(self) -> bool:
         """Whether it treats all heads alike, so that any of them do without knowing which they are."""
         return declared(type(self)) and not self.per_head
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether, with these options, it is plain RoPE of the model's own base, at every length."""
+        return False
 
     @property
     def scorer(self) -> Scheme | None:

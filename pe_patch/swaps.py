@@ -116,6 +116,11 @@ class Bound:
         return self.function(self.module, self.inner, *args, **kwargs)
 
     @property
+    def __code__(self) -> Any:
+        """The code of what it replaces, which torch.export reads to name the inputs."""
+        return getattr(type(self.module), self.name).__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(getattr(type(self.module), self.name))
         return signature.replace(parameters=list(signature.parameters.values())[1:])

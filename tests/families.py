@@ -43,13 +43,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(family: str, attention: str | None = None, std: float = 0.15, **settings: Any) -> Any:
+def build(
+    family: str,
+    attention: str | None = None,
+    std: float = 0.15,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Any:
     """A seeded model of two layers whose weights are large enough for positions to matter."""
     settings = {**COMMON, **SIZES.get(family, GROUPED), **settings}
     config = transformers.CONFIG_MAPPING[family](**settings)
     torch.manual_seed(0)
     chosen = {"attn_implementation": attention} if attention else {}
-    model = AutoModelForCausalLM.from_config(config, **chosen).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,16 +14,19 @@ PACKAGE = ROOT / "pe_patch"
 
 LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "errors": set(),
+    "checks": {"errors"},
     "heads": {"errors"},
     "compat": {"errors"},
     "patching": {"adapters", "dialects", "errors", "patching", "rotation", "scheme", "schemes"},
     "parallel": {"compat", "errors", "heads"},
     "positions": {"errors"},
-    "scheme": {"errors", "heads", "positions", "attention", "latent"},  # the last two for types only
-    "rotation": {"errors", "heads", "positions", "scheme", "attention"},
+    "shape": set(),
+    "scheme": {"errors", "heads", "positions", "shape", "attention", "latent"},  # the last two for types only
+    "rotation": {"checks", "errors", "heads", "positions", "scheme", "attention"},
     "stacked": {"positions", "scheme", "attention"},  # attention for a type only
-    "dialects": {"errors"},
+    "dialects": {"checks", "errors"},
     "schemes": {
+        "checks",
         "errors",
         "heads",
         "positions",
@@ -82,12 +85,14 @@ def test_nothing_below_knows_the_tools_above():
 
 
 TORCH_ONLY = {
+    "checks",
     "errors",
     "heads",
     "positions",
     "ranges",
     "kernels",
     "scheme",
+    "shape",
     "rotation",
     "schemes",
     "dialects",

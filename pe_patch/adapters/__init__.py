@@ -72,9 +72,12 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         ),
         "phi3": Adapter(drops_cache_at_window=True, projections=Fused(), summary="Phi-3, Phi-4"),
         "phimoe": Adapter(drops_cache_at_window=True, projections=Separate(), summary="Phi-3.5-MoE"),
-        "cohere": Adapter(layout="interleaved", interleaved_pairs=True, summary="Command R"),
+        "cohere": Adapter(
+            layout="interleaved", interleaved_pairs=True, full_precision_product=True, summary="Command R"
+        ),
         "cohere2": Adapter(
-            layout="interleaved", interleaved_pairs=True, rotates="sliding_window", summary="Command R7B, Command A"
+            layout="interleaved", interleaved_pairs=True, full_precision_product=True, rotates="sliding_window",
+            summary="Command R7B, Command A",
         ),
         "exaone4": Adapter(rotates=slides_or_all_do, summary="EXAONE 4.0"),
         "olmo": Adapter(full_precision=True, summary="OLMo 1"),
@@ -82,7 +85,7 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "olmo3": Adapter(full_precision=True, typed=True, summary="OLMo 3"),
         "gemma3_text": Adapter(typed=True, summary="Gemma 3"),
         "llama4_text": Adapter(
-            layout="complex", interleaved_pairs=True, rotates="use_rope", rotated_norm="qk_norm",
+            layout="complex", interleaved_pairs=True, rotates="use_rope", norm_after_rotation="qk_norm",
             summary="Llama 4 Scout, Maverick",
         ),
         "granite": Adapter(

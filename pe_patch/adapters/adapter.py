@@ -38,7 +38,10 @@ class Adapter:
     """How that module lays cos and sin out: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...], "single" [c], or
     "complex" c + i s in one tensor."""
     full_precision: bool = False
-    """cos and sin stay float32, whatever the dtype of the model."""
+    """cos and sin stay float32, whatever the dtype of the model, and so do their products with queries and keys."""
+    full_precision_product: bool = False
+    """Queries and keys are cast to float32 before they are multiplied by cos and sin, which are in the dtype of the
+    model."""
     typed: bool = False
     """That module is called for each of `config.layer_types`, each with frequencies of its own."""
     interleaved_pairs: bool = False
@@ -49,9 +52,10 @@ class Adapter:
     """Whether an attention rotates: an attribute of it, or a function; None where all do."""
     late_norm: bool = False
     """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
-    rotated_norm: str | None = None
-    """The module of an attention that normalises queries and keys after the rotation, without weights. It cancels any
-    factor on cos and sin."""
+    norm_after_rotation: str | None = None
+    """A module without weights on an attention that normalises queries and keys after the rotation, which cancels any
+    factor on cos and sin. It waits for a rotation that a scheme makes at the scores. Attentions that lack it do not
+    normalise."""
     carries: bool = True
     """Keywords given to the base model reach the attention function."""
     drops_cache_at_window: bool = False
@@ -81,6 +85,15 @@ class Adapter:
     def native(self) -> str:
         """The scheme that the family has by itself."""
         return "alibi" if self.alibi else "learned" if self.learned or self.tower else "rope"
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtypes in which the family rotates, one of `scheme.ARITHMETIC`."""
+        if self.layout == "complex":
+            return "complex"
+        if self.full_precision:
+            return "float32 tables"
+        return "float32" if self.full_precision_product else "model"
 
     def blocks(self, base: nn.Module) -> Any:
         """The list of layers."""
@@ -138,6 +151,8 @@ class Adapter:
             grid=self.tower.grid(config) if self.tower else None,
             leading_tokens=self.tower.leading_tokens if self.tower else 0,
             latent_rank=_first(attention, "kv_lora_rank") or 0,
+            value_dim=_first(attention, "v_head_dim") or head_dim,
+            arithmetic=self.arithmetic,
         )
 
 
@@ -242,4 +257,6 @@ class NoTable(nn.Module):
 
     def forward(self, ids: Tensor, *_: Any, position_ids: Tensor | None = None, **__: Any) -> Tensor:
         ids = ids if position_ids is None else position_ids
-        return torch.zeros((1, 1, self.width), device=ids.device).expand(ids.shape[0], ids.shape[1], -1)
+        # Whole numbers, which leave the dtype of the embeddings that they are added to as it is.
+        zeros = torch.zeros((1, 1, self.width), dtype=torch.int8, device=ids.device)
+        return zeros.expand(ids.shape[0], ids.shape[1], -1)

@@ -6,7 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-from ..errors import OptionError, nearest
+from ..errors import OptionValueError, nearest
 from .projections import Projections
 from .rotary_keys import SELECTIONS as HOW
 
@@ -25,7 +25,7 @@ OF = {  # option: the methods it is of, and what stands for not given
 def _one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = ", ".join(map(repr, choices))
-        raise OptionError(f"{option}={value!r} does not exist.{nearest(value, choices)} There are: {allowed}.")
+        raise OptionValueError(f"{option}={value!r} does not exist.{nearest(value, choices)} There are: {allowed}.")
 
 
 def _whole(value: Any) -> bool:
@@ -52,7 +52,7 @@ def refuse_unused(method: str, **options: Any) -> None:
         methods, default = OF[option]
         if method not in methods and value != default:
             others = " and ".join(map(repr, methods))
-            raise OptionError(
+            raise OptionValueError(
                 f"{method!r} has no use for {option}={value!r}; it is an option of {others}. Leave it out."
             )
 
@@ -64,14 +64,14 @@ def check_decomposition(method: str, svd: Any) -> None:
 
 def check_rank(method: str, rank: Any, most: int, which: str) -> None:
     if not _whole(rank) or not 1 <= rank <= most:
-        raise OptionError(
+        raise OptionValueError(
             f"{method!r} got a rank of {rank!r}; give a whole number from 1 to {most}, which is the full rank {which}."
         )
 
 
 def check_ratio(method: str, ratio: Any) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) < math.inf:
-        raise OptionError(f"{method!r} got balance_kv_ratio={ratio!r}; give a finite number above 0.")
+        raise OptionValueError(f"{method!r} got balance_kv_ratio={ratio!r}; give a finite number above 0.")
     return float(ratio)
 
 
@@ -86,7 +86,7 @@ def check_rope_dim(projections: Projections, method: str, rope_dim: Any) -> None
     width = projections.rotary_dim
     if method == "mha2mla":
         if not _whole(rope_dim) or rope_dim % 2 or not 2 <= rope_dim <= width:
-            raise OptionError(
+            raise OptionValueError(
                 f"'mha2mla' got rope_dim={rope_dim!r}; give an even number of dims for each key-value head, from 2 to "
                 f"{width}, which all rotate."
             )
@@ -95,7 +95,7 @@ def check_rope_dim(projections: Projections, method: str, rope_dim: Any) -> None
     if not _whole(rope_dim) or rope_dim not in (*below, *above):
         less = f"{', '.join(map(str, below))}, or " if below else ""
         more = f"a multiple of {width} up to {above[-1]}" if len(above) > 1 else f"{width}"
-        raise OptionError(
+        raise OptionValueError(
             f"{method!r} got rope_dim={rope_dim!r}; one shared rotary key can have {less}{more} dims, as the trained "
             f"heads rotate {width}."
         )
@@ -113,7 +113,7 @@ def check_freqfold(projections: Projections, method: str, rope_dim: int, freqfol
     if freqfold is None:
         return chosen_fold(projections, rope_dim)
     if not _whole(freqfold) or freqfold not in allowed:
-        raise OptionError(
+        raise OptionValueError(
             f"{method!r} got freqfold={freqfold!r}; at rope_dim={rope_dim} it can be one of "
             f"{', '.join(map(str, allowed))}, or None for {chosen_fold(projections, rope_dim)}."
         )

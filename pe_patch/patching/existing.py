@@ -135,7 +135,8 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     if not isinstance(scheme, Rotary):
         raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
     inv_freq, factor = built_rotation(base, adapter, kind)
-    if adapter.rotated_norm and any(hasattr(each, adapter.rotated_norm) for each in adapter.attentions(base)):
+    norm = adapter.norm_after_rotation
+    if norm and any(hasattr(each, norm) for each in adapter.attentions(base)):
         factor = 1.0
     ours, our_factor = scheme.frequencies(None)
     if not _same(ours, inv_freq):

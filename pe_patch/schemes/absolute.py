@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, nearest
+from ..checks import (
+    LARGEST,
+    LARGEST_BASE,
+    LARGEST_FACTOR,
+    check_choice,
+    check_length,
+    check_number,
+    check_table,
+    check_window,
+)
+from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
-from .checks import check_length, check_number
 
 
 class NoPE(Scheme):
@@ -40,10 +49,9 @@ class DroPE(NoPE):
 
     def __init__(self, shape: AttentionShape, *, softmax_scale: float = 1.0) -> None:
         super().__init__(shape)
-        given = softmax_scale
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < float("inf"):
-            raise OptionError(f"'drope' got softmax_scale={given!r}; it is a positive number.")
-        self.softmax_scale = float(given)
+        self.softmax_scale = check_number(
+            self.name, "softmax_scale", softmax_scale, 0.0, LARGEST_FACTOR, exclusive=True
+        )
         self.idle = frozenset({"encode"}) if self.softmax_scale == 1 else frozenset()
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -72,16 +80,16 @@ class Integer(Scheme):
         self, shape: AttentionShape, *, scale: float = 1.0, original_max_position_embeddings: int | None = None
     ) -> None:
         super().__init__(shape)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < float("inf"):
-            raise OptionError(f"'integer' got scale={scale!r}; it is a number other than 0.")
-        length = check_length(self.name, "original_max_position_embeddings", original_max_position_embeddings)
+        self.scale = check_number(self.name, "scale", scale, -LARGEST)
+        if self.scale == 0:
+            raise OptionValueError(f"'integer' got scale={scale!r}; it is a number other than 0.")
+        length = check_window(self.name, "original_max_position_embeddings", original_max_position_embeddings)
         self.window = length or shape.trained_length
         if self.window < 1:
-            raise OptionError(
+            raise OptionValueError(
                 "'integer' measures positions against the window the model was trained for, and its config does not "
                 "say: give original_max_position_embeddings=<tokens>."
             )
-        self.scale = float(scale)
         self.direction = nn.Parameter(torch.zeros(shape.hidden_size))
 
     @property
@@ -114,11 +122,10 @@ class Sinusoidal(Scheme):
 
     def __init__(self, shape: AttentionShape, *, theta: float = 10000.0, layout: str = "interleaved") -> None:
         super().__init__(shape)
-        if layout not in LAYOUTS:
-            raise OptionError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.{nearest(layout, LAYOUTS)}")
+        self.layout = check_choice(self.name, "layout", layout, LAYOUTS)
         if shape.hidden_size % 2:
-            raise OptionError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
-        self.theta, self.layout = check_number(self.name, "theta", theta, 1.0, exclusive=True), layout
+            raise OptionValueError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
+        self.theta = check_number(self.name, "theta", theta, 1.0, LARGEST_BASE, exclusive=True)
 
     def frequencies(self) -> Tensor:
         """Radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
@@ -155,6 +162,8 @@ def interpolate_rows(table: Tensor, rows: int) -> Tensor:
     return stretched[0].T.to(table.dtype)
 
 
+NEAREST = 1e-3
+"""How far alpha stays from 0.5, where positions collide, and from 1, where the extension divides by zero."""
 EXTENSIONS = ("hierarchical", "interpolate")
 
 
@@ -182,12 +191,14 @@ class Learned(Scheme):
         super().__init__(shape)
         rows = check_length(self.name, "max_positions", max_positions) or shape.trained_length
         if rows < 1:
-            raise OptionError("'learned' needs max_positions=<tokens>: the model's config does not say its window.")
-        if extend is not None and extend not in EXTENSIONS:
-            raise OptionError(f"extend={extend!r} is not one of {', '.join(EXTENSIONS)} or None.")
-        if not 0 < alpha < 1 or alpha == 0.5:
-            raise OptionError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
-        self.rows, self.extend, self.alpha = rows, extend, alpha
+            raise OptionValueError(
+                "'learned' needs max_positions=<tokens>: the model's config does not say its window."
+            )
+        self.rows = check_table(self.name, "max_positions", rows, shape.hidden_size)
+        self.extend = None if extend is None else check_choice(self.name, "extend", extend, EXTENSIONS)
+        self.alpha = check_number(self.name, "alpha", alpha, 0.0, 1.0, exclusive=True)
+        if abs(self.alpha - 0.5) < NEAREST or 1 - self.alpha < NEAREST:
+            raise OptionValueError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
         self.table = nn.Parameter(torch.zeros(self.rows, shape.hidden_size))
 
     @property
@@ -201,12 +212,14 @@ class Learned(Scheme):
     def adopt(self, table: Tensor) -> None:
         known, rows = table.shape[0], self.rows
         if rows > known and self.extend is None:
-            raise OptionError(
+            raise OptionValueError(
                 f"The model's table has {known} positions and max_positions={rows} asks for more: say how to make "
                 "them, extend='hierarchical' or extend='interpolate'."
             )
         if rows > known * known and self.extend == "hierarchical":
-            raise OptionError(f"The hierarchical extension of {known} positions ends at {known * known}, not {rows}.")
+            raise OptionValueError(
+                f"The hierarchical extension of {known} positions ends at {known * known}, not {rows}."
+            )
         if rows <= known:
             start = table[:rows]
         elif self.extend == "interpolate":
@@ -242,8 +255,10 @@ class OneHot(Scheme):
         super().__init__(shape)
         columns = check_length(self.name, "max_positions", max_positions) or shape.trained_length
         if columns < 1:
-            raise OptionError("'one_hot' needs max_positions=<tokens>: the model's config does not say its window.")
-        self.columns = columns
+            raise OptionValueError(
+                "'one_hot' needs max_positions=<tokens>: the model's config does not say its window."
+            )
+        self.columns = check_table(self.name, "max_positions", columns, shape.hidden_size)
         self.weight = nn.Parameter(torch.zeros(shape.hidden_size, columns))
 
     @property

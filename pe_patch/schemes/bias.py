@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, nearest
+from ..checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
+from ..errors import OptionValueError
 from ..positions import Positions
 from ..scheme import AttentionShape, DistanceBias, wide
 
 if TYPE_CHECKING:
     from ..attention import Core
+
+LARGEST_SLOPE = 1e4
+LARGEST_SANDWICH = 8192
+"""Width of the sinusoids, each of which costs a pass over the scores."""
 
 WIDTH = 8
 """Head widths stay multiples of this many dimensions, which GPU kernels ask for."""
@@ -64,11 +69,10 @@ class ALiBi(DistanceBias):
 
     def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
         super().__init__(shape)
-        self.slopes = [float(slope) for slope in (alibi_slopes(shape.num_heads) if slopes is None else slopes)]
-        if len(self.slopes) != shape.num_heads or not all(0 < slope < math.inf for slope in self.slopes):
-            raise OptionError(
-                f"slopes needs {shape.num_heads} positive numbers, one for each query head; got {slopes}."
-            )
+        given = alibi_slopes(shape.num_heads) if slopes is None else slopes
+        self.slopes = check_list(
+            self.name, "slopes", given, shape.num_heads, has="has", each="query head", high=LARGEST_SLOPE
+        )
 
     def _slopes(self, device: torch.device) -> Tensor:
         return self.constant("slopes", device, lambda: torch.tensor(self.slopes, dtype=torch.float32, device="cpu"))
@@ -92,6 +96,8 @@ class ALiBi(DistanceBias):
         where float32 is fine.
         """
         cuts, base, count, weights = LIMBS[dtype]
+        if max(self.slopes) / scaling * float(base ** (count - 1)) > torch.finfo(dtype).max:
+            return None  # slopes of a user's own may be too steep for half precision
         origin = positions.query[:, -1:]
         of_query, of_key = [], []
         at_query = [limb[:, None, :] for limb in position_limbs(positions.query - origin, base, count)]
@@ -152,11 +158,10 @@ class T5(DistanceBias):
 
     def __init__(self, shape: AttentionShape, *, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(shape)
-        for option, value, low in (("num_buckets", num_buckets, 4), ("max_distance", max_distance, num_buckets)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise OptionError(f"'t5' got {option}={value!r}; {option} must be a whole number of at least {low}.")
-        self.num_buckets, self.max_distance = num_buckets, max_distance
-        self.table = nn.Parameter(torch.zeros(num_buckets, shape.num_heads))
+        most = LARGEST_TABLE // shape.num_heads
+        self.num_buckets = check_count(self.name, "num_buckets", num_buckets, 4, most)
+        self.max_distance = check_count(self.name, "max_distance", max_distance, self.num_buckets, LARGEST_LENGTH)
+        self.table = nn.Parameter(torch.zeros(self.num_buckets, shape.num_heads))
 
     def of(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
         return wide(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
@@ -212,9 +217,7 @@ class Kerple(DistanceBias):
 
     def __init__(self, shape: AttentionShape, *, kind: str = "log") -> None:
         super().__init__(shape)
-        if kind not in KINDS:
-            raise OptionError(f"kind={kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
-        self.kind = kind
+        self.kind = check_choice(self.name, "kind", kind, KINDS)
         self.a = nn.Parameter(torch.rand(shape.num_heads))
         self.p = nn.Parameter(2 * torch.rand(shape.num_heads))
 
@@ -246,8 +249,8 @@ class Sandwich(DistanceBias):
 
     def __init__(self, shape: AttentionShape, *, dim: int = 128) -> None:
         super().__init__(shape)
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
-            raise OptionError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
+        if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, do="It is even.") % 2:
+            raise OptionValueError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
         self.strength = [shape.num_heads / 8 / head for head in range(1, shape.num_heads + 1)]
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import LARGEST_LENGTH, check_number
 from ..heads import SHARED
 from ..positions import Positions
 from ..rotation import Rotation
 from ..scheme import AttentionShape, Scheme, causal_distance
-from .bias import ALiBi, alibi_slopes
-from .checks import check_number
+from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
 from .over import Over
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class XPos(Rotation):
     product would be anyway.
 
     Options:
-        scale_base: B > 0, in tokens; larger is a slower decay.
+        scale_base: B >= 0.25, in tokens; larger is a slower decay.
     """
 
     name = "xpos"
@@ -44,7 +44,7 @@ class XPos(Rotation):
 
     def __init__(self, shape: AttentionShape, *, scale_base: float = 512, **shared: Any) -> None:
         super().__init__(shape, **shared)
-        self.scale_base = check_number(self.name, "scale_base", scale_base, 0.0, exclusive=True)
+        self.scale_base = check_number(self.name, "scale_base", scale_base, 0.25, LARGEST_LENGTH)
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0
@@ -154,7 +154,7 @@ class RoPEALiBi(Over):
         super().__init__(
             shape, over=over, theta=theta, original_max_position_embeddings=original_max_position_embeddings
         )
-        scale = check_number(self.name, "slope_scale", slope_scale, 0.0, exclusive=True)
+        scale = check_number(self.name, "slope_scale", slope_scale, 0.0, LARGEST_SLOPE, exclusive=True)
         self.slopes = [scale * slope for slope in alibi_slopes(shape.num_heads)]
         self.penalty = ALiBi(shape, slopes=self.slopes)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..checks import plain, shown
 from ..dialects import Specification, read
-from ..errors import OptionError, UnknownNameError, unknown
+from ..errors import OptionValueError, UnknownNameError, unknown
 from ..scheme import AttentionShape, Scheme
 
 
@@ -22,16 +23,18 @@ def find_scheme(
     """
     from . import ALIASES, SCHEMES  # here, because schemes over others find them with this function
 
-    options = dict(options)
+    options = {option: plain(value) for option, value in options.items()}
     if isinstance(scheme, Mapping):
-        specification = read(dict(scheme))
+        specification = read(plain(dict(scheme)))
         if not isinstance(specification, Specification):
-            raise OptionError(
+            raise OptionValueError(
                 f"This dict has parameters for each layer type ({', '.join(specification)}); give those of one of them."
             )
         for option, value in specification.options.items():
-            if options.setdefault(option, value) != value:
-                raise OptionError(f"{option}={options[option]!r} and, in the dict, {value!r}; give it once.")
+            if not _same(options.setdefault(option, value), value):
+                raise OptionValueError(
+                    f"{option}={shown(options[option])} and, in the dict, {shown(value)}; give it once."
+                )
         _check_width(specification, shape)
         scheme = specification.scheme
     if isinstance(scheme, str):
@@ -40,9 +43,14 @@ def find_scheme(
             raise unknown("scheme", scheme, [*SCHEMES, *ALIASES])
         scheme = SCHEMES[name]
     if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
-        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {scheme!r}.")
+        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {shown(scheme)}.")
     scheme.check_options(options)
     return scheme, options
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of an option are one; arrays and tensors are so only where they are the same object."""
+    return one is other or (type(one).__eq__ is not object.__eq__ and (one == other) is True)
 
 
 def _check_width(specification: Specification, shape: AttentionShape | None) -> None:
@@ -51,7 +59,7 @@ def _check_width(specification: Specification, shape: AttentionShape | None) -> 
     if part is None or shape is None or specification.scheme == "proportional":
         return
     if int(part * shape.head_dim) != shape.rotary_dim:
-        raise OptionError(
+        raise OptionValueError(
             f"The dict rotates {part:g} of each head, and this model {shape.rotary_dim} of {shape.head_dim} "
             "dimensions; which ones rotate is fixed when a model is built."
         )

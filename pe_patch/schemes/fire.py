@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import LARGEST_LENGTH, LARGEST_TABLE, check_count, check_number
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme, causal_distance, wide
-from .checks import check_length, check_number
 from .piecewise import Network
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class FIRE(Scheme):
 
     def __init__(self, shape: AttentionShape, *, width: int = 32, threshold: float = 512) -> None:
         super().__init__(shape)
-        units = check_length("fire", "width", width) or 32
-        self.threshold = check_number("fire", "threshold", threshold, 0.0, exclusive=True)
+        units = check_count("fire", "width", width, 1, LARGEST_TABLE // max(shape.num_heads, 1))
+        self.threshold = check_number("fire", "threshold", threshold, 0.0, LARGEST_LENGTH, exclusive=True)
         self.c = nn.Parameter(torch.tensor([0.1]))  # of one dimension: shards and DeepSpeed know none without
         self.multiplier = nn.Parameter(torch.tensor([1.0]))
         first = nn.Linear(1, units)

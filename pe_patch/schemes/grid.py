@@ -9,11 +9,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, UnsupportedError, nearest
+from ..checks import LARGEST_BASE, check_choice, check_list, check_number
+from ..errors import OptionValueError, UnsupportedError
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
-from .bias import alibi_slopes
+from .bias import LARGEST_SLOPE, alibi_slopes
 
 
 class GridScheme(Scheme):
@@ -74,14 +75,14 @@ class RoPE2D(GridScheme):
 
     def __init__(self, shape: AttentionShape, *, mode: str = "axial", theta: float | None = None) -> None:
         super().__init__(shape)
-        if mode not in MODES:
-            raise OptionError(f"mode={mode!r} is not one of {', '.join(MODES)}.{nearest(mode, MODES)}")
+        mode = check_choice(self.name, "mode", mode, MODES)
         theta = MODES[mode] if theta is None else theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < float("inf"):
-            raise OptionError(f"'rope_2d' got theta={theta!r}; the base of the frequencies is a number above 1.")
+        self.theta = check_number(self.name, "theta", theta, 1.0, LARGEST_BASE, exclusive=True)
         if shape.head_dim % 4:
-            raise OptionError(f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {shape.head_dim}.")
-        self.mode, self.theta = mode, float(theta)
+            raise OptionValueError(
+                f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {shape.head_dim}."
+            )
+        self.mode = mode
         if mode == "mixed":
             self.frequencies = nn.Parameter(self.random_directions())
             self.per_head = {"frequencies": 1}  # a proxy could not be copied with the model
@@ -146,9 +147,10 @@ class ALiBi2D(GridScheme):
 
     def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
         super().__init__(shape)
-        self.slopes = alibi_slopes(shape.num_heads) if slopes is None else [float(slope) for slope in slopes]
-        if len(self.slopes) != shape.num_heads or min(self.slopes) <= 0:
-            raise OptionError(f"slopes needs {shape.num_heads} positive numbers, one for each head.")
+        given = alibi_slopes(shape.num_heads) if slopes is None else slopes
+        self.slopes = check_list(
+            self.name, "slopes", given, shape.num_heads, has="has", each="head", high=LARGEST_SLOPE
+        )
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         self.check_heads(query)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, UnsupportedError, nearest
+from ..checks import check_flag, check_number
+from ..errors import OptionValueError, UnsupportedError, nearest
 from ..latent import attention as over_latents
 from ..latent.attention import Features, LatentAttention, LatentSizes
 from ..latent.checks import DECOMPOSITIONS, METHODS, SELECTIONS, check_freqfold, refuse_unused
@@ -20,7 +21,6 @@ from ..latent.statistics import gather
 from ..positions import Positions
 from ..rotation import Rotary
 from ..scheme import AttentionShape, Scheme
-from .checks import check_flag, check_number
 from .over import build_inner
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class MLA(Scheme):
             self.name, "balance_kv_ratio", balance_kv_ratio, 0.0, exclusive=True
         )  # fmt: skip
         if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise OptionError(f"'mla' got seed={seed!r}; give a whole number.")
+            raise OptionValueError(f"'mla' got seed={seed!r}; give a whole number.")
         refuse_unused(self.method, select=select, freqfold=freqfold, balance_kv_ratio=balance_kv_ratio)
         self._settle_sizes(kv_rank, cache_ratio, max_loss, rope_dim)
 
@@ -122,7 +122,7 @@ class MLA(Scheme):
         if factor is None and over is None:
             return None
         if factor is not None and over is not None:
-            raise OptionError("'mla' got factor and over; factor is YaRN, so give the factor inside over.")
+            raise OptionValueError("'mla' got factor and over; factor is YaRN, so give the factor inside over.")
         if factor is not None:
             over = {"rope_type": "yarn", "factor": factor, "mscale": 1.0, "mscale_all_dim": 1.0}
         inner, _ = build_inner(self.name, over, self.shape, None, None)
@@ -136,7 +136,7 @@ class MLA(Scheme):
     def _refuse_conversion(self) -> None:
         given = [option for option in self.options if option in CONVERSION or option == "keep_original"]
         if given:
-            raise OptionError(
+            raise OptionValueError(
                 f"This model holds latents already (rank {self.shape.latent_rank}), so there is nothing to convert: "
                 f"leave {given[0]} out. Without it 'mla' makes it decode without expanding them."
             )
@@ -146,22 +146,22 @@ class MLA(Scheme):
         chosen = [name for name, value in given.items() if value is not None]
         if len(chosen) != 1:
             told = f"got {' and '.join(chosen)}" if chosen else "was not told how small the cache is to be"
-            raise OptionError(
+            raise OptionValueError(
                 f"'mla' {told}: give one of kv_rank=<width of the latent>, cache_ratio=<share of the cache to keep, "
                 "such as 1/8> or max_loss=<share by which the loss may grow, such as 0.02>."
             )
         for name, value in (("kv_rank", kv_rank), ("rope_dim", rope_dim)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-                raise OptionError(f"'mla' got {name}={value!r}; give a whole number of dimensions.")
+                raise OptionValueError(f"'mla' got {name}={value!r}; give a whole number of dimensions.")
         if self.method == FRESH and max_loss is not None:
-            raise OptionError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
+            raise OptionValueError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
         if max_loss is not None:
             self.max_loss = check_number(self.name, "max_loss", max_loss, 0.0)
         split = self.split
         if split and self.method != "mha2mla":
-            raise OptionError(f"svd='split' is of method='mha2mla'; {self.method!r} has one latent for both.")
+            raise OptionValueError(f"svd='split' is of method='mha2mla'; {self.method!r} has one latent for both.")
         if split and self.latent_norm:
-            raise OptionError("latent_norm=True needs one latent for keys and values: leave svd='split' out.")
+            raise OptionValueError("latent_norm=True needs one latent for keys and values: leave svd='split' out.")
         if cache_ratio is not None:
             ratio = check_number(self.name, "cache_ratio", cache_ratio, 0.0, 1.0, exclusive=True)
             of, latents = self.shape, 2 if split else 1
@@ -192,7 +192,7 @@ class MLA(Scheme):
         widest = widest_rank(projections, self.method, self.rope_dim, self.svd)
         if not 1 <= self.kv_rank <= widest:
             lossless = f" ({most} lose nothing)" if most < widest else ""
-            raise OptionError(
+            raise OptionValueError(
                 f"'mla' got kv_rank={self.kv_rank}; with rope_dim={self.rope_dim} the keys that do not rotate and the "
                 f"values have {widest} dimensions here, so give 1 to {widest}{lossless}."
             )
@@ -201,12 +201,12 @@ class MLA(Scheme):
         rotary = self.shape.rotary_dim
         widths = [width for width in range(2, rotary + 1, 2) if rotary % width == 0]
         if self.rope_dim not in widths:
-            raise OptionError(
+            raise OptionValueError(
                 f"'mla' got rope_dim={self.rope_dim}; fresh layers take their frequencies from the {rotary} rotary "
                 f"dimensions of this model: give one of {', '.join(map(str, widths))}."
             )
         if self.kv_rank < 1:
-            raise OptionError(f"'mla' got kv_rank={self.kv_rank}; give at least 1.")
+            raise OptionValueError(f"'mla' got kv_rank={self.kv_rank}; give at least 1.")
 
     @property
     def split(self) -> bool:
@@ -375,4 +375,6 @@ class MLA(Scheme):
 def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value in allowed:
         return value
-    raise OptionError(f"'mla' got {option}={value!r}.{nearest(str(value), allowed)} There are: {', '.join(allowed)}.")
+    raise OptionValueError(
+        f"'mla' got {option}={value!r}.{nearest(str(value), allowed)} There are: {', '.join(allowed)}."
+    )

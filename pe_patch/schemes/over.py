@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..checks import check_length, check_number
+from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
-from .checks import check_length, check_number
 from .find import find_scheme
 
 RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")
@@ -35,11 +35,13 @@ def build_inner(
         The scheme, and the window that the model reads with its frequencies; None where that follows from them.
     """
     if not isinstance(over, str | Mapping | None):
-        raise OptionError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
+        raise OptionValueError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
     given = {} if theta is None else {"theta": theta}
     inner, options = find_scheme("rope" if over is None else over, given, shape)
     if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):
-        raise OptionError(f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone.")
+        raise OptionValueError(
+            f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone."
+        )
     own = options.get(WINDOW)
     if own is None and window is not None:
         options[WINDOW] = window
@@ -140,9 +142,9 @@ class ClippedRoPE(Over):
         )
         pairs = self.dim // 2
         if check_number(self.name, "dims", dims, 2) != int(dims):
-            raise OptionError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
+            raise OptionValueError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
         if pairs < 2 or ("dims" not in self.options and dims >= pairs):
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} tapers {dims} frequencies by default and this attention has {pairs}, so that none "
                 f"would stay as it is; say how many with dims=<2 to {pairs}>."
             )

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..checks import check_flag, check_length, check_table
+from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme, causal_distance, wide
-from .checks import check_flag, check_length
 
 if TYPE_CHECKING:
     from ..attention import Core
@@ -34,7 +34,7 @@ class Shaw(ContentRelative):
     """A learned vector for each distance, on the key and on the value (Shaw et al. 2018, arXiv 1803.02155).
 
     Scores are q_i (k_j + A^K[c]) / sqrt(d) and outputs sum_j w_ij (v_j + A^V[c]), c = clip(j - i, -K, K). Tables
-    `[2 K + 1, head]`, shared by the heads, zeros at the start.
+    A^K `[2 K + 1, head]` and A^V `[2 K + 1, value]`, shared by the heads, zeros at the start.
 
     Options:
         max_distance: K, the number of tokens beyond which all distances are one.
@@ -51,12 +51,12 @@ class Shaw(ContentRelative):
         super().__init__(shape)
         farthest = check_length("shaw", "max_distance", max_distance)
         if farthest is None:
-            raise OptionError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
-        self.max_distance = farthest
+            raise OptionValueError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
+        self.max_distance = check_table("shaw", "max_distance", farthest, 2 * (shape.head_dim + shape.value_dim))
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
         self.values = (
-            nn.Parameter(torch.zeros(entries, shape.head_dim)) if check_flag("shaw", "values", values) else None
+            nn.Parameter(torch.zeros(entries, shape.value_dim)) if check_flag("shaw", "values", values) else None
         )
 
     def relative_position(self, length: int) -> Tensor:
@@ -119,7 +119,7 @@ class TransformerXL(ContentRelative):
     def __init__(self, shape: AttentionShape, *, clamp_length: int | None = None) -> None:
         super().__init__(shape)
         if shape.hidden_size % 2:
-            raise OptionError(f"'transformer_xl' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
+            raise OptionValueError(f"'transformer_xl' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
         self.clamp_length = check_length("transformer_xl", "clamp_length", clamp_length)
         heads = shape.num_heads
         self.u = nn.Parameter(torch.zeros(heads, shape.head_dim))
@@ -240,8 +240,8 @@ class CoPE(ContentRelative):
         super().__init__(shape)
         entries = check_length("cope", "max_positions", max_positions)
         if entries is None or entries < 2:
-            raise OptionError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
-        self.max_positions = entries
+            raise OptionValueError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
+        self.max_positions = check_table("cope", "max_positions", entries, shape.head_dim)
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..checks import LARGEST_FACTOR, check_flag, check_length, check_number
+from ..errors import OptionValueError
 from ..positions import Positions
 from ..scheme import AttentionShape
-from .checks import check_flag, check_length, check_number
 from .zones import Remapped, Zone
 
 
@@ -33,7 +33,9 @@ class Windowed(Remapped):
         self.log_scaling = check_flag(self.name, "log_scaling", log_scaling)
         if self.log_scaling:
             if self.window < 2:
-                raise OptionError(f"{self.name!r} cannot scale by ln L with a trained window of {self.window} token.")
+                raise OptionValueError(
+                    f"{self.name!r} cannot scale by ln L with a trained window of {self.window} token."
+                )
             self.shift_invariant = False
 
     @property
@@ -100,6 +102,10 @@ class LeakyReRoPE(Windowed):
         return (positions.query.float() + shift) / self.k, positions.key.float() / self.k
 
     @property
+    def changes_nothing(self) -> bool:
+        return self.k == 1 and not self.log_scaling and self.over.changes_nothing
+
+    @property
     def effective_window(self) -> int | None:
         return int((self.window - self.near) * self.k + self.near)
 
@@ -144,7 +150,7 @@ class SelfExtend(Windowed):
             self.group = given
             self.near = self._window_for(target) if target and window is None else self.near
         if self._reach() < target:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} with group={self.group} and window={self.near} reaches {self._reach()} tokens of the "
                 f"{target} that factor={factor} asks for; give a larger group."
             )
@@ -159,7 +165,7 @@ class SelfExtend(Windowed):
             return 1
         room = 2 * self.window - 3 * self.near
         if room <= 0:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got window={self.near}, which leaves nothing for groups of two thirds of the trained "
                 f"window of {self.window}; give a smaller window, or group= too."
             )
@@ -172,7 +178,7 @@ class SelfExtend(Windowed):
         most = (2 * self.window * self.group - 3 * target) // (3 * (self.group - 1))
         if most < 1:
             needed = -(-3 * (target - 1) // (2 * self.window - 3))
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} with group={self.group} leaves no room for a window on the way to {target} tokens; "
                 f"give a group of {needed} or more, or window= too."
             )
@@ -180,6 +186,10 @@ class SelfExtend(Windowed):
 
     def _reach(self) -> int:
         return (self.window - self.near) * self.group + self.near
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.group == 1 and not self.log_scaling and self.over.changes_nothing
 
     @property
     def effective_window(self) -> int | None:
@@ -218,7 +228,7 @@ class DCA(Remapped):
         self.chunk = self.tokens("chunk_size", chunk_size, 3 * self.window // 4)
         self.local = self.tokens("local_window", local_window, min(self.window // 8, self.chunk // 2))
         if 2 * self.local > self.chunk:  # near keys would lie two chunks back, where distances are not exact
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got chunk_size={self.chunk} and local_window={self.local}; a local window is at most "
                 "half a chunk."
             )
@@ -267,9 +277,9 @@ class STRING(Remapped):
         super().__init__(shape, **shared)
         self.shift = self.tokens("shift", shift, self.window // 3)
         self.near = self.tokens("window", window, min(128, self.shift // 2))
-        self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, exclusive=True)
+        self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, LARGEST_FACTOR, exclusive=True)
         if self.near >= self.shift:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got shift={self.shift} and window={self.near}; distances are shifted down by their "
                 "difference, so the shift is the larger one."
             )

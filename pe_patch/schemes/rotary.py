@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..checks import LARGEST_FACTOR, check_length, check_list, check_number, check_width
+from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
-from .checks import check_length, check_list, check_number, check_width
 from .over import ClippedRoPE, Resonance
 from .scaling import (
     NTK,
@@ -67,6 +68,7 @@ class Proportional(Scaled):
     name = "proportional"
     summary = "turns the fastest frequencies only and leaves the slow dimensions without position"
     paper = "Barbero et al. 2024, arXiv 2410.06205"
+    examples = MappingProxyType({"partial_rotary_factor": "partial_rotary_factor=0.5"})
     auto_allowed = False
 
     def __init__(
@@ -83,7 +85,7 @@ class Proportional(Scaled):
         )
         self.turning = int(self.proportion * self.dim // 2)
         if self.turning == 0:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got partial_rotary_factor={self.proportion:g}, by which none of {self.dim // 2} pairs "
                 f"would turn; give at least {2 / self.dim:g}, or use 'nope'."
             )
@@ -169,6 +171,7 @@ class LongRoPE(Rotary):
     name = "longrope"
     summary = "divides each frequency by a searched factor of its own, beyond the window by another list"
     paper = "Ding et al. 2024, arXiv 2402.13753"
+    examples = MappingProxyType({"long_factor": "long_factor=[1.0, 1.2, 1.5, ...] (one number for each rotated pair)"})
     training_free = True
 
     def __init__(
@@ -192,7 +195,7 @@ class LongRoPE(Rotary):
         self.factor = 1.0 if factor is None else check_number(self.name, "factor", factor, 1.0, do=remedy)
         self.expected_length = check_length(self.name, "expected_length", expected_length)
         if attention_factor is not None:
-            self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0)
+            self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, LARGEST_FACTOR)
         elif self.factor == 1:
             self.scale = 1.0
         else:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_order, check_width
 from ..rotation import GROWTH, Rotary
 from ..scheme import AttentionShape
-from .checks import check_number, check_order, check_width
 
 Factor = float | Literal["auto"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import LARGEST_FACTOR, check_flag, check_length, check_number, check_order
 from ..dialects import yarn_temperature
-from ..errors import OptionError
+from ..errors import OptionValueError
 from ..rotation import Rotary
 from ..scheme import AttentionShape
-from .checks import check_flag, check_length, check_number, check_order
 from .scaling import Scaled, native_parameters
 
 
@@ -53,7 +53,9 @@ class YaRN(Scaled):
         check_order(self.name, ("beta_slow", self.beta_slow), ("beta_fast", self.beta_fast))
         given = {"attention_factor": attention_factor, "mscale": mscale, "mscale_all_dim": mscale_all_dim}
         self.given = {
-            option: check_number(self.name, option, value, 0.0) for option, value in given.items() if value is not None
+            option: check_number(self.name, option, value, 0.0, LARGEST_FACTOR)
+            for option, value in given.items()
+            if value is not None
         }
         self.truncate = check_flag(self.name, "truncate", truncate)
 
@@ -74,7 +76,7 @@ class YaRN(Scaled):
         if not all_dim:
             return 1.0
         if self.factor is None:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got mscale_all_dim={all_dim:g}, by which this family multiplies its softmax scale, and "
                 "a factor that follows the length; give a fixed factor, or leave mscale and mscale_all_dim out."
             )

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..checks import check_length
+from ..errors import OptionValueError
 from ..heads import SHARED
 from ..positions import Positions
 from ..ranges import Range
 from ..rotation import Rotation, Turned
 from ..scheme import AttentionShape
-from .checks import check_length
 from .over import build_inner
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Remapped(Rotation):
         super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
         self.over, self.reads = build_inner(self.name, over, shape, theta, original_max_position_embeddings)
         if self.over.length_dependent:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} takes frequencies that stay, and those of {self.over.name!r} follow the length here; "
                 "give over= a fixed factor, or an expected_length."
             )
@@ -188,7 +188,7 @@ class Remapped(Rotation):
         """The value of an option that counts tokens, within the trained window; at least 1."""
         given = check_length(self.name, option, value)
         if given is not None and given > self.window:
-            raise OptionError(
+            raise OptionValueError(
                 f"{self.name!r} got {option}={given}, and the frequencies are good for {self.window} tokens only; give "
                 f"at most {self.window}."
             )

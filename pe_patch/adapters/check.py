@@ -1,0 +1,115 @@
+"""Whether an adapter that somebody wrote names what the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import OptionValueError, UnsupportedError, nearest
+from .adapter import Adapter
+
+LAYOUTS = ("halves", "interleaved", "single", "complex")
+FREQUENCIES = "inv_freq"
+
+
+def check_adapter(base: Any, adapter: Adapter) -> None:
+    """Raise `OptionValueError` for a name in the adapter that leads nowhere on this model.
+
+    Raises:
+        UnsupportedError: the model has a rotary module and the adapter says that it has none.
+    """
+    for name in ("layers", "attention", "rotary", "learned", "embedding_multiplier"):
+        value = getattr(adapter, name)
+        if not isinstance(value, str) and not (value is None and name not in ("layers", "attention")):
+            raise _wrong(adapter, name, "which is not the name of an attribute")
+    if adapter.layout not in LAYOUTS:
+        near = nearest(adapter.layout, LAYOUTS)
+        raise _wrong(adapter, "layout", f"which is not one of {', '.join(LAYOUTS)}.{near}")
+    layers = _reach(base, adapter, "layers", "")
+    if not isinstance(layers, nn.ModuleList | nn.Sequential | list | tuple) or not len(layers):
+        raise _wrong(adapter, "layers", f"which is a {type(layers).__name__} and not a list of layers")
+    lacking = [
+        i for i, layer in enumerate(layers) if not isinstance(getattr(layer, adapter.attention, None), nn.Module)
+    ]
+    if lacking:
+        index = lacking[0]
+        if len(lacking) < len(layers):
+            raise UnsupportedError(
+                f"Layer {index} ({type(layers[index]).__name__}) of {type(base).__name__} has no "
+                f"{adapter.attention!r}, as other layers have. Every layer must be an attention."
+            )
+        raise _missing(adapter, "attention", layers[index], f"layer {index}", nn.Module)
+    for name in ("rotary", "learned", "embedding_multiplier"):
+        if getattr(adapter, name) is not None:
+            _reach(base, adapter, name, "")
+    if isinstance(adapter.rotates, str):
+        for index, layer in enumerate(layers):
+            if not hasattr(getattr(layer, adapter.attention), adapter.rotates):
+                raise _missing(adapter, "rotates", getattr(layer, adapter.attention), f"the attention of layer {index}")
+    _check_rotary(base, adapter, len(layers))
+
+
+def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
+    """Raise where the rotary module is not of the kind that the adapter says."""
+    if adapter.rotary is None:
+        turning = [name for name, module in base.named_children() if hasattr(module, FREQUENCIES)]
+        if turning and adapter.forward is None:
+            raise UnsupportedError(
+                f"The adapter says rotary=None, and {type(base).__name__} rotates by its module {turning[0]!r}: give "
+                f"Adapter(rotary={turning[0]!r}), or the model's own rotation would stay beside the scheme."
+            )
+        return
+    types = getattr(base.config, "layer_types", None) or ()
+    if adapter.typed and (not isinstance(types, list | tuple) or len(types) < count):
+        raise _wrong(adapter, "typed", f"and the config of {type(base).__name__} has no layer_types for {count} layers")
+    rotary = getattr(base, adapter.rotary)
+    if adapter.typed:
+        wanted = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[:count])]
+    else:
+        wanted = [FREQUENCIES]
+    if all(isinstance(getattr(rotary, name, None), Tensor) for name in wanted):
+        return
+    kept = sorted(name for name in dir(rotary) if name.endswith(FREQUENCIES) and "original" not in name)
+    by_type = {f"{kind}_{FREQUENCIES}" for kind in types}
+    if adapter.typed and FREQUENCIES in kept:
+        remedy = "leave typed out"
+    elif not adapter.typed and kept and set(kept) <= by_type:
+        remedy = "give typed=True"
+    else:
+        remedy = "a family that keeps them so is not supported"
+    raise UnsupportedError(
+        f"The module {adapter.rotary!r} of {type(base).__name__} lacks frequencies under the name "
+        f"{' and '.join(wanted)}; it has {', '.join(kept) or 'none'}: {remedy}."
+    )
+
+
+def _reach(base: Any, adapter: Adapter, field: str, where: str) -> Any:
+    """What a field of the adapter names on the base model."""
+    owner: Any = base
+    for name in getattr(adapter, field).split("."):
+        if not hasattr(owner, name):
+            raise _missing(adapter, field, owner, where or "the base model", object, name)
+        owner = getattr(owner, name)
+    return owner
+
+
+def _missing(
+    adapter: Adapter, field: str, owner: Any, where: str, kind: type = object, name: str = ""
+) -> OptionValueError:
+    """The error for a name that `owner` does not have, with those that it has."""
+    names: Iterable[str] = [name for name, _ in owner.named_children()]
+    if kind is object:
+        names = [*names, *(name for name in vars(owner) if not name.startswith("_"))]
+    value = name or str(getattr(adapter, field))
+    shown = ", ".join(sorted(name for name, _ in owner.named_children())) or "none"
+    return _wrong(
+        adapter, field,
+        f"and {where} ({type(owner).__name__}) has no {value!r}.{nearest(value, names)} Its modules are: {shown}",
+    )  # fmt: skip
+
+
+def _wrong(adapter: Adapter, field: str, why: str) -> OptionValueError:
+    why = why if why.endswith(("?", ".")) else f"{why}."
+    return OptionValueError(f"The adapter says {field}={getattr(adapter, field)!r}, {why}")

@@ -1,0 +1,43 @@
+"""How every family rotates, and whether a rotation at the scores rounds as its own does.
+
+`python -m pe_patch.adapters.precision` prints the table of docs/precision.md.
+"""
+
+from __future__ import annotations
+
+from . import ADAPTERS
+from .adapter import Adapter
+
+ARITHMETIC = {
+    "model": "the dtype of the model",
+    "float32 tables": "float32, by cos and sin in float32",
+    "float32": "float32, by cos and sin in the dtype of the model",
+    "complex": "float32, as one complex product",
+}
+"""In which dtype queries and keys meet cos and sin, for each of `scheme.ARITHMETIC`."""
+OUTCOMES = {
+    "equal": "equal bit for bit",
+    "refused": "refused",
+}
+
+
+def outcome(adapter: Adapter) -> str:
+    """Whether schemes that rotate at the scores equal the unpatched model within the window, a key of `OUTCOMES`."""
+    return "refused" if adapter.late_norm or not adapter.carries else "equal"
+
+
+def table() -> dict[str, str]:
+    """For each family that rotates, a key of `OUTCOMES`."""
+    return {name: outcome(adapter) for name, adapter in sorted(ADAPTERS.items()) if adapter.native == "rope"}
+
+
+def markdown() -> str:
+    """The table of the documentation."""
+    lines = ['| family | rotates in | `dynamic_*`, `factor="auto"` within the window |', "| --- | --- | --- |"]
+    for name, found in table().items():
+        lines.append(f"| `{name}` | {ARITHMETIC[ADAPTERS[name].arithmetic]} | {OUTCOMES[found]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
