@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .adapters import ADAPTERS as ADAPTERS
 from .adapters import Adapter as Adapter
+from .auto import register
 from .describe import Description as Description
 from .describe import describe as describe
 from .errors import AlreadyPatchedError as AlreadyPatchedError
 from .errors import NoEffectError as NoEffectError
 from .errors import PePatchError as PePatchError
+from .errors import PrintableFilter
 from .errors import UnsupportedError as UnsupportedError
 from .export import export as export
 from .patch import patch_model as patch_model
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 listen()
+register()
+logging.getLogger(__name__).addFilter(PrintableFilter())
 
 
 def __getattr__(name: str) -> Any:

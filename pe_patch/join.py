@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from . import resolve
 from .adapters import Adapter
 from .attention import Backend, backend_for, check_backend
-from .configuration import Kinds, config_swaps, record_of, save_foreign, saves_foreign
+from .configuration import Kinds, config_swaps, record_of
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_arguments, forward_swaps, native_swaps
@@ -207,8 +207,7 @@ def _assemble(
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
-    save = save_foreign if saves_foreign(base, adapter, by_kind, record) else None
-    swaps += head_swaps(head, base, save)
+    swaps += head_swaps(head)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from .configuration import FOREIGN, VERSION, write_json
+from .configuration import write_json
 from .errors import CheckpointError, MismatchError, OptionError, PePatchError
+from .record import FOREIGN, check_scheme
 from .resolve import unwrap
 
 logger = logging.getLogger("pe_patch")

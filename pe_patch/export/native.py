@@ -12,6 +12,7 @@ from ..configuration import FOREIGN, expressible
 from ..errors import UnsupportedError
 from ..join import Patch
 from ..rotation import Rotary
+from ..saved_config import unmarked
 from .checkpoint import Writer, save_model
 
 
@@ -37,8 +38,7 @@ def transformers_config(patch: Patch) -> Any:
 
 def config_with(patch: Patch, parameters: dict[str, Any], window: int | None) -> Any:
     """A copy of the model's config without the patch's record, with these rotary parameters and this window."""
-    config = copy.deepcopy(patch.head.config)
-    delattr(config, FOREIGN)
+    config = unmarked(copy.deepcopy(patch.head.config))
     inner = text_config(patch, config)
     if parameters:
         inner.rope_parameters = parameters
