@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from .adapters import Adapter
 from .adapters.adapter import native_parameters
 from .record import BESIDE, FOREIGN
 from .record import VERSION as VERSION
 from .record import record_of as record_of
-from .saved_config import Mark
+from .saved_config import Mark, native_class_of
 from .scheme import Scheme
 from .swaps import Swap
 
@@ -52,14 +53,15 @@ def refusal(config: Any, parameters: dict[str, Any]) -> str:
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        made = type(config).from_dict({**config.to_dict(), "rope_parameters": copy.deepcopy(parameters)})
+        values = {key: value for key, value in config.to_dict().items() if key != FOREIGN}
+        made = native_class_of(config).from_dict({**values, "rope_parameters": copy.deepcopy(parameters)})
         if hasattr(made, "validate"):
             made.validate()
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # whatever a family's checks raise
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:  # whatever checks raise
         return " ".join(str(error).split())
     finally:
         transformers.logging.set_verbosity(before)
-    return "" if _kept(parameters, made.rope_parameters) else f"{type(config).__name__} rewrites them"
+    return "" if _kept(parameters, made.rope_parameters) else f"{type(config).__name__} changes them"
 
 
 def _kept(given: Any, found: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -22,18 +22,18 @@ def printable(value: Any, keep: str = "\n\t") -> str:
     Args:
         keep: control characters that stay as they are.
     """
-    text = str(value)
+    return escape(str(value), lambda character: character.encode("unicode_escape").decode("ascii"), keep)
+
+
+def escape(text: str, write: Callable[[str], str], keep: str = "\n\t") -> str:
+    """Return the text with each character that acts on a terminal replaced by what `write` makes of it."""
     if text.isprintable():
         return text
-    return "".join(each if each in keep or not _acts(each) else _escaped(each) for each in text)
+    return "".join(each if each in keep or not _acts(each) else write(each) for each in text)
 
 
 def _acts(character: str) -> bool:
     return character in BIDI or unicodedata.category(character) in CATEGORIES
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 class PrintableFilter(logging.Filter):

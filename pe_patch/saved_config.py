@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .errors import CheckpointError, PePatchError
@@ -91,6 +92,11 @@ class Mark(Swap):
     def undo(self) -> None:
         if isinstance(self.owner, Marked):
             self.owner.__class__ = self.owner.native_class
+
+
+def native_class_of(config: Any) -> type[PreTrainedConfig]:
+    """Return the class that the family gives its configs."""
+    return config.native_class if isinstance(config, Marked) else type(config)
 
 
 def native_of(config: Any) -> Any:
@@ -179,7 +185,7 @@ def configured(native_class: Any, values: dict[str, Any], source: str, **kwargs:
     """Return the config of these values; an error that names the file where the family does not take them."""
     try:
         return native_class.from_dict(values, **kwargs)
-    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (StrictDataclassError, AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{source} is not a config that {native_class.__name__} takes: {' '.join(str(error).split())}"
         ) from error

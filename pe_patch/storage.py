@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -155,6 +157,25 @@ def _check_missing(path: str | Path, model: Any, config: Any, missing: set[str])
             "%s was saved from a %s, so these weights of %s are new and must be trained: %s",
             path, stored, type(model).__name__, ", ".join(sorted(fresh)),
         )  # fmt: skip
+
+
+def build_empty(path: str | Path) -> Any:
+    """Build a causal language model on the meta device, without its weights; patched, if it was saved patched.
+
+    Raises:
+        CheckpointError: there is no such model, or the record of its patch is damaged.
+    """
+    stored, source = read_config(path), config_file(path)
+    if FOREIGN not in stored:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    record = check_record(stored[FOREIGN], stored, source)
+    config = native_config(stored, record["native"], source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        apply_record(model, record, source)
+    return model
 
 
 def is_adapter(path: str | Path) -> bool:
