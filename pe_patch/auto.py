@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from . import saved_config
 from .errors import UnsupportedError
-from .record import FOREIGN, check_record
-from .saved_config import MODEL_TYPE, configured, mark, native_of, native_values
+from .record import FOREIGN
+from .saved_config import MODEL_TYPE, native_of, read_marked
 from .schemes.find import find_scheme
 from .storage import apply_record, config_file, load_restored
 
@@ -27,14 +27,7 @@ class SavedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the config of a patched model: of its family's class, with the record."""
-        source = config_file(kwargs.get("name_or_path") or config_dict.get("name_or_path") or ".")
-        record = check_record(config_dict.get(FOREIGN), config_dict, source)
-        unused = kwargs.pop("return_unused_kwargs", False)
-        native_class = CONFIG_MAPPING[record["native"]["model_type"]]
-        values = native_values(config_dict, record)
-        config, left = configured(native_class, values, source, return_unused_kwargs=True, **kwargs)
-        mark(config, config_dict, record)
-        return (config, left) if unused else config
+        return read_marked(config_dict, **kwargs)
 
 
 class EarlierConfig(SavedConfig):

@@ -66,6 +66,15 @@ def _texts(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
+def _rotary(value: Any) -> bool:
+    """Whether it may be rotary parameters: flat, or of each layer type."""
+    if not isinstance(value, dict):
+        return value is None
+    theta = value.get("rope_theta", 1.0)
+    number = isinstance(theta, int | float) and not isinstance(theta, bool) and 0 < theta < 1e300
+    return number and all(map(_rotary, (inner for inner in value.values() if isinstance(inner, dict))))
+
+
 SCHEME: dict[str, Test] = {
     "version": (lambda value: _whole(value) and value >= 1, "a whole number from 1"),
     "scheme": (_is(str), "the name of a scheme"),
@@ -79,12 +88,15 @@ CONFIG: dict[str, Test] = {
     "native": (_is(dict), "an object with the values that the config had before the patch"),
     "written": (_is(dict), "an object with the values that the patch wrote into the config"),
 }
-WINDOW: Test = (lambda value: value is None or (_whole(value) and value >= 0), "a whole number, or null")
+WINDOW: Test = (
+    lambda value: value is None or (_whole(value) and 0 <= value < 2**31),
+    "a whole number of tokens below 2147483648, or null",
+)
 NATIVE: dict[str, Test] = {
     "model_type": (lambda value: isinstance(value, str) and value in CONFIG_MAPPING, "a family of Transformers"),
     "config": (_is(str), "the key of the part of the config that was patched"),
     "max_position_embeddings": WINDOW,
-    "rope_parameters": (lambda value: value is None or isinstance(value, dict), "an object, or null"),
+    "rope_parameters": (_rotary, "an object with a positive rope_theta, or null"),
     "architectures": (_texts, "a list of class names, or null"),
     "hidden": (_is(dict), "an object with the value that the note for readers replaced"),
 }
@@ -145,20 +157,24 @@ def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, 
         )
     family = stored.get("model_type")
     if family != native["model_type"] and not str(family).startswith(FOREIGN):
-        raise _contradiction(source, "model_type", family, native["model_type"])
+        raise _contradiction(source, [("model_type", native["model_type"], family)])
     beside = stored if part is None else stored[part]
-    for key, value in record.get("written", {}).items():
-        for name, ours, theirs in differences(key, value, beside.get(key)):
-            raise _contradiction(source, name if part is None else f"{part}.{name}", theirs, ours)
+    apart = [each for key, value in record.get("written", {}).items() for each in differences(key, value, beside.get(key))]
+    if apart:
+        raise _contradiction(source, apart, "" if part is None else f"{part}.")
     return record
 
 
-def _contradiction(source: str, key: str, theirs: Any, ours: Any) -> CheckpointError:
+def _contradiction(source: str, apart: list[tuple[str, Any, Any]], part: str = "") -> CheckpointError:
+    found = "; ".join(
+        f"{part}{key} is {_shown(theirs)}, and the record of the patch was written beside {_shown(ours)}"
+        for key, ours, theirs in apart[:4]
+    )
     return CheckpointError(
-        f"{source} contradicts itself: {key} is {_shown(theirs)}, and the record of the patch ({FOREIGN}) was written beside "
-        f"{_shown(ours)}. The record decides how the model computes, so an edit of the config alone has no effect. Write "
-        f"{_shown(ours)} back; to change the positions, load the model as it was saved, call patch_model(model, ..., "
-        "on_existing='replace') and save it again."
+        f"{source} contradicts itself: {found}. The record ({FOREIGN}) decides how the model computes, so an edit of the "
+        f"config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to change the "
+        "positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and save it "
+        "again."
     )
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .errors import CheckpointError, PePatchError
-from .record import BESIDE, FOREIGN
+from .record import BESIDE, FOREIGN, check_record
 from .swaps import Swap
 
 MODEL_TYPE = "pe_patch (import pe_patch before loading)"
@@ -44,6 +44,13 @@ class Marked:
     def saved_as(self) -> str:
         """The model type in the file."""
         return MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a file of its own kind, as PEFT does to compare a model with the base it came from."""
+        if str(config_dict.get("model_type")).startswith(FOREIGN):
+            return read_marked(config_dict, **kwargs)
+        return cls.native_class.from_dict(config_dict, **kwargs)
 
     def validate(self) -> None:
         """Run the family's own checks. They know nothing of the scheme, so they see the values from before the patch."""
@@ -189,3 +196,23 @@ def configured(native_class: Any, values: dict[str, Any], source: str, **kwargs:
         raise CheckpointError(
             f"{source} is not a config that {native_class.__name__} takes: {' '.join(str(error).split())}"
         ) from error
+
+
+def read_marked(config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """Return the config of a saved patched model: of its family's class, marked, with the record.
+
+    Args:
+        config_dict: the values in its file.
+        **kwargs: those of `PreTrainedConfig.from_dict`.
+
+    Raises:
+        CheckpointError: the record is damaged or contradicts the config.
+    """
+    source = f"{kwargs.get('name_or_path') or '.'}/config.json"
+    record = check_record(config_dict.get(FOREIGN), config_dict, source)
+    unused = kwargs.pop("return_unused_kwargs", False)
+    values = native_values(config_dict, record)
+    native_class = CONFIG_MAPPING[record["native"]["model_type"]]
+    config, left = configured(native_class, values, source, return_unused_kwargs=True, **kwargs)
+    mark(config, config_dict, record)
+    return (config, left) if unused else config

@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from . import peft_record
-from .errors import CheckpointError, OptionError, PePatchError, UnknownNameError
+from .errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError
 from .patch import find_patch, restore_patch
 from .record import FOREIGN, check_record, framework_of
 from .resolve import unwrap
@@ -112,6 +112,11 @@ def load_restored(
         raise CheckpointError(
             f"The weights in {path} are missing, damaged or do not fit its config: {error}"
         ) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in from_pretrained_kwargs.items()) or "no arguments"
+        raise CheckpointError(
+            f"{config_file(path)} cannot be built as {model_class.__name__} with {given}: {type(error).__name__}: {error}"
+        ) from error
     model, report = loaded
     before = set(unwrap(model).state_dict())
     apply_record(model, record, config_file(path))
@@ -133,8 +138,13 @@ def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
     """
     try:
         restore_patch(model, record["scheme"], record["options"], framework_of(record))
+    except UnsupportedError as error:
+        raise type(error)(f"{source}: {error}") from error
     except (OptionError, UnknownNameError) as error:
-        raise CheckpointError(f"{source}: the record of the patch does not fit its model: {error}") from error
+        raise CheckpointError(
+            f"{source}: the record of the patch ({', '.join((FOREIGN + '.options', *framework_of(record)))}) does not fit "
+            f"its model: {error}"
+        ) from error
     except PePatchError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -279,7 +289,10 @@ def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str, h
                     found[name] = tensors.get_tensor(stored)
     if missing := sorted(wanted - set(found)):
         raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {scheme!r}.")
-    unwrap(model).load_state_dict(found, strict=False)
+    try:
+        unwrap(model).load_state_dict(found, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights of {scheme!r} do not fit its record: {error}") from error
 
 
 def _weight_files(path: str | Path, hub: dict[str, Any]) -> list[str]:
