@@ -130,13 +130,13 @@ def checked(record: Any, source: Any) -> dict[str, Any] | None:
     ):
         if not isinstance(record.get(key), kind) and (key in record or key in ("digest", "peft_type")):
             raise CheckpointError(
-                f"{file}: the record of the scheme is damaged: {FOREIGN}.{key} is {record.get(key)!r}; expected {words}. "
-                "Save the adapter again, or restore the file as it was saved."
+                f"{file}: the record of the scheme is damaged: {FOREIGN}.{key} is {record.get(key)!r}; expected "
+                f"{words}. Save the adapter again, or restore the file as it was saved."
             )
     if (found := digest(record)) != record["digest"]:
         raise CheckpointError(
-            f"{file}: the record of the scheme, {told(record)}, was changed by hand: its digest is {found[:12]}..., not "
-            f"{record['digest'][:12]}... Restore the file as it was saved."
+            f"{file}: the record of the scheme, {told(record)}, was changed by hand: its digest is {found[:12]}..., "
+            f"not {record['digest'][:12]}... Restore the file as it was saved."
         )
     return record
 

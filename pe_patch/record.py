@@ -71,8 +71,11 @@ def _rotary(value: Any) -> bool:
     if not isinstance(value, dict):
         return value is None
     theta = value.get("rope_theta", 1.0)
-    number = isinstance(theta, int | float) and not isinstance(theta, bool) and 0 < theta < 1e300
-    return number and all(map(_rotary, (inner for inner in value.values() if isinstance(inner, dict))))
+    return (
+        _number(theta)
+        and 0 < theta < 1e300
+        and all(map(_rotary, (inner for inner in value.values() if isinstance(inner, dict))))
+    )
 
 
 SCHEME: dict[str, Test] = {
@@ -130,7 +133,9 @@ def check_scheme(record: Any, source: str) -> dict[str, Any]:
     try:
         SCHEMES[ALIASES.get(name, name)].check_options(record["options"])
     except OptionError as error:
-        raise CheckpointError(f"{source}: {FOREIGN}.options is {_shown(record['options'])}. {error} {REMEDY}.") from error
+        raise CheckpointError(
+            f"{source}: {FOREIGN}.options is {_shown(record['options'])}. {error} {REMEDY}."
+        ) from error
     return record
 
 
@@ -159,7 +164,9 @@ def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, 
     if family != native["model_type"] and not str(family).startswith(FOREIGN):
         raise _contradiction(source, [("model_type", native["model_type"], family)])
     beside = stored if part is None else stored[part]
-    apart = [each for key, value in record.get("written", {}).items() for each in differences(key, value, beside.get(key))]
+    apart = [
+        each for key, value in record.get("written", {}).items() for each in differences(key, value, beside.get(key))
+    ]
     if apart:
         raise _contradiction(source, apart, "" if part is None else f"{part}.")
     return record
@@ -171,10 +178,10 @@ def _contradiction(source: str, apart: list[tuple[str, Any, Any]], part: str = "
         for key, ours, theirs in apart[:4]
     )
     return CheckpointError(
-        f"{source} contradicts itself: {found}. The record ({FOREIGN}) decides how the model computes, so an edit of the "
-        f"config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to change the "
-        "positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and save it "
-        "again."
+        f"{source} contradicts itself: {found}. The record ({FOREIGN}) decides how the model computes, so an edit of "
+        f"the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to change "
+        "the positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and save "
+        "it again."
     )
 
 
@@ -192,13 +199,16 @@ def differences(key: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     return [] if _same(ours, theirs) else [(key, ours, theirs)]
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (ours, theirs)]
-    if all(numbers):
+    if _number(ours) and _number(theirs):
         small = abs(ours) < 1e300 and abs(theirs) < 1e300  # a longer integer has no float
         return ours == theirs or (small and math.isclose(ours, theirs, rel_tol=1e-6))
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     return type(ours) is type(theirs) and ours == theirs
 
 
@@ -218,12 +228,12 @@ def _check(
     for key in required:
         if key not in values:
             raise CheckpointError(
-                f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)} and lacks {key!r}, "
-                f"{tests[key][1]}. {REMEDY}."
+                f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)} and lacks "
+                f"{key!r}, {tests[key][1]}. {REMEDY}."
             )
     for key, (allowed, words) in tests.items():
         if key in values and not allowed(values[key]):
             raise CheckpointError(
-                f"{source}: the record of the patch is damaged: {FOREIGN}{where}.{key} is {_shown(values[key])}; expected "
-                f"{words}. {REMEDY}."
+                f"{source}: the record of the patch is damaged: {FOREIGN}{where}.{key} is {_shown(values[key])}; "
+                f"expected {words}. {REMEDY}."
             )

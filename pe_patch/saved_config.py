@@ -1,4 +1,4 @@
-"""The config of a patched model whose scheme Transformers cannot express: valid, and saved so that only pe_patch reads it.
+"""The config of a patched model whose scheme Transformers cannot express: valid, and saved for pe_patch alone.
 
 The object keeps its family's class in all but what is written to a file. There the model type is one that Transformers
 does not know, and one typed field holds a sentence: `AutoModel` stops at the first, a concrete class such as
@@ -36,7 +36,7 @@ when_made: list[Callable[[type], None]] = []
 
 
 class Marked:
-    """Mixed into a config class: validates what the config was before the patch, and writes what only pe_patch reads."""
+    """Mixed into a config class: validates the values from before the patch, and writes what only pe_patch reads."""
 
     native_class: type[PreTrainedConfig]
 
@@ -53,7 +53,7 @@ class Marked:
         return cls.native_class.from_dict(config_dict, **kwargs)
 
     def validate(self) -> None:
-        """Run the family's own checks. They know nothing of the scheme, so they see the values from before the patch."""
+        """Run the family's own checks on the values from before the patch, since they know nothing of the scheme."""
         native_of(self).validate()
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -68,7 +68,7 @@ class Marked:
 
 
 def _empty(native_class: type[PreTrainedConfig]) -> Any:
-    cls = marked_class(native_class)
+    cls: Any = marked_class(native_class)
     return cls.__new__(cls)
 
 
@@ -97,8 +97,7 @@ class Mark(Swap):
         self.owner.__class__ = marked_class(type(self.owner))
 
     def undo(self) -> None:
-        if isinstance(self.owner, Marked):
-            self.owner.__class__ = self.owner.native_class
+        self.owner.__class__ = native_class_of(self.owner)
 
 
 def native_class_of(config: Any) -> type[PreTrainedConfig]:
@@ -134,8 +133,7 @@ def unmarked(config: Any) -> Any:
     """Take the record and the mark off a config and off its parts, in place; returns it."""
     for each in (config, *(value for value in config.__dict__.values() if isinstance(value, PreTrainedConfig))):
         each.__dict__.pop(FOREIGN, None)
-        if isinstance(each, Marked):
-            each.__class__ = each.native_class
+        each.__class__ = native_class_of(each)
     return config
 
 

@@ -115,7 +115,8 @@ def load_restored(
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in from_pretrained_kwargs.items()) or "no arguments"
         raise CheckpointError(
-            f"{config_file(path)} cannot be built as {model_class.__name__} with {given}: {type(error).__name__}: {error}"
+            f"{config_file(path)} cannot be built as {model_class.__name__} with {given}: {type(error).__name__}: "
+            f"{error}"
         ) from error
     model, report = loaded
     before = set(unwrap(model).state_dict())
@@ -142,8 +143,8 @@ def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
         raise type(error)(f"{source}: {error}") from error
     except (OptionError, UnknownNameError) as error:
         raise CheckpointError(
-            f"{source}: the record of the patch ({', '.join((FOREIGN + '.options', *framework_of(record)))}) does not fit "
-            f"its model: {error}"
+            f"{source}: the record of the patch ({', '.join((FOREIGN + '.options', *framework_of(record)))}) does not "
+            f"fit its model: {error}"
         ) from error
     except PePatchError:
         raise

@@ -1,4 +1,4 @@
-"""What a saved record promises: it is right when uploaded, agrees with the config beside it, and is checked when read."""
+"""A saved record is right when it is uploaded, agrees with the config beside it, and is checked when it is read."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from .models import GIVEN, applies, build, logits, put, tokens
 
 DEMO = Path(__file__).parent.parent / "pe_patch" / "assets" / "demo"
 IDS = tokens(2, 48)
+UPLOADED = [("bloom", "nope"), ("gpt2", "rope"), ("llama", "t5"), ("llama", "yarn")]
 
 
 def written(folder: Path) -> dict:
@@ -137,7 +138,7 @@ def uploads(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("bloom", "nope"), ("gpt2", "rope"), ("llama", "t5"), ("llama", "yarn")])
+@pytest.mark.parametrize(("family", "scheme"), UPLOADED)
 def test_what_is_uploaded_is_what_was_saved(family, scheme, uploads, tmp_path):
     model = put(build(family), scheme)
     model.save_pretrained(tmp_path / "out", push_to_hub=True)
@@ -147,7 +148,7 @@ def test_what_is_uploaded_is_what_was_saved(family, scheme, uploads, tmp_path):
     assert uploads[1] == uploads[0]
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("bloom", "nope"), ("gpt2", "rope"), ("llama", "t5"), ("llama", "yarn")])
+@pytest.mark.parametrize(("family", "scheme"), UPLOADED)
 def test_the_config_alone_and_the_trainer(family, scheme, tmp_path):
     model = put(build(family), scheme)
     model.save_pretrained(tmp_path / "whole")
@@ -261,7 +262,7 @@ def test_a_record_that_lacks_a_key(key, saved, tmp_path):
 @pytest.mark.parametrize("record", [None, 3, "x", [], True])
 def test_a_record_that_is_no_object(record, saved, tmp_path):
     folder = edit(shutil.copytree(saved / "llama-t5", tmp_path / "model"), lambda c: c.update(pe_patch=record))
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load_patched(folder)
 
 
@@ -273,7 +274,8 @@ def test_a_config_that_is_no_object(text, saved, tmp_path):
         load_patched(folder)
 
 
-VALUES = [None, True, -1, 0, 7, 10**400, 1.5, float("nan"), float("inf"), "", "x", "\x1b[31m", [], [1], [[]], {}, {"a": None}]
+NUMBERS = [True, -1, 0, 7, 10**400, 1.5, float("nan"), float("inf")]
+VALUES = [None, *NUMBERS, "", "x", "\x1b[31m", [], [1], [[]], {}, {"a": None}]
 
 
 def damaged(value, generator):
@@ -327,10 +329,11 @@ def test_a_truncated_file_of_the_schemes_weights(saved, tmp_path):
             load_patched(tmp_path / "adapter")
     (tmp_path / "adapter" / TENSORS).write_bytes(whole)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    for change in ({"version": "1"}, {"options": None}, {"trained": 3}, {"digest": None}, {"peft_type": 3}, {"layers": 3}):
-        changed = {**config, "pe_patch": {**config["pe_patch"], **change}}
+    wrong = {"version": "1", "options": None, "trained": 3, "digest": None, "peft_type": 3, "layers": 3}
+    for key, value in wrong.items():
+        changed = {**config, "pe_patch": {**config["pe_patch"], key: value}}
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(changed))
-        with pytest.raises(CheckpointError, match=next(iter(change))) as caught:
+        with pytest.raises(CheckpointError, match=key) as caught:
             load_patched(tmp_path / "adapter")
         assert "adapter_config.json" in str(caught.value)
     del model

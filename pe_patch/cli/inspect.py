@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from .application import app
 from .options import AsJson, Factor, Model, OnExisting, Options, SchemeName
 from .output import echo, print_json
