@@ -158,7 +158,8 @@ def native_values(stored: dict[str, Any], record: dict[str, Any]) -> dict[str, A
     native, values = record["native"], {key: value for key, value in stored.items() if key != FOREIGN}
     part = values
     if "config" in native:
-        part = values[native["config"]] = dict(values[native["config"]])
+        part = {key: value for key, value in values[native["config"]].items() if key != FOREIGN}
+        values[native["config"]] = part
     for field in (field for field in TYPED if str(part.get(field)).startswith(FOREIGN)):
         del part[field]
     part |= native.get("hidden", {})

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -337,3 +338,39 @@ def test_a_truncated_file_of_the_schemes_weights(saved, tmp_path):
             load_patched(tmp_path / "adapter")
         assert "adapter_config.json" in str(caught.value)
     del model
+
+
+@pytest.mark.parametrize(
+    ("submodule", "scheme", "options", "field"),
+    [("language_model", "t5", {}, "use_cache"), ("language_model", "yarn", {"factor": 4.0}, ""),
+     ("vision_tower", "rope_2d", {}, "hidden_size")],
+)  # fmt: skip
+def test_a_part_of_a_model_that_sees(submodule, scheme, options, field, tmp_path):
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=build("llama").config, image_token_index=96, vision_feature_layer=-1
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    patch_model(model, scheme, submodule=submodule, **options)
+    model.save_pretrained(tmp_path / "whole")
+    inputs = {"input_ids": tokens(1, 20).clone(), "pixel_values": torch.randn(1, 3, 16, 16)}
+    inputs["input_ids"][0, :4] = 96
+    for load in (load_patched, transformers.AutoModelForImageTextToText.from_pretrained):
+        loaded = load(tmp_path / "whole")
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        assert isinstance(loaded.config, transformers.LlavaConfig) and loaded.config.pe_patch["scheme"] == scheme
+    if field:
+        with pytest.raises(StrictDataclassFieldValidationError, match=f"{field}.*\n.*load_patched"):
+            type(model).from_pretrained(tmp_path / "whole")
+    if submodule == "language_model":
+        model.model.language_model.save_pretrained(tmp_path / "part")
+        part = load_patched(tmp_path / "part")
+        expected = model.model.language_model(IDS).last_hidden_state
+        assert torch.equal(part(IDS).last_hidden_state, expected)
+    loaded = unpatch_model(load_patched(tmp_path / "whole"))
+    parts = (loaded.config, loaded.config.text_config, loaded.config.vision_config)
+    assert not any(hasattr(each, "pe_patch") for each in parts)
+    unpatch_model(model)
+    assert type(model.config) is transformers.LlavaConfig and "pe_patch" not in str(model.config.to_dict())
