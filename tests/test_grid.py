@@ -300,8 +300,8 @@ def test_clip_s_text_tower_is_left_alone(case, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises((ValueError, KeyError, StrictDataclassFieldValidationError), match="pe_patch"):
         type(model).from_pretrained(tmp_path)
-    for load in (load_patched, AutoModel.from_pretrained):
-        loaded = load(tmp_path)
+    for read in (load_patched, AutoModel.from_pretrained):
+        loaded = read(tmp_path)
         assert describe(loaded).scheme == name
         assert all(torch.equal(one, other) for one, other in zip(both(loaded), (text, image), strict=True))
     unpatch_model(model)

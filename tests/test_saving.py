@@ -126,7 +126,7 @@ def test_saved_under_every_mechanism(family, scheme, written):
     _, expected, refused, native, found = written
     folder = f"{family}-{scheme}"
     if folder in refused:
-        assert folder not in expected
+        assert scheme not in ("sinusoidal", "nope", "yarn")  # which every family takes
         return
     ours, plain = found["ours"][folder], found["plain"][folder]
     assert not isinstance(ours, str), ours
