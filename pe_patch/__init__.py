@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from . import compat
 from .adapters import ADAPTERS as ADAPTERS
 from .adapters import Adapter as Adapter
+from .checkpoints.auto import register
 from .describe import Description as Description
 from .describe import describe as describe
 from .errors import AlreadyPatchedError as AlreadyPatchedError
 from .errors import CacheError as CacheError
 from .errors import NoEffectError as NoEffectError
 from .errors import PePatchError as PePatchError
+from .errors import PrintableFilter
 from .errors import UnsupportedError as UnsupportedError
 from .export import export as export
 from .patch import patch_model as patch_model
@@ -33,6 +36,8 @@ __version__ = "0.1.0"
 
 listen()
 compat.warn_if_untested()
+register()
+logging.getLogger(__name__).addFilter(PrintableFilter())
 
 
 def __getattr__(name: str) -> Any:

@@ -5,39 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
 from .adapters import Adapter
 from .adapters.adapter import native_parameters
-from .errors import OptionError
+from .patching.record import BESIDE, FOREIGN
+from .patching.record import VERSION as VERSION
+from .patching.record import record_of as record_of
+from .patching.saved_config import Mark, native_class_of
 from .scheme import Scheme
 from .swaps import Swap
 
-VERSION = 1
-FOREIGN = "pe_patch"
-"""The rope_type, or model_type, that plain Transformers refuses to load."""
-
 Kinds = dict[str | None, Scheme]
 """The scheme of each layer type that a patch touches; under None where a family has no types."""
-
-
-def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """What it takes to apply the same patch again, as it stands in `config.pe_patch`."""
-    record: dict[str, Any] = {"version": VERSION, "scheme": scheme.name, "options": scheme.recorded}
-    if layers is not None:
-        record["layers"] = layers
-    for key in ("submodule", "keep_native", "strict"):
-        if given[key]:
-            record[key] = given[key]
-    try:
-        return json.loads(json.dumps(record))
-    except TypeError as error:
-        raise OptionError(
-            f"The options of {scheme.name!r} must be numbers, strings, lists or dicts, since they are saved with the "
-            f"model: {error}."
-        ) from error
 
 
 def cache_specification(config: Any, record: dict[str, Any], kinds: Kinds) -> str:
@@ -59,9 +43,40 @@ def expressible(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, A
         return {}
     if adapter.rotary is None:
         return {} if adapter.alibi and scheme.name == adapter.native and not scheme.options else None
-    written = {kind: scheme.native() for kind, scheme in kinds.items()}
-    each = {kind: parameters for kind, parameters in written.items() if parameters is not None}
-    return _nested(config, each) if len(each) == len(written) else None
+    parameters = native_of_kinds(config, kinds)
+    return None if parameters is None or refusal(config, parameters) else parameters
+
+
+def native_of_kinds(config: Any, kinds: Kinds) -> dict[str, Any] | None:
+    """Return the `rope_parameters` of the schemes in Transformers' own terms, None if it has no terms for one."""
+    each = {kind: parameters for kind, scheme in kinds.items() if (parameters := scheme.native()) is not None}
+    return _nested(config, each) if len(each) == len(kinds) else None
+
+
+def refusal(config: Any, parameters: dict[str, Any]) -> str:
+    """Return why the family's config class does not take these `rope_parameters` as they are; empty if it does.
+
+    A family may check them when a config is made and when it is saved, and may rewrite them (Phi-3 makes YaRN into
+    LongRoPE), so a config is made here and asked.
+    """
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        values = {key: value for key, value in config.to_dict().items() if key != FOREIGN}
+        made = native_class_of(config).from_dict({**values, "rope_parameters": copy.deepcopy(parameters)})
+        if hasattr(made, "validate"):
+            made.validate()
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:  # whatever checks raise
+        return " ".join(str(error).split())
+    finally:
+        transformers.logging.set_verbosity(before)
+    return "" if _kept(parameters, made.rope_parameters) else f"{type(config).__name__} changes them"
+
+
+def _kept(given: Any, found: Any) -> bool:
+    if isinstance(given, dict) and isinstance(found, dict):
+        return all(key in found and _kept(value, found[key]) for key, value in given.items())
+    return given == found or (isinstance(given, tuple | list) and list(given) == list(found))
 
 
 def _whole(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, Any]) -> bool:
@@ -92,40 +107,42 @@ def config_swaps(
     swaps = [Swap.of(config, "_attn_implementation_internal", implementation)]
     native: dict[str, Any] = {"model_type": head.config.model_type}
     window, current = scheme.effective_window, getattr(config, "max_position_embeddings", None)
+    written: dict[str, Any] = {"max_position_embeddings": current}
     if window is not None and window != current:
         swaps.append(Swap.of(config, "max_position_embeddings", int(window)))
+        written["max_position_embeddings"] = int(window)
         native["max_position_embeddings"] = current
+    parameters = expressible(adapter, config, kinds, record)
+    foreign = parameters is None
+    if adapter.rotary is not None:
+        written["rope_parameters"] = native_parameters(config)
     if adapter.rotary is not None and not scheme.keeps_rotation:
-        parameters = expressible(adapter, config, kinds, record)
         if parameters is None or scheme.native_window not in (None, current if window is None else window):
-            foreign = {kind: native_parameters(config, kind).get("rope_theta") for kind in kinds}
-            parameters = _nested(config, {k: {"rope_type": FOREIGN, "rope_theta": t} for k, t in foreign.items()})
+            bases = {kind: native_parameters(config, kind).get("rope_theta") for kind in kinds}
+            parameters = _nested(config, {k: {"rope_type": FOREIGN, "rope_theta": t} for k, t in bases.items()})
+            foreign = True
         native["rope_parameters"] = native_parameters(config)
         rotary = getattr(base, adapter.rotary)
         if getattr(rotary, "config", None) is config:  # where it stays in use, it may read it at every call (PhiMoE)
             swaps.append(Swap.of(rotary, "config", copy.copy(config), direct=True))
         swaps.append(Swap.of(config, "rope_parameters", parameters))
+        written["rope_parameters"] = copy.deepcopy(parameters)
+    record = {**record, "native": native, "written": _as_saved(config, written)}
     if config is not head.config:
         native["config"] = next(key for key in head.config.sub_configs if getattr(head.config, key) is config)
-    swaps.append(Swap.of(head.config, FOREIGN, {**record, "native": native}))
+        alone = {key: value for key, value in native.items() if key != "config"} | {"model_type": config.model_type}
+        whole = {key: value for key, value in record.items() if key != "submodule"}
+        swaps.append(Swap.of(config, FOREIGN, {**whole, "native": alone}))
+    swaps.append(Swap.of(head.config, FOREIGN, record))
+    if foreign:
+        swaps += [Mark.of(each) for each in ((config,) if config is head.config else (config, head.config))]
     return swaps
 
 
-def saves_foreign(base: Any, adapter: Adapter, kinds: Kinds, record: dict[str, Any]) -> bool:
-    """Families without rotary parameters have nothing in their config that plain Transformers would stumble over, so
-    their `save_pretrained` is to write a model type that it does not know."""
-    return adapter.rotary is None and expressible(adapter, base.config, kinds, record) is None
-
-
-def save_foreign(
-    model: Any, inner: Callable[..., Any], save_directory: str | os.PathLike, *args: Any, **kwargs: Any
-) -> Any:
-    """The model's own `save_pretrained`, with a model type that only `load_patched` knows."""
-    result = inner(save_directory, *args, **kwargs)
-    file = Path(save_directory) / "config.json"
-    if file.exists():
-        write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"model_type": FOREIGN})
-    return result
+def _as_saved(config: Any, written: dict[str, Any]) -> dict[str, Any]:
+    """Return the values under the names that they have in the file of this family, as JSON reads them."""
+    saved = {config.attribute_map.get(key, key): written[key] for key in BESIDE if written.get(key) is not None}
+    return json.loads(json.dumps(saved))
 
 
 def write_json(file: Path, content: Any) -> None:

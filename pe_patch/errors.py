@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
+
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Marks that change the order in which the characters around them are shown."""
+CATEGORIES = frozenset(("Cc", "Cs", "Zl", "Zp"))
+"""Control characters, lone surrogates, and the separators of lines and paragraphs."""
+
+
+def printable(value: Any, keep: str = "\n\t") -> str:
+    r"""Return the text of `value` with control characters and direction marks escaped, as in `\x1b` or `\u2028`.
+
+    What comes from a file goes through here before it is shown: a terminal would obey the escape sequences in it.
+
+    Args:
+        keep: control characters that stay as they are.
+    """
+    return escape(str(value), lambda character: character.encode("unicode_escape").decode("ascii"), keep)
+
+
+def escape(text: str, write: Callable[[str], str], keep: str = "\n\t") -> str:
+    """Return the text with each character that acts on a terminal replaced by what `write` makes of it."""
+    if text.isprintable():
+        return text
+    return "".join(each if each in keep or not _acts(each) else write(each) for each in text)
+
+
+def _acts(character: str) -> bool:
+    return character in BIDI or unicodedata.category(character) in CATEGORIES
+
+
+class PrintableFilter(logging.Filter):
+    """Escape the messages of a logger, which may quote files."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if (escaped := printable(message)) != message:
+            record.msg, record.args = escaped, ()
+        return True
 
 
 class PePatchError(Exception):
-    """Root of everything this library raises on purpose."""
+    """Root of everything this library raises on purpose. Its message is safe to print."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UnknownNameError(PePatchError, ValueError):

@@ -13,7 +13,7 @@ from . import compat, resolve
 from .adapters import Adapter
 from .adapters.trained_window import TrainedWindow
 from .attention import Backend, backend_for, check_backend
-from .configuration import Kinds, cache_specification, config_swaps, record_of, save_foreign, saves_foreign
+from .configuration import Kinds, cache_specification, config_swaps, record_of
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import PePatchError
 from .joints import WithoutInner, at_scores, forward_swaps, native_swaps
@@ -224,8 +224,7 @@ def _assemble(
     )  # fmt: skip
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
-    save = save_foreign if saves_foreign(base, adapter, by_kind, record) else None
-    swaps += head_swaps(head, base, save)
+    swaps += head_swaps(head)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from pe_patch.errors import CheckpointError, OptionError
+from pe_patch.errors import CheckpointError, OptionError, PrintableFilter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -33,13 +33,12 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
 
 
 def empty_model(name: str) -> Any:
-    """The model on the meta device: every module and no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return the model on the meta device: every module and no weights. One that was saved patched is patched."""
+    from pe_patch.storage import build_empty
 
+    quiet_host()
     _check_folder(name)
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return build_empty(name)
 
 
 def apply(
@@ -89,10 +88,14 @@ def continue_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int) ->
 
 
 def quiet_host() -> None:
-    """Switch off Transformers' progress bars for loading and saving, which drown what a command has to say."""
+    """Switch off Transformers' progress bars for loading and saving, which drown what a command has to say, and escape
+    what it logs, which may quote a checkpoint."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    for handler in logging.get_logger("transformers").handlers:
+        if not any(isinstance(each, PrintableFilter) for each in handler.filters):
+            handler.addFilter(PrintableFilter())
 
 
 def _check_folder(name: str) -> None:

@@ -27,7 +27,7 @@ from .errors import CheckpointError, OptionError, PePatchError
 from .patching.cache_record import PREFIX
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
 from .resolve import WRAPPERS, unwrap
-from .swaps import Bound, Chain, Swap, bind
+from .swaps import Bound, Swap, bind
 
 SOURCE = "pe_source"
 """Where a config remembers the folder that it came from, for messages."""
@@ -132,11 +132,9 @@ def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     return result
 
 
-def head_swaps(head: PreTrainedModel, base: PreTrainedModel, save: Callable[..., Any] | None) -> list[Swap]:
-    """Saving and loading of adapters without a PEFT wrapper; `save` is what else stands round `save_pretrained`."""
-    outer = save_head if save is None else Chain(save_head, save)
-    swaps = [bind(head, "save_pretrained", outer), bind(head, "load_adapter", load_into_head)]
-    return swaps if save is None or base is head else [*swaps, bind(base, "save_pretrained", save)]
+def head_swaps(head: PreTrainedModel) -> list[Swap]:
+    """Saving and loading of adapters without a PEFT wrapper."""
+    return [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
 
 
 def watch(model: Any) -> None:

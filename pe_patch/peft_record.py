@@ -12,12 +12,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from .configuration import FOREIGN, VERSION, write_json
+from .configuration import write_json
 from .errors import CheckpointError, MismatchError, OptionError, PePatchError
+from .patching.record import FOREIGN, check_scheme
 from .resolve import unwrap
 
 logger = logging.getLogger("pe_patch")
@@ -105,23 +107,36 @@ def read_record(source: Any, **hub: Any) -> dict[str, Any] | None:
     file = _file(source, CONFIG, hub)
     if file is None:
         return None
-    return checked(json.loads(file.read_text(encoding="utf-8")).get(FOREIGN), source)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds {content!r}, not the object that an adapter's config is.")
+    return checked(content.get(FOREIGN), source)
 
 
 def checked(record: Any, source: Any) -> dict[str, Any] | None:
     """A record as it was found in an adapter's config, or a clear error."""
     if record is None:
         return None
-    try:
-        newer, right = record["version"] > VERSION, record["digest"] == digest(record)
-        _ = told(record), record["peft_type"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The record of the scheme in the adapter {source} is damaged: {error!r}.") from error
-    if newer:
-        raise CheckpointError(f"The adapter {source} was saved by a newer pe_patch: upgrade.")
-    if not right:
+    file = f"{source}/{CONFIG}"
+    check_scheme(record, file)
+    for key, kind, words in (
+        ("digest", str, "the digest of what logits depend on"),
+        ("peft_type", str, "the kind of adapter"),
+        ("trained", list, "a list of names of weights"),
+        ("native", dict, "an object with the values that the config had before the patch"),
+    ):
+        if not isinstance(record.get(key), kind) and (key in record or key in ("digest", "peft_type")):
+            raise CheckpointError(
+                f"{file}: the record of the scheme is damaged: {FOREIGN}.{key} is {record.get(key)!r}; expected "
+                f"{words}. Save the adapter again, or restore the file as it was saved."
+            )
+    if (found := digest(record)) != record["digest"]:
         raise CheckpointError(
-            f"The record of the scheme in the adapter {source} was changed by hand: its digest does not fit."
+            f"{file}: the record of the scheme, {told(record)}, was changed by hand: its digest is {found[:12]}..., "
+            f"not {record['digest'][:12]}... Restore the file as it was saved."
         )
     return record
 
@@ -206,7 +221,10 @@ class SchemeWeights:
         self.modules = scheme_modules(model) if record is not None else None
         current = {} if self.modules is None else self.modules.state_dict()
         file = _file(source, TENSORS, hub) if record is not None else None
-        self.weights = {} if file is None else load_file(file)
+        try:
+            self.weights = {} if file is None else load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}, the weights of the scheme, is damaged or cut short: {error}.") from error
         self.trained = [] if record is None else record.get("trained", [])
         if record is not None and current and not self.weights:
             raise CheckpointError(f"{source} lacks {TENSORS}, the weights of the scheme {record['scheme']!r}.")

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -25,14 +27,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from . import peft_record
-from .configuration import FOREIGN, VERSION
-from .errors import CheckpointError, PePatchError
+from .errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError
 from .patch import find_patch, restore_patch
+from .patching.record import FOREIGN, check_record, framework_of
+from .patching.saved_config import configured, native_values
 from .resolve import unwrap
 from .schemes.find import find_scheme
 
 logger = logging.getLogger("pe_patch")
 
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Keyword arguments of `from_pretrained` that say where the files are."""
 QUIET: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
 AUTO_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -62,38 +67,125 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
     """
     if is_adapter(path):
         return _load_adapted(path, **from_pretrained_kwargs)
-    stored = read_config(path)
-    record = stored.pop(FOREIGN, None)
-    if record is None:
+    hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
+    stored, source = read_config(path, **hub), config_file(path)
+    if FOREIGN not in stored:
+        if str(stored.get("model_type")).startswith(FOREIGN):
+            raise CheckpointError(
+                f"{source} lacks {FOREIGN!r}, the record of the patch that the model was saved with "
+                f"(model_type is {stored['model_type']!r}): restore the file as it was saved."
+            )
         raise CheckpointError(f"{path} was not saved from a patched model; load it with AutoModelForCausalLM instead.")
-    if record.get("version", 0) > VERSION:
-        raise CheckpointError(
-            f"{path} was saved by a newer pe_patch (record version {record['version']}, not {VERSION}): upgrade."
-        )
-    try:
-        scheme, options, config = record["scheme"], record["options"], native_config(stored, record["native"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"The record of the patch in {path} is damaged: {error}.") from error
-    architecture = (stored.get("architectures") or [None])[0]
+    record = check_record(stored[FOREIGN], stored, source)
+    config = native_config(stored, record["native"], source)
+    architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
+    return load_restored(path, config, record, model_class, **from_pretrained_kwargs)
+
+
+def load_restored(
+    path: str | Path,
+    config: Any,
+    record: dict[str, Any],
+    model_class: Any,
+    *model_args: Any,
+    output_loading_info: bool = False,
+    **from_pretrained_kwargs: Any,
+) -> Any:
+    """Load the weights of a patched model into a class of Transformers, and patch it as its record says.
+
+    Args:
+        config: the native config, from before the patch.
+        record: a record that holds.
+        model_class: a model class, or an auto class.
+        *model_args: handed on, as are the other keywords of `from_pretrained`.
+
+    Raises:
+        CheckpointError: the weights are damaged, or the record does not fit the model.
+    """
     try:
         with _without_load_report():  # which calls missing what a patch took away, and unexpected what it put there
             loaded: Any = model_class.from_pretrained(
-                path, config=config, output_loading_info=True, **from_pretrained_kwargs
+                path, *model_args, config=config, output_loading_info=True, **from_pretrained_kwargs
             )
     except (SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"The weights in {path} are missing, damaged or do not fit its config: {error}"
         ) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in from_pretrained_kwargs.items()) or "no arguments"
+        raise CheckpointError(
+            f"{config_file(path)} cannot be built as {model_class.__name__} with {given}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
     model, report = loaded
     before = set(unwrap(model).state_dict())
-    restore_patch(model, scheme, options, _framework(record))
+    apply_record(model, record, config_file(path))
     after = set(unwrap(model).state_dict())
-    if missing := sorted(set(report["missing_keys"]) & after):
-        raise CheckpointError(f"{path} lacks {missing[0]!r} and {len(missing) - 1} more weights of {architecture}.")
+    _check_missing(path, model, config, set(report["missing_keys"]) & after)
     if unknown := sorted(set(report["unexpected_keys"]) - after):
         logger.warning("%s holds %r and %d more weights that this model has no use for", path, unknown[0], len(unknown))
-    _load_weights(model, path, after - before, scheme)
+    hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
+    _load_weights(model, path, after - before, record["scheme"], hub)
+    return (model, report) if output_loading_info else model
+
+
+def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
+    """Patch a native model as a record says.
+
+    Raises:
+        CheckpointError: the record does not fit the model, or has values that its scheme does not take. The message
+            names the file.
+    """
+    try:
+        restore_patch(model, record["scheme"], record["options"], framework_of(record))
+    except UnsupportedError as error:
+        raise type(error)(f"{source}: {error}") from error
+    except (OptionError, UnknownNameError) as error:
+        raise CheckpointError(
+            f"{source}: the record of the patch ({', '.join((FOREIGN + '.options', *framework_of(record)))}) does not "
+            f"fit its model: {error}"
+        ) from error
+    except PePatchError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        # a scheme's own arithmetic on a value that no check of its options foresaw
+        raise CheckpointError(
+            f"{source}: the record of the patch, {record['scheme']}({record['options']}), cannot be applied: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_missing(path: str | Path, model: Any, config: Any, missing: set[str]) -> None:
+    """Raise where weights are not in the checkpoint; those of a new head are only reported, as Transformers does."""
+    stored = (config.architectures or [None])[0]
+    prefix = f"{model.base_model_prefix}."
+    fresh = set() if type(model).__name__ == stored else {name for name in missing if not name.startswith(prefix)}
+    if lacking := sorted(missing - fresh):
+        raise CheckpointError(f"{path} lacks {lacking[0]!r} and {len(lacking) - 1} more weights of {stored}.")
+    if fresh:
+        logger.warning(
+            "%s was saved from a %s, so these weights of %s are new and must be trained: %s",
+            path, stored, type(model).__name__, ", ".join(sorted(fresh)),
+        )  # fmt: skip
+
+
+def build_empty(path: str | Path) -> Any:
+    """Build a causal language model on the meta device, without its weights; patched, if it was saved patched.
+
+    Raises:
+        CheckpointError: there is no such model, or the record of its patch is damaged.
+    """
+    stored, source = read_config(path), config_file(path)
+    if FOREIGN not in stored:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    record = check_record(stored[FOREIGN], stored, source)
+    config = native_config(stored, record["native"], source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        apply_record(model, record, source)
     return model
 
 
@@ -137,13 +229,8 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
     else:
         auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
         model = auto_class.from_pretrained(base, **from_pretrained_kwargs)
-        restore_patch(model, record["scheme"], record["options"], _framework(record))
+        apply_record(model, record, f"{path}/{peft_record.CONFIG}")
     return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
-
-
-def _framework(record: dict[str, Any]) -> dict[str, Any]:
-    """What a record says to `patch_model` beside the scheme and its options."""
-    return {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
 
 
 @contextmanager
@@ -156,34 +243,33 @@ def _without_load_report() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def config_file(path: str | Path) -> str:
+    """Return the name of a model's config for messages."""
+    return f"{path}/config.json"
+
+
+def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
     """The config.json of a folder or hub name, as a dict; a clear error where there is none."""
-    if Path(path).exists() and not (Path(path) / "config.json").exists():
-        raise CheckpointError(f"{path} has no config.json, so it is not a saved model; give the folder that holds one.")
+    folder = Path(path) / str(hub.get("subfolder") or "")
+    if folder.exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is not a saved model; give the folder that holds one."
+        )
     try:
-        config, _ = PreTrainedConfig.get_config_dict(str(path))
-    except (OSError, ValueError) as error:
+        config, _ = PreTrainedConfig.get_config_dict(str(path), **hub)
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two where it holds no object
         raise CheckpointError(f"No model can be read from {path!s}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_file(path)} holds {config!r}, not the object that a model's config is.")
     return config
 
 
-def native_config(stored: dict[str, Any], native: dict[str, Any]) -> PreTrainedConfig:
+def native_config(stored: dict[str, Any], native: dict[str, Any], source: str = "config.json") -> PreTrainedConfig:
     """The config that the model had before it was patched."""
-    values = dict(stored)
-    target = values
-    if "config" in native:
-        target = values[native["config"]] = dict(values[native["config"]])
-    if "rope_parameters" in native:
-        target["rope_parameters"] = native["rope_parameters"]
-    if native.get("max_position_embeddings", 0) is None:
-        target.pop("max_position_embeddings", None)
-    elif "max_position_embeddings" in native:
-        target["max_position_embeddings"] = native["max_position_embeddings"]
-    values["model_type"] = native["model_type"]
-    return CONFIG_MAPPING[native["model_type"]].from_dict(values)
+    return configured(CONFIG_MAPPING[native["model_type"]], native_values(stored, {"native": native}), source)
 
 
-def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str) -> None:
+def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str, hub: dict[str, Any]) -> None:
     """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint.
 
     Transformers saves models of several towers under names of earlier versions, which differ before the tower's own
@@ -195,25 +281,32 @@ def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str) -
     prefix = f"{patch.path}." if patch is not None and patch.path else ""
     tails = {f".{name.removeprefix(prefix)}": name for name in wanted}
     found = {}
-    for file in _weight_files(path):
+    for file in _weight_files(path, hub):
         with safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():
                 ends = [tail for tail in tails if f".{stored}".endswith(tail)] if stored not in wanted else []
-                name = stored if stored in wanted else tails[max(ends, key=len)] if ends and prefix else None
+                name = stored if stored in wanted else tails[max(ends, key=len)] if ends else None
                 if name is not None:
                     found[name] = tensors.get_tensor(stored)
     if missing := sorted(wanted - set(found)):
         raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {scheme!r}.")
-    unwrap(model).load_state_dict(found, strict=False)
+    try:
+        unwrap(model).load_state_dict(found, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights of {scheme!r} do not fit its record: {error}") from error
 
 
-def _weight_files(path: str | Path) -> list[str]:
-    index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+def _weight_files(path: str | Path, hub: dict[str, Any]) -> list[str]:
+    quiet = {**hub, **QUIET}
+    index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **quiet)
     if index is None:
-        single = cached_file(str(path), SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        single = cached_file(str(path), SAFE_WEIGHTS_NAME, **quiet)
         if single is None:
-            raise PePatchError(f"{path} holds no safetensors weights, the only kind that is read here.")
+            raise CheckpointError(f"{path} holds no safetensors weights, the only kind that is read here.")
         return [single]
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    files = [cached_file(str(path), name) for name in names]
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
+    files = [cached_file(str(path), name, **hub) for name in names]
     return [file for file in files if file is not None]

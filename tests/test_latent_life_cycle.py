@@ -45,9 +45,12 @@ root, ids = sys.argv[1], torch.load(sys.argv[1] + "/ids.pt")
 found = {}
 for folder in sys.argv[2:]:
     with torch.no_grad():
-        found[folder] = load_patched(root + "/" + folder).eval()(ids, use_cache=False).logits
+        model = load_patched(root + "/" + folder).eval()
+        found[folder] = model(ids, use_cache=False).logits
+        again = AutoModelForCausalLM.from_pretrained(root + "/" + folder)
+        assert torch.equal(again(ids, use_cache=False).logits, found[folder])
     try:
-        AutoModelForCausalLM.from_pretrained(root + "/" + folder)
+        type(model).from_pretrained(root + "/" + folder)
         found[folder + " plain"] = "loaded"
     except Exception as error:
         found[folder + " plain"] = str(error)

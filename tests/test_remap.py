@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pe_patch import SCHEMES, PePatchError, Positions, UnsupportedError, describe, export, load_patched, patch_model
 
@@ -289,8 +290,10 @@ def test_saved_described_and_not_exported(name, tmp_path):
     model = put(build("llama", num_hidden_layers=1), name)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load_patched(tmp_path / "saved"), tokens(2, 48)), logits(model, tokens(2, 48)))
-    with pytest.raises(KeyError, match="pe_patch"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), tokens(2, 48)),
+                       logits(model, tokens(2, 48)))  # fmt: skip
+    with pytest.raises(StrictDataclassFieldValidationError, match="pe_patch"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "saved")
     with pytest.raises(UnsupportedError, match=f"cannot express '{name}'"):
         export(model, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()

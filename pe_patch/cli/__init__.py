@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
-
-import typer
 
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 
 # in the order in which --help lists them
 from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_, search  # noqa: F401
 from .application import app
+from .output import echo, log_to_terminal, print_traceback
 from .several import spread
 
 
@@ -20,15 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    logging.basicConfig(format="%(message)s")
+    log_to_terminal()
     try:
         app(spread([word for word in words if word != "--debug"]), prog_name="pe-patch")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
         if debug:
+            sys.excepthook = print_traceback
             raise
         kind = "" if isinstance(error, PePatchError) else f"{type(error).__name__}: "
-        typer.echo(f"pe-patch: {kind}{' '.join(str(error).split())}", err=True)
+        echo(f"pe-patch: {kind}{' '.join(str(error).split())}", err=True)
         return 2 if isinstance(error, UnknownNameError | OptionError) else 1
     return 0

@@ -9,7 +9,7 @@ import typer
 
 from .application import app
 from .options import AsJson, Device, Dtype, Factor
-from .output import command_line, console, print_json
+from .output import command_line, console, echo, print_json
 
 
 @app.command(
@@ -76,8 +76,8 @@ def compare(
         print_json(found.to_dict())
     else:
         command.show(found, console())
-    typer.echo(f"Report: {page}", err=True)
+    echo(f"Report: {page}", err=True)
     for label, reason in found.failures.items():
-        typer.echo(f"pe-patch: {label} failed: {reason}", err=True)
+        echo(f"pe-patch: {label} failed: {reason}", err=True)
     if found.failures:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from pe_patch.errors import OptionError
 
 from .application import app
 from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, SchemeName
-from .output import command_line, console, print_results
+from .output import command_line, console, echo, print_results
 
 
 @app.command(
@@ -109,4 +109,4 @@ def evaluate(
         console().print(summary(results))
     if output is not None:
         page = evaluation.write_report(results, output, title=f"Evaluation of {model}", command=command_line())
-        typer.echo(f"Report: {page}", err=True)
+        echo(f"Report: {page}", err=True)

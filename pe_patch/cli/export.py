@@ -9,7 +9,7 @@ import typer
 
 from .application import app
 from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, SchemeName
-from .output import print_json
+from .output import echo, print_json
 
 TARGET = "For whom: transformers, transformers4, vllm, sglang, llamacpp, or deepseek (latent attention)."
 
@@ -42,8 +42,8 @@ def export(
     if as_json:
         print_json({"path": str(written), "target": target, "commands": commands})
         return
-    typer.echo(f"Written to {written}")
+    echo(f"Written to {written}")
     for command in commands:
-        typer.echo(f"  {command}")
+        echo(f"  {command}")
     if commands:
-        typer.echo("More in SERVE.md there.")
+        echo("More in SERVE.md there.")

@@ -10,7 +10,7 @@ import typer
 
 from .application import app
 from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, SchemeName
-from .output import print_json
+from .output import echo, print_json
 
 
 @app.command(epilog='\b\nExample:\n  pe-patch generate ./my-llama --scheme yarn --factor 4 --prompt "Once upon a time"')
@@ -37,4 +37,4 @@ def generate(
     if as_json:
         print_json({"prompt": text, "prompt_tokens": tokens, "text": written})
     else:
-        typer.echo(written)
+        echo(written)

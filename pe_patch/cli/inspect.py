@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import typer
-
 from .application import app
 from .options import AsJson, Factor, Model, OnExisting, Options, SchemeName
-from .output import print_json
+from .output import echo, print_json
 
 
 @app.command(
@@ -29,4 +27,4 @@ def inspect(
     if as_json:
         print_json(description.to_dict())
     else:
-        typer.echo(str(description))
+        echo(str(description))

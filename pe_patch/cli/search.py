@@ -12,7 +12,7 @@ from pe_patch.errors import OptionError
 
 from .application import app
 from .options import AsJson, Device, Dtype, Model, OnExisting
-from .output import console, print_json
+from .output import console, echo, print_json
 
 
 @app.command(
@@ -70,8 +70,8 @@ def search(
         return
     console().print(result_table(found))
     if found.beaten:
-        typer.echo(f"{found.beaten} scores lower than anything found: use it, or search longer.")
-    typer.echo(f"Options of the scheme longrope: {output / 'best.json'}; picture: {output / 'search.png'}.")
+        echo(f"{found.beaten} scores lower than anything found: use it, or search longer.")
+    echo(f"Options of the scheme longrope: {output / 'best.json'}; picture: {output / 'search.png'}.")
 
 
 def _factors(path: Path) -> Any:

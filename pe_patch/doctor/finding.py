@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..errors import printable
+
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+def one_line(text: str) -> str:
+    """Return text that may quote a checkpoint as one line that is safe to print."""
+    return printable(" ".join(text.split("\n")), keep="")
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,10 @@ class Finding:
     in_effect: str
     remedy: str
 
+    def __post_init__(self) -> None:
+        for name in ("where", "claimed", "in_effect", "remedy"):
+            object.__setattr__(self, name, one_line(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -36,6 +47,10 @@ class Diagnosis:
     """What was looked at, in words."""
     effective: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By layer type ("all" where there are none): the base, the window, the factor on cos and sin, the wavelengths."""
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "family"):
+            object.__setattr__(self, name, one_line(getattr(self, name)))
 
     @property
     def healthy(self) -> bool:

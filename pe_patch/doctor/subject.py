@@ -218,7 +218,7 @@ def _config(subject: Subject) -> PreTrainedConfig:
 
 def build_empty(config: Any, said: dict[str, Any]) -> Any:
     """A model on the meta device: every module and no weights."""
-    architecture = getattr(transformers, (said.get("architectures") or [""])[0] or "", None)
+    architecture = getattr(transformers, (config.architectures or [""])[0] or "", None)
     fits = architecture is not None and getattr(architecture, "config_class", None) is type(config)
     with torch.device("meta"):
         return architecture._from_config(config) if fits else AutoModel.from_config(config)  # type: ignore[union-attr]

@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
-from ..configuration import FOREIGN, expressible
+from ..configuration import FOREIGN, expressible, native_of_kinds, refusal
 from ..errors import UnsupportedError
 from ..join import Patch
+from ..patching.saved_config import unmarked
 from ..rotation import Rotary
 from .checkpoint import Writer, save_model
 
@@ -28,8 +29,9 @@ def transformers_config(patch: Patch) -> Any:
         part = (
             " on some of the layers" if "layers" in record else " beside native positions" if patch.keep_native else ""
         )
+        why = f": {reason}" if (reason := _refused(patch)) else ""
         raise UnsupportedError(
-            f"Transformers' config cannot express {patch.scheme.name!r}{part} on {patch.base.config.model_type}. "
+            f"Transformers' config cannot express {patch.scheme.name!r}{part} on {patch.base.config.model_type}{why}. "
             "save_pretrained keeps the patch for pe_patch.load_patched; nothing was written."
         )
     return config_with(patch, parameters, patch.scheme.native_window)
@@ -37,8 +39,7 @@ def transformers_config(patch: Patch) -> Any:
 
 def config_with(patch: Patch, parameters: dict[str, Any], window: int | None) -> Any:
     """A copy of the model's config without the patch's record, with these rotary parameters and this window."""
-    config = copy.deepcopy(patch.head.config)
-    delattr(config, FOREIGN)
+    config = unmarked(copy.deepcopy(patch.head.config))
     inner = text_config(patch, config)
     if parameters:
         inner.rope_parameters = parameters
@@ -125,4 +126,14 @@ def _why(patch: Patch) -> str:
         return "these positions are no rotation by fixed frequencies, all that its config can say"
     if patch.scheme.length_dependent:
         return "its frequencies follow the length of the sequence in a way that no rope_type does; give a fixed factor"
-    return "no rope_type has these frequencies"
+    return _refused(patch) or "no rope_type has these frequencies"
+
+
+def _refused(patch: Patch) -> str:
+    """Why the family's config does not take the rotary parameters of the scheme; empty if there are none or it does."""
+    if patch.adapter.rotary is None or patch.scheme.keeps_rotation:
+        return ""
+    config = unmarked(copy.deepcopy(patch.base.config))
+    parameters = native_of_kinds(config, patch.kinds)
+    reason = "" if parameters is None else refusal(config, parameters)
+    return f"the config class of this family, {type(config).__name__}, does not take it ({reason})" if reason else ""

@@ -12,6 +12,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from pe_patch.errors import escape
 from pe_patch.evaluation.charts.theme import LIGHT, Colours, theme
 
 Panel = alt.Chart | alt.LayerChart
@@ -59,7 +60,7 @@ class Chart:
             whole = _plain(alt.concat(*self.panels, columns=self.columns, spacing=24))
         width = min(self.columns, len(self.panels)) * self.panels[0].width  # pyright: ignore[reportOperatorIssue]
         lines = textwrap.wrap(self.subtitle, max(50, round(width / 5.2)))
-        whole["title"] = {"text": self.title, "subtitle": lines, "fontSize": 15, "offset": 14, "limit": 0}
+        whole["title"] = _printable({"text": self.title, "subtitle": lines, "fontSize": 15, "offset": 14, "limit": 0})
         whole["padding"] = 14
         return vl_convert.vegalite_to_png(whole, scale=2.0 if len(self.panels) <= 4 else 1.5, config=theme(colours))
 
@@ -69,7 +70,19 @@ def _plain(panel: Any) -> dict[str, Any]:
     with alt.data_transformers.enable("default", max_rows=None), alt.theme.enable("none"):
         found = panel.to_dict()
     found.pop("$schema")
-    return found
+    return _printable(found)
+
+
+def _printable(value: Any) -> Any:
+    """Replace the control characters in every string of a specification, at which the renderer would abort.
+
+    Not by an escape: the renderer puts some strings into expressions, which would make the character of it again.
+    """
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return escape(value, lambda _: "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else value
 
 
 def file_name(*parts: str) -> str:
