@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import typer
+
+_stdout: Any = None
+"""Where JSON goes while other output is kept away from it; None is the present standard output."""
 
 
 def console() -> Any:
@@ -17,7 +22,19 @@ def console() -> Any:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False), file=_stdout)
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep standard output for JSON: what libraries print there (DeepSpeed does, when imported) goes to stderr."""
+    global _stdout
+    _stdout = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout = None
 
 
 def print_results(results: Any) -> None:
