@@ -19,7 +19,14 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def run(
-    asked: Mapping[str, Any], output: Path, *, preset: str | None, quick: bool, workers: int | None, line: str
+    asked: Mapping[str, Any],
+    output: Path,
+    *,
+    preset: str | None,
+    quick: bool,
+    workers: int | None,
+    line: str,
+    overwrite: bool = False,
 ) -> tuple[Comparison, Path]:
     """Compare, write the page, and give both the result and the page's path; `line` is the command line."""
     from pe_patch.loading import parse_options, quiet_host
@@ -30,7 +37,9 @@ def run(
         presets.refuse(given, DEFAULTS)
         chosen, settings = presets.find(preset, output, seed=seed, quick=quick)
         # their models are so small that two threads on one are slower than one thread on each of two
-        found = carry_out(settings, output, workers=processes.cores() if workers is None else workers)
+        found = carry_out(
+            settings, output, workers=processes.cores() if workers is None else workers, overwrite=overwrite
+        )
         return found, page.write(found, output, title=chosen.title, command=line, more=chosen.notes)
     if quick:
         raise OptionError(
@@ -55,6 +64,7 @@ def run(
         device=given["device"],
         batch_size=given["batch_size"],
         workers=workers,
+        overwrite=overwrite,
     )
     return found, page.write(found, output, title=f"Schemes on {given['model']}", command=line)
 
