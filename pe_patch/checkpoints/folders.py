@@ -88,8 +88,8 @@ def check_output(folder: PathLike, kind: Kind, *, inputs: Iterable[Any] = (), ov
     return real
 
 
-def refuse_input(folder: PathLike, inputs: Iterable[Any], *, shown: PathLike | None = None) -> None:
-    """Raise `OutputError` where a folder to write is one of the inputs, lies inside one, or contains one.
+def refuse_input(folder: PathLike, inputs: Iterable[Any], *, shown: PathLike | None = None, above: bool = True) -> None:
+    """Raise `OutputError` where a folder to write is one of the inputs, lies inside one, or (`above`) contains one.
 
     Paths are compared as the file system does it: through links, relative parts and upper or lower case.
     """
@@ -102,7 +102,7 @@ def refuse_input(folder: PathLike, inputs: Iterable[Any], *, shown: PathLike | N
         relation = (
             "is" if _same(real, source)
             else "lies inside" if source.is_dir() and any(_same(parent, source) for parent in real.parents)
-            else "contains" if any(_same(parent, real) for parent in source.parents)
+            else "contains" if above and any(_same(parent, real) for parent in source.parents)
             else None
         )  # fmt: skip
         if relation is not None:
