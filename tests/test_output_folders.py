@@ -147,6 +147,7 @@ def test_the_same_command_writes_again_to_its_own_folder(
         code, err = run(*command(name, model, output, text))
         assert code == 0, err
     (output / "run.log").write_text("what the command printed")  # a log beside the results is no reason to stop
+    (output / "printed.txt").touch()  # nor is what a shell has just opened
     assert run(*command(name, model, output, text))[0] == 0
 
 

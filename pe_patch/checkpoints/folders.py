@@ -41,7 +41,7 @@ class Kind:
 
 
 EVALUATION = Kind("an evaluation", ("journal.jsonl", "results.jsonl"))
-COMPARISON = Kind("a comparison", ("settings.json:contenders",), frozenset({EVALUATION.name}))
+COMPARISON = Kind("a comparison", ("settings.json:contenders", "start/model.safetensors"), frozenset({EVALUATION.name}))
 SEARCH = Kind("a search", ("settings.json:iterations", "search.jsonl", "best.json:long_factor"))
 SWEEP = Kind("a sweep of conversions", ("sweep.jsonl",))
 TRAINING = Kind("a training run", ("recipe.yaml", "log.jsonl", "checkpoints"))
@@ -126,7 +126,7 @@ def foreign_content(folder: Path, kind: Kind) -> str:
     """Name what a folder holds that a command of this kind has not written; an empty string if there is nothing."""
     if not folder.is_dir():
         return ""
-    names = sorted(name for name in os.listdir(folder) if not _matches(name, HARMLESS))
+    names = sorted(name for name in os.listdir(folder) if not _matches(name, HARMLESS) and not _empty(folder / name))
     if not names:
         return ""
     if not kind.wrote(folder):
@@ -202,6 +202,11 @@ def _move(content: Path, folder: Path, old: Path, stale: Collection[str]) -> Non
             if os.path.lexists(old / name):
                 os.replace(old / name, folder / name)
         raise
+
+
+def _empty(file: Path) -> bool:
+    """Return whether this is a file without content, such as one that a shell has just opened for what is printed."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_size == 0
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -28,7 +28,8 @@ from .cases import logged
 
 YARN = "scheme={name: yarn, options: {factor: 4}}"
 SMALL = "evaluation={every: 4, tasks: [perplexity, passkey], lengths: [64, 128], samples: 2}"
-SHORT = ["phases.0.steps=4", YARN, SMALL, "trackers=[]"]
+PLAIN = ["phases.0.steps=4", SMALL, "trackers=[]"]
+SHORT = [*PLAIN, YARN]
 
 
 def no_step(self: Any, *_: Any) -> None:
@@ -44,6 +45,7 @@ MISSING: dict[str, tuple[list[str], list[str]]] = {
     "no room for the needles": (["evaluation.tasks=[needle]", "evaluation.lengths=[64, 16]"], ["16"]),
     "LongBench's files": (["evaluation.tasks=[longbench_hotpotqa]"], ["hotpotqa"]),
     "RULER's files": (["evaluation.tasks=[ruler_qa_squad]", "evaluation.lengths=[2000]"], ["squad"]),
+    "a wording that cannot ask it": (["evaluation.tasks=[heat_map]"], ["wording", "needle_single"]),
     "no samples": (["evaluation.samples=0"], ["samples"]),
     "no positions": (
         ["scheme={name: learned, options: {max_positions: 100}}", "evaluation.lengths=[64, 128]"], ["128", "100"],
@@ -58,7 +60,7 @@ def test_an_evaluation_that_cannot_run_is_found_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(Trainer, "_step", no_step)
     told, said = MISSING[missing]
-    assert main([str(recipe_file), *SHORT, *told, f"dry_run={str(dry).lower()}"]) == 2
+    assert main([str(recipe_file), *PLAIN, *told, f"dry_run={str(dry).lower()}"]) == 2
     err = capsys.readouterr().err
     assert "evaluation" in err and all(part.lower() in err.lower() for part in said), err
     assert "Traceback" not in err and not (tmp_path / "run").exists()
@@ -115,8 +117,8 @@ def test_the_rehearsal_asks_the_questions_and_runs_no_model(recipe_file: Path, m
     monkeypatch.setattr(type(model), "forward", run)
     output = recipe_file.parent / "nothing"
     found = measuring.evaluate(
-        model, tokenizer, ["perplexity", "needle", "heat_map", "ruler_local"], [512], samples=2, beyond_window=True,
-        text=[make_text(4000)], output=output, dry_run=True,
+        model, tokenizer, ["perplexity", "needle", "needle_multi_query", "niah_single_1", "key_value"], [512], samples=2,
+        beyond_window=True, text=[make_text(4000)], output=output, dry_run=True,
     )  # fmt: skip
     assert found.rows == [] and found.config["lengths"] == [512] and not output.exists()
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pe_patch.checkpoints.folders import COMPARISON, check_output
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.comparison import page, presets, processes
 from pe_patch.evaluation.comparison.comparison import Comparison
@@ -35,6 +36,7 @@ def run(
     seed, given = asked["seed"], {key: asked[key] for key in DEFAULTS}
     if preset is not None:
         presets.refuse(given, DEFAULTS)
+        check_output(output, COMPARISON, overwrite=overwrite)  # a preset may build its model there
         chosen, settings = presets.find(preset, output, seed=seed, quick=quick)
         # their models are so small that two threads on one are slower than one thread on each of two
         found = carry_out(

@@ -114,7 +114,9 @@ class Folder:
 
         One that holds anything else raises `OutputError` unless `overwrite=True`.
         """
-        check_output(self.root, COMPARISON, inputs=[settings.model, settings.text], overwrite=overwrite)
+        own = Path(settings.model) == self.root.resolve() / "start"  # a preset's model, made here
+        inputs = [None if own else settings.model, settings.text]
+        check_output(self.root, COMPARISON, inputs=inputs, overwrite=overwrite)
         file, ours = self.root / "settings.json", settings.record()
         if not file.exists():
             self.root.mkdir(parents=True, exist_ok=True)
