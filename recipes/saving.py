@@ -87,11 +87,22 @@ def check_room(trainer: Trainer) -> None:
 
 
 def check_saved(trainer: Trainer) -> None:
-    """Save everything but the weights into a temporary folder and read it back.
+    """Save everything but the weights into a temporary folder and read it back, on the process that is to save them.
 
     Raises:
-        RecipeError: the model could be trained, and then not be saved or not be loaded again.
+        RecipeError: the model could be trained, and then not be saved or not be loaded again. Every process raises.
     """
+    problem: RecipeError | None = None
+    if trainer.accelerator.is_main_process:
+        try:
+            _save_and_read(trainer)
+        except RecipeError as error:
+            problem = error
+    if trainer.engine.failed_anywhere(problem is not None):
+        raise problem or RecipeError("The main process found that this model cannot be saved; nothing was trained.")
+
+
+def _save_and_read(trainer: Trainer) -> None:
     model: Any = unwrap(trainer.model)
     record = getattr(model.config, FOREIGN, None)
     with tempfile.TemporaryDirectory(prefix="pe-patch-") as folder:

@@ -117,8 +117,8 @@ def test_the_rehearsal_asks_the_questions_and_runs_no_model(recipe_file: Path, m
     monkeypatch.setattr(type(model), "forward", run)
     output = recipe_file.parent / "nothing"
     found = measuring.evaluate(
-        model, tokenizer, ["perplexity", "needle", "needle_multi_query", "niah_single_1", "key_value"], [512], samples=2,
-        beyond_window=True, text=[make_text(4000)], output=output, dry_run=True,
+        model, tokenizer, ["perplexity", "needle", "needle_multi_query", "niah_single_1", "key_value"], [512],
+        samples=2, beyond_window=True, text=[make_text(4000)], output=output, dry_run=True,
     )  # fmt: skip
     assert found.rows == [] and found.config["lengths"] == [512] and not output.exists()
 
