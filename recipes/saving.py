@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +109,8 @@ def _save_and_read(trainer: Trainer) -> None:
     record = getattr(model.config, FOREIGN, None)
     with tempfile.TemporaryDirectory(prefix="pe-patch-") as folder:
         try:
-            model.save_pretrained(folder, state_dict={})
+            with _unquantised(model):
+                model.save_pretrained(folder, state_dict={})
             trainer.tokenizer.save_pretrained(folder)
             stored = read_config(folder)
             if stored.pop(FOREIGN, None) != record:
@@ -122,6 +125,21 @@ def _save_and_read(trainer: Trainer) -> None:
                 f"({type(error).__name__}: {said}). Nothing was trained. Take another scheme; "
                 "`pe-patch advise MODEL --target-length N` names those that fit."
             ) from error
+
+
+@contextmanager
+def _unquantised(model: Any) -> Iterator[None]:
+    """Let a quantised model be saved without weights: its quantiser would take all of them, whatever is handed over.
+    In the end the weights are saved as they were before quantisation."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    model.hf_quantizer = None
+    try:
+        yield
+    finally:
+        model.hf_quantizer = quantizer
 
 
 def _saved_bytes(model: Any, recipe: Recipe) -> int:
