@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pe_patch.checkpoints.folders import DEMO, check_output
 from pe_patch.errors import CheckpointError, PePatchError
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.perplexity import Perplexity
@@ -58,6 +59,8 @@ class Settings:
     from_scratch: bool = False
     """Train the base model first instead of taking the one that comes with the package."""
     seed: int = 0
+    overwrite: bool = False
+    """Write to an output folder that holds something else."""
 
 
 def quick(output: Path) -> Settings:
@@ -67,6 +70,7 @@ def quick(output: Path) -> Settings:
 
 def run(settings: Settings, console: Console | None = None) -> Results:
     """Measure, fine-tune, measure again, print the table and write the report to `settings.output`."""
+    check_output(settings.output, DEMO, inputs=[BASE], overwrite=settings.overwrite)
     console = console or Console()
     started = time.perf_counter()
     source = _train_base(settings, console) if settings.from_scratch else BASE
@@ -92,6 +96,7 @@ def run(settings: Settings, console: Console | None = None) -> Results:
         command=command(settings),
         notes=NOTES,
         frequencies=frequencies(model, settings),
+        overwrite=True,  # checked at the start
     )
     console.print(verdict(results))
     console.print(f"Report: {page} ({results.config['seconds']:.0f} s)")

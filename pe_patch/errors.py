@@ -89,6 +89,10 @@ class CheckpointError(PePatchError, OSError):
     """A folder that is not a checkpoint, or a checkpoint that does not hold what it claims."""
 
 
+class OutputError(PePatchError, FileExistsError):
+    """A folder that may not be written to: an input, one that holds something else, or one that cannot be created."""
+
+
 class MismatchError(PePatchError, ValueError):
     """An adapter of another scheme than the model stands under."""
 

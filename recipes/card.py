@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from pe_patch.evaluation.results import write_atomically
+
 from . import curve
 from .data import mix_table
 from .plan import duration
@@ -61,7 +63,10 @@ Run on {{ machine }} with {{ versions }}.
 
 
 def write(trainer: Trainer) -> None:
-    """Write `README.md` and `curve.png` beside the trained model, from the log of the run."""
+    """Write `README.md` and `curve.png` beside the trained model, from the log of the run.
+
+    It is written before the last evaluation, and once more after it.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     recipe, folder = trainer.recipe, trainer.output / "model"
@@ -69,7 +74,7 @@ def write(trainer: Trainer) -> None:
     steps = [line for line in lines if line["event"] == "step"]
     rows = [line for line in lines if line["event"] == "evaluation"]
     if steps:
-        (folder / "curve.png").write_bytes(curve.picture(steps, rows))
+        write_atomically(folder / "curve.png", curve.picture(steps, rows))
     source = recipe.model.source
     name = "a small demonstration model" if source == "demo" else source or "A model with fresh weights"
     on_hub = source is not None and source.count("/") == 1 and not source.startswith((".", "/"))
@@ -85,14 +90,14 @@ def write(trainer: Trainer) -> None:
         loading=_loading(trainer),
         steps=bool(steps),
         trained=_trained(trainer, steps) if steps else "None: the scheme works on the model as it was.",
-        scores=_scores(rows),
+        scores=_scores(rows, steps[-1]["step"] if steps else 0),
         recovery=_recovery(rows),
         data=_mix(trainer) if steps else "None was trained on.",
         recipe=OmegaConf.to_yaml(OmegaConf.structured(recipe)),
         machine=trainer.engine.describe(),
         versions=", ".join(f"{one} {version(one)}" for one in VERSIONS) + f" and Python {platform.python_version()}",
     )
-    said.save(folder / "README.md")
+    write_atomically(folder / "README.md", str(said))
 
 
 def _scheme(recipe: Recipe) -> str:
@@ -133,8 +138,8 @@ def _mix(trainer: Trainer) -> str:
     return "\n".join([head, "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", *rows])
 
 
-def _scores(rows: list[dict[str, Any]]) -> str:
-    """The first and the last measurement of each kind, side by side."""
+def _scores(rows: list[dict[str, Any]], last: int) -> str:
+    """The measurements of each kind before the first step and after the `last` one, side by side."""
     kinds = list(dict.fromkeys((row["task"], row["measure"], row["length"], row["depth"]) for row in rows))
     if not kinds:
         return ""
@@ -147,7 +152,7 @@ def _scores(rows: list[dict[str, Any]]) -> str:
         original = [row["score"] for row in of if row["original"]]
         ours = [row for row in of if not row["original"]]
         before = [row["score"] for row in ours if row["step"] == 0]
-        after = [row["score"] for row in ours if row["step"] == ours[-1]["step"] > 0]
+        after = [row["score"] for row in ours if row["step"] == last > 0]
         shown = " | ".join(f"{values[-1]:.3f}" if values else "-" for values in (original, before, after))
         depth = "" if kind[3] is None else f", depth {kind[3]:g}"
         measured = f"{of[-1]['samples']} samples: {of[-1]['measured_on']}"
@@ -164,6 +169,8 @@ def _recovery(rows: list[dict[str, Any]]) -> str:
     bound = first["score"] * (1 + RECOVERED)
     same = ("task", "measure", "length", "depth")
     ours = [row for row in rows if not row["original"] and all(row[key] == first[key] for key in same)]
+    if not ours:
+        return ""
     reached = next((row["step"] for row in ours if row["score"] <= bound), None)
     when = f"first at step {reached}" if reached is not None else f"never in {ours[-1]['step']} steps"
     return (

@@ -16,7 +16,7 @@ if not __package__:  # started as a script, which has no package to import its n
 
 from pe_patch.errors import PePatchError
 
-from .guard import LEFT, Left
+from .guard import LEFT, Left, Unfinished
 from .reading import load_recipe
 from .recipe import Recipe, RecipeError
 from .trainer import Trainer
@@ -35,7 +35,7 @@ def train(recipe: Recipe) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a recipe that is wrong, 1 for a run that failed, 143 for one that
-    SIGTERM ended and that was saved."""
+    SIGTERM ended and that was saved, 130 for one that was interrupted after its model was saved."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         train(load_recipe(known.recipe, overrides))
     except tuple(EXIT_CODES) as error:
         print(error, file=sys.stderr)
+        if isinstance(error, Unfinished):
+            return error.exit_code
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     return 0
 

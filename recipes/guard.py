@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -23,6 +25,39 @@ class TrainingError(PePatchError, RuntimeError):
 
 class Left(PePatchError):
     """SIGTERM came; the run was saved, and can be gone on with."""
+
+
+class EvaluationError(PePatchError, RuntimeError):
+    """An evaluation during or before training did not finish."""
+
+
+class Unfinished(PePatchError, RuntimeError):
+    """The model is trained and saved, and what follows did not finish; `exit_code` is that of the script."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where it arrives. No handler of ordinary exceptions may take it for a failure of its own."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM for as long as the block lasts."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def fault(loss: float, norm: float, progress: Progress, wanted: Guard) -> str | None:

@@ -152,6 +152,12 @@ def show(trainer: Trainer) -> None:
         f"{sum(row['steps'] for row in rows):,} steps at most, {sum(row['tokens'] for row in rows):,} tokens, "
         f"about {duration(total)}. {trained:,} of {whole:,} parameters are trained."
     )
+    if recipe.evaluation.every:
+        lengths = ", ".join(f"{length:,}" for length in trainer.measure.lengths)
+        console.print(
+            f"The evaluation ({', '.join(recipe.evaluation.tasks)} at {lengths} tokens) was prepared: its text and "
+            "questions are there."
+        )
     console.print(
         f"Time: the second of two micro-batches of each phase on {trainer.engine.describe()}, times their number; "
         f"without evaluation, checkpoints and loading. Memory: the peak of {trainer.engine.memory_of} after a step."

@@ -271,6 +271,8 @@ class Recipe:
     is always written."""
     progress: bool = True
     """Show a progress bar."""
+    overwrite: bool = False
+    """Write into an output folder that holds something else than a run."""
     dry_run: bool = False
     """Print what would be trained and what it would cost, and stop."""
     version: int = VERSION

@@ -17,12 +17,12 @@ from transformers import get_scheduler
 from pe_patch.export import check_export
 from pe_patch.text import load_documents
 
-from . import finish, plan
+from . import finish, plan, saving
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from .chunked import Scorer
 from .data import PhaseData, first_tokens, load_corpora, micro_batches
 from .engines import IGNORED, choose_engine
-from .guard import Left, Signal, TrainingError, fault
+from .guard import EvaluationError, Left, Signal, TrainingError, fault
 from .log import Log
 from .loss import Score
 from .measure import Measure
@@ -84,6 +84,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.output, self.folder = recipe, Path(recipe.output), Path(recipe.output) / "checkpoints"
+        saving.check_folders(recipe)
         self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
         self.signal, self.leaving = Signal(), False
         self.trackers = _trackers(recipe)
@@ -100,6 +101,7 @@ class Trainer:
         self.measure = Measure(recipe, self.engine, self.tokenizer, lambda: self._documents("test"))
         self.model = load_model(recipe, self.tokenizer)
         self.measure.settle(self.model)
+        self.measure.check(self.model)
         if self.checkpoint is None and not recipe.dry_run:
             self.measure.original(self.model)
         scheme, device = recipe.scheme, self.accelerator.device
@@ -109,6 +111,10 @@ class Trainer:
         self.engine.refuse(recipe, self.model)
         for target in recipe.export:
             check_export(self.model, target)
+        self.measure.check_positions(self.model)
+        saving.check_inputs(recipe)
+        saving.check_saved(self)
+        saving.check_room(self)
         self.teacher = None if recipe.distill is None else build_teacher(recipe, self.model, device)
 
     def tokens(self, count: int | None) -> list[list[int]]:
@@ -149,8 +155,9 @@ class Trainer:
                 self.measure.at_the_start(self.model, log)
             while self.progress.phase < len(recipe.phases):
                 self._phase(recipe.phases[self.progress.phase])
-            self.measure.at_the_end(self.model, log, self.progress.step)
-        return finish.finish(self)
+            saved, trained = finish.save(self)
+        finish.finish(self, trained)
+        return saved
 
     def _without_training(self) -> Any:
         """Measure and save a model whose scheme needs no training."""
@@ -158,12 +165,14 @@ class Trainer:
         self.output.mkdir(parents=True, exist_ok=True)
         save_recipe(self.recipe, self.output / "recipe.yaml")
         path = self.output / "log.jsonl"
-        with Log(self.accelerator, path, from_step=0, total_steps=0, progress=self.recipe.progress) as self.log:
+        log = Log(self.accelerator, path, from_step=0, total_steps=0, progress=self.recipe.progress)
+        with log as self.log, self.signal:
             self.log.console.print(f"{self.recipe.scheme.name} needs no training: the model is measured and saved.")
             self.model, self.optimizer = self.engine.prepare(self.model, None)
             self.measure.at_the_start(self.model, self.log)
-            self.measure.at_the_end(self.model, self.log, 0)
-        return finish.finish(self)
+            saved, trained = finish.save(self)
+        finish.finish(self, trained)
+        return saved
 
     def prepare(self) -> None:
         """Build loss and optimiser, and hand model and optimiser to the engine."""
@@ -293,12 +302,25 @@ class Trainer:
         """Evaluation and checkpoint, each at its own interval; and leaving, where that was asked for."""
         step, recipe = self.progress.step, self.recipe
         every = recipe.checkpoints.every
-        if recipe.evaluation.every and step % recipe.evaluation.every == 0:
-            self.measure.during(self.model, self.log, step)
+        # After the last step the model is saved first, and measured then.
+        more = self.progress.phase < len(recipe.phases)
+        if recipe.evaluation.every and step % recipe.evaluation.every == 0 and more:
+            self._measure(step)
         if (every and step % every == 0) or self.leaving:
             saved = save_checkpoint(self.engine, self.folder, self.progress, recipe)
             if self.leaving:
                 raise Left(f"Told to leave at step {step}, after saving {saved}. Give resume=auto to go on from there.")
+
+    def _measure(self, step: int) -> None:
+        """Measure on the way; if that fails the run ends, after a checkpoint."""
+        try:
+            self.measure.during(self.model, self.log, step)
+        except EvaluationError as error:
+            saved = save_checkpoint(self.engine, self.folder, self.progress, self.recipe)
+            raise TrainingError(
+                f"The evaluation at step {step} did not finish: {error} The run is saved in {saved}: correct the "
+                "evaluation section, or leave it out with evaluation.every=null, and rerun with resume=auto."
+            ) from error
 
     def _documents(self, split: Literal["train", "test"]) -> list[str]:
         data = self.recipe.data

@@ -70,7 +70,7 @@ def test_options_are_read_as_what_they_look_like():
         parse_options(["factor"])
 
 
-COMMANDS = "demo list inspect doctor evaluate compare advise generate export convert search".split()
+COMMANDS = "demo list inspect doctor evaluate compare advise generate export convert search selftest".split()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

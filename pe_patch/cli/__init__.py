@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 
 # in the order in which --help lists them
-from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_, search  # noqa: F401
+from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_, search, selftest  # noqa: F401
 from .application import app
-from .output import echo, log_to_terminal, print_traceback
+from .output import echo, json_alone, log_to_terminal, print_traceback
 from .several import spread
 
 
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     log_to_terminal()
     try:
-        app(spread([word for word in words if word != "--debug"]), prog_name="pe-patch")
+        with json_alone() if "--json" in words else nullcontext():
+            app(spread([word for word in words if word != "--debug"]), prog_name="pe-patch")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Device, Dtype, Factor
+from .options import AsJson, Device, Dtype, Factor, Overwrite
 from .output import command_line, console, echo, print_json
 
 
@@ -59,6 +59,7 @@ def compare(
     output: Annotated[
         Path, typer.Option(help="The folder of everything; what is finished there is not done again.")
     ] = Path("comparison"),
+    overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
@@ -71,7 +72,9 @@ def compare(
         "steps": steps, "samples": samples, "text": text, "seed": seed, "batch_size": batch_size, "dtype": dtype,
         "device": device,
     }  # fmt: skip
-    found, page = command.run(asked, output, preset=preset, quick=quick, workers=workers, line=command_line())
+    found, page = command.run(
+        asked, output, preset=preset, quick=quick, workers=workers, line=command_line(), overwrite=overwrite
+    )
     if as_json:
         print_json(found.to_dict())
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Device, Dtype, Model, Options
+from .options import AsJson, Device, Dtype, Model, Options, Overwrite
 from .output import console, print_json
 
 
@@ -39,6 +39,7 @@ def convert(
     keep_original: Annotated[bool, typer.Option("--keep-original", help="Save the replaced weights as well.")] = False,
     out: Annotated[Path | None, typer.Option(help="Save the converted model to this folder.")] = None,
     output: Annotated[Path, typer.Option(help="The folder of the sweep's table and picture.")] = Path("sweep"),
+    overwrite: Overwrite = False,
     seed: Annotated[int, typer.Option(help="Of the calibration, the questions and the places.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -50,7 +51,7 @@ def convert(
     sizes = {"kv_rank": kv_rank, "cache_ratio": cache_ratio, "max_loss": max_loss, "rope_dim": rope_dim}
     request = conversion_command.Request(
         target=to, methods=method or (), sizes=sizes, options=option or (), sweep=sweep, out=out, output=output,
-        keep_original=keep_original,
+        keep_original=keep_original, overwrite=overwrite,
     )  # fmt: skip
     questions = 0 if no_retrieval and not sweep else samples
     text_of = {"calibration": calibration, "tokens": calibration_tokens, "text": text, "length": length, "seed": seed}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson
+from .options import AsJson, Overwrite
 from .output import print_results
 
 
@@ -19,6 +19,7 @@ def demo(
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train the base model first.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions and steps: a first look.")] = False,
     seed: Annotated[int, typer.Option(help="Of the questions and of the training.")] = 0,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Take a small model to eight times its window, measure six schemes, fine-tune with one, write a report."""
@@ -32,6 +33,7 @@ def demo(
     quiet_host()
     settings = demonstration.quick(output) if quick else demonstration.Settings(output=output)
     chosen = replace(settings, from_scratch=from_scratch, seed=seed, steps=settings.steps if steps is None else steps)
+    chosen = replace(chosen, overwrite=overwrite)
     results = demonstration.run(chosen, Console(stderr=as_json))
     if as_json:
         print_results(results)

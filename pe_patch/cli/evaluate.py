@@ -10,7 +10,7 @@ import typer
 from pe_patch.errors import OptionError
 
 from .application import app
-from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, SchemeName
+from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
 from .output import command_line, console, echo, print_results
 
 
@@ -59,6 +59,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Write a report to this folder; rows that it holds are not measured again.")
     ] = None,
+    overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
@@ -66,7 +67,7 @@ def evaluate(
     """Measure a model at several lengths; every score stands beside the same questions within its window."""
     from pe_patch import evaluation, loading
     from pe_patch.evaluation.harness import harness as run_harness
-    from pe_patch.evaluation.results import Results
+    from pe_patch.evaluation.results import Results, check_results_folder
     from pe_patch.evaluation.tables import summary
 
     own = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
@@ -77,6 +78,8 @@ def evaluate(
             )
     if not harness and (limit is not None or max_length is not None):
         raise OptionError("--limit and --max-length belong to lm-eval's tasks: give --harness with them.")
+    if output is not None:
+        check_results_folder(output, inputs=[model, text], overwrite=overwrite)
     loaded, tokenizer = loading.load(model, dtype, device)
     loading.apply(loaded, scheme, factor, option, on_existing)
     results = Results()
@@ -84,6 +87,7 @@ def evaluate(
         results += run_harness(
             loaded, tokenizer, [name for entry in harness for name in entry.split(",")], length or None, limit=limit,
             max_length=max_length, batch_size=batch_size or 1, chat=chat, beyond_window=beyond_window, output=output,
+            overwrite=overwrite,
         )  # fmt: skip
     if task or not harness:
         results += evaluation.evaluate(
@@ -101,6 +105,7 @@ def evaluate(
             chat=chat,
             task_options=loading.parse_options(task_option or ()),
             output=output,
+            overwrite=overwrite,
             **({"depths": depth} if depth else {}),
         )
     if as_json:
@@ -108,5 +113,7 @@ def evaluate(
     else:
         console().print(summary(results))
     if output is not None:
-        page = evaluation.write_report(results, output, title=f"Evaluation of {model}", command=command_line())
+        page = evaluation.write_report(
+            results, output, title=f"Evaluation of {model}", command=command_line(), overwrite=overwrite
+        )
         echo(f"Report: {page}", err=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, SchemeName
+from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
 from .output import echo, print_json
 
 TARGET = "For whom: transformers, transformers4, vllm, sglang, llamacpp, or deepseek (latent attention)."
@@ -23,21 +23,23 @@ def export(
     option: Options = None,
     on_existing: OnExisting = None,
     target: Annotated[str, typer.Option(help=TARGET)] = "transformers",
+    overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its scheme so that it loads without pe_patch, and say how to serve it."""
     from pe_patch import export as export_model
     from pe_patch import loading
+    from pe_patch.checkpoints.folders import EXPORT, check_output
     from pe_patch.errors import unknown
-    from pe_patch.export import TARGETS, read_commands, save_tokenizer
+    from pe_patch.export import TARGETS, read_commands
 
     if target not in TARGETS:  # before a model is loaded for nothing
         raise unknown("export target", target, TARGETS)
+    check_output(output, EXPORT, inputs=[model], overwrite=overwrite)
     loaded, tokenizer = loading.load(model, dtype, "cpu")
     loading.apply(loaded, scheme, factor, option, on_existing)
-    written = export_model(loaded, output, target=target)
-    save_tokenizer(tokenizer, written, target)
+    written = export_model(loaded, output, target=target, tokenizer=tokenizer, overwrite=overwrite)
     commands = read_commands(written)
     if as_json:
         print_json({"path": str(written), "target": target, "commands": commands})

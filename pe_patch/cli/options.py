@@ -18,3 +18,6 @@ OnExisting = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu (default: a GPU if there is one).")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write into a folder that holds something else; never onto the input.")
+]

@@ -10,11 +10,16 @@ import json
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import typer
 
 from pe_patch.errors import escape, printable
+
+_stdout: Any = None
+"""Where JSON goes while other output is kept away from it; None is the present standard output."""
 
 
 def echo(text: Any, err: bool = False) -> None:
@@ -37,7 +42,19 @@ def console(stderr: bool = False) -> Any:
 
 def print_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    typer.echo(escape(text, lambda character: f"\\u{ord(character):04x}"))
+    typer.echo(escape(text, lambda character: f"\\u{ord(character):04x}"), file=_stdout)
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep standard output for JSON: what libraries print there (DeepSpeed does, when imported) goes to stderr."""
+    global _stdout
+    _stdout = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout = None
 
 
 class PrintableFormatter(logging.Formatter):

@@ -11,7 +11,7 @@ import typer
 from pe_patch.errors import OptionError
 
 from .application import app
-from .options import AsJson, Device, Dtype, Model, OnExisting
+from .options import AsJson, Device, Dtype, Model, OnExisting, Overwrite
 from .output import console, echo, print_json
 
 
@@ -48,22 +48,26 @@ def search(
     output: Annotated[Path, typer.Option(help="The folder of what is found; a stopped search goes on there.")] = Path(
         "search"
     ),
+    overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Search the factors by which LongRoPE rescales a model's rotation; the best become options of `longrope`."""
     from pe_patch import loading
+    from pe_patch.checkpoints.folders import SEARCH, check_output
     from pe_patch.search import Schedule
     from pe_patch.search import search as run
     from pe_patch.search.result import result_table
 
+    check_output(output, SEARCH, inputs=[model, text], overwrite=overwrite)
     given = None if start is None else _factors(start)
     loaded, tokenizer = loading.load(model, dtype, device)
     found = run(
         loaded, tokenizer, length, method=method, text=text, samples=samples, needles=needles, targets=targets,
         schedule=Schedule(population, iterations, mutations, crossovers, parents), seed=seed, start=given,
         attention_factor=attention_factor, on_existing=on_existing or "error", batch_size=batch_size, output=output,
+        overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         print_json({**found.to_dict(), "files": str(output)})

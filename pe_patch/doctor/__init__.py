@@ -19,9 +19,10 @@ from .files import check_files
 from .finding import SEVERITIES, Diagnosis, Finding, Severity
 from .lengths import check_lengths
 from .patched import check_live, check_missing, check_record
+from .self_test import selftest
 from .subject import Subject, from_model, from_path, quiet
 
-__all__ = ["Diagnosis", "Finding", "Severity", "diagnose", "examine"]
+__all__ = ["Diagnosis", "Finding", "Severity", "diagnose", "examine", "selftest"]
 
 
 def examine(subject: str | Path | Any) -> list[Finding]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -14,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import CheckpointError, OptionError, PePatchError, unknown
+from pe_patch.checkpoints.folders import MODEL, WEIGHTS, check_output, replaced_content
+from pe_patch.errors import OptionError, PePatchError, unknown
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.planning import CacheSize, cache_size
@@ -177,22 +175,13 @@ def check_request(target: str, methods: Sequence[str]) -> None:
             raise unknown(kind, name, known)
 
 
-def check_folder(folder: Path | None) -> None:
-    """Raise where a result has no place to go, before it is worked for."""
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not an empty folder: give another, or remove it.")
+def save(model: Any, tokenizer: Any, folder: Path, *, overwrite: bool = False) -> None:
+    """Write model and tokenizer to a folder, whole or not at all.
 
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer to a folder that is there whole or not at all."""
-    check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    A folder that holds anything raises `OutputError` unless `overwrite=True`; then weights there are replaced.
+    """
+    inputs = [getattr(model, "name_or_path", None), getattr(tokenizer, "name_or_path", None)]
+    real = check_output(folder, MODEL, inputs=inputs, overwrite=overwrite)
+    with replaced_content(real, stale=WEIGHTS) as content:
+        model.save_pretrained(content)
+        tokenizer.save_pretrained(content)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pe_patch.checkpoints.folders import MODEL, SWEEP, check_output
 from pe_patch.errors import OptionError
-from pe_patch.evaluation.conversion import METHODS, Material, check_folder, check_request, prepare, save, share
+from pe_patch.evaluation.conversion import METHODS, Material, check_request, prepare, save, share
 from pe_patch.evaluation.conversion_sweep import RATIOS, change_table, convert_model, sweep, sweep_table, write
 from pe_patch.loading import load, parse_options
 
@@ -27,11 +28,18 @@ class Request:
     out: Path | None = None
     output: Path = Path("sweep")
     keep_original: bool = False
+    overwrite: bool = False
+
+    def check_folders(self, inputs: Sequence[Any]) -> None:
+        """Raise `OutputError` where the result has no place to go, before it is worked for."""
+        if self.sweep:
+            check_output(self.output, SWEEP, inputs=inputs, overwrite=self.overwrite)
+        elif self.out is not None:
+            check_output(self.out, MODEL, inputs=inputs, overwrite=self.overwrite)
 
     def settings(self) -> dict[str, Any]:
         """The options of one conversion, or those that all points of a sweep share; wrong usage raises."""
         check_request(self.target, self.methods)
-        check_folder(self.out)
         given = {name: value for name, value in self.sizes.items() if value}
         sized = [f"--{name.replace('_', '-')}" for name in given if name != "rope_dim"]
         (self._check_sweep if self.sweep else self._check_single)(sized)
@@ -85,6 +93,7 @@ class Found:
 def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, str | None]) -> Found:
     """Load the model `name`, and do what is asked; `text` is what `prepare` takes."""
     settings, ratios = request.settings(), request.ratios()
+    request.check_folders([name, text.get("calibration"), text.get("text")])
     model, tokenizer = load(name, *where)
     material = prepare(model, tokenizer, **text)
     called = Path(name).name if Path(name).is_dir() else name
@@ -98,7 +107,7 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
         "What a conversion loses comes back in a short training: recipes/configs/tiny_mla_heal.yaml shows one.",
     ]
     if request.out is not None:
-        save(model, tokenizer, request.out)
+        save(model, tokenizer, request.out, overwrite=request.overwrite)
         notes.append(f"Saved to {request.out}; load it with pe_patch.load_patched.")
     saved = {"out": None if request.out is None else str(request.out)}
     return Found({**config, **found, **saved}, change_table(found), notes)
@@ -113,7 +122,7 @@ def _sweep(
     methods = list(dict.fromkeys(request.methods)) or list(METHODS)
     with console.status("measuring") as status:
         rows = sweep(model, material, methods, ratios, settings, lambda what: status.update(f"measuring: {what}"))
-    paths = write(rows, json.loads(json.dumps(config, default=str)), request.output)
+    paths = write(rows, json.loads(json.dumps(config, default=str)), request.output, overwrite=request.overwrite)
     files = {name: str(path) for name, path in paths.items()}
     notes = [f"Calibrated on {material.calibrated_on}.", f"Written to {request.output}: {', '.join(_names(paths))}."]
     return Found({**config, "rows": rows, "files": files}, sweep_table(rows), notes)

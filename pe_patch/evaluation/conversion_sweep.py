@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from pe_patch.adapters.projections import check_unquantised
+from pe_patch.checkpoints.folders import SWEEP, check_output
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.charts import CacheLine, cache_chart
 from pe_patch.evaluation.conversion import Material, share_name
@@ -93,8 +94,12 @@ def _point(model: Any, material: Material, original: Row, options: Mapping[str, 
         return converted_row(model, material, original, started)
 
 
-def write(rows: Sequence[Row], config: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """sweep.jsonl with a line for each row, config.json with what another run needs, and the picture sweep.png."""
+def write(rows: Sequence[Row], config: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> dict[str, Path]:
+    """Write sweep.jsonl with a line for each row, config.json with what another run needs, and the picture sweep.png.
+
+    A folder that holds something else than a sweep raises `OutputError` unless `overwrite=True`.
+    """
+    check_output(folder, SWEEP, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"rows": folder / "sweep.jsonl", "config": folder / "config.json", "picture": folder / "sweep.png"}
     write_atomically(paths["rows"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -63,17 +63,19 @@ def write_report(
     notes: Sequence[str] = (),
     frequencies: Mapping[str, np.ndarray] | None = None,
     sections: Sequence[Section] = (),
+    overwrite: bool = False,
 ) -> Path:
     """Write index.html, each chart as PNG, results.jsonl and config.json; returns the page's path.
 
     `verdict` is one sentence (default: the best retrieval at the greatest length). `frequencies` maps a scheme's name
     to its inverse frequencies [pairs], for the chart of wavelengths. `sections` stand between the verdict and the
     tables that every evaluation has. Everything shown is escaped. The page asks for nothing over a network: it holds
-    the library of its charts, and its policy forbids every script but the two that it came with.
+    the library of its charts, and its policy forbids every script but the two that it came with. A directory that holds
+    something else than an evaluation raises `OutputError` unless `overwrite=True`.
     """
     if not results.rows:
         raise PePatchError("There are no rows to report.")
-    folder = results.save(directory)
+    folder = results.save(directory, overwrite=overwrite)
     measured_on = results.values("measured_on")
     own = charts_of(results, frequencies)
     details = [examples_section(results), rows_section(results, measured_on)]

@@ -6,11 +6,13 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pe_patch.errors import PePatchError
+from pe_patch.checkpoints.folders import EVALUATION, check_output
+from pe_patch.errors import OutputError, PePatchError
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,13 @@ class Results:
 
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write results.jsonl and config.json, each whole or not at all; returns the directory."""
-        folder = Path(directory)
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write results.jsonl and config.json, each whole or not at all; returns the directory.
+
+        A directory that holds something else than an evaluation raises `OutputError` unless `overwrite=True`.
+        """
+        check_output(directory, EVALUATION, overwrite=overwrite)
+        folder = Path(directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(row), ensure_ascii=False) for row in self.rows]
         write_atomically(folder / "results.jsonl", "".join(line + "\n" for line in lines))
@@ -142,6 +148,27 @@ class Results:
         stream = io.StringIO()
         Console(file=stream, width=150, force_jupyter=False, force_terminal=False).print(summary(self))
         return stream.getvalue()
+
+
+def check_results_folder(
+    directory: str | os.PathLike[str], *, scheme: str | None = None, inputs: Iterable[Any] = (), overwrite: bool = False
+) -> None:
+    """Raise `OutputError` unless an evaluation may write here: not onto an input, nor over something else.
+
+    With `scheme` the results of another scheme are something else, too: they would be replaced.
+    """
+    folder = check_output(directory, EVALUATION, inputs=inputs, overwrite=overwrite)
+    if scheme is None or overwrite:
+        return
+    try:
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("scheme", scheme)
+    except (OSError, ValueError, AttributeError):
+        return  # no finished results, or none that can be read
+    if before != scheme:
+        raise OutputError(
+            f"{directory} holds the results of {before!r}, and those of {scheme!r} would replace them. Give another "
+            "folder, or --overwrite (overwrite=True in Python) to replace them."
+        )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

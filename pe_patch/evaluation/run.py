@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from pe_patch.evaluation.bench import Bench, Piece
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.journal import Journal
 from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.results import Results, Row, write_atomically
-from pe_patch.evaluation.subject import Subject, model_fingerprint, scheme_label, tokenizer_hash, windows
+from pe_patch.evaluation.results import Results, Row, check_results_folder, write_atomically
+from pe_patch.evaluation.subject import Rehearsal, Subject, model_fingerprint, scheme_label, tokenizer_hash, windows
 from pe_patch.evaluation.tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def evaluate(
     chat: bool = False,
     task_options: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Results:
     """Measure a loaded model at several lengths, each score beside the same questions within its native window.
 
@@ -57,8 +60,15 @@ def evaluate(
     `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
     model in the rows. `chat` puts prompts into the tokenizer's chat template. With `output`, a folder, every row is
     kept there as soon as it is measured, and one that is there already is not measured again; the answers behind
-    the rows are in its `answers.jsonl`. Raises `PePatchError` wherever a prompt would have been cut.
+    the rows are in its `answers.jsonl`. A folder with anything else in it, or with the results of another scheme, is
+    refused unless `overwrite=True`. `dry_run` does everything but run the model: what would raise for want of a file,
+    of text or of length raises now. It gives no rows and writes nothing. Raises `PePatchError` wherever a prompt would
+    have been cut.
     """
+    if output is not None:
+        output = Path(output).expanduser()
+        name = label or scheme_label(model)
+        check_results_folder(output, scheme=name, inputs=[model.config._name_or_path, text], overwrite=overwrite)
     native, effective = windows(model)
     chosen = _with_retrieval(_tasks(tasks, task_options), retrieval)
     wanted = _lengths(lengths, effective, beyond_window)
@@ -67,7 +77,7 @@ def evaluate(
         raise PePatchError("samples and control_length must be at least 1, and depths must not be empty.")
     corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*wanted, control))
     bench = Bench(
-        subject=Subject(model, tokenizer, batch_size, autocast),
+        subject=(Rehearsal if dry_run else Subject)(model, tokenizer, batch_size, autocast),
         corpus=corpus,
         lengths=wanted,
         depths=tuple(depths),
@@ -76,12 +86,16 @@ def evaluate(
         control_length=control,
         scheme=label or scheme_label(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        model_hash="" if output is None else model_fingerprint(model),
+        model_hash="" if output is None or dry_run else model_fingerprint(model),
         frame=Frame.of(tokenizer, chat),
-        journal=Journal(output),
+        journal=Journal(None if dry_run else output),
     )
     plan = _plan(bench, chosen)
     results = Results(config=_config(bench, chosen, native, effective))
+    if dry_run:
+        for _, _, _, piece in plan:
+            piece.measure()
+        return results
     todo = sum(piece.tokens for key, _, _, piece in plan if key not in bench.journal)
     answers: list[dict[str, Any]] = []
     with _progress(bench, todo, progress) as describe:
@@ -91,7 +105,7 @@ def evaluate(
             results.rows += [Row(**row) for row in entry["rows"]]
             answers += [{"scheme": bench.scheme, **answer} for answer in entry["answers"]]
     if output is not None:
-        folder = results.save(output)
+        folder = results.save(output, overwrite=True)  # checked at the start
         write_atomically(folder / "answers.jsonl", "".join(f"{json.dumps(a, ensure_ascii=False)}\n" for a in answers))
     return results
 

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoints.folders import EXPORT, WEIGHTS, check_output, exported_files, replaced_content
 from ..errors import PePatchError, unknown
 from ..join import Patch
 from ..patch import find_patch
 from ..resolve import unwrap
 from . import llamacpp, sglang, transformers4, vllm
-from .checkpoint import SERVING_FILES, Writer
+from .checkpoint import SERVING_FILES, Writer, write_record
 from .checkpoint import read_commands as read_commands
 from .native import transformers_config as transformers_config
 from .native import transformers_writer
+from .tokenizer import add_tokenizer
 from .tokenizer import save_tokenizer as save_tokenizer
 
 
-def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
+def export(
+    model: Any,
+    path: str | Path,
+    target: str = "transformers",
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Path:
     """Save a patched model so that `target` loads it, with the same logits, without pe_patch.
 
-    For a server the folder also holds `serve.json` and `SERVE.md`: the command and flags that serve it. The tokenizer
-    is not part of the model: `save_tokenizer(tokenizer, folder, target)` writes it beside, with the new window.
+    For a server the folder also holds `serve.json` and `SERVE.md`: the command and flags that serve it. The folder is
+    written whole or not at all.
 
     Args:
         model: a patched PreTrainedModel.
-        path: folder to write; files of an earlier export there are replaced.
+        path: folder to write: a new or empty one, or one that holds an earlier export, which is replaced.
         target: "transformers" (v5 `rope_parameters`), "transformers4" (v4 `rope_scaling`), "vllm", "sglang",
             "llamacpp", or for a model converted to latent attention "deepseek" (loads as `DeepseekV3ForCausalLM`;
             needs `latent_norm=True`).
+        tokenizer: the tokenizer to save beside the model, with the new window; `save_tokenizer` adds one later.
+        overwrite: write into a folder that holds something else. Weights there are removed, other files stay.
 
     Raises:
         UnsupportedError: where the target cannot express the scheme; nothing is written then.
+        OutputError: where `path` holds something else, or is the folder that the model was loaded from.
     """
     if not isinstance(model, PreTrainedModel):
         raise PePatchError(
@@ -45,16 +54,16 @@ def export(model: Any, path: str | Path, target: str = "transformers") -> Path:
             "unwrap a prepared or compiled one."
         )
     write = check_export(model, target)
-    folder = Path(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        write(Path(temporary), folder)
-        folder.mkdir(exist_ok=True)
-        for file in SERVING_FILES:  # of an earlier export for a server
-            (folder / file).unlink(missing_ok=True)
-        for file in os.listdir(temporary):
-            shutil.move(os.path.join(temporary, file), folder / file)
-    return folder
+    inputs = [getattr(model, "name_or_path", None), getattr(tokenizer, "name_or_path", None)]
+    folder = check_output(path, EXPORT, inputs=inputs, overwrite=overwrite)
+    shown = Path(path).expanduser()
+    stale = [*WEIGHTS, *SERVING_FILES, *exported_files(folder)]
+    with replaced_content(folder, stale=stale) as content:
+        write(content, shown)
+        if tokenizer is not None:
+            add_tokenizer(tokenizer, content, target)
+        write_record(content, target)
+    return shown
 
 
 def check_export(model: Any, target: str) -> Writer:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoints.folders import EXPORT_RECORD
 from ..configuration import write_json
 
 Writer = Callable[[Path, Path], None]
@@ -30,6 +31,12 @@ def save_model(model: PreTrainedModel, config: Any, folder: Path) -> None:
     config.architectures = [type(model).__name__]  # servers choose their class by it
     config.dtype = model.dtype
     config.save_pretrained(folder)
+
+
+def write_record(folder: Path, target: str) -> None:
+    """List the files of an export, so that the next one to the same folder knows which it may replace."""
+    files = sorted(file.name for file in folder.iterdir() if file.name != EXPORT_RECORD)
+    write_json(folder / EXPORT_RECORD, {"written_by": "pe_patch.export", "target": target, "files": files})
 
 
 @dataclass(frozen=True)

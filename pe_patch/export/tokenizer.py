@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.folders import EXPORT, EXPORT_RECORD, refuse_input, replaced_content
 from ..configuration import write_json
+from ..errors import OutputError
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path, target: str = "transformers") -> None:
     """Save a tokenizer into an exported folder, with the window of the model there as its `model_max_length`.
 
     vLLM takes the smaller of the two for its own limit, and pipelines truncate at it.
+
+    Raises:
+        OutputError: where the folder holds no export, or is the one that the tokenizer was loaded from.
     """
-    folder = Path(folder)
+    refuse_input(folder, [getattr(tokenizer, "name_or_path", None)])
+    folder = Path(folder).expanduser()
+    if not EXPORT.wrote(folder):
+        raise OutputError(
+            f"{folder} holds no export of pe_patch; write the model first: pe_patch.export(model, {str(folder)!r})."
+        )
+    with replaced_content(folder) as content:
+        for name in READ:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, content / name)
+        add_tokenizer(tokenizer, content, target)
+        for name in READ:
+            (content / name).unlink(missing_ok=True)
+        before = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8"))
+        files = sorted({*before.get("files", []), *(file.name for file in content.iterdir())})
+        write_json(content / EXPORT_RECORD, before | {"files": files})
+
+
+READ = ("config.json", "serve.json")
+"""Files of an export that state the window."""
+
+
+def add_tokenizer(tokenizer: Any, folder: Path, target: str) -> None:
+    """Write the tokenizer's files into a folder that holds the exported config."""
     window = _window(folder)
     tokenizer = copy.copy(tokenizer)
     if window is not None:

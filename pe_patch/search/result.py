@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pe_patch.checkpoints.folders import SEARCH, check_output
 from pe_patch.evaluation.results import write_atomically
 
 from .evolution import Scored
@@ -77,10 +78,14 @@ class SearchResult:
             "settings": dict(self.settings),
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """`best.json` and the picture `search.png`."""
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Path]:
+        """Write `best.json` and the picture `search.png`.
+
+        A folder that holds something else than a search raises `OutputError` unless `overwrite=True`.
+        """
         from .picture import search_chart
 
+        check_output(folder, SEARCH, overwrite=overwrite)
         Path(folder).mkdir(parents=True, exist_ok=True)
         picture = Path(folder) / "search.png"
         write_atomically(picture, search_chart(self).png())

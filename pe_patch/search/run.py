@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pe_patch.checkpoints.folders import SEARCH, check_output
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.subject import Subject, model_fingerprint
 
@@ -39,6 +40,7 @@ def search(
     batch_size: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> SearchResult:
     """Search the rescale factors by which a rotary model reads `length` tokens best, without training it.
 
@@ -58,13 +60,18 @@ def search(
         batch_size: sequences in one forward; planned by the free memory by default.
         output: a folder for `search.jsonl` (every scored candidate, as soon as it is), `best.json` and `search.png`.
             The same call goes on with what it holds and ends as an uninterrupted one.
+        overwrite: write to an output folder that holds something else.
 
     Raises:
         OptionError: a length within the window, numbers that contradict each other, a start outside the space, or an
             output folder of a search with other settings.
+        OutputError: an output folder that is the model or the text, or that holds something else.
         UnsupportedError: a model without rotation, or with several.
         PePatchError: a text that is too short.
     """
+    if output is not None:
+        output = Path(output).expanduser()
+        check_output(output, SEARCH, inputs=[model.config._name_or_path, text], overwrite=overwrite)
     schedule = schedule or Schedule()
     check_samples(samples, needles)
     target = make_target(model, length, attention_factor)
@@ -96,7 +103,7 @@ def search(
             if output is not None:
                 write_best(Path(output), found.options)
     if output is not None:
-        found.save(output)
+        found.save(output, overwrite=True)  # checked at the start
     return found
 
 

@@ -103,6 +103,10 @@ class Engine:
         """The sum over all processes."""
         return self.accelerator.reduce(values)
 
+    def failed_anywhere(self, failed: bool) -> bool:
+        """Return whether any process failed; all processes wait here for each other."""
+        return bool(self.reduce(torch.tensor(float(failed), device=self.accelerator.device)) > 0)
+
     def unwrapped(self) -> Any:
         """The model as it was before `prepare`."""
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pe_patch.checkpoints.folders import COMPARISON, check_output
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.comparison import page, presets, processes
 from pe_patch.evaluation.comparison.comparison import Comparison
@@ -19,7 +20,14 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def run(
-    asked: Mapping[str, Any], output: Path, *, preset: str | None, quick: bool, workers: int | None, line: str
+    asked: Mapping[str, Any],
+    output: Path,
+    *,
+    preset: str | None,
+    quick: bool,
+    workers: int | None,
+    line: str,
+    overwrite: bool = False,
 ) -> tuple[Comparison, Path]:
     """Compare, write the page, and give both the result and the page's path; `line` is the command line."""
     from pe_patch.loading import parse_options, quiet_host
@@ -28,9 +36,12 @@ def run(
     seed, given = asked["seed"], {key: asked[key] for key in DEFAULTS}
     if preset is not None:
         presets.refuse(given, DEFAULTS)
+        check_output(output, COMPARISON, overwrite=overwrite)  # a preset may build its model there
         chosen, settings = presets.find(preset, output, seed=seed, quick=quick)
         # their models are so small that two threads on one are slower than one thread on each of two
-        found = carry_out(settings, output, workers=processes.cores() if workers is None else workers)
+        found = carry_out(
+            settings, output, workers=processes.cores() if workers is None else workers, overwrite=overwrite
+        )
         return found, page.write(found, output, title=chosen.title, command=line, more=chosen.notes)
     if quick:
         raise OptionError(
@@ -55,6 +66,7 @@ def run(
         device=given["device"],
         batch_size=given["batch_size"],
         workers=workers,
+        overwrite=overwrite,
     )
     return found, page.write(found, output, title=f"Schemes on {given['model']}", command=line)
 

@@ -130,6 +130,7 @@ def write(found: Comparison, folder: Path, *, title: str, command: str | None = 
         command=command,
         notes=[*notes(found), *more],
         sections=[section],
+        overwrite=True,  # the comparison has claimed the folder
     )
 
 

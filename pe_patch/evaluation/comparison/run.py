@@ -44,6 +44,7 @@ def compare(
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> Comparison:
     """Measure several schemes on one model with the same data, seed and, if asked for, the same fine-tuning.
 
@@ -59,6 +60,7 @@ def compare(
     Raises:
         UnknownNameError, OptionError: a scheme or option that does not exist, before anything is measured.
         PePatchError: `output` holds a comparison with other settings.
+        OutputError: `output` is the model or the text, or holds something else (unless `overwrite=True`).
     """
     if not isinstance(model, str | os.PathLike):
         raise OptionError(
@@ -85,14 +87,21 @@ def compare(
         batch_size=batch_size,
         window=window,
     )
-    return carry_out(settings, Path(output), workers=workers, progress=progress)
+    return carry_out(settings, Path(output).expanduser(), workers=workers, progress=progress, overwrite=overwrite)
 
 
-def carry_out(settings: Settings, output: Path, *, workers: int | None = None, progress: bool = True) -> Comparison:
+def carry_out(
+    settings: Settings,
+    output: Path,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Comparison:
     """Do what is still to do of a comparison, and give all that is finished."""
     _check(settings)
     folder = Folder(output)
-    folder.claim(settings)
+    folder.claim(settings, overwrite=overwrite)
     number = processes.default_workers(settings.device) if workers is None else workers
     if number < 0:
         raise OptionError(f"workers is a number of processes, or 0 for none but this one; got {workers}.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pe_patch
+from pe_patch.checkpoints.folders import COMPARISON, check_output
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.comparison.contender import TUNED, Contender
 from pe_patch.evaluation.results import write_atomically
@@ -108,8 +109,14 @@ class Folder:
     def of(self, contender: Contender) -> Path:
         return self.root / "contenders" / contender.folder
 
-    def claim(self, settings: Settings) -> None:
-        """Make the folder this comparison's; one that holds another raises `PePatchError` and is left as it is."""
+    def claim(self, settings: Settings, *, overwrite: bool = False) -> None:
+        """Make the folder this comparison's; one that holds another raises `PePatchError` and is left as it is.
+
+        One that holds anything else raises `OutputError` unless `overwrite=True`.
+        """
+        own = Path(settings.model) == self.root.resolve() / "start"  # a preset's model, made here
+        inputs = [None if own else settings.model, settings.text]
+        check_output(self.root, COMPARISON, inputs=inputs, overwrite=overwrite)
         file, ours = self.root / "settings.json", settings.record()
         if not file.exists():
             self.root.mkdir(parents=True, exist_ok=True)

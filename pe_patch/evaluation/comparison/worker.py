@@ -103,6 +103,7 @@ def _measure(
             label=settings.label(contender, stage),
             progress=False,
             output=here / stage,
+            overwrite=True,  # the comparison's own folder, which holds facts.json already
         )
     write_json(here / stage / "finished.json", {"lengths": lengths})
 

@@ -20,7 +20,7 @@ import torch
 from pe_patch.errors import OptionError, PePatchError
 from pe_patch.evaluation.journal import Journal, key_of
 from pe_patch.evaluation.memory import PeakMemory
-from pe_patch.evaluation.results import Results, Row
+from pe_patch.evaluation.results import Results, Row, check_results_folder
 from pe_patch.evaluation.subject import model_fingerprint, scheme_label, tokenizer_hash, windows
 
 TaskSpec = str | Mapping[str, Any]
@@ -46,6 +46,7 @@ def harness(
     label: str | None = None,
     include_path: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> Results:
     """Run tasks of lm-eval on a loaded model and give its scores as rows.
 
@@ -54,12 +55,16 @@ def harness(
     what the model is given at most, prompt and answer together: its effective window where nothing is said. `limit` is
     the number of documents of each task, or their share if below 1. `few_shot` and `seed` are lm-eval's own where
     nothing is said. `chat` puts prompts into the tokenizer's chat template. `include_path` is a folder with task files
-    of your own. With `output`, a folder, finished tasks are
-    kept in its journal and not run again. The tokenizer and the state of random generators are left as they were.
+    of your own. With `output`, a folder, finished tasks are kept in its journal and not run again; a folder that holds
+    anything else is refused unless `overwrite=True`. The tokenizer and the state of random generators are left as they
+    were.
 
     Raises `PePatchError` for a prompt that lm-eval would cut, before the model reads it, and for a task that cannot be
     prepared; `UnknownNameError` for a task that lm-eval does not have; `OptionError` for options without effect.
     """
+    if output is not None:
+        output = Path(output).expanduser()
+        check_results_folder(output, inputs=[model.config._name_or_path, include_path], overwrite=overwrite)
     _require_lm_eval()
     from .tasks import Tasks
 

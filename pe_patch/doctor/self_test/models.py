@@ -1,0 +1,146 @@
+"""The models that the self-test runs on, and what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoXConfig
+
+import pe_patch
+from pe_patch.adapters import ADAPTERS
+from pe_patch.configuration import FOREIGN
+from pe_patch.errors import CheckpointError, OptionError, UnsupportedError, nearest
+from pe_patch.patch import find_patch, unpatch_model
+from pe_patch.storage import load_patched, read_config
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENS = 74
+"""Tokens of the sequence that the checks read."""
+PROMPT = 58
+"""Tokens that are read before the cache is read one token at a time."""
+TOLERANCE = 1e-4
+"""Relative difference that rounding explains in float32, for models of a few layers."""
+GIVEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""The same for a model of any depth, by its dtype."""
+
+TEXT = '''def parse(lines, separator=":"):
+    """Return the pairs of a list of lines, in the order in which they stand."""
+    pairs = {}
+    for number, line in enumerate(lines):
+        name, _, value = line.partition(separator)
+        if not value:
+            raise ValueError(f"line {number} has no separator")
+        pairs[name.strip()] = value.strip()
+    return pairs
+'''
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to check."""
+
+    name: str
+    model: Any
+    ids: Tensor
+    """`[1, TOKENS]`."""
+    tolerance: float
+    may_refuse: bool
+    """A scheme that the family refuses is skipped; elsewhere a refusal is a failure."""
+    refuses: frozenset[str] = field(default_factory=frozenset)
+    """Schemes that this family is known to refuse."""
+    tokenizer: Any = None
+    counts_padding: bool = False
+    """The unpatched model counts padding as positions unless it is given position ids: those with learned positions."""
+
+    @property
+    def padded(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch `[2, TOKENS]` of the last third of the sequence, padded on the left, and all of it; its mask; and
+        the position ids that the unpatched model needs, or None."""
+        empty = TOKENS - TOKENS // 3
+        ids, mask = self.ids.repeat(2, 1), torch.ones(2, TOKENS, dtype=torch.long, device=self.ids.device)
+        ids[0, :empty], mask[0, :empty] = 0, 0
+        return ids, mask, (mask.cumsum(1) - 1).clamp(min=0) if self.counts_padding else None
+
+
+def built_in_cases() -> dict[str, Callable[[], Case]]:
+    """Return what builds the demo model and a random model of two other families, by name."""
+    return {"demo": _demo, "random bloom": partial(_random, "bloom"), "random gpt_neox": partial(_random, "gpt_neox")}
+
+
+def given_case(model: str | Path | None, dtype: str, device: str | None) -> list[Callable[[], Case]]:
+    """Return what loads the user's model, or nothing if there is none."""
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}.{nearest(dtype, DTYPES)}")
+    return [] if model is None else [partial(_given, str(model), dtype, device)]
+
+
+def _demo() -> Case:
+    folder = Path(pe_patch.__file__).parent / "assets" / "demo"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"There is no demo model in {folder}: reinstall pe_patch.")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return Case("demo", model, _text_ids(tokenizer), TOLERANCE, may_refuse=False, tokenizer=tokenizer)
+
+
+def _random(family: str) -> Case:
+    """Build a seeded model of two layers whose weights are wide enough for positions to matter."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    if family == "gpt_neox":
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        config: Any = GPTNeoXConfig(**sizes, intermediate_size=128, max_position_embeddings=128, rope_parameters=rope)
+    else:
+        config = BloomConfig(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    # Latent attention is made from a rotation, which BLOOM does not have.
+    refuses = frozenset({"mla"}) if family == "bloom" else frozenset()
+    return Case(f"random {family}", model, _random_ids(97), TOLERANCE, may_refuse=False, refuses=refuses)
+
+
+def _given(name: str, dtype: str, device: str | None) -> Case:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    name = str(Path(name).expanduser()) if looks_local else name
+    if looks_local and not Path(name).is_dir():
+        raise CheckpointError(f"There is no folder {name}; give the folder of a model or the name of one on the hub.")
+    load = load_patched if FOREIGN in read_config(name) else AutoModelForCausalLM.from_pretrained
+    model: Any = load(name, dtype=getattr(torch, dtype))
+    if find_patch(model) is not None:
+        unpatch_model(model)
+    text_config = model.config.get_text_config()
+    adapter, window = ADAPTERS.get(text_config.model_type), getattr(text_config, "max_position_embeddings", None)
+    if adapter is not None and adapter.learned and window and window < TOKENS:
+        raise UnsupportedError(f"{name} has positions for {window} tokens; the self-test reads {TOKENS}.")
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        ids = _text_ids(tokenizer)
+    except (OSError, ValueError):  # a model without a tokenizer beside it reads random tokens
+        tokenizer, ids = None, _random_ids(text_config.vocab_size)
+    tolerance = GIVEN_TOLERANCE[dtype]
+    learned = adapter is not None and adapter.learned is not None
+    return Case(
+        name, model, ids.to(model.device), tolerance, may_refuse=True, tokenizer=tokenizer, counts_padding=learned
+    )
+
+
+def _text_ids(tokenizer: Any) -> Tensor:
+    ids: list[int] = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError("the tokenizer makes no tokens of the text")
+    return torch.tensor([(ids * (TOKENS // len(ids) + 1))[:TOKENS]])
+
+
+def _random_ids(vocabulary: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(min(3, vocabulary - 1), vocabulary, (1, TOKENS), generator=generator)

@@ -1,0 +1,85 @@
+"""Run a model with a cache, without one, and on a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import compat
+from ...resolve import unwrap
+
+
+class Difference(NamedTuple):
+    """The largest difference between two results, relative to the largest expected value where that exceeds 1."""
+
+    size: float
+    where: str
+
+
+def largest(differences: Iterable[Difference]) -> Difference:
+    """Return the largest of several differences."""
+    return max(differences, key=lambda difference: difference.size)
+
+
+def difference(found: Tensor, expected: Tensor, where: str) -> Difference:
+    """Compare logits of the same shape; a NaN on one side counts as an infinite difference."""
+    if found.shape != expected.shape:
+        raise ValueError(f"logits {where} have the shape {list(found.shape)}, expected {list(expected.shape)}")
+    found, expected = found.float(), expected.float()
+    size = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return Difference(size if size == size else float("inf"), where)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    """Return the logits `[rows, tokens, vocabulary]` of one pass without a cache; `places` are position ids."""
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(places, 0, ids.shape[1])).logits
+
+
+def _positions(places: Tensor | None, start: int, stop: int) -> dict[str, Tensor]:
+    return {} if places is None else {"position_ids": places[:, start:stop]}
+
+
+def last_logits(model: Any, ids: Tensor, ends: Iterable[int]) -> dict[int, Tensor]:
+    """Return the last logits `[rows, vocabulary]` of a pass over the first n tokens, for each n in `ends`."""
+    return {end: logits(model, ids[:, :end])[:, -1] for end in dict.fromkeys(ends)}
+
+
+@torch.no_grad()
+def cached_logits(
+    model: Any, ids: Tensor, sizes: Iterable[int], mask: Tensor | None = None, places: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Read `sizes` tokens at a time into one cache; return the last logits of each pass by the tokens read so far."""
+    found: dict[int, Tensor] = {}
+    cache, start = None, 0
+    for size in sizes:
+        stop = start + size
+        seen = None if mask is None else mask[:, :stop]
+        inputs = compat.cache_keyword(unwrap(model), cache) | _positions(places, start, stop)
+        output = model(input_ids=ids[:, start:stop], attention_mask=seen, use_cache=True, **inputs)
+        cache, start = compat.cache_of(output), stop
+        if cache is None:
+            raise ValueError("the model returns no cache although use_cache=True")
+        found[stop] = output.logits[:, -1]
+    return found
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Tensor, count: int, *, use_cache: bool) -> tuple[list[int], list[Tensor]]:
+    """Generate `count` tokens greedily; return them and the logits `[vocabulary]` that each was chosen from."""
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        use_cache=use_cache,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return written.sequences[0, ids.shape[1] :].tolist(), [step[0] for step in written.logits]
