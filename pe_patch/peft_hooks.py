@@ -21,11 +21,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
+from .config_copies import ConfigCopy, config_references
 from .configuration import FOREIGN
 from .errors import CheckpointError, OptionError, PePatchError
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
-from .resolve import WRAPPERS, unwrap
-from .swaps import Bound, Chain, Swap, bind
+from .resolve import unwrap
+from .swaps import Bound, Chain, Swap, apply_all, bind
 
 SOURCE = "pe_source"
 """Where a config remembers the folder that it came from, for messages."""
@@ -137,22 +138,25 @@ def head_swaps(head: PreTrainedModel, base: PreTrainedModel, save: Callable[...,
     return swaps if save is None or base is head else [*swaps, bind(base, "save_pretrained", save)]
 
 
-def watch(model: Any) -> None:
-    """Have the PEFT wrappers round a model, if there are any, save and load adapters through here."""
+def wrapper_swaps(model: Any, configs: list[ConfigCopy]) -> list[Swap]:
+    """Return the swaps in what wraps a model: its references to the configs, and how PEFT saves and loads adapters."""
+    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+        return []
+    inside = set(unwrap(model).modules())
+    wrappers = [module for module in model.modules() if module not in inside]
+    swaps = [swap for wrapper in wrappers for swap in config_references(wrapper, configs)]
     if "peft" not in sys.modules:
-        return
+        return swaps
     from peft import PeftModel
 
-    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
-        if isinstance(model, PeftModel):
-            _watch_wrapper(model)
-            return
-        model = next((getattr(model, name) for name in WRAPPERS if hasattr(model, name)), None)
+    adapted = [wrapper for wrapper in wrappers if isinstance(wrapper, PeftModel)]
+    return [*swaps, *(swap for wrapper in adapted for swap in _watching(wrapper))]
 
 
-def _watch_wrapper(wrapper: Any) -> None:
-    for name, function in (("save_pretrained", save_wrapper), ("load_adapter", load_into_wrapper)):
-        wrapper.__dict__.setdefault(name, Bound(wrapper, name, function))
+def _watching(wrapper: Any) -> list[Swap]:
+    """Return the swaps that lead a PEFT wrapper here, except those that are in place."""
+    functions = {"save_pretrained": save_wrapper, "load_adapter": load_into_wrapper}
+    return [bind(wrapper, name, one) for name, one in functions.items() if name not in vars(wrapper)]
 
 
 def _host(model: Any) -> PreTrainedModel | None:
@@ -177,7 +181,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     from peft.tuners.tuners_utils import BaseTuner
 
     if name == "base_model" and isinstance(module, PeftModel):
-        _watch_wrapper(module)
+        apply_all(_watching(module))
     elif name == "model" and isinstance(module, BaseTuner):
         setattr(module, "inject_adapter", Bound(module, "inject_adapter", inject_adapter))  # noqa: B010
 
