@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from .attention import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from .errors import BeyondWindowError, NoEffectError, UnsupportedError
+from .handover import hand_down, handed_down
 from .parallel import Sequence, layer_masks, sequence_of
 from .positions import Positions, document_lengths, from_mask, remember
 from .scheme import Scheme
@@ -52,7 +53,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     for name, value in zip(runtime.arguments, args, strict=False):
         kwargs[name] = value
     sequence = _check_attention(base, runtime)
-    handed = getattr(base, "pe_position_ids", None)
+    handed = handed_down("position_ids", base)
     if handed is not None:
         kwargs.setdefault("position_ids", handed)
     ids = kwargs.get("input_ids")
@@ -250,12 +251,8 @@ def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, expli
 
 def hand_over_positions(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands before the forward of a head that keeps `position_ids` to itself, for as long as the call lasts."""
-    base = head.pe_base
-    base.pe_position_ids = kwargs.pop("position_ids", None)
-    try:
-        return inner(*args, **kwargs)
-    finally:
-        base.pe_position_ids = None
+    position_ids = kwargs.pop("position_ids", None)
+    return hand_down("position_ids", head.pe_base, position_ids, inner, *args, **kwargs)
 
 
 CUT = ("input_ids", "position_ids")

@@ -39,9 +39,10 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "backends": {"errors", "scheme"},
     "core": {"backends", "errors", "heads", "kernels", "positions", "ranges", "scheme"},
     "attention": {"backends", "core", "errors", "parallel", "positions"},
-    "adapters": {"errors", "scheme", "rotation", "attention", "latent", "adapters"},
+    "handover": set(),
+    "adapters": {"errors", "handover", "scheme", "rotation", "attention", "latent", "adapters"},
     "swaps": set(),
-    "forward": {"errors", "parallel", "positions", "scheme", "attention"},
+    "forward": {"errors", "handover", "parallel", "positions", "scheme", "attention"},
 }
 """The lower floors; `patch` joins them, and storage, export, describe, evaluation and the command line stand above."""
 
@@ -81,6 +82,7 @@ def test_nothing_below_knows_the_tools_above():
 
 TORCH_ONLY = {
     "errors",
+    "handover",
     "heads",
     "positions",
     "ranges",
