@@ -1,12 +1,14 @@
 """Config objects that belong to one patched model alone.
 
 Two models built from one config share the object, and what a patch writes there would change what the other one saves.
-So a patched model refers to copies, and to the original objects again after the undo.
+So a patched model refers to copies, and to the original objects again after the undo. Models around it (one that has it
+as its language model, a PEFT wrapper) hold the same configs, save them, and refer to the copies too.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +42,29 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and bool(one == other))
 
 
-def copy_configs(head: Any, base: Any) -> list[ConfigCopy]:
-    """Copy the configs that a patch of `base` inside `head` writes to, and those that hold one of these."""
+def models_around(head: Any) -> list[nn.Module]:
+    """Return the modules that contain `head`, outermost last.
+
+    A module does not know what contains it, so they are found among all live modules. That takes a tenth of a second,
+    and is left out for a model that predicts tokens by itself and carries no adapter.
+    """
+    if head.get_output_embeddings() is not None and "peft_config" not in vars(head):
+        return []
+    parents: dict[int, list[nn.Module]] = {}
+    for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
+        for child in list(vars(module).get("_modules", {}).values()):
+            parents.setdefault(id(child), []).append(module)
+    around: dict[int, nn.Module] = {}
+    inner = [head]
+    while inner:
+        found = [module for module in parents.get(id(inner.pop(0)), ()) if id(module) not in around]
+        around |= {id(module): module for module in found}
+        inner += found
+    return list(around.values())
+
+
+def copy_configs(base: Any, models: list[Any]) -> list[ConfigCopy]:
+    """Copy the configs of `base` and of the first of `models`, and those of the others that hold one of these."""
     copies: dict[int, ConfigCopy] = {}
 
     def visit(config: Any, wanted: bool) -> None:
@@ -54,15 +77,23 @@ def copy_configs(head: Any, base: Any) -> list[ConfigCopy]:
             vars(twin).update(inside)
             copies[id(config)] = ConfigCopy(config, twin, dict(vars(twin)))
 
-    visit(head.config, True)
     visit(base.config, True)
+    for model in models:
+        if isinstance(config := vars(model).get("config"), PreTrainedConfig):
+            visit(config, model is models[0])
     return list(copies.values())
 
 
-def config_references(module: nn.Module, copies: list[ConfigCopy]) -> list[Swap]:
-    """Return the swaps that lead one module from the originals to the copies."""
+def config_references(models: list[Any], copies: list[ConfigCopy]) -> list[Swap]:
+    """Return the swaps that lead all modules of `models` from the originals to the copies."""
     twins = {id(each.original): each.copy for each in copies}
-    return [Swap.of(module, name, twins[id(value)]) for name, value in vars(module).items() if id(value) in twins]
+    modules = {id(module): module for model in models for module in model.modules()}
+    return [
+        Swap.of(module, name, twins[id(value)])
+        for module in modules.values()
+        for name, value in vars(module).items()
+        if id(value) in twins
+    ]
 
 
 def redirect(swaps: list[Swap], copies: list[ConfigCopy]) -> list[Swap]:

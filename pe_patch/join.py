@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from . import resolve
 from .adapters import Adapter
 from .attention import Backend, backend_for, check_backend
-from .config_copies import ConfigCopy, config_references, copy_configs, redirect
+from .config_copies import ConfigCopy, config_references, copy_configs, models_around, redirect
 from .configuration import Kinds, config_swaps, record_of, save_foreign, saves_foreign
 from .conversion import Conversion, convert, loss, smallest_rank
 from .errors import AlreadyPatchedError, PePatchError
@@ -222,7 +222,8 @@ def _assemble(
     base = head.get_submodule(path)
     assert isinstance(base, PreTrainedModel)
     config, attentions, kinds = base.config, adapter.attentions(base), adapter.kinds(base, base.config)
-    configs = copy_configs(head, base)
+    models = [head, *models_around(head)]
+    configs = copy_configs(base, models)
     schemes, chosen = list(dict.fromkeys(own.values())), list(own)
     by_kind: Kinds = {kinds[index]: own[index] for index in chosen}
     shape = adapter.shape(base, config, chosen[0])
@@ -249,8 +250,7 @@ def _assemble(
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += redirect(config_swaps(head, base, adapter, by_kind, record, backend.implementation), configs)
     taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules are given another config on purpose
-    references = [swap for module in head.modules() for swap in config_references(module, configs)]
-    swaps += [swap for swap in references if (id(swap.owner), swap.attribute) not in taken]
+    swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
     save = save_foreign if saves_foreign(base, adapter, by_kind, record) else None
     swaps += head_swaps(head, base, save)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]

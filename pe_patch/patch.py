@@ -116,7 +116,7 @@ def _earlier(head: Any, on_existing: str) -> Patch | None:
 def _apply_to_native(model: Any, head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         patch = collect(head, scheme, options, given)
-        patch.swaps += wrapper_swaps(model, patch.configs)
+        patch.swaps += wrapper_swaps(model)
         patch.apply()
         _verify(patch, probe=given["adapter"] is not None)
         _announce(patch)

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from .config_copies import ConfigCopy, config_references
 from .configuration import FOREIGN
 from .errors import CheckpointError, OptionError, PePatchError
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
@@ -138,19 +137,13 @@ def head_swaps(head: PreTrainedModel, base: PreTrainedModel, save: Callable[...,
     return swaps if save is None or base is head else [*swaps, bind(base, "save_pretrained", save)]
 
 
-def wrapper_swaps(model: Any, configs: list[ConfigCopy]) -> list[Swap]:
-    """Return the swaps in what wraps a model: its references to the configs, and how PEFT saves and loads adapters."""
-    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+def wrapper_swaps(model: Any) -> list[Swap]:
+    """Return the swaps by which the PEFT wrappers round a model, if there are any, save and load adapters here."""
+    if "peft" not in sys.modules or not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
         return []
-    inside = set(unwrap(model).modules())
-    wrappers = [module for module in model.modules() if module not in inside]
-    swaps = [swap for wrapper in wrappers for swap in config_references(wrapper, configs)]
-    if "peft" not in sys.modules:
-        return swaps
     from peft import PeftModel
 
-    adapted = [wrapper for wrapper in wrappers if isinstance(wrapper, PeftModel)]
-    return [*swaps, *(swap for wrapper in adapted for swap in _watching(wrapper))]
+    return [swap for module in model.modules() if isinstance(module, PeftModel) for swap in _watching(module)]
 
 
 def _watching(wrapper: Any) -> list[Swap]:

@@ -20,18 +20,25 @@ class Turn:
     """The context in which this thread may change a model; an error where another thread is at it."""
 
     def __init__(self, head: Any) -> None:
-        self.models = [module for module in head.modules() if isinstance(module, PreTrainedModel)]
-        self.over = False
+        self.head, self.over = head, False
 
     def __enter__(self) -> Turn:
-        for model in self.models:
-            if not _claim(model, self):
-                self.over = True
-                raise AlreadyPatchedError(
-                    f"Another thread is patching or unpatching this {type(model).__name__} now. Patch a model from one "
-                    "thread, or give each thread a copy (copy.deepcopy)."
-                )
+        if not _claim(self.head, self):
+            raise self._refusal()
+        try:  # the models inside, which another thread may have been given
+            inner = [module for module in self.head.modules() if isinstance(module, PreTrainedModel)]
+        except RuntimeError as error:  # it takes submodules out, or puts them in
+            raise self._refusal() from error
+        if not all(_claim(model, self) for model in inner if model is not self.head):
+            raise self._refusal()
         return self
+
+    def _refusal(self) -> AlreadyPatchedError:
+        self.over = True
+        return AlreadyPatchedError(
+            f"Another thread is patching or unpatching this {type(self.head).__name__} now. Patch a model from one "
+            "thread, or give each thread a copy (copy.deepcopy)."
+        )
 
     def __exit__(self, *_: Any) -> None:
         self.over = True
