@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from pe_patch import NoEffectError, PePatchError, patch_model, unpatch_model
+from pe_patch import NoEffectError, PePatchError, describe, patch_model, patched, unpatch_model
+from pe_patch import join as joining
 from pe_patch import patch as patching
+from pe_patch.join import Patch
 from pe_patch.patch import find_patch
+from pe_patch.shift import shift_attention, unshift_attention
+from pe_patch.swaps import Swap
 
 from .interrupts import Lines, count, differing, outline, run, state
 from .models import build, case, logits, tokens
@@ -18,7 +24,7 @@ CASES = [("llama", "yarn"), ("llama", "alibi"), ("llama", "self_extend"), ("gpt2
          ("bloom", "yarn")]  # fmt: skip
 BY_LOSS = ("llama", "mla_by_loss")
 """A conversion that patches and undoes several times on its way; only its patching differs from `mla`."""
-QUICK = 9
+QUICK = 6
 """Lines that are tried of each operation, unless `--all-lines` tries every one."""
 
 
@@ -40,7 +46,7 @@ def chosen(total: int, request: Any) -> list[int]:
     """Every line, or a few that are spread evenly and begin elsewhere for each case."""
     if request.config.getoption("--all-lines"):
         return list(range(1, total + 1))
-    step = max(1, total // QUICK)
+    step = max(1, total // (QUICK if "by_loss" not in request.node.name else 2))
     return list(range(1 + sum(map(ord, request.node.name)) % step, total + 1, step))
 
 
@@ -155,3 +161,144 @@ def test_interrupts_while_a_failed_patch_is_taken_back(sweep, request, monkeypat
         lines = Lines(stop)
         assert run(work, lines) is not None
         sweep.finish(lines.place)
+
+
+@contextmanager
+def failing(attribute: str) -> Iterator[None]:
+    """Every write of one attribute fails."""
+    put = Swap.put
+
+    def refuse(swap: Swap, value: Any) -> None:
+        if swap.attribute == attribute:
+            raise RuntimeError(f"no writing of {attribute}")
+        put(swap, value)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(Swap, "put", refuse)
+        yield
+
+
+@pytest.mark.parametrize("attribute", ["rotary_emb", "pe_runtime", "forward", "pe_patch", "config"])
+def test_an_undo_that_fails_is_finished_by_the_next(attribute):
+    """All that can be put back is put back; what is left is neither described nor lost."""
+    sweep = Sweep("llama", "yarn")
+    sweep.patch()
+    patch = find_patch(sweep.model)
+    assert patch is not None
+    with failing(attribute):
+        if any(swap.attribute == attribute for swap in patch.swaps):
+            with pytest.raises(RuntimeError, match=f"no writing of {attribute}"):
+                unpatch_model(sweep.model)
+            left = [s for s in patch.swaps if s.current() is not s.original and s.attribute != attribute]
+            assert find_patch(sweep.model) is patch and not patch.whole
+            assert all(isinstance(swap.current(), str | int) for swap in left)
+            with pytest.raises(PePatchError, match="unpatch_model"):
+                describe(sweep.model)
+            with pytest.raises(RuntimeError):
+                unpatch_model(sweep.model)
+    unpatch_model(sweep.model)
+    sweep.is_native(attribute)
+
+
+def test_a_patch_on_a_half_state_begins_from_the_native_model():
+    sweep = Sweep("llama", "alibi")
+    sweep.patch()
+    with failing("rotary_emb"), pytest.raises(RuntimeError):
+        unpatch_model(sweep.model)
+    patch_model(sweep.model, "linear", factor=2.0)  # without on_existing: the earlier patch is not there any more
+    assert describe(sweep.model).scheme == "linear"
+    unpatch_model(sweep.model)
+    sweep.is_native("after both")
+
+
+@pytest.mark.parametrize("step", ["_verify", "_announce", "logger", "settle", "_forget_compiled", "wrapper_swaps"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replaces):
+    sweep = Sweep("llama", "alibi")
+    if replaces:
+        patch_model(sweep.model, **sweep.earlier)
+        sweep.model.set_attn_implementation("eager")  # what the user chose under the earlier patch comes back too
+        sweep.model.config.use_cache = False
+    before, earlier = state(sweep.model), find_patch(sweep.model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as context:
+        if step == "logger":
+            for level in ("info", "warning"):
+                context.setattr(patching.logger, level, fail)
+        elif step == "_forget_compiled":
+            context.setattr(joining, step, failing_once(joining._forget_compiled))
+        else:
+            context.setattr(Patch if step == "settle" else patching, step, fail)
+        with pytest.raises(ZeroDivisionError):
+            sweep.patch(on_existing="replace")
+    assert find_patch(sweep.model) is earlier
+    assert not (found := differing(before, state(sweep.model))), found
+
+
+def failing_once(real: Any) -> Any:
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        real()
+
+    return call
+
+
+def test_originals_are_given_up_last(request):
+    """Until then the patch can be taken back; afterwards the model stays patched, as a whole."""
+    arguments = {**given("llama", "mla"), "keep_original": False}
+    total, kept = count(lambda: patch_model(tiny("llama"), **arguments)), []
+    tried = 60 if request.config.getoption("--all-lines") else 10
+    for stop in range(total - tried, total + 1):
+        model, lines = tiny("llama"), Lines(stop)
+        before = state(model)
+        run(lambda model=model: patch_model(model, **arguments), lines)
+        patch = find_patch(model)
+        kept.append(patch is not None)
+        if patch is None:
+            assert not differing(before, state(model)), lines.place
+        else:
+            assert patch.whole and not patch.undoable
+            assert torch.isfinite(logits(model, tokens(1, 12))).all()
+    assert kept == sorted(kept) and kept[-1] and not kept[0]
+
+
+def test_the_block_of_patched_is_undone_wherever_it_is_interrupted(request):
+    sweep = Sweep("llama", "yarn")
+
+    def work() -> None:
+        with patched(sweep.model, **sweep.arguments):
+            pass
+
+    total = count(work)
+    for stop in [*range(1, 12), *chosen(total, request), *range(total - 12, total + 1)]:
+        lines = Lines(stop)
+        run(work, lines)
+        sweep.is_native(lines.place)
+
+
+def test_shifted_attention_is_wholly_there_or_wholly_gone(request):
+    sweep = Sweep("llama", "yarn")
+    sweep.patch()
+    before, swaps = state(sweep.model), len(find_patch(sweep.model).swaps)  # pyright: ignore
+    lines = Lines()
+    run(lambda: shift_attention(sweep.model, 2), lines)
+    with_shift = outline(sweep.model)
+    unshift_attention(sweep.model)
+    undo = count(lambda: (shift_attention(sweep.model, 2), unshift_attention(sweep.model)))
+    for stop in range(1, undo + 1):
+        run(lambda: (shift_attention(sweep.model, 2), unshift_attention(sweep.model)), Lines(stop))
+        patch = find_patch(sweep.model)
+        assert patch is not None and patch.whole
+        if len(patch.swaps) > swaps:
+            assert outline(sweep.model) == with_shift
+            unshift_attention(sweep.model)
+        assert not (found := differing(before, state(sweep.model))), found
+    unpatch_model(sweep.model)
+    sweep.is_native("at the end")
