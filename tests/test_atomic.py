@@ -46,7 +46,7 @@ def chosen(total: int, request: Any) -> list[int]:
     """Every line, or a few that are spread evenly and begin elsewhere for each case."""
     if request.config.getoption("--all-lines"):
         return list(range(1, total + 1))
-    step = max(1, total // (QUICK if "by_loss" not in request.node.name else 2))
+    step = max(1, total // (2 if "mla" in request.node.name else QUICK))
     return list(range(1 + sum(map(ord, request.node.name)) % step, total + 1, step))
 
 
@@ -139,6 +139,9 @@ def test_interrupts_while_replacing(sweep, request):
         sweep.finish(lines.place)
 
 
+@pytest.mark.parametrize(
+    "sweep", [("llama", "yarn"), ("gpt2", "learned"), ("bloom", "yarn")], ids=" ".join, indirect=True
+)
 @pytest.mark.parametrize("replaces", [False, True])
 def test_interrupts_while_a_failed_patch_is_taken_back(sweep, request, monkeypatch, replaces):
     """Two faults in one call: what is left is finished by one more `unpatch_model`."""
@@ -254,7 +257,7 @@ def test_originals_are_given_up_last(request):
     """Until then the patch can be taken back; afterwards the model stays patched, as a whole."""
     arguments = {**given("llama", "mla"), "keep_original": False}
     total, kept = count(lambda: patch_model(tiny("llama"), **arguments)), []
-    tried = 60 if request.config.getoption("--all-lines") else 10
+    tried = 60 if request.config.getoption("--all-lines") else 6
     for stop in range(total - tried, total + 1):
         model, lines = tiny("llama"), Lines(stop)
         before = state(model)
