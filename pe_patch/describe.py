@@ -74,11 +74,16 @@ def describe(model: Any) -> Description:
     """Describe the patch that a model carries.
 
     Raises:
-        PePatchError: where it carries none.
+        PePatchError: where it carries none, or one that was interrupted half way.
     """
     patch = find_patch(model)
     if patch is None:
         raise PePatchError("This model carries no patch; patch_model(model, scheme, ...) first.")
+    if not patch.whole:
+        raise PePatchError(
+            f"Patching this model with {patch.scheme.name!r}, or undoing it, was interrupted half way: "
+            "unpatch_model(model) finishes the undo."
+        )
     return Description(
         model=type(patch.head).__name__,
         family=patch.base.config.model_type,

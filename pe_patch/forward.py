@@ -16,6 +16,7 @@ from .attention import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from .errors import BeyondWindowError, NoEffectError, UnsupportedError
 from .parallel import Sequence, layer_masks, sequence_of
 from .patching.cache_record import CacheRecord, close_record, key_positions, open_record, slots_of
+from .patching.handover import hand_down, handed_down
 from .positions import Positions, document_lengths, from_mask, without_holes
 from .scheme import Scheme
 
@@ -65,7 +66,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     for name, value in zip(runtime.arguments, args, strict=False):
         kwargs[name] = value
     sequence = _check_attention(base, runtime)
-    handed = getattr(base, "pe_position_ids", None)
+    handed = handed_down("position_ids", base)
     if handed is not None:
         kwargs.setdefault("position_ids", handed)
     ids = kwargs.get("input_ids")
@@ -324,13 +325,9 @@ def _by_name(head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def hand_over_positions(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands before the forward of a head that keeps `position_ids` to itself, for as long as the call lasts."""
-    base = head.pe_base
     _by_name(head, args, kwargs)
-    base.pe_position_ids = kwargs.pop("position_ids", None)
-    try:
-        return inner(**kwargs)
-    finally:
-        base.pe_position_ids = None
+    position_ids = kwargs.pop("position_ids", None)
+    return hand_down("position_ids", head.pe_base, position_ids, inner, **kwargs)
 
 
 CUT = ("input_ids", "position_ids")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,9 +18,10 @@ from .adapters.trained_window import TrainedWindow
 from .attention import Backend, backend_for, check_backend
 from .configuration import Kinds, cache_specification, config_swaps, record_of
 from .conversion import Conversion, convert, loss, smallest_rank
-from .errors import PePatchError
+from .errors import AlreadyPatchedError, PePatchError
 from .joints import WithoutInner, at_scores, forward_swaps, native_swaps
 from .parallel import check_conversion
+from .patching.config_copies import ConfigCopy, config_references, copy_configs, models_around, redirect
 from .patching.existing import check_effect, settle_existing
 from .peft_hooks import head_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
@@ -25,7 +29,7 @@ from .replacement import native_latent_swaps, no_early_cache, replacement_swaps
 from .rotation import Rotation
 from .scheme import AttentionShape, Scheme, overrides
 from .schemes.find import find_scheme
-from .swaps import GIVEN_UP, Removal, Swap, apply_all, bind, undo_all
+from .swaps import GIVEN_UP, Removal, Result, Swap, bind, do_all, do_or_repeat, finally_do
 
 SHAPE_OF_CACHE = "_get_static_cache_init_shape"
 
@@ -47,10 +51,11 @@ class Patch:
     swaps: list[Swap]
     frozen: list[nn.Parameter]
     """Native parameters that a scheme has put out of use."""
-    taken: list[Swap] = field(default_factory=list)
-    """The swaps that took away weights which another attention was made of."""
+    configs: list[ConfigCopy]
     window: TrainedWindow = field(default_factory=TrainedWindow)
     """The window that the model was trained for."""
+    whole: bool = False
+    """Whether every swap is in place. A patch that the base model carries and that is not whole was interrupted."""
 
     @property
     def layers(self) -> list[int]:
@@ -67,34 +72,68 @@ class Patch:
 
     def apply(self) -> None:
         """Make every swap, or none if one fails."""
-        apply_all(self.swaps)
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
+        self.put([swap.replacement for swap in self.swaps], [False for _ in self.frozen])
+
+    def put(self, values: list[Any], trainable: list[bool]) -> None:
+        """Write the values of all swaps; the base model carries the patch from before the first to after the last."""
+        try:
+            if self.base.__dict__.setdefault("pe_patch", self) is not self:
+                raise AlreadyPatchedError("Another patch reached this model first: unpatch_model(model) takes it out.")
+            for swap, value in zip(self.swaps, values, strict=True):
+                swap.put(value)
+            for parameter, flag in zip(self.frozen, trainable, strict=True):
+                parameter.requires_grad_(flag)
+            _forget_compiled()
+            self.whole = True
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
-        """Put everything back."""
+        """Put everything back, however much of it was done; what fails is raised once all else is back."""
         if not self.undoable:
             raise PePatchError(
                 f"The weights that {self.scheme.name!r} was made of were not kept (keep_original=False), so this patch "
                 "cannot be undone; load the original model."
             )
-        undo_all(self.swaps)
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
+        if self.base.__dict__.get("pe_patch") is self:  # else nothing of this patch is in place
+            do_or_repeat(self._take_out)
+
+    def _take_out(self) -> None:
+        self.whole = False
+        steps = [*(swap.undo for swap in reversed(self.swaps)), *(config.carry_back for config in self.configs)]
+        steps += [partial(parameter.requires_grad_, True) for parameter in self.frozen]
+        do_all([*steps, _forget_compiled])
+        self.base.__dict__.pop("pe_patch", None)
+
+    def while_undone(self, work: Callable[[], Result]) -> Result:
+        """Return `work()` of the native model; afterwards everything is as it was under the patch."""
+        values, trainable = self.current()
+        return finally_do(lambda: self.put(values, trainable), lambda: (self.undo(), work())[1])
+
+    def current(self) -> tuple[list[Any], list[bool]]:
+        """What the swapped attributes hold now, and which of the frozen parameters are trainable."""
+        return [swap.current() for swap in self.swaps], [parameter.requires_grad for parameter in self.frozen]
 
     @property
     def undoable(self) -> bool:
         """Whether everything that was replaced is still there."""
-        return not any(swap.original is GIVEN_UP for swap in self.taken)
+        return not any(swap.original is GIVEN_UP for swap in self.swaps)
 
     def settle(self) -> None:
-        """Once everything holds, let go of what was not to be kept."""
-        if not self.scheme.keep_original:
-            for swap in self.taken:
-                swap.original = GIVEN_UP
+        """Discard what was not to be kept; afterwards there may be no way back."""
         for scheme in self.own.values():  # else the text would travel with every copy of the model
             scheme.calibration = None
             scheme.options.pop("calibration", None)
+        if not self.scheme.keep_original:
+            given_up = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
+            self.swaps = given_up  # in one step: an interrupt leaves all originals or none
+
+
+def _forget_compiled() -> None:
+    """Compiled graphs do not guard what a patch replaces, so those that exist are dropped."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 class PositionSchemes(nn.Module):
@@ -172,11 +211,12 @@ def _narrowest(
 
     def loss_at(rank: int) -> float:
         patch = assemble(found.at(own, rank))
-        patch.apply()
-        try:
+
+        def patched_loss() -> float:
+            patch.apply()
             return loss(head, found.rows)
-        finally:
-            patch.undo()
+
+        return finally_do(patch.undo, patched_loss)
 
     rank = smallest_rank(scheme.kv_rank, before * (1 + scheme.max_loss), loss_at)
     return assemble(found.at(own, rank))
@@ -196,26 +236,28 @@ def _assemble(
     base = head.get_submodule(path)
     assert isinstance(base, PreTrainedModel)
     config, attentions, kinds = base.config, adapter.attentions(base), adapter.kinds(base, base.config)
+    models = [head, *models_around(head)]
+    configs = copy_configs(base, models)
     schemes, chosen = list(dict.fromkeys(own.values())), list(own)
     by_kind: Kinds = {kinds[index]: own[index] for index in chosen}
     shape = adapter.shape(base, config, chosen[0])
     swaps, original = native_swaps(base, adapter, own, plan, given["keep_native"])
-    taken: list[Swap] = []
     if modules:
         arguments = compat.argument_names(type(attentions[chosen[0]]).forward)
-        taken, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
+        replacing, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
         original |= replaced if schemes[0].keep_original else {}
+        swaps += replacing
         if hasattr(head, SHAPE_OF_CACHE):
             swaps.append(bind(head, SHAPE_OF_CACHE, no_early_cache))
     elif schemes[0].converts:
         swaps += native_latent_swaps({index: attentions[index] for index in own}, schemes[0])
-    swaps += taken
     scores = at_scores(adapter, own, plan, given["keep_native"], attentions)
     for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):
         swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
         swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
         if adapter.forward is not None:
-            swaps.append(Swap.of(attention, "pe_config", config, direct=True))
+            own_config = next(each.copy for each in configs if each.original is config)
+            swaps.append(Swap.of(attention, "pe_config", own_config, direct=True))
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += forward_swaps(
@@ -223,16 +265,15 @@ def _assemble(
         cache_specification(config, record, by_kind),
     )  # fmt: skip
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
-    swaps += config_swaps(head, base, adapter, by_kind, record, backend.implementation)
+    swaps += redirect(config_swaps(head, base, adapter, by_kind, record, backend.implementation), configs)
+    taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules are given another config on purpose
+    swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
     swaps += head_swaps(head)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)
         frozen += [table] if table.requires_grad else []
-    patch = Patch(head, base, path, adapter, shape, own, by_kind, given["keep_native"], given, swaps, frozen)
-    patch.taken = [swap for swap in taken if isinstance(swap, Removal)]
-    swaps.append(Swap.of(base, "pe_patch", patch, direct=True))
-    return patch
+    return Patch(head, base, path, adapter, shape, own, by_kind, given["keep_native"], given, swaps, frozen, configs)
 
 
 def _backend(name: str | None, base: PreTrainedModel, adapter: Adapter, scheme: Scheme) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -169,7 +170,9 @@ def forward_swaps(
         whole=_why_whole(adapter, scheme),
     )
     agree({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
-    forward = base_forward if adapter.tower is None else tower_forward
+    forward: Callable[..., Any] = base_forward if adapter.tower is None else tower_forward
+    if adapter.keep_positions is not None:
+        forward = Chain(forward, adapter.keep_positions)
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
     for owner in {id(head): head, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
@@ -180,11 +183,9 @@ def forward_swaps(
     if hasattr(head, "init_continuous_batching"):
         swaps.append(bind(head, "init_continuous_batching", refuse_paging))
     if adapter.build_bias is not None:
-        swaps.append(Swap.of(base, "pe_positions", None))
         swaps.append(bind(base, adapter.build_bias[0], WithoutInner(adapter.build_bias[1])))
     before_head = [read_prompt_first] if scheme.length_dependent else []
     if adapter.carry is not None and head is not base:
-        swaps.append(Swap.of(base, "pe_position_ids", None))
         before_head.append(hand_over_positions)
     if before_head and head is not base:
         swaps.append(bind(head, "forward", Chain(*before_head)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,16 +18,18 @@ from .errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchErro
 from .join import Patch, collect
 from .patching.existing import EXISTING
 from .patching.probe import prove
-from .peft_hooks import watch
+from .patching.turns import Turn
+from .peft_hooks import wrapper_swaps
 from .resolve import Layers
 from .rotation import Rotation
 from .scheme import Scheme, overrides
+from .swaps import Swap, with_swaps
 
 logger = logging.getLogger("pe_patch")
 
 
 def find_patch(model: Any) -> Patch | None:
-    """The patch that a model (or whatever wraps it) carries, or None."""
+    """The patch that a model (or whatever wraps it) carries, or None; one that was interrupted is not `whole`."""
     head = resolve.unwrap(model)
     return next((m.__dict__["pe_patch"] for m in head.modules() if "pe_patch" in m.__dict__), None)
 
@@ -68,11 +69,9 @@ def patch_model(
     check_choice("patch_model", "on_existing", on_existing, EXISTING)
     check_flag("patch_model", "keep_native", keep_native)
     check_flag("patch_model", "strict", strict)
-    head = resolve.unwrap(model)
     given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
     given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
-    _apply(head, scheme, options, given)
-    watch(model)
+    _apply(model, scheme, options, given)
     return model
 
 
@@ -80,44 +79,72 @@ def restore_patch(model: Any, scheme: str, options: dict[str, Any], given: dict[
     """`patch_model` for a model that was saved with this patch: what its weights were made of is not there any more."""
     defaults = {"backend": None, "adapter": None, "layers": None, "submodule": None, "keep_native": False}
     given = {"on_existing": "replace", **defaults, "strict": False, **given, "restored": True}
-    _apply(resolve.unwrap(model), scheme, options, given)
+    _apply(model, scheme, options, given)
 
 
-def _apply(head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
+def _apply(model: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Patch the model as a whole, or leave it as it was: native or under the earlier patch."""
+    head = resolve.unwrap(model)
+    with Turn(head):
+        earlier = _earlier(head, given["on_existing"])
+        if earlier is None:
+            _apply_to_native(model, head, scheme, options, given)
+            return
+        state = earlier.current()
+        try:
+            earlier.undo()
+            _apply_to_native(model, head, scheme, options, given)
+        except BaseException:
+            found = find_patch(head)
+            if found is None or found is earlier:
+                earlier.put(*state)
+            raise
+
+
+def _earlier(head: Any, on_existing: str) -> Patch | None:
+    """The patch to be replaced, or None. One that was interrupted is taken out first."""
     earlier = find_patch(head)
-    if earlier is not None:
-        if given["on_existing"] != "replace":
-            remedy = "unpatch_model(model) first, or on_existing='replace'."
-            if not earlier.undoable:
-                remedy = "its original weights were not kept, so load the original model for another patch."
-            raise AlreadyPatchedError(f"This model is already patched with {earlier.scheme.name!r}: {remedy}")
-        unpatch_model(head)
+    if earlier is None:
+        return None
+    if not earlier.whole:
+        earlier.undo()
+        return None
+    if on_existing != "replace":
+        remedy = "unpatch_model(model) first, or on_existing='replace'."
+        if not earlier.undoable:
+            remedy = "its original weights were not kept, so load the original model for another patch."
+        raise AlreadyPatchedError(f"This model is already patched with {earlier.scheme.name!r}: {remedy}")
+    return earlier
+
+
+def _apply_to_native(model: Any, head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         patch = collect(head, scheme, options, given)
         if given["adapter"] is not None:
             prove(patch)
+        patch.swaps += wrapper_swaps(model)
         patch.apply()
-    except BaseException:
-        if earlier is not None:
-            earlier.apply()
-        raise
-    _forget_compiled()
-    try:
         _verify(patch, probe=given["adapter"] is not None)
+        _announce(patch)
+        patch.settle()
     except BaseException:
-        unpatch_model(head)
+        found = find_patch(head)
+        if found is not None and found.undoable:  # else the interrupt came after the last step
+            found.undo()
         raise
-    patch.settle()
-    _announce(patch)
 
 
 def unpatch_model(model: Any) -> Any:
-    """Give the model back, bit for bit, what it had; returns the same object."""
-    patch = find_patch(model)
-    if patch is None:
-        raise PePatchError("This model carries no patch.")
-    patch.undo()
-    _forget_compiled()
+    """Give the model back, bit for bit, what it had; returns the same object.
+
+    Where an earlier call was interrupted, this one finishes its work.
+    """
+    head = resolve.unwrap(model)
+    with Turn(head):
+        patch = find_patch(head)
+        if patch is None:
+            raise PePatchError("This model carries no patch.")
+        patch.undo()
     return model
 
 
@@ -128,17 +155,22 @@ def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments
         raise OptionError(
             "keep_original=False cannot be undone, and patched() undoes: leave it out, or use patch_model."
         )
-    patch_model(model, scheme, **arguments)
+    before = find_patch(model)
+
+    def undo() -> None:
+        patch = find_patch(model)
+        if patch is not None and patch is not before:
+            unpatch_model(model)
+
     try:
-        yield model
-    finally:
-        unpatch_model(model)
-
-
-def _forget_compiled() -> None:
-    """Compiled graphs do not guard what a patch replaces, so those that exist are dropped."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        try:
+            patch_model(model, scheme, **arguments)
+            yield model
+        finally:
+            undo()
+    except BaseException:  # an interrupt on the way back
+        undo()
+        raise
 
 
 def _verify(patch: Patch, probe: bool) -> None:
@@ -160,15 +192,13 @@ def _verify(patch: Patch, probe: bool) -> None:
         return
     attentions = adapter.attentions(base)
     reached: list[tuple[nn.Module, Any]] = []
-    for attention in attentions:
-        attention.__dict__["pe_probe"] = reached
-    try:
-        with torch.no_grad():
-            ids = torch.ones(1, 3, dtype=torch.long, device=base.device)
-            base(input_ids=ids, use_cache=False)
-    finally:
-        for attention in attentions:
-            del attention.__dict__["pe_probe"]
+
+    @torch.no_grad()
+    def run() -> None:
+        ids = torch.ones(1, 3, dtype=torch.long, device=base.device)
+        base(input_ids=ids, use_cache=False)
+
+    with_swaps([Swap.of(attention, "pe_probe", reached, direct=True) for attention in attentions], run)
     for index in patch.layers:
         if not any(module is attentions[index] for module, _ in reached):
             raise NoEffectError(

@@ -26,8 +26,8 @@ from .configuration import FOREIGN
 from .errors import CheckpointError, OptionError, PePatchError
 from .patching.cache_record import PREFIX
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
-from .resolve import WRAPPERS, unwrap
-from .swaps import Bound, Swap, bind
+from .resolve import unwrap
+from .swaps import Bound, Swap, apply_all, bind
 
 SOURCE = "pe_source"
 """Where a config remembers the folder that it came from, for messages."""
@@ -137,17 +137,13 @@ def head_swaps(head: PreTrainedModel) -> list[Swap]:
     return [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
 
 
-def watch(model: Any) -> None:
-    """Have the PEFT wrappers round a model, if there are any, save and load adapters through here."""
-    if "peft" not in sys.modules:
-        return
+def wrapper_swaps(model: Any) -> list[Swap]:
+    """Return the swaps by which the PEFT wrappers round a model, if there are any, save and load adapters here."""
+    if "peft" not in sys.modules or not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+        return []
     from peft import PeftModel
 
-    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
-        if isinstance(model, PeftModel):
-            _watch_wrapper(model)
-            return
-        model = next((getattr(model, name) for name in WRAPPERS if hasattr(model, name)), None)
+    return [swap for module in model.modules() if isinstance(module, PeftModel) for swap in _watching(module)]
 
 
 def mark_prompt(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -158,10 +154,10 @@ def mark_prompt(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: A
     return prompt
 
 
-def _watch_wrapper(wrapper: Any) -> None:
+def _watching(wrapper: Any) -> list[Swap]:
+    """Return the swaps that lead a PEFT wrapper here, except those that are in place."""
     functions = {"save_pretrained": save_wrapper, "load_adapter": load_into_wrapper, "get_prompt": mark_prompt}
-    for name, function in functions.items():
-        wrapper.__dict__.setdefault(name, Bound(wrapper, name, function))
+    return [bind(wrapper, name, one) for name, one in functions.items() if name not in vars(wrapper)]
 
 
 def _host(model: Any) -> PreTrainedModel | None:
@@ -186,7 +182,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     from peft.tuners.tuners_utils import BaseTuner
 
     if name == "base_model" and isinstance(module, PeftModel):
-        _watch_wrapper(module)
+        apply_all(_watching(module))
     elif name == "model" and isinstance(module, BaseTuner):
         setattr(module, "inject_adapter", Bound(module, "inject_adapter", inject_adapter))  # noqa: B010
 

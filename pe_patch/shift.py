@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .backends import Backend, Output, backend_for
 from .core import Core
 from .errors import OptionError, PePatchError, UnsupportedError
+from .join import Patch
 from .kernels.shifted import shifted
 from .patch import find_patch
-from .swaps import Swap, apply_all, undo_all
+from .swaps import Swap, apply_all, do_or_repeat, undo_all
 
 SLICED = ("sdpa", "eager")
 """Backends whose masks are tensors, of which a group takes its part."""
@@ -104,8 +105,12 @@ def shift_attention(model: Any, groups: int) -> Any:
     if any("pe_shift" in attention.__dict__ for attention in attentions):
         unshift_attention(model)
     swaps = [Swap.of(attention, "pe_shift", Shift(groups, heads), direct=True) for attention in attentions]
-    apply_all(swaps)
-    patch.swaps += swaps
+    try:
+        patch.swaps = [*patch.swaps, *swaps]
+        apply_all(swaps)
+    except BaseException:
+        _take_away(patch, swaps)
+        raise
     return model
 
 
@@ -115,9 +120,13 @@ def unshift_attention(model: Any) -> Any:
     ours = [] if patch is None else [swap for swap in patch.swaps if swap.attribute == "pe_shift"]
     if patch is None or not ours:
         raise PePatchError("The attention of this model is not shifted.")
-    undo_all(ours)
-    patch.swaps[:] = [swap for swap in patch.swaps if swap.attribute != "pe_shift"]
+    do_or_repeat(lambda: _take_away(patch, ours))
     return model
+
+
+def _take_away(patch: Patch, swaps: list[Swap]) -> None:
+    undo_all(swaps)
+    patch.swaps = [swap for swap in patch.swaps if not any(swap is one for one in swaps)]
 
 
 def _check_backend(backend: Backend) -> None:

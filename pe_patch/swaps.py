@@ -1,15 +1,21 @@
-"""What was replaced, as data, so that it can be put back, copied and pickled."""
+"""What was replaced, as data, so that it can be put back, copied and pickled.
+
+A swap writes what it is asked to write, whatever is there: it may be applied or undone twice, after it was interrupted,
+or after somebody deleted the attribute. A list of swaps is therefore always finished by one more call.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+Result = TypeVar("Result")
 
 
 class Absent(Enum):
@@ -31,70 +37,138 @@ class Swap:
     original: Any
     replacement: Any
     direct: bool = False
+    names: tuple[str, ...] = ()
+    """All submodules of the owner, in their order, where the original is one of them: the order of parameters must
+    survive the undo."""
 
     @classmethod
     def of(cls, owner: Any, attribute: str, replacement: Any, direct: bool = False) -> Swap:
-        """A swap of what `owner` itself holds under this name (not its class), or of nothing."""
-        if isinstance(owner, nn.Module) and attribute in owner._modules:
-            original = owner._modules[attribute]
-        elif isinstance(owner, nn.Module):
-            original = owner.__dict__.get(attribute, ABSENT)
-        else:
-            original = getattr(owner, attribute, ABSENT)
-        return cls(owner, attribute, original, replacement, direct)
+        """Return the swap of what `owner` itself holds under this name (not its class), or of nothing."""
+        swap = cls(owner, attribute, ABSENT, replacement, direct)
+        swap.original = swap.current()
+        if swap._registered():
+            swap.names = tuple(owner._modules)
+        return swap
+
+    def current(self) -> Any:
+        """Return what the owner itself holds under this name now, or ABSENT."""
+        if self._registered():
+            return self.owner._modules[self.attribute]
+        return vars(self.owner).get(self._key(), ABSENT)
 
     def apply(self) -> None:
-        self._set(self.replacement)
+        """Put the replacement in place."""
+        self.put(self.replacement)
 
     def undo(self) -> None:
-        self._set(self.original)
+        """Put the original back in its place."""
+        self.put(self.original)
 
-    def _set(self, value: Any) -> None:
-        if self.direct and value is ABSENT:
-            self.owner.__dict__.pop(self.attribute, None)
-        elif self.direct:
-            self.owner.__dict__[self.attribute] = value
-        elif value is ABSENT:
-            delattr(self.owner, self.attribute)
+    def put(self, value: Any) -> None:
+        """Write `value`, or delete what is there for ABSENT."""
+        held = vars(self.owner)
+        if isinstance(value, nn.Module) and isinstance(self.owner, nn.Module) and not self.direct:
+            self._register(value)
+            held.pop(self.attribute, None)
+            return
+        if self._registered():
+            del self.owner._modules[self.attribute]
+        if value is ABSENT:
+            held.pop(self._key(), None)
         else:
-            setattr(self.owner, self.attribute, value)
+            held[self._key()] = value
+
+    def _registered(self) -> bool:
+        return not self.direct and isinstance(self.owner, nn.Module) and self.attribute in self.owner._modules
+
+    def _key(self) -> str:
+        """The name under which the owner stores the attribute: configs have standard names for their own."""
+        renamed = {} if isinstance(self.owner, nn.Module) else getattr(self.owner, "attribute_map", {})
+        return renamed.get(self.attribute, self.attribute)
+
+    def _register(self, module: nn.Module) -> None:
+        """Register a submodule in the place that its name had when the swap was made."""
+        modules = self.owner._modules
+        if self.attribute in modules or self.attribute not in self.names:
+            modules[self.attribute] = module
+            return
+        known = {**modules, self.attribute: module}
+        ordered = [name for name in self.names if name in known]
+        ordered += [name for name in known if name not in self.names]
+        # A dict that is built first and then put in place: no interrupt can lose a module on the way.
+        vars(self.owner)["_modules"] = type(modules)((name, known[name]) for name in ordered)
 
 
 @dataclass
 class Removal(Swap):
-    """One submodule taken away; it comes back to its place, since the order of parameters must not change."""
-
-    names: tuple[str, ...] = ()
-    """Of all submodules, in their order."""
+    """One submodule taken away."""
 
     @classmethod
     def of(cls, owner: Any, attribute: str, replacement: Any = ABSENT, direct: bool = False) -> Removal:
-        return cls(owner, attribute, owner._modules[attribute], replacement, direct, tuple(owner._modules))
-
-    def undo(self) -> None:
-        self._set(self.original)
-        modules = self.owner._modules
-        for name in (*self.names, *(name for name in tuple(modules) if name not in self.names)):
-            if name in modules:
-                modules[name] = modules.pop(name)
+        swap = super().of(owner, attribute, replacement, direct)
+        assert isinstance(swap, Removal)
+        return swap
 
 
-def apply_all(swaps: list[Swap]) -> None:
+def apply_all(swaps: Sequence[Swap]) -> None:
     """Apply every swap, or none of them if one fails."""
-    done: list[Swap] = []
     try:
         for swap in swaps:
             swap.apply()
-            done.append(swap)
     except BaseException:
-        undo_all(done)
+        undo_all(swaps)
         raise
 
 
-def undo_all(swaps: list[Swap]) -> None:
-    """Put everything back, the last first."""
-    for swap in reversed(swaps):
-        swap.undo()
+def undo_all(swaps: Sequence[Swap]) -> None:
+    """Put everything back, the last first; a swap that fails is reported once all others are back."""
+    do_or_repeat(lambda: do_all([swap.undo for swap in reversed(swaps)]))
+
+
+def do_all(steps: Sequence[Callable[[], Any]]) -> None:
+    """Take every step, also after one has failed; then raise the first failure."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except Exception as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
+def do_or_repeat(work: Callable[[], Any]) -> None:
+    """Do `work`, which may be repeated, and do it again from its start where something cut it short."""
+    try:
+        work()
+    except BaseException:
+        work()
+        raise
+
+
+def finally_do(last: Callable[[], Any], work: Callable[[], Result]) -> Result:
+    """Return `work()`, and call `last` whatever happens in it; `last` may be called twice.
+
+    A plain `try ... finally` loses `last` where an interrupt arrives on its own line.
+    """
+    try:
+        try:
+            return work()
+        finally:
+            last()
+    except BaseException:
+        last()
+        raise
+
+
+def with_swaps(swaps: Sequence[Swap], work: Callable[[], Result]) -> Result:
+    """Return `work()` with all swaps applied, which are undone whatever happens."""
+
+    def swapped() -> Result:
+        apply_all(swaps)
+        return work()
+
+    return finally_do(lambda: undo_all(swaps), swapped)
 
 
 class Bound:

@@ -34,6 +34,7 @@ from .patch import find_patch, patch_model
 from .positions import Positions
 from .scheme import AttentionShape, Scheme, overrides
 from .schemes.bias import ALiBi
+from .swaps import finally_do
 
 BY = ("loss", "attention")
 LENGTH = 1024
@@ -181,17 +182,19 @@ def _observe(patch: Patch, rows: list[Tensor], queries: int) -> dict[int, list[_
     base, adapter = patch.base, patch.adapter
     attentions = adapter.attentions(base)
     seen: dict[int, list[_Seen]] = {index: [] for index in patch.own}
-    patch.undo()
-    own: Any = base.config._attn_implementation
-    try:
+
+    def watch_eager() -> None:
         base.set_attn_implementation("eager")  # the only one that makes weights
         with evaluating(base), torch.no_grad():
             for row in rows:
                 with _watching({i: attentions[i] for i in seen}, seen, _chosen(len(row), queries)):
                     base(input_ids=row[None].to(base.device), use_cache=False)
-    finally:
-        base.set_attn_implementation(own)
-        patch.apply()
+
+    def watch_native() -> None:
+        own: Any = base.config._attn_implementation
+        finally_do(lambda: base.set_attn_implementation(own), watch_eager)
+
+    patch.while_undone(watch_native)
     with evaluating(base), torch.no_grad():
         for number, row in enumerate(rows):
             with _handing({i: (attentions[i], seen[i][number]) for i in seen}, _chosen(len(row), queries)):

@@ -76,12 +76,14 @@ class Head:
     @contextmanager
     def _bound(self, at_layer: Any, at_model: Any, behind_layer: Any) -> Iterator[None]:
         swaps = [bind(self.layer, "forward", at_layer), bind(self.model, "forward", at_model)]
-        apply_all(swaps)
-        hook = self.layer.register_forward_hook(behind_layer)
+        hook = None
         try:
+            apply_all(swaps)
+            hook = self.layer.register_forward_hook(behind_layer)
             yield
         finally:
-            hook.remove()
+            if hook is not None:
+                hook.remove()
             undo_all(swaps)
 
     def learn(self, model: Any) -> None:

@@ -18,6 +18,11 @@ def pytest_addoption(parser):
         help="compile a full pass and a decoding step in every cell of the matrix; by default each scheme on two "
         "families",
     )
+    parser.addoption(
+        "--all-lines",
+        action="store_true",
+        help="interrupt patching and undoing at every line; by default at a few of each operation",
+    )
 
 
 def pytest_configure(config):

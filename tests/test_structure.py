@@ -55,7 +55,7 @@ LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
     "backends": {"errors", "scheme"},
     "core": {"backends", "errors", "heads", "kernels", "positions", "ranges", "scheme"},
     "attention": {"backends", "core", "errors", "parallel", "positions"},
-    "adapters": {"compat", "errors", "scheme", "rotation", "attention", "latent", "adapters"},
+    "adapters": {"compat", "errors", "patching", "scheme", "rotation", "attention", "latent", "adapters"},
     "swaps": set(),
     "forward": {"compat", "errors", "parallel", "patching", "positions", "scheme", "attention"},
 }

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .adapter import Adapter
-from .bloom import bloom_attention, build_alibi_tensor, carry_positions
+from .bloom import bloom_attention, build_alibi_tensor, carry_positions, keep_positions
 from .projections import Fused, ProjectionNames, Separate
 from .vision import Tower
 
@@ -68,7 +68,8 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         ),
         "bloom": Adapter(
             layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
-            carry=carry_positions, build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
+            carry=carry_positions, keep_positions=keep_positions,
+            build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
         ),
         "phi3": Adapter(drops_cache_at_window=True, projections=Fused(), summary="Phi-3, Phi-4"),
         "phimoe": Adapter(drops_cache_at_window=True, projections=Separate(), summary="Phi-3.5-MoE"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .. import compat
 from ..attention import BACKENDS, attend, backend_for
 from ..errors import UnsupportedError
+from ..patching.handover import hand_down, handed_down
 
 
 def bloom_attention(
@@ -39,7 +41,7 @@ def bloom_attention(
 
 
 def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_ids: Tensor | None) -> dict[str, Any]:
-    """Let BLOOM's own call of `build_alibi_tensor` fetch the positions, and own the mask.
+    """Add the positions for `keep_positions`, and own the mask.
 
     Without a mask BLOOM builds its bias inline, so it is given one. Position ids that restart are packed documents,
     which BLOOM itself does not know; they are kept apart by a mask of all four dimensions.
@@ -60,11 +62,15 @@ def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_
             length = past.get_mask_sizes(inputs.shape[1], 0)[0] if past is not None else inputs.shape[1]
             mask = torch.ones(inputs.shape[0], length, dtype=torch.long, device=inputs.device)
         kwargs["attention_mask"] = mask
-    base.pe_positions = positions
+    kwargs["pe_positions"] = positions
     return kwargs
+
+
+def keep_positions(base: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
+    """Hold the positions of this pass while BLOOM's own forward runs, which takes no such argument."""
+    return hand_down("positions", base, kwargs.pop("pe_positions", None), inner, **kwargs)
 
 
 def build_alibi_tensor(base: Any, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Any:
     """Hand the positions of this pass to the layers in the place of a bias."""
-    positions, base.pe_positions = base.pe_positions, None
-    return positions
+    return handed_down("positions", base)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NoEffectError
-from ..swaps import Swap, apply_all, undo_all
+from ..swaps import Swap, with_swaps
 
 Each = Callable[[int, Tensor], None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -60,21 +60,18 @@ class _Batch:
     arguments: list[Arguments]
     """What each layer is told of them."""
 
-    def go_through(self, index: int, layer: nn.Module, attention: nn.Module, each: Each) -> None:
-        calls = 0
+    def go_through(self, index: int, layer: nn.Module, attention: Any, each: Each) -> None:
+        calls, forward = 0, attention.forward
+        args, kwargs = self.arguments[index]
 
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def catch(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             given = args[0] if args else kwargs["hidden_states"]
             each(index, given.reshape(-1, given.shape[-1]))
+            return forward(*args, **kwargs)
 
-        args, kwargs = self.arguments[index]
-        handle = attention.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            output = layer(self.hidden, *args, **kwargs)
-        finally:
-            handle.remove()
+        output = with_swaps([Swap.of(attention, "forward", catch)], lambda: layer(self.hidden, *args, **kwargs))
         if calls != 1:
             raise NoEffectError(
                 f"Layer {index} ({type(layer).__name__}) called its {type(attention).__name__} {calls} times, where "
@@ -91,11 +88,9 @@ def _rehearse(base: nn.Module, layers: Sequence[nn.Module], parts: list[Tensor])
     """
     rehearsal = _Rehearsal()
     swaps = [Swap.of(layer, "forward", rehearsal.record) for layer in layers]
-    handle = layers[0].register_forward_hook(rehearsal.note_output)
-    try:  # one token through the first layer shows what a layer returns
-        rehearsal.call(base, parts[0][:1, :1], swaps[1:])
-    finally:
-        handle.remove()
+    # One token through the first layer shows what a layer returns.
+    noting = Swap.of(layers[0], "forward", rehearsal.noting(layers[0].forward))
+    rehearsal.call(base, parts[0][:1, :1], [noting, *swaps[1:]])
     work = []
     for part in parts:
         rehearsal.call(base, part, swaps)
@@ -124,15 +119,19 @@ class _Rehearsal:
     def call(self, base: Any, ids: Tensor, swaps: list[Swap]) -> None:
         self.hidden, self.arguments = None, []
         weight = base.get_input_embeddings().weight
-        apply_all(swaps)
-        try:  # where weights are offloaded, hooks take the ids from the CPU
-            base(input_ids=ids.to("cpu" if weight.is_meta else weight.device), use_cache=False)
-        finally:
-            undo_all(swaps)
-            self.aliases.clear()
+        ids = ids.to("cpu" if weight.is_meta else weight.device)  # where weights are offloaded, hooks move the ids
+        with_swaps(swaps, lambda: base(input_ids=ids, use_cache=False))
+        self.aliases.clear()
 
-    def note_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.after = output[1:] if isinstance(output, tuple) else None
+    def noting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward of a layer that also notes what a layer returns after the hidden states."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self.after = output[1:] if isinstance(output, tuple) else None
+            return output
+
+        return noted
 
     def record(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -179,12 +178,20 @@ def batches(rows: Sequence[Tensor], budget: int = BATCH_TOKENS) -> list[Tensor]:
 def evaluating(base: nn.Module) -> Iterator[None]:
     """No dropout for as long as this lasts, and each module's own mode after it."""
     modes = [(module, module.training) for module in base.modules()]
-    base.eval()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, mode in modes:
             module.training = mode
+
+    try:
+        try:
+            base.eval()
+            yield
+        finally:
+            restore()
+    except BaseException:  # an interrupt on the way back
+        restore()
+        raise
 
 
 def _bar(layers: int, progress: bool | None) -> Any:

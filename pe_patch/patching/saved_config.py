@@ -93,11 +93,15 @@ class Mark(Swap):
     def of(cls, owner: Any, attribute: str = "saved_as", replacement: Any = MODEL_TYPE, direct: bool = False) -> Mark:
         return cls(owner, attribute, owner.model_type, replacement, direct)
 
-    def apply(self) -> None:
-        self.owner.__class__ = marked_class(type(self.owner))
+    def current(self) -> Any:
+        """Return the model type that the config is written with."""
+        marked = native_class_of(self.owner) is not type(self.owner)
+        return MODEL_TYPE if marked else self.original
 
-    def undo(self) -> None:
-        self.owner.__class__ = native_class_of(self.owner)
+    def put(self, value: Any) -> None:
+        """Have the config written with this model type."""
+        native = native_class_of(self.owner)
+        self.owner.__class__ = marked_class(native) if value == MODEL_TYPE else native
 
 
 def native_class_of(config: Any) -> type[PreTrainedConfig]:

@@ -1,0 +1,29 @@
+"""Handing a value to a forward further in, through code that has no argument for it.
+
+The value belongs to one call in one thread: several threads may run one model, as they may run a native one, so nothing
+of a call is kept on a module. It lies here for as long as the call lasts, and an outer call gets its own back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_HELD = threading.local()
+
+
+def hand_down(name: str, base: Any, value: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return `call(*args, **kwargs)`, in which `handed_down(name, base)` is `value`."""
+    before = getattr(_HELD, name, None)
+    setattr(_HELD, name, (base, value))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        setattr(_HELD, name, before)
+
+
+def handed_down(name: str, base: Any) -> Any:
+    """Return what this thread handed down to `base`, or None."""
+    held = getattr(_HELD, name, None)
+    return held[1] if held is not None and held[0] is base else None
