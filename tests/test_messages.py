@@ -101,7 +101,7 @@ BAD_LAYERS = [0, 1.5, "all", "0", True, [True], [False], [0.0], ["0"], [None], {
               slice(None, None, 0)]  # fmt: skip
 
 
-@pytest.mark.parametrize("layers", BAD_LAYERS, ids=repr)
+@pytest.mark.parametrize("layers", BAD_LAYERS, ids=lambda value: type(value).__name__)
 def test_layers_of_a_wrong_kind(layers):
     model = build("llama")
     before = snapshot(model)
@@ -111,7 +111,7 @@ def test_layers_of_a_wrong_kind(layers):
 
 
 @pytest.mark.parametrize("layers", [[0, 1], (1,), {0}, range(2), slice(1), np.array([0]), torch.tensor([1]),
-                                    [np.int64(1)], iter([0]), lambda i: i == 1, [-1]], ids=repr)  # fmt: skip
+                                    [np.int64(1)], iter([0]), lambda i: i == 1, [-1]], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_layers_of_every_right_kind(layers):
     patch_model(build("llama"), "nope", layers=layers)
 
