@@ -110,8 +110,13 @@ def test_layers_of_a_wrong_kind(layers):
     assert unchanged(before, snapshot(model))
 
 
-@pytest.mark.parametrize("layers", [[0, 1], (1,), {0}, range(2), slice(1), np.array([0]), torch.tensor([1]),
-                                    [np.int64(1)], iter([0]), lambda i: i == 1, [-1]], ids=lambda value: type(value).__name__)  # fmt: skip
+GOOD_LAYERS = [
+    [0, 1], (1,), {0}, range(2), slice(1), np.array([0]), torch.tensor([1]), [np.int64(1)], iter([0]),
+    lambda i: i == 1, [-1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", GOOD_LAYERS, ids=lambda value: type(value).__name__)
 def test_layers_of_every_right_kind(layers):
     patch_model(build("llama"), "nope", layers=layers)
 
