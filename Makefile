@@ -52,6 +52,10 @@ test-newest: .venv-newest/.installed-dev
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c .venv-newest/constraints.txt transformers
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadscope
 
+# A fuzz of options and rope dicts; PE_PATCH_FUZZ sets the number of inputs.
+test-slow: $(VENV)/.installed
+	PE_PATCH_FUZZ=$${PE_PATCH_FUZZ:-10000} $(BIN)/python -m pytest tests/slow -p no:cacheprovider
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
