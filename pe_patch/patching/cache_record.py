@@ -2,8 +2,8 @@
 
 Cached keys carry no position, and position ids may skip, so a cache remembers them. Caches are also changed from
 outside: generation reorders, repeats, selects and crops them, and key-value compressors cut tokens out of the middle. A
-record therefore keeps a hash of every cached key of one layer. When the keys of that layer are no longer those that the
-last pass left, the hashes tell which row each row comes from, or that nothing explains the change, which is an error.
+record therefore refers to the keys that the last pass left in one layer. When that layer holds other keys now, a
+comparison tells which row each row comes from, or that nothing explains the change, which is an error.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class CacheRecord:
     """Number of tokens that the last pass left in the cache; None if that pass was compiled."""
     finished: bool = True
     """Whether the last pass came to its end."""
-    hashes: Tensor | None = None
-    """Hash of each key of `layer`, `[batch, keys]`, int64; None where the cache shows no plain keys."""
     layer: int = -1
+    """The layer whose keys are compared."""
     keys: Tensor | None = None
-    """The keys of `layer` as the last pass left them."""
-    version: int = 0
+    """Its keys as the last pass left them; None where the cache shows no plain keys."""
+    version: tuple[int, int] = (0, 0)
+    """Identity of these keys and their version counter, which every change in place moves."""
     least: int = 0
     """Number of tokens below which the cache cannot be cropped, since their encoding followed a longer first pass."""
     open: bool = False
@@ -186,21 +186,10 @@ def close_record(cache: Any, record: CacheRecord, total: int | Tensor) -> None:
     if torch.compiler.is_compiling():
         record.tokens = None
         return
-    record.tokens = total = int(total)
-    found = _plain_keys(cache, total)
-    if found is None:
-        record.hashes = record.keys = None
-        return
-    record.layer, covered, keys = found
-    known = record.hashes
-    held = 0 if known is None else min(known.shape[1], total)
-    start = max(held, total - covered.shape[2])
-    fresh = token_hashes(covered[:, :, covered.shape[2] - (total - start) :])
-    if known is None or known.shape[0] != fresh.shape[0]:
-        known, held = fresh[:, :0], 0
-    gap = torch.zeros(fresh.shape[0], start - held, dtype=torch.long, device=fresh.device)
-    record.hashes = torch.cat((known[:, :held].to(fresh.device), gap, fresh), 1)
-    record.keys, record.version = keys, _version(keys)
+    record.tokens = int(total)
+    found = _plain_keys(cache)
+    record.layer, record.keys = (-1, None) if found is None else found
+    record.version = _version(record)
 
 
 def token_hashes(keys: Tensor) -> Tensor:
@@ -211,60 +200,59 @@ def token_hashes(keys: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 29)).sum(-1)
 
 
-def _version(keys: Tensor) -> int:
-    return 0 if keys.is_inference() else keys._version
+def _version(record: CacheRecord) -> tuple[int, int]:
+    keys = record.keys
+    return id(keys), 0 if keys is None or keys.is_inference() else keys._version
 
 
-def _plain_keys(cache: Any, total: int) -> tuple[int, Tensor, Tensor] | None:
-    """Return the last layer whose keys can be looked at: its index, the keys of the newest tokens, and all its keys.
+def _plain_keys(cache: Any) -> tuple[int, Tensor] | None:
+    """Return the index and the keys of the last layer whose keys can be compared.
 
     Layers that see every token come first, since a sliding layer holds only the newest tokens.
     """
     for sliding in (False, True):
         for index in reversed(range(len(cache.layers))):
             layer = cache.layers[index]
-            keys = getattr(layer, "keys", None)
-            if getattr(layer, "is_sliding", False) != sliding or not isinstance(keys, Tensor) or keys.ndim != 4:
+            if getattr(layer, "is_sliding", False) != sliding or not _holds_keys(layer):
                 continue
-            if keys.is_meta or keys.shape[2] == 0 or hasattr(layer, "_quantize"):
-                continue
-            if not getattr(layer, "is_compileable", False):
-                return index, keys[:, :, -total:], keys
-            if not sliding:
-                return index, keys[:, :, :total], keys
+            if layer.keys.ndim == 4 and layer.keys.shape[2] > 0 and not layer.keys.is_meta:
+                if not (sliding and getattr(layer, "is_compileable", False)):  # such a layer rolls its slots
+                    return index, layer.keys
     return None
+
+
+def _held(keys: Tensor, tokens: int, slots: int | None) -> tuple[int, Tensor]:
+    """Return which of the first `tokens` tokens the keys of a layer begin with, and the keys of those that it holds."""
+    if slots is not None:
+        return 0, keys[:, :, :tokens]
+    count = min(keys.shape[2], tokens)
+    return tokens - count, keys[:, :, keys.shape[2] - count :]
 
 
 def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> None:
     """Follow changes of a cache since the last pass: rows selected, repeated or reordered, newest tokens dropped."""
     changed = f"This cache was changed since {record.scheme!r} filled it"
-    if not record.finished and (record.hashes is None or length > record.hashes.shape[1]):
+    tokens = length if record.tokens is None else record.tokens
+    if not record.finished and (record.keys is None or length > tokens):
         raise CacheError(f"The last pass over this cache did not finish, so its layers may differ. {EMPTY}")
     if length < record.least:
         raise CacheError(
             f"This cache was cropped to {length} tokens, but its first {record.least} were read in one pass, and "
             f"{record.scheme!r} encoded them for a text of that length. {EMPTY}"
         )
-    if record.finished and record.tokens is not None and length > record.tokens:
-        raise CacheError(f"{changed}: it holds {length} tokens, and {record.tokens} were read into it. {EMPTY}")
-    layers = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
-    if slots is None and any(int(layer.get_seq_length()) != length for layer in layers if _holds_keys(layer)):
+    if length > tokens:
+        raise CacheError(f"{changed}: it holds {length} tokens, and {tokens} were read into it. {EMPTY}")
+    whole = [each for each in cache.layers if _holds_keys(each) and not getattr(each, "is_sliding", False)]
+    if slots is None and any(int(layer.get_seq_length()) != length for layer in whole):
         raise CacheError(f"{changed}: its layers hold different numbers of tokens. {EMPTY}")
-    if record.hashes is None or record.keys is None:
-        if record.positions is not None and slots is None:
-            record.positions = record.positions[:, :length]
-        return
-    keys = cache.layers[record.layer].keys
-    same = keys is record.keys or (keys.data_ptr() == record.keys.data_ptr() and keys.shape == record.keys.shape)
-    if record.finished and same and _version(keys) == record.version and length == record.tokens:
-        return
-    found = _plain_keys(cache, length)
-    if found is None or found[0] != record.layer:
-        raise CacheError(f"{changed}: layer {record.layer} no longer holds its keys. {EMPTY}")
-    covered = found[1]
-    start, stop = length - covered.shape[2], min(length, record.hashes.shape[1])
-    now = token_hashes(covered[:, :, : stop - start])
-    _follow_rows(record, now, start, stop, changed)
+    if record.keys is not None:
+        keys = cache.layers[record.layer].keys
+        now = _version(record)
+        written = record.tokens is not None and now[0] == record.version[0] and now != record.version
+        if keys is not record.keys or length != tokens or written or not record.finished:
+            if written or not isinstance(keys, Tensor) or keys.shape[2] == 0:
+                raise CacheError(f"{changed}: the keys of layer {record.layer} were overwritten. {EMPTY}")
+            _follow_rows(record, _held(record.keys, tokens, slots), _held(keys, length, slots), changed)
     if slots is None and record.positions is not None:
         record.positions = record.positions[:, :length]
 
@@ -273,28 +261,28 @@ def _holds_keys(layer: Any) -> bool:
     return isinstance(getattr(layer, "keys", None), Tensor) and not hasattr(layer, "_quantize")
 
 
-def _follow_rows(record: CacheRecord, now: Tensor, start: int, stop: int, changed: str) -> None:
+def _follow_rows(record: CacheRecord, before: tuple[int, Tensor], after: tuple[int, Tensor], changed: str) -> None:
     """Give each row of a cache the positions of the recorded row with the same keys.
 
-    `now` holds the hashes of its keys `start` to `stop`, `[rows, stop - start]`.
+    `before` and `after` are the token that a layer's keys begin with, and these keys, `[batch, heads, keys, head]`.
     """
-    assert record.hashes is not None and record.positions is not None
-    known = record.hashes[:, start:stop].to(now.device)
+    assert record.positions is not None
+    start = max(before[0], after[0])
+    known, now = (token_hashes(keys[:, :, start - first :]) for first, keys in (before, after))
+    known = known[:, : now.shape[1]].to(now.device)
     equal = (now[:, None] == known[None]).all(-1)
     if not bool(equal.any(1).all()):
         raise CacheError(
             f"{changed}: tokens were removed from its middle, or its keys were replaced, and {record.scheme!r} needs "
             f"the position of every key. {EMPTY} Key-value compression works with static rotary schemes."
         )
-    in_place = equal.shape[0] == equal.shape[1] and bool(equal.diagonal().all())
-    source = torch.arange(len(now), device=now.device) if in_place else equal.int().argmax(1)
-    record.hashes = record.hashes.to(now.device)[source, :stop]
-    if record.positions.shape[0] == 1:
-        return
     positions = record.positions
-    chosen = positions[source.to(positions.device)]
+    in_place = equal.shape[0] == equal.shape[1] and bool(equal.diagonal().all())
+    if in_place or positions.shape[0] == 1:
+        return
+    chosen = positions[equal.int().argmax(1).to(positions.device)]
     alike = (chosen[:, None] == positions[None]).all(-1) | ~equal.to(positions.device)
-    if not in_place and not bool(alike.all()):
+    if not bool(alike.all()):
         raise CacheError(
             f"{changed}: rows with the same keys have different positions, so their order is lost. {EMPTY}"
         )
