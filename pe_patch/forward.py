@@ -74,16 +74,21 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     past = compat.take_cache(kwargs, runtime.cache_argument, f"{type(base).__name__}.forward")
     if shown is None:
         return inner(**kwargs)  # the family's own error says it best
-    if sequence is not None:
-        past_length = 0 if past is None else past.get_seq_length()
-        return inner(**_before_ulysses(base, runtime, sequence, shown, past_length, kwargs))
+    if sequence is not None and runtime.whole is not None:
+        raise UnsupportedError(f"Ulysses cannot split sequences under {runtime.scheme.name!r} here: {runtime.whole}.")
+    if sequence is not None and sequence.splits(base):
+        return inner(**_before_ulysses(base, runtime, sequence, shown, past, kwargs))
     past = _open_cache(base, runtime, past, kwargs)
     past_length = 0 if past is None else past.get_seq_length()
     _check_window(runtime, shown.shape[1], past_length, kwargs.get("position_ids"))
-    if past is None:
-        return inner(**_with_positions(base, runtime, shown, past_length, None, None, kwargs))
-    record = open_record(past, runtime.scheme.name, runtime.specification, past_length, runtime.rotates_at_scores)
+    record = None
+    if past is not None:
+        record = open_record(past, runtime.scheme.name, runtime.specification, past_length, runtime.rotates_at_scores)
     kwargs = _with_positions(base, runtime, shown, past_length, past, record, kwargs)
+    if sequence is not None:
+        kwargs = _with_masks(base, runtime, shown, past_length, past, kwargs)
+    if record is None:
+        return inner(**kwargs)
     total = past_length + shown.shape[1]  # now: a static cache counts on in the very tensor that it hands out
     record.open, record.finished = True, False
     try:
@@ -96,14 +101,9 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 def _before_ulysses(
-    base: Any, runtime: Runtime, sequence: Sequence, shown: Tensor, past_length: int | Tensor, kwargs: dict[str, Any]
+    base: Any, runtime: Runtime, sequence: Sequence, shown: Tensor, past: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the layers need that Ulysses drops: masks, and the positions of a whole sequence of which this process was
-    given a part."""
-    if runtime.whole is not None:
-        raise UnsupportedError(f"Ulysses cannot split sequences under {runtime.scheme.name!r} here: {runtime.whole}.")
-    if not sequence.splits(base):
-        return _with_masks(base, runtime, shown, past_length, kwargs)
+    """Add what Ulysses drops: masks, and the positions of a whole sequence of which this process was given a part."""
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if explicit is None:
         raise UnsupportedError(
@@ -112,7 +112,7 @@ def _before_ulysses(
         )
     if explicit.ndim != 2 or not (mask is None or (isinstance(mask, Tensor) and mask.shape == shown.shape[:2])):
         raise UnsupportedError("Under Ulysses position_ids and attention_mask are those of the part, [rows, part].")
-    if not (isinstance(past_length, int) and past_length == 0):
+    if past is not None and past.get_seq_length() > 0:
         raise UnsupportedError("Under Ulysses a sequence is read at once: leave the cache out.")
     whole = sequence.whole(explicit.to(shown.device).expand(shown.shape[0], -1))
     padding = None if mask is None else sequence.whole(mask.to(shown.device))
@@ -127,17 +127,10 @@ def _before_ulysses(
 
 
 def _with_masks(
-    base: Any, runtime: Runtime, shown: Tensor, past_length: int | Tensor, kwargs: dict[str, Any]
+    base: Any, runtime: Runtime, shown: Tensor, past_length: int | Tensor, past: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The same for whole sequences, which Ulysses leaves alone but for their masks."""
+    """Add the masks of whole sequences, which Ulysses leaves alone but for these."""
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    _check_window(runtime, shown.shape[1], past_length, explicit)
-    past = _open_cache(base, runtime, compat.cache_in(kwargs), kwargs)
-    record = None
-    if past is not None:
-        record = open_record(past, runtime.scheme.name, runtime.specification, past_length)
-        record.open = True  # Ulysses is for training and evaluation: nothing continues this cache elsewhere
-    kwargs = _with_positions(base, runtime, shown, past_length, past, record, kwargs)
     host = torch.arange(shown.shape[1], device=shown.device)[None] + past_length
     at = host if explicit is None else explicit.to(shown.device)
     positions = kwargs.get("pe_positions") or Positions(at, at)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pe_patch.checkpoints.folders import TRAINING, check_output, refuse_input
 from pe_patch.configuration import FOREIGN
 from pe_patch.errors import OutputError
+from pe_patch.patching.record import check_record
 from pe_patch.resolve import unwrap
 from pe_patch.storage import native_config, read_config
 
@@ -112,10 +113,7 @@ def _save_and_read(trainer: Trainer) -> None:
             with _unquantised(model):
                 model.save_pretrained(folder, state_dict={})
             trainer.tokenizer.save_pretrained(folder)
-            stored = read_config(folder)
-            if stored.pop(FOREIGN, None) != record:
-                raise ValueError("the record of the patch is not what was saved")
-            AutoConfig.from_pretrained(folder) if record is None else native_config(stored, record["native"])
+            AutoConfig.from_pretrained(folder) if record is None else _read_record(folder, record)
             AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # a config may check itself on saving, in a way of its own
             scheme = "" if record is None else f" under the scheme {record['scheme']!r}"
@@ -125,6 +123,15 @@ def _save_and_read(trainer: Trainer) -> None:
                 f"({type(error).__name__}: {said}). Nothing was trained. Take another scheme; "
                 "`pe-patch advise MODEL --target-length N` names those that fit."
             ) from error
+
+
+def _read_record(folder: str, record: dict[str, Any]) -> None:
+    """Read the patch back from a config that was saved, and the config of the model before the patch."""
+    stored = read_config(folder)
+    kept = check_record(stored.get(FOREIGN), stored, folder)
+    if any(kept.get(key) != record[key] for key in record.keys() - {"native", "written"}):  # which saving completes
+        raise ValueError("the record of the patch is not what was saved")
+    native_config(stored, kept["native"])
 
 
 @contextmanager

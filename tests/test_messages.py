@@ -251,7 +251,13 @@ def test_nothing_is_said_where_something_changes_or_nothing_was_asked(scheme, op
 def test_a_scaling_that_is_taken_away_is_a_change(caplog):
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     with caplog.at_level(logging.WARNING, logger="pe_patch"):
-        patch_model(build("llama", rope_parameters=scaled), "linear", factor=1, on_existing="replace")
+        patch_model(
+            build("llama", rope_parameters=scaled),
+            "linear",
+            factor=1,
+            on_existing="replace",
+            original_max_position_embeddings=32,
+        )
     assert "does already" not in caplog.text
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..errors import OptionError
+from ..errors import OptionValueError
 from .authors import AuthorsWord, authors_word
 
 OPTION = "original_max_position_embeddings"
@@ -200,6 +200,10 @@ def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindo
         if _close(other, maximum):
             source = f"{maximum:,} over the factor {factor:g}, which {key}={other} counts too"
             return replace(window, length=before, scaled_length=maximum, source=source, scaled_source=f"{key}={other}")
+    written = _checkpoint_config(config)
+    if written is not None and not _carries_scaling(written) and written.get("max_position_embeddings") == maximum:
+        source = f"max_position_embeddings of {config.name_or_path}, whose config.json carries no scaling"
+        return replace(window, length=maximum, scaled_length=after, source=source, scaled_source=carried)
     unclear = (
         f"the config carries {carried} and max_position_embeddings={maximum}, and does not say whether that is the "
         f"window before the factor ({maximum} to {after} tokens) or after it ({before} to {maximum})"
@@ -286,28 +290,49 @@ def _left_out(config: Any, maximum: int) -> bool:
     """Return whether Transformers filled the window in from its class, since the checkpoint's config.json has none."""
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     field = getattr(type(config), "__dataclass_fields__", {}).get(name)
-    source = getattr(config, "name_or_path", "")
-    if field is None or field.default != maximum or not source:
+    if field is None or field.default != maximum:
         return False
+    written = _checkpoint_config(config)
+    if written is None:
+        return False
+    return written.get("model_type") == config.model_type and not {name, "max_position_embeddings"} & written.keys()
+
+
+def _checkpoint_config(config: Any) -> dict[str, Any] | None:
+    """Return the config.json that a config was read from, as it is on disk; None if it is not here."""
+    source = getattr(config, "name_or_path", "")
+    if not source:
+        return None
     file: Any = Path(source) / "config.json"
     if not file.is_file():
         try:
             file = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
         except HFValidationError:  # a folder that is gone, and no name on the hub
-            return False
+            return None
         if not isinstance(file, str):
-            return False
-    written = json.loads(Path(file).read_text(encoding="utf-8"))
-    return written.get("model_type") == config.model_type and not {name, "max_position_embeddings"} & written.keys()
+            return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _carries_scaling(written: dict[str, Any]) -> bool:
+    """Return whether a config.json asks for rotary frequencies other than the plain ones, in any layer type."""
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters = written.get(key) or {}
+        nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+        if any(each.get("rope_type", each.get("type", "default")) not in ("default", None) for each in nested):
+            return True
+    return False
 
 
 def _count(given: Any, option: str) -> int:
     """Return a user's number of tokens.
 
     Raises:
-        OptionError: it is none.
+        OptionValueError: it is none.
     """
     number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
     if not number or given != int(given) or given < 1:
-        raise OptionError(f"{option}={given!r} is not a window; give a whole number of tokens, such as {option}=4096.")
+        raise OptionValueError(
+            f"{option}={given!r} is not a window; give a whole number of tokens, such as {option}=4096."
+        )
     return int(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from .. import compat
 from ..adapters import Adapter
 from ..adapters.authors import AuthorsWord
 from ..adapters.trained_window import TrainedWindow, native_parameters
-from ..errors import OptionError, PePatchError, UnsupportedError
+from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
 from ..loading import empty_model
 from ..patching.existing import existing_scheme
 from ..resolve import find_adapter, find_stack
@@ -121,6 +122,10 @@ def build(source: Any) -> Any:
         raise OptionError(f"advise takes a folder, a name on the hub or a Transformers config, not {source!r}.")
     try:
         model = empty_model(str(source))
+    except CheckpointError:
+        if (Path(source) / "config.json").is_file():  # a patched model is refused for that, whatever its record is like
+            _check(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
+        raise
     except (ValueError, KeyError) as error:
         _check(PreTrainedConfig.get_config_dict(str(source))[0])
         raise PePatchError(f"No causal language model can be built from the config of {source} ({error}).") from error
