@@ -1,0 +1,82 @@
+"""Cases that somebody tried to break the library with, each against a value from elsewhere."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from pe_patch import AlreadyPatchedError, patch_model, patched, unpatch_model
+
+from . import families
+from .models import build, error, logits, put, snapshot, tokens, unchanged
+
+pytestmark = pytest.mark.fast
+TOLERANCE = 1e-5
+
+
+def test_a_base_that_the_config_stretches_at_every_length_is_the_trained_one():
+    """HunYuan's `alpha` is a larger base, not a scaling of a model that was trained with a smaller one."""
+    parameters = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+    model = families.build("hunyuan_v1_dense", rope_parameters=parameters)
+    ids = tokens(1, 60)
+    expected = logits(model, ids)
+    patch_model(model, "rope", on_existing="replace")
+    assert error(logits(model, ids), expected) < TOLERANCE
+    assert model.config.rope_parameters["rope_theta"] == pytest.approx(10000.0 * 1000.0 ** (16 / 14))
+
+
+def test_a_window_lowered_in_the_config_after_loading_is_not_believed(caplog):
+    model = families.build("llama")
+    model.config.max_position_embeddings = 16
+    caplog.set_level("WARNING", logger="pe_patch")
+    patch_model(model, "yarn", factor=2.0)
+    assert model.config.max_position_embeddings == 2 * families.WINDOW
+    assert "max_position_embeddings=16 was written into the config after the model was built for 64" in caplog.text
+    expected = families.build(
+        "llama",
+        max_position_embeddings=2 * families.WINDOW,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
+            "original_max_position_embeddings": families.WINDOW,
+        },
+    )  # fmt: skip
+    assert torch.equal(logits(model, tokens(1, 60)), logits(expected, tokens(1, 60)))
+
+
+def test_a_block_within_a_block_gives_the_outer_patch_back():
+    model, ids = build("llama"), tokens(1, 40)
+    before = snapshot(model)
+    with patched(model, "shaw", max_distance=6):
+        for parameter in model.model.position_schemes.scheme.parameters():
+            torch.nn.init.normal_(parameter)
+        expected = logits(model, ids)
+        with patched(model, "linear", factor=2.0, on_existing="replace"):
+            assert error(logits(model, ids), expected) > TOLERANCE
+        assert torch.equal(logits(model, ids), expected)
+        with pytest.raises(KeyError), patched(model, "linear", factor=2.0, on_existing="replace"):
+            raise KeyError
+        assert torch.equal(logits(model, ids), expected)
+        with patched(model, "linear", factor=2.0, on_existing="replace"):
+            unpatch_model(model)
+        assert torch.equal(logits(model, ids), expected)
+    assert unchanged(before, snapshot(model))
+
+
+def test_a_block_that_comes_too_late_leaves_the_patch_of_another_thread(monkeypatch):
+    """Both threads find the model native; the other one patches it first."""
+    model, ids = build("llama"), tokens(1, 40)
+
+    def other_thread_is_first(*_):
+        monkeypatch.undo()
+        thread = threading.Thread(target=put, args=(model, "self_extend"))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr("pe_patch.patch.check_choice", other_thread_is_first)
+    with pytest.raises(AlreadyPatchedError), patched(model, "linear", factor=2.0):
+        raise AssertionError
+    assert torch.equal(logits(model, ids), logits(put(build("llama"), "self_extend"), ids))
+
+
