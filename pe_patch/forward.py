@@ -58,6 +58,8 @@ class Runtime:
     """Keywords given to the base model reach the attention function."""
     whole: str | None = None
     """Why a sequence cannot be split over processes here; None where it can."""
+    rotary: tuple[str, type] | None = None
+    """Attribute of the base model that the patch replaced by a rotary module, and its class."""
 
 
 def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +172,13 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     if backend is None:
         raise NoEffectError(
             f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
-            f"would drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
+            f"would drop {runtime.scheme.name!r}; call set_attn_implementation(...) of the model that you patched instead."
+        )
+    if runtime.rotary is not None and not isinstance(found := getattr(base, runtime.rotary[0]), runtime.rotary[1]):
+        raise NoEffectError(
+            f"{type(base).__name__}.{runtime.rotary[0]} is a {type(found).__name__} that was put in behind the patch, "
+            f"which drops {runtime.scheme.name!r}. Call unpatch_model(model), which puts the original back, change the "
+            "model, and patch it again."
         )
     return sequence_of(backend.implementation, backend.host)
 

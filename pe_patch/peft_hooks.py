@@ -126,6 +126,8 @@ def _load(
 
 def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, which saves an adapter alone where `add_adapter` put one on."""
+    for patch in [module.__dict__["pe_patch"] for module in head.modules() if "pe_patch" in module.__dict__]:
+        patch.renumber()
     result, given = inner(*args, **kwargs), _given(head, "save_pretrained", args, kwargs)
     if getattr(head, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
         write_record(head, Path(given["save_directory"]), given.get("state_dict"))

@@ -7,7 +7,9 @@ import threading
 import pytest
 import torch
 
-from pe_patch import AlreadyPatchedError, patch_model, patched, unpatch_model
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+from pe_patch import AlreadyPatchedError, NoEffectError, load_patched, patch_model, patched, unpatch_model
 
 from . import families
 from .models import build, error, logits, put, snapshot, tokens, unchanged
@@ -78,5 +80,43 @@ def test_a_block_that_comes_too_late_leaves_the_patch_of_another_thread(monkeypa
     with pytest.raises(AlreadyPatchedError), patched(model, "linear", factor=2.0):
         raise AssertionError
     assert torch.equal(logits(model, ids), logits(put(build("llama"), "self_extend"), ids))
+
+
+@pytest.mark.parametrize("name", ("yarn", "alibi", "self_extend"))
+def test_a_module_put_in_behind_the_patch_is_an_error(name):
+    model, ids = put(build("llama"), name), tokens(1, 20)
+    expected = logits(build("llama"), ids)
+    model.model.rotary_emb = LlamaRotaryEmbedding(build("llama").config)
+    with pytest.raises(NoEffectError, match="rotary_emb is a LlamaRotaryEmbedding that was put in behind the patch"):
+        logits(model, ids)
+    unpatch_model(model)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ("alibi", "self_extend", "shaw", "dynamic_ntk"))
+def test_an_attention_put_in_behind_the_patch_is_an_error(name):
+    model = put(build("llama"), name)
+    layer = model.model.layers[1]
+    attention = LlamaAttention(build("llama").config, 1)
+    attention.load_state_dict(layer.self_attn.state_dict())
+    attention.config, layer.self_attn = model.config, attention.eval()
+    with pytest.raises(NoEffectError, match="LlamaAttention was put into the model behind the patch"):
+        logits(model, tokens(1, 20))
+
+
+@pytest.mark.parametrize(("layers", "gone"), [(None, 0), (None, 1), ([1], 0), ([0, 2], 1), ([0, 2], 0)])
+@pytest.mark.parametrize("name", ("yarn", "self_extend", "shaw"))
+def test_layers_taken_out_of_a_patched_model_are_saved_as_they_are(name, layers, gone, tmp_path):
+    model, ids = put(build("llama", num_hidden_layers=3), name, layers=layers), tokens(1, 40)
+    del model.model.layers[gone]
+    model.config.num_hidden_layers = 2
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert error(logits(load_patched(tmp_path), ids), expected) < TOLERANCE
+    assert torch.equal(logits(model, ids), expected)
+    unpatch_model(model)
+    native = build("llama", num_hidden_layers=3)
+    del native.model.layers[gone]
+    assert torch.equal(logits(model, ids), logits(native, ids))
 
 
