@@ -392,7 +392,7 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     backend = backend_for(implementation)
     base = model.pe_base
     check_backend(backend, base.pe_runtime.scheme)
-    base.config._attn_implementation_internal = backend.implementation
+    vars(base.config)["_attn_implementation_internal"] = backend.implementation  # what `Marked` guards
 
 
 def keep_cache(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

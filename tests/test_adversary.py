@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from pe_patch import AlreadyPatchedError, NoEffectError, load_patched, patch_model, patched, unpatch_model
+from pe_patch import (
+    AlreadyPatchedError,
+    NoEffectError,
+    UnsupportedError,
+    load_patched,
+    patch_model,
+    patched,
+    unpatch_model,
+)
 
 from . import families
 from .models import build, error, logits, put, snapshot, tokens, unchanged
@@ -118,5 +128,32 @@ def test_layers_taken_out_of_a_patched_model_are_saved_as_they_are(name, layers,
     native = build("llama", num_hidden_layers=3)
     del native.model.layers[gone]
     assert torch.equal(logits(model, ids), logits(native, ids))
+
+
+@pytest.mark.parametrize("family", ("bloom", "gpt2", "llama"))
+def test_the_config_of_a_patched_model_builds_no_model_without_the_scheme(family, tmp_path):
+    """BLOOM and GPT-2 have no rotary module that stops at a rope type it does not know."""
+    model, ids = put(build(family), "self_extend"), tokens(1, 40)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    saved, own = AutoConfig.from_pretrained(tmp_path), copy.deepcopy(model.config)
+    for make in (
+        lambda: type(model)(model.config),
+        lambda: type(model)(own),
+        lambda: type(model.base_model)(own),
+        lambda: type(model).from_pretrained(tmp_path, config=saved),
+    ):
+        with pytest.raises(UnsupportedError, match=r"patched with 'self_extend'.*load_patched"):
+            make()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path))
+    assert error(logits(loaded, ids), expected) < TOLERANCE
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        built = AutoModelForCausalLM.from_config(model.config).eval()
+        built.load_state_dict(model.state_dict())
+        assert error(logits(built, ids), expected) < TOLERANCE
+    unpatch_model(model)
+    type(model)(model.config)
 
 
