@@ -196,6 +196,9 @@ def _with_positions(
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     takes_ids = "position_ids" in runtime.arguments
     acts = runtime.embeds or runtime.scores or runtime.carry is not None
+    if acts and explicit is not None and explicit.ndim == 1:  # which families with a table of positions take
+        explicit = explicit[None]
+        kwargs = {**kwargs, "position_ids": explicit}
     if acts and explicit is not None and explicit.ndim != 2:
         raise UnsupportedError(f"position_ids of {explicit.ndim} dimensions (several axes) are not supported here.")
     host, holes = _host_positions(mask, shown, past_length)
@@ -258,6 +261,11 @@ def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor
     """Rank of each token of this pass among the real ones of its row, `[batch, count]`; None without a 2-D mask."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:  # a host may hand one mask for each layer type
         return None
+    if isinstance(past_length, int) and mask.shape[1] < past_length + count:
+        raise UnsupportedError(
+            f"attention_mask covers {mask.shape[1]} tokens, and {past_length + count} are read: {past_length} in the "
+            f"cache and {count} in this pass. Give a mask of [rows, {past_length + count}], or leave it out."
+        )
     index = torch.arange(count, device=mask.device) + past_length
     return from_mask(mask).index_select(1, index)
 

@@ -295,7 +295,7 @@ def _assemble(
     swaps += redirect(config_swaps(head, base, adapter, by_kind, record, backend.implementation), configs)
     taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules are given another config on purpose
     swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
-    swaps += head_swaps(head)
+    swaps += head_swaps(head, base)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from pe_patch import (
@@ -22,7 +22,7 @@ from pe_patch import (
 )
 
 from . import families
-from .models import build, error, logits, put, snapshot, tokens, unchanged
+from .models import build, error, in_chunks, logits, put, snapshot, tokens, unchanged
 
 pytestmark = pytest.mark.fast
 TOLERANCE = 1e-5
@@ -155,5 +155,75 @@ def test_the_config_of_a_patched_model_builds_no_model_without_the_scheme(family
         assert error(logits(built, ids), expected) < TOLERANCE
     unpatch_model(model)
     type(model)(model.config)
+
+
+@pytest.mark.parametrize("part", ("whole", "base"))
+@pytest.mark.parametrize("name", ("yarn", "alibi", "self_extend", "dynamic_ntk"))
+def test_a_config_that_was_edited_after_the_patch_is_saved_as_the_model_computes(name, part, tmp_path, caplog):
+    model, ids = put(build("llama"), name), tokens(1, 60)
+    expected = logits(model, ids)
+    model.config.max_position_embeddings, model.config.pad_token_id = 4096, 5
+    model.config.rope_parameters["rope_theta"] = 5e5
+    saved = model if part == "whole" else model.model
+    saved.save_pretrained(tmp_path)
+    assert "max_position_embeddings=4096" in caplog.text and "rope_theta=500000.0 (it is 10000.0)" in caplog.text
+    loaded = [load_patched(tmp_path), AutoModel.from_pretrained(tmp_path).eval()]
+    with torch.no_grad():
+        states = [getattr(each, "model", each)(ids).last_hidden_state for each in (*loaded, model)]
+    assert torch.equal(states[0], states[2]) and torch.equal(states[1], states[2])
+    assert loaded[0].config.pad_token_id == 5
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ("shaw", "mla"))
+def test_the_weights_of_a_scheme_are_found_in_files_of_a_variant(name, tmp_path):
+    model, ids = put(build("llama"), name), tokens(1, 40)
+    for size in ("5GB", "20KB"):
+        folder = tmp_path / size
+        model.save_pretrained(folder, variant="fp16", max_shard_size=size)
+        assert error(logits(load_patched(folder, variant="fp16"), ids), logits(model, ids)) < TOLERANCE
+        loaded = AutoModelForCausalLM.from_pretrained(folder, variant="fp16").eval()
+        assert error(logits(loaded, ids), logits(model, ids)) < TOLERANCE
+
+
+def fork(cache):
+    """Return a cache that shares what is in there and grows by itself."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+@pytest.mark.parametrize("name", ("yarn", "alibi", "self_extend", "shaw", "dynamic_ntk"))
+def test_a_shallow_copy_of_a_cache_is_continued_by_itself(name):
+    """Several answers to one prompt, without copies of its keys."""
+    model, ids = put(build("llama"), name), tokens(1, 20)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    other, answers = fork(cache), [tokens(1, 8, seed=5), tokens(1, 8, seed=6)]
+    for start, stop in ((0, 4), (4, 8)):
+        for answer, mine in zip(answers, (cache, other), strict=True):
+            with torch.no_grad():
+                found = model(answer[:, start:stop], past_key_values=mine).logits
+            expected = in_chunks(model, torch.cat((ids, answer), 1), [20, 4, 4])
+            assert error(found, expected[:, 20 + start : 20 + stop]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("alibi", "sinusoidal", "self_extend"))
+def test_position_ids_without_rows_are_those_of_every_row(name):
+    """GPT-2 takes them."""
+    ids, at = tokens(2, 20), torch.arange(20)
+    native = build("gpt2")
+    assert torch.equal(logits(native, ids, position_ids=at), logits(native, ids))
+    model = put(native, name)
+    assert torch.equal(logits(model, ids, position_ids=at), logits(model, ids, position_ids=at[None]))
+
+
+@pytest.mark.parametrize("name", ("alibi", "dynamic_ntk", "shaw"))
+def test_a_mask_of_this_pass_alone_is_an_error(name):
+    model, ids = put(build("llama"), name), tokens(2, 20)
+    with torch.no_grad():
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+        with pytest.raises(UnsupportedError, match=r"covers 8 tokens, and 20 are read: 12 in the cache and 8"):
+            model(ids[:, 12:], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
 
 

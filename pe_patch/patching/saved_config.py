@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..errors import CheckpointError, PePatchError, UnsupportedError
 from ..swaps import Swap
-from .record import BESIDE, FOREIGN, check_record
+from .record import BESIDE, FOREIGN, check_record, differences
 
 MODEL_TYPE = "pe_patch (import pe_patch before loading)"
 """The model type of such a config in its file. Transformers quotes it in its error."""
@@ -152,6 +152,26 @@ def native_of(config: Any) -> Any:
         elif key in native_values:
             setattr(part, key, copy.deepcopy(native_values[key]))
     return native
+
+
+def write_back(config: Any) -> list[str]:
+    """Give a patched model's config the values that the patch wrote into it, and return what was changed since.
+
+    The model computes by its patch, whatever the config says: a file with other values would contradict itself.
+    """
+    record = config.__dict__.get(FOREIGN)
+    if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
+        return []
+    part = config if (name := record["native"].get("config")) is None else getattr(config, name)
+    names = {part.attribute_map.get(key, key): key for key in BESIDE}
+    changed = []
+    for stored, value in record.get("written", {}).items():
+        key = names.get(stored, stored)
+        found = json.loads(json.dumps(getattr(part, key, None), default=str))
+        if apart := differences(key, value, found):
+            vars(part)[stored] = copy.deepcopy(value)
+            changed += [f"{where}={theirs!r} (it is {ours!r})" for where, ours, theirs in apart]
+    return changed
 
 
 def _record_of(values: dict[str, Any]) -> dict[str, Any]:
