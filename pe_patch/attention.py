@@ -52,6 +52,11 @@ def attend(
             "Transformers handed it a cache that the patched model did not see, so positions would be wrong. Run "
             "`pe-patch selftest`."
         )
+    if positions is not None and "pe_layer" not in module.__dict__:
+        raise NoEffectError(
+            f"This {type(module).__name__} was put into the model behind the patch, so the scheme would have no effect "
+            "there. Call unpatch_model(model), change the model, and patch it again."
+        )
     if scheme is None:
         shift = module.__dict__.get("pe_shift")
         return core.host(query, key, value, mask) if shift is None else shift(core, query, key, value, mask)

@@ -58,6 +58,8 @@ class Runtime:
     """Keywords given to the base model reach the attention function."""
     whole: str | None = None
     """Why a sequence cannot be split over processes here; None where it can."""
+    rotary: tuple[str, type] | None = None
+    """Attribute of the base model that the patch replaced by a rotary module, and its class."""
 
 
 def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +165,13 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     if backend is None:
         raise NoEffectError(
             f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
-            f"would drop {runtime.scheme.name!r}; call model.set_attn_implementation(...) instead."
+            f"would drop {runtime.scheme.name!r}; call set_attn_implementation(...) of the model that you patched instead."
+        )
+    if runtime.rotary is not None and not isinstance(found := getattr(base, runtime.rotary[0]), runtime.rotary[1]):
+        raise NoEffectError(
+            f"{type(base).__name__}.{runtime.rotary[0]} is a {type(found).__name__} that was put in behind the patch, "
+            f"which drops {runtime.scheme.name!r}. Call unpatch_model(model), which puts the original back, change the "
+            "model, and patch it again."
         )
     return sequence_of(backend.implementation, backend.host)
 
@@ -181,6 +189,9 @@ def _with_positions(
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     takes_ids = "position_ids" in runtime.arguments
     acts = runtime.embeds or runtime.scores or runtime.carry is not None
+    if acts and explicit is not None and explicit.ndim == 1:  # which families with a table of positions take
+        explicit = explicit[None]
+        kwargs = {**kwargs, "position_ids": explicit}
     if acts and explicit is not None and explicit.ndim != 2:
         raise UnsupportedError(f"position_ids of {explicit.ndim} dimensions (several axes) are not supported here.")
     host, holes = _host_positions(mask, shown, past_length)
@@ -243,6 +254,11 @@ def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor
     """Rank of each token of this pass among the real ones of its row, `[batch, count]`; None without a 2-D mask."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:  # a host may hand one mask for each layer type
         return None
+    if isinstance(past_length, int) and mask.shape[1] < past_length + count:
+        raise UnsupportedError(
+            f"attention_mask covers {mask.shape[1]} tokens, and {past_length + count} are read: {past_length} in the "
+            f"cache and {count} in this pass. Give a mask of [rows, {past_length + count}], or leave it out."
+        )
     index = torch.arange(count, device=mask.device) + past_length
     return from_mask(mask).index_select(1, index)
 
@@ -377,7 +393,7 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     backend = backend_for(implementation)
     base = model.pe_base
     check_backend(backend, base.pe_runtime.scheme)
-    base.config._attn_implementation_internal = backend.implementation
+    vars(base.config)["_attn_implementation_internal"] = backend.implementation  # what `Marked` guards
 
 
 def keep_cache(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,11 +18,12 @@ from .adapters.trained_window import TrainedWindow
 from .attention import Backend, backend_for, check_backend
 from .configuration import Kinds, cache_specification, config_swaps, record_of
 from .conversion import Conversion, convert, loss, smallest_rank
-from .errors import AlreadyPatchedError, PePatchError
+from .errors import AlreadyPatchedError, PePatchError, UnsupportedError
 from .joints import WithoutInner, at_scores, forward_swaps, native_swaps
 from .parallel import check_conversion
 from .patching.config_copies import ConfigCopy, config_references, copy_configs, models_around, redirect
 from .patching.existing import check_effect, settle_existing
+from .patching.record import FOREIGN
 from .peft_hooks import head_swaps
 from .plan import Plan, check_kinds, check_tower, make_plan
 from .replacement import native_latent_swaps, no_early_cache, replacement_swaps
@@ -105,6 +106,31 @@ class Patch:
         steps += [partial(parameter.requires_grad_, True) for parameter in self.frozen]
         do_all([*steps, _forget_compiled])
         self.base.__dict__.pop("pe_patch", None)
+
+    def renumber(self) -> None:
+        """Follow layers that were taken out of the model since, so that what is saved fits the layers that remain.
+
+        Raises:
+            UnsupportedError: layers were put in, or copied.
+        """
+        attentions = self.adapter.attentions(self.base)
+        numbers = [attention.__dict__.get("pe_layer") for attention in attentions]
+        if numbers == list(range(len(numbers))) and self.own.keys() <= set(numbers):
+            return
+        if None in numbers or len(set(numbers)) < len(numbers):
+            raise UnsupportedError(
+                f"Layers were added to this model after {self.scheme.name!r} was patched in, so it cannot be saved with "
+                "its patch: unpatch_model(model), and patch it again."
+            )
+        self.own = {index: self.own[number] for index, number in enumerate(numbers) if number in self.own}
+        for index, attention in enumerate(attentions):
+            attention.__dict__["pe_layer"] = index
+        module: Any = self.base.get_submodule("position_schemes")
+        module.scheme = nn.ModuleList(dict.fromkeys(self.own.values()))
+        for config in (self.head.config, self.base.config):
+            record = config.__dict__.get(FOREIGN)
+            if record is not None and (len(self.own) < len(numbers) or "layers" in record):
+                setattr(config, FOREIGN, {**record, "layers": list(self.own)})
 
     def while_undone(self, work: Callable[[], Result]) -> Result:
         """Return `work()` of the native model; afterwards everything is as it was under the patch."""
@@ -241,7 +267,8 @@ def _assemble(
     schemes, chosen = list(dict.fromkeys(own.values())), list(own)
     by_kind: Kinds = {kinds[index]: own[index] for index in chosen}
     shape = adapter.shape(base, config, chosen[0])
-    swaps, original = native_swaps(base, adapter, own, plan, given["keep_native"])
+    native, original = native_swaps(base, adapter, own, plan, given["keep_native"])
+    swaps = list(native)
     if modules:
         arguments = compat.argument_names(type(attentions[chosen[0]]).forward)
         replacing, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
@@ -262,13 +289,13 @@ def _assemble(
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += forward_swaps(
         head, base, adapter, own, plan, scores, given["strict"], given["keep_native"],
-        cache_specification(config, record, by_kind),
+        cache_specification(config, record, by_kind), native,
     )  # fmt: skip
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     swaps += redirect(config_swaps(head, base, adapter, by_kind, record, backend.implementation), configs)
     taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules are given another config on purpose
     swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
-    swaps += head_swaps(head)
+    swaps += head_swaps(head, base)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)

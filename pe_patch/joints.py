@@ -9,7 +9,7 @@ from torch import nn
 
 from . import compat
 from .adapters import Adapter
-from .adapters.adapter import NoTable, TypedJoint
+from .adapters.adapter import NoTable, RotaryJoint, TypedJoint
 from .adapters.vision import no_table
 from .errors import OptionError, UnsupportedError
 from .forward import (
@@ -33,6 +33,7 @@ from .swaps import Chain, Swap, bind
 
 LayerSchemes = list[Scheme | Stacked | None]
 """What acts on the scores of each layer."""
+JOINTS = (RotaryJoint, TypedJoint)
 
 
 class WithoutInner:
@@ -143,6 +144,7 @@ def forward_swaps(
     strict: bool,
     keep_native: bool,
     specification: str,
+    native: list[Swap],
 ) -> list[Swap]:
     """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
     scheme = next(iter(own.values()))
@@ -168,6 +170,14 @@ def forward_swaps(
         layers=len(adapter.attentions(base)),
         carries=adapter.carries,
         whole=_why_whole(adapter, scheme),
+        rotary=next(
+            (
+                (swap.attribute, type(swap.replacement))
+                for swap in native
+                if swap.owner is base and isinstance(swap.replacement, JOINTS)
+            ),
+            None,
+        ),
     )
     agree({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
     forward: Callable[..., Any] = base_forward if adapter.tower is None else tower_forward

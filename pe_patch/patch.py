@@ -150,21 +150,35 @@ def unpatch_model(model: Any) -> Any:
 
 @contextmanager
 def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments: Any) -> Iterator[Any]:
-    """`patch_model` for the length of a `with` block, undone also after an exception."""
+    """`patch_model` for the length of a `with` block, undone also after an exception.
+
+    Under `on_existing="replace"` a patch that the model carried before is back afterwards.
+    """
     if arguments.get("keep_original") is False:
         raise OptionError(
             "keep_original=False cannot be undone, and patched() undoes: leave it out, or use patch_model."
         )
-    before = find_patch(model)
+    before, failed = find_patch(model), False
+    state = before.current() if before is not None and before.whole else None
 
     def undo() -> None:
-        patch = find_patch(model)
-        if patch is not None and patch is not before:
-            unpatch_model(model)
+        head = resolve.unwrap(model)
+        if failed or find_patch(head) is before:
+            return
+        with Turn(head):
+            patch = find_patch(head)
+            if patch is not None:
+                patch.undo()
+            if before is not None and state is not None:
+                before.put(*state)
 
     try:
         try:
-            patch_model(model, scheme, **arguments)
+            try:
+                patch_model(model, scheme, **arguments)
+            except Exception:  # the model is as it was, or another thread has patched it since
+                failed = True
+                raise
             yield model
         finally:
             undo()
@@ -227,7 +241,7 @@ def _announce(patch: Patch) -> None:
         len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
         patch.window.in_words(patch.composed),
     )  # fmt: skip
-    if patch.window.raised:
+    if patch.window.changed:
         logger.warning(
             "max_position_embeddings=%s was written into the config after the model was built for %s tokens, which "
             "changes nothing in it: the trained window is taken to be %s.",

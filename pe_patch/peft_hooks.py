@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -25,9 +26,12 @@ from . import compat
 from .configuration import FOREIGN
 from .errors import CheckpointError, OptionError, PePatchError
 from .patching.cache_record import PREFIX
+from .patching.saved_config import write_back
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
 from .resolve import unwrap
 from .swaps import Bound, Swap, apply_all, bind
+
+logger = logging.getLogger("pe_patch")
 
 SOURCE = "pe_source"
 """Where a config remembers the folder that it came from, for messages."""
@@ -124,17 +128,37 @@ def _load(
     return result
 
 
+def _settle(model: Any) -> None:
+    """Have what is about to be saved say what the model computes, also where it was changed after the patch."""
+    for patch in [module.__dict__["pe_patch"] for module in model.modules() if "pe_patch" in module.__dict__]:
+        patch.renumber()
+    if changed := write_back(model.config):
+        logger.warning(
+            "The config was changed after patch_model: %s. The model does not compute by it, so it is saved as it was. "
+            "To change the positions, call patch_model(model, ..., on_existing='replace').",
+            "; ".join(changed),
+        )
+
+
+def save_base(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` of the base model alone."""
+    _settle(base)
+    return inner(*args, **kwargs)
+
+
 def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, which saves an adapter alone where `add_adapter` put one on."""
+    _settle(head)
     result, given = inner(*args, **kwargs), _given(head, "save_pretrained", args, kwargs)
     if getattr(head, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
         write_record(head, Path(given["save_directory"]), given.get("state_dict"))
     return result
 
 
-def head_swaps(head: PreTrainedModel) -> list[Swap]:
-    """Saving and loading of adapters without a PEFT wrapper."""
-    return [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
+def head_swaps(head: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
+    """Saving, and loading of adapters without a PEFT wrapper."""
+    swaps = [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
+    return swaps if base is head else [*swaps, bind(base, "save_pretrained", save_base)]
 
 
 def wrapper_swaps(model: Any) -> list[Swap]:

@@ -126,7 +126,7 @@ def load_restored(
     if unknown := sorted(set(report["unexpected_keys"]) - after):
         logger.warning("%s holds %r and %d more weights that this model has no use for", path, unknown[0], len(unknown))
     hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
-    _load_weights(model, path, after - before, record["scheme"], hub)
+    _load_weights(model, path, after - before, record["scheme"], hub, from_pretrained_kwargs.get("variant"))
     return (model, report) if output_loading_info else model
 
 
@@ -269,7 +269,9 @@ def native_config(stored: dict[str, Any], native: dict[str, Any], source: str = 
     return configured(CONFIG_MAPPING[native["model_type"]], native_values(stored, {"native": native}), source)
 
 
-def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str, hub: dict[str, Any]) -> None:
+def _load_weights(
+    model: Any, path: str | Path, wanted: set[str], scheme: str, hub: dict[str, Any], variant: str | None = None
+) -> None:
     """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint.
 
     Transformers saves models of several towers under names of earlier versions, which differ before the tower's own
@@ -281,7 +283,7 @@ def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str, h
     prefix = f"{patch.path}." if patch is not None and patch.path else ""
     tails = {f".{name.removeprefix(prefix)}": name for name in wanted}
     found = {}
-    for file in _weight_files(path, hub):
+    for file in _weight_files(path, hub, variant):
         with safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():
                 ends = [tail for tail in tails if f".{stored}".endswith(tail)] if stored not in wanted else []
@@ -296,11 +298,17 @@ def _load_weights(model: Any, path: str | Path, wanted: set[str], scheme: str, h
         raise CheckpointError(f"{path}: the weights of {scheme!r} do not fit its record: {error}") from error
 
 
-def _weight_files(path: str | Path, hub: dict[str, Any]) -> list[str]:
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, ending = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _weight_files(path: str | Path, hub: dict[str, Any], variant: str | None) -> list[str]:
+    """Return the files of the weights, those of a variant ("fp16") where one was asked for, as Transformers does."""
     quiet = {**hub, **QUIET}
-    index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **quiet)
+    index = cached_file(str(path), _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **quiet)
     if index is None:
-        single = cached_file(str(path), SAFE_WEIGHTS_NAME, **quiet)
+        single = cached_file(str(path), _of_variant(SAFE_WEIGHTS_NAME, variant), **quiet)
         if single is None:
             raise CheckpointError(f"{path} holds no safetensors weights, the only kind that is read here.")
         return [single]

@@ -176,16 +176,20 @@ def native_theta(rotary: Any, config: Any, kind: str | None = None) -> float:
     a config that was changed after building says nothing about the model.
     """
     parameters = native_parameters(config, kind)
-    theta = parameters.get("rope_theta") or DEFAULT_THETA
+    theta = float(parameters.get("rope_theta") or DEFAULT_THETA)
     inv_freq = frequencies_of(rotary, kind)[1]
-    if parameters.get("rope_type", "default") != "default" or inv_freq.is_meta:
-        return float(theta)
     width = 2 * inv_freq.shape[-1]
+    if parameters.get("rope_type") == "dynamic" and (alpha := parameters.get("alpha")):
+        theta *= float(alpha) ** (width / (width - 2))  # HunYuan's: a larger base at every length, trained with
+    elif parameters.get("rope_type", "default") != "default":
+        return theta
+    if inv_freq.is_meta:
+        return theta
     built = inv_freq.detach().double().cpu()
     exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
     tolerance = 1e-5 if inv_freq.dtype == torch.float32 else 1e-2
-    if width < 4 or torch.allclose(built, float(theta) ** -exponent, rtol=tolerance, atol=0):
-        return float(theta)
+    if width < 4 or torch.allclose(built, theta**-exponent, rtol=tolerance, atol=0):
+        return theta
     told = float(built[1]) ** (-1 / float(exponent[1]))
     if torch.allclose(built, told**-exponent, rtol=tolerance, atol=0):
         return told

@@ -8,7 +8,7 @@ comparison tells which row each row comes from, or that nothing explains the cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ def open_record(
     Raises:
         CacheError: the cache holds keys that another scheme, or none, encoded.
     """
+    _separate(cache)
     record: CacheRecord | None = getattr(cache, RECORD, None)
     tracing = torch.compiler.is_compiling()
     empty = False if tracing and isinstance(past_length, Tensor) else bool(past_length == 0)
@@ -119,6 +120,17 @@ def open_record(
     if not tracing and "update" not in cache.__dict__:
         cache.update = GuardedUpdate(cache)
     return record
+
+
+def _separate(cache: Any) -> None:
+    """Give a shallow copy (`copy.copy`) of a cache a record for itself; it was made with the original's."""
+    guard = cache.__dict__.get("update")
+    if isinstance(guard, GuardedUpdate) and guard.cache is not cache:
+        del cache.__dict__["update"]
+        record: CacheRecord | None = cache.__dict__.get(RECORD)
+        if record is not None:
+            positions = None if record.positions is None else record.positions.clone()
+            setattr(cache, RECORD, replace(record, positions=positions))
 
 
 def _device(cache: Any) -> torch.device | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .. import dialects
 from ..adapters import ADAPTERS, Adapter
-from ..adapters.adapter import frequencies_of
+from ..adapters.adapter import frequencies_of, native_theta
 from ..adapters.trained_window import OPTION, TrainedWindow, native_parameters
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError
 from ..rotation import Rotary
@@ -54,7 +54,7 @@ def settle_existing(
         window = window.settle(options[OPTION], composed)
     if _scaled(parameters) and adapter.rotary is not None:
         if on_existing == "error":
-            raise _already(window, parameters)
+            raise _already(window, parameters, native_theta(getattr(base, adapter.rotary), config, kinds[layer]))
         if composed:
             _check_composes(scheme, options, parameters, {kinds[index] for index in chosen}, kinds[layer])
             options = {"over": existing_scheme(base, adapter, layer, window), **options}
@@ -74,10 +74,10 @@ def _scaled(parameters: dict[str, Any]) -> bool:
     return parameters.get("rope_type", "default") not in ("default", None)
 
 
-def _already(window: TrainedWindow, parameters: dict[str, Any]) -> AlreadyPatchedError:
-    start = f"its window of {window.length} tokens and theta {parameters.get('rope_theta')} ({window.source})"
+def _already(window: TrainedWindow, parameters: dict[str, Any], theta: float) -> AlreadyPatchedError:
+    start = f"its window of {window.length} tokens and theta {theta} ({window.source})"
     if window.length is None:
-        start = f"theta {parameters.get('rope_theta')} and the unscaled window, which you must state: {window.source}"
+        start = f"theta {theta} and the unscaled window, which you must state: {window.source}"
     over = "" if window.scaled_length is None else f" from {window.scaled_length} tokens"
     return AlreadyPatchedError(
         f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second one on "

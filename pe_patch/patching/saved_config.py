@@ -16,9 +16,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..errors import CheckpointError, PePatchError
+from ..errors import CheckpointError, PePatchError, UnsupportedError
 from ..swaps import Swap
-from .record import BESIDE, FOREIGN, check_record
+from .record import BESIDE, FOREIGN, check_record, differences
 
 MODEL_TYPE = "pe_patch (import pe_patch before loading)"
 """The model type of such a config in its file. Transformers quotes it in its error."""
@@ -29,6 +29,9 @@ NOTE = (
 """For readers of the file, and for the error of a class that is loaded without looking at the model type."""
 TYPED = ("use_cache", "hidden_size", "vocab_size", "num_hidden_layers")
 """Fields that are numbers or truth values in every family that has them, the least important first."""
+
+ATTENTION = "_attn_implementation_internal"
+"""Attribute of a config that a model sets while it is being constructed. `Swap` writes it without asking."""
 
 _classes: dict[type, type] = {}
 when_made: list[Callable[[type], None]] = []
@@ -55,6 +58,30 @@ class Marked:
     def validate(self) -> None:
         """Run the family's own checks on the values from before the patch, since they know nothing of the scheme."""
         native_of(self).validate()
+
+    @property
+    def _attn_implementation(self) -> Any:
+        """The name of the attention, as Transformers keeps it."""
+        return vars(self).get(ATTENTION)
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        whole = value.get("", self._attn_implementation) if isinstance(value, dict) else value
+        vars(self)[ATTENTION] = whole
+        for name in self.sub_configs:  # type: ignore[attr-defined]
+            if (part := getattr(self, name, None)) is not None:
+                part._attn_implementation = value.get(name, whole) if isinstance(value, dict) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == ATTENTION:
+            raise UnsupportedError(
+                f"This {type(self).__name__} is of a model that pe_patch patched with {self.__dict__[FOREIGN]['scheme']!r}"  # type: ignore[attr-defined]
+                ", and the class of a model alone cannot apply the scheme, so its positions would be wrong. Use "
+                "AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_pretrained(folder) or "
+                "pe_patch.load_patched(folder); for another attention, call set_attn_implementation(...) of the model "
+                "that you patched."
+            )
+        super().__setattr__(name, value)
 
     def to_json_string(self, use_diff: bool = True) -> str:
         values = json.loads(self.native_class.to_json_string(self, use_diff))  # type: ignore[arg-type]
@@ -113,6 +140,10 @@ def native_of(config: Any) -> Any:
     """Return a copy of a patched model's config with the values from before the patch and without the record."""
     native_values = _record_of(config.__dict__)["native"]
     native = unmarked(copy.deepcopy(config))
+    for each in (native, *(value for value in vars(native).values() if isinstance(value, PreTrainedConfig))):
+        name = str(vars(each).get(ATTENTION))
+        if name.startswith("pe_"):  # SDPA is what Transformers tries by itself, and not every family takes its name
+            vars(each)[ATTENTION] = None if name == "pe_sdpa" else name.removeprefix("pe_")
     part = native if (name := native_values.get("config")) is None else getattr(native, name)
     for key in BESIDE:
         if key in native_values and native_values[key] is None and key == "max_position_embeddings":
@@ -121,6 +152,26 @@ def native_of(config: Any) -> Any:
         elif key in native_values:
             setattr(part, key, copy.deepcopy(native_values[key]))
     return native
+
+
+def write_back(config: Any) -> list[str]:
+    """Give a patched model's config the values that the patch wrote into it, and return what was changed since.
+
+    The model computes by its patch, whatever the config says: a file with other values would contradict itself.
+    """
+    record = config.__dict__.get(FOREIGN)
+    if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
+        return []
+    part = config if (name := record["native"].get("config")) is None else getattr(config, name)
+    names = {part.attribute_map.get(key, key): key for key in BESIDE}
+    changed = []
+    for stored, value in record.get("written", {}).items():
+        key = names.get(stored, stored)
+        found = json.loads(json.dumps(getattr(part, key, None), default=str))
+        if apart := differences(key, value, found):
+            vars(part)[stored] = copy.deepcopy(value)
+            changed += [f"{where}={theirs!r} (it is {ours!r})" for where, ours, theirs in apart]
+    return changed
 
 
 def _record_of(values: dict[str, Any]) -> dict[str, Any]:

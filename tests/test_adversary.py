@@ -1,0 +1,229 @@
+"""Cases that somebody tried to break the library with, each against a value from elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+from pe_patch import (
+    AlreadyPatchedError,
+    NoEffectError,
+    UnsupportedError,
+    load_patched,
+    patch_model,
+    patched,
+    unpatch_model,
+)
+
+from . import families
+from .models import build, error, in_chunks, logits, put, snapshot, tokens, unchanged
+
+pytestmark = pytest.mark.fast
+TOLERANCE = 1e-5
+
+
+def test_a_base_that_the_config_stretches_at_every_length_is_the_trained_one():
+    """HunYuan's `alpha` is a larger base, not a scaling of a model that was trained with a smaller one."""
+    parameters = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+    model = families.build("hunyuan_v1_dense", rope_parameters=parameters)
+    ids = tokens(1, 60)
+    expected = logits(model, ids)
+    patch_model(model, "rope", on_existing="replace")
+    assert error(logits(model, ids), expected) < TOLERANCE
+    assert model.config.rope_parameters["rope_theta"] == pytest.approx(10000.0 * 1000.0 ** (16 / 14))
+
+
+def test_a_window_lowered_in_the_config_after_loading_is_not_believed(caplog):
+    model = families.build("llama")
+    model.config.max_position_embeddings = 16
+    caplog.set_level("WARNING", logger="pe_patch")
+    patch_model(model, "yarn", factor=2.0)
+    assert model.config.max_position_embeddings == 2 * families.WINDOW
+    assert "max_position_embeddings=16 was written into the config after the model was built for 64" in caplog.text
+    expected = families.build(
+        "llama",
+        max_position_embeddings=2 * families.WINDOW,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
+            "original_max_position_embeddings": families.WINDOW,
+        },
+    )  # fmt: skip
+    assert torch.equal(logits(model, tokens(1, 60)), logits(expected, tokens(1, 60)))
+
+
+def test_a_block_within_a_block_gives_the_outer_patch_back():
+    model, ids = build("llama"), tokens(1, 40)
+    before = snapshot(model)
+    with patched(model, "shaw", max_distance=6):
+        for parameter in model.model.position_schemes.scheme.parameters():
+            torch.nn.init.normal_(parameter)
+        expected = logits(model, ids)
+        with patched(model, "linear", factor=2.0, on_existing="replace"):
+            assert error(logits(model, ids), expected) > TOLERANCE
+        assert torch.equal(logits(model, ids), expected)
+        with pytest.raises(KeyError), patched(model, "linear", factor=2.0, on_existing="replace"):
+            raise KeyError
+        assert torch.equal(logits(model, ids), expected)
+        with patched(model, "linear", factor=2.0, on_existing="replace"):
+            unpatch_model(model)
+        assert torch.equal(logits(model, ids), expected)
+    assert unchanged(before, snapshot(model))
+
+
+def test_a_block_that_comes_too_late_leaves_the_patch_of_another_thread(monkeypatch):
+    """Both threads find the model native; the other one patches it first."""
+    model, ids = build("llama"), tokens(1, 40)
+
+    def other_thread_is_first(*_):
+        monkeypatch.undo()
+        thread = threading.Thread(target=put, args=(model, "self_extend"))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr("pe_patch.patch.check_choice", other_thread_is_first)
+    with pytest.raises(AlreadyPatchedError), patched(model, "linear", factor=2.0):
+        raise AssertionError
+    assert torch.equal(logits(model, ids), logits(put(build("llama"), "self_extend"), ids))
+
+
+@pytest.mark.parametrize("name", ("yarn", "alibi", "self_extend"))
+def test_a_module_put_in_behind_the_patch_is_an_error(name):
+    model, ids = put(build("llama"), name), tokens(1, 20)
+    expected = logits(build("llama"), ids)
+    model.model.rotary_emb = LlamaRotaryEmbedding(build("llama").config)
+    with pytest.raises(NoEffectError, match="rotary_emb is a LlamaRotaryEmbedding that was put in behind the patch"):
+        logits(model, ids)
+    unpatch_model(model)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ("alibi", "self_extend", "shaw", "dynamic_ntk"))
+def test_an_attention_put_in_behind_the_patch_is_an_error(name):
+    model = put(build("llama"), name)
+    layer = model.model.layers[1]
+    attention = LlamaAttention(build("llama").config, 1)
+    attention.load_state_dict(layer.self_attn.state_dict())
+    attention.config, layer.self_attn = model.config, attention.eval()
+    with pytest.raises(NoEffectError, match="LlamaAttention was put into the model behind the patch"):
+        logits(model, tokens(1, 20))
+
+
+@pytest.mark.parametrize(("layers", "gone"), [(None, 0), (None, 1), ([1], 0), ([0, 2], 1), ([0, 2], 0)])
+@pytest.mark.parametrize("name", ("yarn", "self_extend", "shaw"))
+def test_layers_taken_out_of_a_patched_model_are_saved_as_they_are(name, layers, gone, tmp_path):
+    model, ids = put(build("llama", num_hidden_layers=3), name, layers=layers), tokens(1, 40)
+    del model.model.layers[gone]
+    model.config.num_hidden_layers = 2
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert error(logits(load_patched(tmp_path), ids), expected) < TOLERANCE
+    assert torch.equal(logits(model, ids), expected)
+    unpatch_model(model)
+    native = build("llama", num_hidden_layers=3)
+    del native.model.layers[gone]
+    assert torch.equal(logits(model, ids), logits(native, ids))
+
+
+@pytest.mark.parametrize("family", ("bloom", "gpt2", "llama"))
+def test_the_config_of_a_patched_model_builds_no_model_without_the_scheme(family, tmp_path):
+    """BLOOM and GPT-2 have no rotary module that stops at a rope type it does not know."""
+    model, ids = put(build(family), "self_extend"), tokens(1, 40)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    saved, own = AutoConfig.from_pretrained(tmp_path), copy.deepcopy(model.config)
+    for make in (
+        lambda: type(model)(model.config),
+        lambda: type(model)(own),
+        lambda: type(model.base_model)(own),
+        lambda: type(model).from_pretrained(tmp_path, config=saved),
+    ):
+        with pytest.raises(UnsupportedError, match=r"patched with 'self_extend'.*load_patched"):
+            make()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path))
+    assert error(logits(loaded, ids), expected) < TOLERANCE
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        built = AutoModelForCausalLM.from_config(model.config).eval()
+        built.load_state_dict(model.state_dict())
+        assert error(logits(built, ids), expected) < TOLERANCE
+    unpatch_model(model)
+    type(model)(model.config)
+
+
+@pytest.mark.parametrize("part", ("whole", "base"))
+@pytest.mark.parametrize("name", ("yarn", "alibi", "self_extend", "dynamic_ntk"))
+def test_a_config_that_was_edited_after_the_patch_is_saved_as_the_model_computes(name, part, tmp_path, caplog):
+    model, ids = put(build("llama"), name), tokens(1, 60)
+    expected = logits(model, ids)
+    model.config.max_position_embeddings, model.config.pad_token_id = 4096, 5
+    model.config.rope_parameters["rope_theta"] = 5e5
+    saved = model if part == "whole" else model.model
+    saved.save_pretrained(tmp_path)
+    assert "max_position_embeddings=4096" in caplog.text and "rope_theta=500000.0 (it is 10000.0)" in caplog.text
+    loaded = [load_patched(tmp_path), AutoModel.from_pretrained(tmp_path).eval()]
+    with torch.no_grad():
+        states = [getattr(each, "model", each)(ids).last_hidden_state for each in (*loaded, model)]
+    assert torch.equal(states[0], states[2]) and torch.equal(states[1], states[2])
+    assert loaded[0].config.pad_token_id == 5
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ("shaw", "mla"))
+def test_the_weights_of_a_scheme_are_found_in_files_of_a_variant(name, tmp_path):
+    model, ids = put(build("llama"), name), tokens(1, 40)
+    for size in ("5GB", "20KB"):
+        folder = tmp_path / size
+        model.save_pretrained(folder, variant="fp16", max_shard_size=size)
+        assert error(logits(load_patched(folder, variant="fp16"), ids), logits(model, ids)) < TOLERANCE
+        loaded = AutoModelForCausalLM.from_pretrained(folder, variant="fp16").eval()
+        assert error(logits(loaded, ids), logits(model, ids)) < TOLERANCE
+
+
+def fork(cache):
+    """Return a cache that shares what is in there and grows by itself."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+@pytest.mark.parametrize("name", ("yarn", "alibi", "self_extend", "shaw", "dynamic_ntk"))
+def test_a_shallow_copy_of_a_cache_is_continued_by_itself(name):
+    """Several answers to one prompt, without copies of its keys."""
+    model, ids = put(build("llama"), name), tokens(1, 20)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    other, answers = fork(cache), [tokens(1, 8, seed=5), tokens(1, 8, seed=6)]
+    for start, stop in ((0, 4), (4, 8)):
+        for answer, mine in zip(answers, (cache, other), strict=True):
+            with torch.no_grad():
+                found = model(answer[:, start:stop], past_key_values=mine).logits
+            expected = in_chunks(model, torch.cat((ids, answer), 1), [20, 4, 4])
+            assert error(found, expected[:, 20 + start : 20 + stop]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("alibi", "sinusoidal", "self_extend"))
+def test_position_ids_without_rows_are_those_of_every_row(name):
+    """GPT-2 takes them."""
+    ids, at = tokens(2, 20), torch.arange(20)
+    native = build("gpt2")
+    assert torch.equal(logits(native, ids, position_ids=at), logits(native, ids))
+    model = put(native, name)
+    assert torch.equal(logits(model, ids, position_ids=at), logits(model, ids, position_ids=at[None]))
+
+
+@pytest.mark.parametrize("name", ("alibi", "dynamic_ntk", "shaw"))
+def test_a_mask_of_this_pass_alone_is_an_error(name):
+    model, ids = put(build("llama"), name), tokens(2, 20)
+    with torch.no_grad():
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+        with pytest.raises(UnsupportedError, match=r"covers 8 tokens, and 20 are read: 12 in the cache and 8"):
+            model(ids[:, 12:], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
+
+
