@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
@@ -225,5 +224,3 @@ def test_a_mask_of_this_pass_alone_is_an_error(name):
         cache = model(ids[:, :12], use_cache=True).past_key_values
         with pytest.raises(UnsupportedError, match=r"covers 8 tokens, and 20 are read: 12 in the cache and 8"):
             model(ids[:, 12:], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
-
-

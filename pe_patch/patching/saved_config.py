@@ -163,7 +163,7 @@ def write_back(config: Any) -> list[str]:
     if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
         return []
     part = config if (name := record["native"].get("config")) is None else getattr(config, name)
-    names = {part.attribute_map.get(key, key): key for key in BESIDE}
+    names = {str(part.attribute_map.get(key, key)): str(key) for key in BESIDE}
     changed = []
     for stored, value in record.get("written", {}).items():
         key = names.get(stored, stored)
