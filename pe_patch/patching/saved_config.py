@@ -75,7 +75,7 @@ class Marked:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == ATTENTION:
             raise UnsupportedError(
-                f"This {type(self).__name__} is of a model that pe_patch patched with {self.__dict__[FOREIGN]['scheme']!r}"  # type: ignore[attr-defined]
+                f"This {type(self).__name__} is of a model that pe_patch patched with {vars(self)[FOREIGN]['scheme']!r}"
                 ", and the class of a model alone cannot apply the scheme, so its positions would be wrong. Use "
                 "AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_pretrained(folder) or "
                 "pe_patch.load_patched(folder); for another attention, call set_attn_implementation(...) of the model "
@@ -162,11 +162,12 @@ def write_back(config: Any) -> list[str]:
     record = config.__dict__.get(FOREIGN)
     if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
         return []
-    part = config if (name := record["native"].get("config")) is None else getattr(config, name)
+    inner = record["native"].get("config")
+    part: Any = config if inner is None else getattr(config, inner)
     names = {str(part.attribute_map.get(key, key)): str(key) for key in BESIDE}
     changed = []
     for stored, value in record.get("written", {}).items():
-        key = names.get(stored, stored)
+        key: Any = names.get(stored, stored)
         found = json.loads(json.dumps(getattr(part, key, None), default=str))
         if apart := differences(key, value, found):
             vars(part)[stored] = copy.deepcopy(value)
