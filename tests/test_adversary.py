@@ -21,6 +21,9 @@ from pe_patch import (
     unpatch_model,
 )
 
+from pe_patch.attention import BACKENDS, attend
+from pe_patch.positions import Positions
+
 from . import families
 from .models import build, error, in_chunks, logits, put, snapshot, tokens, unchanged
 
@@ -225,5 +228,60 @@ def test_a_mask_of_this_pass_alone_is_an_error(name):
         cache = model(ids[:, :12], use_cache=True).past_key_values
         with pytest.raises(UnsupportedError, match=r"covers 8 tokens, and 20 are read: 12 in the cache and 8"):
             model(ids[:, 12:], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
+
+
+def with_strong_sinks():
+    model = families.build("gpt_oss", std=0.3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data = torch.full_like(parameter, 3.0)
+    return model
+
+
+@pytest.mark.parametrize("name", ("alibi", "rope_alibi", "kerple", "sandwich"))
+def test_a_bias_beside_learned_sinks_is_that_of_the_distance(name):
+    """A sink competes with the scores, so a bias by the key's position alone is another model."""
+    model, ids, mask = with_strong_sinks(), tokens(1, 30), torch.ones(1, 30, dtype=torch.long)
+    mask[:, :10] = 0
+    patch_model(model, name)
+    alone = logits(model, ids[:, 10:])
+    assert error(logits(model, ids, attention_mask=mask)[:, 10:], alone) < TOLERANCE
+    far = torch.arange(20)[None] + 1000
+    assert error(logits(model, ids[:, 10:], position_ids=far), alone) < 5e-4
+
+
+def test_alibi_beside_sinks_is_the_formula():
+    model = with_strong_sinks()
+    patch_model(model, "alibi")
+    attention, core = model.model.layers[1].self_attn, {}
+    query, key, value = (torch.randn(1, heads, 9, 16, generator=torch.Generator().manual_seed(3)) for heads in (4, 2, 2))
+    at = torch.arange(9)[None]
+    for backend in ("eager", "sdpa"):
+        core[backend] = attend(
+            attention, query, key, value, None, backend=BACKENDS[backend], scaling=0.25, positions=Positions(at, at),
+            cached=False, s_aux=attention.sinks,
+        )[0]  # fmt: skip
+    keys, values = (each.double().repeat_interleave(2, 1) for each in (key, value))
+    slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64)[:, None, None]
+    scores = query.double() @ keys.transpose(2, 3) * 0.25 - slopes * (at[0][:, None] - at[0][None])
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    sinks = attention.sinks.double()[None, :, None, None].expand(1, 4, 9, 1)
+    expected = (torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ values).transpose(1, 2)
+    for found in core.values():
+        assert error(found.double(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("rope", "dynamic_ntk"))
+def test_sdpa_keeps_the_sinks_that_transformers_leaves_out(name):
+    """GPT-OSS has no SDPA in Transformers, whose function for it ignores sinks; under a patch it may be chosen."""
+    model, ids = with_strong_sinks(), tokens(2, 30)
+    expected = logits(model, ids)
+    patch_model(model, name, on_existing="replace", **({"theta": None} if name == "rope" else {"factor": 1.0}))
+    model.set_attn_implementation("sdpa")
+    assert error(logits(model, ids), expected) < TOLERANCE
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :6] = 0
+    assert error(logits(model, ids, attention_mask=mask)[:1, 6:], logits(model, ids[:1, 6:])) < TOLERANCE
+    assert error(in_chunks(model, ids, [20, 1, 9]), expected) < TOLERANCE
 
 
