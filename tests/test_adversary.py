@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from pe_patch import (
@@ -283,5 +283,30 @@ def test_sdpa_keeps_the_sinks_that_transformers_leaves_out(name):
     mask[0, :6] = 0
     assert error(logits(model, ids, attention_mask=mask)[:1, 6:], logits(model, ids[:1, 6:])) < TOLERANCE
     assert error(in_chunks(model, ids, [20, 1, 9]), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("alibi", "self_extend", "rerope", "cope", "dynamic_ntk pinned"))
+@pytest.mark.parametrize("length", (10, 24))
+def test_rows_of_a_static_cache_that_slides_are_followed(name, length):
+    """All layers of Mistral slide (its window is 16), so none holds every key."""
+    model, ids = put(build("mistral"), name), tokens(2, length + 8)
+    mask = torch.ones_like(ids)
+    mask[0, : length - 6] = 0
+    cache, order = StaticCache(config=model.config, max_cache_len=64), torch.tensor([1, 0])
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def read(start, stop):
+        given = {"position_ids": at[:, start:stop], "attention_mask": mask[:, :stop], "past_key_values": cache}
+        with torch.no_grad():
+            return model(ids[:, start:stop], **given).logits
+
+    read(0, length)
+    read(length, length + 3)
+    cache.reorder_cache(order)
+    ids, mask, at = ids[order], mask[order], at[order]
+    found = torch.cat((read(length + 3, length + 4), read(length + 4, length + 8)), 1)
+    for row in range(2):
+        expected = logits(model, ids[row : row + 1, mask[row].bool()])[:, -5:]
+        assert error(found[row : row + 1], expected) < TOLERANCE
 
 

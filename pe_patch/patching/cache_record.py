@@ -242,8 +242,8 @@ def _plain_keys(cache: Any, total: int) -> tuple[int, Tensor, Tensor] | None:
                 continue
             if not getattr(layer, "is_compileable", False):
                 return index, keys[:, :, -total:], keys
-            if not sliding:
-                return index, keys[:, :, :total], keys
+            # A static layer is filled from the left. A sliding one then rolls, its newest token at the right.
+            return index, keys[:, :, :total], keys
     return None
 
 
