@@ -15,6 +15,7 @@ from pe_patch import (
     AlreadyPatchedError,
     NoEffectError,
     UnsupportedError,
+    export,
     load_patched,
     patch_model,
     patched,
@@ -22,6 +23,7 @@ from pe_patch import (
 )
 
 from pe_patch.attention import BACKENDS, attend
+from pe_patch.errors import OutputError
 from pe_patch.positions import Positions
 
 from . import families
@@ -308,5 +310,13 @@ def test_rows_of_a_static_cache_that_slides_are_followed(name, length):
     for row in range(2):
         expected = logits(model, ids[row : row + 1, mask[row].bool()])[:, -5:]
         assert error(found[row : row + 1], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("x" * 300, "a\0b", "/".join(["y" * 200] * 30)))
+def test_a_folder_that_no_file_system_takes_is_refused_by_name(name, tmp_path):
+    model = build("llama")
+    patch_model(model, "yarn", factor=2.0)
+    with pytest.raises(OutputError, match="cannot be a folder"):
+        export(model, tmp_path / name)
 
 
