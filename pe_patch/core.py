@@ -73,8 +73,10 @@ class Core:
         a softmax over keys alone does not see (ALiBi by the key's position).
         """
         query = query * self.scaling
-        exact = isinstance(bias, DistanceBias) and self.has_sinks
-        made = DistanceBias.bias(bias, query, key, positions) if exact else bias.bias(query, key, positions)
+        if isinstance(bias, DistanceBias) and self.has_sinks:
+            made = DistanceBias.bias(bias, query, key, positions)
+        else:
+            made = bias.bias(query, key, positions)
         assert made is not None
         return made
 

@@ -172,7 +172,8 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     if backend is None:
         raise NoEffectError(
             f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
-            f"would drop {runtime.scheme.name!r}; call set_attn_implementation(...) of the model that you patched instead."
+            f"would drop {runtime.scheme.name!r}; instead, call set_attn_implementation(...) of the model that you "
+            "patched."
         )
     if runtime.rotary is not None and not isinstance(found := getattr(base, runtime.rotary[0]), runtime.rotary[1]):
         raise NoEffectError(

@@ -119,8 +119,8 @@ class Patch:
             return
         if None in numbers or len(set(numbers)) < len(numbers):
             raise UnsupportedError(
-                f"Layers were added to this model after {self.scheme.name!r} was patched in, so it cannot be saved with "
-                "its patch: unpatch_model(model), and patch it again."
+                f"Layers were added to this model after {self.scheme.name!r} was patched in, so it cannot be saved "
+                "with its patch: unpatch_model(model), and patch it again."
             )
         self.own = {index: self.own[number] for index, number in enumerate(numbers) if number in self.own}
         for index, attention in enumerate(attentions):

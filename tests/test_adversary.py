@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
@@ -21,7 +20,6 @@ from pe_patch import (
     patched,
     unpatch_model,
 )
-
 from pe_patch.attention import BACKENDS, attend
 from pe_patch.errors import OutputError
 from pe_patch.positions import Positions
@@ -256,18 +254,19 @@ def test_alibi_beside_sinks_is_the_formula():
     model = with_strong_sinks()
     patch_model(model, "alibi")
     attention, core = model.model.layers[1].self_attn, {}
-    query, key, value = (torch.randn(1, heads, 9, 16, generator=torch.Generator().manual_seed(3)) for heads in (4, 2, 2))
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, 9, 16, generator=generator) for heads in (4, 2, 2))
     at = torch.arange(9)[None]
     for backend in ("eager", "sdpa"):
         core[backend] = attend(
             attention, query, key, value, None, backend=BACKENDS[backend], scaling=0.25, positions=Positions(at, at),
-            cached=False, s_aux=attention.sinks,
+            cached=False, s_aux=attention.sinks.detach(),
         )[0]  # fmt: skip
     keys, values = (each.double().repeat_interleave(2, 1) for each in (key, value))
     slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64)[:, None, None]
     scores = query.double() @ keys.transpose(2, 3) * 0.25 - slopes * (at[0][:, None] - at[0][None])
     scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
-    sinks = attention.sinks.double()[None, :, None, None].expand(1, 4, 9, 1)
+    sinks = attention.sinks.detach().double()[None, :, None, None].expand(1, 4, 9, 1)
     expected = (torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ values).transpose(1, 2)
     for found in core.values():
         assert error(found.double(), expected) < TOLERANCE
@@ -318,5 +317,3 @@ def test_a_folder_that_no_file_system_takes_is_refused_by_name(name, tmp_path):
     patch_model(model, "yarn", factor=2.0)
     with pytest.raises(OutputError, match="cannot be a folder"):
         export(model, tmp_path / name)
-
-

@@ -74,9 +74,10 @@ class Marked:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == ATTENTION:
+            scheme = vars(self)[FOREIGN]["scheme"]
             raise UnsupportedError(
-                f"This {type(self).__name__} is of a model that pe_patch patched with {self.__dict__[FOREIGN]['scheme']!r}"  # type: ignore[attr-defined]
-                ", and the class of a model alone cannot apply the scheme, so its positions would be wrong. Use "
+                f"This {type(self).__name__} is of a model that pe_patch patched with {scheme!r}, and the class of a "
+                "model alone cannot apply the scheme, so its positions would be wrong. Use "
                 "AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_pretrained(folder) or "
                 "pe_patch.load_patched(folder); for another attention, call set_attn_implementation(...) of the model "
                 "that you patched."
@@ -162,11 +163,12 @@ def write_back(config: Any) -> list[str]:
     record = config.__dict__.get(FOREIGN)
     if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
         return []
-    part = config if (name := record["native"].get("config")) is None else getattr(config, name)
-    names = {part.attribute_map.get(key, key): key for key in BESIDE}
+    name = record["native"].get("config")
+    part: Any = config if name is None else getattr(config, name)
+    names: dict[str, str] = {part.attribute_map.get(key, key): key for key in BESIDE}
     changed = []
     for stored, value in record.get("written", {}).items():
-        key = names.get(stored, stored)
+        key: str = names.get(stored, stored)
         found = json.loads(json.dumps(getattr(part, key, None), default=str))
         if apart := differences(key, value, found):
             vars(part)[stored] = copy.deepcopy(value)
