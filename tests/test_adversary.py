@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from pe_patch import (
@@ -99,7 +100,7 @@ def test_a_block_that_comes_too_late_leaves_the_patch_of_another_thread(monkeypa
 def test_a_module_put_in_behind_the_patch_is_an_error(name):
     model, ids = put(build("llama"), name), tokens(1, 20)
     expected = logits(build("llama"), ids)
-    model.model.rotary_emb = LlamaRotaryEmbedding(build("llama").config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(LlamaConfig(**build("llama").config.to_dict()))
     with pytest.raises(NoEffectError, match="rotary_emb is a LlamaRotaryEmbedding that was put in behind the patch"):
         logits(model, ids)
     unpatch_model(model)
@@ -110,7 +111,7 @@ def test_a_module_put_in_behind_the_patch_is_an_error(name):
 def test_an_attention_put_in_behind_the_patch_is_an_error(name):
     model = put(build("llama"), name)
     layer = model.model.layers[1]
-    attention = LlamaAttention(build("llama").config, 1)
+    attention: Any = LlamaAttention(LlamaConfig(**build("llama").config.to_dict()), 1)
     attention.load_state_dict(layer.self_attn.state_dict())
     attention.config, layer.self_attn = model.config, attention.eval()
     with pytest.raises(NoEffectError, match="LlamaAttention was put into the model behind the patch"):
@@ -277,7 +278,8 @@ def test_sdpa_keeps_the_sinks_that_transformers_leaves_out(name):
     """GPT-OSS has no SDPA in Transformers, whose function for it ignores sinks; under a patch it may be chosen."""
     model, ids = with_strong_sinks(), tokens(2, 30)
     expected = logits(model, ids)
-    patch_model(model, name, on_existing="replace", **({"theta": None} if name == "rope" else {"factor": 1.0}))
+    options: dict[str, Any] = {} if name == "rope" else {"factor": 1.0}
+    patch_model(model, name, on_existing="replace", **options)
     model.set_attn_implementation("sdpa")
     assert error(logits(model, ids), expected) < TOLERANCE
     mask = torch.ones(2, 30, dtype=torch.long)
@@ -293,7 +295,7 @@ def test_rows_of_a_static_cache_that_slides_are_followed(name, length):
     model, ids = put(build("mistral"), name), tokens(2, length + 8)
     mask = torch.ones_like(ids)
     mask[0, : length - 6] = 0
-    cache, order = StaticCache(config=model.config, max_cache_len=64), torch.tensor([1, 0])
+    cache, order = StaticCache(config=model.config, max_cache_len=64), torch.LongTensor([1, 0])
     at = (mask.cumsum(1) - 1).clamp(min=0)
 
     def read(start, stop):
@@ -303,7 +305,7 @@ def test_rows_of_a_static_cache_that_slides_are_followed(name, length):
 
     read(0, length)
     read(length, length + 3)
-    cache.reorder_cache(order)
+    cache.reorder_cache(order)  # type: ignore[arg-type]
     ids, mask, at = ids[order], mask[order], at[order]
     found = torch.cat((read(length + 3, length + 4), read(length + 4, length + 8)), 1)
     for row in range(2):
