@@ -43,24 +43,6 @@ def test_a_base_that_the_config_stretches_at_every_length_is_the_trained_one():
     assert model.config.rope_parameters["rope_theta"] == pytest.approx(10000.0 * 1000.0 ** (16 / 14))
 
 
-def test_a_window_lowered_in_the_config_after_loading_is_not_believed(caplog):
-    model = families.build("llama")
-    model.config.max_position_embeddings = 16
-    caplog.set_level("WARNING", logger="pe_patch")
-    patch_model(model, "yarn", factor=2.0)
-    assert model.config.max_position_embeddings == 2 * families.WINDOW
-    assert "max_position_embeddings=16 was written into the config after the model was built for 64" in caplog.text
-    expected = families.build(
-        "llama",
-        max_position_embeddings=2 * families.WINDOW,
-        rope_parameters={
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
-            "original_max_position_embeddings": families.WINDOW,
-        },
-    )  # fmt: skip
-    assert torch.equal(logits(model, tokens(1, 60)), logits(expected, tokens(1, 60)))
-
-
 def test_a_block_within_a_block_gives_the_outer_patch_back():
     model, ids = build("llama"), tokens(1, 40)
     before = snapshot(model)
