@@ -47,8 +47,7 @@ class Core:
         if bias is None:
             return self.host(query, key, value, self.mask)
         if self.backend.dense:
-            additive = bias.bias(query * self.scaling, key, positions)
-            assert additive is not None
+            additive = self.additive(bias, query, key, positions)
             return self.mix(self.scores(query, key) + additive, value)
         fast = self._fast_bias(query, key, value, positions, bias)
         if fast is not None:
@@ -56,11 +55,30 @@ class Core:
         # One query's row of a bias is small; otherwise a bias is better carried than built.
         row = query.shape[2] == 1 and query.device.type == "cpu" and self.backend.name == "sdpa"
         exact = query.device.type != "mps"  # which has no float64, and limbs are cut in that
-        if isinstance(bias, DistanceBias) and self.backend.widens and exact and not row:
+        if isinstance(bias, DistanceBias) and self.backend.widens and exact and not row and not self.has_sinks:
             features = bias.features(positions, self.scaling, query.dtype)
             if features is not None:
                 return self._widened(query, key, value, *features)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether the family has a learned sink for each head (gpt-oss)."""
+        return self.extra.get("s_aux") is not None
+
+    def additive(self, bias: Scheme, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+        """Return what a bias adds to the scaled scores, broadcastable to `[batch, heads, query, key]`.
+
+        A learned sink competes with the scores, so there the bias must not be off by a constant for each query, which
+        a softmax over keys alone does not see (ALiBi by the key's position).
+        """
+        query = query * self.scaling
+        if isinstance(bias, DistanceBias) and self.has_sinks:
+            made = DistanceBias.bias(bias, query, key, positions)
+        else:
+            made = bias.bias(query, key, positions)
+        assert made is not None
+        return made
 
     @property
     def causal(self) -> bool:
@@ -342,6 +360,9 @@ class Core:
         function = self.backend.function(self.module)
         if function is None:
             return self.mix(self.scores(query, key), value)
+        if self.backend.name == "sdpa" and self.has_sinks:  # which Transformers' function for SDPA leaves out
+            own = replace(self, mask=mask)
+            return own.mix(own.scores(query, key), value)[0], None
         module: Any = HostView(self.module, self.backend.host) if self.backend.name == "flash" else self.module
         return function(module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
 

@@ -241,7 +241,7 @@ def _announce(patch: Patch) -> None:
         len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
         patch.window.in_words(patch.composed),
     )  # fmt: skip
-    if patch.window.changed:
+    if patch.window.raised:
         logger.warning(
             "max_position_embeddings=%s was written into the config after the model was built for %s tokens, which "
             "changes nothing in it: the trained window is taken to be %s.",

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from pe_patch import (
     AlreadyPatchedError,
     NoEffectError,
     UnsupportedError,
+    export,
     load_patched,
     patch_model,
     patched,
     unpatch_model,
 )
+from pe_patch.attention import BACKENDS, attend
+from pe_patch.errors import OutputError
+from pe_patch.positions import Positions
 
 from . import families
 from .models import build, error, in_chunks, logits, put, snapshot, tokens, unchanged
@@ -36,24 +41,6 @@ def test_a_base_that_the_config_stretches_at_every_length_is_the_trained_one():
     patch_model(model, "rope", on_existing="replace")
     assert error(logits(model, ids), expected) < TOLERANCE
     assert model.config.rope_parameters["rope_theta"] == pytest.approx(10000.0 * 1000.0 ** (16 / 14))
-
-
-def test_a_window_lowered_in_the_config_after_loading_is_not_believed(caplog):
-    model = families.build("llama")
-    model.config.max_position_embeddings = 16
-    caplog.set_level("WARNING", logger="pe_patch")
-    patch_model(model, "yarn", factor=2.0)
-    assert model.config.max_position_embeddings == 2 * families.WINDOW
-    assert "max_position_embeddings=16 was written into the config after the model was built for 64" in caplog.text
-    expected = families.build(
-        "llama",
-        max_position_embeddings=2 * families.WINDOW,
-        rope_parameters={
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
-            "original_max_position_embeddings": families.WINDOW,
-        },
-    )  # fmt: skip
-    assert torch.equal(logits(model, tokens(1, 60)), logits(expected, tokens(1, 60)))
 
 
 def test_a_block_within_a_block_gives_the_outer_patch_back():
@@ -95,7 +82,7 @@ def test_a_block_that_comes_too_late_leaves_the_patch_of_another_thread(monkeypa
 def test_a_module_put_in_behind_the_patch_is_an_error(name):
     model, ids = put(build("llama"), name), tokens(1, 20)
     expected = logits(build("llama"), ids)
-    model.model.rotary_emb = LlamaRotaryEmbedding(build("llama").config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(LlamaConfig(**build("llama").config.to_dict()))
     with pytest.raises(NoEffectError, match="rotary_emb is a LlamaRotaryEmbedding that was put in behind the patch"):
         logits(model, ids)
     unpatch_model(model)
@@ -106,7 +93,7 @@ def test_a_module_put_in_behind_the_patch_is_an_error(name):
 def test_an_attention_put_in_behind_the_patch_is_an_error(name):
     model = put(build("llama"), name)
     layer = model.model.layers[1]
-    attention = LlamaAttention(build("llama").config, 1)
+    attention: Any = LlamaAttention(LlamaConfig(**build("llama").config.to_dict()), 1)
     attention.load_state_dict(layer.self_attn.state_dict())
     attention.config, layer.self_attn = model.config, attention.eval()
     with pytest.raises(NoEffectError, match="LlamaAttention was put into the model behind the patch"):
@@ -224,3 +211,93 @@ def test_a_mask_of_this_pass_alone_is_an_error(name):
         cache = model(ids[:, :12], use_cache=True).past_key_values
         with pytest.raises(UnsupportedError, match=r"covers 8 tokens, and 20 are read: 12 in the cache and 8"):
             model(ids[:, 12:], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
+
+
+def with_strong_sinks():
+    model = families.build("gpt_oss", std=0.3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data = torch.full_like(parameter, 3.0)
+    return model
+
+
+@pytest.mark.parametrize("name", ("alibi", "rope_alibi", "kerple", "sandwich"))
+def test_a_bias_beside_learned_sinks_is_that_of_the_distance(name):
+    """A sink competes with the scores, so a bias by the key's position alone is another model."""
+    model, ids, mask = with_strong_sinks(), tokens(1, 30), torch.ones(1, 30, dtype=torch.long)
+    mask[:, :10] = 0
+    patch_model(model, name)
+    alone = logits(model, ids[:, 10:])
+    assert error(logits(model, ids, attention_mask=mask)[:, 10:], alone) < TOLERANCE
+    far = torch.arange(20)[None] + 1000
+    assert error(logits(model, ids[:, 10:], position_ids=far), alone) < 5e-4
+
+
+def test_alibi_beside_sinks_is_the_formula():
+    model = with_strong_sinks()
+    patch_model(model, "alibi")
+    attention, core = model.model.layers[1].self_attn, {}
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, 9, 16, generator=generator) for heads in (4, 2, 2))
+    at = torch.arange(9)[None]
+    for backend in ("eager", "sdpa"):
+        core[backend] = attend(
+            attention, query, key, value, None, backend=BACKENDS[backend], scaling=0.25, positions=Positions(at, at),
+            cached=False, s_aux=attention.sinks.detach(),
+        )[0]  # fmt: skip
+    keys, values = (each.double().repeat_interleave(2, 1) for each in (key, value))
+    slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64)[:, None, None]
+    scores = query.double() @ keys.transpose(2, 3) * 0.25 - slopes * (at[0][:, None] - at[0][None])
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    sinks = attention.sinks.detach().double()[None, :, None, None].expand(1, 4, 9, 1)
+    expected = (torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ values).transpose(1, 2)
+    for found in core.values():
+        assert error(found.double(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("rope", "dynamic_ntk"))
+def test_sdpa_keeps_the_sinks_that_transformers_leaves_out(name):
+    """GPT-OSS has no SDPA in Transformers, whose function for it ignores sinks; under a patch it may be chosen."""
+    model, ids = with_strong_sinks(), tokens(2, 30)
+    expected = logits(model, ids)
+    options: dict[str, Any] = {} if name == "rope" else {"factor": 1.0}
+    patch_model(model, name, on_existing="replace", **options)
+    model.set_attn_implementation("sdpa")
+    assert error(logits(model, ids), expected) < TOLERANCE
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :6] = 0
+    assert error(logits(model, ids, attention_mask=mask)[:1, 6:], logits(model, ids[:1, 6:])) < TOLERANCE
+    assert error(in_chunks(model, ids, [20, 1, 9]), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("alibi", "self_extend", "rerope", "cope", "dynamic_ntk pinned"))
+@pytest.mark.parametrize("length", (10, 24))
+def test_rows_of_a_static_cache_that_slides_are_followed(name, length):
+    """All layers of Mistral slide (its window is 16), so none holds every key."""
+    model, ids = put(build("mistral"), name), tokens(2, length + 8)
+    mask = torch.ones_like(ids)
+    mask[0, : length - 6] = 0
+    cache, order = StaticCache(config=model.config, max_cache_len=64), torch.LongTensor([1, 0])
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def read(start, stop):
+        given = {"position_ids": at[:, start:stop], "attention_mask": mask[:, :stop], "past_key_values": cache}
+        with torch.no_grad():
+            return model(ids[:, start:stop], **given).logits
+
+    read(0, length)
+    read(length, length + 3)
+    cache.reorder_cache(order)  # type: ignore[arg-type]
+    ids, mask, at = ids[order], mask[order], at[order]
+    found = torch.cat((read(length + 3, length + 4), read(length + 4, length + 8)), 1)
+    for row in range(2):
+        expected = logits(model, ids[row : row + 1, mask[row].bool()])[:, -5:]
+        assert error(found[row : row + 1], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ("x" * 300, "a\0b", "/".join(["y" * 200] * 30)))
+def test_a_folder_that_no_file_system_takes_is_refused_by_name(name, tmp_path):
+    model = build("llama")
+    patch_model(model, "yarn", factor=2.0)
+    with pytest.raises(OutputError, match="cannot be a folder"):
+        export(model, tmp_path / name)

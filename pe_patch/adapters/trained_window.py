@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -46,8 +46,6 @@ class TrainedWindow:
     """The `max_position_embeddings` that the model was built with."""
     config_maximum: int | None = None
     """The `max_position_embeddings` of the config, which may have been changed since."""
-    built: int | None = field(default=None, compare=False)
-    """The window that the model's rotary module or table of positions was built for; None where there is neither."""
     word: AuthorsWord | None = None
     """What the model's authors say besides."""
 
@@ -57,9 +55,9 @@ class TrainedWindow:
         return self.rope_type != "default"
 
     @property
-    def changed(self) -> bool:
-        """Whether the config claims another window than the model was built with."""
-        return None not in (self.built, self.config_maximum) and self.built != self.config_maximum
+    def raised(self) -> bool:
+        """Whether the config claims a longer window than the model was built with."""
+        return (self.config_maximum or 0) > (self.maximum or self.config_maximum or 0)
 
     def in_words(self, composed: bool = False) -> str:
         """Return one of the two numbers with its source, for example `32,768 tokens (...)`."""
@@ -138,7 +136,6 @@ def trained_window(base: Any, config: Any, layer_type: str | None = None) -> Tra
         rope_type=rope_type,
         maximum=maximum,
         config_maximum=named if is_count(named) else None,
-        built=(built_window(base) or (None,))[0],
         word=word,
     )
     if word is not None and word.trained_length is not None:
@@ -257,7 +254,7 @@ def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
 def _maximum(base: Any, config: Any) -> tuple[int | None, str]:
     """Return the `max_position_embeddings` that the model was built with, and its source or why it is unknown."""
     maximum, built = getattr(config, "max_position_embeddings", None), built_window(base)
-    if is_count(maximum) and built is not None and maximum != built[0]:
+    if is_count(maximum) and built is not None and maximum > built[0]:
         return built[0], f"what {built[1]} was built with; the config was changed to {maximum:,} afterwards"
     if is_count(maximum) and not _left_out(config, maximum):
         return maximum, "max_position_embeddings of the config"

@@ -71,7 +71,13 @@ def check_output(folder: PathLike, kind: Kind, *, inputs: Iterable[Any] = (), ov
         The absolute path of the folder, links resolved.
     """
     path = Path(folder).expanduser()
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+        os.lstat(real)
+    except (FileNotFoundError, NotADirectoryError):  # the first is well, the second is explained below
+        pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be a folder ({error}); give another one.") from error
     if real.exists() and not real.is_dir():
         raise OutputError(f"{path} is a file; give a folder.")
     if path.is_symlink() and not real.exists():

@@ -66,8 +66,7 @@ def biased(core: Any, query: Tensor, key: Tensor, value: Tensor, positions: Posi
     def compute(start: int, stop: int, end: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         chunk, keys, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
         seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
-        additive = bias.bias(chunk * core.scaling, keys, seen)
-        assert additive is not None
+        additive = core.additive(bias, chunk, keys, seen)
         lowest = torch.finfo(query.dtype).min
         part = core.part(start, stop, end)
         if part.mask is None:

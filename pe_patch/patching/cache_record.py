@@ -228,17 +228,17 @@ def _plain_keys(cache: Any) -> tuple[int, Tensor] | None:
             if getattr(layer, "is_sliding", False) != sliding or not _holds_keys(layer):
                 continue
             if layer.keys.ndim == 4 and layer.keys.shape[2] > 0 and not layer.keys.is_meta:
-                if not (sliding and getattr(layer, "is_compileable", False)):  # such a layer rolls its slots
-                    return index, layer.keys
+                return index, layer.keys
     return None
 
 
-def _held(keys: Tensor, tokens: int, slots: int | None) -> tuple[int, Tensor]:
-    """Return which of the first `tokens` tokens the keys of a layer begin with, and the keys of those that it holds."""
-    if slots is not None:
-        return 0, keys[:, :, :tokens]
+def _held(keys: Tensor, tokens: int, static: bool) -> tuple[int, Tensor]:
+    """Return which of the first `tokens` tokens the keys of a layer begin with, and the keys of those that it holds.
+
+    A static layer fills its slots from the left; one that slides then rolls, its newest token at the right.
+    """
     count = min(keys.shape[2], tokens)
-    return tokens - count, keys[:, :, keys.shape[2] - count :]
+    return tokens - count, keys[:, :, :count] if static else keys[:, :, keys.shape[2] - count :]
 
 
 def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> None:
@@ -264,7 +264,8 @@ def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> N
         if keys is not record.keys or length != tokens or written or not record.finished:
             if written or not isinstance(keys, Tensor) or keys.shape[2] == 0:
                 raise CacheError(f"{changed}: the keys of layer {record.layer} were overwritten. {EMPTY}")
-            _follow_rows(record, _held(record.keys, tokens, slots), _held(keys, length, slots), changed)
+            static = bool(getattr(cache.layers[record.layer], "is_compileable", False))
+            _follow_rows(record, _held(record.keys, tokens, static), _held(keys, length, static), changed)
     if slots is None and record.positions is not None:
         record.positions = record.positions[:, :length]
 

@@ -227,11 +227,11 @@ def _named(config: Any, implementation: str | None) -> Iterator[None]:
     """Let an unpatched model call our attention function, which does what Transformers' own does."""
     before = config._attn_implementation_internal
     if implementation is not None:
-        config._attn_implementation_internal = implementation
+        vars(config)["_attn_implementation_internal"] = implementation  # not by a model that is being built
     try:
         yield
     finally:
-        config._attn_implementation_internal = before
+        vars(config)["_attn_implementation_internal"] = before
 
 
 @contextmanager

@@ -74,9 +74,10 @@ class Marked:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == ATTENTION:
+            scheme = vars(self)[FOREIGN]["scheme"]
             raise UnsupportedError(
-                f"This {type(self).__name__} is of a model that pe_patch patched with {vars(self)[FOREIGN]['scheme']!r}"
-                ", and the class of a model alone cannot apply the scheme, so its positions would be wrong. Use "
+                f"This {type(self).__name__} is of a model that pe_patch patched with {scheme!r}, and the class of a "
+                "model alone cannot apply the scheme, so its positions would be wrong. Use "
                 "AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_pretrained(folder) or "
                 "pe_patch.load_patched(folder); for another attention, call set_attn_implementation(...) of the model "
                 "that you patched."
