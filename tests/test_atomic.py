@@ -253,24 +253,29 @@ def failing_once(real: Any) -> Any:
     return call
 
 
-def test_originals_are_given_up_last(request):
+def test_originals_are_given_up_last():
     """Until then the patch can be taken back; afterwards the model stays patched, as a whole."""
     arguments = {**given("llama", "mla"), "keep_original": False}
-    patch_model(tiny("llama"), **arguments)  # the first patch of a family runs more lines
-    total, kept = count(lambda: patch_model(tiny("llama"), **arguments)), []
-    tried = 80 if request.config.getoption("--all-lines") else 24
-    for stop in range(total - tried, total + 1):
+    total = count(lambda: patch_model(tiny("llama"), **arguments))
+
+    def kept(stop: int) -> bool:
         model, lines = tiny("llama"), Lines(stop)
         before = state(model)
-        run(lambda model=model: patch_model(model, **arguments), lines)
+        run(lambda: patch_model(model, **arguments), lines)
         patch = find_patch(model)
-        kept.append(patch is not None)
         if patch is None:
             assert not differing(before, state(model)), lines.place
-        else:
-            assert patch.whole and not patch.undoable
-            assert torch.isfinite(logits(model, tokens(1, 12))).all()
-    assert kept == sorted(kept) and kept[-1] and not kept[0]
+            return False
+        assert patch.whole and not patch.undoable, lines.place
+        assert torch.isfinite(logits(model, tokens(1, 12))).all()
+        return True
+
+    low, high = 1, total + 1  # undone when interrupted at the first line, patched when never interrupted
+    assert not kept(low) and kept(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    assert not any(kept(stop) for stop in range(max(1, low - 3), low)) and all(kept(high + n) for n in range(1, 4))
 
 
 def test_the_block_of_patched_is_undone_wherever_it_is_interrupted(request):
