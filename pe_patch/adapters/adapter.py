@@ -73,7 +73,7 @@ class Adapter:
     carry: Callable[..., dict[str, Any]] | None = None
     """How positions reach the attention where the base model carries no extra keywords (with `forward`)."""
     keep_positions: Callable[..., Any] | None = None
-    """Stands before the base model's own forward and holds what `carry` added (with `build_bias`)."""
+    """Wraps the base model's own forward and holds what `carry` added (with `build_bias`)."""
     build_bias: tuple[str, Callable[..., Any]] | None = None
     """A method of the base model that makes the native bias, and what takes its place (with `carry`)."""
     projections: ProjectionNames | None = None

@@ -1,4 +1,4 @@
-"""What the authors of a model say of its window where its config says something else, or nothing."""
+"""List the windows that authors state for their models where the config states another one, or none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AuthorsWord:
-    """What is known of a model besides its config."""
+    """Facts that a model's authors state besides its config."""
 
     said: str
     """A sentence: what the config says, and who says otherwise."""

@@ -1,4 +1,4 @@
-"""Whether an adapter that somebody wrote names what the model has."""
+"""Check that an adapter which a user wrote names modules that the model has."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
 
 
 def _reach(base: Any, adapter: Adapter, field: str, where: str) -> Any:
-    """What a field of the adapter names on the base model."""
+    """Return what a field of the adapter names on the base model."""
     owner: Any = base
     for name in getattr(adapter, field).split("."):
         if not hasattr(owner, name):

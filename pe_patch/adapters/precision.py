@@ -22,7 +22,7 @@ OUTCOMES = {
 
 
 def outcome(adapter: Adapter) -> str:
-    """Whether schemes that rotate at the scores equal the unpatched model within the window, a key of `OUTCOMES`."""
+    """How schemes that rotate at the scores compare with the unpatched model within the window; a key of `OUTCOMES`."""
     return "refused" if adapter.late_norm or not adapter.carries else "equal"
 
 

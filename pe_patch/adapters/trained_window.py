@@ -47,16 +47,16 @@ class TrainedWindow:
     config_maximum: int | None = None
     """The `max_position_embeddings` of the config, which may have been changed since."""
     word: AuthorsWord | None = None
-    """What the model's authors say besides."""
+    """The window that the model's authors state, if they do."""
 
     @property
     def scaled(self) -> bool:
-        """Whether the config carries a scaling."""
+        """Return whether the config carries a scaling."""
         return self.rope_type != "default"
 
     @property
     def raised(self) -> bool:
-        """Whether the config claims a longer window than the model was built with."""
+        """Return whether the config claims a longer window than the model was built with."""
         return (self.config_maximum or 0) > (self.maximum or self.config_maximum or 0)
 
     def in_words(self, composed: bool = False) -> str:

@@ -20,7 +20,7 @@ from ..storage import apply_record, config_file, load_restored
 
 
 class SavedConfig(PreTrainedConfig):
-    """Stands for all saved patched models in the registry of configs."""
+    """Represent every saved patched model in the registry of configs."""
 
     model_type = MODEL_TYPE
 
@@ -37,7 +37,7 @@ class EarlierConfig(SavedConfig):
 
 
 class _Loader:
-    """What an auto class finds for the config of a patched model, in the place of a model class."""
+    """Load a patched model when an auto class looks up its config; registered as a model class."""
 
     auto: Any
 

@@ -22,7 +22,7 @@ HARMLESS = (".*", "*.log", "*.out", "*.err")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.gguf")
 """Files of a model that its loaders find by their names."""
 EXPORT_RECORD = "pe_patch_export.json"
-"""What an export lists its files in, so that a later one knows which it may replace."""
+"""File in which an export lists what it wrote, so that a later one knows what it may replace."""
 
 
 @dataclass(frozen=True)
