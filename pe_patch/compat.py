@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .errors import NoEffectError, UnsupportedError
@@ -146,6 +146,16 @@ def checkpoints_layers(base: Any) -> bool:
     if not (getattr(base, "gradient_checkpointing", False) and base.training):
         return False
     return INSTALLED.release[:2] < (5, 24) or torch.is_grad_enabled()
+
+
+PREFILL = "_prefill"
+"""The method of Transformers' `GenerationMixin` that reads a prompt, checked on 5.17, 5.23 and 5.24."""
+
+
+def prefill_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int]:
+    """Return `prefill_chunk_size` and the number of prompt tokens of one call of `GenerationMixin._prefill`."""
+    given = dict(zip(argument_names(getattr(GenerationMixin, PREFILL)), args, strict=False)) | kwargs
+    return given["generation_config"].prefill_chunk_size, given["input_ids"].shape[1]
 
 
 MASK_FUNCTIONS: Mapping[str, Callable[..., Any]] = {

@@ -17,7 +17,7 @@ from .errors import BeyondWindowError, NoEffectError, UnsupportedError
 from .parallel import Sequence, layer_masks, sequence_of
 from .patching.cache_record import CacheRecord, close_record, key_positions, open_record, slots_of
 from .patching.handover import hand_down, handed_down
-from .positions import Positions, document_lengths, from_mask, without_holes
+from .positions import Positions, counts_holes, document_lengths, from_mask, without_holes
 from .scheme import Scheme
 
 logger = logging.getLogger("pe_patch")
@@ -60,6 +60,10 @@ class Runtime:
     """Why a sequence cannot be split over processes here; None where it can."""
     rotary: tuple[str, type] | None = None
     """Attribute of the base model that the patch replaced by a rotary module, and its class."""
+    sliding_window: int | None = None
+    """Keys that the sliding layers see; None without such layers."""
+    chunk: int | None = None
+    """Length of the chunks within which chunked layers attend; None without such layers."""
 
 
 def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -195,6 +199,8 @@ def _with_positions(
     if acts and explicit is not None and explicit.ndim != 2:
         raise UnsupportedError(f"position_ids of {explicit.ndim} dimensions (several axes) are not supported here.")
     host, holes = _host_positions(mask, shown, past_length)
+    if holes:
+        _check_holes(runtime, mask, past_length)
     if explicit is None and holes and takes_ids:
         kwargs = {**kwargs, "position_ids": host}
     if runtime.carries and runtime.carry is None:
@@ -236,6 +242,18 @@ def _host_positions(mask: Any, shown: Tensor, past_length: int | Tensor) -> tupl
     if not torch.compiler.is_compiling() and bool((at == index).all()):
         return index[None], False
     return at, True
+
+
+def _check_holes(runtime: Runtime, mask: Tensor, past_length: int | Tensor) -> None:
+    """Raise where masked tokens between real ones would change which keys a sliding or chunked layer sees."""
+    if torch.compiler.is_compiling() or not counts_holes(mask, int(past_length), runtime.sliding_window, runtime.chunk):
+        return
+    kind = "sliding window" if runtime.chunk is None else "attention chunk"
+    raise UnsupportedError(
+        f"attention_mask has masked tokens between real ones, and this model's {kind} of "
+        f"{runtime.sliding_window or runtime.chunk} tokens would count them as tokens. Remove the masked tokens and "
+        "put all padding at the start of each row, or give each row in a call without padding."
+    )
 
 
 def _embedded(base: Any, runtime: Runtime, positions: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -394,6 +412,19 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     base = model.pe_base
     check_backend(backend, base.pe_runtime.scheme)
     vars(base.config)["_attn_implementation_internal"] = backend.implementation  # what `Marked` guards
+
+
+def refuse_prefill_chunks(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Raise if `generate` is to read a prompt in chunks under a scheme that follows the length of the prompt."""
+    arguments = compat.prefill_arguments(args, kwargs)
+    scheme, size, count = model.pe_base.pe_runtime.scheme, *arguments
+    if size is not None and size < count and count > scheme.regime_start:
+        raise UnsupportedError(
+            f"prefill_chunk_size={size} would read a prompt of {count} tokens in parts, and {scheme.name!r} follows "
+            "the length of each part, so the result would depend on the chunk. Leave prefill_chunk_size out, or use a "
+            "scheme with a fixed factor, for example patch_model(model, 'yarn', factor=4)."
+        )
+    return inner(*args, **kwargs)
 
 
 def keep_cache(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from .forward import (
     layer_rotation,
     read_prompt_first,
     refuse_paging,
+    refuse_prefill_chunks,
     set_attn_implementation,
     tower_forward,
 )
@@ -170,6 +171,8 @@ def forward_swaps(
         layers=len(adapter.attentions(base)),
         carries=adapter.carries,
         whole=_why_whole(adapter, scheme),
+        sliding_window=_window(base.config, "sliding_attention", "sliding_window"),
+        chunk=_window(base.config, "chunked_attention", "attention_chunk_size"),
         rotary=next(
             (
                 (swap.attribute, type(swap.replacement))
@@ -194,12 +197,20 @@ def forward_swaps(
         swaps.append(bind(head, "init_continuous_batching", refuse_paging))
     if adapter.build_bias is not None:
         swaps.append(bind(base, adapter.build_bias[0], WithoutInner(adapter.build_bias[1])))
+    if scheme.length_dependent and hasattr(head, compat.PREFILL):
+        swaps.append(bind(head, compat.PREFILL, refuse_prefill_chunks))
     before_head = [read_prompt_first] if scheme.length_dependent else []
     if adapter.carry is not None and head is not base:
         before_head.append(hand_over_positions)
     if before_head and head is not base:
         swaps.append(bind(head, "forward", Chain(*before_head)))
     return swaps
+
+
+def _window(config: Any, layer_type: str, attribute: str) -> int | None:
+    """Return the number of tokens within which layers of one type attend; None if the model has no such layers."""
+    layer_types, size = getattr(config, "layer_types", None), getattr(config, attribute, None)
+    return size if isinstance(size, int) and (layer_types is None or layer_type in layer_types) else None
 
 
 def _why_whole(adapter: Adapter, scheme: Scheme) -> str | None:

@@ -79,6 +79,32 @@ def without_holes(mask: Tensor) -> Tensor:
     return torch.arange(mask.shape[-1], device=mask.device) - holes
 
 
+def counts_holes(mask: Tensor, past_length: int, window: int | None, chunk: int | None) -> bool:
+    """Return whether a mask by slots hides or shows other keys than one by positions would, because of masked tokens
+    between real ones.
+
+    Transformers builds the masks of sliding and chunked layers by slots. They agree with positions unless a hole lies
+    within the window of a later token, or moves a token into another chunk.
+
+    Args:
+        mask: 1 for real tokens, `[batch, length]`.
+        past_length: tokens in the cache; only the later ones are queries.
+        window: keys that a sliding layer sees, in tokens; None without such layers.
+        chunk: length of a chunk of a chunked layer, in tokens; None without such layers.
+    """
+    real = mask.long().cumsum(-1)
+    queries = (mask != 0) & (torch.arange(mask.shape[1], device=mask.device) >= past_length)
+    if window is not None and mask.shape[1] > window:
+        before = real[:, :-window]  # real tokens in the slots that a query at `slot + window` no longer sees
+        lost = (before > 0) & (real[:, window:] - before < window)
+        if bool((lost & queries[:, window:]).any()):
+            return True
+    if chunk is not None and mask.shape[1] > chunk:
+        slots = torch.arange(mask.shape[1], device=mask.device) - (real == 0).sum(-1, keepdim=True)
+        return bool(((slots // chunk != (real - 1) // chunk) & (mask != 0)).any())
+    return False
+
+
 def document_lengths(positions: Tensor) -> Tensor:
     """Number of tokens of the document that each token belongs to, `[batch, length]`.
 

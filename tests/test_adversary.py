@@ -301,3 +301,53 @@ def test_a_folder_that_no_file_system_takes_is_refused_by_name(name, tmp_path):
     patch_model(model, "yarn", factor=2.0)
     with pytest.raises(OutputError, match="cannot be a folder"):
         export(model, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("gemma3_text", {"sliding_window": 6}),
+        ("llama4_text", {"attention_chunk_size": 6}),
+    ],
+)
+@pytest.mark.parametrize("name", ("rope", "alibi", "self_extend"))
+def test_a_hole_within_the_window_of_a_sliding_layer_is_refused(family, changes, name):
+    """Transformers counts masked tokens in such a window, so a row with a hole would differ from the row without it."""
+    model = families.build(family, **changes)
+    options: dict[str, Any] = {"factor": 2} if name == "self_extend" else {}
+    if family == "gemma3_text" and name == "self_extend":  # its layer types turn by different bases
+        options["layers"] = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
+    patch_model(model, name, **options)
+    ids, mask = tokens(2, 15), torch.ones(2, 15, dtype=torch.long)
+    mask[0, 5:8] = 0
+    with pytest.raises(UnsupportedError, match="masked tokens between real ones"):
+        model(ids, attention_mask=mask)
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, :4] = 0
+    padded = model(ids, attention_mask=mask).logits[:1, 4:]
+    assert error(padded, logits(model, ids[:1, 4:])) < TOLERANCE
+
+
+def test_a_hole_that_no_window_reaches_is_no_position():
+    model, ids = patch_model(families.build("mistral", sliding_window=12), "alibi"), tokens(1, 12)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 3:6] = 0
+    shown = torch.cat((ids[:, :3], ids[:, 6:]), 1)
+    holed = model(ids, attention_mask=mask).logits[:, mask[0] == 1]
+    assert error(holed, logits(model, shown)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "options"), [("dynamic_ntk", {"factor": 2.0}), ("yarn", {"factor": "auto"})])
+def test_a_prompt_read_in_chunks_is_refused_where_the_length_decides(name, options):
+    model = build("llama")
+    window = model.config.max_position_embeddings
+    patch_model(model, name, **options)
+    settings: Any = {"max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": 16, "pad_token_id": 0}
+    short = tokens(1, window - 8)
+    assert torch.equal(
+        model.generate(short, **settings), model.generate(short, **settings | {"prefill_chunk_size": None})
+    )
+    with pytest.raises(UnsupportedError, match="prefill_chunk_size=16"):
+        model.generate(tokens(1, window + 8), **settings)
+    model.generate(tokens(1, window + 8), **settings | {"prefill_chunk_size": window + 8})
