@@ -244,7 +244,7 @@ def _host_positions(mask: Any, shown: Tensor, past_length: int | Tensor) -> tupl
     return at, True
 
 
-def _check_holes(runtime: Runtime, mask: Tensor, past_length: int | Tensor) -> None:
+def _check_holes(runtime: Runtime, mask: Any, past_length: int | Tensor) -> None:
     """Raise where masked tokens between real ones would change which keys a sliding or chunked layer sees."""
     if torch.compiler.is_compiling() or not counts_holes(mask, int(past_length), runtime.sliding_window, runtime.chunk):
         return
