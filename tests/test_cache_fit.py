@@ -23,6 +23,9 @@ STATIC = ("yarn", "linear", "rope", "nope", "sinusoidal")
 CELLS = [("llama", name) for name in AT_SCORES]
 CELLS += [(family, name) for family in ("gpt_neox", "bloom") for name in ("alibi", "self_extend")]
 at_scores = pytest.mark.parametrize(("family", "name"), CELLS)
+with_position_ids = pytest.mark.parametrize(
+    ("family", "name"), [cell for cell in (*CELLS, ("llama", "yarn")) if cell[0] != "bloom"]
+)
 every = pytest.mark.parametrize(("family", "name"), [*CELLS, ("llama", "yarn"), ("bloom", "yarn")])
 
 any_scheme = pytest.mark.parametrize(
@@ -73,11 +76,9 @@ def test_changed_rows_equal_rows_alone(family, name, change):
         assert error(row[None], expected[index]) < TOLERANCE
 
 
-@every
+@with_position_ids
 def test_a_cache_of_explicit_positions_is_cut_down_to_one_row(family, name):
     """Rows at positions of their own, then one of them without position ids."""
-    if family == "bloom":
-        pytest.skip("BLOOM takes no position_ids")
     model, ids, more = put(build(family), name), tokens(2, 12), tokens(1, 3, seed=5)
     at = torch.arange(12)[None].expand(2, -1)
     _, cache = read(model, ids, position_ids=at)

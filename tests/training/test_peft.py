@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pe_patch import PePatchError, load_patched, patch_model, unpatch_model
 from pe_patch.errors import CheckpointError, MismatchError, OptionError
@@ -226,6 +229,13 @@ def test_several_adapters(base, tmp_path):
         assert torch.equal(logits(again), logits(model))
 
 
+host_takes_this_peft = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"Transformers' own add_adapter wants PEFT {MIN_PEFT_VERSION}",
+)
+
+
+@host_takes_this_peft
 def test_adapters_without_a_wrapper(base, tmp_path):
     model = loaded(base, **YARN)
     model.add_adapter(lora(), "default")
@@ -236,6 +246,7 @@ def test_adapters_without_a_wrapper(base, tmp_path):
         loaded(base).load_adapter(tmp_path)
 
 
+@host_takes_this_peft
 def test_the_family_without_rotation(tmp_path):
     build("bloom").save_pretrained(tmp_path / "base")
     model = loaded(tmp_path / "base", "rope", original_max_position_embeddings=64)
