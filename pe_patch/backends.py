@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, flex_at
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available, is_torch_npu_available
 
-from .errors import OptionValueError, UnsupportedError, unknown
+from .errors import OptionValueError, UnsupportedError, quoted, unknown
 from .scheme import Scheme, overrides
 
 
@@ -87,7 +87,7 @@ def backend_for(implementation: str | None) -> Backend:
     """Our backend for an attention implementation by any of its names."""
     name = implementation or "sdpa"
     if not isinstance(name, str):
-        raise OptionValueError(f"backend={name!r} is not a name; give one of {', '.join(BACKENDS)}.")
+        raise OptionValueError(f"backend={quoted(name)} is not a name; give one of {', '.join(BACKENDS)}.")
     for table in (BACKENDS, BY_HOST, BY_IMPLEMENTATION):
         if name in table:
             return table[name]

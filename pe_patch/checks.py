@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from .errors import OptionValueError, nearest
+from .errors import OptionValueError, nearest, quoted
 
 LARGEST = 1e6
 """Of numbers for which nothing else is said; what is larger overflows somewhere, or is a slip of the keyboard."""
@@ -53,15 +53,6 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def shown(value: Any) -> str:
-    """`value` in an error, in 80 letters at most."""
-    try:
-        text = repr(value)
-    except Exception:  # an integer of more than 4,300 digits, or an object whose own repr fails
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def check_number(
     scheme: str, option: str, value: Any, low: float, high: float = LARGEST, *, exclusive: bool = False, do: str = ""
 ) -> float:
@@ -71,7 +62,7 @@ def check_number(
         return number
     allowed = f"a finite number {'above' if exclusive else 'of at least'} {low:g} and at most {high:g}"
     do = f" {do}" if do else ""
-    raise OptionValueError(f"{scheme!r} got {option}={shown(value)}; {option} must be {allowed}.{do}")
+    raise OptionValueError(f"{scheme!r} got {option}={quoted(value)}; {option} must be {allowed}.{do}")
 
 
 def check_length(
@@ -83,7 +74,7 @@ def check_length(
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
     raise OptionValueError(
-        f"{scheme!r} got {option}={shown(value)}; give a whole {what}, at least {low} and at most {high}, or leave it "
+        f"{scheme!r} got {option}={quoted(value)}; give a whole {what}, at least {low} and at most {high}, or leave it "
         "out."
     )
 
@@ -100,7 +91,7 @@ def check_count(scheme: str, option: str, value: Any, low: int, high: int, do: s
         return int(value)
     do = f" {do}" if do else ""
     raise OptionValueError(
-        f"{scheme!r} got {option}={shown(value)}; {option} must be a whole number of at least {low} and at most "
+        f"{scheme!r} got {option}={quoted(value)}; {option} must be a whole number of at least {low} and at most "
         f"{high}.{do}"
     )
 
@@ -122,7 +113,7 @@ def check_choice(scheme: str, option: str, value: Any, choices: Iterable[str]) -
         return value
     near = nearest(value, choices) if isinstance(value, str) else ""
     raise OptionValueError(
-        f"{scheme!r} got {option}={shown(value)}; {option}={shown(value)} is not one of {', '.join(choices)}.{near}"
+        f"{scheme!r} got {option}={quoted(value)}; {option}={quoted(value)} is not one of {', '.join(choices)}.{near}"
     )
 
 
@@ -141,7 +132,7 @@ def check_list(
     """`value` as `count` positive floats, one for each of something, or an `OptionValueError`."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise OptionValueError(
-            f"{scheme!r} got {option}={shown(value)}; give a list of {count} positive numbers, one for each {each}."
+            f"{scheme!r} got {option}={quoted(value)}; give a list of {count} positive numbers, one for each {each}."
         )
     if len(value) != count:
         raise OptionValueError(
@@ -166,4 +157,4 @@ def check_flag(scheme: str, option: str, value: Any) -> bool:
     """`value` as it is, or an `OptionError` unless it is True or False."""
     if isinstance(value, bool):
         return value
-    raise OptionValueError(f"{scheme!r} got {option}={shown(value)}; give True or False.")
+    raise OptionValueError(f"{scheme!r} got {option}={quoted(value)}; give True or False.")

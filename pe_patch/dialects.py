@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, plain, shown
-from .errors import OptionError, OptionValueError, UnsupportedError, nearest, unknown
+from .checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, plain
+from .errors import OptionError, OptionValueError, UnsupportedError, nearest, quoted, unknown
 
 
 class ConfigFault(OptionError):
@@ -108,7 +108,7 @@ def yarn_temperature(factor: float, slope: float = 1.0) -> float:
 
 def left_as_it_was(family: Any, maximum: Any) -> int | None:
     """Return the trained window of a family whose unscaled `max_position_embeddings` this is, where the two differ."""
-    return LEFT_AS_IT_WAS.get((family, maximum))
+    return LEFT_AS_IT_WAS.get((family, maximum)) if isinstance(family, str) and isinstance(maximum, int) else None
 
 
 def read(config: Mapping[str, Any]) -> Reading:
@@ -123,10 +123,10 @@ def read(config: Mapping[str, Any]) -> Reading:
         UnsupportedError: one that exists elsewhere and not here.
     """
     if not isinstance(config, Mapping) or not config:
-        raise OptionError(f"A positional config is a dict that is not empty; got {shown(config)}.")
+        raise OptionError(f"A positional config is a dict that is not empty; got {quoted(config)}.")
     config = plain(config)
     if stray := [key for key in config if not isinstance(key, str)]:
-        raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
+        raise OptionValueError(f"The keys of a positional config are strings; got {quoted(stray[0])}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
         return _own(record)
@@ -149,7 +149,7 @@ def _check_kind(key: str, value: Any) -> None:
         for entry in value:
             _check_kind(key, entry)
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise OptionValueError(f"{key}={shown(value)} is no number, string, list or dict, which a config consists of.")
+        raise OptionValueError(f"{key}={quoted(value)} is no number, string, list or dict, which a config consists of.")
 
 
 def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None = None) -> Any:
@@ -161,7 +161,7 @@ def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None =
         TYPES.get(value, value) if what == "type" and isinstance(value, str) else value for value in found.values()
     ]
     if any(value != values[0] for value in values):
-        said = " and ".join(f"{key}={shown(value)}" for key, value in found.items())
+        said = " and ".join(f"{key}={quoted(value)}" for key, value in found.items())
         raise ConfigFault(f"Contradiction: {said}. Keep the one that is meant.", what, *found)
     return _checked(what, values[0], next(iter(found))) if values else None
 
@@ -170,7 +170,7 @@ def _checked(what: str, value: Any, key: str) -> Any:
     """The value of one of `SYNONYMS`, or an `OptionValueError` where it is not of its kind."""
     if what == "type":
         if not isinstance(value, str):
-            raise OptionValueError(f"{key}={shown(value)} is no name of a rope type, such as 'yarn'.")
+            raise OptionValueError(f"{key}={quoted(value)} is no name of a rope type, such as 'yarn'.")
         return value
     if what == "part":
         return check_number("config", key, value, 0.0, 1.0, exclusive=True)
@@ -185,10 +185,10 @@ def _own(entries: Mapping[str, Any]) -> Specification:
     if isinstance(options.get("options"), Mapping):
         options = dict(options["options"])
     if not isinstance(entries.get("scheme"), str):
-        raise OptionError(f"'scheme' must be the name of a scheme; got {shown(entries.get('scheme'))}.")
+        raise OptionError(f"'scheme' must be the name of a scheme; got {quoted(entries.get('scheme'))}.")
     for key in SYNONYMS["type"]:
         if key in options:
-            raise OptionError(f"Contradiction: 'scheme' and {key!r} both name a scheme. Keep 'scheme'.")
+            raise OptionError(f"Contradiction: 'scheme' and {quoted(key)} both name a scheme. Keep 'scheme'.")
     return Specification(entries["scheme"], options)
 
 
@@ -199,7 +199,7 @@ def _whole(config: dict[str, Any]) -> Reading:
         return read(config["text_config"])
     if stray := config.keys() & {"factor", "long_factor", "attention_factor", "low_freq_factor"}:
         key = sorted(stray)[0]
-        raise ConfigFault(f"{key!r} says nothing without a type: add 'rope_type'.", "untyped", *stray)
+        raise ConfigFault(f"{quoted(key)} says nothing without a type: add 'rope_type'.", "untyped", *stray)
     if not config.keys() & own_keys:
         message = "This config says nothing of rotary positions: neither rope_parameters nor rope_theta."
         raise ConfigFault(message, "silent")
@@ -207,7 +207,7 @@ def _whole(config: dict[str, Any]) -> Reading:
     inner, other = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     for key, value in (("rope_parameters", inner), ("rope_scaling", other)):
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            raise OptionValueError(f"{key}={shown(value)} is not a dict whose keys are strings.")
+            raise OptionValueError(f"{key}={quoted(value)} is not a dict whose keys are strings.")
     if inner and other and dict(inner) != dict(other):
         message = "Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters."
         raise ConfigFault(message, "two_dialects", "rope_parameters", "rope_scaling")
@@ -230,13 +230,15 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
     """One dict for each layer type; None stands for layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
-            message = f"{key!r}={shown(value)} stands beside layer types; move it into the dict of each layer type."
+            message = (
+                f"{quoted(key)}={quoted(value)} stands beside layer types; move it into the dict of each layer type."
+            )
             raise ConfigFault(message, "beside", key)
     specifications = {}
     for layer, value in config.items():
         entries = dict(value or {})
         if stray := [key for key in (layer, *entries) if not isinstance(key, str)]:
-            raise OptionValueError(f"The keys of a positional config are strings; got {shown(stray[0])}.")
+            raise OptionValueError(f"The keys of a positional config are strings; got {quoted(stray[0])}.")
         default = {what: said for what, said in around.items() if not entries.keys() & set(SYNONYMS[what])}
         specifications[layer] = Specification("nope") if value is None else _flat(entries, default)
     return specifications
@@ -258,7 +260,8 @@ def _flat(entries: dict[str, Any], around: Mapping[str, Any]) -> Specification:
         if key not in allowed:
             known = sorted(allowed | {"rope_type", "rope_theta", "original_max_position_embeddings"})
             message = (
-                f"A config of {scheme!r} has no key {key!r}.{nearest(key, known)} Its keys are: {', '.join(known)}."
+                f"A config of {scheme!r} has no key {quoted(key)}.{nearest(key, known)} "
+                f"Its keys are: {', '.join(known)}."
             )
             raise ConfigFault(message, "unread", key)
     if scheme in FACTOR_IS_RATIO:
@@ -279,7 +282,7 @@ def _scheme(entries: dict[str, Any]) -> str:
             raise ConfigFault(message, "untyped", *extra)
         return "rope"
     if rope_type in UNSUPPORTED_TYPES:
-        raise UnsupportedError(f"rope_type {rope_type!r} is not supported: {UNSUPPORTED_TYPES[rope_type]}.")
+        raise UnsupportedError(f"rope_type {quoted(rope_type)} is not supported: {UNSUPPORTED_TYPES[rope_type]}.")
     if rope_type not in KEYS:
         raise unknown("rope_type", str(rope_type), TYPES)
     return rope_type
@@ -289,7 +292,7 @@ def _refuse(entries: Mapping[str, Any]) -> None:
     """Raise for a key that asks for something this library does not have."""
     for key, meaning in UNSUPPORTED_KEYS.items():
         if entries.get(key):
-            raise UnsupportedError(f"{key!r} is not supported: {meaning}.")
+            raise UnsupportedError(f"{quoted(key)} is not supported: {meaning}.")
 
 
 def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any) -> None:
@@ -331,7 +334,7 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
     if given is not None:
         if given != multiplier:
             raise OptionError(
-                f"Contradiction: attention_factor={shown(given)} and attn_factor={shown(multiplier)}. Keep "
+                f"Contradiction: attention_factor={quoted(given)} and attn_factor={quoted(multiplier)}. Keep "
                 "attention_factor."
             )
     elif multiplier != 1:
@@ -352,11 +355,11 @@ def _rewrite_longrope(entries: dict[str, Any], maximum: Any) -> None:
     short, long = entries.pop("short_mscale", None), entries.pop("long_mscale", None)
     if short != long:
         raise UnsupportedError(
-            f"short_mscale={shown(short)} and long_mscale={shown(long)} differ; one factor must serve both."
+            f"short_mscale={quoted(short)} and long_mscale={quoted(long)} differ; one factor must serve both."
         )
     if long is not None and entries.setdefault("attention_factor", long) != long:
         raise OptionError(
-            f"Contradiction: attention_factor={entries['attention_factor']!r} and long_mscale={shown(long)}."
+            f"Contradiction: attention_factor={quoted(entries['attention_factor'])} and long_mscale={quoted(long)}."
         )
     lists = [entries[key] for key in ("short_factor", "long_factor") if key in entries]
     if len(lists) == 2 and all(hasattr(one, "__len__") for one in lists) and len(lists[0]) != len(lists[1]):

@@ -25,6 +25,15 @@ def printable(value: Any, keep: str = "\n\t") -> str:
     return escape(str(value), lambda character: character.encode("unicode_escape").decode("ascii"), keep)
 
 
+def quoted(value: Any) -> str:
+    """Return the `repr` of a user's value for an error, in 80 characters at most."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4,300 digits, or an object whose own repr fails
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def escape(text: str, write: Callable[[str], str], keep: str = "\n\t") -> str:
     """Return the text with each character that acts on a terminal replaced by what `write` makes of it."""
     if text.isprintable():
@@ -200,4 +209,4 @@ def _edits(one: str, other: str) -> int:
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UnknownNameError:
     """Return the error for a name that is not in a registry: the name, what it may mean, and all there is."""
     choices = sorted(choices)
-    return UnknownNameError(f"Unknown {kind} {name!r}.{nearest(name, choices)} There are: {', '.join(choices)}.")
+    return UnknownNameError(f"Unknown {kind} {quoted(name)}.{nearest(name, choices)} There are: {', '.join(choices)}.")

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationMixin
 
 from . import compat
 from .attention import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
-from .errors import BeyondWindowError, NoEffectError, UnsupportedError
+from .errors import BeyondWindowError, NoEffectError, UnsupportedError, quoted
 from .parallel import Sequence, layer_masks, sequence_of
 from .patching.cache_record import CacheRecord, close_record, key_positions, open_record, slots_of
 from .patching.handover import hand_down, handed_down
@@ -168,8 +168,8 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     backend = BY_IMPLEMENTATION.get(base.config._attn_implementation)
     if backend is None:
         raise NoEffectError(
-            f"config._attn_implementation was set to {base.config._attn_implementation!r} behind the patch, which "
-            f"would drop {runtime.scheme.name!r}; call set_attn_implementation(...) of the patched model instead."
+            f"config._attn_implementation was set to {quoted(base.config._attn_implementation)} behind the patch, "
+            f"which would drop {runtime.scheme.name!r}; call set_attn_implementation(...) of the patched model instead."
         )
     if runtime.rotary is not None and not isinstance(found := getattr(base, runtime.rotary[0]), runtime.rotary[1]):
         raise NoEffectError(

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .adapters import ADAPTERS, Adapter
 from .adapters.check import check_adapter
-from .errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, unknown
+from .errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, quoted, unknown
 
 WRAPPERS = ("_orig_mod", "module")
 """Where torch.compile and data parallelism keep the model that they wrap."""
@@ -69,7 +69,7 @@ def find_stack(
     found = stacks(head)
     if submodule is not None and not isinstance(submodule, str):
         raise OptionValueError(
-            f"submodule={submodule!r} is not the name of a module; give one of {', '.join(sorted(found))}."
+            f"submodule={quoted(submodule)} is not the name of a module; give one of {', '.join(sorted(found))}."
         )
     known = found if adapter is not None else {n: m for n, m in found.items() if m.config.model_type in ADAPTERS}
     if submodule is None:
@@ -89,7 +89,7 @@ def find_stack(
         return next(iter(matching.items()))
     if not matching:
         raise unknown("submodule", submodule, found)
-    raise UnsupportedError(f"submodule={submodule!r} fits several: {', '.join(sorted(matching))}.")
+    raise UnsupportedError(f"submodule={quoted(submodule)} fits several: {', '.join(sorted(matching))}.")
 
 
 def _labelled(name: str, model: PreTrainedModel) -> str:
@@ -101,7 +101,7 @@ def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
     if adapter is not None:
         if not isinstance(adapter, Adapter):
             raise OptionValueError(
-                f"adapter={adapter!r} is a {type(adapter).__name__}; it takes a pe_patch.Adapter, for example "
+                f"adapter={quoted(adapter)} is a {type(adapter).__name__}; it takes a pe_patch.Adapter, for example "
                 "adapter=pe_patch.Adapter(attention='attention')."
             )
         check_adapter(base, adapter)
@@ -160,7 +160,7 @@ def _sliced(layers: slice, count: int) -> list[int]:
     try:
         return list(range(count))[layers]
     except (TypeError, ValueError) as error:
-        raise OptionValueError(f"layers={layers!r} is no slice of {count} layers: {error}.") from error
+        raise OptionValueError(f"layers={quoted(layers)} is no slice of {count} layers: {error}.") from error
 
 
 def _entries(layers: Iterable[Any], count: int) -> list[Any]:
@@ -181,8 +181,8 @@ def _layer(index: Any, layers: Any, count: int) -> int:
 
 
 def _not_layers(layers: Any, count: int) -> OptionValueError:
-    example = f" For one layer give layers=[{layers}]." if type(layers) is int else ""
+    example = f" For one layer give layers=[{quoted(layers)}]." if type(layers) is int else ""
     return OptionValueError(
-        f"layers={layers!r} does not name layers.{example} It takes a list of indices from 0 to {count - 1}, a slice, "
-        "or a function of the index; leave it out for all layers."
+        f"layers={quoted(layers)} does not name layers.{example} It takes a list of indices from 0 to {count - 1}, a "
+        "slice, or a function of the index; leave it out for all layers."
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError, UnsupportedError, nearest
+from .errors import OptionError, UnsupportedError, nearest, quoted
 from .heads import Heads, declared, part
 from .positions import Positions
 from .shape import ARITHMETIC as ARITHMETIC
@@ -132,7 +132,7 @@ class Scheme(nn.Module):
             if option not in allowed:
                 known = ", ".join(sorted(allowed)) or "none"
                 raise OptionError(
-                    f"{label!r} has no option {option!r}.{nearest(option, allowed)} Its options are: {known}."
+                    f"{label!r} has no option {quoted(option)}.{nearest(option, allowed)} Its options are: {known}."
                 )
         for p in cls._parameters_of_init():
             if p.default is p.empty and p.name not in options:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backends import Backend, Output, backend_for
 from .core import Core
-from .errors import OptionError, PePatchError, UnsupportedError
+from .errors import OptionError, PePatchError, UnsupportedError, quoted
 from .join import Patch
 from .kernels.shifted import shifted
 from .patch import find_patch
@@ -96,7 +96,7 @@ def shift_attention(model: Any, groups: int) -> Any:
         )
     heads = patch.shape.num_heads
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 2:
-        raise OptionError(f"groups={groups!r}: give a whole number of at least 2; 1 would be full attention.")
+        raise OptionError(f"groups={quoted(groups)}: give a whole number of at least 2; 1 would be full attention.")
     if heads % 2:
         raise OptionError(f"Half of the heads are shifted, and {patch.base.config.model_type} has {heads}; {REMEDY}.")
     attentions = patch.adapter.attentions(patch.base)

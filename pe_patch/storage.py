@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from . import peft_record
-from .errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError
+from .errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError, quoted
 from .patch import find_patch, restore_patch
 from .patching.record import FOREIGN, check_record, framework_of
 from .patching.saved_config import configured, native_values
@@ -113,7 +113,7 @@ def load_restored(
             f"The weights in {path} are missing, damaged or do not fit its config: {error}"
         ) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in from_pretrained_kwargs.items()) or "no arguments"
+        given = ", ".join(f"{key}={quoted(value)}" for key, value in from_pretrained_kwargs.items()) or "no arguments"
         raise CheckpointError(
             f"{config_file(path)} cannot be built as {model_class.__name__} with {given}: {type(error).__name__}: "
             f"{error}"
@@ -260,7 +260,7 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two where it holds no object
         raise CheckpointError(f"No model can be read from {path!s}: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{config_file(path)} holds {config!r}, not the object that a model's config is.")
+        raise CheckpointError(f"{config_file(path)} holds {quoted(config)}, not the object that a model's config is.")
     return config
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .backends import BACKENDS
 from .calibration_text import tokens
 from .conversion import loss
-from .errors import NoEffectError, OptionError, PePatchError, UnsupportedError, nearest
+from .errors import NoEffectError, OptionError, PePatchError, UnsupportedError, nearest, quoted
 from .join import Patch
 from .latent.streaming import evaluating
 from .patch import find_patch, patch_model
@@ -95,16 +95,16 @@ def warm_start(
     if patch is None:
         raise PePatchError("warm_start fits the scheme of a patched model: call patch_model(model, ...) first.")
     if by not in BY:
-        raise OptionError(f"warm_start got by={by!r}; it is one of {', '.join(BY)}.{nearest(str(by), BY)}")
+        raise OptionError(f"warm_start got by={quoted(by)}; it is one of {', '.join(BY)}.{nearest(str(by), BY)}")
     if by == "loss" and patch.head.get_output_embeddings() is None:
         raise OptionError(
             f"{type(patch.head).__name__} predicts no tokens, so that it has no loss to choose by; give by='attention'."
         )
     for name, value in (("limit", limit), ("queries", queries)):
         if type(value) is not int or value < 1:
-            raise OptionError(f"warm_start got {name}={value!r}; give a whole number of at least 1.")
+            raise OptionError(f"warm_start got {name}={quoted(value)}; give a whole number of at least 1.")
     if isinstance(least_slope, bool) or not 0 < least_slope < math.inf:
-        raise OptionError(f"warm_start got least_slope={least_slope!r}; give a number above 0.")
+        raise OptionError(f"warm_start got least_slope={quoted(least_slope)}; give a number above 0.")
     schemes = list(dict.fromkeys(patch.own.values()))
     start = [_trainable(scheme, patch.base.device) for scheme in schemes]
     at_scores = any(overrides(patch.scheme, rung) for rung in ("encode", "bias", "attend"))

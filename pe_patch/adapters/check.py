@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import OptionValueError, UnsupportedError, nearest
+from ..errors import OptionValueError, UnsupportedError, nearest, quoted
 from .adapter import Adapter
 
 LAYOUTS = ("halves", "interleaved", "single", "complex")
@@ -106,7 +106,7 @@ def _missing(
     shown = ", ".join(sorted(name for name, _ in owner.named_children())) or "none"
     return _wrong(
         adapter, field,
-        f"and {where} ({type(owner).__name__}) has no {value!r}.{nearest(value, names)} Its modules are: {shown}",
+        f"and {where} ({type(owner).__name__}) has no {quoted(value)}.{nearest(value, names)} Its modules are: {shown}",
     )  # fmt: skip
 
 

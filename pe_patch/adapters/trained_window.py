@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..errors import OptionValueError
+from ..errors import OptionValueError, quoted
 from .authors import AuthorsWord, authors_word
 
 OPTION = "original_max_position_embeddings"
@@ -155,13 +155,13 @@ def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]
     original = original if is_count(original) else window.length
     factor = _factor(parameters, maximum, original)
     window = replace(window, factor=factor)
-    carried = f"{rope_type!r}" if factor is None else f"{rope_type!r} by {factor:g}"
+    carried = f"{quoted(rope_type)}" if factor is None else f"{quoted(rope_type)} by {factor:g}"
     if original is None and rope_type == "dynamic":  # begins beyond its window and changes nothing within
         return replace(window, length=maximum, scaled_length=maximum, scaled_source=window.source)
     if original is None:
         return _by_factor(window, config, carried)
     if window.length is None:
-        window = replace(window, length=original, source=f"{OPTION} of the config's {rope_type!r} scaling")
+        window = replace(window, length=original, source=f"{OPTION} of the config's {quoted(rope_type)} scaling")
     if rope_type == "dynamic":
         return replace(window, scaled_length=original, scaled_source=window.source)
     reached = None if factor is None else int(factor * original)
@@ -171,7 +171,7 @@ def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]
     if maximum is None or _left_as_it_was(config, window, parameters, original):
         return replace(window, scaled_length=reached, scaled_source=by_factor)
     if reached is None:
-        return replace(window, scaled_source=f"the config's {rope_type!r} scaling names no factor")
+        return replace(window, scaled_source=f"the config's {quoted(rope_type)} scaling names no factor")
     assert maximum is not None
     conflict = f"{by_factor} reaches {reached:,} tokens, but max_position_embeddings={maximum}"
     return replace(window, scaled_source=conflict, choices=((original, maximum), (original, reached)))
@@ -265,7 +265,7 @@ def _maximum(base: Any, config: Any) -> tuple[int | None, str]:
         default = f"{maximum:,} is the default of {type(config).__name__}"
         return None, f"the config.json of {config.name_or_path} names no window ({default})"
     if maximum is not None:
-        return None, f"the config says max_position_embeddings={maximum!r}, which is no number of tokens"
+        return None, f"the config says max_position_embeddings={quoted(maximum)}, which is no number of tokens"
     if built is not None:
         return built[0], f"what {built[1]} was built with"
     return None, f"the config of this {config.model_type} names no window"
@@ -333,6 +333,6 @@ def _count(given: Any, option: str) -> int:
     number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
     if not number or given != int(given) or given < 1:
         raise OptionValueError(
-            f"{option}={given!r} is not a window; give a whole number of tokens, such as {option}=4096."
+            f"{option}={quoted(given)} is not a window; give a whole number of tokens, such as {option}=4096."
         )
     return int(given)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionError, quoted
 
 Calibration = Tensor | Sequence[Any] | str
 """Token ids, `[rows, length]` or rows of any lengths, without padding; or texts."""
@@ -33,7 +33,7 @@ def tokens(
     """
     for name, value in (("length", length), ("limit", limit)):
         if value is not None and (type(value) is not int or value < 1):
-            raise OptionError(f"calibration: {name} counts tokens, at least 1; got {value!r}.")
+            raise OptionError(f"calibration: {name} counts tokens, at least 1; got {quoted(value)}.")
     pieces: list[Tensor] = []
     for row in _checked(_rows(calibration, tokenize), vocabulary_of(model)):
         cut = row.split(length)
@@ -52,7 +52,7 @@ def tokens(
 def held_out(rows: Sequence[Tensor], share: float, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Rows to calibrate on, and about a `share` of all rows, at least one, to measure the loss on; in their order."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise OptionError(f"calibration: the share of rows held out lies between 0 and 1; got {share!r}.")
+        raise OptionError(f"calibration: the share of rows held out lies between 0 and 1; got {quoted(share)}.")
     if len(rows) < 2:
         raise OptionError(
             f"calibration: {len(rows)} row cannot be split into rows to calibrate on and rows to measure the loss on; "
@@ -91,7 +91,9 @@ def _rows(calibration: Any, tokenize: Tokenize) -> list[Any]:
         return list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise OptionError(f"calibration: every text is a string with words in it; number {index} is {text!r}.")
+            raise OptionError(
+                f"calibration: every text is a string with words in it; number {index} is {quoted(text)}."
+            )
     return tokenize(list(texts))
 
 

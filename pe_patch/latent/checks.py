@@ -6,7 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-from ..errors import OptionValueError, nearest
+from ..errors import OptionValueError, nearest, quoted
 from .projections import Projections
 from .rotary_keys import SELECTIONS as HOW
 
@@ -25,7 +25,9 @@ OF = {  # option: the methods it is of, and what stands for not given
 def _one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = ", ".join(map(repr, choices))
-        raise OptionValueError(f"{option}={value!r} does not exist.{nearest(value, choices)} There are: {allowed}.")
+        raise OptionValueError(
+            f"{option}={quoted(value)} does not exist.{nearest(value, choices)} There are: {allowed}."
+        )
 
 
 def _whole(value: Any) -> bool:
@@ -53,7 +55,7 @@ def refuse_unused(method: str, **options: Any) -> None:
         if method not in methods and value != default:
             others = " and ".join(map(repr, methods))
             raise OptionValueError(
-                f"{method!r} has no use for {option}={value!r}; it is an option of {others}. Leave it out."
+                f"{method!r} has no use for {option}={quoted(value)}; it is an option of {others}. Leave it out."
             )
 
 
@@ -65,13 +67,14 @@ def check_decomposition(method: str, svd: Any) -> None:
 def check_rank(method: str, rank: Any, most: int, which: str) -> None:
     if not _whole(rank) or not 1 <= rank <= most:
         raise OptionValueError(
-            f"{method!r} got a rank of {rank!r}; give a whole number from 1 to {most}, which is the full rank {which}."
+            f"{method!r} got a rank of {quoted(rank)}; give a whole number from 1 to {most}, which is the full "
+            f"rank {which}."
         )
 
 
 def check_ratio(method: str, ratio: Any) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) < math.inf:
-        raise OptionValueError(f"{method!r} got balance_kv_ratio={ratio!r}; give a finite number above 0.")
+        raise OptionValueError(f"{method!r} got balance_kv_ratio={quoted(ratio)}; give a finite number above 0.")
     return float(ratio)
 
 
@@ -87,8 +90,8 @@ def check_rope_dim(projections: Projections, method: str, rope_dim: Any) -> None
     if method == "mha2mla":
         if not _whole(rope_dim) or rope_dim % 2 or not 2 <= rope_dim <= width:
             raise OptionValueError(
-                f"'mha2mla' got rope_dim={rope_dim!r}; give an even number of dims for each key-value head, from 2 to "
-                f"{width}, which all rotate."
+                f"'mha2mla' got rope_dim={quoted(rope_dim)}; give an even number of dims for each key-value head, "
+                f"from 2 to {width}, which all rotate."
             )
         return
     below, above = shared_widths(projections)
@@ -96,8 +99,8 @@ def check_rope_dim(projections: Projections, method: str, rope_dim: Any) -> None
         less = f"{', '.join(map(str, below))}, or " if below else ""
         more = f"a multiple of {width} up to {above[-1]}" if len(above) > 1 else f"{width}"
         raise OptionValueError(
-            f"{method!r} got rope_dim={rope_dim!r}; one shared rotary key can have {less}{more} dims, as the trained "
-            f"heads rotate {width}."
+            f"{method!r} got rope_dim={quoted(rope_dim)}; one shared rotary key can have {less}{more} dims, as the "
+            f"trained heads rotate {width}."
         )
 
 
@@ -114,7 +117,7 @@ def check_freqfold(projections: Projections, method: str, rope_dim: int, freqfol
         return chosen_fold(projections, rope_dim)
     if not _whole(freqfold) or freqfold not in allowed:
         raise OptionValueError(
-            f"{method!r} got freqfold={freqfold!r}; at rope_dim={rope_dim} it can be one of "
+            f"{method!r} got freqfold={quoted(freqfold)}; at rope_dim={rope_dim} it can be one of "
             f"{', '.join(map(str, allowed))}, or None for {chosen_fold(projections, rope_dim)}."
         )
     return int(freqfold)

@@ -16,7 +16,7 @@ from .. import dialects
 from ..adapters import ADAPTERS, Adapter
 from ..adapters.adapter import frequencies_of, native_theta
 from ..adapters.trained_window import OPTION, TrainedWindow, native_parameters
-from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError
+from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError, quoted
 from ..rotation import Rotary
 from ..scheme import Scheme
 from ..schemes import SCHEMES
@@ -108,7 +108,7 @@ def _check_composes(
     if options.get("over") is not None:
         raise OptionError(
             f"on_existing='compose' puts {scheme.name!r} over the config's {parameters['rope_type']!r}, and "
-            f"over={options['over']!r} names another scheme; leave one of the two out."
+            f"over={quoted(options['over'])} names another scheme; leave one of the two out."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from ..errors import CheckpointError, OptionError, nearest
+from ..errors import CheckpointError, OptionError, nearest, quoted
 from ..scheme import Scheme
 from ..schemes import ALIASES, SCHEMES
 
@@ -229,7 +229,7 @@ def _check(
         if key not in values:
             raise CheckpointError(
                 f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)} and lacks "
-                f"{key!r}, {tests[key][1]}. {REMEDY}."
+                f"{quoted(key)}, {tests[key][1]}. {REMEDY}."
             )
     for key, (allowed, words) in tests.items():
         if key in values and not allowed(values[key]):

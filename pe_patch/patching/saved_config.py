@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..errors import CheckpointError, PePatchError, UnsupportedError
+from ..errors import CheckpointError, PePatchError, UnsupportedError, quoted
 from ..swaps import Swap
 from .record import BESIDE, FOREIGN, check_record, differences
 
@@ -172,7 +172,7 @@ def write_back(config: Any) -> list[str]:
         found = json.loads(json.dumps(getattr(part, key, None), default=str))
         if apart := differences(key, value, found):
             vars(part)[stored] = copy.deepcopy(value)
-            changed += [f"{where}={theirs!r} (it is {ours!r})" for where, ours, theirs in apart]
+            changed += [f"{where}={quoted(theirs)} (it is {quoted(ours)})" for where, ours, theirs in apart]
     return changed
 
 
@@ -180,8 +180,8 @@ def _record_of(values: dict[str, Any]) -> dict[str, Any]:
     record = values.get(FOREIGN)
     if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
         raise PePatchError(
-            f"config.{FOREIGN}, the record of the patch, is {record!r}: it was changed after patch_model, and a model "
-            "saved without it cannot be loaded. Call unpatch_model(model) and patch it again."
+            f"config.{FOREIGN}, the record of the patch, is {quoted(record)}: it was changed after patch_model, and a "
+            "model saved without it cannot be loaded. Call unpatch_model(model) and patch it again."
         )
     return record
 

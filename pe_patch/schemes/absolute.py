@@ -15,7 +15,7 @@ from ..checks import (
     check_table,
     check_window,
 )
-from ..errors import OptionValueError
+from ..errors import OptionValueError, quoted
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme
@@ -82,7 +82,7 @@ class Integer(Scheme):
         super().__init__(shape)
         self.scale = check_number(self.name, "scale", scale, -LARGEST)
         if self.scale == 0:
-            raise OptionValueError(f"'integer' got scale={scale!r}; it is a number other than 0.")
+            raise OptionValueError(f"'integer' got scale={quoted(scale)}; it is a number other than 0.")
         length = check_window(self.name, "original_max_position_embeddings", original_max_position_embeddings)
         self.window = length or shape.trained_length
         if self.window < 1:

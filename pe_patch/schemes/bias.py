@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
-from ..errors import OptionValueError
+from ..errors import OptionValueError, quoted
 from ..positions import Positions
 from ..scheme import AttentionShape, DistanceBias, wide
 
@@ -250,7 +250,7 @@ class Sandwich(DistanceBias):
     def __init__(self, shape: AttentionShape, *, dim: int = 128) -> None:
         super().__init__(shape)
         if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, do="It is even.") % 2:
-            raise OptionValueError(f"'sandwich' got dim={dim!r}; dim must be an even number of at least 2.")
+            raise OptionValueError(f"'sandwich' got dim={quoted(dim)}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
         self.strength = [shape.num_heads / 8 / head for head in range(1, shape.num_heads + 1)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checks import plain, shown
+from ..checks import plain
 from ..dialects import Specification, read
-from ..errors import OptionValueError, UnknownNameError, unknown
+from ..errors import OptionValueError, UnknownNameError, quoted, unknown
 from ..scheme import AttentionShape, Scheme
 
 
@@ -33,7 +33,7 @@ def find_scheme(
         for option, value in specification.options.items():
             if not _same(options.setdefault(option, value), value):
                 raise OptionValueError(
-                    f"{option}={shown(options[option])} and, in the dict, {shown(value)}; give it once."
+                    f"{option}={quoted(options[option])} and, in the dict, {quoted(value)}; give it once."
                 )
         _check_width(specification, shape)
         scheme = specification.scheme
@@ -43,7 +43,7 @@ def find_scheme(
             raise unknown("scheme", scheme, [*SCHEMES, *ALIASES])
         scheme = SCHEMES[name]
     if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
-        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {shown(scheme)}.")
+        raise UnknownNameError(f"A scheme is a name, a Scheme class or a dict, not {quoted(scheme)}.")
     scheme.check_options(options)
     return scheme, options
 

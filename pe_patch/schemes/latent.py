@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flag, check_number
-from ..errors import OptionValueError, UnsupportedError, nearest
+from ..errors import OptionValueError, UnsupportedError, nearest, quoted
 from ..latent import attention as over_latents
 from ..latent.attention import Features, LatentAttention, LatentSizes
 from ..latent.checks import DECOMPOSITIONS, METHODS, SELECTIONS, check_freqfold, refuse_unused
@@ -112,7 +112,7 @@ class MLA(Scheme):
             self.name, "balance_kv_ratio", balance_kv_ratio, 0.0, exclusive=True
         )  # fmt: skip
         if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise OptionValueError(f"'mla' got seed={seed!r}; give a whole number.")
+            raise OptionValueError(f"'mla' got seed={quoted(seed)}; give a whole number.")
         refuse_unused(self.method, select=select, freqfold=freqfold, balance_kv_ratio=balance_kv_ratio)
         self._settle_sizes(kv_rank, cache_ratio, max_loss, rope_dim)
 
@@ -152,7 +152,7 @@ class MLA(Scheme):
             )
         for name, value in (("kv_rank", kv_rank), ("rope_dim", rope_dim)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-                raise OptionValueError(f"'mla' got {name}={value!r}; give a whole number of dimensions.")
+                raise OptionValueError(f"'mla' got {name}={quoted(value)}; give a whole number of dimensions.")
         if self.method == FRESH and max_loss is not None:
             raise OptionValueError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
         if max_loss is not None:
@@ -376,5 +376,5 @@ def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value in allowed:
         return value
     raise OptionValueError(
-        f"'mla' got {option}={value!r}.{nearest(str(value), allowed)} There are: {', '.join(allowed)}."
+        f"'mla' got {option}={quoted(value)}.{nearest(str(value), allowed)} There are: {', '.join(allowed)}."
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_length, check_number
-from ..errors import OptionValueError
+from ..errors import OptionValueError, quoted
 from ..rotation import Rotary
 from ..scheme import AttentionShape
 from .find import find_scheme
@@ -35,7 +35,7 @@ def build_inner(
         The scheme, and the window that the model reads with its frequencies; None where that follows from them.
     """
     if not isinstance(over, str | Mapping | None):
-        raise OptionValueError(f"{scheme!r} got over={over!r}; give the name of a rotary scheme, or a dict.")
+        raise OptionValueError(f"{scheme!r} got over={quoted(over)}; give the name of a rotary scheme, or a dict.")
     given = {} if theta is None else {"theta": theta}
     inner, options = find_scheme("rope" if over is None else over, given, shape)
     if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flag, check_length, check_table
-from ..errors import OptionValueError
+from ..errors import OptionValueError, quoted
 from ..heads import SHARED
 from ..positions import Positions
 from ..scheme import AttentionShape, Scheme, causal_distance, wide
@@ -240,7 +240,9 @@ class CoPE(ContentRelative):
         super().__init__(shape)
         entries = check_length("cope", "max_positions", max_positions)
         if entries is None or entries < 2:
-            raise OptionValueError(f"'cope' got max_positions={max_positions!r}; give a whole number of at least 2.")
+            raise OptionValueError(
+                f"'cope' got max_positions={quoted(max_positions)}; give a whole number of at least 2."
+            )
         self.max_positions = check_table("cope", "max_positions", entries, shape.head_dim)
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 
