@@ -53,6 +53,8 @@ class Runtime:
     patch: tuple[int, int] | None = None
     """Height and width of a patch in pixels, for a tower that reads images."""
     keep_native: bool = False
+    native_table: tuple[int, str] | None = None
+    """Positions of the model's own table that stays beside the scheme, and its class; None without one."""
     layers: int = 0
     carries: bool = True
     """Keywords given to the base model reach the attention function."""
@@ -326,10 +328,18 @@ def _positions(
 def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, explicit: Tensor | None) -> None:
     """Warn once, or raise if asked to, when a sequence is longer than the scheme is meant for."""
     window, hard = runtime.window, runtime.scheme.hard_window
-    if window is None or (torch.compiler.is_compiling() and not (hard or runtime.strict)):
+    if window is None and runtime.native_table is None:
+        return
+    if torch.compiler.is_compiling() and not (hard or runtime.strict or runtime.native_table):
         return
     longest = int(past_length) + count if explicit is None else int(explicit.max()) + 1
-    if longest <= window:
+    if runtime.native_table is not None and longest > runtime.native_table[0]:
+        raise BeyondWindowError(
+            f"A sequence of {longest} tokens is beyond the {runtime.native_table[0]} positions of the model's own "
+            f"{runtime.native_table[1]}, which keep_native=True keeps. Leave keep_native out, or read "
+            "fewer tokens."
+        )
+    if window is None or longest <= window:
         return
     message = (
         f"A sequence of {longest} tokens is beyond the {window} that {runtime.scheme.name!r} is set up for on this "

@@ -10,6 +10,7 @@ from torch import nn
 from . import compat
 from .adapters import Adapter
 from .adapters.adapter import NoTable, RotaryJoint, TypedJoint
+from .adapters.trained_window import table_window
 from .adapters.vision import no_table
 from .errors import OptionError, UnsupportedError
 from .forward import (
@@ -168,6 +169,7 @@ def forward_swaps(
         strict=strict,
         patch=adapter.tower.patch(base.config) if adapter.tower else None,
         keep_native=keep_native,
+        native_table=table_window(base) if keep_native and adapter.tower is None else None,
         layers=len(adapter.attentions(base)),
         carries=adapter.carries,
         whole=_why_whole(adapter, scheme),

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from pe_patch import SCHEMES, AttentionShape, PePatchError, patch_model, unpatch_model
-from pe_patch.errors import OptionError
+from pe_patch.errors import BeyondWindowError, OptionError
 
 from .models import WINDOW, build, cached_logits, error, logits, snapshot, tokens, unchanged
 
@@ -154,6 +154,16 @@ def test_one_hot_takes_over_no_table_and_may_stand_beside_one():
     patch_model(model, "one_hot", on_existing="replace")
     model.transformer.position_schemes.scheme[0].weight.data = table.detach().T.clone()
     assert error(logits(model, tokens(1, 20)), native) < 1e-5 < error(bare, native)
+
+
+@pytest.mark.parametrize("family", ("gpt2", "opt"))
+def test_a_table_that_stays_beside_a_scheme_bounds_the_length(family):
+    """Beyond its table the native model fails too, with an IndexError that names nothing."""
+    model, _ = with_table(family)
+    patch_model(model, "integer", keep_native=True)
+    logits(model, tokens(1, WINDOW))
+    with pytest.raises(BeyondWindowError, match=f"{WINDOW + 1} tokens .* {WINDOW} positions .* keep_native"):
+        model(tokens(1, WINDOW + 1))
 
 
 @pytest.mark.parametrize("name", ["integer", "one_hot"])

@@ -278,6 +278,11 @@ def built_window(base: Any) -> tuple[int, str] | None:
         built = getattr(module, "original_max_seq_len", None)
         if is_count(built):
             return built, type(module).__name__
+    return table_window(base)
+
+
+def table_window(base: Any) -> tuple[int, str] | None:
+    """Return how many positions a model's table of positions has, and its class; None without a table."""
     for name in ("wpe", "embed_positions"):
         rows = getattr(getattr(base, name, None), "num_embeddings", None)
         if is_count(rows):
