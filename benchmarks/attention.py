@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pe_patch import SCHEMES, AttentionShape, Positions, Scheme, UnsupportedError
-from pe_patch.attention import BACKENDS, Core, check_backend
+from pe_patch.attention.engine import Engine
+from pe_patch.attention.interface import BACKENDS, check_backend
 
 HEADS, WIDTH, TRAINED = 8, 64, 4096
 SHAPE = AttentionShape(
@@ -92,7 +93,7 @@ def attention_of(scheme: Scheme, backend: str, length: int, device: torch.device
     module = nn.Module()
     module.is_causal = True  # pyright: ignore
     module.__dict__["pe_layer"] = 0
-    core = Core(module, None, WIDTH**-0.5, 0.0, BACKENDS[backend], {})
+    core = Engine(module, None, WIDTH**-0.5, 0.0, BACKENDS[backend], {})
     at = torch.arange(length, device=device)[None]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

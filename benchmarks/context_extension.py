@@ -24,12 +24,13 @@ from measure import RESULTS, machine
 from rich.console import Console
 
 import pe_patch
-from pe_patch.demo import BASE, load_base, recipes
+from pe_patch.compare.demo import BASE, load_base
 from pe_patch.evaluation import evaluate
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.results import write_atomically
 from pe_patch.evaluation.tasks import Needle
+from pe_patch.training.run import load_recipe, train
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 WAYS: dict[str, tuple[str, list[str]]] = {
@@ -72,19 +73,18 @@ def measured(model: Any, tokenizer: Any, corpus: Corpus, given: argparse.Namespa
 
 def run(way: str, corpus: Corpus, given: argparse.Namespace) -> dict[str, Any]:
     """Measure, train, measure."""
-    script, (name, changes) = recipes(), WAYS[way]
-    config = Path(str(script.__file__)).parent / "configs" / f"{name}.yaml"
+    name, changes = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         told = [*changes, f"output={folder}/run", f"seed={given.seed}", "progress=false", "trackers=[]"]
-        recipe = script.load_recipe(config, told)
+        recipe = load_recipe(name, told)
         model, tokenizer = load_base(BASE)
         if recipe.scheme is not None:
-            from recipes.models import options_of
+            from pe_patch.training.models import options_of
 
             pe_patch.patch_model(model, recipe.scheme.name, **options_of(recipe.scheme))
         before = measured(model, tokenizer, corpus, given)
         started = time.process_time()
-        trained = script.train(recipe).eval()
+        trained = train(recipe).eval()
         seconds = time.process_time() - started
         AcceleratorState._reset_state(True)
         phase = recipe.phases[0]

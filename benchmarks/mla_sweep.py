@@ -25,18 +25,18 @@ from mla_sweep_page import write_page
 from rich.console import Console
 
 from pe_patch import patched
-from pe_patch.demo import BASE, load_base
+from pe_patch.compare.demo import BASE, load_base
+from pe_patch.convert.measure import Ruler, share_name
+from pe_patch.convert.sweep import converted_row, original_row
+from pe_patch.data.text import load_documents
 from pe_patch.errors import OptionError
-from pe_patch.evaluation.conversion import Ruler, share_name
-from pe_patch.evaluation.conversion_sweep import converted_row, original_row
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.results import write_atomically
 from pe_patch.evaluation.subject import Subject
-from pe_patch.latent.checks import METHODS
-from pe_patch.text import load_documents
-from recipes import trainer as training
-from recipes.reading import load_recipe
-from recipes.recipe import Recipe
+from pe_patch.mla.checks import METHODS
+from pe_patch.training import trainer as training
+from pe_patch.training.reading import load_recipe
+from pe_patch.training.recipe import Recipe
 
 RECIPE = Path(training.__file__).parent / "configs" / "tiny_mla_heal.yaml"
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)

@@ -12,8 +12,8 @@ from typing import Any
 
 from measure import RESULTS
 
+from pe_patch.convert.measure import share_name
 from pe_patch.evaluation.charts import LIGHT, CacheLine, cache_chart
-from pe_patch.evaluation.conversion import share_name
 from pe_patch.evaluation.results import write_atomically
 
 CONTROL = "original"

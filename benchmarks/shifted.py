@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaModel
 
 from pe_patch import patch_model
-from pe_patch.shift import shift_attention
+from pe_patch.training.shifted_attention import shift_attention
 
 
 def build(length: int, attention: str) -> Any:

@@ -6,7 +6,7 @@
     python benchmarks/swap.py --steps 2 --output trial          # to see that it runs
 
 RoPE for ALiBi, T5's and KERPLE's biases in the demo model, each as the scheme starts by itself and after
-`pe_patch.warm_start`; and BLOOM's ALiBi for RoPE in a BLOOM of the demo's size, trained first by the recipe
+`pe_patch.training.warm_start`; and BLOOM's ALiBi for RoPE in a BLOOM of the demo's size, trained first by the recipe
 `tiny_bloom`. All by `recipes`, on one thread: steps of 16 x 256 tokens of Python's standard library. Loss and
 retrieval are of held-out text at 256 tokens, before the first step and after every 25.
 """
@@ -29,14 +29,14 @@ from swap_results import draw, markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pe_patch import evaluate, patch_model
+from pe_patch.data.packaged import DEMO_MODEL
+from pe_patch.data.text import load_documents
 from pe_patch.evaluation.corpus import Corpus as HeldOut
 from pe_patch.evaluation.results import write_atomically
-from pe_patch.text import load_documents
-from pe_patch.warm_start import warm_start
-from recipes.data import Corpus, PhaseData, first_tokens
-from recipes.finetune import load_recipe, train
-from recipes.models import DEMO
-from recipes.recipe import Data, Evaluation, Model, Optimizer, Phase, Recipe, Source, Tokenizer
+from pe_patch.training.data import Corpus, PhaseData, first_tokens
+from pe_patch.training.recipe import Data, Evaluation, Model, Optimizer, Phase, Recipe, Source, Tokenizer
+from pe_patch.training.run import load_recipe, train
+from pe_patch.training.warm_start import warm_start
 
 LENGTH, BATCH, EVERY = 256, 16, 25
 TASKS, SAMPLES = ["perplexity", "needle"], 64
@@ -93,7 +93,7 @@ class Bench:
 
     def __init__(self, folder: Path, bases: dict[str, str], steps: int, seed: int) -> None:
         self.folder, self.bases, self.steps, self.seed = folder, bases, steps, seed
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(DEMO)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_MODEL)
         self.held_out = HeldOut.load(self.tokenizer, "stdlib", needed=LENGTH)
         self.phase = Phase(
             length=LENGTH, batch=BATCH, steps=steps, learning_rate=1e-3, schedule="warmup_stable_decay", warmup=10,
@@ -184,7 +184,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     for seed in given.seeds:
-        bench = Bench(given.work, {"demo": str(DEMO), "bloom": str(bloom)}, given.steps, seed)
+        bench = Bench(given.work, {"demo": str(DEMO_MODEL), "bloom": str(bloom)}, given.steps, seed)
         for name in given.runs:
             file = given.output / f"{name_of(name, seed)}.json"
             if file.is_file():

@@ -38,8 +38,8 @@ def markdown(result: dict[str, Any]) -> str:
         "text with facts hidden in it; learning rate 1e-3, the last 40 % of the steps falling to 5 % of it. Loss: nats "
         "per token on the same last 128 tokens of 64 places in held-out files, 128 tokens before them. Retrieval: "
         "share of 65 questions about 8 facts hidden in held-out text. Back: the first measured step, every 25, from "
-        "which on the loss stays within 2 % of the original's. Warm: after `pe_patch.warm_start` on 16,384 tokens of "
-        "the training text, without hidden facts, before any step. `trained on` is the model's own scheme "
+        "which on the loss stays within 2 % of the original's. Warm: after `pe_patch.training.warm_start` on 16,384 "
+        "tokens of the training text, without hidden facts, before any step. `trained on` is the model's own scheme "
         "under the same training: a model that was not done learning gets better for that reason too, the BLOOM above "
         "all.",
         "",

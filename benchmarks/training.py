@@ -27,15 +27,15 @@ from training_results import draw, markdown
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pe_patch import evaluate, patch_model
+from pe_patch.data.text import load_documents
 from pe_patch.evaluation.corpus import Corpus as HeldOut
 from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.results import write_atomically
-from pe_patch.text import load_documents
-from recipes.data import Corpus, PhaseData, micro_batches
-from recipes.loss import count_targets, next_token_score
-from recipes.models import parameter_groups, train_tokenizer
-from recipes.recipe import Phase, Source
-from recipes.trainer import learning_rates
+from pe_patch.training.data import Corpus, PhaseData, micro_batches
+from pe_patch.training.loss import count_targets, next_token_score
+from pe_patch.training.models import parameter_groups, train_tokenizer
+from pe_patch.training.recipe import Phase, Source
+from pe_patch.training.trainer import learning_rates
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "nope": {"scheme": "nope"},

@@ -27,8 +27,8 @@ import torch
 from measure import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes.chunked import Scorer
-from recipes.recipe import Loss
+from pe_patch.training.chunked import Scorer
+from pe_patch.training.recipe import Loss
 
 HIDDEN, CHUNK = 256, Loss().chunk
 GIB = 2**30

@@ -29,8 +29,8 @@ from measure import save
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
-from recipes.recipe import Data, Model, Phase, Recipe, Source
-from recipes.trainer import Trainer
+from pe_patch.training.recipe import Data, Model, Phase, Recipe, Source
+from pe_patch.training.trainer import Trainer
 
 RATE, CLIP, BETAS = 1e-4, 1.0, (0.9, 0.95)
 Clock = tuple[float, float]

@@ -23,7 +23,7 @@ from rich.console import Console
 from zero_shot_results import draw, markdown
 
 from pe_patch import describe, evaluate, patched
-from pe_patch.demo import BASE, load_base
+from pe_patch.compare.demo import BASE, load_base
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.results import Results, write_atomically

@@ -5,34 +5,34 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from . import compat
+from . import compat, schemes  # noqa: F401 - importing the schemes registers them
 from .adapters import ADAPTERS as ADAPTERS
 from .adapters import Adapter as Adapter
 from .checkpoints.auto import register
-from .describe import Description as Description
-from .describe import describe as describe
+from .checkpoints.exporters import export as export
+from .checkpoints.load import load_patched as load_patched
+from .core.positions import Positions as Positions
+from .core.scheme import AttentionShape as AttentionShape
+from .core.scheme import Scheme as Scheme
+from .data.packaged import __version__ as __version__
 from .errors import AlreadyPatchedError as AlreadyPatchedError
 from .errors import CacheError as CacheError
 from .errors import NoEffectError as NoEffectError
 from .errors import PePatchError as PePatchError
 from .errors import PrintableFilter
 from .errors import UnsupportedError as UnsupportedError
-from .export import export as export
-from .patch import patch_model as patch_model
-from .patch import patched as patched
-from .patch import unpatch_model as unpatch_model
-from .peft_hooks import listen
-from .positions import Positions as Positions
-from .scheme import AttentionShape as AttentionShape
-from .scheme import Scheme as Scheme
-from .schemes import ALIASES as ALIASES
-from .schemes import SCHEMES as SCHEMES
-from .storage import load_patched as load_patched
+from .mla import scheme as _mla  # noqa: F401 - registers itself
+from .patching.api import patch_model as patch_model
+from .patching.api import patched as patched
+from .patching.api import unpatch_model as unpatch_model
+from .patching.description import Description as Description
+from .patching.description import describe as describe
+from .patching.peft import listen
+from .schemes.registry import ALIASES as ALIASES
+from .schemes.registry import SCHEMES as SCHEMES
 
 if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
-
-__version__ = "0.1.0"
 
 listen()
 compat.warn_if_untested()

@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture
 def absorbing(monkeypatch) -> list[int]:
     """New tokens of each pass through a layer that was absorbed."""
-    from pe_patch.latent import attention
+    from pe_patch.mla import attention
 
     seen: list[int] = []
     real = attention.absorbed

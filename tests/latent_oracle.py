@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pe_patch.latent.projections import Latents, Projections
+from pe_patch.core.projections import Latents, Projections
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pe_patch.latent.convert import convert, full_rank
-from pe_patch.latent.projections import Latents, Projections, Statistics
+from pe_patch.core.projections import Latents, Projections, Statistics
+from pe_patch.mla.convert import convert, full_rank
 
 HIDDEN = 48
 SHAPES: dict[str, dict[str, Any]] = {  # of heads: heads, kv_heads, head_dim, rotary_dim, and what else there is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pe_patch.dialects import Specification
+from pe_patch.schemes.config_formats import Specification
 
 # Phi-3's and Phi-4-mini's lists have 48 entries; these are cut to the pairs of a head of 8 of which all rotate.
 LONG, SHORT = [1.08, 1.11, 34.83, 64.9], [1.05, 1.05, 1.1, 2.35]

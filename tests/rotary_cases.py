@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pe_patch.rotation import Rotary
-from pe_patch.scheme import AttentionShape
-from pe_patch.schemes import SCHEMES
+from pe_patch.core.scheme import AttentionShape
+from pe_patch.schemes.registry import SCHEMES
+from pe_patch.schemes.rope import Rotary
 
 CASES = 50
 

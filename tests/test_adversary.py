@@ -21,9 +21,9 @@ from pe_patch import (
     patched,
     unpatch_model,
 )
-from pe_patch.attention import BACKENDS, attend
+from pe_patch.attention.interface import BACKENDS, attend
+from pe_patch.core.positions import Positions
 from pe_patch.errors import OutputError
-from pe_patch.positions import Positions
 
 from . import families
 from .models import build, error, in_chunks, logits, put, snapshot, tokens, unchanged
@@ -72,7 +72,7 @@ def test_a_block_that_comes_too_late_leaves_the_patch_of_another_thread(monkeypa
         thread.start()
         thread.join()
 
-    monkeypatch.setattr("pe_patch.patch.check_choice", other_thread_is_first)
+    monkeypatch.setattr("pe_patch.patching.api.check_choice", other_thread_is_first)
     with pytest.raises(AlreadyPatchedError), patched(model, "linear", factor=2.0):
         raise AssertionError
     assert torch.equal(logits(model, ids), logits(put(build("llama"), "self_extend"), ids))

@@ -14,7 +14,7 @@ from pe_patch import SCHEMES, cli
 from pe_patch.advice import advise
 from pe_patch.cli.application import app
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError, UnsupportedError
-from recipes.reading import load_recipe
+from pe_patch.training.reading import load_recipe
 
 from .advised import ASKED, CONFIGS, advised, of
 

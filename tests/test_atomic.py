@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from pe_patch import NoEffectError, PePatchError, describe, patch_model, patched, unpatch_model
-from pe_patch import join as joining
-from pe_patch import patch as patching
-from pe_patch.join import Patch
-from pe_patch.patch import find_patch
-from pe_patch.shift import shift_attention, unshift_attention
-from pe_patch.swaps import Swap
+from pe_patch.core.swaps import Swap
+from pe_patch.patching import api as patching
+from pe_patch.patching import build as joining
+from pe_patch.patching.api import find_patch
+from pe_patch.patching.build import Patch
+from pe_patch.training.shifted_attention import shift_attention, unshift_attention
 
 from .interrupts import Lines, count, differing, outline, run, state
 from .models import build, case, logits, tokens

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pe_patch.kernels.band import LONG, attention_by_distance, reaches
+from pe_patch.attention.kernels.band import LONG, attention_by_distance, reaches
 from pe_patch.schemes.bias import alibi_slopes
 
 

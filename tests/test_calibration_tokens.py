@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from pe_patch.calibration_text import tokens
 from pe_patch.errors import OptionError
-from pe_patch.latent.calibration import held_out
+from pe_patch.mla.calibration import held_out
+from pe_patch.mla.calibration_text import tokens
 
 from . import models
 from .test_latent_calibration import rows_of

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from pe_patch import ADAPTERS, SCHEMES, cli
+from pe_patch.checkpoints.loading import parse_options
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.tasks import TASKS
-from pe_patch.loading import parse_options
 
 from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
 

@@ -7,11 +7,11 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
+from pe_patch.data.text import load_documents
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.tasks.code import CodeParameters
 from pe_patch.evaluation.tasks.code_blocks import read_code
-from pe_patch.text import load_documents
 
 from .bench_doubles import make_bench
 

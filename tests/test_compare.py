@@ -14,15 +14,16 @@ import torch
 
 from pe_patch import cli, evaluate, load_patched, patched
 from pe_patch.cli.several import spread
-from pe_patch.demo import BASE, load_base, recipes
+from pe_patch.compare import compare, facts, processes, survey, timing
+from pe_patch.compare.contender import Contender, contenders, split_options
+from pe_patch.compare.demo import BASE, load_base
+from pe_patch.compare.page import columns, markdown, picture
+from pe_patch.compare.run import carry_out
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
-from pe_patch.evaluation.comparison import compare, facts, processes, survey, timing
-from pe_patch.evaluation.comparison.contender import Contender, contenders, split_options
-from pe_patch.evaluation.comparison.page import columns, markdown, picture
-from pe_patch.evaluation.comparison.run import carry_out
 from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.subject import Subject
 from pe_patch.evaluation.tasks import Needle
+from pe_patch.training.run import load_recipe, train
 
 LENGTHS = (256, 512)
 TASKS = (Needle(), Perplexity(measures=("fixed",), spots=2))
@@ -236,10 +237,7 @@ def test_fine_tuning_is_the_recipe_by_hand(folder):
     found = run(folder / "tuned", ["yarn"], tasks=("needle",), samples=1, fine_tune=file, steps=2)
     names = ["as it is", "as it is, fine-tuned", "yarn", "yarn, fine-tuned"]
     assert [line["scheme"] for line in found.table()] == names and not found.failures
-    script = recipes()
-    alone = script.train(
-        script.load_recipe(file, ["phases.0.steps=2", "scheme={name: yarn, options: {factor: 8}}", "seed=0"])
-    )
+    alone = train(load_recipe(file, ["phases.0.steps=2", "scheme={name: yarn, options: {factor: 8}}", "seed=0"]))
     ours = load_patched(folder / "tuned" / "contenders" / "yarn" / "training" / "model")
     theirs = dict(alone.named_parameters())
     assert all(torch.equal(value, theirs[name]) for name, value in ours.named_parameters())

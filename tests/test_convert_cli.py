@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pe_patch import cli, load_patched
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
+from pe_patch.convert import command, measure
 from pe_patch.errors import OptionError
-from pe_patch.evaluation import conversion, conversion_command
 
 from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
 
@@ -45,8 +45,8 @@ def loaded(monkeypatch):
         kept.append(real(*arguments))
         return kept[-1]
 
-    real = conversion_command.load
-    monkeypatch.setattr(conversion_command, "load", load)
+    real = command.load
+    monkeypatch.setattr(command, "load", load)
     return kept
 
 
@@ -71,7 +71,7 @@ def test_a_converted_model_is_measured_and_saved(run, loaded, tmp_path):
     again = load_patched(folder).eval()
     assert torch.equal(logits(again), logits(model))
     assert (folder / "tokenizer.json").is_file() and [folder] == list(folder.parent.iterdir())
-    original = sum(weight.numel() for weight in conversion_command.load(str(BASE))[0].parameters())
+    original = sum(weight.numel() for weight in command.load(str(BASE))[0].parameters())
     assert sum(weight.numel() for weight in again.parameters()) < 1.1 * original  # the old weights are not in it
 
 
@@ -136,7 +136,7 @@ def test_the_help_has_an_example(capsys):
 
 def test_a_folder_that_holds_something_is_left_alone(run, tmp_path, monkeypatch):
     (tmp_path / "note").write_text("mine")
-    monkeypatch.setattr(conversion_command, "load", None)  # it is refused before any model is loaded
+    monkeypatch.setattr(command, "load", None)  # it is refused before any model is loaded
     code, _, err = run("--kv-rank", 8, "--out", tmp_path)
     assert code == 1 and "not an empty folder" in err
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
@@ -156,7 +156,7 @@ def test_quantised_models_are_refused(run, monkeypatch):
     tokenizer = make_tokenizer()
     model = tiny_llama(len(tokenizer))
     model.config.quantization_config = {"quant_method": "gptq"}
-    monkeypatch.setattr(conversion_command, "load", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(command, "load", lambda *_: (model, tokenizer))
     code, _, err = run("--kv-rank", 8)
     assert code == 1 and "load the model unquantised" in err
 
@@ -196,22 +196,22 @@ def test_the_cache_is_counted_on_the_cache_itself():
     model = tiny_llama(64)
     config = model.config
     of_layer = 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    size = conversion.cache_size(model.to(torch.bfloat16))
+    size = measure.cache_size(model.to(torch.bfloat16))
     assert size.numbers_per_layer == of_layer and size.layers == config.num_hidden_layers
     assert size.bytes == 2 * of_layer * config.num_hidden_layers
 
 
 def test_calibration_rows_are_as_many_and_as_long_as_asked():
     tokenizer, documents = make_tokenizer(), [make_text(60, seed) for seed in range(3)]
-    rows = conversion.calibration_rows(tokenizer, documents, tokens=200, length=32)
+    rows = measure.calibration_rows(tokenizer, documents, tokens=200, length=32)
     assert sum(map(len, rows)) == 200 and max(map(len, rows)) == 32
-    everything = conversion.calibration_rows(tokenizer, documents, tokens=10**9, length=32)
+    everything = measure.calibration_rows(tokenizer, documents, tokens=10**9, length=32)
     assert sum(map(len, everything)) >= sum(len(tokenizer(one)["input_ids"]) for one in documents) - len(documents)
     assert min(map(len, everything)) > 1
 
 
 @pytest.mark.parametrize(("word", "value"), [("1/8", 0.125), ("0.25", 0.25), (" 1/2 ", 0.5)])
 def test_shares_are_fractions(word, value):
-    assert conversion.share(word) == value and conversion.share(conversion.share_name(value)) == value
+    assert measure.share(word) == value and measure.share(measure.share_name(value)) == value
     with pytest.raises(OptionError, match="1/8"):
-        conversion.share("1/0")
+        measure.share("1/0")

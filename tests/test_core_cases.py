@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pe_patch import SCHEMES, AttentionShape, UnsupportedError, patch_model
-from pe_patch.kernels.toeplitz import Toeplitz
+from pe_patch.attention.kernels.toeplitz import Toeplitz
 
 from .families import build as build_family
 from .models import build, error, logits, put, tokens, wearing

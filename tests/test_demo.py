@@ -6,7 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from pe_patch import demo
+from pe_patch.compare import demo
+from pe_patch.data.packaged import shipped_recipes
 from pe_patch.errors import CheckpointError
 from pe_patch.evaluation.results import Results
 
@@ -59,6 +60,6 @@ def test_a_missing_or_damaged_checkpoint_is_said(tmp_path):
 
 
 def test_the_recipes_are_found_and_the_command_says_how_to_repeat(tmp_path):
-    assert callable(demo.recipes().train)
+    assert {"tiny_yarn", "tiny_base"} <= shipped_recipes().keys()
     settings = demo.Settings(output=tmp_path / "a b", steps=7, from_scratch=True, seed=3)
     assert demo.command(settings) == f"pe-patch demo --output '{tmp_path}/a b' --steps 7 --seed 3 --from-scratch"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pe_patch.dialects import Specification, read
+from pe_patch.core.scheme import AttentionShape
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError, UnsupportedError
-from pe_patch.scheme import AttentionShape
-from pe_patch.schemes import SCHEMES
+from pe_patch.schemes.config_formats import Specification, read
+from pe_patch.schemes.registry import SCHEMES
 
 from .real_configs import LONG, REAL, SHORT
 
@@ -175,7 +175,7 @@ def test_reading_a_config_needs_no_torch() -> None:
     code = (
         "import importlib.util, sys, types\n"
         "package = types.ModuleType('pe_patch'); package.__path__ = ['pe_patch']; sys.modules['pe_patch'] = package\n"
-        "import pe_patch.dialects\n"
+        "import pe_patch.schemes.config_formats\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
+from pe_patch.data.text import load_documents
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.run import evaluate
@@ -14,7 +15,6 @@ from pe_patch.evaluation.tasks import TASKS
 from pe_patch.evaluation.tasks.code import CODE
 from pe_patch.evaluation.tasks.key_value import KEY_VALUE
 from pe_patch.evaluation.tasks.ruler import RULER
-from pe_patch.text import load_documents
 
 from .evaluation_doubles import DoubleConfig, Mute, _Double, make_tokenizer
 

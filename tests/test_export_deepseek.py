@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM as Llama
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from pe_patch import UnsupportedError, export, patch_model
-from pe_patch.patch import find_patch
+from pe_patch.patching.api import find_patch
 
 from .families import build as native
 from .models import build, cached_logits, error, logits, tokens

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pe_patch import SCHEMES, AttentionShape, Positions
-from pe_patch.attention import BACKENDS, Core
-from pe_patch.kernels import cpu
-from pe_patch.kernels.clipped import Clipped
-from pe_patch.kernels.dense import Dense
-from pe_patch.kernels.ranges import attention as attention_over_ranges
-from pe_patch.kernels.relative import Relative, distances
-from pe_patch.kernels.toeplitz import Toeplitz
-from pe_patch.ranges import Range
-from pe_patch.rotation import Turned, cos_sin
+from pe_patch.attention.interface import BACKENDS, Engine
+from pe_patch.attention.kernels import cpu
+from pe_patch.attention.kernels.clipped import Clipped
+from pe_patch.attention.kernels.dense import Dense
+from pe_patch.attention.kernels.ranges import attention as attention_over_ranges
+from pe_patch.attention.kernels.relative import Relative, distances
+from pe_patch.attention.kernels.toeplitz import Toeplitz
+from pe_patch.core.ranges import Range
+from pe_patch.schemes.rope import Turned, cos_sin
 
 from .models import build, error, logits, tokens, wearing
 
@@ -195,11 +195,11 @@ def test_ranges(kind):
 SHAPE = AttentionShape(HEADS * WIDTH, HEADS, SHARED, WIDTH, WIDTH, 0, 10000.0, 512, 1)
 
 
-def core(backend: str = "sdpa", mask: Tensor | None = None) -> Core:
+def core(backend: str = "sdpa", mask: Tensor | None = None) -> Engine:
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = True, HEADS // SHARED  # pyright: ignore
     module.__dict__["pe_layer"] = 0
-    return Core(module, mask, SCALING, 0.0, BACKENDS[backend], {})
+    return Engine(module, mask, SCALING, 0.0, BACKENDS[backend], {})
 
 
 FAST = ("alibi", "t5", "kerple", "sandwich", "fire", "shaw", "transformer_xl", "rerope", "self_extend", "dca", "string",

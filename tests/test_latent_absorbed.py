@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2Model, DeepseekV3Config, DeepseekV3Model
 
 from pe_patch import patch_model
-from pe_patch.attention import BACKENDS
-from pe_patch.core import Core
-from pe_patch.latent import attention as over_latents
+from pe_patch.attention.engine import Engine
+from pe_patch.attention.interface import BACKENDS
+from pe_patch.mla import attention as over_latents
 
 from .goldens import load
 
@@ -111,7 +111,7 @@ def test_both_ways_are_the_authors_in_double_precision(count):
     attention = model.layers[0].self_attn
     latent, key = (double(name).view(1, 1, 7, -1) for name in ("kv_cache", "pe_cache"))
     mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None, 7 - count :]
-    core = Core(attention, mask, ENTRY["softmax_scale"], 0.0, BACKENDS["sdpa"], {})
+    core = Engine(attention, mask, ENTRY["softmax_scale"], 0.0, BACKENDS["sdpa"], {})
     expected = double("out_absorb_f64")[:, 7 - count :]
     for way in (over_latents.absorbed, over_latents.expanded):
         with torch.no_grad():

@@ -11,7 +11,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from pe_patch import ADAPTERS, NoEffectError
-from pe_patch.latent.streaming import batches, stream
+from pe_patch.mla.streaming import batches, stream
 
 from . import families, models
 from .models import snapshot, unchanged

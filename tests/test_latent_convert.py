@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pe_patch import PePatchError
-from pe_patch.latent.checks import check_freqfold
-from pe_patch.latent.convert import convert, full_rank, truncated
-from pe_patch.latent.projections import Latents, Projections
-from pe_patch.latent.statistics import gather
+from pe_patch.core.projections import Latents, Projections
+from pe_patch.mla.checks import check_freqfold
+from pe_patch.mla.convert import convert, full_rank, truncated
+from pe_patch.mla.statistics import gather
 
 from .latent_oracle import inverse_frequencies, over_latents, projected, trained
 from .latent_shapes import HIDDEN, SHAPES, attention, converted, inputs, norm, options, output_of

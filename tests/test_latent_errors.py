@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from pe_patch import PePatchError, UnsupportedError, describe, patch_model, unpatch_model
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
 from pe_patch.errors import OptionError
-from pe_patch.latent.calibration import held_out
-from pe_patch.latent.calibration import tokens as rows_of
+from pe_patch.mla.calibration import held_out
+from pe_patch.mla.calibration import tokens as rows_of
 
 from .models import VOCABULARY, build, error, logits, snapshot, tokens, unchanged
 from .test_quantised import own as quantised

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_patch.latent.convert import convert, full_rank
-from pe_patch.latent.projections import Projections
-from pe_patch.latent.statistics import gather
+from pe_patch.core.projections import Projections
+from pe_patch.mla.convert import convert, full_rank
+from pe_patch.mla.statistics import gather
 
 from .goldens import load
 from .latent_oracle import over_latents, trained

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pe_patch.latent.convert import convert, full_rank, truncated
-from pe_patch.latent.low_rank import balance_of, weights
-from pe_patch.latent.projections import Latents, Projections, Statistics
-from pe_patch.latent.rotary_keys import principal, shared
-from pe_patch.latent.statistics import SLICE, gather
+from pe_patch.core.projections import Latents, Projections, Statistics
+from pe_patch.mla.convert import convert, full_rank, truncated
+from pe_patch.mla.low_rank import balance_of, weights
+from pe_patch.mla.rotary_keys import principal, shared
+from pe_patch.mla.statistics import SLICE, gather
 
 from .latent_oracle import projected
 from .latent_shapes import HIDDEN, SHAPES, attention, converted, inputs, norm, options, random

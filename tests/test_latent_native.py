@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from pe_patch import ADAPTERS, describe, patch_model, unpatch_model
-from pe_patch.latent import attention as over_latents
+from pe_patch.mla import attention as over_latents
 
 from .families import LATENT, build
 from .models import cached_logits, error, in_chunks, logits, padded, snapshot, tokens, unchanged

@@ -6,10 +6,10 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
+from pe_patch.data.text import load_documents
 from pe_patch.errors import OptionError, PePatchError
 from pe_patch.evaluation.tasks.longbench import GROUPS, LONGBENCH, NextLine, ParagraphCount
-from pe_patch.text import load_documents
 
 from .bench_doubles import make_bench
 

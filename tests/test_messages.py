@@ -176,7 +176,7 @@ def test_flash_is_called_under_the_name_that_transformers_knows(monkeypatch):
     """Transformers takes the kernel that the config names, and ours is none of its own."""
     from transformers.integrations import flash_attention as host
 
-    monkeypatch.setattr("pe_patch.backends._check_flash", lambda: None)
+    monkeypatch.setattr("pe_patch.attention.backends._check_flash", lambda: None)
     named = []
 
     def kernel(query, key, value, mask, *, attn_implementation, **_):

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pe_patch import cli, evaluate, export, patch_model
 from pe_patch.checkpoints import folders
+from pe_patch.checkpoints.exporters import save_tokenizer
 from pe_patch.checkpoints.folders import EXPORT, check_output, replaced_content
+from pe_patch.convert.measure import save
 from pe_patch.errors import OutputError, PePatchError
 from pe_patch.evaluation import write_report
-from pe_patch.evaluation.conversion import save
 from pe_patch.evaluation.results import Results, Row
-from pe_patch.export import save_tokenizer
 
 from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
 

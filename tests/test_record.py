@@ -29,7 +29,7 @@ from transformers import (
 from pe_patch import describe, load_patched, patch_model, unpatch_model
 from pe_patch.cli import main
 from pe_patch.errors import CheckpointError, OptionError, PePatchError
-from pe_patch.peft_record import TENSORS
+from pe_patch.patching.peft_record import TENSORS
 
 from .models import GIVEN, applies, build, logits, put, tokens
 

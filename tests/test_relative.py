@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_patch import SCHEMES, AttentionShape, Positions, UnsupportedError, patch_model
-from pe_patch.attention import BACKENDS, Core
+from pe_patch.attention.interface import BACKENDS, Engine
 
 from . import oracles_relative as oracle
 from .models import build, error, logits, put, tokens
@@ -34,12 +34,14 @@ LAYER = 1
 INPUTS = ("query", "key", "value")
 
 
-def core(backend: str, mask: Tensor | None = None, scaling: float = 0.25, causal: bool = True, groups: int = 2) -> Core:
+def core(
+    backend: str, mask: Tensor | None = None, scaling: float = 0.25, causal: bool = True, groups: int = 2
+) -> Engine:
     """What a layer of grouped queries offers."""
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = groups, causal
     module.__dict__["pe_layer"] = LAYER
-    return Core(module.eval(), mask, scaling, 0.0, BACKENDS[backend], {})
+    return Engine(module.eval(), mask, scaling, 0.0, BACKENDS[backend], {})
 
 
 def filled(name: str) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from pe_patch import PePatchError, Scheme, UnsupportedError, describe, patch_model, unpatch_model
-from pe_patch.latent.projections import Projections
-from pe_patch.rotation import rotate
+from pe_patch.core.projections import Projections
+from pe_patch.schemes.rope import rotate
 
 from .models import build, cached_logits, error, logits, snapshot, tokens, unchanged
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_patch.rotation import Rotary, cos_sin, rotate
-from pe_patch.scheme import AttentionShape
-from pe_patch.schemes import SCHEMES
+from pe_patch.core.scheme import AttentionShape
+from pe_patch.schemes.registry import SCHEMES
+from pe_patch.schemes.rope import Rotary, cos_sin, rotate
 
 from . import goldens, oracles
 from .rotary_cases import CASES, Draw, build, shape, transformers_says

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pe_patch import cli, joints
+from pe_patch import cli
 from pe_patch.doctor import selftest
 from pe_patch.doctor.self_test import checks, models, result
+from pe_patch.patching import module_swaps
 from pe_patch.schemes.rotary import RoPE
 
 from . import families
@@ -103,7 +104,7 @@ def test_a_host_that_forgets_its_cache_is_found_without_any_patch(monkeypatch, c
 @pytest.mark.usefixtures("demo_alone")
 @pytest.mark.parametrize("broken", [counts_from_zero, is_off_by_one])
 def test_wrong_positions_in_our_forward_are_found(monkeypatch, capsys, broken) -> None:
-    monkeypatch.setattr(joints, "base_forward", broken)
+    monkeypatch.setattr(module_swaps, "base_forward", broken)
     found = failure(monkeypatch, capsys, "yarn")
     assert found["model"] == "demo" and "cache" in found["check"] + found["message"]
     assert found["difference"] > 100 * found["tolerance"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import pe_patch
 from pe_patch import patch_model, unpatch_model
-from pe_patch.attention import BACKENDS, Core
+from pe_patch.attention.interface import BACKENDS, Engine
+from pe_patch.attention.kernels.shifted import shifted
 from pe_patch.errors import OptionError, PePatchError, UnsupportedError
-from pe_patch.kernels.shifted import shifted
-from pe_patch.shift import Shift, shift_attention, unshift_attention
+from pe_patch.training.shifted_attention import Shift, shift_attention, unshift_attention
 
 from .families import build
 
@@ -190,7 +190,7 @@ def test_bad_input_is_named() -> None:
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(UnsupportedError, match="whole sequences"):
         model(ids[:, :8], past_key_values=cache)
-    core = Core(model.model.layers[0].self_attn, None, 1.0, 0.0, BACKENDS["flash"], {})
+    core = Engine(model.model.layers[0].self_attn, None, 1.0, 0.0, BACKENDS["flash"], {})
     with pytest.raises(UnsupportedError, match="flash keeps it in another form"):
         Shift(GROUPS, 4)(core, *[torch.zeros(1, 4, LENGTH, 16)] * 3, None)
     core.backend = BACKENDS["sdpa"]

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pe_patch import evaluate, patched
 from pe_patch.evaluation.tasks import Needle
-from recipes.finetune import train
-from recipes.recipe import Data, Model, Optimizer, Phase, Recipe, Scheme, Source
-from recipes.recipe import Tokenizer as TokenizerSettings
+from pe_patch.training.recipe import Data, Model, Optimizer, Phase, Recipe, Scheme, Source
+from pe_patch.training.recipe import Tokenizer as TokenizerSettings
+from pe_patch.training.run import train
 
 WINDOW, FACTOR, NOISE, KEYS = 128, 8, 128, 64
 PAIRS = {"share": 1.0, "kind": "needles", "targets": "answers"}

@@ -99,7 +99,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
     code = textwrap.dedent(
         """
         import sys, time
-        from pe_patch.demo import BASE, load_base
+        from pe_patch.compare.demo import BASE, load_base
         from pe_patch import evaluate
         from pe_patch.evaluation.subject import Subject
         real = Subject.answers

@@ -1,10 +1,12 @@
-"""Dependencies point one way, files stay small, and importing the library costs little and changes nothing."""
+"""Every module lives in a room, imports go down one order, and importing the library costs little."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,127 +14,157 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pe_patch"
 
-LAYERS: dict[str, set[str]] = {  # module: what it may import of ours
-    "errors": set(),
-    "checks": {"errors"},
-    "heads": {"errors"},
-    "compat": {"errors"},
-    "patching": {
-        "adapters",
-        "attention",
-        "dialects",
-        "errors",
-        "join",
-        "patching",
-        "rotation",
-        "scheme",
-        "schemes",
-        "swaps",
-    },
-    "parallel": {"compat", "errors", "heads"},
-    "positions": {"errors"},
-    "shape": set(),
-    "scheme": {"errors", "heads", "positions", "shape", "attention", "latent"},  # the last two for types only
-    "rotation": {"checks", "errors", "heads", "positions", "scheme", "attention"},
-    "stacked": {"positions", "scheme", "attention"},  # attention for a type only
-    "dialects": {"checks", "errors"},
-    "schemes": {
-        "checks",
-        "errors",
-        "heads",
-        "positions",
-        "ranges",
-        "scheme",
-        "rotation",
-        "dialects",
-        "schemes",
-        "attention",
-        "latent",
-    },
-    "ranges": {"positions"},
-    "kernels": {"kernels", "positions", "ranges"},
-    "latent": {"errors", "swaps", "latent"},
-    "backends": {"errors", "scheme"},
-    "core": {"backends", "errors", "heads", "kernels", "positions", "ranges", "scheme"},
-    "attention": {"backends", "core", "errors", "parallel", "positions"},
-    "adapters": {"compat", "errors", "patching", "scheme", "rotation", "attention", "latent", "adapters"},
-    "swaps": set(),
-    "forward": {"compat", "errors", "parallel", "patching", "positions", "scheme", "attention"},
-}
-"""The lower floors; `patch` joins them, and storage, export, describe, evaluation and the command line stand above."""
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("compare", "convert", "advice", "doctor", "search"),
+    ("training",),
+    ("evaluation",),
+    ("checkpoints",),
+    ("patching",),
+    ("mla",),
+    ("adapters",),
+    ("schemes",),
+    ("attention",),
+    ("core",),
+    ("data",),
+    ("compat",),
+    ("errors",),
+)
+"""The rooms from top to bottom. A module imports from its own room and from rooms below it; rooms of one row are
+neighbours that do not know each other, but for those in `NEIGHBOURS`."""
 
-ABOVE = {"cli", "evaluation", "demo", "catalogue", "loading", "advice", "search"}
+NEIGHBOURS = {("advice", "doctor"), ("advice", "search"), ("convert", "compare"), ("doctor", "compare")}
+"""Which room may import from which other in the same row."""
+
+LOOSE = {"__init__", "__main__", "errors", "compat"}
+"""Modules that stand directly under `pe_patch/`."""
+
+NO_TRANSFORMERS = ("core", "schemes", "attention/kernels", "data", "errors")
+"""Rooms that never see Transformers, so that a scheme can be read and tested without it."""
+
+ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 
 
-def modules() -> dict[Path, str]:
-    return {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+def modules(package: Path) -> Iterator[tuple[str, Path]]:
+    """Dotted names of all modules of a package, with their files."""
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def ours_imported_by(path: Path) -> set[str]:
-    """First components, below pe_patch, of what a file imports."""
-    package = path.relative_to(PACKAGE).parts[:-1]
-    found: set[str] = set()
+def room_of(module: str) -> str:
+    """The first component below the package; the package itself is `__init__`."""
+    _, _, inner = module.partition(".")
+    return inner.split(".")[0] or "__init__"
+
+
+def imported(module: str, path: Path, known: set[str]) -> Iterator[str]:
+    """Modules of the same package that a file imports, in whatever form and wherever in the file."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    top = module.split(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            above = package[: len(package) - node.level + 1]
-            names = (node.module or "").split(".") if node.module else [alias.name for alias in node.names]
-            found.add([*above, *names][0])
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pe_patch."):
-            found.add((node.module or "").split(".")[1])
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == top)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *(node.module.split(".") if node.module else [])])
+            if source.split(".")[0] != top:
+                continue
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield inner if inner in known else source
+
+
+def faults(package: Path) -> list[str]:
+    """Modules without a room, and imports that go up, each in one line."""
+    files = dict(modules(package))
+    found = []
+    for module, path in files.items():
+        room = room_of(module)
+        if room not in ROW:
+            found.append(f"{module} has no room")
+            continue
+        for target in imported(module, path, set(files)):
+            other = room_of(target)
+            if other == room or (room, other) in NEIGHBOURS:
+                continue
+            if other not in ROW or ROW[other] <= ROW[room]:
+                found.append(f"{module} imports {target}")
     return found
 
 
-@pytest.mark.parametrize("floor", sorted(LAYERS))
-def test_imports_go_one_way(floor):
-    for path, name in modules().items():
-        if name == floor:
-            assert ours_imported_by(path) <= LAYERS[floor], path.relative_to(ROOT)
+def test_every_module_has_a_room_and_imports_go_down():
+    assert faults(PACKAGE) == []
 
 
-def test_nothing_below_knows_the_tools_above():
-    for path, name in modules().items():
-        if name not in ABOVE | {"__init__", "__main__"}:
-            assert not ours_imported_by(path) & ABOVE, path.relative_to(ROOT)
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("import torch, pe_patch.patching.api", "pe_patch.core.wrong imports pe_patch.patching.api"),
+        ("from pe_patch import patching", "pe_patch.core.wrong imports pe_patch.patching"),
+        ("import pe_patch.schemes as s", "pe_patch.core.wrong imports pe_patch.schemes"),
+        ("def f():\n    from ..schemes import rope", "pe_patch.core.wrong imports pe_patch.schemes.rope"),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..attention.engine import Engine",
+            "pe_patch.core.wrong imports pe_patch.attention.engine",
+        ),
+        ("import pe_patch", "pe_patch.core.wrong imports pe_patch"),
+        ("from .. import patch_model", "pe_patch.core.wrong imports pe_patch"),
+    ],
+)
+def test_a_wrong_import_is_found_in_every_form(tmp_path, line, fault):
+    package = tmp_path / "pe_patch"
+    for name in ("__init__", "core/wrong", "core/__init__", "patching/__init__", "patching/api", "schemes/__init__",
+                 "schemes/rope", "attention/__init__", "attention/engine"):  # fmt: skip
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text("")
+    assert faults(package) == []
+    (package / "core" / "wrong.py").write_text(line)
+    assert faults(package) == [fault]
 
 
-TORCH_ONLY = {
-    "checks",
-    "errors",
-    "heads",
-    "positions",
-    "ranges",
-    "kernels",
-    "scheme",
-    "shape",
-    "rotation",
-    "schemes",
-    "dialects",
-    "swaps",
-    "latent",
-}
+def test_a_module_without_a_room_is_found(tmp_path):
+    (tmp_path / "pe_patch" / "attic").mkdir(parents=True)
+    (tmp_path / "pe_patch" / "attic" / "chest.py").write_text("")
+    assert faults(tmp_path / "pe_patch") == ["pe_patch.attic.chest has no room"]
+
+
+def test_only_four_modules_are_loose():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_every_room_says_its_job_in_one_line():
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        line = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert line, f"{folder.relative_to(ROOT)}/__init__.py has no docstring"
+
+
+def test_no_function_shadows_a_module():
+    import pe_patch
+
+    for module, _ in modules(PACKAGE):
+        parent, _, name = module.rpartition(".")
+        if parent == "pe_patch" and name not in LOOSE:
+            assert not callable(getattr(pe_patch, name, None)), name
 
 
 def test_schemes_never_see_transformers():
-    for path, name in modules().items():
-        if name in TORCH_ONLY:
-            text = path.read_text(encoding="utf-8")
-            imported = {
-                (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
-                for node in ast.walk(ast.parse(text))
-                if isinstance(node, ast.ImportFrom | ast.Import)
-            }
-            assert not any(module.split(".")[0] == "transformers" for module in imported), path
+    for folder in NO_TRANSFORMERS:
+        for path in [*(PACKAGE / folder).rglob("*.py"), *PACKAGE.glob(f"{folder}.py")]:
+            names = set()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    names.add((node.module or "").split(".")[0])
+            assert "transformers" not in names, path.relative_to(ROOT)
 
 
-def python_files() -> list[Path]:
-    folders = ("pe_patch", "recipes", "tests", "benchmarks")
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def test_files_stay_readable():
-    """One idea, one file: a file may be long if it reads from top to bottom, but not endless."""
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
-    assert {str(path): n for path, n in lengths.items() if n > 700} == {}
+def test_there_is_one_import_path_for_training():
+    assert importlib.util.find_spec("pe_patch.recipes") is None or not list((PACKAGE / "recipes").rglob("__init__.py"))
+    assert {path.name for path in (ROOT / "recipes").glob("*.py")} == {"finetune.py"}
+    assert len((ROOT / "recipes" / "finetune.py").read_text(encoding="utf-8").splitlines()) <= 12
 
 
 def run(code: str) -> str:

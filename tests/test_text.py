@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pe_patch.data.text import TextSourceError, load_documents
 from pe_patch.errors import PePatchError
-from pe_patch.text import TextSourceError, load_documents
 
 ROWS = [f"document number {number}" for number in range(60)]
 
@@ -90,7 +90,7 @@ def test_stdlib() -> None:
 
 def test_hub_rows_keep_the_splits_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # `datasets` reads a local folder by the same call as a hub name; text.py would read a folder itself.
-    from pe_patch import text
+    from pe_patch.data import text
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "data"
@@ -137,5 +137,5 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 
 def test_datasets_is_not_imported_with_the_package() -> None:
-    code = "import sys, pe_patch, pe_patch.text; sys.exit('datasets' in sys.modules)"
+    code = "import sys, pe_patch, pe_patch.data.text; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pe_patch import AlreadyPatchedError, NoEffectError, PePatchError, patch_model, unpatch_model
-from pe_patch import patch as patching
+from pe_patch.patching import api as patching
 
 from . import families
 from .interrupts import differing, state

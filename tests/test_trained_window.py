@@ -17,12 +17,12 @@ from pe_patch import ADAPTERS, NoEffectError, UnsupportedError, cli, describe, l
 from pe_patch.adapters.authors import authors_word
 from pe_patch.adapters.trained_window import trained_window
 from pe_patch.advice import advise
-from pe_patch.dialects import LEFT_AS_IT_WAS, read
+from pe_patch.checkpoints.loading import empty_model
 from pe_patch.doctor import diagnose, examine
 from pe_patch.errors import OptionError
-from pe_patch.loading import empty_model
-from pe_patch.patch import unpatch_model
-from pe_patch.resolve import find_stack
+from pe_patch.patching.api import unpatch_model
+from pe_patch.patching.targets import find_stack
+from pe_patch.schemes.config_formats import LEFT_AS_IT_WAS, read
 
 from . import families
 from .models import build, error, logits, tokens

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
-from ..rotation import cos_sin
-from ..scheme import AttentionShape, Scheme
+from ..schemes.rope import cos_sin
 from .projections import ProjectionNames
 from .trained_window import TrainedWindow, native_parameters, trained_window
 from .vision import Tower

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-from ..attention import BACKENDS, attend, backend_for
+from ..attention.interface import BACKENDS, attend, backend_for
+from ..core.handover import hand_down, handed_down
 from ..errors import UnsupportedError
-from ..patching.handover import hand_down, handed_down
 
 
 def bloom_attention(

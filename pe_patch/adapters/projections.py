@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.projections import Projections
+from ..core.scheme import AttentionShape
 from ..errors import UnsupportedError
-from ..latent.projections import Projections
-from ..scheme import AttentionShape
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LoadedLinear = tuple[Tensor, Tensor | None]

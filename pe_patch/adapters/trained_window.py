@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from ..core.checks import LARGEST_LENGTH
 from ..errors import OptionValueError, quoted
 from .authors import AuthorsWord, authors_word
 
@@ -335,8 +336,8 @@ def _count(given: Any, option: str) -> int:
     Raises:
         OptionValueError: it is none.
     """
-    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
-    if not number or given != int(given) or given < 1:
+    number = isinstance(given, int | float) and not isinstance(given, bool) and 1 <= given <= LARGEST_LENGTH
+    if not number or given != int(given):
         raise OptionValueError(
             f"{option}={quoted(given)} is not a window; give a whole number of tokens, such as {option}=4096."
         )

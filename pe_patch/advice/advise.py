@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..checkpoints.loading import DTYPES
 from ..errors import OptionError
-from ..loading import DTYPES
 from . import memory
 from .case import Case
 from .commands import Step, steps

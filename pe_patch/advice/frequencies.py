@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..rotation import Rotary
+from ..schemes.rope import Rotary
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from .. import compat
 from ..adapters import Adapter
 from ..adapters.authors import AuthorsWord
 from ..adapters.trained_window import TrainedWindow, native_parameters
+from ..checkpoints.loading import empty_model
+from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
-from ..loading import empty_model
 from ..patching.existing import existing_scheme
-from ..resolve import find_adapter, find_stack
-from ..rotation import Rotary
-from ..scheme import AttentionShape
-from ..schemes.find import find_scheme
+from ..patching.targets import find_adapter, find_stack
+from ..schemes.registry import find_scheme
+from ..schemes.rope import Rotary
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.trained_window import OPTION
-from ..describe import effective
+from ..checkpoints.exporters import transformers_config
 from ..errors import PePatchError, UnsupportedError
-from ..export import transformers_config
-from ..patch import find_patch, patch_model, unpatch_model
-from ..resolve import find_adapter, find_stack
-from ..schemes import SCHEMES
+from ..patching.api import find_patch, patch_model, unpatch_model
+from ..patching.description import effective
+from ..patching.targets import find_adapter, find_stack
+from ..schemes.registry import SCHEMES
 from .candidates import CANDIDATES, Answer, Candidate
 from .case import FARTHEST_UNTRAINED, Case
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..schemes import SCHEMES
 from ..schemes.bias import alibi_slopes
+from ..schemes.registry import SCHEMES
 from .case import FARTHEST_TRAINED, FARTHEST_UNTRAINED, Case
 from .frequencies import Pair
 from .model_facts import ModelFacts

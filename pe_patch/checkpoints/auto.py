@@ -15,8 +15,8 @@ from ..errors import UnsupportedError
 from ..patching import saved_config
 from ..patching.record import FOREIGN
 from ..patching.saved_config import MODEL_TYPE, native_of, read_marked
-from ..schemes.find import find_scheme
-from ..storage import apply_record, config_file, load_restored
+from ..schemes.registry import find_scheme
+from .load import apply_record, config_file, load_restored
 
 
 class SavedConfig(PreTrainedConfig):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from pe_patch.errors import OptionError, PePatchError, UnknownNameError
+from ..errors import OptionError, PePatchError, UnknownNameError
 
 # in the order in which --help lists them
 from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_, search, selftest  # noqa: F401

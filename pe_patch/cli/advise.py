@@ -27,8 +27,8 @@ def advise(
     as_json: AsJson = False,
 ) -> None:
     """Say which scheme a model wants for a longer window, why, and what it costs. Reads its configuration only."""
-    from pe_patch.advice import advise as advise_on
-    from pe_patch.advice.show import renderable
+    from ..advice import advise as advise_on
+    from ..advice.show import renderable
 
     advice = advise_on(
         model,

@@ -65,7 +65,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Hold several schemes against each other on one model: what each gives beyond the window, and what it costs."""
-    from pe_patch.evaluation.comparison import command
+    from ..compare import command
 
     asked = {
         "model": model, "scheme": scheme, "factor": factor, "length": length, "task": task, "fine_tune": fine_tune,

@@ -46,16 +46,16 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a trained model to a smaller cache, and measure what that changes; it wants healing afterwards."""
-    from pe_patch.evaluation import conversion_command
+    from ..convert import command
 
     sizes = {"kv_rank": kv_rank, "cache_ratio": cache_ratio, "max_loss": max_loss, "rope_dim": rope_dim}
-    request = conversion_command.Request(
+    request = command.Request(
         target=to, methods=method or (), sizes=sizes, options=option or (), sweep=sweep, out=out, output=output,
         keep_original=keep_original, overwrite=overwrite,
     )  # fmt: skip
     questions = 0 if no_retrieval and not sweep else samples
     text_of = {"calibration": calibration, "tokens": calibration_tokens, "text": text, "length": length, "seed": seed}
-    found = conversion_command.run(model, request, {**text_of, "questions": questions}, (dtype, device))
+    found = command.run(model, request, {**text_of, "questions": questions}, (dtype, device))
     if as_json:
         print_json(found.to_dict())
     else:

@@ -27,8 +27,8 @@ def demo(
 
     from rich.console import Console
 
-    from pe_patch import demo as demonstration
-    from pe_patch.loading import quiet_host
+    from ..checkpoints.loading import quiet_host
+    from ..compare import demo as demonstration
 
     quiet_host()
     settings = demonstration.quick(output) if quick else demonstration.Settings(output=output)

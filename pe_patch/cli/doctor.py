@@ -20,8 +20,8 @@ def doctor(
 
     Exit code 1 where the model does not do what its config says.
     """
-    from pe_patch.doctor import diagnose
-    from pe_patch.doctor.report import render
+    from ..doctor import diagnose
+    from ..doctor.report import render
 
     diagnosis = diagnose(path)
     if as_json:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pe_patch.errors import OptionError
-
+from ..errors import OptionError
 from .application import app
 from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
 from .output import command_line, console, echo, print_results
@@ -65,10 +64,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model at several lengths; every score stands beside the same questions within its window."""
-    from pe_patch import evaluation, loading
-    from pe_patch.evaluation.harness import harness as run_harness
-    from pe_patch.evaluation.results import Results, check_results_folder
-    from pe_patch.evaluation.tables import summary
+    from .. import evaluation
+    from ..checkpoints import loading
+    from ..evaluation.harness import harness as run_harness
+    from ..evaluation.results import Results, check_results_folder
+    from ..evaluation.tables import summary
 
     own = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
     if stray := [name for name, value in (own | {"--no-retrieval": no_retrieval}).items() if value]:

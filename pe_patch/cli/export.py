@@ -28,11 +28,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its scheme so that it loads without pe_patch, and say how to serve it."""
-    from pe_patch import export as export_model
-    from pe_patch import loading
-    from pe_patch.checkpoints.folders import EXPORT, check_output
-    from pe_patch.errors import unknown
-    from pe_patch.export import TARGETS, read_commands
+    from ..checkpoints import loading
+    from ..checkpoints.exporters import TARGETS, read_commands
+    from ..checkpoints.exporters import export as export_model
+    from ..checkpoints.folders import EXPORT, check_output
+    from ..errors import unknown
 
     if target not in TARGETS:  # before a model is loaded for nothing
         raise unknown("export target", target, TARGETS)

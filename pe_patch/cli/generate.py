@@ -28,7 +28,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text greedily with a patched model."""
-    from pe_patch import loading
+    from ..checkpoints import loading
 
     text = prompt_file.read_text(encoding="utf-8") if prompt_file else sys.stdin.read() if prompt is None else prompt
     loaded, tokenizer = loading.load(model, dtype, device)

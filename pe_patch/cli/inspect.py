@@ -19,7 +19,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a scheme would swap in a model. Reads its configuration only: no weights are needed."""
-    from pe_patch import describe, loading
+    from ..checkpoints import loading
+    from ..patching.description import describe
 
     empty = loading.empty_model(model)
     loading.apply(empty, scheme, factor, option, on_existing)

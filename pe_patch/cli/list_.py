@@ -17,7 +17,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Show the schemes, the model families and the tasks, each with a clause and its paper."""
-    from pe_patch import catalogue
+    from . import catalogue
 
     found = catalogue.catalogue()
     if what is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from pe_patch.errors import escape, printable
+from ..errors import escape, printable
 
 _stdout: Any = None
 """Where JSON goes while other output is kept away from it; None is the present standard output."""

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pe_patch.errors import OptionError
-
+from ..errors import OptionError
 from .application import app
 from .options import AsJson, Device, Dtype, Model, OnExisting, Overwrite
 from .output import console, echo, print_json
@@ -54,11 +53,11 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Search the factors by which LongRoPE rescales a model's rotation; the best become options of `longrope`."""
-    from pe_patch import loading
-    from pe_patch.checkpoints.folders import SEARCH, check_output
-    from pe_patch.search import Schedule
-    from pe_patch.search import search as run
-    from pe_patch.search.result import result_table
+    from ..checkpoints import loading
+    from ..checkpoints.folders import SEARCH, check_output
+    from ..search import Schedule
+    from ..search import search as run
+    from ..search.result import result_table
 
     check_output(output, SEARCH, inputs=[model, text], overwrite=overwrite)
     given = None if start is None else _factors(start)

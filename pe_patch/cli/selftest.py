@@ -25,9 +25,9 @@ def selftest(
 
     Exit code 1 where something differs that must be equal.
     """
-    from pe_patch.doctor.self_test import selftest as run
-    from pe_patch.doctor.self_test.result import render
-    from pe_patch.loading import quiet_host
+    from ..checkpoints.loading import quiet_host
+    from ..doctor.self_test import selftest as run
+    from ..doctor.self_test.result import render
 
     quiet_host()
     result = run(model, dtype=dtype, device=device)

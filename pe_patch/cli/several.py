@@ -14,20 +14,20 @@ def _is_number(word: str) -> bool:
 
 
 def _is_task(word: str) -> bool:
-    from pe_patch.evaluation.tasks import GROUPS, TASKS
+    from ..evaluation.tasks import GROUPS, TASKS
 
     return all(name in TASKS or name in GROUPS for name in word.split(",") if name)
 
 
 def _is_method(word: str) -> bool:
-    from pe_patch.evaluation.conversion import METHODS
+    from ..convert.measure import METHODS
 
     return all(name in METHODS for name in word.split(",") if name)
 
 
 def _is_scheme(word: str) -> bool:
-    from pe_patch.errors import nearest
-    from pe_patch.schemes import ALIASES, SCHEMES
+    from ..errors import nearest
+    from ..schemes.registry import ALIASES, SCHEMES
 
     name = word.partition(":")[0]
     # a name that is nearly right is passed on, to be told so

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from ..configuration import FOREIGN
-from ..dialects import TYPES, Reading
 from ..errors import PePatchError, UnsupportedError
-from ..patch import find_patch
+from ..patching.api import find_patch
+from ..patching.config import FOREIGN
+from ..schemes.config_formats import TYPES, Reading
 from .claims import TYPES_OF_TRANSFORMERS, read_claim, rope_dicts
 from .effect import compare, effective
 from .files import check_files

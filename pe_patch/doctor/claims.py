@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import modeling_rope_utils
 
-from .. import dialects
 from ..adapters.trained_window import OTHER_NAMES, is_count
-from ..dialects import SYNONYMS, TYPES, ConfigFault, Reading
 from ..errors import OptionError, UnknownNameError, UnsupportedError
-from ..schemes import SCHEMES
+from ..schemes import config_formats
+from ..schemes.config_formats import SYNONYMS, TYPES, ConfigFault, Reading
+from ..schemes.registry import SCHEMES
 from .finding import Finding
 from .subject import Subject
 
@@ -35,7 +35,7 @@ def read_claim(subject: Subject) -> tuple[Reading | None, list[Finding]]:
     said = copy.deepcopy(subject.said)
     while True:
         try:
-            return dialects.read(said), [*findings, *_unread(subject, findings)]
+            return config_formats.read(said), [*findings, *_unread(subject, findings)]
         except ConfigFault as fault:
             if fault.kind in ("silent", "lists"):  # lists are looked at by themselves
                 return None, findings
@@ -81,12 +81,12 @@ def _unread_key(subject: Subject, fault: ConfigFault) -> Finding:
     path = _where(subject.said, key)
     entries = dict(rope_dicts(subject.said)).get(path.rpartition(".")[0], {})
     value, scheme = entries.get(key), TYPES.get(str(entries.get("rope_type", entries.get("type"))), "rope")
-    near = get_close_matches(key, [*dialects.KEYS[scheme], "original_max_position_embeddings", "rope_theta"], n=1)
+    near = get_close_matches(key, [*config_formats.KEYS[scheme], "original_max_position_embeddings", "rope_theta"], n=1)
     default = f" {near[0]} {_default(scheme, near[0], entries)}." if near else ""
     remedy = f'Write "{near[0]}": {value!r} instead.' if near else f"Remove {key!r}."
     return Finding(
         "unknown_key", "error", path, f"{key}={value!r}", f"Transformers does not read it.{default}",
-        f"{remedy} The keys of {scheme!r}: {', '.join(sorted(dialects.KEYS[scheme]))}.",
+        f"{remedy} The keys of {scheme!r}: {', '.join(sorted(config_formats.KEYS[scheme]))}.",
     )  # fmt: skip
 
 

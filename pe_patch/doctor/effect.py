@@ -13,11 +13,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..adapters import ADAPTERS
 from ..adapters.trained_window import TrainedWindow, trained_window
-from ..dialects import Reading, Specification
+from ..core.scheme import Scheme
 from ..errors import PePatchError
-from ..rotation import Rotation
-from ..scheme import Scheme
-from ..schemes import SCHEMES
+from ..schemes.config_formats import Reading, Specification
+from ..schemes.registry import SCHEMES
+from ..schemes.rope import Rotation
 from .claims import filled_in, rope_dicts, short
 from .finding import Finding
 from .subject import Subject, Turning

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..adapters.trained_window import built_window, is_count, trained_window
-from ..dialects import TYPES, left_as_it_was, yarn_temperature
+from ..schemes.config_formats import TYPES, left_as_it_was, yarn_temperature
 from .claims import filled_in, named_window, rope_dicts, said_window, window_reversed
 from .finding import Finding
 from .subject import Subject

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration import FOREIGN, VERSION
+from ..core.swaps import Swap
 from ..errors import OptionError, PePatchError, nearest
-from ..join import Patch
-from ..patch import find_patch, restore_patch
-from ..rotation import Rotation
-from ..schemes import SCHEMES
-from ..swaps import Swap
+from ..patching.api import find_patch, restore_patch
+from ..patching.build import Patch
+from ..patching.config import FOREIGN, VERSION
+from ..schemes.registry import SCHEMES
+from ..schemes.rope import Rotation
 from .effect import numbers_told, plain_base
 from .finding import Finding
 from .subject import Subject, Turning, build_empty, quiet

@@ -19,11 +19,11 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrained
 from transformers.utils.hub import cached_file
 
 from ..adapters.adapter import frequencies_of
-from ..configuration import FOREIGN
+from ..checkpoints.load import native_config, read_config
+from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, UnsupportedError, nearest
-from ..resolve import unwrap
-from ..scheme import AttentionShape
-from ..storage import native_config, read_config
+from ..patching.config import FOREIGN
+from ..patching.targets import unwrap
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
 """Files beside the config that speak of lengths."""

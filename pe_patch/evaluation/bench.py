@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-import pe_patch
-from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.journal import Journal, key_of
-from pe_patch.evaluation.memory import PeakMemory
-from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.results import Row
-from pe_patch.evaluation.retrieval import encode
-from pe_patch.evaluation.subject import Subject
+from ..data.packaged import __version__
+from .corpus import Corpus
+from .journal import Journal, key_of
+from .memory import PeakMemory
+from .prompts import Frame
+from .results import Row
+from .retrieval import encode
+from .subject import Subject
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Bench:
     def key(self, task: Any, *names: Any) -> str:
         """The name of everything that a measurement depends on; `names` tell those of one task apart."""
         return key_of(
-            version=pe_patch.__version__,
+            version=__version__,
             model=self.model_hash,
             scheme=self.scheme,
             precision=str(self.subject.autocast),
@@ -134,7 +134,7 @@ class Bench:
         )
 
     def token_loss(self, losses: Sequence[float], groups: Sequence[int]) -> dict[str, Any]:
-        from pe_patch.evaluation.metrics import TokenLoss
+        from .metrics import TokenLoss
 
         metric = TokenLoss(keep_in_memory=True)
         return metric.compute(losses=losses, groups=groups, bytes_per_token=self.corpus.bytes_per_token) or {}

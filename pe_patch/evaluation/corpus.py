@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
+from ..errors import PePatchError
 
 TOKEN_LIMIT = 1_000_000
 """Tokens kept of a long source: enough for haystacks and targets, and quick to make."""
@@ -63,7 +63,7 @@ class Corpus:
 def _read(text: str | Sequence[str]) -> tuple[str, Sequence[str]]:
     if not isinstance(text, str):
         return "given documents", text
-    from pe_patch.text import load_documents
+    from ..data.text import load_documents
 
     # The library's own base model is trained on the "train" half of this source; it is judged on the other.
     split = "test" if text == "stdlib" else None

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pe_patch.errors import OptionError, PePatchError
-from pe_patch.evaluation.results import Results, Row
-from pe_patch.evaluation.tasks.ruler import RULER, RULER_ITSELF, THIRTEEN
+from ..errors import OptionError, PePatchError
+from .results import Results, Row
+from .tasks.ruler import RULER, RULER_ITSELF, THIRTEEN
 
 THRESHOLD = 0.856
 """What Llama-2-7B-chat reaches at 4096 tokens."""

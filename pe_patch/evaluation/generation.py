@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from pe_patch import compat
-from pe_patch.errors import PePatchError
-from pe_patch.patch import find_patch
-from pe_patch.resolve import unwrap
+from .. import compat
+from ..errors import PePatchError
+from ..patching.api import find_patch
+from ..patching.targets import unwrap
 
 if TYPE_CHECKING:
-    from pe_patch.evaluation.questions import Question
-    from pe_patch.evaluation.subject import Subject
+    from .questions import Question
+    from .subject import Subject
 
 WORTH_SHARING = 0.25
 """Share of a prompt that another must begin with for its cache to be reused."""

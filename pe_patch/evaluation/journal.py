@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pe_patch.errors import PePatchError
+from ..errors import PePatchError
 
 Entry = dict[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import torch
 
-from pe_patch import compat
-from pe_patch.errors import PePatchError
+from .. import compat
+from ..errors import PePatchError
 
 USABLE = 0.8
 """Share of the free memory that is planned with; the rest is for what the estimate leaves out."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import OptionError
-from pe_patch.evaluation.corpus import whole_ids
-from pe_patch.evaluation.retrieval import encode, start_ids
+from ..errors import OptionError
+from .corpus import whole_ids
+from .retrieval import encode, start_ids
 
 _MARK = "\N{SYMBOL FOR START OF TEXT}"
 

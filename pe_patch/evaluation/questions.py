@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench, Outcome, Piece
+from ..errors import PePatchError
+from .bench import Bench, Outcome, Piece
 
 EXAMPLES = 3
 """Answers of a row that are shown with it; all of them go to the file of answers."""
@@ -144,7 +144,7 @@ class QuestionTask:
         texts: list[str],
         scores: list[float],
     ) -> Any:
-        from pe_patch.evaluation.metrics import score_interval
+        from .metrics import score_interval
 
         groups = [number if each.group is None else each.group for number, each in enumerate(questions)]
         low, high = score_interval(scores, groups)

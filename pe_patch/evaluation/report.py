@@ -37,18 +37,11 @@ import jinja2
 import numpy as np
 import vl_convert
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.charts import DARK, LIGHT, Chart, charts_of, theme
-from pe_patch.evaluation.results import Results, write_atomically
-from pe_patch.evaluation.sections import (
-    Entry,
-    Section,
-    effective_sections,
-    examples_section,
-    rows_section,
-    score_sections,
-)
-from pe_patch.evaluation.tables import interval, pivots
+from ..errors import PePatchError
+from .charts import DARK, LIGHT, Chart, charts_of, theme
+from .results import Results, write_atomically
+from .sections import Entry, Section, effective_sections, examples_section, rows_section, score_sections
+from .tables import interval, pivots
 
 __all__ = ["Entry", "Section", "best_retrieval", "write_report"]
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pe_patch.checkpoints.folders import EVALUATION, check_output
-from pe_patch.errors import OutputError, PePatchError
+from ..checkpoints.folders import EVALUATION, check_output
+from ..errors import OutputError, PePatchError
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Results:
             return Cell(score, rows[0].low, rows[0].high, samples, **controls)
         if any(row.depth is None for row in rows):
             raise PePatchError(f"These rows are not depths of one measurement and cannot be pooled: {wanted}.")
-        from pe_patch.evaluation.metrics import binomial_interval, score_interval
+        from .metrics import binomial_interval, score_interval
 
         each = [share for row in rows for share in row.details.get("scores", ())]
         groups = [group for row in rows for group in row.details.get("groups", ())]
@@ -143,7 +143,7 @@ class Results:
     def __str__(self) -> str:
         from rich.console import Console
 
-        from pe_patch.evaluation.tables import summary
+        from .tables import summary
 
         stream = io.StringIO()
         Console(file=stream, width=150, force_jupyter=False, force_terminal=False).print(summary(self))

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
+from ..errors import PePatchError
 
 Draw = Callable[[np.random.Generator, int], list[str]]
 

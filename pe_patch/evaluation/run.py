@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench, Piece
-from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.journal import Journal
-from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.results import Results, Row, check_results_folder, write_atomically
-from pe_patch.evaluation.subject import Rehearsal, Subject, model_fingerprint, scheme_label, tokenizer_hash, windows
-from pe_patch.evaluation.tasks import Needle, Task, find_tasks
+from ..errors import PePatchError
+from .bench import Bench, Piece
+from .corpus import Corpus
+from .journal import Journal
+from .prompts import Frame
+from .results import Results, Row, check_results_folder, write_atomically
+from .subject import Rehearsal, Subject, model_fingerprint, scheme_label, tokenizer_hash, windows
+from .tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def evaluate(
 
     `tasks` are names from TASKS or GROUPS, or instances; `task_options` go to those named that take them. `lengths`
     are in tokens, the answer included (default: the model's window). `samples` questions per length are shared out
-    over `depths`. `text` is a list of documents, a source `pe_patch.text.load_documents` knows, or a Corpus, which
+    over `depths`. `text` is a list of documents, a source `pe_patch.data.text.load_documents` knows, or a Corpus, which
     several evaluations can share. Loss alone says little about context, so a retrieval task is added unless
     `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
     model in the rows. `chat` puts prompts into the tokenizer's chat template. With `output`, a folder, every row is

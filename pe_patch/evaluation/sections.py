@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pe_patch.evaluation.charts import Chart
-from pe_patch.evaluation.results import Cell, Results, Row
-from pe_patch.evaluation.tables import Pivot, interval, mean_pivot, pivots, unit, words
+from .charts import Chart
+from .results import Cell, Results, Row
+from .tables import Pivot, interval, mean_pivot, pivots, unit, words
 
 OPEN_TABLES = 3
 """Tasks whose tables are shown unfolded; those of more tasks stand below their mean, to be opened."""
@@ -68,8 +68,8 @@ def score_sections(results: Results) -> list[Section]:
 
 def effective_sections(results: Results) -> list[Section]:
     """How long a context each scheme really uses, by RULER's rule; nothing where none of its tasks was measured."""
-    from pe_patch.evaluation.effective import THRESHOLD, effective_length
-    from pe_patch.evaluation.tasks.ruler import RULER
+    from .effective import THRESHOLD, effective_length
+    from .tasks.ruler import RULER
 
     if not any(row.task in RULER for row in results.rows):
         return []

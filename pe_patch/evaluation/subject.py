@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pe_patch.adapters.trained_window import trained_window
-from pe_patch.describe import describe
-from pe_patch.evaluation import planning
-from pe_patch.evaluation.generation import greedy_answers
+from ..adapters.trained_window import trained_window
+from ..patching.description import describe
+from . import planning
+from .generation import greedy_answers
 
 if TYPE_CHECKING:
-    from pe_patch.evaluation.questions import Question
+    from .questions import Question
 
 SAMPLED = 512
 """Numbers read of each weight for a fingerprint."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from pe_patch.evaluation.results import Cell, Results
+from .results import Cell, Results
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..swaps import Swap
+from ..core.swaps import Swap
 
 
 @dataclass

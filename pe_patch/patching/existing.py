@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import dialects
 from ..adapters import ADAPTERS, Adapter
 from ..adapters.adapter import frequencies_of, native_theta
 from ..adapters.trained_window import OPTION, TrainedWindow, native_parameters
+from ..core.scheme import Scheme
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError, quoted
-from ..rotation import Rotary
-from ..scheme import Scheme
-from ..schemes import SCHEMES
-from ..schemes.find import find_scheme
-from ..schemes.over import Over
-from ..schemes.zones import Remapped
+from ..schemes import config_formats
+from ..schemes.frequency_wrappers import Over
+from ..schemes.registry import SCHEMES, find_scheme
+from ..schemes.remapped_base import Remapped
+from ..schemes.rope import Rotary
 
 EXISTING = ("error", "replace", "compose")
 
@@ -120,12 +119,12 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     """
     kind = adapter.kinds(base, base.config)[layer]
     parameters = native_parameters(base.config, kind)
-    if window.factor is not None and parameters["rope_type"] in dialects.FACTOR_IS_RATIO:
+    if window.factor is not None and parameters["rope_type"] in config_formats.FACTOR_IS_RATIO:
         parameters = {**parameters, "factor": window.factor}
     if window.length is not None:
         parameters = {**parameters, OPTION: window.length}
-    read = dialects.read(parameters)
-    if not isinstance(read, dialects.Specification):
+    read = config_formats.read(parameters)
+    if not isinstance(read, config_formats.Specification):
         raise UnsupportedError(f"This config has different parameters for {', '.join(read)}, which do not compose.")
     options = {"scheme": read.scheme, **read.options}
     if window.length is None and OPTION not in options:

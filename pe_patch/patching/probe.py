@@ -15,11 +15,11 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..adapters.adapter import frequencies_of
 from ..adapters.check import LAYOUTS
-from ..attention import backend_for
+from ..attention.interface import backend_for
+from ..core.scheme import Scheme
 from ..errors import OptionValueError, PePatchError
-from ..join import Patch, collect
-from ..rotation import Rotary, Rotation
-from ..scheme import Scheme
+from ..schemes.rope import Rotary, Rotation
+from .build import Patch, collect
 
 logger = logging.getLogger("pe_patch")
 

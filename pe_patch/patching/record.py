@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from ..core.scheme import Scheme
 from ..errors import CheckpointError, OptionError, nearest, quoted
-from ..scheme import Scheme
-from ..schemes import ALIASES, SCHEMES
+from ..schemes.registry import ALIASES, SCHEMES
 
 VERSION = 1
 FOREIGN = "pe_patch"

@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from ..core.swaps import Swap
 from ..errors import CheckpointError, PePatchError, UnsupportedError, quoted
-from ..swaps import Swap
 from .record import BESIDE, FOREIGN, check_record, differences
 
 MODEL_TYPE = "pe_patch (import pe_patch before loading)"

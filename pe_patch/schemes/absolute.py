@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
+from ..core.checks import (
     LARGEST,
     LARGEST_BASE,
     LARGEST_FACTOR,
@@ -15,12 +15,14 @@ from ..checks import (
     check_table,
     check_window,
 )
+from ..core.head_slices import SHARED
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, Scheme
 from ..errors import OptionValueError, quoted
-from ..heads import SHARED
-from ..positions import Positions
-from ..scheme import AttentionShape, Scheme
+from .registry import register_scheme
 
 
+@register_scheme
 class NoPE(Scheme):
     """No positional encoding: the causal mask alone orders the tokens (Kazemnejad et al. 2023, arXiv 2305.19466)."""
 
@@ -31,6 +33,7 @@ class NoPE(Scheme):
     per_head = SHARED
 
 
+@register_scheme
 class DroPE(NoPE):
     """Rotation dropped from a trained model in every layer (Gelberg et al. 2025, arXiv 2512.12167).
 
@@ -58,6 +61,7 @@ class DroPE(NoPE):
         return query * self.softmax_scale, key
 
 
+@register_scheme
 class Integer(Scheme):
     """The position itself, a number along one learned direction: x_i += (scale i / N) v, N the trained window.
 
@@ -104,6 +108,7 @@ class Integer(Scheme):
 LAYOUTS = ("interleaved", "concat", "tensor2tensor")
 
 
+@register_scheme
 class Sinusoidal(Scheme):
     """Fixed sines and cosines added to the input embeddings (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 
@@ -167,6 +172,7 @@ NEAREST = 1e-3
 EXTENSIONS = ("hierarchical", "interpolate")
 
 
+@register_scheme
 class Learned(Scheme):
     """A learned vector for each position, added to the input embeddings (Gehring et al. 2017, arXiv 1705.03122).
 
@@ -233,6 +239,7 @@ class Learned(Scheme):
         return hidden + nn.functional.embedding(positions, self.table).to(hidden.dtype)
 
 
+@register_scheme
 class OneHot(Scheme):
     """A projection of the one-hot position, added to the input embeddings: x_i += W e_i.
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
+from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, DistanceBias, wide
 from ..errors import OptionValueError, quoted
-from ..positions import Positions
-from ..scheme import AttentionShape, DistanceBias, wide
+from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..attention import Core
+    from ..core.engine import AttentionEngine
 
 LARGEST_SLOPE = 1e4
 LARGEST_SANDWICH = 8192
@@ -54,6 +55,7 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2.0 ** (-4 * t / power) for t in range(1, 2 * (heads - power), 2)]
 
 
+@register_scheme
 class ALiBi(DistanceBias):
     """Bias -m_h (i - j), steeper for some heads than for others (Press et al. 2021, arXiv 2108.12409).
 
@@ -140,6 +142,7 @@ def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = 
     return start + torch.where(distance < exact, distance.long(), far)
 
 
+@register_scheme
 class T5(DistanceBias):
     """A learned bias for each head and bucket of distances (Raffel et al. 2019, arXiv 1910.10683, section 2.1).
 
@@ -171,11 +174,11 @@ class T5(DistanceBias):
         buckets = t5_buckets(positions.distance, self.num_buckets, self.max_distance, both_ways)
         return nn.functional.embedding(buckets, wide(self.table)).permute(0, 3, 1, 2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        if core.causal:
-            return super().attend(query, key, value, positions, core)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+        if engine.causal:
+            return super().attend(query, key, value, positions, engine)
         self.check_heads(query)
-        return core(query, key, value, positions, bias=cast("T5", _BothWays(self)))
+        return engine(query, key, value, positions, bias=cast("T5", _BothWays(self)))
 
 
 @dataclass
@@ -198,6 +201,7 @@ class _BothWays:
 KINDS = ("log", "power")
 
 
+@register_scheme
 class Kerple(DistanceBias):
     """A learned kernel of the distance for each head and layer (Chi et al. 2022, arXiv 2205.09921).
 
@@ -234,6 +238,7 @@ def _cut(weight: Tensor, high: float | None, low: float = 0.01) -> Tensor:
     return weight + (weight.clamp(low, high) - weight).detach()
 
 
+@register_scheme
 class Sandwich(DistanceBias):
     """What sinusoids contribute to the scores, by itself: sum_k cos(w_k (i - j)) H / (8 h) for the heads h = 1 .. H
     (Chi et al. 2022, arXiv 2212.10356), w_k = 10000^(-2k / dim). No parameters.

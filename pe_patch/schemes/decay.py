@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import LARGEST_LENGTH, check_number
-from ..heads import SHARED
-from ..positions import Positions
-from ..rotation import Rotation
-from ..scheme import AttentionShape, Scheme, causal_distance
+from ..core.checks import LARGEST_LENGTH, check_number
+from ..core.head_slices import SHARED
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, Scheme, causal_distance
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
-from .over import Over
+from .frequency_wrappers import Over
+from .registry import register_scheme
+from .rope import Rotation
 
 if TYPE_CHECKING:
-    from ..attention import Core
+    from ..core.engine import AttentionEngine
 
 ROWS = 256
 """Queries at a time that share one centre."""
 
 
+@register_scheme
 class XPos(Rotation):
     """xPos: rotation, and pair k of a score times zeta_k^((i - j) / B), zeta_k = (2 k / r + 0.4) / 1.4 (Sun et al.
     2022, arXiv 2212.10554, section 3.2).
@@ -69,14 +71,14 @@ class XPos(Rotation):
         tables = (*self.cos_sin(positions.query), *self.cos_sin(positions.key))
         return (*tables, torch.tensor(jumps, device="cpu"))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        self.check_causal(core)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+        self.check_causal(engine)
         cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
         if positions.kept is not None:
             cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]
         query, key = self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
-        fast = core.blocks(query, key, value, positions, 2 * self._span, self._around)
-        return core.rows(query, key, value, positions, self._scores) if fast is None else fast
+        fast = engine.blocks(query, key, value, positions, 2 * self._span, self._around)
+        return engine.rows(query, key, value, positions, self._scores) if fast is None else fast
 
     def _around(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Queries that lie within reach of one centre, and keys, with what the distance to it makes of them."""
@@ -87,11 +89,11 @@ class XPos(Rotation):
         behind = (centre - positions.key).clamp(min=-self._span)
         return grown, self._grown(key, behind.float()[..., None] * rates)
 
-    def _scores(self, query: Tensor, key: Tensor, positions: Positions, core: Core) -> Tensor:
+    def _scores(self, query: Tensor, key: Tensor, positions: Positions, engine: AttentionEngine) -> Tensor:
         scores = []
         for start, stop in self._blocks(positions):
             seen = positions._replace(query=positions.query[:, start:stop])
-            scores.append(core.scores(*self._around(query[:, :, start:stop], key, seen)))
+            scores.append(engine.scores(*self._around(query[:, :, start:stop], key, seen)))
         return scores[0] if len(scores) == 1 else torch.cat(scores, 2)
 
     def _grown(self, x: Tensor, exponents: Tensor) -> Tensor:
@@ -129,6 +131,7 @@ class XPos(Rotation):
             yield from self._near(at, middle, stop)
 
 
+@register_scheme
 class RoPEALiBi(Over):
     """ALiBi's penalty on the scores of a rotation, -s m_h (i - j) beside any rotary scheme.
 

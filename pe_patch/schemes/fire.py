@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import LARGEST_LENGTH, LARGEST_TABLE, check_count, check_number
-from ..positions import Positions
-from ..scheme import AttentionShape, Scheme, causal_distance, wide
-from .piecewise import Network
+from ..attention.kernels.fire import Network
+from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_count, check_number
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, Scheme, causal_distance, wide
+from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..attention import Core
+    from ..core.engine import AttentionEngine
 
 EPSILON = 1e-6
 
 
+@register_scheme
 class FIRE(Scheme):
     """A learned function of the progressive distance (Li et al. 2023, arXiv 2310.04418).
 
@@ -75,7 +77,7 @@ class FIRE(Scheme):
         assert isinstance(result, Tensor)
         return result
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
         self.check_heads(query)
-        self.check_causal(core)
-        return core(query, key, value, positions, bias=self)
+        self.check_causal(engine)
+        return engine(query, key, value, positions, bias=self)

@@ -9,12 +9,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..checks import LARGEST_BASE, check_choice, check_list, check_number
+from ..core.checks import LARGEST_BASE, check_choice, check_list, check_number
+from ..core.head_slices import SHARED
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, Scheme
 from ..errors import OptionValueError, UnsupportedError
-from ..heads import SHARED
-from ..positions import Positions
-from ..scheme import AttentionShape, Scheme
 from .bias import LARGEST_SLOPE, alibi_slopes
+from .registry import register_scheme
 
 
 class GridScheme(Scheme):
@@ -54,6 +55,7 @@ MODES = {"axial": 100.0, "mixed": 10.0}
 """Where the frequencies lie, and the authors' base for each."""
 
 
+@register_scheme
 class RoPE2D(GridScheme):
     """Rotary positions of image patches (Heo et al. 2024, arXiv 2403.13298).
 
@@ -131,6 +133,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
+@register_scheme
 class ALiBi2D(GridScheme):
     """A bias of minus slope times the Euclidean distance between two patches (after Press et al. 2022, arXiv
     2108.12409, on a grid as in Fuller et al. 2023, arXiv 2311.00566), the same both ways; none to or from the class

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flag, check_length, check_table
+from ..core.checks import check_flag, check_length, check_table
+from ..core.head_slices import SHARED
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, Scheme, causal_distance, wide
 from ..errors import OptionValueError, quoted
-from ..heads import SHARED
-from ..positions import Positions
-from ..scheme import AttentionShape, Scheme, causal_distance, wide
+from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..attention import Core
+    from ..core.engine import AttentionEngine
 
 
 class ContentRelative(Scheme):
@@ -30,6 +31,7 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table.gather(-1, index.expand(*table.shape[:2], -1, -1))
 
 
+@register_scheme
 class Shaw(ContentRelative):
     """A learned vector for each distance, on the key and on the value (Shaw et al. 2018, arXiv 1803.02155).
 
@@ -78,16 +80,16 @@ class Shaw(ContentRelative):
         """Which entry each pair has, `[batch | 1, 1, query, key]`: by key - query."""
         return (self.max_distance - positions.distance.clamp(-self.max_distance, self.max_distance))[:, None]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
         values, reach = self.values, self.max_distance + 1
         on_values = self.value_vectors(reach)
-        fast = core.clipped(
+        fast = engine.clipped(
             query, key, value, positions, self.vectors(reach)[0], None if on_values is None else on_values[0]
         )
         if fast is not None:
             return fast
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
             by_distance = (wide(query) @ wide(self.keys).T) * part.scaling
             return part.scores(query, key) + _pick(by_distance, self._entries(seen))
 
@@ -97,9 +99,10 @@ class Shaw(ContentRelative):
             sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
             return sums.scatter_add(-1, entries.expand_as(weights), weights) @ wide(values)
 
-        return core.rows(query, key, value, positions, scores, None if values is None else also)
+        return engine.rows(query, key, value, positions, scores, None if values is None else also)
 
 
+@register_scheme
 class TransformerXL(ContentRelative):
     """Relative sinusoids through a projection (Dai et al. 2019, arXiv 1901.02860, section 3.3).
 
@@ -166,37 +169,39 @@ class TransformerXL(ContentRelative):
     def _projected(self, sinusoids: Tensor, layer: int) -> Tensor:
         return sinusoids.to(self._by_head(layer).dtype) @ self._by_head(layer).transpose(1, 2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
         self.check_heads(query)
-        self.check_causal(core)
+        self.check_causal(engine)
         (sinusoids,) = positions.prepared or self.prepare(positions)
 
         if not sinusoids.shape[0]:
-            return self._attend_by_products(query, key, value, positions, core)
+            return self._attend_by_products(query, key, value, positions, engine)
 
         def by_distance(distance: Tensor) -> Tensor:
-            return self._projected(sinusoids, core.layer)[:, distance.clamp(max=sinusoids.shape[0] - 1)]
+            return self._projected(sinusoids, engine.layer)[:, distance.clamp(max=sinusoids.shape[0] - 1)]
 
-        fast = core.relative(query, key, value, positions, wide(self.u), wide(self.v), by_distance)
+        fast = engine.relative(query, key, value, positions, wide(self.u), wide(self.v), by_distance)
         if fast is not None:
             return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
         few = query.shape[2] <= self.shape.head_dim
-        vectors = None if few else self._projected(sinusoids, core.layer)
+        vectors = None if few else self._projected(sinusoids, engine.layer)
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
             biased = wide(query) + wide(self.v)[:, None]
             if vectors is None:
-                by_distance = (biased @ self._by_head(core.layer)) @ sinusoids.to(biased.dtype).T
+                by_distance = (biased @ self._by_head(engine.layer)) @ sinusoids.to(biased.dtype).T
             else:
                 by_distance = biased @ vectors.transpose(1, 2)
             distance = seen.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
             of_key = self._key_bias(key) + _pick(by_distance, distance)
             return part.scores(query, key) + of_key * part.scaling
 
-        return core.rows(query, key, value, positions, scores)
+        return engine.rows(query, key, value, positions, scores)
 
-    def _attend_by_products(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
+    def _attend_by_products(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Any:
         """The same without a table by distance: what meets R_{i-j} is turned by i, and then meets sin and cos of j."""
         origin, frequencies = positions.query[:, -1:], self.frequencies(query.device)
 
@@ -204,14 +209,14 @@ class TransformerXL(ContentRelative):
             turned = (at - origin)[:, None, :, None].float() * frequencies
             return turned.sin(), turned.cos()
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
-            with_sin, with_cos = ((wide(query) + wide(self.v)[:, None]) @ self._by_head(core.layer)).chunk(2, -1)
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
+            with_sin, with_cos = ((wide(query) + wide(self.v)[:, None]) @ self._by_head(engine.layer)).chunk(2, -1)
             sin, cos = angles(seen.query)
             turned = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
             of_key = self._key_bias(key) + turned @ torch.cat(angles(seen.key), -1).to(turned.dtype).transpose(2, 3)
             return part.scores(query, key) + of_key * part.scaling
 
-        return core.rows(query, key, value, positions, scores)
+        return engine.rows(query, key, value, positions, scores)
 
     def _key_bias(self, key: Tensor) -> Tensor:
         """u k, `[batch, heads, 1, key]`: the same for every query."""
@@ -219,6 +224,7 @@ class TransformerXL(ContentRelative):
         return (by_group @ wide(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
 
 
+@register_scheme
 class CoPE(ContentRelative):
     """Positions counted from the text (Golovneva et al. 2024, arXiv 2405.18719), not the clipped RoPE of the same name.
 
@@ -246,10 +252,10 @@ class CoPE(ContentRelative):
         self.max_positions = check_table("cope", "max_positions", entries, shape.head_dim)
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, core: Core) -> Any:
-        self.check_causal(core)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+        self.check_causal(engine)
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: Core) -> Tensor:
+        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
             own = part.scores(query, key)
             gates = own.sigmoid().masked_fill(~part.allowed(query, key), 0)
             # From the query backwards: far sums are cut off anyway, near ones keep their digits.
@@ -259,4 +265,4 @@ class CoPE(ContentRelative):
             step = nn.functional.pad(by_place.diff(dim=-1), (0, 1))
             return own + by_place.gather(-1, whole) + (place - whole) * step.gather(-1, whole)
 
-        return core.rows(query, key, value, positions, scores)
+        return engine.rows(query, key, value, positions, scores)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import LARGEST_FACTOR, check_flag, check_length, check_number
+from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
-from ..positions import Positions
-from ..scheme import AttentionShape
-from .zones import Remapped, Zone
+from .registry import register_scheme
+from .remapped_base import Remapped, Zone
 
 
 class Windowed(Remapped):
@@ -60,6 +61,7 @@ class Windowed(Remapped):
         return ((positions + 1).float().clamp(min=1).log() / math.log(self.window)).clamp(min=1)
 
 
+@register_scheme
 class ReRoPE(Windowed):
     """ReRoPE: distances beyond w count as w (Su 2023, https://kexue.fm/archives/9708).
 
@@ -77,6 +79,7 @@ class ReRoPE(Windowed):
         return torch.full_like(positions.query[:1], self.near), None
 
 
+@register_scheme
 class LeakyReRoPE(Windowed):
     """Leaky ReRoPE: beyond w distances grow by 1 / k a token, w + (i - j - w) / k (Su 2023,
     https://kexue.fm/archives/9708).
@@ -110,6 +113,7 @@ class LeakyReRoPE(Windowed):
         return int((self.window - self.near) * self.k + self.near)
 
 
+@register_scheme
 class SelfExtend(Windowed):
     """Self-Extend: beyond W positions are counted in groups of G, floor(i / G) + W - floor(W / G) - floor(j / G)
     (Jin et al. 2024, arXiv 2401.01325, section 3.2).
@@ -204,6 +208,7 @@ class SelfExtend(Windowed):
         return positions.query // self.group + shift, positions.key // self.group
 
 
+@register_scheme
 class DCA(Remapped):
     """Dual Chunk Attention (An et al. 2024, arXiv 2402.17463, section 3).
 
@@ -251,6 +256,7 @@ class DCA(Remapped):
         )
 
 
+@register_scheme
 class STRING(Remapped):
     """STRING: distances from S on are shifted down by S - W, i - j - S + W, onto those that training met often; cos
     and sin are multiplied by a constant (An et al. 2024, arXiv 2410.18745, section 4).
@@ -300,6 +306,7 @@ class STRING(Remapped):
         )
 
 
+@register_scheme
 class LMInfinite(Remapped):
     """LM-Infinite: a token attends to the last `window` tokens and to the first `sinks`, which never seem farther than
     the window; the others are not attended (Han et al. 2023, arXiv 2308.16137, section 3).

@@ -10,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import LARGEST_FACTOR, check_length, check_list, check_number, check_width
+from ..core.checks import LARGEST_FACTOR, check_length, check_list, check_number, check_width
+from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
-from ..rotation import Rotary
-from ..scheme import AttentionShape
-from .over import ClippedRoPE, Resonance
-from .scaling import (
-    NTK,
-    Linear,
-    Llama3,
-    NTKByParts,
-    Scaled,
-    native_parameters,
-)
+from .frequency_wrappers import ClippedRoPE, Resonance
+from .registry import register_scheme
+from .rope import Rotary
+from .scaling import NTK, Linear, Llama3, NTKByParts, Scaled, native_parameters
 from .yarn import DynamicYaRN, YaRN
 
 __all__ = [
@@ -41,6 +35,7 @@ __all__ = [
 ]
 
 
+@register_scheme
 class RoPE(Rotary):
     """Rotary position embedding: pair k turns by p theta^(-2k / r) (Su et al. 2021, arXiv 2104.09864, equation 15)."""
 
@@ -56,6 +51,7 @@ class RoPE(Rotary):
         return native_parameters(self, "default")
 
 
+@register_scheme
 class Proportional(Scaled):
     """p-RoPE: the int(p r / 2) fastest frequencies turn, the others stand still, w' = 0 (Barbero et al. 2024, arXiv
     2410.06205, section 6). Pairs are those of the whole width, unlike a rotation of a part of the head.
@@ -100,6 +96,7 @@ class Proportional(Scaled):
         return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.factor)
 
 
+@register_scheme
 class DynamicNTK(Rotary):
     """Dynamic NTK: beyond the window, theta' = theta (f N / L - (f - 1))^(r / (r - 2)) at N tokens
     (emozilla 2023; in Peng et al. 2023, arXiv 2309.00071, section 3.3).
@@ -153,6 +150,7 @@ class DynamicNTK(Rotary):
         return native_parameters(self, "dynamic", factor=self.factor)
 
 
+@register_scheme
 class LongRoPE(Rotary):
     """LongRoPE: w'_k = w_k / lambda_k with searched lambda, one list for sequences longer than the window and one for
     the others; cos and sin times sqrt(1 + ln s / ln L) (Ding et al. 2024, arXiv 2402.13753, equation 2).

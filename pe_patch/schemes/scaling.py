@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_order, check_width
-from ..rotation import GROWTH, Rotary
-from ..scheme import AttentionShape
+from ..core.checks import check_number, check_order, check_width
+from ..core.scheme import AttentionShape
+from .registry import register_scheme
+from .rope import GROWTH, Rotary
 
 Factor = float | Literal["auto"]
 
@@ -95,6 +96,7 @@ class Scaled(Rotary):
         return None
 
 
+@register_scheme
 class Linear(Scaled):
     """Position Interpolation: every frequency over s, w' = w / s (Chen et al. 2023, arXiv 2306.15595, equation 4)."""
 
@@ -109,6 +111,7 @@ class Linear(Scaled):
         return native_parameters(self, "linear", factor=factor)
 
 
+@register_scheme
 class NTK(Scaled):
     """NTK-aware scaling: theta' = theta s^(r / (r - 2)); the slowest frequency is divided by s, the fastest kept
     (bloc97 2023; in Peng et al. 2023, arXiv 2309.00071, definition 1)."""
@@ -149,6 +152,7 @@ def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -
     return torch.where(between, blended, scaled)
 
 
+@register_scheme
 class NTKByParts(Scaled):
     """NTK-by-parts: slow frequencies are interpolated, fast ones kept, with a ramp linear in the number of turns inside
     the window; no temperature (Peng et al. 2023, arXiv 2309.00071, definition 2).
@@ -181,6 +185,7 @@ class NTKByParts(Scaled):
         return scale_by_rotations(self, factor, self.alpha, self.beta), 1.0
 
 
+@register_scheme
 class Llama3(Scaled):
     """Llama 3.1's scaling: the ramp of NTK-by-parts between `low_freq_factor` and `high_freq_factor` turns
     (Grattafiori et al. 2024, arXiv 2407.21783; the rule is in Meta's reference code).

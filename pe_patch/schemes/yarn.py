@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import LARGEST_FACTOR, check_flag, check_length, check_number, check_order
-from ..dialects import yarn_temperature
+from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number, check_order
+from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
-from ..rotation import Rotary
-from ..scheme import AttentionShape
+from .config_formats import yarn_temperature
+from .registry import register_scheme
+from .rope import Rotary
 from .scaling import Scaled, native_parameters
 
 
+@register_scheme
 class YaRN(Scaled):
     """YaRN: slow frequencies interpolated, fast ones kept, with a ramp over the pair index between D(beta_fast) and
     D(beta_slow), D(n) = r ln(L / 2 pi n) / (2 ln theta), and cos and sin times 0.1 ln s + 1 (Peng et al. 2023, arXiv
@@ -112,6 +114,7 @@ class YaRN(Scaled):
         return native_parameters(self, "yarn", factor=factor, original_max_position_embeddings=self.window, **values)
 
 
+@register_scheme
 class DynamicYaRN(YaRN):
     """YaRN with s = N / L at N tokens, and plain RoPE within the window (Peng et al. 2023, arXiv 2309.00071, sections
     3.3 and 3.4).

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pe_patch.errors import OptionError
-
+from ..errors import OptionError
 from .space import TRIES, Candidate, Factors, Space
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pe_patch.errors import OptionError
-from pe_patch.evaluation.journal import Journal
-from pe_patch.evaluation.results import write_atomically
+from ..errors import OptionError
+from ..evaluation.journal import Journal
+from ..evaluation.results import write_atomically
 
 SETTINGS = "settings.json"
 

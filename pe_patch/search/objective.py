@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import OptionError, PePatchError
-from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.retrieval import make_sample, start_ids, wording_for
-from pe_patch.evaluation.subject import Subject
-from pe_patch.patch import patched
+from ..errors import OptionError, PePatchError
+from ..evaluation.corpus import Corpus
+from ..evaluation.retrieval import make_sample, start_ids, wording_for
+from ..evaluation.subject import Subject
+from ..patching.api import patched
 
 TARGETS = 2048
 """The most tokens at a document's end whose loss counts by default; no logits are made of any others."""
@@ -49,7 +49,7 @@ def load_corpus(tokenizer: Any, text: str | Sequence[str] | Corpus, needed: int)
         return text
     if not isinstance(text, str) or text != "stdlib":
         return Corpus.load(tokenizer, text, needed)
-    from pe_patch.text import load_documents
+    from ..data.text import load_documents
 
     corpus = Corpus.load(tokenizer, load_documents(text, split="train"), needed)
     return replace(corpus, name="stdlib, files for training")

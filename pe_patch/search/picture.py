@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart, data
-from pe_patch.evaluation.charts.parts import series
+from ..evaluation.charts.chart import Chart, data
+from ..evaluation.charts.parts import series
 
 if TYPE_CHECKING:
     from .result import SearchResult

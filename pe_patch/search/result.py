@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from pe_patch.checkpoints.folders import SEARCH, check_output
-from pe_patch.evaluation.results import write_atomically
-
+from ..checkpoints.folders import SEARCH, check_output
+from ..evaluation.results import write_atomically
 from .evolution import Scored
 from .space import KNOWN, Factors
 from .target import Target

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pe_patch.checkpoints.folders import SEARCH, check_output
-from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.subject import Subject, model_fingerprint
-
+from ..checkpoints.folders import SEARCH, check_output
+from ..evaluation.corpus import Corpus
+from ..evaluation.subject import Subject, model_fingerprint
 from .evolution import Schedule, evolve
 from .folder import SearchJournal, settle
 from .objective import Objective, check_samples, make_material
@@ -48,7 +47,7 @@ def search(
         length: tokens that the model is to reach, beyond its trained window.
         method: "longrope" (Ding et al. 2024, arXiv 2402.13753), which judges by the loss of documents, or "longrope2"
             (Shang et al. 2025, arXiv 2502.20082), by that of the answers to questions about hidden facts.
-        text: documents, a source that `pe_patch.text.load_documents` knows, or a Corpus.
+        text: documents, a source that `pe_patch.data.text.load_documents` knows, or a Corpus.
         samples: documents of `length` tokens that a candidate is scored on.
         needles: facts hidden in each of longrope2's documents, all of them asked for.
         targets: last tokens of longrope's documents whose loss counts; by default an eighth of them, at most 2048.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pe_patch.evaluation.journal import Journal, key_of
-
+from ..evaluation.journal import Journal, key_of
 from .objective import Objective
 from .progress import Progress
 from .space import Candidate

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import OptionError, unknown
-from pe_patch.scheme import AttentionShape
-from pe_patch.schemes import SCHEMES
+from ..core.scheme import AttentionShape
+from ..errors import OptionError, unknown
+from ..schemes.registry import SCHEMES
 
 STEP = 100
 """Steps of the grid between two whole numbers: factors vary by 0.01."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pe_patch import resolve
-from pe_patch.errors import AlreadyPatchedError, OptionError, UnsupportedError
-from pe_patch.patch import find_patch
-from pe_patch.scheme import AttentionShape
-from pe_patch.schemes import SCHEMES
+from ..core.scheme import AttentionShape
+from ..errors import AlreadyPatchedError, OptionError, UnsupportedError
+from ..patching import targets
+from ..patching.api import find_patch
+from ..schemes.registry import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def rotary_shape(model: Any) -> AttentionShape:
         raise AlreadyPatchedError(
             f"This model is patched with {patch.scheme.name!r}: unpatch_model(model) first, or load the original."
         )
-    _, base = resolve.find_stack(resolve.unwrap(model), None)
-    adapter = resolve.find_adapter(base, None)
+    _, base = targets.find_stack(targets.unwrap(model), None)
+    adapter = targets.find_adapter(base, None)
     if adapter.native != "rope" or adapter.rotary is None:
         raise UnsupportedError(
             f"{base.config.model_type} has {adapter.native!r} positions and no rotation whose frequencies could be "

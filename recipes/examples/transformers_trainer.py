@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import pe_patch
-from pe_patch.text import load_documents
+from pe_patch.data.text import load_documents
 
 DEMO = Path(pe_patch.__file__).parent / "assets" / "demo"
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 import pe_patch
-from pe_patch.text import load_documents
+from pe_patch.data.text import load_documents
 
 DEMO = Path(pe_patch.__file__).parent / "assets" / "demo"
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         train_dataset=Dataset.from_dict({"text": load_documents(given.text, limit=200)}),
         processing_class=tokenizer,
         # Norms and embeddings trained in full beside the low-rank updates, as LongLoRA does. A scheme with weights of
-        # its own would train them after pe_patch.peft_record.train_scheme(trainer.model).
+        # its own would train them after pe_patch.patching.peft_record.train_scheme(trainer.model).
         peft_config=LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["embed_tokens", "norm"],
             ensure_weight_tying=model.config.tie_word_embeddings, task_type="CAUSAL_LM",

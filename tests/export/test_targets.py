@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pe_patch import PePatchError, UnsupportedError, export, patch_model
-from pe_patch.patch import find_patch
+from pe_patch.patching.api import find_patch
 
 from ..families import VOCABULARY, build
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pe_patch import patch_model
-from recipes.engines import IGNORED, choose_engine
+from pe_patch.training.engines import IGNORED, choose_engine
 
 from ..models import VOCABULARY, build
 

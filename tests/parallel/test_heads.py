@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from pe_patch.attention import BACKENDS, Core
+from pe_patch.attention.interface import BACKENDS, Engine
+from pe_patch.core.head_slices import Heads, part
+from pe_patch.core.positions import Positions
+from pe_patch.core.scheme import AttentionShape, DistanceBias
 from pe_patch.errors import UnsupportedError
-from pe_patch.heads import Heads, part
-from pe_patch.positions import Positions
-from pe_patch.scheme import AttentionShape, DistanceBias
-from pe_patch.schemes import SCHEMES
 from pe_patch.schemes.bias import ALiBi
+from pe_patch.schemes.registry import SCHEMES
 
 HEADS, KEY_HEADS, WIDTH, LENGTH = 8, 4, 16, 24
 SHAPE = AttentionShape(
@@ -58,7 +58,7 @@ def attention(scheme: Any, sides: list[torch.Tensor], backend: str, heads: Heads
     grid = hasattr(scheme, "lay_out")
     prepared = scheme.lay_out(4, 6, at.device) if grid else scheme.prepare(positions)
     extra = {"is_causal": False} if grid else {}
-    core = Core(module, None, WIDTH**-0.5, 0.0, BACKENDS[backend], extra, heads)
+    core = Engine(module, None, WIDTH**-0.5, 0.0, BACKENDS[backend], extra, heads)
     acting = scheme.scorer or scheme
     return acting("attend", *sides, positions._replace(prepared=prepared), core)[0]
 
@@ -129,7 +129,7 @@ def test_a_size_that_heads_do_not_share_equally_is_refused():
 
 
 def test_an_unknown_split_is_refused():
-    from pe_patch.parallel import local_heads
+    from pe_patch.attention.parallel import local_heads
 
     module: Any = nn.Module()
     half = torch.zeros(1, HEADS // 2, 3, WIDTH)
@@ -143,7 +143,7 @@ def test_an_unknown_split_is_refused():
 
 
 def test_heads_that_are_not_shared_equally_are_refused():
-    from pe_patch.parallel import local_heads
+    from pe_patch.attention.parallel import local_heads
 
     sequence: Any = SimpleNamespace(rank=0, size=3)
     part_of = torch.zeros(1, 3, 3, WIDTH)

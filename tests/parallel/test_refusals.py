@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import DistributedType
 
 from pe_patch import patch_model
+from pe_patch.attention.parallel import ulysses_of
 from pe_patch.errors import NoEffectError, UnsupportedError
-from pe_patch.parallel import ulysses_of
-from recipes.engines import choose_engine, deep_speed
-from recipes.engines.context_parallel import refuse_under_context_parallel
-from recipes.engines.deep_speed import DeepSpeed, refuse_under_ulysses
-from recipes.engines.fully_shard import FullyShard
-from recipes.recipe import Data, Distill, Model, Phase, Pose, Recipe, RecipeError
+from pe_patch.training.engines import choose_engine, deep_speed
+from pe_patch.training.engines.context_parallel import refuse_under_context_parallel
+from pe_patch.training.engines.deep_speed import DeepSpeed, refuse_under_ulysses
+from pe_patch.training.engines.fully_shard import FullyShard
+from pe_patch.training.recipe import Data, Distill, Model, Phase, Pose, Recipe, RecipeError
 
 from ..models import build
 from .launch import on_processes

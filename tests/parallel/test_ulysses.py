@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pe_patch.errors import PePatchError
-from recipes.engines import choose_engine
+from pe_patch.training.engines import choose_engine
 
 from .launch import on_processes
 from .steps import batch_of, forget_ulysses, model_under

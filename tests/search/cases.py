@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pe_patch import AttentionShape
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
 from pe_patch.search import Schedule, search
 
 WINDOW, LENGTH = 256, 512

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pe_patch import cli
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
 
 from .cases import LENGTH, TEXT, run
 

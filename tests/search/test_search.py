@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from pe_patch import AlreadyPatchedError, UnsupportedError, describe, patch_model, patched
-from pe_patch.demo import BASE
+from pe_patch.compare.demo import BASE
 from pe_patch.errors import OptionError, PePatchError
 from pe_patch.search import Schedule, search
 from pe_patch.search.objective import make_material

@@ -21,7 +21,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pe_patch import ALIASES, SCHEMES, PePatchError, dialects, patch_model, unpatch_model
+from pe_patch import ALIASES, SCHEMES, PePatchError, patch_model, unpatch_model
+from pe_patch.schemes import config_formats
 
 from ..models import GIVEN, PAIRS, build, tokens
 
@@ -56,13 +57,13 @@ values = st.one_of(
 )  # fmt: skip
 
 WORDS = sorted(
-    {key for keys in dialects.KEYS.values() for key in keys}
-    | {key for keys in dialects.SYNONYMS.values() for key in keys}
-    | set(dialects.UNSUPPORTED_KEYS) | dialects.WHOLE_CONFIG
+    {key for keys in config_formats.KEYS.values() for key in keys}
+    | {key for keys in config_formats.SYNONYMS.values() for key in keys}
+    | set(config_formats.UNSUPPORTED_KEYS) | config_formats.WHOLE_CONFIG
     | {"scheme", "options", "version", "pe_patch", "full_attention", "sliding_attention", "short_mscale", "long_mscale",
        "attn_factor", "extrapolation_factor", "finetuned", "rope_local_base_freq", "over", "window", "group", "slopes"}
 )  # fmt: skip
-TYPES = [*dialects.TYPES, *dialects.UNSUPPORTED_TYPES, "YaRN", "", None, 3, ["yarn"], {}]
+TYPES = [*config_formats.TYPES, *config_formats.UNSUPPORTED_TYPES, "YaRN", "", None, 3, ["yarn"], {}]
 keys = st.one_of(st.sampled_from(WORDS), st.sampled_from(WORDS), st.text(max_size=5), st.integers(0, 3))
 flat = st.dictionaries(keys, values, max_size=5)
 
@@ -187,10 +188,10 @@ def test_rope_dicts(family, config):
 @given(rope_dicts())
 def test_reading_a_dict(config):
     try:
-        found = dialects.read(config)
+        found = config_formats.read(config)
     except PePatchError:
         return
-    assert isinstance(found, dialects.Specification | dict)
+    assert isinstance(found, config_formats.Specification | dict)
 
 
 @FUZZ

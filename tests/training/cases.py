@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipes.recipe import Phase, Source
+from pe_patch.training.recipe import Phase, Source
 
 
 def logged(output: Path, event: str = "step") -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recipes import models
-from recipes.data import Corpus
+from pe_patch.training import models
+from pe_patch.training.data import Corpus
 
 WORDS = "the a for while return import class if not in of and yield with as pass raise from this that".split()
 

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from recipes.chunked import Scorer
-from recipes.recipe import Loss
+from pe_patch.training.chunked import Scorer
+from pe_patch.training.recipe import Loss
 from tests.families import VOCABULARY, build
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes import models
-from recipes.finetune import load_recipe, train
-from recipes.recipe import Recipe
+from pe_patch.training import models
+from pe_patch.training.recipe import Recipe
+from pe_patch.training.run import load_recipe, train
 
 from .cases import logged
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.data import Corpus, PhaseData, first_tokens, micro_batches, mix_notes, mix_table, mixture
-from recipes.recipe import Phase, RecipeError, Source
+from pe_patch.training.data import Corpus, PhaseData, first_tokens, micro_batches, mix_notes, mix_table, mixture
+from pe_patch.training.recipe import Phase, RecipeError, Source
 
 from .cases import phase
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pe_patch
-from recipes import loss, models, trainer
-from recipes.data import PhaseData
-from recipes.finetune import load_recipe, train
-from recipes.recipe import RecipeError
+from pe_patch.training import loss, models, trainer
+from pe_patch.training.data import PhaseData
+from pe_patch.training.recipe import RecipeError
+from pe_patch.training.run import load_recipe, train
 
 from .cases import logged
 

@@ -12,9 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pe_patch
-from recipes import plan
-from recipes.finetune import load_recipe, main, train
-from recipes.recipe import Phase, Pose, Recipe, RecipeError, Source
+from pe_patch.training import plan
+from pe_patch.training.recipe import Phase, Pose, Recipe, RecipeError, Source
+from pe_patch.training.run import load_recipe, main, train
 
 from .cases import logged, phase
 

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 import pe_patch
 from pe_patch import cli
 from pe_patch import evaluation as measuring
-from recipes import saving
-from recipes.finetune import load_recipe, main, train
-from recipes.guard import LEFT, Unfinished
-from recipes.measure import Measure
-from recipes.recipe import RecipeError
-from recipes.trainer import Trainer
+from pe_patch.training import saving
+from pe_patch.training.guard import LEFT, Unfinished
+from pe_patch.training.measure import Measure
+from pe_patch.training.recipe import RecipeError
+from pe_patch.training.run import load_recipe, main, train
+from pe_patch.training.trainer import Trainer
 
 from .cases import logged
 
@@ -81,7 +81,7 @@ def test_an_empty_test_split_is_found_before_the_first_step(
         for name in (f"a{number}.txt", f"b{number}.txt"):
             (folder / name).write_text("the a for while return import class if not in of and yield " * 40)
         try:
-            pe_patch.text.load_documents(str(folder), split="test")  # type: ignore[attr-defined]
+            pe_patch.data.text.load_documents(str(folder), split="test")  # type: ignore[attr-defined]
         except pe_patch.PePatchError:
             break
         shutil.rmtree(folder)
@@ -235,7 +235,7 @@ def trainer_tokenizer(tmp_path: Path) -> Any:
 
 
 def held_out(recipe_file: Path) -> list[str]:
-    from pe_patch.text import load_documents
+    from pe_patch.data.text import load_documents
 
     return load_documents(load_recipe(recipe_file).data.source, split="test")
 

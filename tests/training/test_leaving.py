@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from recipes.checkpoints import Progress
-from recipes.finetune import load_recipe, main, train
-from recipes.guard import LEFT, TrainingError, fault
-from recipes.recipe import Guard
+from pe_patch.training.checkpoints import Progress
+from pe_patch.training.guard import LEFT, TrainingError, fault
+from pe_patch.training.recipe import Guard
+from pe_patch.training.run import load_recipe, main, train
 
 from .cases import logged
 

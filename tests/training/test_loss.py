@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from recipes import memory
-from recipes.chunked import Scorer
-from recipes.loss import next_token_score
-from recipes.recipe import Distill, Loss, RecipeError
+from pe_patch.training import memory
+from pe_patch.training.chunked import Scorer
+from pe_patch.training.loss import next_token_score
+from pe_patch.training.recipe import Distill, Loss, RecipeError
 
 from ..families import VOCABULARY, build
 

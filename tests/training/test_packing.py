@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import pe_patch
-from recipes import trainer
-from recipes.data import Corpus, PhaseData, pack
+from pe_patch.training import trainer
+from pe_patch.training.data import Corpus, PhaseData, pack
 
 from .cases import phase
 

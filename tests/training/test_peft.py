@@ -23,7 +23,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pe_patch import PePatchError, load_patched, patch_model, unpatch_model
 from pe_patch.errors import CheckpointError, MismatchError, OptionError
-from pe_patch.peft_record import train_scheme
+from pe_patch.patching.peft_record import train_scheme
 
 from ..models import VOCABULARY, build, tokens
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from recipes import trainer
-from recipes.data import Corpus, PhaseData, mix_table
-from recipes.data.pose import draw_chunks
-from recipes.recipe import Pose, RecipeError, Source
+from pe_patch.training import trainer
+from pe_patch.training.data import Corpus, PhaseData, mix_table
+from pe_patch.training.data.pose import draw_chunks
+from pe_patch.training.recipe import Pose, RecipeError, Source
 
 from .cases import phase
 

@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pe_patch import load_patched, patch_model
-from pe_patch.peft_record import train_scheme
-from recipes import optimizers, quantise
-from recipes.models import parameter_groups
-from recipes.optimizers import build_optimizer
-from recipes.quantise import merge_saved, prepare_quantised, quantisation_config
-from recipes.recipe import Lora, Model, Optimizer, Recipe, RecipeError
+from pe_patch.patching.peft_record import train_scheme
+from pe_patch.training import optimizers, quantise
+from pe_patch.training.models import parameter_groups
+from pe_patch.training.optimizers import build_optimizer
+from pe_patch.training.quantise import merge_saved, prepare_quantised, quantisation_config
+from pe_patch.training.recipe import Lora, Model, Optimizer, Recipe, RecipeError
 
 from ..models import build, tokens
 from .cases import phase

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pe_patch.errors import PePatchError
-from recipes.finetune import load_recipe, main, train
-from recipes.recipe import Phase, Recipe, RecipeError
+from pe_patch.training.recipe import Phase, Recipe, RecipeError
+from pe_patch.training.run import load_recipe, main, train
 
 
 def test_the_tree_is_filled_and_overridden(recipe_file: Path) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch import text as text_module
-from pe_patch.text import TextSourceError, fingerprint, iter_documents, load_documents
-from recipes.data import Corpus, PhaseData, load_corpora, open_store, store
-from recipes.data.corpus import BATCH, tokenised
-from recipes.recipe import Data, RecipeError, Source
+from pe_patch.data import text as text_module
+from pe_patch.data.text import TextSourceError, fingerprint, iter_documents, load_documents
+from pe_patch.training.data import Corpus, PhaseData, load_corpora, open_store, store
+from pe_patch.training.data.corpus import BATCH, tokenised
+from pe_patch.training.recipe import Data, RecipeError, Source
 
 from .cases import phase
 
@@ -180,7 +180,7 @@ class Breaking:
 def test_what_breaks_leaves_nothing_and_what_was_killed_is_cleared(
     tmp_path: Path, cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    monkeypatch.setattr("recipes.data.corpus.BATCH", (64, 1 << 20))
+    monkeypatch.setattr("pe_patch.training.data.corpus.BATCH", (64, 1 << 20))
     source = str(write(tmp_path / "folder"))
     kinds = (Interrupted, KeyboardInterrupt, RecipeError)
     with pytest.raises(kinds) as caught:

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pe_patch import PePatchError, load_patched, patch_model, unpatch_model
+from pe_patch.data.packaged import DEMO_MODEL
 from pe_patch.errors import OptionError
-from pe_patch.warm_start import warm_start
-from recipes.models import DEMO
+from pe_patch.training.warm_start import warm_start
 
 LENGTH, QUERIES = 24, 64  # more queries than there are tokens: all of them are compared
 
@@ -173,7 +173,7 @@ def test_it_is_saved_with_the_model(ids, tmp_path):
 @pytest.mark.parametrize("scheme", ["alibi", "t5", "kerple"])
 def test_the_loss_chooses(scheme):
     """On text as the demo model itself writes it: never more than the plain patch, and what the model then has."""
-    model: Any = AutoModelForCausalLM.from_pretrained(DEMO).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
     start = torch.randint(300, 900, (4, 4), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         rows = model.generate(start, max_new_tokens=60, do_sample=False, pad_token_id=0)

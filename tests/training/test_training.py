@@ -11,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pe_patch
+from pe_patch.data.packaged import DEMO_MODEL
 from pe_patch.errors import PePatchError
-from recipes import models, trainer
-from recipes.data import PhaseData
-from recipes.finetune import load_recipe, main, train
-from recipes.loss import count_targets, next_token_score
-from recipes.recipe import RecipeError
-from recipes.trainer import TrainingError, learning_rates
+from pe_patch.training import trainer
+from pe_patch.training.data import PhaseData
+from pe_patch.training.loss import count_targets, next_token_score
+from pe_patch.training.recipe import RecipeError
+from pe_patch.training.run import load_recipe, main, train
+from pe_patch.training.trainer import TrainingError, learning_rates
 
 from .cases import logged, phase
 
@@ -208,14 +209,14 @@ def test_bfloat16(recipe_file: Path, tmp_path: Path) -> None:
 
 
 def test_the_demo_model_loads_and_is_what_its_recipe_says() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(models.DEMO)
-    network = AutoModelForCausalLM.from_pretrained(models.DEMO)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    network = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     assert len(tokenizer) == network.config.vocab_size == 1152
     assert tokenizer("<k0><k63><v0><v63>")["input_ids"] == [1024, 1087, 1088, 1151]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     source = "def f(x):\n\treturn x + 1234  # é\n"
     assert tokenizer.decode(tokenizer(source)["input_ids"]) == source
-    assert sum(path.stat().st_size for path in models.DEMO.iterdir()) <= 2.5e6
+    assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) <= 2.5e6
     assert network.config.max_position_embeddings == 256
 
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pe_patch.doctor.subject import quiet
-
+from ..subject import quiet
 from .checks import check_built, check_case
 from .models import built_in_cases, given_case
 from .result import Check, SelfTest, installed_versions

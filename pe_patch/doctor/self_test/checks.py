@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_patch.adapters import ADAPTERS
-from pe_patch.adapters.adapter import native_parameters
-from pe_patch.errors import NoEffectError, PePatchError, UnsupportedError
-from pe_patch.patch import find_patch, patch_model, unpatch_model
-from pe_patch.storage import load_patched
-
+from ...adapters import ADAPTERS
+from ...adapters.adapter import native_parameters
+from ...checkpoints.load import load_patched
+from ...errors import NoEffectError, PePatchError, UnsupportedError
+from ...patching.api import find_patch, patch_model, unpatch_model
 from .models import PROMPT, TOKENS, Case
 from .reading import Difference, cached_logits, difference, greedy, largest, last_logits, logits
 from .result import Check

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoXConfig
 
-import pe_patch
-from pe_patch.adapters import ADAPTERS
-from pe_patch.configuration import FOREIGN
-from pe_patch.errors import CheckpointError, OptionError, UnsupportedError, nearest
-from pe_patch.patch import find_patch, unpatch_model
-from pe_patch.storage import load_patched, read_config
+from ...adapters import ADAPTERS
+from ...checkpoints.load import load_patched, read_config
+from ...data.packaged import DEMO_MODEL
+from ...errors import CheckpointError, OptionError, UnsupportedError, nearest
+from ...patching.api import find_patch, unpatch_model
+from ...patching.config import FOREIGN
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 74
@@ -81,7 +81,7 @@ def given_case(model: str | Path | None, dtype: str, device: str | None) -> list
 
 
 def _demo() -> Case:
-    folder = Path(pe_patch.__file__).parent / "assets" / "demo"
+    folder = DEMO_MODEL
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"There is no demo model in {folder}: reinstall pe_patch.")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import compat
-from ...resolve import unwrap
+from ...patching.targets import unwrap
 
 
 class Difference(NamedTuple):

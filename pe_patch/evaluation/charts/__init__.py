@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pe_patch.evaluation.charts.cache import CacheLine, cache_chart
-from pe_patch.evaluation.charts.chart import Chart
-from pe_patch.evaluation.charts.depth import depth_charts
-from pe_patch.evaluation.charts.dots import dots
-from pe_patch.evaluation.charts.loss import loss_chart
-from pe_patch.evaluation.charts.positions import position_chart
-from pe_patch.evaluation.charts.retrieval import retrieval_chart
-from pe_patch.evaluation.charts.tasks import task_chart
-from pe_patch.evaluation.charts.theme import DARK, LIGHT, Colours, theme
-from pe_patch.evaluation.charts.wavelengths import wavelength_chart
-from pe_patch.evaluation.results import Results
+from ..results import Results
+from .cache import CacheLine, cache_chart
+from .chart import Chart
+from .depth import depth_charts
+from .dots import dots
+from .loss import loss_chart
+from .positions import position_chart
+from .retrieval import retrieval_chart
+from .tasks import task_chart
+from .theme import DARK, LIGHT, Colours, theme
+from .wavelengths import wavelength_chart
 
 __all__ = ["DARK", "LIGHT", "CacheLine", "Chart", "Colours", "cache_chart", "charts_of", "dots", "theme"]
 

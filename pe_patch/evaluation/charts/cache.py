@@ -8,8 +8,8 @@ from typing import Any
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart, data
-from pe_patch.evaluation.charts.theme import LIGHT, SHAPES, Colours
+from .chart import Chart, data
+from .theme import LIGHT, SHAPES, Colours
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from pe_patch.errors import escape
-from pe_patch.evaluation.charts.theme import LIGHT, Colours, theme
+from ...errors import escape
+from .theme import LIGHT, Colours, theme
 
 Panel = alt.Chart | alt.LayerChart
 

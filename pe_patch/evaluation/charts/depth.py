@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart, file_name
-from pe_patch.evaluation.charts.parts import (
-    MEASURED,
-    Record,
-    about,
-    counted,
-    heat_map,
-    record,
-    short_length,
-    side_by_side,
-    tooltips,
-)
-from pe_patch.evaluation.results import Results
+from ..results import Results
+from .chart import Chart, file_name
+from .parts import MEASURED, Record, about, counted, heat_map, record, short_length, side_by_side, tooltips
 
 HOW_TO_READ = (
     "Share answered exactly: dark blue is none, yellow is all. From left to right the text grows; from top to bottom "

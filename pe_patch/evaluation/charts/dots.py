@@ -7,9 +7,9 @@ from typing import Any
 
 import altair as alt
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.charts.chart import Chart, data
-from pe_patch.evaluation.charts.parts import side_by_side, tooltips
+from ...errors import PePatchError
+from .chart import Chart, data
+from .parts import side_by_side, tooltips
 
 SHOWN = {"label": "", "column": "measured", "number": "value", "interval": "95 % interval"}
 MORE = ("samples", "tokens", "control", "without_context", "measured_on")

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart
-from pe_patch.evaluation.charts.dots import dots
-from pe_patch.evaluation.charts.parts import (
-    MEASURED,
-    about,
-    counted,
-    length_axis,
-    lines,
-    records,
-    side_by_side,
-    tooltips,
-    window_mark,
-)
-from pe_patch.evaluation.results import Results
-from pe_patch.evaluation.tables import is_loss
+from ..results import Results
+from ..tables import is_loss
+from .chart import Chart
+from .dots import dots
+from .parts import MEASURED, about, counted, length_axis, lines, records, side_by_side, tooltips, window_mark
 
 BY_POSITION = "by position"
 HOW_TO_READ = (

@@ -7,10 +7,10 @@ from typing import Any
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Panel, data
-from pe_patch.evaluation.charts.theme import DARK_INK, LIGHT_INK
-from pe_patch.evaluation.results import Results, Row
-from pe_patch.evaluation.tables import unit
+from ..results import Results, Row
+from ..tables import unit
+from .chart import Panel, data
+from .theme import DARK_INK, LIGHT_INK
 
 Record = dict[str, Any]
 

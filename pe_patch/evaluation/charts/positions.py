@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart
-from pe_patch.evaluation.charts.loss import BY_POSITION
-from pe_patch.evaluation.charts.parts import Record, about, length_axis, lines, tooltips, window_mark
-from pe_patch.evaluation.results import Results, Row
+from ..results import Results, Row
+from .chart import Chart
+from .loss import BY_POSITION
+from .parts import Record, about, length_axis, lines, tooltips, window_mark
 
 HOW_TO_READ = (
     "Lower is better. Each point pools the positions of a bucket, and stands at its last; buckets double. A line that "

@@ -6,22 +6,11 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart
-from pe_patch.evaluation.charts.dots import dots
-from pe_patch.evaluation.charts.parts import (
-    MEASURED,
-    Record,
-    about,
-    counted,
-    length_axis,
-    lines,
-    records,
-    side_by_side,
-    tooltips,
-    window_mark,
-)
-from pe_patch.evaluation.results import Results
-from pe_patch.evaluation.tables import is_loss
+from ..results import Results
+from ..tables import is_loss
+from .chart import Chart
+from .dots import dots
+from .parts import MEASURED, Record, about, counted, length_axis, lines, records, side_by_side, tooltips, window_mark
 
 HOW_TO_READ = (
     "Higher is better. A scheme reads its context where its line stays up beyond the trained window and its interval "

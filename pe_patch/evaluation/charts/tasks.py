@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import altair as alt
 
-from pe_patch.evaluation.charts.chart import Chart
-from pe_patch.evaluation.charts.parts import (
-    MEASURED,
-    about,
-    counted,
-    heat_map,
-    records,
-    short_length,
-    side_by_side,
-    tooltips,
-)
-from pe_patch.evaluation.results import Results
-from pe_patch.evaluation.tables import is_loss
+from ..results import Results
+from ..tables import is_loss
+from .chart import Chart
+from .parts import MEASURED, about, counted, heat_map, records, short_length, side_by_side, tooltips
 
 FEWEST = 4
 HOW_TO_READ = "Each task's own score from 0 (dark blue) to 1 (yellow), depths pooled; texts grow from left to right."

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import altair as alt
 import numpy as np
 
-from pe_patch.evaluation.charts.chart import Chart, data
-from pe_patch.evaluation.charts.parts import faded, picked, series, tooltips
-from pe_patch.evaluation.results import Results
+from ..results import Results
+from .chart import Chart, data
+from .parts import faded, picked, series, tooltips
 
 HOW_TO_READ = (
     "A pair whose wavelength lies above the trained window never made a full turn in training: past that window it "

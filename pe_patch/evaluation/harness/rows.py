@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pe_patch.evaluation.metrics import NORMAL_QUANTILE, binomial_interval
-from pe_patch.evaluation.results import Row
-
+from ..metrics import NORMAL_QUANTILE, binomial_interval
+from ..results import Row
 from .uncut import UncutLM
 
 PLACEHOLDER = -1

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pe_patch.errors import OptionError, PePatchError
-from pe_patch.evaluation.journal import Journal, key_of
-from pe_patch.evaluation.memory import PeakMemory
-from pe_patch.evaluation.results import Results, Row, check_results_folder
-from pe_patch.evaluation.subject import model_fingerprint, scheme_label, tokenizer_hash, windows
+from ...errors import OptionError, PePatchError
+from ..journal import Journal, key_of
+from ..memory import PeakMemory
+from ..results import Results, Row, check_results_folder
+from ..subject import model_fingerprint, scheme_label, tokenizer_hash, windows
 
 TaskSpec = str | Mapping[str, Any]
 
@@ -111,8 +111,8 @@ def retention(model: Any, tokenizer: Any, *, text: str | Sequence[str] = "stdlib
 
     `options` are those of `harness`. The data sets of ARC and HellaSwag are on the hub.
     """
-    from pe_patch.evaluation.perplexity import Perplexity
-    from pe_patch.evaluation.run import evaluate
+    from ..perplexity import Perplexity
+    from ..run import evaluate
 
     benchmarks = harness(model, tokenizer, RETENTION, **options)
     loss = evaluate(

@@ -14,7 +14,7 @@ import lm_eval.tasks
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from pe_patch.errors import PePatchError, UnknownNameError, nearest
+from ...errors import PePatchError, UnknownNameError, nearest
 
 
 @cache

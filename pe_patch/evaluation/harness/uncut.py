@@ -9,7 +9,7 @@ import torch
 from lm_eval.models import huggingface
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from pe_patch.errors import PePatchError
+from ...errors import PePatchError
 
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
 

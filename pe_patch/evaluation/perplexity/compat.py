@@ -15,19 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench, Work
-from pe_patch.evaluation.results import Row
-from pe_patch.evaluation.subject import Subject
-
-from .averages import (
-    LONGLORA_E,
-    longlora_spans,
-    mean_of_perplexities,
-    mean_of_tokens,
-    mean_of_window_means,
-    yarn_spans,
-)
+from ...errors import PePatchError
+from ..bench import Bench, Work
+from ..results import Row
+from ..subject import Subject
+from .averages import LONGLORA_E, longlora_spans, mean_of_perplexities, mean_of_tokens, mean_of_window_means, yarn_spans
 from .measure import Measure, longest
 from .position import WINDOWS
 from .sliding import STRETCH_TOKENS, Span, bos_of, sliding_spans, sliding_tokens, span_losses, stretches, stride_of

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.results import Row
-
+from ..bench import Bench
+from ..results import Row
 from .measure import TARGETS, Measure, control, longest, row, summary, within
 
 if TYPE_CHECKING:

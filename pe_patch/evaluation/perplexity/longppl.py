@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pe_patch.errors import OptionError, PePatchError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.results import Row
-from pe_patch.evaluation.subject import Subject, model_fingerprint, tokenizer_hash, windows
-
+from ...errors import OptionError, PePatchError
+from ..bench import Bench
+from ..results import Row
+from ..subject import Subject, model_fingerprint, tokenizer_hash, windows
 from .measure import Measure, control, longest, within
 from .position import WINDOWS
 from .sliding import Span, sliding_losses, span_losses
@@ -52,7 +51,7 @@ class Judge:
         if isinstance(given, Judge):
             return given
         if isinstance(given, str):
-            from pe_patch.loading import load
+            from ...checkpoints.loading import load
 
             return cls(*load(given))
         if isinstance(given, tuple) and len(given) == 2:

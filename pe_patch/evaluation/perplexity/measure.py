@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench, Work
-from pe_patch.evaluation.results import Row
+from ...errors import PePatchError
+from ..bench import Bench, Work
+from ..results import Row
 
 if TYPE_CHECKING:
     from .task import Perplexity

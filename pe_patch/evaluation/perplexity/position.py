@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.results import Row
-
+from ..bench import Bench
+from ..results import Row
 from .measure import TARGETS, Measure, longest, row, summary
 
 if TYPE_CHECKING:

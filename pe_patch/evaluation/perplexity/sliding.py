@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.results import Row
-from pe_patch.evaluation.subject import Subject
-
+from ...errors import PePatchError
+from ..bench import Bench
+from ..results import Row
+from ..subject import Subject
 from .measure import STRIDE, Measure, control, longest, row, summary, within
 
 if TYPE_CHECKING:

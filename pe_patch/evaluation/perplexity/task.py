@@ -7,9 +7,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
-from pe_patch.errors import OptionError, unknown
-from pe_patch.evaluation.bench import Bench, Outcome, Piece
-
+from ...errors import OptionError, unknown
+from ..bench import Bench, Outcome, Piece
 from .compat import COMPAT
 from .fixed import FIXED
 from .longppl import LONGPPL, Judge

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol
 
-from pe_patch.errors import OptionError, nearest, unknown
-from pe_patch.evaluation.bench import Bench, Piece
-from pe_patch.evaluation.perplexity import Perplexity
-
+from ...errors import OptionError, nearest, unknown
+from ..bench import Bench, Piece
+from ..perplexity import Perplexity
 from . import infinitebench, longbench
 from .code import CODE
 from .haystack import HEAT_MAP

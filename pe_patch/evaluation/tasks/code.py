@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question, QuestionTask
-
+from ...errors import PePatchError
+from ..bench import Bench
+from ..questions import Question, QuestionTask
 from .code_blocks import Block, Code, read_code
 from .filling import text_size
 

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.errors import OptionError, PePatchError, nearest
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.questions import Question, QuestionTask
-
+from ...errors import OptionError, PePatchError, nearest
+from ..bench import Bench
+from ..prompts import Frame
+from ..questions import Question, QuestionTask
 from .rows import Home, Row, fingerprint, load_rows
 
 LEAST_CONTROL = 128

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.bench import Bench
+from ...errors import PePatchError
+from ..bench import Bench
 
 REACH = 64
 """Units tried to find out how many tokens one takes."""

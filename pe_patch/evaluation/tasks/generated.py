@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question, QuestionTask
-
+from ..bench import Bench
+from ..questions import Question, QuestionTask
 from .filling import most, text_size
 
 

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.errors import OptionError, PePatchError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question, QuestionTask
-from pe_patch.evaluation.retrieval import Wording, encode, encode_pair, place, splice, take_piece
-
+from ...errors import OptionError, PePatchError
+from ..bench import Bench
+from ..questions import Question, QuestionTask
+from ..retrieval import Wording, encode, encode_pair, place, splice, take_piece
 from .needle import resolve_wording
 
 SEPARATOR = ", "

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.errors import PePatchError, unknown
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question, QuestionTask
-from pe_patch.evaluation.retrieval import WORDINGS, RetrievalSample, Wording, make_sample, wording_for
+from ...errors import PePatchError, unknown
+from ..bench import Bench
+from ..questions import Question, QuestionTask
+from ..retrieval import WORDINGS, RetrievalSample, Wording, make_sample, wording_for
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from pe_patch.errors import PePatchError
+from ...errors import PePatchError
 
 Render = Callable[[Mapping[str, Any]], str]
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pe_patch.errors import PePatchError
+from ...errors import PePatchError
 
 Row = dict[str, Any]
 

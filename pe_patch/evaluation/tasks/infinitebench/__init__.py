@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pe_patch.evaluation.questions import QuestionTask
-
+from ...questions import QuestionTask
 from .generated import GENERATED, CallChain, ListFind, NoiseDigits, NoisePasskey
 from .published import PUBLISHED, InfiniteBenchTask
 

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from pe_patch.errors import OptionError, unknown
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question
-from pe_patch.evaluation.tasks.generated import Drawn, Generated
-
+from ....errors import OptionError, unknown
+from ...bench import Bench
+from ...questions import Question
+from ..generated import Drawn, Generated
 from . import scoring
 
 NOISE = "Rain falls on the hill. A dog sleeps at the gate. The mill turns. Nobody comes, and nobody leaves.\n"

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pe_patch.errors import PePatchError, unknown
-from pe_patch.evaluation.tasks.data_set import DataSetTask
-from pe_patch.evaluation.tasks.official import official_prompt
-from pe_patch.evaluation.tasks.rows import Home, Row
-
+from ....errors import PePatchError, unknown
+from ..data_set import DataSetTask
+from ..official import official_prompt
+from ..rows import Home, Row
 from .table import DATA_SETS, DataSet
 
 WORDINGS = ("official", "own")

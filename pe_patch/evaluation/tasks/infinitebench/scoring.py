@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pe_patch.evaluation.tasks.longbench.scoring import answer_f1, needed, normalised_chinese, overlap
+from ..longbench.scoring import answer_f1, needed, normalised_chinese, overlap
 
 CHOICE_LEADS = ("answer is:", "answer:", "answer is", "option is")
 ERROR_LEADS = ("answer is:", "is:", "answer:", "correct option is:")

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pe_patch.errors import PePatchError
-
+from ....errors import PePatchError
 from . import scoring
 
 Row = Mapping[str, Any]

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pe_patch.errors import OptionError, PePatchError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.questions import Question, QuestionTask
-from pe_patch.evaluation.tasks.code import GAP, SPARE, fill, least_loss
-from pe_patch.evaluation.tasks.code_blocks import Block, read_code, read_paragraphs
-from pe_patch.evaluation.tasks.filling import text_size
-from pe_patch.evaluation.tasks.generated import Drawn, Generated
-
+from ....errors import OptionError, PePatchError
+from ...bench import Bench
+from ...questions import Question, QuestionTask
+from ..code import GAP, SPARE, fill, least_loss
+from ..code_blocks import Block, read_code, read_paragraphs
+from ..filling import text_size
+from ..generated import Drawn, Generated
 from . import scoring
 
 PAPER = "Bai et al. 2023, arXiv 2308.14508 (the idea; wording and generator are ours)"

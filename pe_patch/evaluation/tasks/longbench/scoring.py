@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from pe_patch.errors import PePatchError
+from ....errors import PePatchError
 
 _FULL_WIDTH = (
     # The marks that the authors strip, as ranges of code points; two of their full-width set are left out by them.

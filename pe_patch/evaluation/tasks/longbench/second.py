@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pe_patch.errors import OptionError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.tasks.data_set import DataSetTask
-from pe_patch.evaluation.tasks.rows import Home, Row
+from ....errors import OptionError
+from ...bench import Bench
+from ..data_set import DataSetTask
+from ..rows import Home, Row
 
 PROMPT = (
     "Read the text between the two lines of dashes. It is followed by a question with four choices.\n\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pe_patch.evaluation.tasks.ruler.kinds import (
+from .kinds import (
     CommonWordsTask,
     EssayNiahTask,
     FrequentWordsTask,
@@ -20,8 +20,8 @@ from pe_patch.evaluation.tasks.ruler.kinds import (
     SquadTask,
     TrackingTask,
 )
-from pe_patch.evaluation.tasks.ruler.niah import SHAPES
-from pe_patch.evaluation.tasks.ruler.task import RULER_ITSELF, RulerTask
+from .niah import SHAPES
+from .task import RULER_ITSELF, RulerTask
 
 __all__ = ["RULER", "RULER_GROUPS", "RULER_ITSELF", "THIRTEEN"]
 

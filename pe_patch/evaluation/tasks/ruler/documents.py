@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.tasks.ruler.generator import Generator, Prompt, Sample, Tokens
-from pe_patch.evaluation.tasks.ruler.material import digest, parse, read
-from pe_patch.evaluation.tasks.ruler.wording import Wording
+from ....errors import PePatchError
+from .generator import Generator, Prompt, Sample, Tokens
+from .material import digest, parse, read
+from .wording import Wording
 
 Source = Literal["squad", "hotpotqa"]
 

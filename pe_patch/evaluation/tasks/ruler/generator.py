@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
+from ....errors import PePatchError
 
 VERSION = 1
 """Raised with every change that gives other samples for the same seed."""

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import ClassVar
 
-from pe_patch.errors import OptionError
-from pe_patch.evaluation.bench import Bench
-from pe_patch.evaluation.tasks.ruler.documents import Answering, Documents, Source, load
-from pe_patch.evaluation.tasks.ruler.generator import Generator, Tokens
-from pe_patch.evaluation.tasks.ruler.material import Essay, digest, essay_from, essay_of, read_words, single
-from pe_patch.evaluation.tasks.ruler.niah import Niah, Shape, TokenNiah
-from pe_patch.evaluation.tasks.ruler.scoring import string_match_part
-from pe_patch.evaluation.tasks.ruler.source_questions import BY_HOPS
-from pe_patch.evaluation.tasks.ruler.task import Made, RulerTask
-from pe_patch.evaluation.tasks.ruler.tracking import Tracking
-from pe_patch.evaluation.tasks.ruler.wording import TOKENS, Wording
-from pe_patch.evaluation.tasks.ruler.words import CommonWords, FrequentWords
+from ....errors import OptionError
+from ...bench import Bench
+from .documents import Answering, Documents, Source, load
+from .generator import Generator, Tokens
+from .material import Essay, digest, essay_from, essay_of, read_words, single
+from .niah import Niah, Shape, TokenNiah
+from .scoring import string_match_part
+from .source_questions import BY_HOPS
+from .task import Made, RulerTask
+from .tracking import Tracking
+from .wording import TOKENS, Wording
+from .words import CommonWords, FrequentWords
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
+from ....errors import PePatchError
 
 DEPTHS = tuple(int(depth) for depth in np.round(np.linspace(0, 100, 40)))
 """The depths, in percent, where RULER cuts running text for a needle."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pe_patch.evaluation.retrieval import TOKEN_KEYS
-from pe_patch.evaluation.tasks.ruler.generator import Generator, Prompt, Sample, Tokens
-from pe_patch.evaluation.tasks.ruler.material import DEPTHS, KINDS, Essay
-from pe_patch.evaluation.tasks.ruler.wording import Wording
+from ...retrieval import TOKEN_KEYS
+from .generator import Generator, Prompt, Sample, Tokens
+from .material import DEPTHS, KINDS, Essay
+from .wording import Wording
 
 SHORT = 4096
 """Below this length RULER's scripts take smaller steps."""

@@ -11,9 +11,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.tasks.official import lm_eval_tasks
-from pe_patch.evaluation.tasks.ruler.wording import OFFICIAL, Asking, Wording
+from ....errors import PePatchError
+from ..official import lm_eval_tasks
+from .wording import OFFICIAL, Asking, Wording
 
 _CORRECTED = {"assgined": "assigned"}
 """A slip that NVIDIA has corrected in RULER and lm-eval has not."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from pe_patch.evaluation.tasks.ruler.documents import Documents, Item
-from pe_patch.evaluation.tasks.ruler.material import digest
-from pe_patch.text import stdlib_files
+from ....data.text import stdlib_files
+from .documents import Documents, Item
+from .material import digest
 
 CHARACTERS = 600
 """The most a document has, to the end of a line."""

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pe_patch.errors import PePatchError, unknown
-from pe_patch.evaluation.bench import Bench, Piece
-from pe_patch.evaluation.corpus import whole_ids
-from pe_patch.evaluation.questions import Question, QuestionTask
-from pe_patch.evaluation.tasks.ruler.generator import VERSION, Generator, Sample, Tokens
-from pe_patch.evaluation.tasks.ruler.niah import WITH_TOKENS
-from pe_patch.evaluation.tasks.ruler.official import official
-from pe_patch.evaluation.tasks.ruler.scoring import postprocess, string_match_all
-from pe_patch.evaluation.tasks.ruler.wording import ENGLISH, NAMES, OFFICIAL, Wording, choose
+from ....errors import PePatchError, unknown
+from ...bench import Bench, Piece
+from ...corpus import whole_ids
+from ...questions import Question, QuestionTask
+from .generator import VERSION, Generator, Sample, Tokens
+from .niah import WITH_TOKENS
+from .official import official
+from .scoring import postprocess, string_match_all
+from .wording import ENGLISH, NAMES, OFFICIAL, Wording, choose
 
 RULER_ITSELF, RULER_LIKE = "RULER", "after RULER"
 """What a row's stamps call its benchmark: where nothing was substituted, and where something was."""

@@ -6,10 +6,10 @@ import string
 from itertools import pairwise
 from typing import Any
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.tasks.ruler.generator import Draws, Generator, Prompt, Sample, Tokens
-from pe_patch.evaluation.tasks.ruler.niah import SHORT
-from pe_patch.evaluation.tasks.ruler.wording import Wording
+from ....errors import PePatchError
+from .generator import Draws, Generator, Prompt, Sample, Tokens
+from .niah import SHORT
+from .wording import Wording
 
 HOPS = 4
 NAME_LETTERS = 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pe_patch.errors import OptionError
-from pe_patch.evaluation.retrieval import wording_for
+from ....errors import OptionError
+from ...retrieval import wording_for
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pe_patch.errors import PePatchError
-from pe_patch.evaluation.tasks.ruler.generator import Generator, Prompt, Sample, Tokens
-from pe_patch.evaluation.tasks.ruler.material import invented, single
-from pe_patch.evaluation.tasks.ruler.niah import SHORT
-from pe_patch.evaluation.tasks.ruler.wording import Wording
+from ....errors import PePatchError
+from .generator import Generator, Prompt, Sample, Tokens
+from .material import invented, single
+from .niah import SHORT
+from .wording import Wording
 
 COMMON = 10
 CODE_LETTERS = 6

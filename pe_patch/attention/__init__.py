@@ -1,0 +1,1 @@
+"""What runs in each layer: attention functions, backends and kernels."""

@@ -1,0 +1,105 @@
+"""The attention function that every patched layer ends in, registered beside Transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..core.positions import Positions
+from ..errors import NoEffectError
+from .backends import BACKENDS, BY_IMPLEMENTATION, NO_PAGING, Backend, Output, backend_for, check_backend
+from .engine import Engine
+from .parallel import check_masks, local_heads, local_sinks, mask_of_layer, sequence_of
+
+__all__ = ["BACKENDS", "BY_IMPLEMENTATION", "NO_PAGING", "Backend", "Engine", "attend", "backend_for", "check_backend"]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    backend: Backend,
+    scaling: float | None,
+    dropout: float = 0.0,
+    positions: Positions | None,
+    cached: bool | None = None,
+    **extra: Any,
+) -> Output:
+    """Attention of one layer under the scheme that was bound to it; Transformers' own where none was."""
+    probe = module.__dict__.get("pe_probe")
+    if probe is not None:
+        probe.append((module, positions))
+    sequence = sequence_of(backend.implementation, backend.host)
+    if sequence is not None:
+        masks = None if positions is None else positions.masks
+        mask = mask_of_layer(module, masks, extra.get("sliding_window"))
+        # DeepSpeed changes it where it repeats key heads, and does not change it back.
+        module.__dict__["num_key_value_groups"] = query.shape[1] // key.shape[1]
+        if "s_aux" in extra:
+            extra["s_aux"] = local_sinks(extra["s_aux"], query, sequence)
+    engine = Engine(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
+    scheme = module.__dict__.get("pe_scheme")
+    if cached is False and key.shape[2] > query.shape[2]:
+        raise NoEffectError(
+            f"{type(module).__name__} got {key.shape[2]} keys in a pass over {query.shape[2]} tokens without a cache: "
+            "Transformers handed it a cache that the patched model did not see, so positions would be wrong. Run "
+            "`pe-patch selftest`."
+        )
+    if positions is not None and "pe_layer" not in module.__dict__:
+        raise NoEffectError(
+            f"This {type(module).__name__} was put into the model behind the patch, so the scheme would have no effect "
+            "there. Call unpatch_model(model), change the model, and patch it again."
+        )
+    if scheme is None:
+        shift = module.__dict__.get("pe_shift")
+        return engine.host(query, key, value, mask) if shift is None else shift(engine, query, key, value, mask)
+    check_masks(module, scheme.name)
+    if positions is None:
+        raise NoEffectError(
+            f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "
+            "model or its base model rather than a layer of it; unpatch_model(model) to use layers alone."
+        )
+    if isinstance(mask, Tensor) and mask.shape[2] == 1:  # one row for all queries
+        engine.mask = mask.expand(-1, -1, query.shape[2], -1)
+    engine.heads = local_heads(module, query, key, scheme, sequence)
+    positions, kind = positions.fit(key.shape[2]), query.device.type
+    if scheme.calls_modules or not torch.is_autocast_enabled(kind):
+        return scheme("attend", query, key, value, positions, engine)
+    # Autocast leaves queries and values in dtypes of their own, and would round positions inside the schemes' products.
+    query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        return scheme("attend", query, key, value, positions, engine)
+
+
+def _register(backend: Backend) -> None:
+    def interface(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        pe_positions: Positions | None = None,
+        pe_cached: bool | None = None,
+        **extra: Any,
+    ) -> Output:
+        return attend(
+            module, query, key, value, attention_mask, backend=backend, scaling=scaling, dropout=dropout,
+            positions=pe_positions, cached=pe_cached, **extra,
+        )  # fmt: skip
+
+    interface.pe_backend = backend  # by which what takes its place is told from it
+    AttentionInterface.register(backend.implementation, interface)
+    AttentionMaskInterface.register(backend.implementation, backend.mask)
+
+
+for _backend in BACKENDS.values():
+    _register(_backend)

@@ -1,0 +1,93 @@
+"""Transformers 4: `rope_scaling` and the base beside it. Facts read in, and checked against, 4.57.6."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...patching.build import Patch
+from ...patching.config import write_json
+from .checkpoint import Writer, save_model
+from .native import Exported, config_with, refuse, rotary_parameters, text_config_name
+
+TOOL = "Transformers 4"
+TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+FAMILIES = frozenset(
+    "arcee cohere exaone4 gemma gemma2 glm glm4 gpt_neox granite granitemoe hunyuan_v1_dense llama mistral mixtral "
+    "olmo olmo2 olmoe persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2".split()
+)
+"""Whose 4.57.6 class reads `rope_scaling`, with the same logits as here in a tiny model of each."""
+THETA = {"gpt_neox": "rotary_emb_base"}
+PART = {"gpt_neox": "rotary_pct"}
+"""What a family's 4.x config calls the base and the part of the head that rotates, if not as the others do."""
+ALSO = {"qwen3_moe": {"num_experts": "num_local_experts"}}
+"""Keys of a 4.x config that have another name in v5's."""
+FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    **{family: {"linear": ("type", "factor"), "dynamic": ("type", "factor")} for family in ("olmo", "olmo2")},
+    "phi3": {"longrope": ("type", "short_factor", "long_factor")},
+}
+"""Families whose config takes a `rope_scaling` of some types only, with exactly these keys."""
+
+
+def writer(model: PreTrainedModel, patch: Patch) -> Writer:
+    found = rotary_parameters(patch, TOOL)
+    if found.parameters["rope_type"] not in TYPES:
+        refuse(patch, TOOL, f"it has no rope_type {found.parameters['rope_type']!r}", "Export for 'transformers'")
+    family = patch.base.config.model_type
+    if family not in FAMILIES:
+        refuse(patch, TOOL, "its classes of this family do not read rope_scaling", "Export for 'transformers'")
+    _check_fields(patch, found, family)
+    config = config_with(patch, found.parameters, patch.scheme.native_window)
+    entries = v4_entries(found, family)
+    name = text_config_name(patch)
+
+    def write(folder: Path, final: Path) -> None:
+        save_model(model, config, folder)
+        file = folder / "config.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        inner = content if name is None else content[name]
+        inner.pop("rope_parameters")
+        inner |= entries | {old: inner[new] for old, new in ALSO.get(family, {}).items()}
+        if (dtype := content.pop("dtype", None)) is not None:
+            content["torch_dtype"] = dtype
+        write_json(file, content)
+
+    return write
+
+
+def v4_entries(found: Exported, family: str) -> dict[str, Any]:
+    """The keys of a 4.x config that say what v5's `rope_parameters` says."""
+    scaling = dict(found.parameters)
+    entries = {THETA.get(family, "rope_theta"): scaling.pop("rope_theta"), "rope_scaling": None}
+    part = scaling.pop("partial_rotary_factor", None)
+    if part is not None:
+        entries[PART.get(family, "partial_rotary_factor")] = part
+    if scaling["rope_type"] == "default":
+        return entries
+    scaling.setdefault("original_max_position_embeddings", found.trained)
+    if scaling["rope_type"] == "longrope":
+        entries["original_max_position_embeddings"] = found.trained  # where its rotary module looks for it
+    scaling = {"type": scaling["rope_type"], **scaling}
+    if family in FIELDS:
+        scaling = {name: scaling[name] for name in FIELDS[family][scaling["rope_type"]]}
+    entries["rope_scaling"] = scaling
+    return entries
+
+
+def _check_fields(patch: Patch, found: Exported, family: str) -> None:
+    """Families with a fixed set of keys take some types only, and LongRoPE's attention factor from the windows."""
+    kind = found.parameters["rope_type"]
+    if family not in FIELDS or kind == "default":
+        return
+    if kind not in FIELDS[family]:
+        takes = ", ".join(FIELDS[family])
+        refuse(patch, TOOL, f"its config of this family takes {takes} and no {kind}", "Export for 'transformers'")
+    if kind == "longrope":
+        derived = math.sqrt(1 + math.log(max(found.window / found.trained, 1)) / math.log(found.trained))
+        if not math.isclose(derived, found.parameters["attention_factor"], rel_tol=1e-6):
+            why = f"its class of this family takes {derived:.4f} from the two windows as attention factor"
+            refuse(patch, TOOL, why, "Leave attention_factor out")

@@ -1,0 +1,320 @@
+"""Loading a model that was saved with its patch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from ..errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError, quoted
+from ..patching import peft_record
+from ..patching.api import find_patch, restore_patch
+from ..patching.record import FOREIGN, check_record, framework_of
+from ..patching.saved_config import configured, native_values
+from ..patching.targets import unwrap
+from ..schemes.registry import find_scheme
+
+logger = logging.getLogger("pe_patch")
+
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Keyword arguments of `from_pretrained` that say where the files are."""
+QUIET: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+AUTO_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+"""The head that an adapter's `task_type` stands for."""
+
+
+def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
+    """Load a model that was saved while patched, patch included; or a PEFT adapter with the model it belongs to.
+
+    From an adapter's folder come the base model that its config names, patched as it was when the adapter was saved,
+    and the adapter on it: a `PeftModel`. The base may be the original model, or one that was saved patched.
+
+    Args:
+        path: a local folder or a hub name.
+        **from_pretrained_kwargs: handed to the model class's `from_pretrained` (dtype, device_map ...); `is_trainable`
+            is for the adapter.
+
+    Raises:
+        CheckpointError: where there is no such checkpoint, it carries no patch, or it is damaged.
+        MismatchError: where the base that an adapter names was saved under another scheme.
+    """
+    if is_adapter(path):
+        return _load_adapted(path, **from_pretrained_kwargs)
+    hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
+    stored, source = read_config(path, **hub), config_file(path)
+    if FOREIGN not in stored:
+        if str(stored.get("model_type")).startswith(FOREIGN):
+            raise CheckpointError(
+                f"{source} lacks {FOREIGN!r}, the record of the patch that the model was saved with "
+                f"(model_type is {stored['model_type']!r}): restore the file as it was saved."
+            )
+        raise CheckpointError(f"{path} was not saved from a patched model; load it with AutoModelForCausalLM instead.")
+    record = check_record(stored[FOREIGN], stored, source)
+    config = native_config(stored, record["native"], source)
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
+    return load_restored(path, config, record, model_class, **from_pretrained_kwargs)
+
+
+def load_restored(
+    path: str | Path,
+    config: Any,
+    record: dict[str, Any],
+    model_class: Any,
+    *model_args: Any,
+    output_loading_info: bool = False,
+    **from_pretrained_kwargs: Any,
+) -> Any:
+    """Load the weights of a patched model into a class of Transformers, and patch it as its record says.
+
+    Args:
+        config: the native config, from before the patch.
+        record: a record that holds.
+        model_class: a model class, or an auto class.
+        *model_args: handed on, as are the other keywords of `from_pretrained`.
+
+    Raises:
+        CheckpointError: the weights are damaged, or the record does not fit the model.
+    """
+    try:
+        with _without_load_report():  # which calls missing what a patch took away, and unexpected what it put there
+            loaded: Any = model_class.from_pretrained(
+                path, *model_args, config=config, output_loading_info=True, **from_pretrained_kwargs
+            )
+    except (SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"The weights in {path} are missing, damaged or do not fit its config: {error}"
+        ) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        given = ", ".join(f"{key}={quoted(value)}" for key, value in from_pretrained_kwargs.items()) or "no arguments"
+        raise CheckpointError(
+            f"{config_file(path)} cannot be built as {model_class.__name__} with {given}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    model, report = loaded
+    before = set(unwrap(model).state_dict())
+    apply_record(model, record, config_file(path))
+    after = set(unwrap(model).state_dict())
+    _check_missing(path, model, config, set(report["missing_keys"]) & after)
+    if unknown := sorted(set(report["unexpected_keys"]) - after):
+        logger.warning("%s holds %r and %d more weights that this model has no use for", path, unknown[0], len(unknown))
+    hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
+    _load_weights(model, path, after - before, record["scheme"], hub, from_pretrained_kwargs.get("variant"))
+    return (model, report) if output_loading_info else model
+
+
+def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
+    """Patch a native model as a record says.
+
+    Raises:
+        CheckpointError: the record does not fit the model, or has values that its scheme does not take. The message
+            names the file.
+    """
+    try:
+        restore_patch(model, record["scheme"], record["options"], framework_of(record))
+    except UnsupportedError as error:
+        raise type(error)(f"{source}: {error}") from error
+    except (OptionError, UnknownNameError) as error:
+        raise CheckpointError(
+            f"{source}: the record of the patch ({', '.join((FOREIGN + '.options', *framework_of(record)))}) does not "
+            f"fit its model: {error}"
+        ) from error
+    except PePatchError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        # a scheme's own arithmetic on a value that no check of its options foresaw
+        raise CheckpointError(
+            f"{source}: the record of the patch, {record['scheme']}({record['options']}), cannot be applied: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_missing(path: str | Path, model: Any, config: Any, missing: set[str]) -> None:
+    """Raise where weights are not in the checkpoint; those of a new head are only reported, as Transformers does."""
+    stored = (config.architectures or [None])[0]
+    prefix = f"{model.base_model_prefix}."
+    fresh = set() if type(model).__name__ == stored else {name for name in missing if not name.startswith(prefix)}
+    if lacking := sorted(missing - fresh):
+        raise CheckpointError(f"{path} lacks {lacking[0]!r} and {len(lacking) - 1} more weights of {stored}.")
+    if fresh:
+        logger.warning(
+            "%s was saved from a %s, so these weights of %s are new and must be trained: %s",
+            path, stored, type(model).__name__, ", ".join(sorted(fresh)),
+        )  # fmt: skip
+
+
+def build_empty(path: str | Path) -> Any:
+    """Build a causal language model on the meta device, without its weights; patched, if it was saved patched.
+
+    Raises:
+        CheckpointError: there is no such model, or the record of its patch is damaged.
+    """
+    stored, source = read_config(path), config_file(path)
+    if FOREIGN not in stored:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    record = check_record(stored[FOREIGN], stored, source)
+    config = native_config(stored, record["native"], source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        apply_record(model, record, source)
+    return model
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder or hub name holds a PEFT adapter and no model of its own."""
+    if Path(path).exists():
+        return not (Path(path) / "config.json").exists() and (Path(path) / peft_record.CONFIG).exists()
+    try:
+        config, adapter = (cached_file(str(path), name, **QUIET) for name in ("config.json", peft_record.CONFIG))
+    except OSError:  # neither a folder nor a hub name, which whoever reads it as a model says better
+        return False
+    return config is None and adapter is not None
+
+
+def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretrained_kwargs: Any) -> Any:
+    """The base of an adapter, patched from the adapter's record, with the adapter on it."""
+    from peft import PeftConfig, PeftModel  # late: it is slow to import, and most models carry no adapter
+
+    record = peft_record.read_record(path)
+    if record is None:
+        raise CheckpointError(
+            f"The adapter {path} was not saved from a patched model; load it with peft.AutoPeftModelForCausalLM, and "
+            "patch what comes out if you want it under a scheme."
+        )
+    config = PeftConfig.from_pretrained(str(path))
+    base = config.base_model_name_or_path
+    if not base:
+        raise CheckpointError(
+            f"The adapter {path} does not say which model it belongs to: load that, patch it with "
+            f"{peft_record.told(record)}, and hand it to PeftModel.from_pretrained."
+        )
+    if config.revision is not None:
+        from_pretrained_kwargs.setdefault("revision", config.revision)
+    if FOREIGN in read_config(base):
+        model = load_patched(base, **from_pretrained_kwargs)
+    elif find_scheme(record["scheme"], record["options"])[0].converts:
+        raise CheckpointError(
+            f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be made "
+            f"again from {base}: load the converted model, and hand it to PeftModel.from_pretrained."
+        )
+    else:
+        auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
+        model = auto_class.from_pretrained(base, **from_pretrained_kwargs)
+        apply_record(model, record, f"{path}/{peft_record.CONFIG}")
+    return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def config_file(path: str | Path) -> str:
+    """Return the name of a model's config for messages."""
+    return f"{path}/config.json"
+
+
+def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
+    """The config.json of a folder or hub name, as a dict; a clear error where there is none."""
+    folder = Path(path) / str(hub.get("subfolder") or "")
+    if folder.exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is not a saved model; give the folder that holds one."
+        )
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(path), **hub)
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two where it holds no object
+        raise CheckpointError(f"No model can be read from {path!s}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_file(path)} holds {quoted(config)}, not the object that a model's config is.")
+    return config
+
+
+def native_config(stored: dict[str, Any], native: dict[str, Any], source: str = "config.json") -> PreTrainedConfig:
+    """The config that the model had before it was patched."""
+    return configured(CONFIG_MAPPING[native["model_type"]], native_values(stored, {"native": native}), source)
+
+
+def _load_weights(
+    model: Any, path: str | Path, wanted: set[str], scheme: str, hub: dict[str, Any], variant: str | None = None
+) -> None:
+    """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint.
+
+    Transformers saves models of several towers under names of earlier versions, which differ before the tower's own
+    part of the name; what it loads itself it renames.
+    """
+    if not wanted:
+        return
+    patch = find_patch(model)
+    prefix = f"{patch.path}." if patch is not None and patch.path else ""
+    tails = {f".{name.removeprefix(prefix)}": name for name in wanted}
+    found = {}
+    for file in _weight_files(path, hub, variant):
+        with safe_open(file, framework="pt") as tensors:
+            for stored in tensors.keys():
+                ends = [tail for tail in tails if f".{stored}".endswith(tail)] if stored not in wanted else []
+                name = stored if stored in wanted else tails[max(ends, key=len)] if ends else None
+                if name is not None:
+                    found[name] = tensors.get_tensor(stored)
+    if missing := sorted(wanted - set(found)):
+        raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {scheme!r}.")
+    try:
+        unwrap(model).load_state_dict(found, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights of {scheme!r} do not fit its record: {error}") from error
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, ending = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _weight_files(path: str | Path, hub: dict[str, Any], variant: str | None) -> list[str]:
+    """Return the files of the weights, those of a variant ("fp16") where one was asked for, as Transformers does."""
+    quiet = {**hub, **QUIET}
+    index = cached_file(str(path), _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **quiet)
+    if index is None:
+        single = cached_file(str(path), _of_variant(SAFE_WEIGHTS_NAME, variant), **quiet)
+        if single is None:
+            raise CheckpointError(f"{path} holds no safetensors weights, the only kind that is read here.")
+        return [single]
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
+    files = [cached_file(str(path), name, **hub) for name in names]
+    return [file for file in files if file is not None]

@@ -1,0 +1,1 @@
+"""Measuring what a conversion to multi-head latent attention costs."""

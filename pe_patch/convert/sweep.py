@@ -1,0 +1,185 @@
+"""Conversions held against the original and against each other: one of them, or methods times sizes of the cache."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..adapters.projections import check_unquantised
+from ..checkpoints.folders import SWEEP, check_output
+from ..errors import OptionError
+from ..evaluation.charts import CacheLine, cache_chart
+from ..evaluation.results import write_atomically
+from .measure import Material, share_name
+
+RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+ORIGINAL = "original"
+
+Row = dict[str, Any]
+Report = Callable[[str], None]
+
+
+def convert_model(model: Any, material: Material, options: Mapping[str, Any]) -> dict[str, Row]:
+    """Convert `model` in place; what was measured `before` and `after`."""
+    from ..patching.api import patch_model
+
+    check_unquantised(model)
+    before = original_row(model, material)
+    started = time.perf_counter()
+    patch_model(model, "mla", calibration=material.rows, **options)
+    return {"before": before, "after": converted_row(model, material, before, started)}
+
+
+def original_row(model: Any, material: Material) -> Row:
+    return {"method": ORIGINAL, "cache_ratio": 1.0, **material.ruler.measure(model).to_dict()}
+
+
+def converted_row(model: Any, material: Material, original: Row, started: float) -> Row:
+    """A converted model, measured, and how it came to be; `started` is when the conversion did."""
+    from ..patching.api import find_patch
+
+    seconds = time.perf_counter() - started
+    patch = find_patch(model)
+    assert patch is not None
+    scheme: Any = patch.scheme
+    found = material.ruler.measure(model).to_dict()
+    return {
+        "method": scheme.method,
+        "cache_ratio": found["cached_bytes_per_token"] / original["cached_bytes_per_token"],
+        "kv_rank": scheme.kv_rank,
+        "rope_dim": scheme.rope_dim,
+        **found,
+        "loss_change": found["loss"] / original["loss"] - 1,
+        "seconds": round(seconds, 3),
+    }
+
+
+def sweep(
+    model: Any,
+    material: Material,
+    methods: Sequence[str],
+    ratios: Sequence[float] = RATIOS,
+    options: Mapping[str, Any] | None = None,
+    report: Report = lambda what: None,
+) -> list[Row]:
+    """The original, then every method at every share of its cache; the model is given back as it was.
+
+    A size that a method cannot have is a row with a `note` that says why. If none can be had, the reason is raised.
+    """
+    check_unquantised(model)
+    report(ORIGINAL)
+    rows, problem = [original_row(model, material)], None
+    for method, ratio in ((method, ratio) for method in methods for ratio in ratios):
+        report(f"{method} at {share_name(ratio)}")
+        try:
+            row = _point(model, material, rows[0], {"method": method, "cache_ratio": ratio, **(options or {})})
+        except OptionError as error:
+            problem, row = error, {"method": method, "note": str(error)}
+        rows.append({**row, "asked_ratio": ratio})
+    if problem is not None and all("note" in row for row in rows[1:]):
+        raise problem
+    return rows
+
+
+def _point(model: Any, material: Material, original: Row, options: Mapping[str, Any]) -> Row:
+    from ..patching.api import patched
+
+    started = time.perf_counter()
+    with patched(model, "mla", calibration=material.rows, **options):
+        return converted_row(model, material, original, started)
+
+
+def write(rows: Sequence[Row], config: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> dict[str, Path]:
+    """Write sweep.jsonl with a line for each row, config.json with what another run needs, and the picture sweep.png.
+
+    A folder that holds something else than a sweep raises `OutputError` unless `overwrite=True`.
+    """
+    check_output(folder, SWEEP, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {"rows": folder / "sweep.jsonl", "config": folder / "config.json", "picture": folder / "sweep.png"}
+    write_atomically(paths["rows"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(paths["config"], json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    title = f"{config['model']}, not trained after the conversion; calibrated on {config['calibration']}"
+    write_atomically(paths["picture"], cache_chart(lines(rows), rows[0], title))
+    return paths
+
+
+def lines(rows: Sequence[Row]) -> list[CacheLine]:
+    """One line of the picture for each method."""
+    measured = [row for row in rows[1:] if "note" not in row]
+    methods = list(dict.fromkeys(row["method"] for row in measured))
+    return [
+        CacheLine(method, [row for row in measured if row["method"] == method], index)
+        for index, method in enumerate(methods)
+    ]
+
+
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """One line for each size and method, those of equal size together."""
+    table = Table(title="Conversions at equal size of the cache", title_justify="left", caption_justify="left")
+    table.caption = measured_on(rows[0])
+    for name in ("cache", "method"):
+        table.add_column(name)
+    for name in ("kv_rank", "rope_dim", "numbers", "bytes", "loss", "change", "perplexity", "retrieval", "95 %"):
+        table.add_column(name, justify="right")
+    if any("note" in row for row in rows):
+        table.add_column("why not", max_width=60)
+    for row in _by_size(rows):
+        size = share_name(row.get("asked_ratio", row.get("cache_ratio", 1.0)))
+        if "note" in row:
+            table.add_row(size, row["method"], *["-"] * 9, row["note"])
+            continue
+        low, high = row["retrieval_interval"]
+        table.add_row(
+            size, row["method"], _plain(row.get("kv_rank")), _plain(row.get("rope_dim")),
+            f"{row['cached_numbers_per_token_and_layer']:g}", f"{row['cached_bytes_per_token']:,}",
+            f"{row['loss']:.3f}", "" if "loss_change" not in row else f"{row['loss_change']:+.1%}",
+            f"{row['perplexity']:.2f}", _score(row["retrieval"]), "" if low is None else f"{low:.2f} to {high:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _by_size(rows: Sequence[Row]) -> Iterator[Row]:
+    yield rows[0]
+    yield from sorted(rows[1:], key=lambda row: -row["asked_ratio"])
+
+
+def change_table(found: Mapping[str, Row]) -> Table:
+    """What one conversion changed."""
+    before, after = found["before"], found["after"]
+    table = Table(title=f"Converted with {after['method']}", title_justify="left", caption_justify="left")
+    table.caption = measured_on(before)
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    shown = {
+        "cache: numbers per token and layer": ("cached_numbers_per_token_and_layer", "{:g}"),
+        "cache: bytes per token": ("cached_bytes_per_token", "{:,}"),
+        "loss, nats per token": ("loss", "{:.4f}"),
+        "perplexity": ("perplexity", "{:.2f}"),
+        "questions answered": ("retrieval", "{:.2f}"),
+    }
+    for label, (key, form) in shown.items():
+        old, new = before[key], after[key]
+        if old is not None:
+            table.add_row(label, form.format(old), form.format(new), f"{new / old - 1:+.1%}" if old else "")
+    table.add_row("width of the latent (kv_rank)", "", str(after["kv_rank"]), "")
+    table.add_row("rotary dimensions (rope_dim)", "", str(after["rope_dim"]), "")
+    return table
+
+
+def measured_on(row: Row) -> str:
+    said = f"Cache: what 8 tokens add to the model's own. Loss: {row['loss_measured_on']}."
+    return said if row["retrieval"] is None else f"{said} Retrieval: {row['retrieval_measured_on']}."
+
+
+def _plain(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""The vocabulary that schemes, attention and adapters share; no Transformers."""

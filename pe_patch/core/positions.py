@@ -1,0 +1,118 @@
+"""Where every query and every key stands."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import NoEffectError
+
+
+class Positions(NamedTuple):
+    """Token positions of one forward pass.
+
+    A NamedTuple of tensors, so that device hooks, gradient checkpointing and compilation carry it through the layers
+    as an argument; there is no such thing as "the current positions".
+    """
+
+    query: Tensor
+    """Position of each query, `[batch | 1, query]`, int64."""
+    key: Tensor
+    """Position of each key in the cache and in this pass, `[batch | 1, key]`, int64."""
+    length: Tensor | int | None = None
+    """For each query the number of tokens by which a length-dependent scheme chooses its regime, `[batch | 1, query]`,
+    or one for all of a first pass. None where no such scheme is in use."""
+    fresh: bool = True
+    """Whether the cache was empty before this pass."""
+    filled: Tensor | int | None = None
+    """How many slots of a static cache hold a token after this pass; None where the cache grows."""
+    cached: bool = False
+    """Whether this pass reads from or writes to a cache."""
+    kept: Tensor | None = None
+    """Which of the keys a cache layer has kept (`fit`), `[kept]`; None for all."""
+    prepared: tuple[Tensor, ...] = ()
+    """What the scheme computed once for all layers (`Scheme.prepare`)."""
+    masks: tuple[Any, ...] | None = None
+    """The attention mask of each layer, where the one that the layers are handed gets lost on the way (Ulysses)."""
+
+    @property
+    def distance(self) -> Tensor:
+        """How far each key lies behind each query, `[batch | 1, query, key]`."""
+        return self.query[:, :, None] - self.key[:, None, :]
+
+    def fit(self, key_length: int) -> Positions:
+        """The same positions for a cache layer that holds fewer keys, a sliding one with the newest, or that has slots
+        which no token has reached, which the mask hides."""
+        count = self.key.shape[1]
+        if key_length == count:
+            return self
+        if key_length > count and not self.cached:
+            raise NoEffectError(
+                f"An attention got {key_length} keys in a pass over {count} tokens without a cache: Transformers "
+                "handed it a cache that the patched model did not see, so positions would be wrong. Run "
+                "`pe-patch selftest`."
+            )
+        index = torch.arange(key_length, device=self.key.device)
+        if key_length > count:
+            index = index.clamp(max=count - 1)
+        elif self.filled is None:
+            index = index + (count - key_length)
+        else:  # a static layer fills its slots from the left, then rolls
+            index = index + (torch.as_tensor(self.filled, device=index.device) - key_length).clamp(min=0)
+        return self._replace(key=self.key[:, index], kept=index)
+
+
+def from_mask(mask: Tensor) -> Tensor:
+    """Return the rank of each token among the real ones of its row, `[batch, length]`; padding gets zero."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def without_holes(mask: Tensor) -> Tensor:
+    """Return positions that skip masked tokens behind the first real one of a row, `[batch, length]`.
+
+    Padding on the left counts, so that a row without a hole gets 0, 1, 2 ..., the positions that its host would make.
+    """
+    real = mask.long().cumsum(-1)
+    holes = ((mask == 0) & (real > 0)).long().cumsum(-1)
+    return torch.arange(mask.shape[-1], device=mask.device) - holes
+
+
+def counts_holes(mask: Tensor, past_length: int, window: int | None, chunk: int | None) -> bool:
+    """Return whether a mask by slots hides or shows other keys than one by positions would, because of masked tokens
+    between real ones.
+
+    Transformers builds the masks of sliding and chunked layers by slots. They agree with positions unless a hole lies
+    within the window of a later token, or moves a token into another chunk.
+
+    Args:
+        mask: 1 for real tokens, `[batch, length]`.
+        past_length: tokens in the cache; only the later ones are queries.
+        window: keys that a sliding layer sees, in tokens; None without such layers.
+        chunk: length of a chunk of a chunked layer, in tokens; None without such layers.
+    """
+    real = mask.long().cumsum(-1)
+    queries = (mask != 0) & (torch.arange(mask.shape[1], device=mask.device) >= past_length)
+    if window is not None and mask.shape[1] > window:
+        before = real[:, :-window]  # real tokens in the slots that a query at `slot + window` no longer sees
+        lost = (before > 0) & (real[:, window:] - before < window)
+        if bool((lost & queries[:, window:]).any()):
+            return True
+    if chunk is not None and mask.shape[1] > chunk:
+        slots = torch.arange(mask.shape[1], device=mask.device) - (real == 0).sum(-1, keepdim=True)
+        return bool(((slots // chunk != (real - 1) // chunk) & (mask != 0)).any())
+    return False
+
+
+def document_lengths(positions: Tensor) -> Tensor:
+    """Number of tokens of the document that each token belongs to, `[batch, length]`.
+
+    Documents packed into one row restart their position ids, so a document begins wherever the next position is not
+    the successor of the one before; its length is the last position in it plus one (skipped ids count as read).
+    """
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+    document = starts.cumsum(-1) - 1
+    last = torch.zeros_like(positions).scatter_reduce(1, document, positions, reduce="amax", include_self=True)
+    return last.gather(1, document) + 1

@@ -1,0 +1,1 @@
+"""Reading text, and the files that come with the package."""

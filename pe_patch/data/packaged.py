@@ -1,0 +1,27 @@
+"""Files that come with the package: the demo model and the recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+PACKAGE = Path(__file__).resolve().parents[1]
+DEMO_MODEL = PACKAGE / "assets" / "demo"
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes: `pe_patch/recipes` in a wheel, `recipes` in a checkout.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes"):
+        if (folder / "configs").is_dir():
+            return folder
+    raise FileNotFoundError(f"The recipes are missing from {PACKAGE / 'recipes'}; reinstall pe_patch.")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the path of each shipped recipe by its name, such as `tiny_yarn`."""
+    return {path.stem: path for path in sorted((recipes_folder() / "configs").glob("*.yaml"))}

@@ -1,0 +1,270 @@
+"""How PEFT comes to write and to heed the record of `peft_record`, with nothing of PEFT itself replaced.
+
+Three additions, made when PEFT is imported and not before: its table of adapter types gets the entry `PE_PATCH`; torch
+says when a PEFT model is built; and that one instance then saves and loads through here. None of them does anything to
+a model without a patch and an adapter without a record.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
+
+from .. import compat
+from ..core.swaps import Bound, Swap, apply_all, bind
+from ..errors import CheckpointError, OptionError, PePatchError
+from .cache_record import PREFIX
+from .config import FOREIGN
+from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
+from .saved_config import write_back
+from .targets import unwrap
+
+logger = logging.getLogger("pe_patch")
+
+SOURCE = "pe_source"
+"""Where a config remembers the folder that it came from, for messages."""
+
+
+class RecordedConfig:
+    """What stands under `PE_PATCH` in PEFT's table: a config's own class is found, and the record kept on it."""
+
+    def __new__(cls, **fields: Any) -> Any:
+        from peft import PeftConfig
+
+        record = checked(fields.pop(FOREIGN, None), fields.get("base_model_name_or_path"))
+        if record is None:
+            raise CheckpointError(f"An adapter config of peft_type {TYPE} holds no record of its scheme.")
+        config = PeftConfig.from_peft_type(**{**fields, "peft_type": record["peft_type"]})
+        config.__dict__[FOREIGN] = record
+        return config
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(*args, **kwargs)
+        config.__dict__[SOURCE] = args[0]
+        return config
+
+
+def inject_adapter(
+    tuner: Any, inner: Callable[..., Any], model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """PEFT's own, unless the adapter, or what it would train, does not fit the model's scheme."""
+    config, host = tuner.peft_config[adapter_name], _host(model)
+    if host is not None:
+        if (record := config.__dict__.get(FOREIGN)) is not None:
+            require(record, host, config.__dict__.get(SOURCE))
+        _refuse_copies(host, config)
+    return inner(model, adapter_name, *args, **kwargs)
+
+
+def _refuse_copies(host: PreTrainedModel, config: Any) -> None:
+    """`modules_to_save` would train a copy of the scheme that nothing reads."""
+    schemes = scheme_modules(host)
+    if schemes is None:
+        return
+    whole = {schemes, *schemes.children()}
+    names = [name for name, module in host.named_modules() if module in whole or schemes in module.children()]
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        if any(f".{name}".endswith(f".{wanted}") for name in names):
+            raise OptionError(
+                f"modules_to_save={wanted!r} would copy the scheme, and the copy would have no effect. Leave it out, "
+                "and call pe_patch.patching.peft_record.train_scheme(model) after get_peft_model: the scheme's weights "
+                "then train in place and are saved with the adapter."
+            )
+
+
+def save_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.save_pretrained`, and each adapter's record."""
+    result, given, host = inner(*args, **kwargs), _given(wrapper, "save_pretrained", args, kwargs), _host(wrapper)
+    if host is not None and given.get("is_main_process", True):
+        folder, selected = Path(given["save_directory"]), given.get("selected_adapters")
+        for name in wrapper.peft_config if selected is None else selected:
+            write_record(host, folder if name == "default" else folder / name, given.get("state_dict"))
+    return result
+
+
+def load_into_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.load_adapter` of an adapter that fits, with the weights it brings for the scheme."""
+    given = _given(wrapper, "load_adapter", args, kwargs)
+    return _load(wrapper, inner, given["model_id"], given["adapter_name"], given, args, kwargs)
+
+
+def load_into_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.load_adapter`, in the same way."""
+    given = _given(head, "load_adapter", args, kwargs)
+    given |= given.get("adapter_kwargs") or {}
+    source, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
+    if source is None:  # tensors, which say nothing about where they come from
+        return inner(*args, **kwargs)
+    return _load(head, inner, source, name, given, args, kwargs)
+
+
+def _load(
+    model: Any, inner: Callable[..., Any], source: Any, name: str, given: dict[str, Any], args: Any, kwargs: Any
+) -> Any:
+    host = _host(model)
+    if host is None:
+        return inner(*args, **kwargs)
+    record = read_record(source, **given)
+    require(record, host, source)
+    others = bool(set(getattr(model, "peft_config", None) or {}) - {name})
+    weights = SchemeWeights(host, record, source, others, **given)
+    result = inner(*args, **kwargs)
+    weights.load(trainable=given.get("is_trainable", False))
+    return result
+
+
+def _settle(model: Any) -> None:
+    """Have what is about to be saved say what the model computes, also where it was changed after the patch."""
+    for patch in [module.__dict__["pe_patch"] for module in model.modules() if "pe_patch" in module.__dict__]:
+        patch.renumber()
+    if changed := write_back(model.config):
+        logger.warning(
+            "The config was changed after patch_model: %s. The model does not compute by it, so it is saved as it was. "
+            "To change the positions, call patch_model(model, ..., on_existing='replace').",
+            "; ".join(changed),
+        )
+
+
+def save_base(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` of the base model alone."""
+    _settle(base)
+    return inner(*args, **kwargs)
+
+
+def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained`, which saves an adapter alone where `add_adapter` put one on."""
+    _settle(head)
+    result, given = inner(*args, **kwargs), _given(head, "save_pretrained", args, kwargs)
+    if getattr(head, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
+        write_record(head, Path(given["save_directory"]), given.get("state_dict"))
+    return result
+
+
+def head_swaps(head: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
+    """Saving, and loading of adapters without a PEFT wrapper."""
+    swaps = [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
+    return swaps if base is head else [*swaps, bind(base, "save_pretrained", save_base)]
+
+
+def wrapper_swaps(model: Any) -> list[Swap]:
+    """Return the swaps by which the PEFT wrappers round a model, if there are any, save and load adapters here."""
+    if "peft" not in sys.modules or not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+        return []
+    from peft import PeftModel
+
+    return [swap for module in model.modules() if isinstance(module, PeftModel) for swap in _watching(module)]
+
+
+def mark_prompt(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `PeftModel.get_prompt` and mark a cache of learned keys and values (prefix tuning) as such."""
+    prompt = inner(*args, **kwargs)
+    if compat.is_cache(prompt):
+        setattr(prompt, PREFIX, True)
+    return prompt
+
+
+def _watching(wrapper: Any) -> list[Swap]:
+    """Return the swaps that lead a PEFT wrapper here, except those that are in place."""
+    functions = {"save_pretrained": save_wrapper, "load_adapter": load_into_wrapper, "get_prompt": mark_prompt}
+    return [bind(wrapper, name, one) for name, one in functions.items() if name not in vars(wrapper)]
+
+
+def _host(model: Any) -> PreTrainedModel | None:
+    """The Transformers model in there, if it is one: PEFT adapts other modules too."""
+    try:
+        return unwrap(model)
+    except PePatchError:
+        return None
+
+
+def _given(module: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, those of `**kwargs` among them."""
+    bound = inspect.signature(getattr(type(module), name)).bind(module, *args, **kwargs).arguments
+    del bound["self"]
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if name not in ("base_model", "model"):
+        return
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if name == "base_model" and isinstance(module, PeftModel):
+        apply_all(_watching(module))
+    elif name == "model" and isinstance(module, BaseTuner):
+        setattr(module, "inject_adapter", Bound(module, "inject_adapter", inject_adapter))  # noqa: B010
+
+
+def _register() -> None:
+    from peft import mapping
+
+    types: dict[Any, Any] = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    if TYPE not in types:
+        types[TYPE] = RecordedConfig
+        register_module_module_registration_hook(_on_registration)
+
+
+class _Then(Loader):
+    """A module's own loader, and `_register` afterwards."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.inner
+        self.inner.exec_module(module)
+        _register()
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds nothing itself; has `_register` called once PEFT is there."""
+
+    def __init__(self) -> None:
+        self.asking = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft" or self.asking:
+            return None
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader)
+        return spec
+
+
+def listen() -> None:
+    """Called once, when pe_patch is imported."""
+    if "peft" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())

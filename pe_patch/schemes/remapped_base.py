@@ -1,0 +1,209 @@
+"""Rotation by positions that depend on the pair of a query and a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_length
+from ..core.head_slices import SHARED
+from ..core.positions import Positions
+from ..core.ranges import Range
+from ..core.scheme import AttentionShape
+from ..errors import OptionValueError
+from .frequency_wrappers import build_inner
+from .rope import Rotation, Turned
+
+if TYPE_CHECKING:
+    from ..core.engine import AttentionEngine
+
+
+SAMPLED, ROWS = 4096, 64
+"""How many keys and queries of a long sequence are looked at to tell whether a scheme changes anything."""
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Which pairs of a query and a key, as in `Range`, and the positions by which the two rotate there.
+
+    Zones that name the same tensor share what was rotated by it.
+    """
+
+    query: Tensor | None
+    """`[batch | 1, query]`, or None for queries that do not turn."""
+    key: Tensor | None
+    """`[batch | 1, key]`, or None for keys that do not turn."""
+    low: int | None = None
+    high: int | None = None
+    steps: tuple[Tensor | None, Tensor | None] = (None, None)
+    """What `low` and `high` count, of queries and of keys; positions where None."""
+    below: int | None = None
+
+    def range(self, turn_query: Turned | None = None, turn_key: Turned | None = None) -> Range:
+        """This zone, with how queries and keys turn in it."""
+        return Range(self.low, self.high, *self.steps, self.below, turn_query, turn_key)
+
+
+class Remapped(Rotation):
+    """Rotation by positions that depend on the pair, in one softmax; keys are cached as projected.
+
+    A subclass says `zones(positions)`. What runs and what `relative_position` draws both follow from it.
+
+    Options:
+        over: a static rotary scheme whose frequencies, attention factor and window are used, a name or a dict with its
+            options; plain RoPE when None.
+    """
+
+    mechanism = "remapped"
+    own_scores = True
+    ranged = True
+    training_free = True
+    per_head = SHARED
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        over: str | Mapping[str, Any] | None = None,
+        theta: float | None = None,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
+        self.over, self.reads = build_inner(self.name, over, shape, theta, original_max_position_embeddings)
+        if self.over.length_dependent:
+            raise OptionValueError(
+                f"{self.name!r} takes frequencies that stay, and those of {self.over.name!r} follow the length here; "
+                "give over= a fixed factor, or an expected_length."
+            )
+        self.theta = self.over.theta
+        self.window = self.reads or self.over.effective_window or self.over.window
+        self._factor: float | None = None
+
+    def zones(self, positions: Positions) -> Sequence[Zone]:
+        """Zones that share no pair; a pair in none of them is not attended."""
+        raise NotImplementedError
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        return self.over.frequencies(self.over.regime_start)
+
+    @property
+    def attention_factor(self) -> float:
+        if self._factor is None:  # asked for in every layer
+            self._factor = float(self.frequencies()[1])
+        return self._factor
+
+    @property
+    def softmax_factor(self) -> float:
+        return self.over.softmax_factor
+
+    @property
+    def effective_window(self) -> int | None:
+        return None
+
+    def sharpness(self, positions: Tensor) -> Tensor | None:
+        """What each query is multiplied by, `[batch | 1, query]`, float32, or None."""
+        return None
+
+    def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        """cos and sin for each distinct tensor of query positions, then of key positions, then the sharpness."""
+        zones = self.zones(positions)
+        prepared: tuple[Tensor, ...] = ()
+        for places in (_distinct([zone.query for zone in zones]), _distinct([zone.key for zone in zones])):
+            for place in places:
+                prepared += self.cos_sin(place)
+        sharpness = self.sharpness(positions.query)
+        return prepared if sharpness is None else (*prepared, sharpness)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+        self.check_causal(engine)
+        zones, tables = self.zones(positions), positions.prepared
+        at_query, at_key = [zone.query for zone in zones], [zone.key for zone in zones]
+        middle = 2 * len(_distinct(at_query))
+        end = middle + 2 * len(_distinct(at_key))
+        if len(tables) > end:
+            query = query * tables[end][:, None, :, None].to(query.dtype)
+        of_queries = self._turns(query.device, at_query, tables[:middle])
+        kept = positions.kept
+        of_keys = tables[middle:end] if kept is None else tuple(table[:, kept] for table in tables[middle:end])
+        turns = zip(zones, of_queries, self._turns(query.device, at_key, of_keys), strict=True)
+        return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in turns])
+
+    def _turns(
+        self, device: torch.device, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]
+    ) -> list[Turned | None]:
+        """How each zone turns; None where it does not."""
+        distinct = _distinct(places)
+        made: list[Turned | None] = []
+        for place in places:
+            index = _index(place, distinct)
+            if place is not None:
+                made.append(self.turned(*tables[2 * index : 2 * index + 2]))
+            elif self.attention_factor == 1:
+                made.append(None)
+            else:  # nothing turns, and the factor stays
+                origin = torch.zeros(1, 1, dtype=torch.long, device=device)
+                made.append(self.turned(*self.cos_sin(origin)))
+        return made
+
+    def relative_position(self, length: int) -> Tensor:
+        at = torch.arange(length, device="cpu")
+        return self._distances(at, at).float()
+
+    def _distances(self, query: Tensor, key: Tensor) -> Tensor:
+        """The distance that each pair of a query and a key at these positions goes by, `[query, key]`, float64; NaN
+        where the pair is not attended."""
+        positions, ahead = Positions(query[None], key[None]), key > query[:, None]
+        result = torch.full(ahead.shape, torch.nan, dtype=torch.float64, device="cpu")
+        for zone in self.zones(positions):
+            at_query = torch.zeros_like(query) if zone.query is None else zone.query[0]
+            at_key = torch.zeros_like(key) if zone.key is None else zone.key[0]
+            distance = at_query[:, None].double() - at_key.double()
+            covered = zone.range().covers(positions)[0] & ~ahead
+            result = torch.where(covered, distance, result)
+        return result
+
+    def differs_within(self, length: int) -> bool:
+        """Return whether anything is encoded otherwise than by the other scheme in a sequence of `length` tokens.
+
+        Distances are compared for some pairs, evenly spread from the first token to the last.
+        """
+        theirs, their_factor = self.over.frequencies(self.over.regime_start)
+        ours, factor = self.frequencies()
+        if factor != their_factor or not torch.equal(ours, theirs):
+            return True
+        key = torch.linspace(0, length - 1, min(length, SAMPLED), dtype=torch.float64, device="cpu").long()
+        query = key[:: max(1, len(key) // ROWS)]
+        query = torch.cat((query, key[-1:]))
+        sharpness = self.sharpness(query[None])
+        if sharpness is not None and bool((sharpness != 1).any()):
+            return True
+        plain = (query[:, None] - key).double()
+        return not torch.equal(self._distances(query, key)[plain >= 0], plain[plain >= 0])
+
+    def tokens(self, option: str, value: Any, default: int) -> int:
+        """The value of an option that counts tokens, within the trained window; at least 1."""
+        given = check_length(self.name, option, value)
+        if given is not None and given > self.window:
+            raise OptionValueError(
+                f"{self.name!r} got {option}={given}, and the frequencies are good for {self.window} tokens only; give "
+                f"at most {self.window}."
+            )
+        return max(1, default) if given is None else given
+
+
+def _index(place: Tensor | None, places: Sequence[Tensor]) -> int:
+    """Where this very tensor stands among `places`, or their number."""
+    return next((index for index, other in enumerate(places) if other is place), len(places))
+
+
+def _distinct(places: Sequence[Tensor | None]) -> list[Tensor]:
+    """The tensors among `places`, each once, in order."""
+    found: list[Tensor] = []
+    for place in places:
+        if place is not None and _index(place, found) == len(found):
+            found.append(place)
+    return found

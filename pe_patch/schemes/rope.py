@@ -1,0 +1,307 @@
+"""Rotation of queries and keys by position times frequency: before the cache, or at the scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.checks import LARGEST_BASE, check_number, check_window
+from ..core.head_slices import SHARED
+from ..core.positions import Positions
+from ..core.scheme import AttentionShape, Scheme, causal_distance, overrides
+from ..errors import OptionValueError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ..core.engine import AttentionEngine
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False, arithmetic: str = "model"
+) -> Tensor:
+    """Rotate the pairs of `x`, `[batch, heads, length, head]`, by angles given as cos and sin `[batch | 1, length, r]`.
+
+    Both have the family's own layout over r = rotary_dim; dimensions outside `[start, start + r)` pass through. The
+    dtypes (`scheme.ARITHMETIC`) and the order of operations are Transformers', so that equal angles give equal bits.
+    """
+    width = cos.shape[-1]
+    rotated = _product(x if width == x.shape[-1] else x[..., start : start + width], cos, sin, interleaved, arithmetic)
+    if width == x.shape[-1]:
+        return rotated
+    return torch.cat((x[..., :start], rotated, x[..., start + width :]), dim=-1)
+
+
+def _product(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, arithmetic: str) -> Tensor:
+    """Rotate all dimensions of `x`, and return the result in its dtype."""
+    dtype = x.dtype
+    if arithmetic == "complex":
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        turn = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2).to(dtype)
+    table = torch.float32 if arithmetic == "float32 tables" else dtype
+    cos, sin = cos.to(table).unsqueeze(1), sin.to(table).unsqueeze(1)
+    if arithmetic == "float32":
+        x = x.float()
+    if interleaved:
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        other = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+    return (x * cos + other * sin).to(dtype)
+
+
+def cos_sin(
+    angles: Tensor, factor: float | Tensor, dtype: torch.dtype, interleaved: bool, polar: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of `angles` `[..., r / 2]` over r dimensions, times `factor`, in `dtype`; computed in float32.
+
+    `polar` takes them from `torch.polar`, as families with a complex product do.
+    """
+    if polar:
+        turn = torch.polar(torch.ones_like(angles), angles) * factor
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (turn.real, turn.imag))
+        return cos.to(dtype), sin.to(dtype)
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A rotation of queries or keys by given angles, as cos and sin `[batch | 1, length, r]`."""
+
+    cos: Tensor
+    sin: Tensor
+    start: int = 0
+    interleaved: bool = False
+    arithmetic: str = "model"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate `x` `[batch, heads, length, head]`, in its own dtype."""
+        return rotate(x, self.cos, self.sin, self.start, self.interleaved, self.arithmetic)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """Rotate gradients the other way; the factor on cos and sin stays."""
+        return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
+
+    def part(self, start: int, stop: int) -> Turned:
+        """The same for the places `start` to `stop`; one angle for all places serves any of them."""
+        if self.cos.shape[1] == 1:
+            return self
+        return replace(self, cos=self.cos[:, start:stop], sin=self.sin[:, start:stop])
+
+
+GROWTH = 2.0
+"""By how much a length regime grows when a sequence outgrows it."""
+REGIMES = 24
+
+
+class Rotation(Scheme):
+    """Pairs of dimensions that turn by position times frequency; where, and by which positions, a subclass says.
+
+    Tables are plain float32 tensors made from the specification on first use on each device, never registered buffers:
+    no cast of the model and no uninitialised memory can reach them.
+
+    Options:
+        theta: base of the frequencies; the model's own when None.
+        original_max_position_embeddings: trained window L in tokens; the model's own when None.
+    """
+
+    mechanism = "rotary"
+    per_head = SHARED
+
+    def __init__(
+        self, shape: AttentionShape, *, theta: float | None = None, original_max_position_embeddings: int | None = None
+    ) -> None:
+        super().__init__(shape)
+        given = shape.rope_theta if theta is None else theta
+        remedy = "It is the base of the frequencies."
+        self.theta = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
+        option = "original_max_position_embeddings"
+        length = check_window(self.name, option, original_max_position_embeddings)
+        self.window = shape.trained_length if length is None else length
+        self.dim = shape.rotary_dim
+        self.expected_length: int | None = None
+        if self.dim < 2 or self.dim % 2:
+            raise OptionValueError(
+                f"{self.name!r} rotates pairs of dimensions, so it needs an even number of them; this attention has "
+                f"rotary_dim={self.dim} (head_dim={shape.head_dim})."
+            )
+        if self.window < 1:
+            raise OptionValueError(
+                f"{self.name!r} needs to know the window the model was trained for, and its config does not say: "
+                "give original_max_position_embeddings=<tokens>."
+            )
+        self._tables: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._static_factor = 1.0
+
+    def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
+        """Inverse frequencies `[rotary_dim / 2]` (radians per token, float32) and the factor on cos and sin, for a
+        sequence of `length` tokens. Static schemes ignore the length; None means the trained window."""
+        raise NotImplementedError
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Inverse frequencies at the trained window, `[rotary_dim / 2]`, float32."""
+        return self.frequencies(self.regime_start)[0]
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied by at the trained window; logits scale by its square."""
+        return float(self.frequencies(self.regime_start)[1])
+
+    @property
+    def effective_window(self) -> int | None:
+        return self.window
+
+    @property
+    def regime_start(self) -> int:
+        """The shortest regime: nothing shorter changes the frequencies."""
+        return max(self.window, self.expected_length or 0)
+
+    def plain_frequencies(
+        self, theta: float | None = None, stretch: float | Tensor = 1.0, pairs: int | None = None
+    ) -> Tensor:
+        """1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 when None; float32.
+
+        The order of operations is Transformers', which is to be met bit for bit: torch computes powers by vectors of
+        eight and what is left over one by one, so that cutting or dividing afterwards would round differently.
+        """
+        count = self.dim if pairs is None else 2 * pairs
+        exponent = torch.arange(0, count, 2, dtype=torch.int64, device="cpu").float() / self.dim
+        return 1.0 / (stretch * (self.theta if theta is None else theta) ** exponent)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions `[batch | 1, length]` under a static scheme, `[batch | 1, length, r]`, float32."""
+        inv_freq, factor = self._table("static", positions.device, [self.regime_start])
+        return self._tables_of(positions[..., None].float() * inv_freq[0], factor[0])
+
+    def _tables_of(self, angles: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of `angles` `[batch | 1, length, r / 2]` times `factor`, `[batch | 1, length, r]`, float32."""
+        polar = self.shape.arithmetic == "complex"
+        return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
+
+    def turned(self, cos: Tensor, sin: Tensor) -> Turned:
+        """The rotation of queries or keys of this attention by given tables."""
+        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys `[batch, heads, length, head]` turned by float32 tables, in their own dtype."""
+        return self.turned(cos, sin)(x)
+
+    def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, made once."""
+        entry = self._tables.get((kind, device))
+        if entry is None:
+            rows = [self.frequencies(length) for length in lengths]
+            inv_freq = torch.stack([row[0] for row in rows]).float().to(device)
+            factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device="cpu").to(device)
+            self._static_factor = float(rows[0][1])
+            entry = self._tables[(kind, device)] = (inv_freq, factor)
+        return entry
+
+
+class Rotary(Rotation):
+    """Rotation of every query and key by its own position (Su et al. 2021, arXiv 2104.09864).
+
+    A subclass says `frequencies(length)`. Length-dependent schemes cache keys as projected. The tokens of a first pass
+    use the regime of their own document's length; a token that comes later uses the smallest regime on a geometric grid
+    that holds its position, for itself and for all keys it looks at.
+    """
+
+    per_head = SHARED
+
+    def relative_position(self, length: int) -> Tensor:
+        return causal_distance(length)
+
+    @property
+    def rotates_early(self) -> bool:
+        return not self.length_dependent and not self._acts_on_scores(Rotary)
+
+    @property
+    def changes_nothing(self) -> bool:
+        if not self.rotates_early or self.scorer is not None:
+            return False
+        inv_freq, factor = self.frequencies(self.regime_start)
+        return factor == 1 and torch.equal(inv_freq, self.plain_frequencies(self.shape.rope_theta))
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
+        inv_freq, _ = self._table("static", positions.device, [self.regime_start])
+        return positions[..., None].float() * inv_freq[0], self._static_factor
+
+    def regime(self, length: int) -> int:
+        """The length whose frequencies a first pass over a document of `length` tokens uses."""
+        return max(length, self.regime_start)
+
+    def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
+        """cos and sin of queries and keys, four tensors for each regime in use, led by which regime a query uses."""
+        if not self.length_dependent or positions.length is None:
+            inv_freq, factor = self._table("static", positions.query.device, [self.regime_start])
+            return self._rotations(positions, inv_freq[None], factor[None], inv_freq[None], factor[None])
+        if positions.fresh:
+            return self._prepare_first_pass(positions, positions.length)
+        assert isinstance(positions.length, Tensor)
+        return self._prepare_cached(positions, positions.length)
+
+    def _prepare_first_pass(self, positions: Positions, length: Tensor | int) -> tuple[Tensor, ...]:
+        if isinstance(length, torch.SymInt) or (isinstance(length, Tensor) and torch.compiler.is_exporting()):
+            raise UnsupportedError(
+                f"{self.name!r} follows the length of the sequence, which torch.export does not know here: export with "
+                "a fixed length and without attention_mask and position_ids, or use a scheme with a fixed factor."
+            )
+        if isinstance(length, int):  # read from a shape, so that a compiler can follow
+            length, known = torch.full_like(positions.query, length), [length]
+            which = torch.zeros_like(length)
+        else:
+            distinct, which = length.unique(return_inverse=True)
+            known = distinct.tolist()
+        rows = [self.frequencies(self.regime(int(n))) for n in known]
+        inv_freq = torch.stack([row[0] for row in rows]).float().to(length.device)[which]
+        factor = torch.tensor([float(row[1]) for row in rows], dtype=torch.float32, device=length.device)[which]
+        surplus = positions.key.shape[1] - inv_freq.shape[1]  # empty slots of a static cache, hidden by the mask
+        inv_key = torch.cat((inv_freq, inv_freq[:, -1:].expand(-1, surplus, -1)), 1) if surplus else inv_freq
+        factor_key = torch.cat((factor, factor[:, -1:].expand(-1, surplus)), 1) if surplus else factor
+        return self._rotations(positions, inv_freq, factor, inv_key, factor_key)
+
+    def _prepare_cached(self, positions: Positions, length: Tensor) -> tuple[Tensor, ...]:
+        grid = [int(self.regime_start * GROWTH**step) for step in range(REGIMES)]
+        inv_freq, factor = self._table("grid", length.device, grid)
+        level = torch.bucketize(length, torch.tensor(grid, device=length.device)).clamp(max=REGIMES - 1)
+        first = level.amin(dim=1)
+        more = int((level - first[:, None]).max()) if level.shape[1] > 1 else 0
+        prepared: tuple[Tensor, ...] = (level - first[:, None],)
+        for step in range(more + 1):
+            at = (first + step).clamp(max=REGIMES - 1)[:, None]
+            prepared += self._rotations(positions, inv_freq[at], factor[at], inv_freq[at], factor[at])[1:]
+        return prepared
+
+    def _rotations(
+        self, positions: Positions, inv_query: Tensor, factor_query: Tensor, inv_key: Tensor, factor_key: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(no choice, cos and sin of the queries, cos and sin of the keys), each `[batch | 1, length, r]`, float32."""
+        sides = ((positions.query, inv_query, factor_query), (positions.key, inv_key, factor_key))
+        tables: list[Tensor] = [positions.query[:, :0]]
+        for position, inv_freq, factor in sides:
+            tables += self._tables_of(position[..., None].float() * inv_freq, factor[..., None])
+        return tuple(tables)
+
+    def _rotate_both(
+        self, query: Tensor, key: Tensor, tables: tuple[Tensor, ...], kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        cos_query, sin_query, cos_key, sin_key = tables
+        if kept is not None:
+            cos_key, sin_key = cos_key[:, kept], sin_key[:, kept]
+        return self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
+
+    def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+        choice, tables = positions.prepared[0], positions.prepared[1:]
+        output = None
+        for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
+            rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
+            rotated = engine.after_rotation(rotated[0]), engine.after_rotation(rotated[1])
+            other = engine(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
+            output = other if output is None else engine.where((choice == step)[:, :, None, None], other, output)
+        return output

@@ -1,0 +1,178 @@
+"""The model card: what was trained, on what, how it went, and what it scores."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from ..evaluation.results import write_atomically
+from . import curve
+from .data import mix_table
+from .plan import duration
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+VERSIONS = ("pe_patch", "torch", "transformers", "accelerate", "peft")
+RECOVERED = 0.02
+"""A changed scheme has recovered when its loss is within this share of the original's."""
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ model }}{% if steps %}, trained{% endif %}{{ scheme }} by pe_patch.
+
+```python
+{{ loading }}
+```
+
+## Training
+
+{{ trained }}
+
+{% if steps %}![Loss by step, and what was measured on the way](curve.png)
+{% endif %}
+{% if scores %}
+## Scores
+
+{{ scores }}
+
+Each row says what it was measured on; *native* is the longest sequence the original model was trained on. \
+{{ recovery }}
+{% endif %}
+## Data
+
+{{ data }}
+
+## Recipe
+
+```yaml
+{{ recipe }}```
+
+Run on {{ machine }} with {{ versions }}.
+"""
+
+
+def write(trainer: Trainer) -> None:
+    """Write `README.md` and `curve.png` beside the trained model, from the log of the run.
+
+    It is written before the last evaluation, and once more after it.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    recipe, folder = trainer.recipe, trainer.output / "model"
+    lines = [json.loads(line) for line in (trainer.output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    rows = [line for line in lines if line["event"] == "evaluation"]
+    if steps:
+        write_atomically(folder / "curve.png", curve.picture(steps, rows))
+    source = recipe.model.source
+    name = "a small demonstration model" if source == "demo" else source or "A model with fresh weights"
+    on_hub = source is not None and source.count("/") == 1 and not source.startswith((".", "/"))
+    data = ModelCardData(
+        base_model=source if on_hub else None, library_name="transformers", tags=["pe_patch", "long-context"]
+    )
+    said = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=trainer.output.name,
+        model=name[0].upper() + name[1:],
+        scheme=_scheme(recipe),
+        loading=_loading(trainer),
+        steps=bool(steps),
+        trained=_trained(trainer, steps) if steps else "None: the scheme works on the model as it was.",
+        scores=_scores(rows, steps[-1]["step"] if steps else 0),
+        recovery=_recovery(rows),
+        data=_mix(trainer) if steps else "None was trained on.",
+        recipe=OmegaConf.to_yaml(OmegaConf.structured(recipe)),
+        machine=trainer.engine.describe(),
+        versions=", ".join(f"{one} {version(one)}" for one in VERSIONS) + f" and Python {platform.python_version()}",
+    )
+    write_atomically(folder / "README.md", str(said))
+
+
+def _scheme(recipe: Recipe) -> str:
+    if recipe.scheme is None:
+        return ""
+    options = ", ".join(f"{key}: {value}" for key, value in recipe.scheme.options.items())
+    return f" with the positional scheme `{recipe.scheme.name}`" + (f" ({options})" if options else "")
+
+
+def _loading(trainer: Trainer) -> str:
+    if trainer.recipe.lora is not None and not trainer.recipe.lora.merge:
+        return (
+            'from pe_patch import load_patched\n\nmodel = load_patched("path/to/this/folder")  # an adapter on its base'
+        )
+    if trainer.recipe.scheme is None:
+        return 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+    return 'from pe_patch import load_patched\n\nmodel = load_patched("path/to/this/folder")'
+
+
+def _trained(trainer: Trainer, steps: list[dict[str, Any]]) -> str:
+    seconds = sum(step["seconds"] for step in steps)
+    last = steps[-1]
+    return (
+        f"{last['step']:,} steps, {last['tokens']:,} tokens in {duration(seconds)} "
+        f"({last['tokens'] / max(seconds, 1e-9):,.0f} tokens/s); the loss of the last step is {last['loss']:.3f} nats "
+        "a token of the training mixture."
+    )
+
+
+def _mix(trainer: Trainer) -> str:
+    head = "| phase | part | text | documents | tokens | share of the sequences | tokens drawn | each seen |"
+    rows = [
+        f"| {number} | {row['source']} ({row['kind']}) | {row['text']} | {row['documents']:,} | {row['tokens']:,} | "
+        f"{row['share']:g} | {row['drawn']:,} | {row['times_seen']:g} times |"
+        for number in range(len(trainer.recipe.phases))
+        for row in mix_table(trainer.data(number))
+    ]
+    return "\n".join([head, "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", *rows])
+
+
+def _scores(rows: list[dict[str, Any]], last: int) -> str:
+    """The measurements of each kind before the first step and after the `last` one, side by side."""
+    kinds = list(dict.fromkeys((row["task"], row["measure"], row["length"], row["depth"]) for row in rows))
+    if not kinds:
+        return ""
+    table = [
+        "| task | measure | tokens | original | before | after | measured on |",
+        "| --- | --- | ---: " + "| ---: " * 3 + "| --- |",
+    ]
+    for kind in kinds:
+        of = [row for row in rows if (row["task"], row["measure"], row["length"], row["depth"]) == kind]
+        original = [row["score"] for row in of if row["original"]]
+        ours = [row for row in of if not row["original"]]
+        before = [row["score"] for row in ours if row["step"] == 0]
+        after = [row["score"] for row in ours if row["step"] == last > 0]
+        shown = " | ".join(f"{values[-1]:.3f}" if values else "-" for values in (original, before, after))
+        depth = "" if kind[3] is None else f", depth {kind[3]:g}"
+        measured = f"{of[-1]['samples']} samples: {of[-1]['measured_on']}"
+        table.append(f"| {kind[0]} | {kind[1]}{depth} | {kind[2]:,} | {shown} | {measured} |")
+    return "\n".join(table)
+
+
+def _recovery(rows: list[dict[str, Any]]) -> str:
+    """How long a change of scheme took to come back to the loss that the original model had."""
+    originals = [row for row in rows if row["original"] and row["measure"].startswith("nats")]
+    if not originals:
+        return ""
+    first = min(originals, key=lambda row: row["length"])
+    bound = first["score"] * (1 + RECOVERED)
+    same = ("task", "measure", "length", "depth")
+    ours = [row for row in rows if not row["original"] and all(row[key] == first[key] for key in same)]
+    if not ours:
+        return ""
+    reached = next((row["step"] for row in ours if row["score"] <= bound), None)
+    when = f"first at step {reached}" if reached is not None else f"never in {ours[-1]['step']} steps"
+    return (
+        f"Within {RECOVERED:.0%} of the original's loss at {first['length']:,} tokens ({first['score']:.3f}): {when}, "
+        "of those at which it was measured."
+    )
