@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 
@@ -203,3 +206,25 @@ def test_failures_are_one_plain_message(run, checkpoint, text, tmp_path, words, 
 def test_debug_shows_the_traceback(checkpoint):
     with pytest.raises(OptionError):
         cli.main(["--debug", "evaluate", checkpoint, "--factor", "4"])
+
+
+def test_train_runs_a_recipe_by_name_or_path(run, monkeypatch):
+    from pe_patch.training import run as training
+
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "train", seen.append)
+    assert run("train", "tiny_yarn", "seed=7", "--dry-run")[0] == 0
+    (recipe,) = seen
+    assert recipe.seed == 7 and recipe.dry_run and recipe.scheme.name == "yarn"
+    code, _, err = run("train", "tiny_yarm")
+    assert code == 2 and "Did you mean 'tiny_yarn'" in err
+    code, _, err = run("train", "tiny_yarn", "sead=7")
+    assert code == 2 and "sead" in err
+
+
+def test_recipes_are_found_from_any_folder(tmp_path):
+    for start in (["-m", "pe_patch.training"], ["-m", "pe_patch", "train"]):
+        done = subprocess.run(
+            [sys.executable, *start, "no_such_recipe"], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 2 and "yarn_llama_32k" in done.stderr

@@ -9,7 +9,21 @@ from contextlib import nullcontext
 from ..errors import OptionError, PePatchError, UnknownNameError
 
 # in the order in which --help lists them
-from . import advise, compare, convert, demo, doctor, evaluate, export, generate, inspect, list_, search, selftest  # noqa: F401
+from . import (  # noqa: F401
+    advise,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    list_,
+    search,
+    selftest,
+    train,
+)
 from .application import app
 from .output import echo, json_alone, log_to_terminal, print_traceback
 from .several import spread
