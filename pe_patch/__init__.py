@@ -5,35 +5,127 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from . import compat, schemes  # noqa: F401 - importing the schemes registers them
-from .adapters import ADAPTERS as ADAPTERS
-from .adapters import Adapter as Adapter
+from . import compat
+from .adapters import ADAPTERS, Adapter, register_adapter
 from .checkpoints.auto import register
-from .checkpoints.exporters import export as export
-from .checkpoints.load import load_patched as load_patched
-from .core.positions import Positions as Positions
-from .core.scheme import AttentionShape as AttentionShape
-from .core.scheme import Scheme as Scheme
-from .data.packaged import __version__ as __version__
-from .errors import AlreadyPatchedError as AlreadyPatchedError
-from .errors import CacheError as CacheError
-from .errors import NoEffectError as NoEffectError
-from .errors import PePatchError as PePatchError
-from .errors import PrintableFilter
-from .errors import UnsupportedError as UnsupportedError
-from .mla import scheme as _mla  # noqa: F401 - registers itself
-from .patching.api import patch_model as patch_model
-from .patching.api import patched as patched
-from .patching.api import unpatch_model as unpatch_model
-from .patching.description import Description as Description
-from .patching.description import describe as describe
+from .checkpoints.exporters import export
+from .checkpoints.load import load_patched
+from .core.engine import AttentionEngine
+from .core.positions import Positions
+from .core.scheme import AttentionShape, DistanceBias, Scheme
+from .data.packaged import __version__
+from .errors import (
+    AlreadyPatchedError,
+    BeyondWindowError,
+    CacheError,
+    CheckpointError,
+    MismatchError,
+    NoEffectError,
+    OptionError,
+    OptionValueError,
+    OutputError,
+    PePatchError,
+    PrintableFilter,
+    UnknownNameError,
+    UnsupportedError,
+)
+from .mla.scheme import MLA
+from .patching.api import patch_model, patched, unpatch_model
+from .patching.description import Description, describe
 from .patching.peft import listen
-from .schemes.registry import ALIASES as ALIASES
-from .schemes.registry import SCHEMES as SCHEMES
+from .schemes.absolute import DroPE, Integer, Learned, NoPE, OneHot, Sinusoidal
+from .schemes.bias import T5, ALiBi, Kerple, Sandwich
+from .schemes.decay import RoPEALiBi, XPos
+from .schemes.fire import FIRE
+from .schemes.frequency_wrappers import ClippedRoPE, Resonance
+from .schemes.grid import ALiBi2D, RoPE2D
+from .schemes.registry import ALIASES, SCHEMES, register_scheme
+from .schemes.relative import CoPE, Shaw, TransformerXL
+from .schemes.remap import DCA, STRING, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend
+from .schemes.remapped_base import Remapped
+from .schemes.rope import Rotary
+from .schemes.rotary import DynamicNTK, LongRoPE, Proportional, RoPE
+from .schemes.scaling import NTK, Linear, Llama3, NTKByParts
+from .schemes.yarn import DynamicYaRN, YaRN
 
 if TYPE_CHECKING:
-    from .evaluation import evaluate as evaluate
+    from .evaluation import evaluate
 
+__all__ = [
+    "ADAPTERS",
+    "ALIASES",
+    "DCA",
+    "FIRE",
+    "MLA",
+    "NTK",
+    "SCHEMES",
+    "STRING",
+    "T5",
+    "ALiBi",
+    "ALiBi2D",
+    "Adapter",
+    "AlreadyPatchedError",
+    "AttentionEngine",
+    "AttentionShape",
+    "BeyondWindowError",
+    "CacheError",
+    "CheckpointError",
+    "ClippedRoPE",
+    "CoPE",
+    "Description",
+    "DistanceBias",
+    "DroPE",
+    "DynamicNTK",
+    "DynamicYaRN",
+    "Integer",
+    "Kerple",
+    "LMInfinite",
+    "LeakyReRoPE",
+    "Learned",
+    "Linear",
+    "Llama3",
+    "LongRoPE",
+    "MismatchError",
+    "NTKByParts",
+    "NoEffectError",
+    "NoPE",
+    "OneHot",
+    "OptionError",
+    "OptionValueError",
+    "OutputError",
+    "PePatchError",
+    "Positions",
+    "Proportional",
+    "ReRoPE",
+    "Remapped",
+    "Resonance",
+    "RoPE",
+    "RoPE2D",
+    "RoPEALiBi",
+    "Rotary",
+    "Sandwich",
+    "Scheme",
+    "SelfExtend",
+    "Shaw",
+    "Sinusoidal",
+    "TransformerXL",
+    "UnknownNameError",
+    "UnsupportedError",
+    "XPos",
+    "YaRN",
+    "__version__",
+    "describe",
+    "evaluate",
+    "export",
+    "load_patched",
+    "patch_model",
+    "patched",
+    "register_adapter",
+    "register_scheme",
+    "unpatch_model",
+]
+
+SCHEMES.seal()
 listen()
 compat.warn_if_untested()
 register()
@@ -46,3 +138,7 @@ def __getattr__(name: str) -> Any:
 
         return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,7 +29,7 @@ def shape(**changes):
 @pytest.mark.parametrize("heads", [1, 3, 6, 8, 16, 32, 71])
 def test_slopes_are_the_authors(heads):
     expected = golden(f"alibi/slopes/heads{heads}")
-    ours = SCHEMES["alibi"](shape(num_heads=heads)).slopes
+    ours = SCHEMES["alibi"](shape(num_heads=heads)).head_slopes
     torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), torch.tensor(expected["slopes"]).double())
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected["slopes_hf_bloom_f32"]), rtol=1e-6, atol=0)
 

@@ -82,10 +82,10 @@ def test_a_family_that_transformers_has_is_no_misspelling(family):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_example_of_a_required_option_is_of_the_right_kind(name):
     cls = SCHEMES[name]
-    for p in cls._parameters_of_init():
-        if p.default is not p.empty:
+    for p in cls.declared_options():
+        if not p.required:
             continue
-        others = {q.name: 1 for q in cls._parameters_of_init() if q.default is q.empty and q.name != p.name}
+        others = {q.name: 1 for q in cls.declared_options() if q.required and q.name != p.name}
         with pytest.raises(TypeError, match=f"needs the option '{p.name}'") as caught:
             cls.check_options(others)
         example = str(caught.value).split("for example ")[1].split("=")[1]

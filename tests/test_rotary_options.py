@@ -123,8 +123,8 @@ def test_a_scheme_over_another_keeps_its_length_dependence() -> None:
     assert build("resonance", over={"scheme": "yarn", "factor": "auto"}).regime(5000) == 8192
     nested = build("clipped_rope", dims=4, over={"scheme": "resonance", "over": "rope"})
     close(nested.inv_freq, oracles.clipped(oracles.resonance(oracles.rope(128, 10000.0)), 4), 2e-6)
-    assert build("resonance", theta=500000.0).theta == 500000.0
-    assert build("resonance", over={"rope_type": "default", "rope_theta": 1e6}).theta == 1e6
+    assert build("resonance", theta=500000.0).base == 500000.0
+    assert build("resonance", over={"rope_type": "default", "rope_theta": 1e6}).base == 1e6
 
 
 SIXTY_FOUR = [2.0] * 64

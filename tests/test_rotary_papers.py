@@ -79,7 +79,7 @@ def test_the_authors_own_longrope() -> None:
     for field in ("inv_freq_f32", "inv_freq_hf_long_f32"):
         close(scheme.frequencies(said["orig"] + 1)[0], entry[field])
     close(scheme.frequencies(said["orig"])[0], entry["inv_freq_hf_short_f32"])
-    assert scheme.attention_factor == pytest.approx(entry["attention_factor"], rel=1e-12)
+    assert scheme.attention_scaling == pytest.approx(entry["attention_factor"], rel=1e-12)
     expected, attention = oracles.longrope(128, said["base"], entry["long_factor"], factor, said["orig"])
     assert expected == pytest.approx(entry["inv_freq_f64"], rel=1e-9)
     assert attention == pytest.approx(entry["attention_factor"], rel=1e-9)
@@ -93,7 +93,7 @@ def test_yarn_attention_factors_of_transformers_and_deepseek() -> None:
             pairs = [] if said == "default" else [part.split("=") for part in said.split(",")]
             options = {key: float(value) for key, value in pairs}
             scheme = build("yarn", None, factor=float(factor), **options)
-            assert scheme.attention_factor == pytest.approx(expected, rel=1e-12), (factor, said)
+            assert scheme.attention_scaling == pytest.approx(expected, rel=1e-12), (factor, said)
             assert oracles.yarn_attention(float(factor), **options) == pytest.approx(expected, rel=1e-12)
 
 

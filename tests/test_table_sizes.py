@@ -51,7 +51,7 @@ def expected(name, scheme, given, q, k, v, scaling):
     elif name == "cope":
         scores = oracle.cope(w, q, k)
     elif name == "alibi":
-        scores = scores - torch.tensor(scheme.slopes, dtype=torch.float64)[:, None, None] * oracle.pairs(n)
+        scores = scores - torch.tensor(scheme.head_slopes, dtype=torch.float64)[:, None, None] * oracle.pairs(n)
     elif name == "t5":
         scores = scores + oracle.t5(w, n, given["num_buckets"], given["max_distance"])
     elif name == "kerple":

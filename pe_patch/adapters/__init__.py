@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ..core.registry import Registry
+from ..errors import OptionValueError, quoted
 from .adapter import Adapter
 from .bloom import bloom_attention, build_alibi_tensor, carry_positions, keep_positions
 from .projections import Fused, ProjectionNames, Separate
@@ -55,7 +57,10 @@ LATENT = {
 }
 """Families whose attention caches latents; they fold YaRN's factor over all dimensions into the softmax scale."""
 
-ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
+ADAPTERS: Registry[Adapter] = Registry("pe_patch.adapters")
+"""The adapter of every supported model family, by its `model_type`."""
+
+FAMILIES: Mapping[str, Adapter] = MappingProxyType(
     {family: Adapter(projections=PROJECTIONS.get(family), summary=summary) for family, summary in PLAIN.items()}
     | {family: Adapter(folds_scale=True, summary=summary) for family, summary in LATENT.items()}
     | {
@@ -114,3 +119,39 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         "vit": Adapter(attention="attention", rotary=None, tower=Tower("position_embeddings"), summary="ViT"),
     }
 )  # fmt: skip
+
+for _family, _adapter in FAMILIES.items():
+    ADAPTERS.add(_family, _adapter)
+ADAPTERS.seal()
+
+
+def register_adapter(model_type: str, adapter: Adapter) -> Adapter:
+    """Register a model family, so that every function that takes a model knows it.
+
+    The first patch of a model of this family checks what the adapter says against the model. A package registers a
+    family for everyone who installs it by an entry point of the group `pe_patch.adapters` that names a module which
+    calls this function.
+
+    Args:
+        model_type: `config.model_type` of the family.
+        adapter: where the family keeps its layers, attentions and rotary module.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        OptionValueError: `model_type` is no name or that of a family of this library, or `adapter` is no `Adapter`.
+    """
+    if not isinstance(model_type, str) or not model_type:
+        raise OptionValueError(f"register_adapter takes config.model_type as a string first, got {quoted(model_type)}.")
+    if not isinstance(adapter, Adapter):
+        raise OptionValueError(
+            f"register_adapter({model_type!r}, ...) takes a pe_patch.Adapter, got {quoted(adapter)}. Example: "
+            "Adapter(attention='attention')."
+        )
+    if ADAPTERS.is_builtin(model_type):
+        raise OptionValueError(
+            f"pe_patch has an adapter for {model_type!r}; pass yours to patch_model(model, ..., adapter=...)."
+        )
+    ADAPTERS.add(model_type, adapter)
+    return adapter

@@ -217,7 +217,7 @@ class RotaryJoint(nn.Module):
     def attention_scaling(self) -> float:
         """What cos and sin are multiplied by."""
         scheme = self.__dict__["scheme"]
-        return 1.0 if scheme is None else scheme.attention_factor
+        return 1.0 if scheme is None else scheme.attention_scaling
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -51,8 +51,8 @@ def converted_row(model: Any, material: Material, original: Row, started: float)
     return {
         "method": scheme.method,
         "cache_ratio": found["cached_bytes_per_token"] / original["cached_bytes_per_token"],
-        "kv_rank": scheme.kv_rank,
-        "rope_dim": scheme.rope_dim,
+        "kv_rank": scheme.rank,
+        "rope_dim": scheme.rotary_width,
         **found,
         "loss_change": found["loss"] / original["loss"] - 1,
         "seconds": round(seconds, 3),

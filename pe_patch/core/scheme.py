@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, InitVar, dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform
 
 from ..errors import OptionError, UnsupportedError, nearest, quoted
 from .head_slices import Heads, declared, part
@@ -24,8 +26,30 @@ RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule"
 """Keywords of `patch_model` itself; no scheme may name an option like this."""
 
 
-class Scheme(nn.Module):
-    """A positional scheme. It overrides the lowest rung that says all it has to say.
+@dataclass(frozen=True)
+class Option:
+    """An option of a scheme, as its class declares it."""
+
+    name: str
+    annotation: str
+    default: Any
+    """`Option.REQUIRED` if the option must be given."""
+    REQUIRED: ClassVar[Any] = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        """Return whether the option has no default."""
+        return self.default is Option.REQUIRED
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
+class _Options:
+    """Makes type checkers read the annotated fields of a scheme as keyword arguments."""
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Scheme(_Options, nn.Module):
+    """A positional scheme. It overrides the lowest hook that can express it.
 
     1. `embed` adds to the input embeddings.
     2. `angles` rotates queries and keys before the cache; decoding then costs nothing.
@@ -34,8 +58,12 @@ class Scheme(nn.Module):
     5. `attend` is everything after the projections.
     6. `replace` is another attention altogether.
 
-    The options of a scheme are the keyword arguments of its `__init__`.
+    The options of a scheme are the annotated fields of its class. Other attributes are `ClassVar`, have no
+    annotation, or are set in `setup`. `YaRN(factor=4)` only holds options until a model is patched with it.
+    `YaRN(shape, factor=4)` is built for an attention of that shape.
     """
+
+    attention_shape: InitVar[AttentionShape | None] = field(default=None, kw_only=False)
 
     name: ClassVar[str] = ""
     mechanism: ClassVar[str] = ""
@@ -47,7 +75,7 @@ class Scheme(nn.Module):
     """It computes the scores itself (`engine.rows`, `engine.ranges`) instead of handing a bias to one kernel."""
     ranged: ClassVar[bool] = False
     """It makes them by `engine.ranges` alone, for which FlexAttention will do too."""
-    shift_invariant: bool = True
+    shift_invariant = True
     """Adding a constant to every position changes nothing."""
     training_free: ClassVar[bool] = False
     """Meant to work on a rotary model without further training."""
@@ -56,77 +84,109 @@ class Scheme(nn.Module):
     """Its `attend` calls modules of the model, for which autocast must choose as it does elsewhere."""
     converts: ClassVar[bool] = False
     """It carries the trained weights over into what replaces them."""
-    keep_original: bool = True
+    keep_original = True
     """The weights that it was made of stay with the model, for undoing."""
-    calibration: Any = None
+    calibration = cast(Any, None)
     """Token ids or texts, for `observe`."""
-    seed: int = 0
+    seed = 0
     """Chooses among the rows of calibration where there are more than are read."""
-    max_loss: float | None = None
+    max_loss = cast("float | None", None)
     """By what share the loss may grow; the least width that keeps to it is searched."""
-    restored: bool = False
+    restored = False
     """What `replace` makes will be filled from a checkpoint."""
 
     examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What to type for an option that has no default, where a plain number is not it."""
 
-    idle: frozenset[str] = frozenset()
+    idle = frozenset[str]()
     """Rungs that it overrides and, with the options given, has no use for."""
 
     widens_heads: ClassVar[bool] = False
     """Its bias can ride on extra dimensions of the head (`DistanceBias.features`), in every dtype."""
 
-    per_head: Mapping[str, int] | None = None
+    per_head = cast("Mapping[str, int] | None", None)
     """Attributes with numbers for each head, and along which dimension, for processes that share the heads; empty where
     heads share everything, None where nobody has said."""
 
-    shape: AttentionShape
-    options: dict[str, Any]
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._own_init = "__init__" in cls.__dict__
+        dataclass(kw_only=True, eq=False, repr=False)(cls)
         if taken := RESERVED & cls.option_names():
             raise OptionError(
                 f"{cls.__name__} declares the option {sorted(taken)[0]!r}, which patch_model reserves for itself; "
                 f"rename it (reserved: {', '.join(sorted(RESERVED))})."
             )
 
-    def __new__(cls, shape: AttentionShape | None = None, **options: Any) -> Scheme:
+    _own_init: ClassVar[bool] = False
+
+    def __new__(cls, attention_shape: AttentionShape | None = None, **options: Any) -> Scheme:
+        if cls.__hash__ is None:  # a plain @dataclass above the class compares by value, and torch needs identity
+            cls.__eq__, cls.__hash__ = object.__eq__, object.__hash__
         instance = super().__new__(cls)
-        if shape is not None:  # None when unpickled or copied: the state follows
+        nn.Module.__init__(instance)
+        if attention_shape is not None or options:  # neither when unpickled or copied: the state follows
+            if attention_shape is not None and not isinstance(attention_shape, AttentionShape):
+                raise OptionError(
+                    f"{cls.__name__} takes its options by name, got {quoted(attention_shape)}. Example: "
+                    f"{cls.__name__}(factor=4)."
+                )
             cls.check_options(options)
-            instance.__dict__["options"] = dict(options)
+        instance.__dict__["options"] = dict(options)
         return instance
 
-    def __init__(self, shape: AttentionShape) -> None:
-        super().__init__()
-        self.shape = shape
+    def __post_init__(self, attention_shape: AttentionShape | None) -> None:
+        self.options: dict[str, Any] = self.__dict__.get("options", {})
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._constants_of_parts: dict[Heads, dict[tuple[str, torch.device], Tensor]] = {}
+        if attention_shape is not None:
+            self.shape: AttentionShape = attention_shape
+            self.setup()
+
+    def setup(self) -> None:
+        """Check the options and build parameters, once `self.shape` is known. Overrides call `super().setup()` first.
+
+        Raises:
+            OptionValueError: an option has a value that it cannot take here.
+        """
+
+    @property
+    def is_built(self) -> bool:
+        """Return whether the scheme was built for an attention, rather than holding options alone."""
+        return "shape" in self.__dict__
 
     @classmethod
-    def _parameters_of_init(cls) -> list[inspect.Parameter]:
-        """The keyword arguments of `__init__`; where it hands `**shared` on, also those of the class above."""
-        found: dict[str, inspect.Parameter] = {}
+    def declared_options(cls) -> list[Option]:
+        """Return the options that this scheme takes, those of its base classes last.
+
+        A class that writes an `__init__` declares options as its keyword arguments; with `**kwargs` it also takes those
+        of its base class.
+        """
+        found: dict[str, Option] = {}
         for owner in cls.__mro__:
-            if "__init__" not in owner.__dict__:
+            if not issubclass(owner, Scheme) or owner is Scheme:
                 continue
+            if not owner._own_init:
+                inherited = [each for each in fields(owner) if each.init]
+                declared = [Option(each.name, str(each.type), _default(each)) for each in inherited]
+                return list(({each.name: each for each in declared} | found).values())
             parameters = list(inspect.signature(owner.__init__).parameters.values())[2:]
             named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-            found = {p.name: p for p in named} | found
+            found = {p.name: Option(p.name, str(p.annotation), p.default) for p in named} | found
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
         return list(found.values())
 
     @classmethod
     def option_names(cls) -> set[str]:
-        """The names of the options that this scheme takes."""
-        return {p.name for p in cls._parameters_of_init()}
+        """Return the names of the options that this scheme takes."""
+        return {option.name for option in cls.declared_options()}
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
         """Raise `OptionError` for an option that does not exist or a required one that is missing."""
-        allowed = cls.option_names()
+        declared = cls.declared_options()
+        allowed = {option.name for option in declared}
         label = cls.name or cls.__name__
         for option in options:
             if option not in allowed:
@@ -134,10 +194,12 @@ class Scheme(nn.Module):
                 raise OptionError(
                     f"{label!r} has no option {quoted(option)}.{nearest(option, allowed)} Its options are: {known}."
                 )
-        for p in cls._parameters_of_init():
-            if p.default is p.empty and p.name not in options:
-                example = cls.examples.get(p.name, f"{p.name}=4")
-                raise OptionError(f"{label!r} needs the option {p.name!r}, for example {example}; it has no default.")
+        for option in declared:
+            if option.required and option.name not in options:
+                example = cls.examples.get(option.name, f"{option.name}=4")
+                raise OptionError(
+                    f"{label!r} needs the option {option.name!r}, for example {example}; it has no default."
+                )
 
     def forward(self, rung: str, *arguments: Any) -> Any:
         """Call a rung by its name, as a module: hooks that fetch offloaded or sharded weights stand before it."""
@@ -310,6 +372,13 @@ class Scheme(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
+
+
+def _default(declared: Any) -> Any:
+    """Return the default of a dataclass field, or `Option.REQUIRED`."""
+    if declared.default is not MISSING:
+        return declared.default
+    return Option.REQUIRED if declared.default_factory is MISSING else declared.default_factory()
 
 
 def overrides(scheme: Scheme, hook: str) -> bool:

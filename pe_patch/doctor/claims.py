@@ -93,7 +93,7 @@ def _unread_key(subject: Subject, fault: ConfigFault) -> Finding:
 def _default(scheme: str, option: str, entries: dict[str, Any]) -> str:
     if option in entries:
         return f"is {entries[option]!r}"
-    found = next((p.default for p in SCHEMES[scheme]._parameters_of_init() if p.name == option), None)
+    found = next((p.default for p in SCHEMES[scheme].declared_options() if p.name == option), None)
     return f"is {found!r}, the default" if isinstance(found, int | float) else "stays at its default"
 
 

@@ -209,12 +209,13 @@ class _Comparison:
 
     def _other_window(self, scheme: Rotation) -> Iterator[Finding]:
         """Dynamic NTK begins where its window ends, which Transformers reads from max_position_embeddings."""
-        begins = getattr(self.turning.module, "original_max_seq_len", scheme.window)
-        if self.claim.scheme == "dynamic_ntk" and begins != scheme.window:
+        begins = getattr(self.turning.module, "original_max_seq_len", scheme.trained_window)
+        if self.claim.scheme == "dynamic_ntk" and begins != scheme.trained_window:
             yield self._finding(
-                "scaling_ignored", f"dynamic scaling beyond {scheme.window} tokens",
+                "scaling_ignored", f"dynamic scaling beyond {scheme.trained_window} tokens",
                 f"scaling begins beyond {begins} tokens: 'dynamic' reads max_position_embeddings and no other window",
-                f'Write "max_position_embeddings": {scheme.window} and remove original_max_position_embeddings.',
+                f'Write "max_position_embeddings": {scheme.trained_window} and remove '
+                "original_max_position_embeddings.",
             )  # fmt: skip
 
     def _other_list(self, scheme: Rotation) -> Iterator[Finding]:
@@ -225,10 +226,10 @@ class _Comparison:
         trained = int(parameters["original_max_position_embeddings"])
         config: Any = self.turning.module.config
         built, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), trained + 1, self.turning.kind)
-        expected = scheme.frequencies(scheme.window + 1)[0]
-        if trained != scheme.window or not torch.allclose(built, expected, rtol=1e-5, atol=0):
+        expected = scheme.frequencies(scheme.trained_window + 1)[0]
+        if trained != scheme.trained_window or not torch.allclose(built, expected, rtol=1e-5, atol=0):
             yield self._finding(
-                "scaling_ignored", f"long_factor beyond {scheme.window} tokens: {numbers_told(expected, 1)}",
+                "scaling_ignored", f"long_factor beyond {scheme.trained_window} tokens: {numbers_told(expected, 1)}",
                 f"beyond {trained} tokens: {numbers_told(built, 1)}", self.remedy(scheme),
             )  # fmt: skip
 

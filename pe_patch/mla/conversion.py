@@ -43,7 +43,7 @@ class Conversion:
         """Modules of the same conversion with this rank, which becomes the schemes' own."""
         modules = {}
         for index, (projections, latents, seen) in self.latents.items():
-            own[index].kv_rank = rank
+            own[index].rank = rank
             modules[index] = own[index].filled(projections, own[index].narrowed(latents, rank, seen))
         return modules
 
@@ -88,12 +88,12 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
             "kind that the model is for, some ten thousand tokens."
         )
     rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT, seed=first.seed), []
-    if first.max_loss is not None:
+    if first.loss_bound is not None:
         rows, kept = held_out([row for row in rows if len(row) > 1], SHARE, first.seed)
-    if (count := sum(map(len, rows))) < first.kv_rank:
+    if (count := sum(map(len, rows))) < first.rank:
         logger.warning(
             "%d calibration tokens are fewer than the rank of %d, so the rest of it is left to chance; give more text.",
-            count, first.kv_rank,
+            count, first.rank,
         )  # fmt: skip
     found = Conversion({}, kept)
     seen: dict[int, Any] = {}
@@ -106,7 +106,7 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
         if index not in own:
             return
         statistics, scheme = seen.pop(index), own[index]
-        if scheme.max_loss is None:
+        if scheme.loss_bound is None:
             found.modules[index] = _filled(scheme, read[index], statistics)
         else:
             latents = scheme.convert(read[index], statistics)

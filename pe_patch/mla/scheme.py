@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_number
 from ..core.positions import Positions
 from ..core.projections import Latents, Projections, Statistics
-from ..core.scheme import AttentionShape, Scheme
+from ..core.scheme import Scheme
 from ..errors import OptionValueError, UnsupportedError, nearest, quoted
 from ..schemes.frequency_wrappers import build_inner
 from ..schemes.registry import register_scheme
@@ -41,31 +41,6 @@ class MLA(Scheme):
 
     On a model that has it (DeepSeek-V2, V3), decoding is absorbed: queries are brought to the latents instead of the
     latents to keys and values. On others, the trained projections are converted.
-
-    Options:
-        kv_rank: width of the latent; or
-        cache_ratio: what the cache may take, as a share of what it takes now; or
-        max_loss: by how much the loss on held-out calibration tokens may grow, as a share of it; the smallest rank
-            that keeps to it is searched.
-        rope_dim: rotary dimensions that are kept. For "transmla" and "svd" of the one key that all heads share: a
-            divisor of the trained rotary width, or a multiple of it up to that of all key-value heads; for "mha2mla"
-            of each key-value head. When None, as many as are possible up to 64, or what suits `cache_ratio`.
-        method: "transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy gathered in few dimensions, principal
-            components of the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: rotary dimensions chosen,
-            singular values of the weights), "svd" (the rotary step of the first, the weights of the second) or
-            "init" (fresh weights, to be trained from scratch).
-        calibration: token ids (`[rows, length]`, or lists of them) or texts. "mha2mla" needs them only to choose
-            dimensions by the 2-norm.
-        seed: chooses among the rows of calibration where they have more than 65,536 tokens in all.
-        latent_norm: normalise the latent, as DeepSeek's classes do.
-        keep_original: keep the weights that are taken away, for `unpatch_model`; they are saved with the model.
-        select: which rotary dimensions "mha2mla" keeps: "2-norm", "high", "low" or "uniform".
-        svd: one latent for keys and values ("joint"), or one for each ("split"; "mha2mla" only).
-        freqfold: how many neighbouring frequencies "transmla" and "svd" take for one; the least that is possible when
-            None.
-        balance_kv_ratio: by what the norms of keys and values are balanced before "transmla" finds components.
-        factor: extend the window with YaRN on the rotary dimensions, with DeepSeek's factor on the softmax scale.
-        over: any other static rotary scheme for them, by name or as a dict.
     """
 
     name = "mla"
@@ -76,47 +51,62 @@ class MLA(Scheme):
     calls_modules = True
     converts = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        kv_rank: int | None = None,
-        cache_ratio: float | None = None,
-        max_loss: float | None = None,
-        rope_dim: int | None = None,
-        method: str = "transmla",
-        calibration: Any = None,
-        seed: int = 0,
-        latent_norm: bool = False,
-        keep_original: bool = True,
-        select: str = "2-norm",
-        svd: str = "joint",
-        freqfold: int | None = None,
-        balance_kv_ratio: float = 1.0,
-        factor: float | None = None,
-        over: str | Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(shape)
-        self.inner = self._rotation(factor, over)
-        self.idle = frozenset() if self.inner is not None else frozenset({"angles"})
-        self.converting = shape.latent_rank == 0
-        self.keep_original = check_flag(self.name, "keep_original", keep_original)
-        self.calibration, self.seed, self.max_loss = calibration, seed, None
-        self.kv_rank, self.rope_dim, self.bounded = shape.latent_rank, 0, cache_ratio is not None
+    kv_rank: int | None = None
+    """Width of the latent. Give one of `kv_rank`, `cache_ratio` and `max_loss`."""
+    cache_ratio: float | None = None
+    """Share of the present cache that the latent may take, in (0, 1)."""
+    max_loss: float | None = None
+    """Share by which the loss on held-out calibration tokens may grow; the smallest such rank is searched."""
+    rope_dim: int | None = None
+    """Rotary dimensions that are kept. For "transmla" and "svd" of the one key that all heads share: a divisor of the
+    trained rotary width, or a multiple of it up to that of all key-value heads; for "mha2mla" of each key-value head.
+    None for as many as possible up to 64, or what `cache_ratio` allows."""
+    method: str = "transmla"
+    """"transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy gathered in few dimensions, principal components of
+    the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: a choice of rotary dimensions, singular values of the
+    weights), "svd" (the rotary step of the first, the weights of the second) or "init" (fresh weights, to be trained
+    from scratch)."""
+    calibration: Any = None
+    """Token ids (`[rows, length]`, or lists of them) or texts. "mha2mla" needs them only for select="2-norm"."""
+    seed: int = 0
+    """Chooses among the rows of calibration if they have more than 65,536 tokens in all."""
+    latent_norm: bool = False
+    """Normalise the latent, as DeepSeek's classes do."""
+    keep_original: bool = True
+    """Keep the weights that are replaced, for `unpatch_model`. They are saved with the model."""
+    select: str = "2-norm"
+    """Which rotary dimensions "mha2mla" keeps: "2-norm", "high", "low" or "uniform"."""
+    svd: str = "joint"
+    """One latent for keys and values ("joint"), or one for each ("split", for "mha2mla" only)."""
+    freqfold: int | None = None
+    """How many neighbouring frequencies "transmla" and "svd" treat as one; None for the least possible."""
+    balance_kv_ratio: float = 1.0
+    """Factor that balances the norms of keys and values before "transmla" finds components."""
+    factor: float | None = None
+    """Extend the window with YaRN on the rotary dimensions, with DeepSeek's factor on the softmax scale."""
+    over: str | Mapping[str, Any] | None = None
+    """Any other static rotary scheme for the rotary dimensions, a name or a dict."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.inner = self._rotation(self.factor, self.over)
+        self.idle = frozenset[str]() if self.inner is not None else frozenset({"angles"})
+        self.converting = self.shape.latent_rank == 0
+        self.keep_original = check_flag(self.name, "keep_original", self.keep_original)
+        self.bounded, self.loss_bound = self.cache_ratio is not None, cast("float | None", None)
+        self.rank, self.rotary_width = self.shape.latent_rank, 0
         if not self.converting:
             self._refuse_conversion()
             self.idle |= {"replace"}
             return
-        self.method = _one_of("method", method, (*METHODS, FRESH))
-        self.select, self.svd = _one_of("select", select, SELECTIONS), _one_of("svd", svd, DECOMPOSITIONS)
-        self.latent_norm = check_flag(self.name, "latent_norm", latent_norm)
-        self.freqfold, self.balance_kv_ratio = freqfold, check_number(
-            self.name, "balance_kv_ratio", balance_kv_ratio, 0.0, exclusive=True
-        )  # fmt: skip
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise OptionValueError(f"'mla' got seed={quoted(seed)}; give a whole number.")
-        refuse_unused(self.method, select=select, freqfold=freqfold, balance_kv_ratio=balance_kv_ratio)
-        self._settle_sizes(kv_rank, cache_ratio, max_loss, rope_dim)
+        self.method = _one_of("method", self.method, (*METHODS, FRESH))
+        self.select, self.svd = _one_of("select", self.select, SELECTIONS), _one_of("svd", self.svd, DECOMPOSITIONS)
+        self.latent_norm = check_flag(self.name, "latent_norm", self.latent_norm)
+        self.balance_kv_ratio = check_number(self.name, "balance_kv_ratio", self.balance_kv_ratio, 0.0, exclusive=True)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise OptionValueError(f"'mla' got seed={quoted(self.seed)}; give a whole number.")
+        refuse_unused(self.method, select=self.select, freqfold=self.freqfold, balance_kv_ratio=self.balance_kv_ratio)
+        self._settle_sizes(self.kv_rank, self.cache_ratio, self.max_loss, self.rope_dim)
 
     # ---- options
 
@@ -158,7 +148,7 @@ class MLA(Scheme):
         if self.method == FRESH and max_loss is not None:
             raise OptionValueError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
         if max_loss is not None:
-            self.max_loss = check_number(self.name, "max_loss", max_loss, 0.0)
+            self.loss_bound = check_number(self.name, "max_loss", max_loss, 0.0)
         split = self.split
         if split and self.method != "mha2mla":
             raise OptionValueError(f"svd='split' is of method='mha2mla'; {self.method!r} has one latent for both.")
@@ -170,8 +160,8 @@ class MLA(Scheme):
             kv_rank, rope_dim = fit_ratio(
                 of.num_key_value_heads, of.head_dim, of.rotary_dim, self.method, latents, ratio, rope_dim
             )
-        self.rope_dim = self._default_rope_dim() if rope_dim is None else int(rope_dim)
-        self.kv_rank = 0 if kv_rank is None else int(kv_rank)
+        self.rotary_width = self._default_rope_dim() if rope_dim is None else int(rope_dim)
+        self.rank = 0 if kv_rank is None else int(kv_rank)
 
     def _default_rope_dim(self) -> int:
         rotary = self.shape.rotary_dim
@@ -184,31 +174,31 @@ class MLA(Scheme):
         if self.method == FRESH:
             self._check_fresh()
             return
-        most = full_rank(projections, self.method, self.rope_dim, self.svd)
+        most = full_rank(projections, self.method, self.rotary_width, self.svd)
         if self.method != "mha2mla":
-            check_freqfold(projections, self.method, self.rope_dim, self.freqfold)
-        if self.max_loss is not None:
-            self.kv_rank = most
+            check_freqfold(projections, self.method, self.rotary_width, self.freqfold)
+        if self.loss_bound is not None:
+            self.rank = most
         if self.bounded:
-            self.kv_rank = min(self.kv_rank, most)
-        widest = widest_rank(projections, self.method, self.rope_dim, self.svd)
-        if not 1 <= self.kv_rank <= widest:
+            self.rank = min(self.rank, most)
+        widest = widest_rank(projections, self.method, self.rotary_width, self.svd)
+        if not 1 <= self.rank <= widest:
             lossless = f" ({most} lose nothing)" if most < widest else ""
             raise OptionValueError(
-                f"'mla' got kv_rank={self.kv_rank}; with rope_dim={self.rope_dim} the keys that do not rotate and the "
+                f"'mla' got kv_rank={self.rank}; with rope_dim={self.rotary_width} the keys that do not rotate and the "
                 f"values have {widest} dimensions here, so give 1 to {widest}{lossless}."
             )
 
     def _check_fresh(self) -> None:
         rotary = self.shape.rotary_dim
         widths = [width for width in range(2, rotary + 1, 2) if rotary % width == 0]
-        if self.rope_dim not in widths:
+        if self.rotary_width not in widths:
             raise OptionValueError(
-                f"'mla' got rope_dim={self.rope_dim}; fresh layers take their frequencies from the {rotary} rotary "
+                f"'mla' got rope_dim={self.rotary_width}; fresh layers take their frequencies from the {rotary} rotary "
                 f"dimensions of this model: give one of {', '.join(map(str, widths))}."
             )
-        if self.kv_rank < 1:
-            raise OptionValueError(f"'mla' got kv_rank={self.kv_rank}; give at least 1.")
+        if self.rank < 1:
+            raise OptionValueError(f"'mla' got kv_rank={self.rank}; give at least 1.")
 
     @property
     def split(self) -> bool:
@@ -220,7 +210,7 @@ class MLA(Scheme):
         if not self.converting or self.method == FRESH:
             return False
         by_norms = self.method == "mha2mla" and self.select == "2-norm"
-        return self.method != "mha2mla" or by_norms or self.latent_norm or self.max_loss is not None
+        return self.method != "mha2mla" or by_norms or self.latent_norm or self.loss_bound is not None
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -229,7 +219,7 @@ class MLA(Scheme):
             return dict(self.options)
         left_out = ("calibration", "seed", "cache_ratio", "max_loss")
         kept = {name: value for name, value in self.options.items() if name not in left_out}
-        return {**kept, "kv_rank": self.kv_rank, "rope_dim": self.rope_dim}
+        return {**kept, "kv_rank": self.rank, "rope_dim": self.rotary_width}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
@@ -238,10 +228,10 @@ class MLA(Scheme):
     def settled(self) -> dict[str, Any]:
         if not self.converting:
             rope = self.shape.rotary_dim
-            return {"cached_per_token_and_layer": f"{self.kv_rank + rope} numbers, decoded without expanding them"}
+            return {"cached_per_token_and_layer": f"{self.rank + rope} numbers, decoded without expanding them"}
         before, after = self.cached_before, self.cached
         return {
-            "latent_rank": self.kv_rank,
+            "latent_rank": self.rank,
             "rotary_key": self.rope_cached,
             "cached_per_token_and_layer": f"{after} numbers, {before} before ({after / before:.1%})",
         }
@@ -249,14 +239,14 @@ class MLA(Scheme):
     @property
     def rope_cached(self) -> int:
         """Numbers of a token's rotary keys."""
-        return rope_heads(self.method, self.shape.num_key_value_heads) * self.rope_dim
+        return rope_heads(self.method, self.shape.num_key_value_heads) * self.rotary_width
 
     @property
     def cached(self) -> int:
         """Numbers that a token leaves in the cache of one layer."""
         if not self.converting:
-            return self.kv_rank + self.shape.rotary_dim
-        return self.kv_rank * (2 if self.split else 1) + self.rope_cached
+            return self.rank + self.shape.rotary_dim
+        return self.rank * (2 if self.split else 1) + self.rope_cached
 
     @property
     def cached_before(self) -> int:
@@ -274,8 +264,8 @@ class MLA(Scheme):
         return None if self.inner is None else self.inner.inv_freq
 
     @property
-    def attention_factor(self) -> float:
-        return 1.0 if self.inner is None or self.converting else self.inner.attention_factor
+    def attention_scaling(self) -> float:
+        return 1.0 if self.inner is None or self.converting else self.inner.attention_scaling
 
     @property
     def softmax_factor(self) -> float:
@@ -283,7 +273,7 @@ class MLA(Scheme):
         what was meant for cos and sin of all of them goes here too."""
         if self.inner is None:
             return 1.0
-        whole = self.inner.attention_factor if self.converting else 1.0
+        whole = self.inner.attention_scaling if self.converting else 1.0
         return whole * self.inner.softmax_factor
 
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
@@ -293,7 +283,9 @@ class MLA(Scheme):
 
     @property
     def rescaling(self) -> float:
-        fresh = (self.shape.head_dim / (self.shape.head_dim + self.rope_dim)) ** 0.5 if self.method == FRESH else 1.0
+        fresh = (
+            (self.shape.head_dim / (self.shape.head_dim + self.rotary_width)) ** 0.5 if self.method == FRESH else 1.0
+        )
         return fresh * self.softmax_factor**2
 
     @property
@@ -327,7 +319,7 @@ class MLA(Scheme):
     def convert(self, projections: Projections, seen: Statistics | None) -> Latents:
         """The latents of one layer."""
         return convert(
-            projections, seen, method=self.method, kv_rank=self.kv_rank, rope_dim=self.rope_dim, select=self.select,
+            projections, seen, method=self.method, kv_rank=self.rank, rope_dim=self.rotary_width, select=self.select,
             svd=self.svd, freqfold=self.freqfold, balance_kv_ratio=self.balance_kv_ratio, latent_norm=self.latent_norm,
         )  # fmt: skip
 
@@ -341,8 +333,9 @@ class MLA(Scheme):
         return LatentSizes(
             hidden=of.hidden, heads=of.heads, up_heads=of.heads if self.method == FRESH else of.kv_heads,
             kv_heads=of.kv_heads, head_dim=of.head_dim,
-            nope=nope_dim(self.method, of.kv_heads, of.head_dim, of.rotary_dim, self.rope_dim), rope=self.rope_dim,
-            rope_heads=heads, rank=self.kv_rank, split=self.split, query_bias=of.query_bias is not None,
+            nope=nope_dim(self.method, of.kv_heads, of.head_dim, of.rotary_dim, self.rotary_width),
+            rope=self.rotary_width,
+            rope_heads=heads, rank=self.rank, split=self.split, query_bias=of.query_bias is not None,
             rope_bias=of.key_bias is not None and of.key_norm is None, value_bias=of.value_bias is not None,
             norm=self.latent_norm,
         )  # fmt: skip
@@ -362,7 +355,7 @@ class MLA(Scheme):
         features = None if projections.key_norm is None else Features.copy(projections)
         module = LatentAttention(self.sizes(projections), features, **factory)
         if self.method == FRESH:
-            every = self.shape.rotary_dim // self.rope_dim
+            every = self.shape.rotary_dim // self.rotary_width
             module.frequency.copy_(torch.arange(0, self.shape.rotary_dim // 2, every)[None])
         return module
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from .turns import Turn
 
 logger = logging.getLogger("pe_patch")
 
+Model = TypeVar("Model")
+
 
 def find_patch(model: Any) -> Patch | None:
     """The patch that a model (or whatever wraps it) carries, or None; one that was interrupted is not `whole`."""
@@ -35,8 +37,8 @@ def find_patch(model: Any) -> Patch | None:
 
 
 def patch_model(
-    model: Any,
-    scheme: str | type[Scheme] | dict[str, Any],
+    model: Model,
+    scheme: str | Scheme | type[Scheme] | Mapping[str, Any],
     *,
     on_existing: str = "error",
     backend: str | None = None,
@@ -46,12 +48,13 @@ def patch_model(
     keep_native: bool = False,
     strict: bool = False,
     **options: Any,
-) -> Any:
-    """Replace the positional logic of a loaded model, in place; returns the same object.
+) -> Model:
+    """Replace the positional logic of a loaded model, in place, and return it.
 
     Args:
         model: a PreTrainedModel, or a PEFT, accelerate or torch.compile wrapper round one.
-        scheme: a name in `SCHEMES` or `ALIASES`, a `Scheme` class, or a dict in any known config dialect.
+        scheme: a scheme with its options such as `YaRN(factor=4)`, a name in `SCHEMES` or `ALIASES`, a `Scheme` class,
+            or a dict in any known config format.
         on_existing: what to do about a scaling in the config or an earlier patch: "error", "replace" (start again from
             the original window and theta) or "compose" (only where that means something).
         backend: "eager", "sdpa", "flex" or "flash"; None follows the model's own attention, and where the family has
@@ -120,11 +123,12 @@ def _earlier(head: Any, on_existing: str) -> Patch | None:
 def _apply_to_native(model: Any, head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         patch = collect(head, scheme, options, given)
-        if given["adapter"] is not None:
+        users_adapter = targets.must_prove(patch.base, given["adapter"])
+        if users_adapter:
             prove(patch)
         patch.swaps += wrapper_swaps(model)
         patch.apply()
-        _verify(patch, probe=given["adapter"] is not None)
+        _verify(patch, probe=users_adapter)
         _announce(patch)
         patch.settle()
     except BaseException:

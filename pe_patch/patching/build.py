@@ -245,7 +245,7 @@ def _narrowest(
 
         return finally_do(patch.undo, patched_loss)
 
-    rank = smallest_rank(scheme.kv_rank, before * (1 + scheme.max_loss), loss_at)
+    rank = smallest_rank(scheme.rank, before * (1 + scheme.loss_bound), loss_at)
     return assemble(found.at(own, rank))
 
 

@@ -97,10 +97,10 @@ def _check_rungs(adapter: Adapter, scheme: Scheme, turns: bool, acts: bool) -> N
 def check_kinds(kinds: Kinds, plan: Plan, everywhere: bool) -> None:
     """Raise where layer types that rotate by different bases would be changed together and nobody asked for it."""
     rotations = {kind: scheme for kind, scheme in kinds.items() if isinstance(scheme, Rotation)}
-    if len({scheme.theta for scheme in rotations.values()}) < 2:
+    if len({scheme.base for scheme in rotations.values()}) < 2:
         return
-    told = " and ".join(f"its {kind} layers by the base {scheme.theta:g}" for kind, scheme in rotations.items())
-    farthest = max(rotations, key=lambda kind: rotations[kind].theta)
+    told = " and ".join(f"its {kind} layers by the base {scheme.base:g}" for kind, scheme in rotations.items())
+    farthest = max(rotations, key=lambda kind: rotations[kind].base)
     remedy = f"layers=lambda i: model.config.layer_types[i] == {farthest!r}"
     name = rotations[farthest].name
     if plan.at_scores:
@@ -109,7 +109,7 @@ def check_kinds(kinds: Kinds, plan: Plan, everywhere: bool) -> None:
             f"one layer type, for example {remedy}."
         )
     native = all(
-        torch.equal(scheme.inv_freq, scheme.plain_frequencies(scheme.shape.rope_theta)) and scheme.attention_factor == 1
+        torch.equal(scheme.inv_freq, scheme.plain_frequencies(scheme.shape.rope_theta)) and scheme.attention_scaling == 1
         for scheme in rotations.values()
     )
     if everywhere and not native:

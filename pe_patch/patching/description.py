@@ -98,23 +98,33 @@ def describe(model: Any) -> Description:
     )
 
 
+EFFECTIVE = {
+    "theta": ("base", "theta"),
+    "factor": ("fixed_factor", "extension"),
+    "trained_window": ("trained_window", "window"),
+    "attention_factor": ("attention_scaling",),
+}
+"""Attributes of schemes that hold the number in effect, after defaults and the model's config."""
+
+
 def effective(scheme: Scheme) -> dict[str, Any]:
     """The numbers that a scheme really uses, by name."""
     numbers: dict[str, Any] = {}
-    for name in ("theta", "factor", "window", "attention_factor"):
-        value = getattr(scheme, name, None)
+    for name, attributes in EFFECTIVE.items():
+        values = (getattr(scheme, attribute, None) for attribute in attributes)
+        value = next((value for value in values if value is not None), None)
         if value is not None:
-            numbers["trained_window" if name == "window" else name] = value
-    inner: Any = getattr(scheme, "over", None)
-    if getattr(inner, "window", None) is not None:  # the model was trained with the rotation underneath
-        numbers["trained_window"] = getattr(scheme, "reads", None) or inner.window
+            numbers[name] = value
+    inner: Any = getattr(scheme, "inner", None)
+    if getattr(inner, "trained_window", None) is not None:  # the model was trained with the rotation underneath
+        numbers["trained_window"] = getattr(scheme, "reads", None) or inner.trained_window
     numbers |= scheme.settled
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
     inv_freq = getattr(scheme, "inv_freq", None)
     if inv_freq is not None:
         wavelengths = (6.283185307179586 / inv_freq.double()).tolist()
         numbers["wavelengths_in_tokens"] = [round(value, 2) for value in wavelengths]
-    slopes: Any = getattr(scheme, "slopes", None)
+    slopes: Any = getattr(scheme, "head_slopes", None)
     if slopes is not None:
         numbers["slopes"] = [round(slope, 6) for slope in slopes]
     if parameters := sum(p.numel() for p in scheme.parameters()):

@@ -207,7 +207,7 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
     for scheme in schemes:
         if not isinstance(scheme, Over | Remapped):
             continue
-        known = window.scaled_length or scheme.window
+        known = window.scaled_length or scheme.trained_window
         reach = min(scheme.effective_window or 2 * known, 2 * known)
         if not scheme.differs_within(reach):
             given = ", ".join(f"{key}={value}" for key, value in scheme.settled.items())

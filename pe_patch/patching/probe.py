@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,11 +36,16 @@ class Native(Rotary):
     """The model's own rotation, made by this library before the cache or at the scores."""
 
     name = "native rotation"
-    inverse: Tensor
-    factor: float
-    folded: float
-    late: bool
-    still: bool = False
+    inverse: ClassVar[Tensor]
+    """Inverse frequencies of the built module, `[rotary_dim / 2]`."""
+    factor: ClassVar[float]
+    """Factor on cos and sin."""
+    folded: ClassVar[float]
+    """Factor of the scheme on the softmax scale."""
+    late: ClassVar[bool]
+    """Rotate at the scores rather than before the cache."""
+    still: ClassVar[bool] = False
+    """Rotate by nothing, in layers without rotation."""
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         return (torch.zeros_like(self.inverse), 1.0) if self.still else (self.inverse, self.factor)

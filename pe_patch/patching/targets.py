@@ -109,7 +109,14 @@ def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
     family = base.config.model_type
     if family not in ADAPTERS:
         raise _unknown_family(family)
+    if not ADAPTERS.is_builtin(family):
+        check_adapter(base, ADAPTERS[family])
     return ADAPTERS[family]
+
+
+def must_prove(base: PreTrainedModel, adapter: Adapter | None) -> bool:
+    """Return whether an adapter is a user's, given or registered, so that it must be checked against the model."""
+    return adapter is not None or not ADAPTERS.is_builtin(base.config.model_type)
 
 
 class UnknownFamilyError(UnsupportedError, UnknownNameError):

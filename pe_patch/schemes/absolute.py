@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ..core.checks import (
 )
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, Scheme
+from ..core.scheme import Scheme
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -39,10 +41,6 @@ class DroPE(NoPE):
 
     What is left is `nope` on weights that were trained with positions. It must be recalibrated, which the authors do
     with the language-modelling loss at the trained length (Llama-2-7B: learning rate 1e-4, 10 billion tokens).
-
-    Options:
-        softmax_scale: what all scores are multiplied by, for lengths beyond the trained one. At 1 no positions are
-            needed anywhere, so that it works on every family.
     """
 
     name = "drope"
@@ -50,10 +48,14 @@ class DroPE(NoPE):
     paper = "Gelberg et al. 2025, arXiv 2512.12167"
     per_head = SHARED
 
-    def __init__(self, shape: AttentionShape, *, softmax_scale: float = 1.0) -> None:
-        super().__init__(shape)
+    softmax_scale: float = 1.0
+    """Factor on all scores, for lengths beyond the trained one. At 1 no layer needs positions, so it works on every
+    family."""
+
+    def setup(self) -> None:
+        super().setup()
         self.softmax_scale = check_number(
-            self.name, "softmax_scale", softmax_scale, 0.0, LARGEST_FACTOR, exclusive=True
+            self.name, "softmax_scale", self.softmax_scale, 0.0, LARGEST_FACTOR, exclusive=True
         )
         self.idle = frozenset({"encode"}) if self.softmax_scale == 1 else frozenset()
 
@@ -67,10 +69,6 @@ class Integer(Scheme):
 
     The baseline that sinusoids were made to replace: its magnitude grows with the position, so it is measured against
     the window and is of size `scale` at its end. v starts at zero, where it is `nope`, and must be trained.
-
-    Options:
-        scale: the number at the end of the window.
-        original_max_position_embeddings: trained window N in tokens; the model's own when None.
     """
 
     name = "integer"
@@ -80,21 +78,25 @@ class Integer(Scheme):
     per_head = SHARED
     shift_invariant = False
 
-    def __init__(
-        self, shape: AttentionShape, *, scale: float = 1.0, original_max_position_embeddings: int | None = None
-    ) -> None:
-        super().__init__(shape)
-        self.scale = check_number(self.name, "scale", scale, -LARGEST)
+    scale: float = 1.0
+    """The number at the end of the window."""
+    original_max_position_embeddings: int | None = None
+    """Trained window N in tokens; None for the model's."""
+
+    def setup(self) -> None:
+        super().setup()
+        given = self.scale
+        self.scale = check_number(self.name, "scale", given, -LARGEST)
         if self.scale == 0:
-            raise OptionValueError(f"'integer' got scale={quoted(scale)}; it is a number other than 0.")
-        length = check_window(self.name, "original_max_position_embeddings", original_max_position_embeddings)
-        self.window = length or shape.trained_length
+            raise OptionValueError(f"'integer' got scale={quoted(given)}; it is a number other than 0.")
+        length = check_window(self.name, "original_max_position_embeddings", self.original_max_position_embeddings)
+        self.window = length or self.shape.trained_length
         if self.window < 1:
             raise OptionValueError(
                 "'integer' measures positions against the window the model was trained for, and its config does not "
                 "say: give original_max_position_embeddings=<tokens>."
             )
-        self.direction = nn.Parameter(torch.zeros(shape.hidden_size))
+        self.direction = nn.Parameter(torch.zeros(self.shape.hidden_size))
 
     @property
     def effective_window(self) -> int | None:
@@ -110,13 +112,7 @@ LAYOUTS = ("interleaved", "concat", "tensor2tensor")
 
 @register_scheme
 class Sinusoidal(Scheme):
-    """Fixed sines and cosines added to the input embeddings (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
-
-    Options:
-        theta: base of the wavelengths.
-        layout: "interleaved" is the paper's (sin at 2k, cos at 2k + 1); "concat" has all sines, then all cosines
-            (Transformer-XL); "tensor2tensor" the same with exponents k / (D / 2 - 1), so that the slowest one is theta.
-    """
+    """Fixed sines and cosines added to the input embeddings (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
 
     name = "sinusoidal"
     mechanism = "absolute"
@@ -125,12 +121,19 @@ class Sinusoidal(Scheme):
     per_head = SHARED
     shift_invariant = False
 
-    def __init__(self, shape: AttentionShape, *, theta: float = 10000.0, layout: str = "interleaved") -> None:
-        super().__init__(shape)
-        self.layout = check_choice(self.name, "layout", layout, LAYOUTS)
-        if shape.hidden_size % 2:
-            raise OptionValueError(f"'sinusoidal' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
-        self.theta = check_number(self.name, "theta", theta, 1.0, LARGEST_BASE, exclusive=True)
+    theta: float = 10000.0
+    """Base of the wavelengths."""
+    layout: Literal["interleaved", "concat", "tensor2tensor"] = "interleaved"
+    """"interleaved" is the paper's: sin at 2k, cos at 2k + 1. "concat" has all sines, then all cosines, as in
+    Transformer-XL. "tensor2tensor" is the same with exponents k / (D / 2 - 1), so that the longest wavelength is
+    2 pi theta."""
+
+    def setup(self) -> None:
+        super().setup()
+        check_choice(self.name, "layout", self.layout, LAYOUTS)
+        if self.shape.hidden_size % 2:
+            raise OptionValueError(f"'sinusoidal' pairs dimensions; hidden_size={self.shape.hidden_size} is odd.")
+        self.theta = check_number(self.name, "theta", self.theta, 1.0, LARGEST_BASE, exclusive=True)
 
     def frequencies(self) -> Tensor:
         """Radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
@@ -177,11 +180,6 @@ class Learned(Scheme):
     """A learned vector for each position, added to the input embeddings (Gehring et al. 2017, arXiv 1705.03122).
 
     On a model that has such a table (GPT-2, OPT) it starts as that table, lengthened if asked; elsewhere as zeros.
-
-    Options:
-        max_positions: rows of the table; the model's own window when None.
-        extend: how rows beyond the model's own are made, "hierarchical" or "interpolate"; None allows no more rows.
-        alpha: weight of the coarse position in the hierarchical extension; 0.5 would make positions collide.
     """
 
     name = "learned"
@@ -191,21 +189,27 @@ class Learned(Scheme):
     per_head = SHARED
     shift_invariant = False
 
-    def __init__(
-        self, shape: AttentionShape, *, max_positions: int | None = None, extend: str | None = None, alpha: float = 0.4
-    ) -> None:
-        super().__init__(shape)
-        rows = check_length(self.name, "max_positions", max_positions) or shape.trained_length
+    max_positions: int | None = None
+    """Rows of the table; None for the model's window."""
+    extend: Literal["hierarchical", "interpolate"] | None = None
+    """How to make rows beyond those of the model's table; None allows no more rows."""
+    alpha: float = 0.4
+    """Weight of the coarse position in the hierarchical extension; at 0.5 positions would collide."""
+
+    def setup(self) -> None:
+        super().setup()
+        rows = check_length(self.name, "max_positions", self.max_positions) or self.shape.trained_length
         if rows < 1:
             raise OptionValueError(
                 "'learned' needs max_positions=<tokens>: the model's config does not say its window."
             )
-        self.rows = check_table(self.name, "max_positions", rows, shape.hidden_size)
-        self.extend = None if extend is None else check_choice(self.name, "extend", extend, EXTENSIONS)
-        self.alpha = check_number(self.name, "alpha", alpha, 0.0, 1.0, exclusive=True)
+        self.rows = check_table(self.name, "max_positions", rows, self.shape.hidden_size)
+        if self.extend is not None:
+            check_choice(self.name, "extend", self.extend, EXTENSIONS)
+        self.alpha = check_number(self.name, "alpha", self.alpha, 0.0, 1.0, exclusive=True)
         if abs(self.alpha - 0.5) < NEAREST or 1 - self.alpha < NEAREST:
-            raise OptionValueError(f"alpha={alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
-        self.table = nn.Parameter(torch.zeros(self.rows, shape.hidden_size))
+            raise OptionValueError(f"alpha={self.alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
+        self.table = nn.Parameter(torch.zeros(self.rows, self.shape.hidden_size))
 
     @property
     def effective_window(self) -> int | None:
@@ -246,9 +250,6 @@ class OneHot(Scheme):
     The same function as a learned table, seen as a linear layer: weight `[hidden, max_positions]` as `nn.Linear` lays
     it out, of which the one-hot vector picks a column. It is the textbook's blank start, zeros on every model: it takes
     over no table, has no extension, and with `keep_native=True` may be added to a table that stays.
-
-    Options:
-        max_positions: length of the one-hot vector in tokens; the model's own window when None.
     """
 
     name = "one_hot"
@@ -258,15 +259,18 @@ class OneHot(Scheme):
     per_head = SHARED
     shift_invariant = False
 
-    def __init__(self, shape: AttentionShape, *, max_positions: int | None = None) -> None:
-        super().__init__(shape)
-        columns = check_length(self.name, "max_positions", max_positions) or shape.trained_length
+    max_positions: int | None = None
+    """Length of the one-hot vector in tokens; None for the model's window."""
+
+    def setup(self) -> None:
+        super().setup()
+        columns = check_length(self.name, "max_positions", self.max_positions) or self.shape.trained_length
         if columns < 1:
             raise OptionValueError(
                 "'one_hot' needs max_positions=<tokens>: the model's config does not say its window."
             )
-        self.columns = check_table(self.name, "max_positions", columns, shape.hidden_size)
-        self.weight = nn.Parameter(torch.zeros(shape.hidden_size, columns))
+        self.columns = check_table(self.name, "max_positions", columns, self.shape.hidden_size)
+        self.weight = nn.Parameter(torch.zeros(self.shape.hidden_size, columns))
 
     @property
     def effective_window(self) -> int | None:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, DistanceBias, wide
+from ..core.scheme import DistanceBias, wide
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -57,27 +57,29 @@ def alibi_slopes(heads: int) -> list[float]:
 
 @register_scheme
 class ALiBi(DistanceBias):
-    """Bias -m_h (i - j), steeper for some heads than for others (Press et al. 2021, arXiv 2108.12409).
-
-    Options:
-        slopes: one positive number for each query head; the paper's when None.
-    """
+    """Bias -m_h (i - j), steeper for some heads than for others (Press et al. 2021, arXiv 2108.12409)."""
 
     name = "alibi"
     summary = "a penalty on the scores that grows linearly with the distance"
     paper = "Press et al. 2021, arXiv 2108.12409"
     widens_heads = True
-    per_head = MappingProxyType({"slopes": 0})
+    per_head = MappingProxyType({"head_slopes": 0})
 
-    def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
-        super().__init__(shape)
-        given = alibi_slopes(shape.num_heads) if slopes is None else slopes
-        self.slopes = check_list(
-            self.name, "slopes", given, shape.num_heads, has="has", each="query head", high=LARGEST_SLOPE
+    slopes: Sequence[float] | None = None
+    """One positive number for each query head; None for the paper's."""
+
+    def setup(self) -> None:
+        super().setup()
+        heads = self.shape.num_heads
+        given = alibi_slopes(heads) if self.slopes is None else self.slopes
+        self.head_slopes = check_list(
+            self.name, "slopes", given, heads, has="has", each="query head", high=LARGEST_SLOPE
         )
 
     def _slopes(self, device: torch.device) -> Tensor:
-        return self.constant("slopes", device, lambda: torch.tensor(self.slopes, dtype=torch.float32, device="cpu"))
+        return self.constant(
+            "slopes", device, lambda: torch.tensor(self.head_slopes, dtype=torch.float32, device="cpu")
+        )
 
     def of(self, distance: Tensor, head: Tensor) -> Tensor:
         return -self._slopes(distance.device)[head] * distance.abs()
@@ -98,13 +100,13 @@ class ALiBi(DistanceBias):
         where float32 is fine.
         """
         cuts, base, count, weights = LIMBS[dtype]
-        if max(self.slopes) / scaling * float(base ** (count - 1)) > torch.finfo(dtype).max:
+        if max(self.head_slopes) / scaling * float(base ** (count - 1)) > torch.finfo(dtype).max:
             return None  # slopes of a user's own may be too steep for half precision
         origin = positions.query[:, -1:]
         of_query, of_key = [], []
         at_query = [limb[:, None, :] for limb in position_limbs(positions.query - origin, base, count)]
         at_key = position_limbs(positions.key - origin, base, count)
-        rest = torch.tensor(self.slopes, dtype=torch.float64, device=origin.device)[None, :, None] / scaling
+        rest = torch.tensor(self.head_slopes, dtype=torch.float64, device=origin.device)[None, :, None] / scaling
         for cut in cuts:
             slope = rest.to(cut).double()
             rest = rest - slope
@@ -148,10 +150,6 @@ class T5(DistanceBias):
 
     One table `[num_buckets, heads]` for all layers, zeros at the start. In an attention that looks ahead half of the
     buckets are for what lies there.
-
-    Options:
-        num_buckets: rows of the table.
-        max_distance: tokens from which on all distances share the last bucket.
     """
 
     name = "t5"
@@ -159,12 +157,18 @@ class T5(DistanceBias):
     paper = "Raffel et al. 2019, arXiv 1910.10683"
     per_head = MappingProxyType({"table": 1})
 
-    def __init__(self, shape: AttentionShape, *, num_buckets: int = 32, max_distance: int = 128) -> None:
-        super().__init__(shape)
-        most = LARGEST_TABLE // shape.num_heads
-        self.num_buckets = check_count(self.name, "num_buckets", num_buckets, 4, most)
-        self.max_distance = check_count(self.name, "max_distance", max_distance, self.num_buckets, LARGEST_LENGTH)
-        self.table = nn.Parameter(torch.zeros(self.num_buckets, shape.num_heads))
+    num_buckets: int = 32
+    """Rows of the table."""
+    max_distance: int = 128
+    """Distance in tokens from which on all distances share the last bucket."""
+
+    def setup(self) -> None:
+        super().setup()
+        heads = self.shape.num_heads
+        self.num_buckets = check_count(self.name, "num_buckets", self.num_buckets, 4, LARGEST_TABLE // heads)
+        least = self.num_buckets
+        self.max_distance = check_count(self.name, "max_distance", self.max_distance, least, LARGEST_LENGTH)
+        self.table = nn.Parameter(torch.zeros(self.num_buckets, heads))
 
     def of(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
         return wide(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
@@ -208,9 +212,6 @@ class Kerple(DistanceBias):
     "log": -p ln(1 + a |i - j|); "power": -a |i - j|^p. The authors draw a from U(0, 1) and p from U(0, 2) and, before
     every use, cut both at 0.01 from below and the power's p at 2 from above. They cut the weights themselves; here
     the weights are left alone and the gradient goes through the cut, so that a forward pass changes no model.
-
-    Options:
-        kind: "log" or "power".
     """
 
     name = "kerple"
@@ -219,11 +220,14 @@ class Kerple(DistanceBias):
     per_layer = True
     per_head = MappingProxyType({"a": 0, "p": 0})
 
-    def __init__(self, shape: AttentionShape, *, kind: str = "log") -> None:
-        super().__init__(shape)
-        self.kind = check_choice(self.name, "kind", kind, KINDS)
-        self.a = nn.Parameter(torch.rand(shape.num_heads))
-        self.p = nn.Parameter(2 * torch.rand(shape.num_heads))
+    kind: Literal["log", "power"] = "log"
+    """Which of the two kernels."""
+
+    def setup(self) -> None:
+        super().setup()
+        check_choice(self.name, "kind", self.kind, KINDS)
+        self.a = nn.Parameter(torch.rand(self.shape.num_heads))
+        self.p = nn.Parameter(2 * torch.rand(self.shape.num_heads))
 
     def of(self, distance: Tensor, head: Tensor) -> Tensor:
         a = _cut(self.a, None)[head]
@@ -242,9 +246,6 @@ def _cut(weight: Tensor, high: float | None, low: float = 0.01) -> Tensor:
 class Sandwich(DistanceBias):
     """What sinusoids contribute to the scores, by itself: sum_k cos(w_k (i - j)) H / (8 h) for the heads h = 1 .. H
     (Chi et al. 2022, arXiv 2212.10356), w_k = 10000^(-2k / dim). No parameters.
-
-    Options:
-        dim: width of the sinusoids, twice the number of cosines; not that of the head.
     """
 
     name = "sandwich"
@@ -252,12 +253,16 @@ class Sandwich(DistanceBias):
     paper = "Chi et al. 2022, arXiv 2212.10356"
     per_head = MappingProxyType({"strength": 0})
 
-    def __init__(self, shape: AttentionShape, *, dim: int = 128) -> None:
-        super().__init__(shape)
+    dim: int = 128
+    """Width of the sinusoids, twice the number of cosines; not the width of the head."""
+
+    def setup(self) -> None:
+        super().setup()
+        dim, heads = self.dim, self.shape.num_heads
         if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, do="It is even.") % 2:
             raise OptionValueError(f"'sandwich' got dim={quoted(dim)}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
-        self.strength = [shape.num_heads / 8 / head for head in range(1, shape.num_heads + 1)]
+        self.strength = [heads / 8 / head for head in range(1, heads + 1)]
 
     def _strength(self, device: torch.device) -> Tensor:
         return self.constant("strength", device, lambda: torch.tensor(self.strength, dtype=torch.float32, device="cpu"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.checks import LARGEST_LENGTH, check_number
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, Scheme, causal_distance
+from ..core.scheme import Scheme, causal_distance
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
 from .frequency_wrappers import Over
 from .registry import register_scheme
@@ -33,9 +33,6 @@ class XPos(Rotation):
     The factor is split into zeta^((i - c) / B) on the query and zeta^((c - j) / B) on the key, which overflows where
     the centre c lies far from i. So every few queries have a centre among them: what underflows then is what the
     product would be anyway.
-
-    Options:
-        scale_base: B >= 0.25, in tokens; larger is a slower decay.
     """
 
     name = "xpos"
@@ -44,9 +41,12 @@ class XPos(Rotation):
     own_scores = True
     per_head = SHARED
 
-    def __init__(self, shape: AttentionShape, *, scale_base: float = 512, **shared: Any) -> None:
-        super().__init__(shape, **shared)
-        self.scale_base = check_number(self.name, "scale_base", scale_base, 0.25, LARGEST_LENGTH)
+    scale_base: float = 512
+    """B in tokens, at least 0.25; a larger one is a slower decay."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.scale_base = check_number(self.name, "scale_base", self.scale_base, 0.25, LARGEST_LENGTH)
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0
@@ -133,33 +133,21 @@ class XPos(Rotation):
 
 @register_scheme
 class RoPEALiBi(Over):
-    """ALiBi's penalty on the scores of a rotation, -s m_h (i - j) beside any rotary scheme.
-
-    Options:
-        slope_scale: s > 0, which all slopes are multiplied by.
-        over: the rotary scheme, a name or a dict with its options; plain RoPE when None.
-    """
+    """ALiBi's penalty on the scores of a rotation, -s m_h (i - j) beside any rotary scheme."""
 
     name = "rope_alibi"
     summary = "a rotation, and a penalty on the scores that grows linearly with the distance"
     paper = "Su et al. 2021, arXiv 2104.09864, with Press et al. 2021, arXiv 2108.12409"
-    per_head = MappingProxyType({"slopes": 0})
+    per_head = MappingProxyType({"head_slopes": 0})
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        slope_scale: float = 1.0,
-        over: str | Mapping[str, Any] | None = None,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
-    ) -> None:
-        super().__init__(
-            shape, over=over, theta=theta, original_max_position_embeddings=original_max_position_embeddings
-        )
-        scale = check_number(self.name, "slope_scale", slope_scale, 0.0, LARGEST_SLOPE, exclusive=True)
-        self.slopes = [scale * slope for slope in alibi_slopes(shape.num_heads)]
-        self.penalty = ALiBi(shape, slopes=self.slopes)
+    slope_scale: float = 1.0
+    """s > 0, the factor on all slopes."""
+
+    def setup(self) -> None:
+        super().setup()
+        scale = check_number(self.name, "slope_scale", self.slope_scale, 0.0, LARGEST_SLOPE, exclusive=True)
+        self.head_slopes = [scale * slope for slope in alibi_slopes(self.shape.num_heads)]
+        self.penalty = ALiBi(self.shape, slopes=self.head_slopes)
 
     @property
     def scorer(self) -> Scheme | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.kernels.fire import Network
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_count, check_number
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, Scheme, causal_distance, wide
+from ..core.scheme import Scheme, causal_distance, wide
 from .registry import register_scheme
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ class FIRE(Scheme):
     bias = MLP(psi(i - j) / psi(max(i, |m| L))) with psi(x) = ln(|c x| + 1); the MLP goes from one number through
     `width` rectified units to the heads. c, m and the MLP are learned, for each layer; its last weights start as zeros.
     The denominator goes by the query's own position, so that nothing of it can be cached with the keys.
-
-    Options:
-        width: hidden units.
-        threshold: L, tokens below which the denominator stays what it is there.
     """
 
     name = "fire"
@@ -41,17 +37,23 @@ class FIRE(Scheme):
     shift_invariant = False
     per_head = MappingProxyType({"weight_out": 0, "bias_out": 0})
 
-    def __init__(self, shape: AttentionShape, *, width: int = 32, threshold: float = 512) -> None:
-        super().__init__(shape)
-        units = check_count("fire", "width", width, 1, LARGEST_TABLE // max(shape.num_heads, 1))
-        self.threshold = check_number("fire", "threshold", threshold, 0.0, LARGEST_LENGTH, exclusive=True)
+    width: int = 32
+    """Hidden units."""
+    threshold: float = 512
+    """L in tokens, below which the denominator stays constant."""
+
+    def setup(self) -> None:
+        super().setup()
+        heads = self.shape.num_heads
+        units = check_count("fire", "width", self.width, 1, LARGEST_TABLE // max(heads, 1))
+        self.threshold = check_number("fire", "threshold", self.threshold, 0.0, LARGEST_LENGTH, exclusive=True)
         self.c = nn.Parameter(torch.tensor([0.1]))  # of one dimension: shards and DeepSpeed know none without
         self.multiplier = nn.Parameter(torch.tensor([1.0]))
         first = nn.Linear(1, units)
         self.weight_in = nn.Parameter(first.weight.detach()[:, 0].clone())
         self.bias_in = nn.Parameter(first.bias.detach().clone())
-        self.weight_out = nn.Parameter(torch.zeros(shape.num_heads, units))
-        self.bias_out = nn.Parameter(torch.zeros(shape.num_heads))
+        self.weight_out = nn.Parameter(torch.zeros(heads, units))
+        self.bias_out = nn.Parameter(torch.zeros(heads))
 
     def relative_position(self, length: int) -> Tensor:
         return causal_distance(length)

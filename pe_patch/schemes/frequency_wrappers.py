@@ -55,74 +55,53 @@ class Over(Rotary):
 
     A subclass says `change(inv_freq)`.
 
-    Options:
-        over: the other scheme, a name or a dict with its options; plain RoPE when None.
     """
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        over: str | Mapping[str, Any] | None = None,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
-    ) -> None:
-        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
-        self.over, self.reads = build_inner(self.name, over, shape, theta, original_max_position_embeddings)
-        self.theta, self.window, self.expected_length = self.over.theta, self.over.window, self.over.expected_length
+    over: str | Mapping[str, Any] | None = None
+    """The other scheme, a name or a dict with its options; None for plain RoPE."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.inner, self.reads = build_inner(
+            self.name, self.over, self.shape, self.theta, self.original_max_position_embeddings
+        )
+        self.base, self.trained_window = self.inner.base, self.inner.trained_window
+        self.longest_expected = self.inner.longest_expected
 
     def change(self, inv_freq: Tensor) -> Tensor:
         """New frequencies `[rotary_dim / 2]` for the other scheme's."""
         raise NotImplementedError
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        inv_freq, factor = self.over.frequencies(length)
+        inv_freq, factor = self.inner.frequencies(length)
         return self.change(inv_freq), factor
 
     def regime(self, length: int) -> int:
-        return self.over.regime(length)
+        return self.inner.regime(length)
 
     @property
     def length_dependent(self) -> bool:
-        return self.over.length_dependent
+        return self.inner.length_dependent
 
     @property
     def softmax_factor(self) -> float:
-        return self.over.softmax_factor
+        return self.inner.softmax_factor
 
     @property
     def effective_window(self) -> int | None:
-        return self.reads or self.over.effective_window
+        return self.reads or self.inner.effective_window
 
     def differs_within(self, length: int) -> bool:
         """Return whether anything is encoded otherwise than by the other scheme in a sequence of `length` tokens."""
-        theirs, their_factor = self.over.frequencies(self.over.regime(length))
-        ours, factor = self.frequencies(self.over.regime(length))
+        theirs, their_factor = self.inner.frequencies(self.inner.regime(length))
+        ours, factor = self.frequencies(self.inner.regime(length))
         return self.scorer is not None or factor != their_factor or not torch.equal(ours.float(), theirs.float())
-
-
-@register_scheme
-class Resonance(Over):
-    """Resonance RoPE: wavelengths rounded to whole tokens, w' = 2 pi / round(2 pi / w) (Wang et al. 2024, arXiv
-    2403.00071, algorithm 1)."""
-
-    name = "resonance"
-    summary = "rounds every wavelength to a whole number of tokens, over any rotary scheme"
-    paper = "Wang et al. 2024, arXiv 2403.00071"
-    training_free = True
-
-    def change(self, inv_freq: Tensor) -> Tensor:
-        return 2 * math.pi / (2 * math.pi / inv_freq).round()
 
 
 @register_scheme
 class ClippedRoPE(Over):
     """Clipped RoPE (CoPE): the n slowest frequencies are multiplied by (1 + cos(pi t / (n - 1))) / 2, t = 0 .. n - 1,
     so that the slowest of all stands still (Li et al. 2026, arXiv 2602.05258).
-
-    Options:
-        dims: n, at least 2. More than there are tapers all of them, but only where it is asked for.
-        over: the other scheme, a name or a dict with its options; plain RoPE when None.
     """
 
     name = "clipped_rope"
@@ -130,19 +109,12 @@ class ClippedRoPE(Over):
     paper = "Li et al. 2026, arXiv 2602.05258"
     training_free = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        dims: int = 20,
-        over: str | Mapping[str, Any] | None = None,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
-    ) -> None:
-        super().__init__(
-            shape, over=over, theta=theta, original_max_position_embeddings=original_max_position_embeddings
-        )
-        pairs = self.dim // 2
+    dims: int = 20
+    """n, at least 2. A number given explicitly may exceed the number of frequencies; then all of them are tapered."""
+
+    def setup(self) -> None:
+        super().setup()
+        pairs, dims = self.dim // 2, self.dims
         if check_number(self.name, "dims", dims, 2) != int(dims):
             raise OptionValueError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
         if pairs < 2 or ("dims" not in self.options and dims >= pairs):
@@ -157,3 +129,17 @@ class ClippedRoPE(Over):
         taper = torch.ones(len(inv_freq), dtype=torch.float64, device="cpu")
         taper[-self.dims :] = 0.5 * (1 + (math.pi * steps).cos())
         return (inv_freq * taper).float()
+
+
+@register_scheme
+class Resonance(Over):
+    """Resonance RoPE: wavelengths rounded to whole tokens, w' = 2 pi / round(2 pi / w) (Wang et al. 2024, arXiv
+    2403.00071, algorithm 1)."""
+
+    name = "resonance"
+    summary = "rounds every wavelength to a whole number of tokens, over any rotary scheme"
+    paper = "Wang et al. 2024, arXiv 2403.00071"
+    training_free = True
+
+    def change(self, inv_freq: Tensor) -> Tensor:
+        return 2 * math.pi / (2 * math.pi / inv_freq).round()

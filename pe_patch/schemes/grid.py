@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..core.checks import LARGEST_BASE, check_choice, check_list, check_number
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, Scheme
+from ..core.scheme import Scheme
 from ..errors import OptionValueError, UnsupportedError
 from .bias import LARGEST_SLOPE, alibi_slopes
 from .registry import register_scheme
@@ -27,14 +28,14 @@ class GridScheme(Scheme):
 
     mechanism = "two-dimensional"
 
-    def __init__(self, shape: AttentionShape) -> None:
-        super().__init__(shape)
-        if shape.grid is None:
+    def setup(self) -> None:
+        super().setup()
+        if self.shape.grid is None:
             raise UnsupportedError(
                 f"{self.name!r} goes by a grid of patches, and there is none here: 'rope' and 'alibi' are for text. "
                 "Of a model that reads both, choose the vision tower with submodule=."
             )
-        self.grid = shape.grid
+        self.grid = self.shape.grid
 
     def lay_out(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         """For an image of `rows` x `columns` patches what all layers share, led by the places of all tokens,
@@ -63,28 +64,28 @@ class RoPE2D(GridScheme):
     every pair by x f_x + y f_y with frequencies learned for each head and layer; they start at the same magnitudes
     along two perpendicular directions that are random for each head. Pairs are neighbours. The class token is not
     turned.
-
-    Options:
-        mode: "axial" or "mixed".
-        theta: base of the frequencies; 100 for axial and 10 for mixed when None.
     """
 
     name = "rope_2d"
     summary = "rotates by the row and the column of an image patch, axially or by learned directions"
     paper = "Heo et al. 2024, arXiv 2403.13298"
     per_layer = True
-    per_head: Mapping[str, int] = SHARED
+    per_head = cast("Mapping[str, int] | None", SHARED)
 
-    def __init__(self, shape: AttentionShape, *, mode: str = "axial", theta: float | None = None) -> None:
-        super().__init__(shape)
-        mode = check_choice(self.name, "mode", mode, MODES)
-        theta = MODES[mode] if theta is None else theta
-        self.theta = check_number(self.name, "theta", theta, 1.0, LARGEST_BASE, exclusive=True)
-        if shape.head_dim % 4:
+    mode: Literal["axial", "mixed"] = "axial"
+    """Fixed frequencies along the axes, or learned directions."""
+    theta: float | None = None
+    """Base of the frequencies; None for 100 (axial) or 10 (mixed)."""
+
+    def setup(self) -> None:
+        super().setup()
+        mode = check_choice(self.name, "mode", self.mode, MODES)
+        theta = MODES[mode] if self.theta is None else self.theta
+        self.base = check_number(self.name, "theta", theta, 1.0, LARGEST_BASE, exclusive=True)
+        if self.shape.head_dim % 4:
             raise OptionValueError(
-                f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {shape.head_dim}."
+                f"'rope_2d' needs a head_dim that four divides, for pairs on two axes; {self.shape.head_dim}."
             )
-        self.mode = mode
         if mode == "mixed":
             self.frequencies = nn.Parameter(self.random_directions())
             self.per_head = {"frequencies": 1}  # a proxy could not be copied with the model
@@ -92,7 +93,7 @@ class RoPE2D(GridScheme):
     def magnitudes(self) -> Tensor:
         """theta^(-4t / d) for t < d / 4, radians per patch, float32."""
         exponent = torch.arange(0, self.shape.head_dim, 4, dtype=torch.float64, device="cpu") / self.shape.head_dim
-        return (self.theta**-exponent).float()
+        return (self.base**-exponent).float()
 
     def random_directions(self) -> Tensor:
         """Frequencies along x and along y, `[2, heads, head_dim / 2]`: half of them along a direction that is random
@@ -138,22 +139,21 @@ class ALiBi2D(GridScheme):
     """A bias of minus slope times the Euclidean distance between two patches (after Press et al. 2022, arXiv
     2108.12409, on a grid as in Fuller et al. 2023, arXiv 2311.00566), the same both ways; none to or from the class
     token.
-
-    Options:
-        slopes: one for each head; ALiBi's geometric ones when None.
     """
 
     name = "alibi_2d"
     summary = "a bias by the Euclidean distance between image patches"
     paper = "Fuller et al. 2023, arXiv 2311.00566"
-    per_head = MappingProxyType({"slopes": 0})
+    per_head = MappingProxyType({"head_slopes": 0})
 
-    def __init__(self, shape: AttentionShape, *, slopes: Sequence[float] | None = None) -> None:
-        super().__init__(shape)
-        given = alibi_slopes(shape.num_heads) if slopes is None else slopes
-        self.slopes = check_list(
-            self.name, "slopes", given, shape.num_heads, has="has", each="head", high=LARGEST_SLOPE
-        )
+    slopes: Sequence[float] | None = None
+    """One positive number for each head; None for ALiBi's geometric ones."""
+
+    def setup(self) -> None:
+        super().setup()
+        heads = self.shape.num_heads
+        given = alibi_slopes(heads) if self.slopes is None else self.slopes
+        self.head_slopes = check_list(self.name, "slopes", given, heads, has="has", each="head", high=LARGEST_SLOPE)
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         self.check_heads(query)
@@ -161,5 +161,5 @@ class ALiBi2D(GridScheme):
         rows, columns = positions.query[0], positions.key[0]
         apart = (places[rows][:, None] - places[columns][None]).square().sum(-1).sqrt()
         apart = apart.masked_fill(~(patch[rows][:, None] & patch[columns][None]), 0)
-        slopes = self.constant("slopes", query.device, lambda: torch.tensor(self.slopes, device="cpu"))
+        slopes = self.constant("slopes", query.device, lambda: torch.tensor(self.head_slopes, device="cpu"))
         return -slopes[None, :, None, None] * apart

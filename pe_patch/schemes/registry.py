@@ -7,22 +7,37 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ..core.checks import plain
+from ..core.registry import Registry
 from ..core.scheme import AttentionShape, Scheme
-from ..errors import OptionValueError, UnknownNameError, quoted, unknown
+from ..errors import OptionError, OptionValueError, UnknownNameError, quoted, unknown
 from .config_formats import Specification, read
 
 SchemeClass = TypeVar("SchemeClass", bound=Scheme)
 
-_SCHEMES: dict[str, type[Scheme]] = {}
-SCHEMES: Mapping[str, type[Scheme]] = MappingProxyType(_SCHEMES)
-"""Every registered scheme by its name."""
+SCHEMES: Registry[type[Scheme]] = Registry("pe_patch.schemes")
+"""Every registered scheme class by its name."""
 ALIASES: Mapping[str, str] = MappingProxyType({"pi": "linear", "dynamic": "dynamic_ntk", "p_rope": "proportional"})
 """Other names of schemes."""
 
 
 def register_scheme(scheme: type[SchemeClass]) -> type[SchemeClass]:
-    """Register a scheme under its `name`, so that everything that takes a scheme's name takes this one; a decorator."""
-    _SCHEMES[scheme.name] = scheme
+    """Register a scheme class under its `name`, so that everything that takes the name of a scheme knows it.
+
+    Use it as a decorator. A package registers a scheme for everyone who installs it by an entry point of the group
+    `pe_patch.schemes` that names the class or its module.
+
+    Raises:
+        OptionValueError: the class is no scheme, has no name, or has the name of a scheme of this library.
+    """
+    if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
+        raise OptionValueError(f"register_scheme takes a subclass of Scheme, got {quoted(scheme)}.")
+    name = scheme.__dict__.get("name")
+    if not isinstance(name, str) or not name:
+        raise OptionValueError(f'{scheme.__name__} has no name to register it by. Add name = "my_scheme" to the class.')
+    taken = SCHEMES.is_builtin(name) and name in SCHEMES and SCHEMES[name].__module__ != scheme.__module__
+    if taken or name in ALIASES:
+        raise OptionValueError(f"{name!r} is the name of a scheme of pe_patch; give {scheme.__name__} another name.")
+    SCHEMES.add(name, scheme)
     return scheme
 
 
@@ -32,11 +47,23 @@ def find_scheme(
     """A scheme's class and its options, checked against each other.
 
     Args:
-        scheme: a name or alias, a `Scheme` class, or a dict in any config dialect.
-        options: further options; none may also stand in the dict.
+        scheme: a scheme with its options such as `YaRN(factor=4)`, a name or alias, a `Scheme` class, or a dict in any
+            config format.
+        options: further options; none of them may be given in `scheme` too.
         shape: where known, a dict that says how much of the head rotates is compared with it.
     """
     options = {option: plain(value) for option, value in options.items()}
+    if isinstance(scheme, Scheme):
+        if scheme.is_built:
+            raise OptionError(
+                f"This {type(scheme).__name__} was built for an attention of its own; give options alone, for example "
+                f"{scheme!r}."
+            )
+        if twice := scheme.options.keys() & options.keys():
+            raise OptionError(
+                f"The option {sorted(twice)[0]!r} is given twice, in {scheme!r} and beside it; give it once."
+            )
+        scheme, options = type(scheme), {**{name: plain(value) for name, value in scheme.options.items()}, **options}
     if isinstance(scheme, Mapping):
         specification = read(plain(dict(scheme)))
         if not isinstance(specification, Specification):

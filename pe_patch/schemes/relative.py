@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_length, check_table
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, Scheme, causal_distance, wide
+from ..core.scheme import Scheme, causal_distance, wide
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -37,10 +38,6 @@ class Shaw(ContentRelative):
 
     Scores are q_i (k_j + A^K[c]) / sqrt(d) and outputs sum_j w_ij (v_j + A^V[c]), c = clip(j - i, -K, K). Tables
     A^K `[2 K + 1, head]` and A^V `[2 K + 1, value]`, shared by the heads, zeros at the start.
-
-    Options:
-        max_distance: K, the number of tokens beyond which all distances are one.
-        values: whether values have a table too; without, it is the paper's smaller model.
     """
 
     name = "shaw"
@@ -49,17 +46,22 @@ class Shaw(ContentRelative):
     per_head = SHARED
     per_layer = True
 
-    def __init__(self, shape: AttentionShape, *, max_distance: int = 16, values: bool = True) -> None:
-        super().__init__(shape)
-        farthest = check_length("shaw", "max_distance", max_distance)
+    max_distance: int = 16
+    """K in tokens, beyond which all distances share one vector."""
+    values: bool = field(default_factory=lambda: True)  # no class attribute, which would hide the parameter
+    """Add vectors to values too; without them it is the paper's smaller model."""
+
+    def setup(self) -> None:
+        super().setup()
+        shape, with_values = self.shape, check_flag("shaw", "values", self.values)
+        farthest = check_length("shaw", "max_distance", self.max_distance)
         if farthest is None:
             raise OptionValueError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
         self.max_distance = check_table("shaw", "max_distance", farthest, 2 * (shape.head_dim + shape.value_dim))
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
-        self.values = (
-            nn.Parameter(torch.zeros(entries, shape.value_dim)) if check_flag("shaw", "values", values) else None
-        )
+        table = nn.Parameter(torch.zeros(entries, shape.value_dim)) if with_values else None
+        cast(Any, self).values = table
 
     def relative_position(self, length: int) -> Tensor:
         return causal_distance(length)
@@ -70,7 +72,13 @@ class Shaw(ContentRelative):
 
     def value_vectors(self, count: int) -> Tensor | None:
         """What is added to a value 0 .. count - 1 tokens back, `[1, count, head]`; None without a table for them."""
-        return None if self.values is None else self._behind(self.values, count)
+        table = self._value_table
+        return None if table is None else self._behind(table, count)
+
+    @property
+    def _value_table(self) -> Tensor | None:
+        """The parameter `values`, which has the name of the option in checkpoints."""
+        return cast(Any, self).values
 
     def _behind(self, table: Tensor, count: int) -> Tensor:
         back = torch.arange(count, device=table.device).clamp(max=self.max_distance)
@@ -81,7 +89,7 @@ class Shaw(ContentRelative):
         return (self.max_distance - positions.distance.clamp(-self.max_distance, self.max_distance))[:, None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        values, reach = self.values, self.max_distance + 1
+        values, reach = self._value_table, self.max_distance + 1
         on_values = self.value_vectors(reach)
         fast = engine.clipped(
             query, key, value, positions, self.vectors(reach)[0], None if on_values is None else on_values[0]
@@ -109,9 +117,6 @@ class TransformerXL(ContentRelative):
     Scores are ((q_i + u) k_j + (q_i + v) W_R R_{i-j}) / sqrt(d) with u and v `[heads, head]` shared by all layers, a
     projection W_R `[heads * head, hidden]` for each, and R_n = [sin(n w), cos(n w)] of the model's width. One module
     for the model; all of it is zeros at the start. Memory of earlier segments is the cache's business.
-
-    Options:
-        clamp_length: distances beyond this many tokens count as it; None for all as they are.
     """
 
     name = "transformer_xl"
@@ -119,11 +124,15 @@ class TransformerXL(ContentRelative):
     paper = "Dai et al. 2019, arXiv 1901.02860"
     per_head = MappingProxyType({"u": 0, "v": 0, "projection": 1})
 
-    def __init__(self, shape: AttentionShape, *, clamp_length: int | None = None) -> None:
-        super().__init__(shape)
+    clamp_length: int | None = None
+    """Distance in tokens to which farther ones are cut; None for no cut."""
+
+    def setup(self) -> None:
+        super().setup()
+        shape = self.shape
         if shape.hidden_size % 2:
             raise OptionValueError(f"'transformer_xl' pairs dimensions; hidden_size={shape.hidden_size} is odd.")
-        self.clamp_length = check_length("transformer_xl", "clamp_length", clamp_length)
+        self.clamp_length = check_length("transformer_xl", "clamp_length", self.clamp_length)
         heads = shape.num_heads
         self.u = nn.Parameter(torch.zeros(heads, shape.head_dim))
         self.v = nn.Parameter(torch.zeros(heads, shape.head_dim))
@@ -231,9 +240,6 @@ class CoPE(ContentRelative):
     Each key counts by a gate sigmoid(q_i k_j / sqrt(d)); the position of j is the sum of the gates from j to i, at most
     `max_positions` - 1, and the score gains q_i E[position] / sqrt(d), interpolated between whole positions. E
     `[head, max_positions]` is shared by the heads, zeros at the start. Position ids play no part.
-
-    Options:
-        max_positions: entries of E.
     """
 
     name = "cope"
@@ -242,8 +248,12 @@ class CoPE(ContentRelative):
     per_head = SHARED
     per_layer = True
 
-    def __init__(self, shape: AttentionShape, *, max_positions: int = 64) -> None:
-        super().__init__(shape)
+    max_positions: int = 64
+    """Entries of E."""
+
+    def setup(self) -> None:
+        super().setup()
+        shape, max_positions = self.shape, self.max_positions
         entries = check_length("cope", "max_positions", max_positions)
         if entries is None or entries < 2:
             raise OptionValueError(

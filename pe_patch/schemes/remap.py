@@ -11,38 +11,35 @@ from torch import Tensor
 
 from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
 from .registry import register_scheme
 from .remapped_base import Remapped, Zone
 
 
 class Windowed(Remapped):
-    """Own positions within a window of near pairs, other ones beyond.
+    """Own positions within a window of near pairs, other ones beyond."""
 
-    Options:
-        window: w in tokens, at most the trained window.
-        log_scaling: multiply queries by max(1, ln(i + 1) / ln L) at position i, which keeps the entropy of attention
-            over more tokens than it was trained for; distances alone no longer decide then.
-    """
+    window: int | None = None
+    """Window of near pairs in tokens, at most the trained window; None for the usual one."""
+    log_scaling: bool = False
+    """Multiply queries by max(1, ln(i + 1) / ln L) at position i. It keeps the entropy of attention over more tokens
+    than the model was trained for, and makes the scores depend on more than the distance."""
 
-    def __init__(
-        self, shape: AttentionShape, *, window: int | None = None, log_scaling: bool = False, **shared: Any
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.near = self.tokens("window", window, self.usual_window)
-        self.log_scaling = check_flag(self.name, "log_scaling", log_scaling)
+    def setup(self) -> None:
+        super().setup()
+        self.near = self.tokens("window", self.window, self.usual_window)
+        self.log_scaling = check_flag(self.name, "log_scaling", self.log_scaling)
         if self.log_scaling:
-            if self.window < 2:
+            if self.trained_window < 2:
                 raise OptionValueError(
-                    f"{self.name!r} cannot scale by ln L with a trained window of {self.window} token."
+                    f"{self.name!r} cannot scale by ln L with a trained window of {self.trained_window} token."
                 )
             self.shift_invariant = False
 
     @property
     def usual_window(self) -> int:
         """The window in tokens where none is given."""
-        return min(512, self.window // 2)
+        return min(512, self.trained_window // 2)
 
     @property
     def settled(self) -> dict[str, Any]:
@@ -58,17 +55,15 @@ class Windowed(Remapped):
     def sharpness(self, positions: Tensor) -> Tensor | None:
         if not self.log_scaling:
             return None
-        return ((positions + 1).float().clamp(min=1).log() / math.log(self.window)).clamp(min=1)
+        return ((positions + 1).float().clamp(min=1).log() / math.log(self.trained_window)).clamp(min=1)
 
 
 @register_scheme
 class ReRoPE(Windowed):
     """ReRoPE: distances beyond w count as w (Su 2023, https://kexue.fm/archives/9708).
 
-    A far query turns by w and a far key not at all. As no distance exceeds w, nothing bounds the length.
-
-    Options:
-        window: w; 512, or half the trained window where that is less, when None.
+    A far query turns by w and a far key not at all. As no distance exceeds w, nothing bounds the length. When `window`
+    is None, w is 512 or half the trained window, whichever is less.
     """
 
     name = "rerope"
@@ -85,20 +80,19 @@ class LeakyReRoPE(Windowed):
     https://kexue.fm/archives/9708).
 
     A far query turns by (i + w (k - 1)) / k, a far key by j / k. Distances reach the trained window L at
-    (L - w) k + w tokens.
-
-    Options:
-        window: w; 512, or half the trained window where that is less, when None.
-        k: at least 1; 1 is plain RoPE.
+    (L - w) k + w tokens. When `window` is None, w is 512 or half the trained window, whichever is less.
     """
 
     name = "leaky_rerope"
     summary = "slows distances down beyond a window"
     paper = "Su 2023, https://kexue.fm/archives/9708"
 
-    def __init__(self, shape: AttentionShape, *, k: float = 16, **shared: Any) -> None:
-        super().__init__(shape, **shared)
-        self.k = check_number(self.name, "k", k, 1.0)
+    k: float = 16
+    """Tokens by which a far distance grows by one, at least 1; 1 is plain RoPE."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.k = check_number(self.name, "k", self.k, 1.0)
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
         shift = self.near * (self.k - 1)
@@ -106,11 +100,11 @@ class LeakyReRoPE(Windowed):
 
     @property
     def changes_nothing(self) -> bool:
-        return self.k == 1 and not self.log_scaling and self.over.changes_nothing
+        return self.k == 1 and not self.log_scaling and self.inner.changes_nothing
 
     @property
     def effective_window(self) -> int | None:
-        return int((self.window - self.near) * self.k + self.near)
+        return int((self.trained_window - self.near) * self.k + self.near)
 
 
 @register_scheme
@@ -122,11 +116,6 @@ class SelfExtend(Windowed):
     N over L, by the authors' rule of thumb that W + (N - W) / G stay below two thirds of L, since large distances are
     not as well trained as small ones: the smallest such G, and W of 1024 or a quarter of L, whichever is less, or less
     than that where a given G asks for it. Without `factor` G is 8.
-
-    Options:
-        group: G >= 1; 1 is plain RoPE.
-        window: W.
-        factor: N / L >= 1. Where both of the others are given they must reach N.
     """
 
     name = "self_extend"
@@ -134,66 +123,63 @@ class SelfExtend(Windowed):
     paper = "Jin et al. 2024, arXiv 2401.01325"
     shift_invariant = False
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        group: int | None = None,
-        window: int | None = None,
-        factor: float | None = None,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, window=window, **shared)
+    group: int | None = None
+    """G >= 1; 1 is plain RoPE."""
+    factor: float | None = None
+    """Target window over the trained one, N / L >= 1. If `group` and `window` are given too, they must reach N."""
+
+    def setup(self) -> None:
+        super().setup()
         remedy = "Give the target window over the trained one, or leave it out."
-        given, target = check_length(self.name, "group", group), 0
-        if factor is not None:
-            target = math.ceil(check_number(self.name, "factor", factor, 1.0, do=remedy) * self.window)
+        given, target = check_length(self.name, "group", self.group), 0
+        if self.factor is not None:
+            target = math.ceil(check_number(self.name, "factor", self.factor, 1.0, do=remedy) * self.trained_window)
         if given is None:
-            self.group = self._group_for(target) if target else 8
+            self.group_size = self._group_for(target) if target else 8
         else:
-            self.group = given
-            self.near = self._window_for(target) if target and window is None else self.near
+            self.group_size = given
+            self.near = self._window_for(target) if target and self.window is None else self.near
         if self._reach() < target:
             raise OptionValueError(
-                f"{self.name!r} with group={self.group} and window={self.near} reaches {self._reach()} tokens of the "
-                f"{target} that factor={factor} asks for; give a larger group."
+                f"{self.name!r} with group={self.group_size} and window={self.near} reaches {self._reach()} tokens of "
+                f"the {target} that factor={self.factor} asks for; give a larger group."
             )
 
     @property
     def usual_window(self) -> int:
-        return min(1024, self.window // 4)
+        return min(1024, self.trained_window // 4)
 
     def _group_for(self, target: int) -> int:
         """The smallest G for which W + (N - W) / G <= 2 L / 3, and 1 where there is nothing to extend."""
-        if target <= self.window:
+        if target <= self.trained_window:
             return 1
-        room = 2 * self.window - 3 * self.near
+        room = 2 * self.trained_window - 3 * self.near
         if room <= 0:
             raise OptionValueError(
                 f"{self.name!r} got window={self.near}, which leaves nothing for groups of two thirds of the trained "
-                f"window of {self.window}; give a smaller window, or group= too."
+                f"window of {self.trained_window}; give a smaller window, or group= too."
             )
         return -(-3 * (target - self.near) // room)
 
     def _window_for(self, target: int) -> int:
         """The usual W, or less where W + (N - W) / G <= 2 L / 3 asks for it."""
-        if self.group == 1:
+        if self.group_size == 1:
             return self.near
-        most = (2 * self.window * self.group - 3 * target) // (3 * (self.group - 1))
+        most = (2 * self.trained_window * self.group_size - 3 * target) // (3 * (self.group_size - 1))
         if most < 1:
-            needed = -(-3 * (target - 1) // (2 * self.window - 3))
+            needed = -(-3 * (target - 1) // (2 * self.trained_window - 3))
             raise OptionValueError(
-                f"{self.name!r} with group={self.group} leaves no room for a window on the way to {target} tokens; "
-                f"give a group of {needed} or more, or window= too."
+                f"{self.name!r} with group={self.group_size} leaves no room for a window on the way to {target} "
+                f"tokens; give a group of {needed} or more, or window= too."
             )
         return min(self.near, most)
 
     def _reach(self) -> int:
-        return (self.window - self.near) * self.group + self.near
+        return (self.trained_window - self.near) * self.group_size + self.near
 
     @property
     def changes_nothing(self) -> bool:
-        return self.group == 1 and not self.log_scaling and self.over.changes_nothing
+        return self.group_size == 1 and not self.log_scaling and self.inner.changes_nothing
 
     @property
     def effective_window(self) -> int | None:
@@ -201,11 +187,11 @@ class SelfExtend(Windowed):
 
     @property
     def settled(self) -> dict[str, Any]:
-        return {"group": self.group, **super().settled}
+        return {"group": self.group_size, **super().settled}
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
-        shift = self.near - self.near // self.group
-        return positions.query // self.group + shift, positions.key // self.group
+        shift = self.near - self.near // self.group_size
+        return positions.query // self.group_size + shift, positions.key // self.group_size
 
 
 @register_scheme
@@ -215,10 +201,6 @@ class DCA(Remapped):
     Keys turn by j mod u, u = c - w. A query at t = i mod u turns by t for keys of its own chunk of u tokens, by
     min(t + u, c) for those of the chunk before, so that distances up to w stay exact, and by min(2 u - 1, c) for all
     keys before that. No distance exceeds c, so nothing bounds the length.
-
-    Options:
-        chunk_size: c in tokens, at most the trained window L; 3 L / 4 when None.
-        local_window: w, at most c / 2; L / 8 when None, or c / 2 where that is less.
     """
 
     name = "dca"
@@ -226,12 +208,15 @@ class DCA(Remapped):
     paper = "An et al. 2024, arXiv 2402.17463"
     shift_invariant = False
 
-    def __init__(
-        self, shape: AttentionShape, *, chunk_size: int | None = None, local_window: int | None = None, **shared: Any
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.chunk = self.tokens("chunk_size", chunk_size, 3 * self.window // 4)
-        self.local = self.tokens("local_window", local_window, min(self.window // 8, self.chunk // 2))
+    chunk_size: int | None = None
+    """c in tokens, at most the trained window L; None for 3 L / 4."""
+    local_window: int | None = None
+    """w in tokens, at most c / 2; None for L / 8 or c / 2, whichever is less."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.chunk = self.tokens("chunk_size", self.chunk_size, 3 * self.trained_window // 4)
+        self.local = self.tokens("local_window", self.local_window, min(self.trained_window // 8, self.chunk // 2))
         if 2 * self.local > self.chunk:  # near keys would lie two chunks back, where distances are not exact
             raise OptionValueError(
                 f"{self.name!r} got chunk_size={self.chunk} and local_window={self.local}; a local window is at most "
@@ -260,33 +245,28 @@ class DCA(Remapped):
 class STRING(Remapped):
     """STRING: distances from S on are shifted down by S - W, i - j - S + W, onto those that training met often; cos
     and sin are multiplied by a constant (An et al. 2024, arXiv 2410.18745, section 4).
-
-    Options:
-        shift: S in tokens, at most the trained window L; L / 3 when None.
-        window: W < S, the local window that far tokens stay out of; 128, or S / 2 where that is less, when None.
-        attention_factor: what cos and sin are multiplied by.
     """
 
     name = "string"
     summary = "shifts large distances down onto those that training met often"
     paper = "An et al. 2024, arXiv 2410.18745"
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        shift: int | None = None,
-        window: int | None = None,
-        attention_factor: float = 0.1 * math.log(2) + 1,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.shift = self.tokens("shift", shift, self.window // 3)
-        self.near = self.tokens("window", window, min(128, self.shift // 2))
-        self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, LARGEST_FACTOR, exclusive=True)
-        if self.near >= self.shift:
+    shift: int | None = None
+    """S in tokens, at most the trained window L; None for L / 3."""
+    window: int | None = None
+    """W < S, the local window that far tokens stay out of; None for 128 or S / 2, whichever is less."""
+    attention_factor: float = 0.1 * math.log(2) + 1
+    """Factor on cos and sin."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.far_shift = self.tokens("shift", self.shift, self.trained_window // 3)
+        self.near = self.tokens("window", self.window, min(128, self.far_shift // 2))
+        scale = self.attention_factor
+        self.scale = check_number(self.name, "attention_factor", scale, 0.0, LARGEST_FACTOR, exclusive=True)
+        if self.near >= self.far_shift:
             raise OptionValueError(
-                f"{self.name!r} got shift={self.shift} and window={self.near}; distances are shifted down by their "
+                f"{self.name!r} got shift={self.far_shift} and window={self.near}; distances are shifted down by their "
                 "difference, so the shift is the larger one."
             )
 
@@ -296,13 +276,13 @@ class STRING(Remapped):
 
     @property
     def settled(self) -> dict[str, Any]:
-        return {"shift": self.shift, "near_window": self.near}
+        return {"shift": self.far_shift, "near_window": self.near}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
-        shifted = positions.query - self.shift + self.near
+        shifted = positions.query - self.far_shift + self.near
         return (
-            Zone(positions.query, positions.key, high=self.shift),
-            Zone(shifted, positions.key, low=self.shift),
+            Zone(positions.query, positions.key, high=self.far_shift),
+            Zone(shifted, positions.key, low=self.far_shift),
         )
 
 
@@ -310,10 +290,6 @@ class STRING(Remapped):
 class LMInfinite(Remapped):
     """LM-Infinite: a token attends to the last `window` tokens and to the first `sinks`, which never seem farther than
     the window; the others are not attended (Han et al. 2023, arXiv 2308.16137, section 3).
-
-    Options:
-        window: the distance from which only the first tokens are attended, at most the trained window L; L when None.
-        sinks: how many first tokens are always attended.
     """
 
     name = "lm_infinite"
@@ -321,10 +297,15 @@ class LMInfinite(Remapped):
     paper = "Han et al. 2023, arXiv 2308.16137"
     shift_invariant = False
 
-    def __init__(self, shape: AttentionShape, *, window: int | None = None, sinks: int = 10, **shared: Any) -> None:
-        super().__init__(shape, **shared)
-        self.near = self.tokens("window", window, self.window)
-        self.sinks = self.tokens("sinks", sinks, 10)
+    window: int | None = None
+    """Distance in tokens from which on only the first tokens are attended, at most the trained window L; None for L."""
+    sinks: int = 10
+    """Number of first tokens that are always attended."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.near = self.tokens("window", self.window, self.trained_window)
+        self.sinks = self.tokens("sinks", self.sinks, 10)
 
     @property
     def settled(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ..core.checks import check_length
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
 from ..core.ranges import Range
-from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
 from .frequency_wrappers import build_inner
 from .rope import Rotation, Turned
@@ -52,10 +51,6 @@ class Remapped(Rotation):
     """Rotation by positions that depend on the pair, in one softmax; keys are cached as projected.
 
     A subclass says `zones(positions)`. What runs and what `relative_position` draws both follow from it.
-
-    Options:
-        over: a static rotary scheme whose frequencies, attention factor and window are used, a name or a dict with its
-            options; plain RoPE when None.
     """
 
     mechanism = "remapped"
@@ -64,23 +59,22 @@ class Remapped(Rotation):
     training_free = True
     per_head = SHARED
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        over: str | Mapping[str, Any] | None = None,
-        theta: float | None = None,
-        original_max_position_embeddings: int | None = None,
-    ) -> None:
-        super().__init__(shape, theta=theta, original_max_position_embeddings=original_max_position_embeddings)
-        self.over, self.reads = build_inner(self.name, over, shape, theta, original_max_position_embeddings)
-        if self.over.length_dependent:
+    over: str | Mapping[str, Any] | None = None
+    """A static rotary scheme that gives frequencies, attention factor and window, a name or a dict with its options;
+    None for plain RoPE."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.inner, self.reads = build_inner(
+            self.name, self.over, self.shape, self.theta, self.original_max_position_embeddings
+        )
+        if self.inner.length_dependent:
             raise OptionValueError(
-                f"{self.name!r} takes frequencies that stay, and those of {self.over.name!r} follow the length here; "
+                f"{self.name!r} takes frequencies that stay, and those of {self.inner.name!r} follow the length here; "
                 "give over= a fixed factor, or an expected_length."
             )
-        self.theta = self.over.theta
-        self.window = self.reads or self.over.effective_window or self.over.window
+        self.base = self.inner.base
+        self.trained_window = self.reads or self.inner.effective_window or self.inner.trained_window
         self._factor: float | None = None
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -88,17 +82,17 @@ class Remapped(Rotation):
         raise NotImplementedError
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        return self.over.frequencies(self.over.regime_start)
+        return self.inner.frequencies(self.inner.regime_start)
 
     @property
-    def attention_factor(self) -> float:
+    def attention_scaling(self) -> float:
         if self._factor is None:  # asked for in every layer
             self._factor = float(self.frequencies()[1])
         return self._factor
 
     @property
     def softmax_factor(self) -> float:
-        return self.over.softmax_factor
+        return self.inner.softmax_factor
 
     @property
     def effective_window(self) -> int | None:
@@ -142,7 +136,7 @@ class Remapped(Rotation):
             index = _index(place, distinct)
             if place is not None:
                 made.append(self.turned(*tables[2 * index : 2 * index + 2]))
-            elif self.attention_factor == 1:
+            elif self.attention_scaling == 1:
                 made.append(None)
             else:  # nothing turns, and the factor stays
                 origin = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -171,7 +165,7 @@ class Remapped(Rotation):
 
         Distances are compared for some pairs, evenly spread from the first token to the last.
         """
-        theirs, their_factor = self.over.frequencies(self.over.regime_start)
+        theirs, their_factor = self.inner.frequencies(self.inner.regime_start)
         ours, factor = self.frequencies()
         if factor != their_factor or not torch.equal(ours, theirs):
             return True
@@ -187,10 +181,10 @@ class Remapped(Rotation):
     def tokens(self, option: str, value: Any, default: int) -> int:
         """The value of an option that counts tokens, within the trained window; at least 1."""
         given = check_length(self.name, option, value)
-        if given is not None and given > self.window:
+        if given is not None and given > self.trained_window:
             raise OptionValueError(
-                f"{self.name!r} got {option}={given}, and the frequencies are good for {self.window} tokens only; give "
-                f"at most {self.window}."
+                f"{self.name!r} got {option}={given}, and the frequencies are good for {self.trained_window} tokens "
+                f"only; give at most {self.trained_window}."
             )
         return max(1, default) if given is None else given
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.checks import LARGEST_BASE, check_number, check_window
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import AttentionShape, Scheme, causal_distance, overrides
+from ..core.scheme import Scheme, causal_distance, overrides
 from ..errors import OptionValueError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -101,33 +101,32 @@ class Rotation(Scheme):
 
     Tables are plain float32 tensors made from the specification on first use on each device, never registered buffers:
     no cast of the model and no uninitialised memory can reach them.
-
-    Options:
-        theta: base of the frequencies; the model's own when None.
-        original_max_position_embeddings: trained window L in tokens; the model's own when None.
     """
 
     mechanism = "rotary"
     per_head = SHARED
 
-    def __init__(
-        self, shape: AttentionShape, *, theta: float | None = None, original_max_position_embeddings: int | None = None
-    ) -> None:
-        super().__init__(shape)
-        given = shape.rope_theta if theta is None else theta
+    theta: float | None = None
+    """Base of the frequencies; None for the model's."""
+    original_max_position_embeddings: int | None = None
+    """Trained window L in tokens; None for the model's."""
+
+    def setup(self) -> None:
+        super().setup()
+        given = self.shape.rope_theta if self.theta is None else self.theta
         remedy = "It is the base of the frequencies."
-        self.theta = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
+        self.base = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
         option = "original_max_position_embeddings"
-        length = check_window(self.name, option, original_max_position_embeddings)
-        self.window = shape.trained_length if length is None else length
-        self.dim = shape.rotary_dim
-        self.expected_length: int | None = None
+        length = check_window(self.name, option, self.original_max_position_embeddings)
+        self.trained_window = self.shape.trained_length if length is None else length
+        self.dim = self.shape.rotary_dim
+        self.longest_expected: int | None = None
         if self.dim < 2 or self.dim % 2:
             raise OptionValueError(
                 f"{self.name!r} rotates pairs of dimensions, so it needs an even number of them; this attention has "
-                f"rotary_dim={self.dim} (head_dim={shape.head_dim})."
+                f"rotary_dim={self.dim} (head_dim={self.shape.head_dim})."
             )
-        if self.window < 1:
+        if self.trained_window < 1:
             raise OptionValueError(
                 f"{self.name!r} needs to know the window the model was trained for, and its config does not say: "
                 "give original_max_position_embeddings=<tokens>."
@@ -146,18 +145,18 @@ class Rotation(Scheme):
         return self.frequencies(self.regime_start)[0]
 
     @property
-    def attention_factor(self) -> float:
+    def attention_scaling(self) -> float:
         """What cos and sin are multiplied by at the trained window; logits scale by its square."""
         return float(self.frequencies(self.regime_start)[1])
 
     @property
     def effective_window(self) -> int | None:
-        return self.window
+        return self.trained_window
 
     @property
     def regime_start(self) -> int:
         """The shortest regime: nothing shorter changes the frequencies."""
-        return max(self.window, self.expected_length or 0)
+        return max(self.trained_window, self.longest_expected or 0)
 
     def plain_frequencies(
         self, theta: float | None = None, stretch: float | Tensor = 1.0, pairs: int | None = None
@@ -169,7 +168,7 @@ class Rotation(Scheme):
         """
         count = self.dim if pairs is None else 2 * pairs
         exponent = torch.arange(0, count, 2, dtype=torch.int64, device="cpu").float() / self.dim
-        return 1.0 / (stretch * (self.theta if theta is None else theta) ** exponent)
+        return 1.0 / (stretch * (self.base if theta is None else theta) ** exponent)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions `[batch | 1, length]` under a static scheme, `[batch | 1, length, r]`, float32."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.checks import LARGEST_FACTOR, check_length, check_list, check_number, check_width
-from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
 from .frequency_wrappers import ClippedRoPE, Resonance
 from .registry import register_scheme
@@ -55,29 +54,23 @@ class RoPE(Rotary):
 class Proportional(Scaled):
     """p-RoPE: the int(p r / 2) fastest frequencies turn, the others stand still, w' = 0 (Barbero et al. 2024, arXiv
     2410.06205, section 6). Pairs are those of the whole width, unlike a rotation of a part of the head.
-
-    Options:
-        partial_rotary_factor: p in (0, 1].
-        factor: s >= 1, by which the frequencies that turn are divided.
     """
 
     name = "proportional"
     summary = "turns the fastest frequencies only and leaves the slow dimensions without position"
     paper = "Barbero et al. 2024, arXiv 2410.06205"
     examples = MappingProxyType({"partial_rotary_factor": "partial_rotary_factor=0.5"})
-    auto_allowed = False
+    auto_allowed: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        partial_rotary_factor: float,
-        factor: float = 1,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, factor=factor, **shared)
+    partial_rotary_factor: float
+    """p in (0, 1]."""
+    factor: float = 1
+    """s >= 1, by which the frequencies that turn are divided."""
+
+    def setup(self) -> None:
+        super().setup()
         self.proportion = check_number(
-            self.name, "partial_rotary_factor", partial_rotary_factor, 0.0, 1.0, exclusive=True
+            self.name, "partial_rotary_factor", self.partial_rotary_factor, 0.0, 1.0, exclusive=True
         )
         self.turning = int(self.proportion * self.dim // 2)
         if self.turning == 0:
@@ -91,19 +84,15 @@ class Proportional(Scaled):
         return nn.functional.pad(turning, (0, self.dim // 2 - self.turning)), 1.0
 
     def native(self) -> dict[str, Any] | None:
-        if self.dim != self.shape.head_dim or self.factor is None:
+        if self.dim != self.shape.head_dim or self.fixed_factor is None:
             return None  # Transformers counts the proportion of the whole head
-        return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.factor)
+        return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.fixed_factor)
 
 
 @register_scheme
 class DynamicNTK(Rotary):
     """Dynamic NTK: beyond the window, theta' = theta (f N / L - (f - 1))^(r / (r - 2)) at N tokens
     (emozilla 2023; in Peng et al. 2023, arXiv 2309.00071, section 3.3).
-
-    Options:
-        factor: f >= 1; 1 is the plain form.
-        expected_length: N in tokens for which shorter sequences are encoded too.
     """
 
     name = "dynamic_ntk"
@@ -111,24 +100,22 @@ class DynamicNTK(Rotary):
     paper = "emozilla 2023, in Peng et al. 2023, arXiv 2309.00071"
     training_free = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        factor: float = 1,
-        expected_length: int | None = None,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.factor = check_number(self.name, "factor", factor, 1.0, do="1 is the plain form.")
-        self.expected_length = check_length(self.name, "expected_length", expected_length)
+    factor: float = 1
+    """f >= 1; 1 is the plain form."""
+    expected_length: int | None = None
+    """Length N in tokens by which shorter sequences are encoded too."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.factor = self.extension = check_number(self.name, "factor", self.factor, 1.0, do="1 is the plain form.")
+        self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
         check_width(self.name, self.dim)
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        if length is None or length <= self.window:
+        if length is None or length <= self.trained_window:
             return self.plain_frequencies(), 1.0
-        growth = (self.factor * length / self.window) - (self.factor - 1)
-        return self.plain_frequencies(self.theta * growth ** (self.dim / (self.dim - 2))), 1.0
+        growth = (self.factor * length / self.trained_window) - (self.factor - 1)
+        return self.plain_frequencies(self.base * growth ** (self.dim / (self.dim - 2))), 1.0
 
     @property
     def length_dependent(self) -> bool:
@@ -138,14 +125,14 @@ class DynamicNTK(Rotary):
     def effective_window(self) -> int | None:
         if self.factor == 1 and self.expected_length is None:
             return None  # it follows the length without end, and starts to work where the window ends
-        return max(int(self.factor * self.window), self.expected_length or 0)
+        return max(int(self.factor * self.trained_window), self.longest_expected or 0)
 
     @property
     def native_window(self) -> int | None:
-        return self.window  # Transformers takes L from max_position_embeddings
+        return self.trained_window  # Transformers takes L from max_position_embeddings
 
     def native(self) -> dict[str, Any] | None:
-        if self.regime_start > self.window:
+        if self.regime_start > self.trained_window:
             return None
         return native_parameters(self, "dynamic", factor=self.factor)
 
@@ -157,13 +144,6 @@ class LongRoPE(Rotary):
 
     Without `factor` nothing says how far the lists reach: the attention factor is then 1 and the effective window the
     trained one, or `expected_length`. An `expected_length` beyond the window uses the long list throughout.
-
-    Options:
-        long_factor: lambda beyond the window, one for each pair.
-        short_factor: lambda within it; ones when None.
-        factor: s >= 1, the target window over the trained one.
-        attention_factor: what cos and sin are multiplied by, instead of the formula.
-        expected_length: N in tokens for which shorter sequences are encoded too.
     """
 
     name = "longrope"
@@ -172,52 +152,54 @@ class LongRoPE(Rotary):
     examples = MappingProxyType({"long_factor": "long_factor=[1.0, 1.2, 1.5, ...] (one number for each rotated pair)"})
     training_free = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        long_factor: Sequence[float],
-        short_factor: Sequence[float] | None = None,
-        factor: float | None = None,
-        attention_factor: float | None = None,
-        expected_length: int | None = None,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
+    long_factor: Sequence[float]
+    """lambda beyond the window, one for each pair."""
+    short_factor: Sequence[float] | None = None
+    """lambda within the window; None for ones."""
+    factor: float | None = None
+    """s >= 1, the target window over the trained one."""
+    attention_factor: float | None = None
+    """Factor on cos and sin, instead of the formula."""
+    expected_length: int | None = None
+    """Length N in tokens by which shorter sequences are encoded too."""
+
+    def setup(self) -> None:
+        super().setup()
         pairs = self.dim // 2
-        self.long = check_list(self.name, "long_factor", long_factor, pairs)
+        self.long = check_list(self.name, "long_factor", self.long_factor, pairs)
         self.short = [1.0] * pairs
-        if short_factor is not None:
-            self.short = check_list(self.name, "short_factor", short_factor, pairs)
+        if self.short_factor is not None:
+            self.short = check_list(self.name, "short_factor", self.short_factor, pairs)
         remedy = "Give the target window over the trained one, or leave it out."
-        self.factor = 1.0 if factor is None else check_number(self.name, "factor", factor, 1.0, do=remedy)
-        self.expected_length = check_length(self.name, "expected_length", expected_length)
-        if attention_factor is not None:
-            self.scale = check_number(self.name, "attention_factor", attention_factor, 0.0, LARGEST_FACTOR)
-        elif self.factor == 1:
+        given = self.factor
+        self.extension = 1.0 if given is None else check_number(self.name, "factor", given, 1.0, do=remedy)
+        self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
+        if self.attention_factor is not None:
+            self.scale = check_number(self.name, "attention_factor", self.attention_factor, 0.0, LARGEST_FACTOR)
+        elif self.extension == 1:
             self.scale = 1.0
         else:
-            self.scale = math.sqrt(1 + math.log(self.factor) / math.log(max(self.window, 2)))
+            self.scale = math.sqrt(1 + math.log(self.extension) / math.log(max(self.trained_window, 2)))
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        stretch = self.long if length is not None and length > self.window else self.short
+        stretch = self.long if length is not None and length > self.trained_window else self.short
         return self.plain_frequencies(stretch=torch.tensor(stretch, dtype=torch.float32, device="cpu")), self.scale
 
     @property
     def length_dependent(self) -> bool:
-        return self.long != self.short and self.regime_start == self.window
+        return self.long != self.short and self.regime_start == self.trained_window
 
     @property
     def effective_window(self) -> int | None:
-        return max(int(self.factor * self.window), self.expected_length or 0)
+        return max(int(self.extension * self.trained_window), self.longest_expected or 0)
 
     def native(self) -> dict[str, Any] | None:
         return native_parameters(
             self,
             "longrope",
             long_factor=self.long,
-            short_factor=self.short if self.regime_start == self.window else self.long,
-            factor=self.factor,
+            short_factor=self.short if self.regime_start == self.trained_window else self.long,
+            factor=self.extension,
             attention_factor=self.scale,
-            original_max_position_embeddings=self.window,
+            original_max_position_embeddings=self.trained_window,
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.checks import check_number, check_order, check_width
-from ..core.scheme import AttentionShape
 from .registry import register_scheme
 from .rope import GROWTH, Rotary
 
@@ -18,7 +17,7 @@ Factor = float | Literal["auto"]
 
 def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
     """The v5 `rope_parameters` of `rope_type`, with the base and, where only a part of each head rotates, that part."""
-    parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.theta, **values}
+    parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.base, **values}
     width, head = scheme.shape.rotary_dim, scheme.shape.head_dim
     if width < head and scheme.shape.rotary_start == 0:  # DeepSeek's config counts its trailing slice as a whole head
         part = width / head
@@ -34,23 +33,24 @@ class Scaled(Rotary):
     `factor="auto"` s follows the length of the sequence, in powers of two of the trained window, so that decoding
     seldom crosses into another regime.
 
-    Options:
-        factor: s >= 1, or "auto".
     """
 
-    auto_allowed = True
+    auto_allowed: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        factor: Factor,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.auto = self.auto_allowed and isinstance(factor, str) and factor == "auto"
+    factor: Factor
+    """s >= 1, the target window over the trained one; or "auto"."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.fixed_factor = self.read_factor()
+        self.auto = self.fixed_factor is None
+
+    def read_factor(self) -> float | None:
+        """Check the option `factor` and return it, or None if s follows the length of the sequence."""
+        if self.auto_allowed and isinstance(self.factor, str) and self.factor == "auto":
+            return None
         remedy = "Give the target window over the trained one" + (', or "auto".' if self.auto_allowed else ".")
-        self.factor = None if self.auto else check_number(self.name, "factor", factor, 1.0, do=remedy)
+        return check_number(self.name, "factor", self.factor, 1.0, do=remedy)
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         """Inverse frequencies and attention factor for s = `factor` > 1."""
@@ -62,7 +62,11 @@ class Scaled(Rotary):
 
     def factor_at(self, length: int | None) -> float:
         """The s by which a sequence of `length` tokens is scaled."""
-        return self.regime(length or self.window) / self.window if self.factor is None else self.factor
+        return (
+            self.regime(length or self.trained_window) / self.trained_window
+            if self.fixed_factor is None
+            else self.fixed_factor
+        )
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         factor = self.factor_at(length)
@@ -82,14 +86,14 @@ class Scaled(Rotary):
 
     @property
     def effective_window(self) -> int | None:
-        return None if self.factor is None else int(self.factor * self.window)
+        return None if self.fixed_factor is None else int(self.fixed_factor * self.trained_window)
 
     def native(self) -> dict[str, Any] | None:
-        if self.factor is None:
+        if self.fixed_factor is None:
             return None
-        if self.factor == 1 and self.unscaled()[1] == 1:
+        if self.fixed_factor == 1 and self.unscaled()[1] == 1:
             return native_parameters(self, "default")
-        return self.native_scaled(self.factor)
+        return self.native_scaled(self.fixed_factor)
 
     def native_scaled(self, factor: float) -> dict[str, Any] | None:
         """The v5 `rope_parameters` for a fixed s > 1, or None where Transformers has no such type."""
@@ -121,12 +125,12 @@ class NTK(Scaled):
     paper = "bloc97 2023, in Peng et al. 2023, arXiv 2309.00071"
     training_free = True
 
-    def __init__(self, shape: AttentionShape, **shared: Any) -> None:
-        super().__init__(shape, **shared)
+    def setup(self) -> None:
+        super().setup()
         check_width(self.name, self.dim)
 
     def scaled_theta(self, factor: float) -> float:
-        return self.theta * factor ** (self.dim / (self.dim - 2))
+        return self.base * factor ** (self.dim / (self.dim - 2))
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return self.plain_frequencies(self.scaled_theta(factor)), 1.0
@@ -141,7 +145,7 @@ def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -
     Between, rho = L w / 2 pi turns give t = (rho - low) / (high - low) and w' = (1 - t) w / s + t w. With low == high
     it is a step. The order of operations is Transformers' for `llama3`.
     """
-    inv_freq, window = scheme.plain_frequencies(), scheme.window
+    inv_freq, window = scheme.plain_frequencies(), scheme.trained_window
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > window / low, inv_freq / factor, inv_freq)
     if low == high:
@@ -156,11 +160,6 @@ def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -
 class NTKByParts(Scaled):
     """NTK-by-parts: slow frequencies are interpolated, fast ones kept, with a ramp linear in the number of turns inside
     the window; no temperature (Peng et al. 2023, arXiv 2309.00071, definition 2).
-
-    Options:
-        factor: s >= 1, or "auto".
-        alpha: turns inside the window below which a frequency is divided by s.
-        beta: turns above which it is kept.
     """
 
     name = "ntk_by_parts"
@@ -168,17 +167,15 @@ class NTKByParts(Scaled):
     paper = "Peng et al. 2023, arXiv 2309.00071"
     training_free = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        alpha: float = 1,
-        beta: float = 32,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.alpha = check_number(self.name, "alpha", alpha, 0.0, exclusive=True)
-        self.beta = check_number(self.name, "beta", beta, 0.0, exclusive=True)
+    alpha: float = 1
+    """Turns inside the window below which a frequency is divided by s."""
+    beta: float = 32
+    """Turns inside the window above which a frequency is kept."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.alpha = check_number(self.name, "alpha", self.alpha, 0.0, exclusive=True)
+        self.beta = check_number(self.name, "beta", self.beta, 0.0, exclusive=True)
         check_order(self.name, ("alpha", self.alpha), ("beta", self.beta))
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
@@ -189,28 +186,22 @@ class NTKByParts(Scaled):
 class Llama3(Scaled):
     """Llama 3.1's scaling: the ramp of NTK-by-parts between `low_freq_factor` and `high_freq_factor` turns
     (Grattafiori et al. 2024, arXiv 2407.21783; the rule is in Meta's reference code).
-
-    Options:
-        factor: s >= 1, or "auto".
-        low_freq_factor: turns inside the window below which a frequency is divided by s.
-        high_freq_factor: turns above which it is kept; equal to the other (Llama 4 Scout) it makes a step.
     """
 
     name = "llama3"
     summary = "interpolates slow frequencies and keeps fast ones, as Llama 3.1 does; meant for training"
     paper = "Grattafiori et al. 2024, arXiv 2407.21783"
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        low_freq_factor: float = 1,
-        high_freq_factor: float = 4,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.low = check_number(self.name, "low_freq_factor", low_freq_factor, 0.0, exclusive=True)
-        self.high = check_number(self.name, "high_freq_factor", high_freq_factor, 0.0, exclusive=True)
+    low_freq_factor: float = 1
+    """Turns inside the window below which a frequency is divided by s."""
+    high_freq_factor: float = 4
+    """Turns inside the window above which a frequency is kept. Equal to `low_freq_factor` (Llama 4 Scout), it makes a
+    step."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.low = check_number(self.name, "low_freq_factor", self.low_freq_factor, 0.0, exclusive=True)
+        self.high = check_number(self.name, "high_freq_factor", self.high_freq_factor, 0.0, exclusive=True)
         check_order(self.name, ("low_freq_factor", self.low), ("high_freq_factor", self.high))
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
@@ -223,5 +214,5 @@ class Llama3(Scaled):
             factor=factor,
             low_freq_factor=self.low,
             high_freq_factor=self.high,
-            original_max_position_embeddings=self.window,
+            original_max_position_embeddings=self.trained_window,
         )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number, check_order
-from ..core.scheme import AttentionShape
 from ..errors import OptionValueError
 from .config_formats import yarn_temperature
 from .registry import register_scheme
@@ -23,13 +22,6 @@ class YaRN(Scaled):
     D(beta_slow), D(n) = r ln(L / 2 pi n) / (2 ln theta), and cos and sin times 0.1 ln s + 1 (Peng et al. 2023, arXiv
     2309.00071, definition 3 and equation 22; the ramp over the index is the authors' code).
 
-    Options:
-        factor: s >= 1, or "auto".
-        beta_fast, beta_slow: turns inside the window at which the ramp begins and ends.
-        attention_factor: what cos and sin are multiplied by, instead of the formula.
-        mscale, mscale_all_dim: both given, the factor is (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1). The
-            families of DeepSeek also multiply their softmax scale by (0.1 mscale_all_dim ln s + 1)^2.
-        truncate: round the ends of the ramp outwards to whole pairs.
     """
 
     name = "yarn"
@@ -37,29 +29,33 @@ class YaRN(Scaled):
     paper = "Peng et al. 2023, arXiv 2309.00071"
     training_free = True
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        beta_fast: float = 32,
-        beta_slow: float = 1,
-        attention_factor: float | None = None,
-        mscale: float | None = None,
-        mscale_all_dim: float | None = None,
-        truncate: bool = True,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, **shared)
-        self.beta_fast = check_number(self.name, "beta_fast", beta_fast, 0.0, exclusive=True)
-        self.beta_slow = check_number(self.name, "beta_slow", beta_slow, 0.0, exclusive=True)
+    beta_fast: float = 32
+    """Turns inside the window above which a frequency is kept."""
+    beta_slow: float = 1
+    """Turns inside the window below which a frequency is divided by s."""
+    attention_factor: float | None = None
+    """Factor on cos and sin, instead of the formula."""
+    mscale: float | None = None
+    """With `mscale_all_dim`, the factor on cos and sin is (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1)."""
+    mscale_all_dim: float | None = None
+    """DeepSeek's families also multiply their softmax scale by (0.1 mscale_all_dim ln s + 1)^2."""
+    truncate: bool = True
+    """Round the ends of the ramp outwards to whole pairs."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.beta_fast = check_number(self.name, "beta_fast", self.beta_fast, 0.0, exclusive=True)
+        self.beta_slow = check_number(self.name, "beta_slow", self.beta_slow, 0.0, exclusive=True)
         check_order(self.name, ("beta_slow", self.beta_slow), ("beta_fast", self.beta_fast))
-        given = {"attention_factor": attention_factor, "mscale": mscale, "mscale_all_dim": mscale_all_dim}
+        given = {
+            "attention_factor": self.attention_factor, "mscale": self.mscale, "mscale_all_dim": self.mscale_all_dim
+        }  # fmt: skip
         self.given = {
             option: check_number(self.name, option, value, 0.0, LARGEST_FACTOR)
             for option, value in given.items()
             if value is not None
         }
-        self.truncate = check_flag(self.name, "truncate", truncate)
+        self.truncate = check_flag(self.name, "truncate", self.truncate)
 
     def attention_factor_at(self, factor: float) -> float:
         """What cos and sin are multiplied by at s = `factor`."""
@@ -77,12 +73,12 @@ class YaRN(Scaled):
         all_dim = self.given.get("mscale_all_dim")
         if not all_dim:
             return 1.0
-        if self.factor is None:
+        if self.fixed_factor is None:
             raise OptionValueError(
                 f"{self.name!r} got mscale_all_dim={all_dim:g}, by which this family multiplies its softmax scale, and "
                 "a factor that follows the length; give a fixed factor, or leave mscale and mscale_all_dim out."
             )
-        return yarn_temperature(self.factor, all_dim)
+        return yarn_temperature(self.fixed_factor, all_dim)
 
     def unscaled(self) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0 if self.length_dependent else self.attention_factor_at(1.0)
@@ -91,7 +87,7 @@ class YaRN(Scaled):
         """How far each pair is interpolated, 0 (kept) to 1 (divided by s), `[rotary_dim / 2]`."""
 
         def pair_of(turns: float) -> float:
-            return (self.dim * math.log(self.window / (turns * 2 * math.pi))) / (2 * math.log(self.theta))
+            return (self.dim * math.log(self.trained_window / (turns * 2 * math.pi))) / (2 * math.log(self.base))
 
         low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
         if self.truncate:
@@ -111,38 +107,36 @@ class YaRN(Scaled):
     def native_scaled(self, factor: float) -> dict[str, Any] | None:
         values = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate, **self.given}
         values.setdefault("attention_factor", self.attention_factor_at(factor))
-        return native_parameters(self, "yarn", factor=factor, original_max_position_embeddings=self.window, **values)
+        return native_parameters(
+            self, "yarn", factor=factor, original_max_position_embeddings=self.trained_window, **values
+        )
 
 
 @register_scheme
 class DynamicYaRN(YaRN):
     """YaRN with s = N / L at N tokens, and plain RoPE within the window (Peng et al. 2023, arXiv 2309.00071, sections
     3.3 and 3.4).
-
-    Options:
-        factor: the largest s; None sets no limit.
-        expected_length: N in tokens for which shorter sequences are encoded too.
-        and those of `YaRN`.
     """
 
     name = "dynamic_yarn"
     summary = "YaRN whose factor follows the length of the sequence"
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        factor: float | None = None,
-        expected_length: int | None = None,
-        **shared: Any,
-    ) -> None:
-        super().__init__(shape, factor="auto", **shared)
+    factor: float | None = None
+    """The largest s; None for no limit."""
+    expected_length: int | None = None
+    """Length N in tokens by which shorter sequences are encoded too."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
+
+    def read_factor(self) -> float | None:
         remedy = "It is the largest scaling; leave it out for none."
-        self.cap = math.inf if factor is None else check_number(self.name, "factor", factor, 1.0, do=remedy)
-        self.expected_length = check_length(self.name, "expected_length", expected_length)
+        self.cap = math.inf if self.factor is None else check_number(self.name, "factor", self.factor, 1.0, do=remedy)
+        return None
 
     def factor_at(self, length: int | None) -> float:
-        return min(max(length or 0, self.window) / self.window, self.cap)
+        return min(max(length or 0, self.trained_window) / self.trained_window, self.cap)
 
     def regime(self, length: int) -> int:
         return Rotary.regime(self, length)
@@ -150,9 +144,9 @@ class DynamicYaRN(YaRN):
     @property
     def effective_window(self) -> int | None:
         if math.isinf(self.cap):
-            return self.expected_length
-        return max(int(self.cap * self.window), self.expected_length or 0)
+            return self.longest_expected
+        return max(int(self.cap * self.trained_window), self.longest_expected or 0)
 
     @property
     def native_window(self) -> int | None:
-        return self.window
+        return self.trained_window

@@ -45,7 +45,7 @@ def make_target(model: Any, length: int, attention_factor: float | None) -> Targ
     scheme: Any = SCHEMES["longrope"]
     ones = [1.0] * (shape.rotary_dim // 2)
     made = scheme(shape, long_factor=ones, factor=factor, attention_factor=attention_factor)
-    return Target(shape, length, factor, made.attention_factor)
+    return Target(shape, length, factor, made.attention_scaling)
 
 
 def rotary_shape(model: Any) -> AttentionShape:

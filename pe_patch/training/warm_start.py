@@ -133,7 +133,7 @@ def warm_start(
         _put(schemes, found[chosen], least_slope)
         if isinstance(found[chosen][0], _Slopes):  # an option, which is saved as one
             given = {name: value for name, value in patch.arguments.items() if name != "restored"}
-            options = {**schemes[0].options, "slopes": cast(ALiBi, schemes[0]).slopes}
+            options = {**schemes[0].options, "slopes": cast(ALiBi, schemes[0]).head_slopes}
             patch_model(model, type(schemes[0]), **{**given, "on_existing": "replace"}, **options)
     return WarmStart(before, after, losses.get("start"), losses.get(chosen), chosen, fitted)
 
@@ -162,9 +162,9 @@ class _Seen:
 class _Slopes(ALiBi):
     """ALiBi of which the slopes are learned, by their logarithms."""
 
-    def __init__(self, shape: Any, *, slopes: Any = None) -> None:
-        super().__init__(shape, slopes=slopes)
-        self.logarithms = nn.Parameter(torch.tensor(self.slopes, dtype=torch.float64).log())
+    def setup(self) -> None:
+        super().setup()
+        self.logarithms = nn.Parameter(torch.tensor(self.head_slopes, dtype=torch.float64).log())
 
     def _slopes(self, device: torch.device) -> Tensor:
         return self.logarithms.exp()
@@ -173,7 +173,7 @@ class _Slopes(ALiBi):
 def _trainable(scheme: Scheme, device: torch.device) -> Scheme:
     """A copy in float64 that can be fitted."""
     if type(scheme) is ALiBi:
-        return _Slopes(scheme.shape, slopes=scheme.slopes).to(device)
+        return _Slopes(scheme.shape, slopes=scheme.head_slopes).to(device)
     return deepcopy(scheme).double().requires_grad_(True)
 
 
@@ -327,7 +327,7 @@ def _put(schemes: list[Scheme], found: list[Scheme], least_slope: float) -> None
     for own, one in zip(schemes, found, strict=True):
         if isinstance(one, _Slopes):
             ours = cast(ALiBi, own)
-            ours.slopes = one.logarithms.detach().exp().clamp(min=least_slope).tolist()
+            ours.head_slopes = one.logarithms.detach().exp().clamp(min=least_slope).tolist()
             ours._constants.clear()
             continue
         with torch.no_grad():
@@ -338,14 +338,14 @@ def _put(schemes: list[Scheme], found: list[Scheme], least_slope: float) -> None
 @torch.no_grad()
 def _loss(patch: Patch, schemes: list[Scheme], found: list[Scheme], least_slope: float, rows: list[Tensor]) -> float:
     """The loss with what was found in the place of what the model has."""
-    before = [(getattr(scheme, "slopes", None), deepcopy(list(scheme.parameters()))) for scheme in schemes]
+    before = [(getattr(scheme, "head_slopes", None), deepcopy(list(scheme.parameters()))) for scheme in schemes]
     _put(schemes, found, least_slope)
     try:
         return loss(patch.head, rows)
     finally:
         for scheme, (slopes, parameters) in zip(schemes, before, strict=True):
             if isinstance(scheme, ALiBi):
-                scheme.slopes = cast("list[float]", slopes)
+                scheme.head_slopes = cast("list[float]", slopes)
                 scheme._constants.clear()
             for parameter, value in zip(scheme.parameters(), parameters, strict=True):
                 parameter.copy_(value)

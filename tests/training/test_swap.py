@@ -98,16 +98,16 @@ def test_blooms_own_slopes_are_found(ids):
     patch_model(model, "alibi", slopes=[0.1, 0.1, 0.1, 0.1])
     report = warm_start(model, ids, queries=QUERIES, by="attention")
     expected = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]
-    assert scheme_of(model).slopes == pytest.approx(expected, rel=1e-2)
+    assert scheme_of(model).head_slopes == pytest.approx(expected, rel=1e-2)
     assert report.before > 1e-2 and report.after < 1e-6
-    assert model.config.pe_patch["options"]["slopes"] == scheme_of(model).slopes
+    assert model.config.pe_patch["options"]["slopes"] == scheme_of(model).head_slopes
 
 
 def test_a_slope_keeps_above_its_bound(ids):
     model = build("bloom")
     patch_model(model, "alibi", slopes=[0.1, 0.1, 0.1, 0.1])
     warm_start(model, ids, queries=QUERIES, by="attention", least_slope=0.05)
-    assert scheme_of(model).slopes[2:] == [0.05, 0.05]
+    assert scheme_of(model).head_slopes[2:] == [0.05, 0.05]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_nothing_better_leaves_the_start(ids):
     assert report.before == pytest.approx(0, abs=1e-6)
     assert report.loss_after is not None and report.loss_before is not None
     assert report.loss_after <= report.loss_before
-    assert scheme_of(model).slopes == pytest.approx(slopes, rel=1e-2)
+    assert scheme_of(model).head_slopes == pytest.approx(slopes, rel=1e-2)
 
 
 @pytest.mark.parametrize("scheme", ["nope", "rope", "sinusoidal", "learned"])

@@ -82,8 +82,8 @@ def rotary_parameters(patch: Patch, tool: str) -> Exported:
         refuse(patch, tool, "its layers turn by type (sliding or full), which is written for 'transformers' only")
     window = scheme.effective_window
     if window is None:
-        window = getattr(patch.base.config, "max_position_embeddings", None) or scheme.window
-    return Exported(copy.deepcopy(parameters), int(scheme.window), int(window))
+        window = getattr(patch.base.config, "max_position_embeddings", None) or scheme.trained_window
+    return Exported(copy.deepcopy(parameters), int(scheme.trained_window), int(window))
 
 
 def refuse(patch: Patch, tool: str, why: str, remedy: str = "") -> NoReturn:
