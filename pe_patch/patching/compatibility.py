@@ -109,7 +109,8 @@ def check_kinds(kinds: Kinds, plan: Plan, everywhere: bool) -> None:
             f"one layer type, for example {remedy}."
         )
     native = all(
-        torch.equal(scheme.inv_freq, scheme.plain_frequencies(scheme.shape.rope_theta)) and scheme.attention_scaling == 1
+        torch.equal(scheme.inv_freq, scheme.plain_frequencies(scheme.shape.rope_theta))
+        and scheme.attention_scaling == 1
         for scheme in rotations.values()
     )
     if everywhere and not native:

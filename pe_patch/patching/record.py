@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from ..adapters import ADAPTERS
 from ..core.scheme import Scheme
 from ..errors import CheckpointError, OptionError, nearest, quoted
 from ..schemes.registry import ALIASES, SCHEMES
@@ -96,7 +97,10 @@ WINDOW: Test = (
     "a whole number of tokens below 2147483648, or null",
 )
 NATIVE: dict[str, Test] = {
-    "model_type": (lambda value: isinstance(value, str) and value in CONFIG_MAPPING, "a family of Transformers"),
+    "model_type": (
+        lambda value: isinstance(value, str) and (value in CONFIG_MAPPING or value in ADAPTERS),
+        "a family of Transformers, or one that was registered here",
+    ),
     "config": (_is(str), "the key of the part of the config that was patched"),
     "max_position_embeddings": WINDOW,
     "rope_parameters": (_rotary, "an object with a positive rope_theta, or null"),
