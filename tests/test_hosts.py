@@ -29,7 +29,7 @@ COMPILED = [("llama", "yarn"), ("llama", "alibi"), ("gpt_neox", "dynamic_ntk"), 
 
 @pytest.mark.parametrize(("family", "name"), COMPILED)
 def test_compiled_before_the_patch(family, name, fresh_dynamo):
-    """A compiled graph does not look at what a patch replaces, so it must not be used again."""
+    """The graph of the unpatched model must not be used again, nor that of the patched one after the undo."""
     model, ids = build(family, num_hidden_layers=1), tokens(1, 40)
     native = logits(model, ids)
     with wearing(model, name):
@@ -42,6 +42,35 @@ def test_compiled_before_the_patch(family, name, fresh_dynamo):
     assert error(logits(compiled, ids), expected) < 1e-6
     unpatch_model(compiled)
     assert error(logits(compiled, ids), native) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "other"), [("yarn", {"factor": 8.0}), ("alibi", {"slopes": [0.1, 0.2, 0.3, 0.4]})])
+def test_compiled_layers_follow_another_patch_with_the_same_scheme(name, other, fresh_dynamo):
+    model, plain, ids = build("llama"), build("llama"), tokens(1, 40)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    for options in (case("llama", name)[1], other):
+        for each in (model, plain):
+            patch_model(each, name, on_existing="replace", **options)
+        assert error(logits(model, ids), logits(plain, ids)) < 1e-5
+    unpatch_model(model)
+    assert error(logits(model, ids), logits(unpatch_model(plain), ids)) < 1e-5
+
+
+@pytest.mark.parametrize("bystander", ("llama", "gpt_neox"))
+def test_graphs_of_other_models_survive_a_patch(bystander, fresh_dynamo):
+    graphs, other, ids = [], build(bystander, num_hidden_layers=1), tokens(1, 40)
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(other, backend=count)
+    expected, made = logits(compiled, ids), len(graphs)
+    model = patch_model(build("llama"), "alibi")
+    logits(model, ids)
+    unpatch_model(model)
+    assert made > 0 and torch.equal(logits(compiled, ids), expected) and len(graphs) == made
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -85,7 +83,6 @@ class Patch:
                 swap.put(value)
             for parameter, flag in zip(self.frozen, trainable, strict=True):
                 parameter.requires_grad_(flag)
-            _forget_compiled()
             self.whole = True
         except BaseException:
             self.undo()
@@ -105,7 +102,7 @@ class Patch:
         self.whole = False
         steps = [*(swap.undo for swap in reversed(self.swaps)), *(config.carry_back for config in self.configs)]
         steps += [partial(parameter.requires_grad_, True) for parameter in self.frozen]
-        do_all([*steps, _forget_compiled])
+        do_all(steps)
         self.base.__dict__.pop("pe_patch", None)
 
     def renumber(self) -> None:
@@ -155,12 +152,6 @@ class Patch:
         if not self.scheme.keep_original:
             given_up = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
             self.swaps = given_up  # in one step: an interrupt leaves all originals or none
-
-
-def _forget_compiled() -> None:
-    """Compiled graphs do not guard what a patch replaces, so those that exist are dropped."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
 
 
 class PositionSchemes(nn.Module):
