@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from pe_patch import SCHEMES, patch_model, unpatch_model
+from pe_patch.mla.protocol import converts
 
 WINDOW = 32
 SLIDING = 16
@@ -133,7 +134,7 @@ UNROTATED = ("bloom", "gpt2")
 
 def applies(family: str, name: str) -> bool:
     """Whether this case goes with this family."""
-    return family not in UNROTATED or not SCHEMES[name.split(" ")[0]].converts
+    return family not in UNROTATED or not converts(SCHEMES[name.split(" ")[0]])
 
 
 def case(family: str, name: str) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,6 @@ import torch
 from pe_patch import NoEffectError, PePatchError, describe, patch_model, patched, unpatch_model
 from pe_patch.core.swaps import Swap
 from pe_patch.patching import api as patching
-from pe_patch.patching import build as joining
 from pe_patch.patching.api import find_patch
 from pe_patch.patching.build import Patch
 from pe_patch.training.shifted_attention import shift_attention, unshift_attention
@@ -214,7 +213,7 @@ def test_a_patch_on_a_half_state_begins_from_the_native_model():
     sweep.is_native("after both")
 
 
-@pytest.mark.parametrize("step", ["_verify", "_announce", "logger", "settle", "_forget_compiled", "wrapper_swaps"])
+@pytest.mark.parametrize("step", ["_verify", "_announce", "logger", "settle", "wrapper_swaps"])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replaces):
     sweep = Sweep("llama", "alibi")
@@ -231,26 +230,12 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replace
         if step == "logger":
             for level in ("info", "warning"):
                 context.setattr(patching.logger, level, fail)
-        elif step == "_forget_compiled":
-            context.setattr(joining, step, failing_once(joining._forget_compiled))
         else:
             context.setattr(Patch if step == "settle" else patching, step, fail)
         with pytest.raises(ZeroDivisionError):
             sweep.patch(on_existing="replace")
     assert find_patch(sweep.model) is earlier
     assert not (found := differing(before, state(sweep.model))), found
-
-
-def failing_once(real: Any) -> Any:
-    calls = []
-
-    def call() -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise ZeroDivisionError
-        real()
-
-    return call
 
 
 def test_originals_are_given_up_last():

@@ -9,6 +9,7 @@ from transformers import StaticCache
 
 from pe_patch import PePatchError, Scheme, UnsupportedError, describe, patch_model, unpatch_model
 from pe_patch.core.projections import Projections
+from pe_patch.mla.protocol import ProjectionScheme
 from pe_patch.schemes.rope import rotate
 
 from .models import build, cached_logits, error, logits, snapshot, tokens, unchanged
@@ -37,7 +38,7 @@ class Shared(nn.Module):
         return rotate(heads[0], cos, sin), rotate(heads[1], cos, sin), heads[2]
 
 
-class MultiQuery(Scheme):
+class MultiQuery(ProjectionScheme):
     name = "multi_query"
     mechanism = "another attention"
     keeps_rotation = True

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import UnsupportedError
+from ..mla.protocol import converts
 from ..patching import saved_config
 from ..patching.record import FOREIGN
 from ..patching.saved_config import MODEL_TYPE, native_of, read_marked
@@ -54,7 +55,7 @@ class _Loader:
         """Return a patched model with new weights."""
         record = getattr(config, FOREIGN)
         model = cls.auto.from_config(native_of(config), **kwargs)
-        if find_scheme(record["scheme"], record["options"])[0].converts and model.device.type != "meta":
+        if converts(find_scheme(record["scheme"], record["options"])[0]) and model.device.type != "meta":
             raise UnsupportedError(
                 f"{record['scheme']!r} is made from the weights of a model, so it cannot be built from a config: use "
                 "from_pretrained, or build the model under torch.device('meta') to look at it."

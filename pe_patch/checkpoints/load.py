@@ -27,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError, quoted
+from ..mla.protocol import converts
 from ..patching import peft_record
 from ..patching.api import find_patch, restore_patch
 from ..patching.record import FOREIGN, check_record, framework_of
@@ -221,7 +222,7 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
         from_pretrained_kwargs.setdefault("revision", config.revision)
     if FOREIGN in read_config(base):
         model = load_patched(base, **from_pretrained_kwargs)
-    elif find_scheme(record["scheme"], record["options"])[0].converts:
+    elif converts(find_scheme(record["scheme"], record["options"])[0]):
         raise CheckpointError(
             f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be made "
             f"again from {base}: load the converted model, and hand it to PeftModel.from_pretrained."

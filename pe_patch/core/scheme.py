@@ -20,7 +20,6 @@ from .shape import AttentionShape as AttentionShape
 
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine
-    from .projections import Projections
 
 RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
 """Keywords of `patch_model` itself; no scheme may name an option like this."""
@@ -56,7 +55,6 @@ class Scheme(_Options, nn.Module):
     3. `encode` changes queries and keys at the scores; keys are cached as they were projected.
     4. `bias` adds to the scores.
     5. `attend` is everything after the projections.
-    6. `replace` is another attention altogether.
 
     The options of a scheme are the annotated fields of its class. Other attributes are `ClassVar`, have no
     annotation, or are set in `setup`. `YaRN(factor=4)` only holds options until a model is patched with it.
@@ -82,19 +80,6 @@ class Scheme(_Options, nn.Module):
 
     calls_modules: ClassVar[bool] = False
     """Its `attend` calls modules of the model, for which autocast must choose as it does elsewhere."""
-    converts: ClassVar[bool] = False
-    """It carries the trained weights over into what replaces them."""
-    keep_original = True
-    """The weights that it was made of stay with the model, for undoing."""
-    calibration = cast(Any, None)
-    """Token ids or texts, for `observe`."""
-    seed = 0
-    """Chooses among the rows of calibration where there are more than are read."""
-    max_loss = cast("float | None", None)
-    """By what share the loss may grow; the least width that keeps to it is searched."""
-    restored = False
-    """What `replace` makes will be filled from a checkpoint."""
-
     examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What to type for an option that has no default, where a plain number is not it."""
 
@@ -234,48 +219,6 @@ class Scheme(_Options, nn.Module):
         """Everything after the projections; returns what `engine` returns."""
         query, key = self.encode(query, key, positions)
         return engine(query, key, value, positions, bias=self if overrides(self, "bias") else None)
-
-    def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
-        """A module in the place of one layer's query, key and value projections.
-
-        `module(hidden, cos, sin)` is called with `[batch, length, hidden]` and the rotation of the positions
-        `[batch | 1, length, rotary_dim / 2]`, and gives queries `[batch, heads, length, ...]` and two tensors
-        `[batch, ..., length, ...]` to be cached; `attend` gets these as the cache holds them. `seen` is what `observe`
-        made of calibration tokens, None where `needs_calibration` is not set or the weights come from a checkpoint.
-        """
-        return None
-
-    def observe(self, projections: Projections, hidden: Tensor, seen: Any) -> Any:
-        """What calibration tokens tell about a layer, added to what was `seen`; hidden `[tokens, hidden]`."""
-        return None
-
-    def check(self, projections: Projections) -> None:
-        """Raise where `replace` could not do with what a layer projects."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `replace` must have seen calibration tokens."""
-        return False
-
-    @property
-    def starts_fresh(self) -> bool:
-        """Whether what `replace` makes is to be initialised as the model's own weights once were."""
-        return False
-
-    @property
-    def keeps_rotation(self) -> bool:
-        """Whether the model's own positions stay as they are."""
-        return False
-
-    @property
-    def rescaling(self) -> float:
-        """What the softmax scale of an attention is multiplied by whose projections it replaces."""
-        return 1.0
-
-    @classmethod
-    def touches_rotation(cls, options: dict[str, Any]) -> bool:
-        """Whether, with these options, it stands in the place of what the model's config says of its rotation."""
-        return True
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.swaps import Swap
 from ..errors import OptionError, PePatchError, nearest
+from ..mla.protocol import keeps_rotation
 from ..patching.api import find_patch, restore_patch
 from ..patching.build import Patch
 from ..patching.config import FOREIGN, VERSION
@@ -80,7 +81,7 @@ def _turnings_without_record(subject: Subject) -> list[Turning]:
 
 def _disagrees(patch: Patch, turning: Turning) -> Iterator[Finding]:
     scheme = patch.kinds.get(turning.kind)
-    if not isinstance(scheme, Rotation) or scheme.keeps_rotation or patch.arguments.get("layers") is not None:
+    if not isinstance(scheme, Rotation) or keeps_rotation(scheme) or patch.arguments.get("layers") is not None:
         return
     expected, factor = scheme.frequencies(None)
     same = expected.shape == turning.inv_freq.shape and torch.allclose(expected, turning.inv_freq, rtol=1e-5, atol=0)

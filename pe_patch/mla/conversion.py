@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from ..adapters import Adapter
 from ..core.projections import Latents, Projections, Statistics
-from ..core.scheme import Scheme, overrides
+from ..core.scheme import overrides
 from ..errors import OptionError, UnsupportedError
 from .calibration import held_out
 from .calibration_text import tokens
+from .protocol import ProjectionScheme
 from .streaming import batches, evaluating, stream
 
 logger = logging.getLogger("pe_patch")
@@ -116,7 +117,7 @@ def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, A
     return found
 
 
-def _filled(scheme: Scheme, projections: Projections, statistics: Any) -> nn.Module:
+def _filled(scheme: ProjectionScheme, projections: Projections, statistics: Any) -> nn.Module:
     module = scheme.replace(projections, statistics)
     assert module is not None
     return module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +15,7 @@ from ..core.scheme import Scheme
 from ..core.swaps import Removal, Swap, bind
 from ..errors import UnsupportedError
 from .native import NativeHeads, keep_latents
+from .protocol import ProjectionScheme
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,12 @@ def replacement_swaps(
         if groups not in (None, getattr(attention, "num_key_value_groups", None)):
             swaps.append(Swap.of(attention, "num_key_value_groups", groups, direct=True))
         forward = ReplacedForward(
-            scheme.name, names.output, adapter.layout, scheme.rescaling, names.residual_dropout, arguments
+            scheme.name,
+            names.output,
+            adapter.layout,
+            cast(ProjectionScheme, scheme).rescaling,
+            names.residual_dropout,
+            arguments,
         )
         swaps.append(bind(attention, "forward", forward))
     return swaps, original

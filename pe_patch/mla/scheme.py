@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_number
 from ..core.positions import Positions
 from ..core.projections import Latents, Projections, Statistics
-from ..core.scheme import Scheme
 from ..errors import OptionValueError, UnsupportedError, nearest, quoted
 from ..schemes.frequency_wrappers import build_inner
 from ..schemes.registry import register_scheme
@@ -21,6 +20,7 @@ from . import attention as over_latents
 from .attention import Features, LatentAttention, LatentSizes
 from .checks import DECOMPOSITIONS, METHODS, SELECTIONS, check_freqfold, refuse_unused
 from .convert import convert, full_rank, truncated, widest_rank
+from .protocol import ProjectionScheme
 from .sizes import FRESH, fit_ratio, nope_dim, rope_heads
 from .statistics import gather
 
@@ -35,7 +35,7 @@ CONVERSION = (
 
 
 @register_scheme
-class MLA(Scheme):
+class MLA(ProjectionScheme):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): the cache holds one latent vector for
     each token, out of which every head's key and value are made, and a rotary key of its own ("decoupled").
 
@@ -49,7 +49,7 @@ class MLA(Scheme):
     paper = "DeepSeek-AI 2024, arXiv 2405.04434; Meng et al. 2025, arXiv 2502.07864; Ji et al. 2025, arXiv 2502.14837"
     own_scores = True
     calls_modules = True
-    converts = True
+    converts: ClassVar[bool] = True
 
     kv_rank: int | None = None
     """Width of the latent. Give one of `kv_rank`, `cache_ratio` and `max_loss`."""

@@ -16,6 +16,7 @@ from ..core.checks import check_choice, check_flag
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import Swap, with_swaps
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
+from ..mla.protocol import converts
 from ..schemes.rope import Rotation
 from . import targets
 from .build import Patch, collect
@@ -193,11 +194,11 @@ def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments
 
 def _verify(patch: Patch, probe: bool) -> None:
     """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
-    base, adapter, converts = patch.base, patch.adapter, patch.scheme.converts
-    for index in patch.layers if converts else ():
+    base, adapter, converted = patch.base, patch.adapter, converts(patch.scheme)
+    for index in patch.layers if converted else ():
         if not hasattr(adapter.attentions(base)[index], patch.scheme.name):
             raise NoEffectError(f"Layer {index} of {type(base).__name__} was not replaced by {patch.scheme.name!r}.")
-    rotary = overrides(patch.scheme, "angles") or not converts
+    rotary = overrides(patch.scheme, "angles") or not converted
     if adapter.rotary is not None and not patch.keep_native and rotary:
         kinds, layers = adapter.kinds(base, base.config), adapter.blocks(base)
         for index in patch.layers:
@@ -259,7 +260,7 @@ def _announce(patch: Patch) -> None:
         )
     beyond_rotation = scheme.own_scores or scheme.scorer is not None
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
-    same = scheme.name == adapter.native or scheme.converts
+    same = scheme.name == adapter.native or converts(scheme)
     if adapter.native == "rope" and not same:
         same = rotates and (scheme.training_free or not beyond_rotation)
     if not same:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,10 +15,11 @@ from ..adapters import Adapter
 from ..adapters.trained_window import TrainedWindow
 from ..attention.interface import Backend, backend_for, check_backend
 from ..attention.parallel import check_conversion
-from ..core.scheme import AttentionShape, Scheme, overrides
+from ..core.scheme import AttentionShape, Scheme
 from ..core.swaps import GIVEN_UP, Removal, Result, Swap, bind, do_all, do_or_repeat, finally_do
 from ..errors import AlreadyPatchedError, PePatchError, UnsupportedError
 from ..mla.conversion import Conversion, convert, loss, smallest_rank
+from ..mla.protocol import ProjectionScheme, converts, replaces_projections, touches_rotation
 from ..mla.replacement import native_latent_swaps, no_early_cache, replacement_swaps
 from ..schemes.registry import find_scheme
 from ..schemes.rope import Rotation
@@ -146,10 +147,11 @@ class Patch:
 
     def settle(self) -> None:
         """Discard what was not to be kept; afterwards there may be no way back."""
-        for scheme in self.own.values():  # else the text would travel with every copy of the model
-            scheme.calibration = None
-            scheme.options.pop("calibration", None)
-        if not self.scheme.keep_original:
+        for scheme in self.own.values():
+            if isinstance(scheme, ProjectionScheme):  # else the text would travel with every copy of the model
+                scheme.calibration = None
+                scheme.options.pop("calibration", None)
+        if isinstance(self.scheme, ProjectionScheme) and not self.scheme.keep_original:
             given_up = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
             self.swaps = given_up  # in one step: an interrupt leaves all originals or none
 
@@ -192,22 +194,23 @@ def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: 
     shape = adapter.shape(base, config, chosen[0])
     cls, options = find_scheme(scheme, options, shape)
     check_tower(adapter, cls, config)
-    if cls.converts:
+    if converts(cls):
         check_conversion(attentions[chosen[0]], cls.name)
     window = adapter.window(base, config, chosen[0])
-    if cls.touches_rotation(options):
+    if touches_rotation(cls, options):
         options, window = settle_existing(base, adapter, cls, options, given["on_existing"], chosen)
     own = _build(cls, base, adapter, chosen, options)
     if given["on_existing"] == "compose" and window.scaled:
         check_effect(own.values(), window)
     schemes, by_kind = list(dict.fromkeys(own.values())), {kinds[index]: own[index] for index in chosen}
     for scheme in schemes:
-        scheme.restored = given.get("restored", False)
+        if isinstance(scheme, ProjectionScheme):
+            scheme.restored = given.get("restored", False)
     plan = make_plan(adapter, schemes[0], given["keep_native"], chosen, len(attentions))
     check_kinds(by_kind, plan, given["layers"] is None)
     backend = _backend(given["backend"], base, adapter, schemes[0])
     found = Conversion({})
-    if overrides(schemes[0], "replace"):
+    if replaces_projections(schemes[0]):
         found = convert(head, base, adapter, own)
 
     def assemble(modules: dict[int, nn.Module]) -> Patch:
@@ -264,11 +267,11 @@ def _assemble(
     if modules:
         arguments = compat.argument_names(type(attentions[chosen[0]]).forward)
         replacing, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
-        original |= replaced if schemes[0].keep_original else {}
+        original |= replaced if cast(ProjectionScheme, schemes[0]).keep_original else {}
         swaps += replacing
         if hasattr(head, SHAPE_OF_CACHE):
             swaps.append(bind(head, SHAPE_OF_CACHE, no_early_cache))
-    elif schemes[0].converts:
+    elif converts(schemes[0]):
         swaps += native_latent_swaps({index: attentions[index] for index in own}, schemes[0])
     scores = at_scores(adapter, own, plan, given["keep_native"], attentions)
     for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):

@@ -10,6 +10,7 @@ import torch
 from ..adapters import Adapter
 from ..core.scheme import Scheme, overrides
 from ..errors import OptionError, UnsupportedError
+from ..mla.protocol import converts, replaces_projections
 from ..schemes.grid import GridScheme
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotation
@@ -30,7 +31,7 @@ def make_plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[
     turns = overrides(scheme, "angles") or isinstance(scheme, Rotation)
     at_joint = adapter.rotary is not None and scheme.rotates_early
     acts = any(overrides(scheme, rung) for rung in ("encode", "bias", "attend"))
-    at_scores = acts and (scheme.converts or not at_joint)
+    at_scores = acts and (converts(scheme) or not at_joint)
     embeds = overrides(scheme, "embed")
     _check_rungs(adapter, scheme, turns, at_joint or at_scores)
     if (at_scores or scheme.scorer is not None) and not adapter.carries:
@@ -47,7 +48,7 @@ def make_plan(adapter: Adapter, scheme: Scheme, keep_native: bool, chosen: list[
         raise OptionError(
             f"keep_native=True would rotate twice: this family rotates already, and so does {scheme.name!r}."
         )
-    if keep_native and scheme.converts:
+    if keep_native and converts(scheme):
         raise OptionError(f"keep_native=True has no meaning for {scheme.name!r}, which keeps the model's own rotation.")
     if keep_native and scheme.mechanism == "none":
         raise OptionError(f"keep_native=True leaves {scheme.name!r} nothing to do: it takes the native positions away.")
@@ -83,7 +84,7 @@ def check_tower(adapter: Adapter, cls: type[Scheme], config: Any) -> None:
 
 def _check_rungs(adapter: Adapter, scheme: Scheme, turns: bool, acts: bool) -> None:
     """Raise where a rung that the scheme overrides would never be called."""
-    if overrides(scheme, "replace") and not overrides(scheme, "attend"):
+    if replaces_projections(scheme) and not overrides(scheme, "attend"):
         raise UnsupportedError(
             f"{scheme.name!r} replaces the projections and does not say in 'attend' what becomes of what they cache."
         )

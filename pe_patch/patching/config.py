@@ -15,6 +15,7 @@ from ..adapters import Adapter
 from ..adapters.adapter import native_parameters
 from ..core.scheme import Scheme
 from ..core.swaps import Swap
+from ..mla.protocol import keeps_rotation
 from .record import BESIDE, FOREIGN
 from .record import VERSION as VERSION
 from .record import record_of as record_of
@@ -39,7 +40,7 @@ def expressible(adapter: Adapter, config: Any, kinds: Kinds, record: dict[str, A
     if record.get("keep_native") or not _whole(adapter, config, kinds, record):
         return None
     scheme = next(iter(kinds.values()))
-    if scheme.keeps_rotation:
+    if keeps_rotation(scheme):
         return {}
     if adapter.rotary is None:
         return {} if adapter.alibi and scheme.name == adapter.native and not scheme.options else None
@@ -116,7 +117,7 @@ def config_swaps(
     foreign = parameters is None
     if adapter.rotary is not None:
         written["rope_parameters"] = native_parameters(config)
-    if adapter.rotary is not None and not scheme.keeps_rotation:
+    if adapter.rotary is not None and not keeps_rotation(scheme):
         if parameters is None or scheme.native_window not in (None, current if window is None else window):
             bases = {kind: native_parameters(config, kind).get("rope_theta") for kind in kinds}
             parameters = _nested(config, {k: {"rope_type": FOREIGN, "rope_theta": t} for k, t in bases.items()})

@@ -12,6 +12,7 @@ from ..adapters.adapter import RotaryJoint, TypedJoint
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
 from ..errors import PePatchError
+from ..mla.protocol import converts
 from .api import find_patch
 from .build import Patch
 
@@ -92,7 +93,7 @@ def describe(model: Any) -> Description:
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
         backend=str(patch.base.config._attn_implementation),
-        keep_native=patch.keep_native or (patch.scheme.converts and not overrides(patch.scheme, "angles")),
+        keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
         effective=effective(patch.scheme) | _window_source(patch) | _cache(patch),
         replaced=_replaced(patch),
     )
@@ -146,7 +147,7 @@ def _window_source(patch: Patch) -> dict[str, Any]:
 def _cache(patch: Patch) -> dict[str, Any]:
     """What a token leaves in the cache under a scheme that changes that, and the window of a rotation that it keeps."""
     scheme: Any = patch.scheme
-    if not scheme.converts:
+    if not converts(scheme):
         return {}
     numbers: dict[str, Any] = {}
     cached, before = getattr(scheme, "cached", None), getattr(scheme, "cached_before", None)

@@ -16,6 +16,7 @@ from ..attention.parallel import agree
 from ..core.scheme import Scheme
 from ..core.swaps import Chain, Swap, bind
 from ..errors import OptionError, UnsupportedError
+from ..mla.protocol import converts, keeps_rotation
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotary
 from .compatibility import Plan
@@ -54,7 +55,7 @@ def native_swaps(
     """Take over, or silence, the rotation or the learned table that the family has."""
     swaps: list[Swap] = []
     original: dict[str, nn.Module] = {}
-    stays = next(iter(own.values())).converts and not plan.turns
+    stays = converts(next(iter(own.values()))) and not plan.turns
     if adapter.rotary is not None and not keep_native and not stays:
         swaps = _rotary_swaps(base, adapter, own, plan, original)
     if adapter.folds_scale and not keep_native and not stays:
@@ -193,7 +194,7 @@ def forward_swaps(
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
         swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
     everywhere = len(own) == len(adapter.attentions(base))
-    if adapter.drops_cache_at_window and everywhere and not keep_native and not scheme.keeps_rotation:
+    if adapter.drops_cache_at_window and everywhere and not keep_native and not keeps_rotation(scheme):
         swaps.append(bind(head, "prepare_inputs_for_generation", keep_cache))
     if hasattr(head, "init_continuous_batching"):
         swaps.append(bind(head, "init_continuous_batching", refuse_paging))
@@ -219,7 +220,7 @@ def _why_whole(adapter: Adapter, scheme: Scheme) -> str | None:
     """Why the sequences of this family cannot be split over processes by Ulysses, or None."""
     if adapter.tower is not None:
         return "a tower that reads images has no sequence to split"
-    if scheme.converts or scheme.shape.latent_rank:
+    if converts(scheme) or scheme.shape.latent_rank:
         return "it moves heads between processes, and this attention has latents that all heads share"
     if adapter.forward is not None:
         return "this family does not call its attention through the interface that Ulysses stands in"

@@ -18,6 +18,7 @@ from ..adapters.check import LAYOUTS
 from ..attention.interface import backend_for
 from ..core.scheme import Scheme
 from ..errors import OptionValueError, PePatchError
+from ..mla.protocol import converts
 from ..schemes.rope import Rotary, Rotation
 from .build import Patch, collect
 
@@ -96,7 +97,7 @@ def prove(patch: Patch) -> None:
 
 def _rotates_late(scheme: Scheme) -> bool:
     """Whether a scheme needs to know which dimensions the family pairs."""
-    return scheme.converts or (isinstance(scheme, Rotation) and not scheme.rotates_early)
+    return converts(scheme) or (isinstance(scheme, Rotation) and not scheme.rotates_early)
 
 
 @dataclass

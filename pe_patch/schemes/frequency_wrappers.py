@@ -15,7 +15,7 @@ from ..errors import OptionValueError, quoted
 from .registry import find_scheme, register_scheme
 from .rope import Rotary
 
-RUNGS = ("embed", "angles", "encode", "bias", "attend", "replace", "prepare")
+RUNGS = ("embed", "angles", "encode", "bias", "attend", "prepare")
 
 
 WINDOW = "original_max_position_embeddings"

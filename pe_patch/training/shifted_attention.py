@@ -12,6 +12,7 @@ from ..attention.engine import Engine
 from ..attention.kernels.shifted import shifted
 from ..core.swaps import Swap, apply_all, do_or_repeat, undo_all
 from ..errors import OptionError, PePatchError, UnsupportedError, quoted
+from ..mla.protocol import converts
 from ..patching.api import find_patch
 from ..patching.build import Patch
 
@@ -142,7 +143,7 @@ def _check_layers(patch: Any, attentions: list[Any]) -> None:
     config, name = patch.base.config, patch.base.config.model_type
     if patch.adapter.tower is not None:
         raise UnsupportedError(f"{name} reads images; shifted attention is for causal language models.")
-    if patch.scheme.converts or patch.shape.latent_rank:
+    if converts(patch.scheme) or patch.shape.latent_rank:
         raise UnsupportedError(f"The layers of {name} attend to latents; shifted attention is not for them; {REMEDY}.")
     for index, attention in enumerate(attentions):
         scheme = attention.__dict__["pe_scheme"]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedError
+from ...mla.protocol import keeps_rotation
 from ...patching.build import Patch
 from ...patching.config import FOREIGN, expressible, native_of_kinds, refusal
 from ...patching.saved_config import unmarked
@@ -131,7 +132,7 @@ def _why(patch: Patch) -> str:
 
 def _refused(patch: Patch) -> str:
     """Why the family's config does not take the rotary parameters of the scheme; empty if there are none or it does."""
-    if patch.adapter.rotary is None or patch.scheme.keeps_rotation:
+    if patch.adapter.rotary is None or keeps_rotation(patch.scheme):
         return ""
     config = unmarked(copy.deepcopy(patch.base.config))
     parameters = native_of_kinds(config, patch.kinds)

@@ -1,0 +1,95 @@
+"""The part of a scheme that replaces an attention's projections, and the questions that patching asks about it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from ..core.projections import Projections
+from ..core.scheme import Scheme
+
+
+class ProjectionScheme(Scheme):
+    """A scheme that puts other modules in the place of an attention's query, key and value projections.
+
+    It overrides `replace`, which makes such a module, and `attend`, which gets what the module cached.
+    """
+
+    converts: ClassVar[bool] = False
+    """Make the new weights out of the trained ones."""
+    keep_original = True
+    """Keep the replaced weights with the model, for undoing."""
+    calibration = cast(Any, None)
+    """Token ids or texts, for `observe`."""
+    seed = 0
+    """Chooses among the rows of calibration if there are more than are read."""
+    restored = False
+    """Weights of the new modules come from a checkpoint."""
+
+    def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
+        """Return a module that replaces one layer's query, key and value projections.
+
+        The module is called as `module(hidden, cos, sin)` with hidden `[batch, length, hidden]` and the rotation of the
+        positions `[batch | 1, length, rotary_dim / 2]`. It returns queries `[batch, heads, length, ...]` and two
+        tensors `[batch, ..., length, ...]` to cache, which `attend` gets as the cache holds them.
+
+        Args:
+            projections: the weights of the layer.
+            seen: what `observe` returned for the calibration tokens; None without calibration.
+        """
+        return None
+
+    def observe(self, projections: Projections, hidden: Tensor, seen: Any) -> Any:
+        """Add statistics of calibration tokens to `seen` and return it; hidden `[tokens, hidden]`."""
+        return None
+
+    def check(self, projections: Projections) -> None:
+        """Raise if `replace` cannot work with a layer's projections."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Return whether `replace` needs calibration tokens."""
+        return False
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Return whether the new modules are initialised like the model's own untrained weights."""
+        return False
+
+    @property
+    def keeps_rotation(self) -> bool:
+        """Return whether the model keeps its own positions."""
+        return False
+
+    @property
+    def rescaling(self) -> float:
+        """Return the factor on the softmax scale of an attention whose projections are replaced."""
+        return 1.0
+
+    @classmethod
+    def touches_rotation(cls, options: dict[str, Any]) -> bool:
+        """Return whether the scheme, with these options, replaces the rotation of the model's config."""
+        return True
+
+
+def converts(scheme: Scheme | type[Scheme]) -> bool:
+    """Return whether a scheme makes new weights out of the trained ones."""
+    cls = scheme if isinstance(scheme, type) else type(scheme)
+    return issubclass(cls, ProjectionScheme) and cls.converts
+
+
+def replaces_projections(scheme: Scheme) -> bool:
+    """Return whether a scheme puts modules in the place of projections."""
+    overridden = isinstance(scheme, ProjectionScheme) and type(scheme).replace is not ProjectionScheme.replace
+    return overridden and "replace" not in scheme.idle
+
+
+def keeps_rotation(scheme: Scheme) -> bool:
+    """Return whether the model keeps its own positions under a scheme."""
+    return isinstance(scheme, ProjectionScheme) and scheme.keeps_rotation
+
+
+def touches_rotation(scheme: type[Scheme], options: dict[str, Any]) -> bool:
+    """Return whether a scheme, with these options, replaces the rotation of the model's config."""
+    return not issubclass(scheme, ProjectionScheme) or scheme.touches_rotation(options)
