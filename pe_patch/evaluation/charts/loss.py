@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import altair as alt
 
-from ..results import Results
-from ..tables import is_loss
+from ..results import Results, is_loss
 from .chart import Chart
 from .dots import dots
 from .parts import MEASURED, about, counted, length_axis, lines, records, side_by_side, tooltips, window_mark

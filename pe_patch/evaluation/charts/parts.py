@@ -7,8 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from ..results import Results, Row
-from ..tables import unit
+from ..results import Results, Row, sample_unit
 from .chart import Panel, data
 from .theme import DARK_INK, LIGHT_INK
 
@@ -52,7 +51,7 @@ def record(results: Results, rows: Sequence[Row]) -> Record:
         "high": cell.high,
         "number": f"{cell.score:.3f}",
         "interval": "none" if cell.low is None or cell.high is None else f"{cell.low:.3f} to {cell.high:.3f}",
-        "samples": f"{cell.samples:,} {unit(first.measure)}",
+        "samples": f"{cell.samples:,} {sample_unit(first.measure)}",
         "control": control,
         "without_context": "not measured" if cell.without_context is None else f"{cell.without_context:.3f}",
         "measured_on": "; ".join(dict.fromkeys(row.measured_on for row in rows)),

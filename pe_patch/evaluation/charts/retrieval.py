@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from ..results import Results
-from ..tables import is_loss
+from ..results import Results, is_loss
 from .chart import Chart
 from .dots import dots
 from .parts import MEASURED, Record, about, counted, length_axis, lines, records, side_by_side, tooltips, window_mark

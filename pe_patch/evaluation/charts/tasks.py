@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import altair as alt
 
-from ..results import Results
-from ..tables import is_loss
+from ..results import Results, is_loss
 from .chart import Chart
 from .parts import MEASURED, about, counted, heat_map, records, short_length, side_by_side, tooltips
 
