@@ -13,11 +13,12 @@ import torch
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.metrics import RetrievalAccuracy, TokenLoss, binomial_interval
-from pe_patch.evaluation.perplexity import Perplexity, position_buckets, sliding_losses
-from pe_patch.evaluation.questions import Question
+from pe_patch.evaluation.model import EvaluatedModel, windows
+from pe_patch.evaluation.perplexity import Perplexity
+from pe_patch.evaluation.perplexity_measures import position_buckets, sliding_losses
+from pe_patch.evaluation.question import Question
 from pe_patch.evaluation.results import COLUMNS, Results
 from pe_patch.evaluation.retrieval import WORDINGS, make_sample
-from pe_patch.evaluation.subject import Subject, windows
 from pe_patch.evaluation.tasks import Needle, Passkey
 
 from .evaluation_doubles import TEXT, Copier, Mute, double, make_tokenizer, measure, tiny_llama
@@ -61,7 +62,7 @@ def test_one_token_answers_equal_greedy_generation(tokenizer, llama):
         make_sample(tokenizer, haystack, WORDINGS["tokens"], length=60, needles=4, rng=np.random.default_rng(seed))
         for seed in range(12)
     ]
-    given = Subject(llama, tokenizer, batch_size=5).answers(ask(samples))
+    given = EvaluatedModel(llama, tokenizer, batch_size=5).answers(ask(samples))
     for sample, answer in zip(samples, given, strict=True):
         ids = torch.tensor(sample.input_ids)[None]
         written = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
@@ -76,7 +77,7 @@ def test_long_answers_equal_step_by_step_argmax(tokenizer, llama):
         make_sample(tokenizer, haystack, english, length=length, rng=np.random.default_rng(length))
         for length in (230, 231, 250)
     ]
-    for sample, answer in zip(samples, Subject(llama, tokenizer).answers(ask(samples)), strict=True):
+    for sample, answer in zip(samples, EvaluatedModel(llama, tokenizer).answers(ask(samples)), strict=True):
         ids = torch.tensor(sample.input_ids)[None]
         for _ in sample.answer_ids:
             ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -138,7 +139,7 @@ def test_fixed_target_loss_equals_transformers_own(tokenizer, llama):
 )
 def test_sliding_loss_equals_one_forward_per_token(tokenizer, llama, size, window, stride):
     ids = np.array(tokenizer(TEXT[0])["input_ids"][:size])
-    found = sliding_losses(Subject(llama, tokenizer), ids, window, stride)
+    found = sliding_losses(EvaluatedModel(llama, tokenizer), ids, window, stride)
     assert found.shape == (size - 1,)
     for target in range(1, size):
         # the window that scores this token: the first one, else the one moved by whole strides, the last by the rest

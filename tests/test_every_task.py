@@ -9,8 +9,8 @@ from pe_patch.compare.demo import BASE
 from pe_patch.data.text import load_documents
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.run import evaluate
-from pe_patch.evaluation.subject import Subject
 from pe_patch.evaluation.tasks import TASKS
 from pe_patch.evaluation.tasks.code import CODE
 from pe_patch.evaluation.tasks.key_value import KEY_VALUE
@@ -92,14 +92,14 @@ SCATTERED = {"cwe", "fwe", "qa_local_1"}
 
 
 def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
-    real = Subject.answers
+    real = EvaluatedModel.answers
 
     def tells(self, questions):
         if isinstance(model, Reader):
             model.knows(questions)
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", tells)
+    monkeypatch.setattr(EvaluatedModel, "answers", tells)
     lengths = LENGTHS["tokens" if options.get("wording") == "tokens" else "english"]
     settings = {"samples": 3, "depths": (0.0, 0.5, 1.0), "control_length": lengths[0], "batch_size": 2} | more
     return evaluate(

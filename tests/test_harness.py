@@ -12,7 +12,7 @@ import torch
 
 from pe_patch import patch_model
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
-from pe_patch.evaluation.harness import RETENTION, harness, retention
+from pe_patch.evaluation.lm_eval import RETENTION, harness, retention
 from pe_patch.evaluation.metrics import binomial_interval
 from pe_patch.evaluation.results import Results
 
@@ -143,7 +143,7 @@ def test_groups_limits_and_examples_are_lm_evals(llama, tokenizer, tasks, tmp_pa
     given = theirs(llama, "both", include_path=str(tmp_path), limit=2, num_fewshot=1)
     # lm-eval's own tasks are left out, since it takes seconds to read them
     monkeypatch.setattr(
-        "pe_patch.evaluation.harness.tasks.every_task",
+        "pe_patch.evaluation.lm_eval.tasks.default_task_manager",
         lambda folder: lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder),
     )
     found = harness(llama, tokenizer, "both", limit=2, few_shot=1, include_path=tmp_path)
@@ -178,9 +178,9 @@ def test_the_window_is_the_patchs_own(llama, tokenizer, tasks):
 
 
 def test_a_prompt_that_is_only_seen_when_batched_is_refused_too(llama, tokenizer):
-    from pe_patch.evaluation.harness.uncut import UncutLM
+    from pe_patch.evaluation.lm_eval.model import NoTruncationLM
 
-    subject = UncutLM(llama, make_tokenizer(), 512, 1, None)
+    subject = NoTruncationLM(llama, make_tokenizer(), 512, 1, None)
     ids, mask = subject.tok_batch_encode(["door stone"], left_truncate_len=20)
     assert ids.shape == mask.shape and ids.shape[1] <= 20
     with pytest.raises(PePatchError, match="to its last 20"):
@@ -255,7 +255,7 @@ def test_rulers_uncounted_tokens_are_named(tokenizer, llama):
 
 
 def test_a_group_of_rulers_has_the_mean_at_every_length():
-    from pe_patch.evaluation.harness.rows import _scores
+    from pe_patch.evaluation.lm_eval.rows import _scores
 
     results = {
         "first": {"alias": "first", "4096,none": -1, "512,none": 0.25, "512_stderr,none": 0.1},
@@ -298,7 +298,8 @@ def test_finished_tasks_are_not_run_again(llama, tokenizer, tasks, tmp_path, mon
 
 def test_an_edited_task_file_is_run_again(llama, tokenizer, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "pe_patch.evaluation.harness.tasks.every_task", lambda _: lm_eval.tasks.TaskManager(include_defaults=False)
+        "pe_patch.evaluation.lm_eval.tasks.default_task_manager",
+        lambda _: lm_eval.tasks.TaskManager(include_defaults=False),
     )
     path = tmp_path / "own.yaml"
     scored = []
@@ -309,7 +310,7 @@ def test_an_edited_task_file_is_run_again(llama, tokenizer, tasks, tmp_path, mon
 
 
 def test_retention_is_the_loss_at_the_native_window_and_the_benchmarks(llama, tokenizer, tasks, monkeypatch):
-    monkeypatch.setattr("pe_patch.evaluation.harness.run.RETENTION", (tasks["choice"],))
+    monkeypatch.setattr("pe_patch.evaluation.lm_eval.run.RETENTION", (tasks["choice"],))
     rows = retention(llama, tokenizer, text=[make_text(60)], limit=2, label="mine").rows
     assert [(row.task, row.length) for row in rows[:2]] == [
         ("perplexity", 64),

@@ -8,18 +8,18 @@ import torch
 
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.perplexity import Perplexity, sliding_losses
-from pe_patch.evaluation.perplexity.averages import (
+from pe_patch.evaluation.model import EvaluatedModel
+from pe_patch.evaluation.perplexity import Perplexity
+from pe_patch.evaluation.perplexity_compat import (
+    COMPAT,
     longlora_spans,
     mean_of_perplexities,
     mean_of_tokens,
     mean_of_window_means,
     yarn_spans,
 )
-from pe_patch.evaluation.perplexity.compat import COMPAT
-from pe_patch.evaluation.perplexity.sliding import Span
+from pe_patch.evaluation.perplexity_measures import Span, sliding_losses
 from pe_patch.evaluation.run import evaluate
-from pe_patch.evaluation.subject import Subject
 
 from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
 
@@ -91,7 +91,7 @@ def test_perplexity_is_that_of_an_independent_sliding_window(llama, tokenizer, c
 
 def test_with_bos_every_window_starts_with_it_and_the_first_token_is_scored(llama, tokenizer):
     ids = np.array(tokenizer(TEXT[0])["input_ids"][:40])
-    found = sliding_losses(Subject(llama, tokenizer), ids, 16, 5, bos=BOS)
+    found = sliding_losses(EvaluatedModel(llama, tokenizer), ids, 16, 5, bos=BOS)
     expected = list(losses_of(llama, [BOS, *ids[:15]]))
     for end in (20, 25, 30, 35, 40):
         expected += list(losses_of(llama, [BOS, *ids[end - 15 : end]])[-5:])
@@ -241,7 +241,7 @@ def test_modes_that_need_bos_say_so():
         ({"compat": "yarn_truncate", "stride": 8}, "stride has no effect on yarn_truncate"),
         ({"compat": "lm_eval", "stretch_tokens": 8}, "stretch_tokens has no effect on lm_eval"),
         ({"compat": "evaluate", "documents": 0}, "documents must be at least 1, got 0"),
-        ({"measures": "longppl", "judge": 3}, "judge is a folder"),
+        ({"measures": "longppl", "judge": 3}, "judge must be a folder"),
         ({"measures": ()}, "at least one measure"),
     ],
 )

@@ -8,11 +8,11 @@ import torch
 
 from pe_patch import patch_model
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
-from pe_patch.evaluation import generation, planning
+from pe_patch.evaluation import model as evaluated
+from pe_patch.evaluation.context import PromptTemplate
 from pe_patch.evaluation.metrics import bootstrap_interval, score_interval
-from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.questions import Question
-from pe_patch.evaluation.subject import Subject
+from pe_patch.evaluation.model import EvaluatedModel
+from pe_patch.evaluation.question import Question
 from pe_patch.evaluation.tasks import GROUPS, TASKS, find_tasks
 
 from .evaluation_doubles import Copier, Mute, double, make_tokenizer, measure, tiny_llama
@@ -55,7 +55,7 @@ def test_prompts_of_unequal_lengths_in_one_batch_are_answered_as_if_alone(tokeni
         patch_model(llama, scheme[0], **scheme[1])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, len(tokenizer), size) for size in (40, 17, 29, 33, 40, 8)]
-    given = Subject(llama, tokenizer, batch_size=6).answers([question(ids) for ids in prompts])
+    given = EvaluatedModel(llama, tokenizer, batch_size=6).answers([question(ids) for ids in prompts])
     assert given == [step_by_step(llama, tokenizer, ids, 6) for ids in prompts]
     assert len(set(given)) > 3
 
@@ -63,7 +63,7 @@ def test_prompts_of_unequal_lengths_in_one_batch_are_answered_as_if_alone(tokeni
 def test_each_question_keeps_to_its_own_budget(tokenizer, llama):
     rng = np.random.default_rng(1)
     prompts = [(rng.integers(1, len(tokenizer), 20), budget) for budget in (1, 5, 2, 5)]
-    given = Subject(llama, tokenizer, batch_size=4).answers([question(*each) for each in prompts])
+    given = EvaluatedModel(llama, tokenizer, batch_size=4).answers([question(*each) for each in prompts])
     assert given == [step_by_step(llama, tokenizer, *each) for each in prompts]
 
 
@@ -74,7 +74,7 @@ def test_an_answer_ends_at_any_token_the_checkpoint_stops_at(tokenizer, llama):
     second = llama(input_ids=torch.cat([ids, first.view(1, 1)], 1)).logits[0, -1].argmax()
     assert first != second
     llama.generation_config.eos_token_id = [0, int(second)]
-    assert Subject(llama, tokenizer).answers([question(prompt)]) == [tokenizer.decode([first])]
+    assert EvaluatedModel(llama, tokenizer).answers([question(prompt)]) == [tokenizer.decode([first])]
 
 
 # A text that several prompts begin with
@@ -108,7 +108,7 @@ def test_a_common_text_is_read_once_and_changes_no_answer(tokenizer, llama, sche
     if scheme is not None:
         patch_model(llama, scheme[0], **scheme[1])
     prompts = prompts_with_a_common_text(len(tokenizer))
-    subject = Subject(llama, tokenizer)
+    subject = EvaluatedModel(llama, tokenizer)
     assert subject.cache_bytes
     expected = [step_by_step(llama, tokenizer, ids, 6) for ids in prompts]
     counts = read_tokens(llama, monkeypatch)
@@ -121,14 +121,14 @@ def test_frequencies_that_follow_the_length_are_not_read_in_parts(tokenizer, lla
     """dynamic NTK turns a first pass by its own length, so that half a prompt first would be another computation."""
     patch_model(llama, "dynamic_ntk")
     prompts = [np.concatenate([ids, ids, ids]) for ids in prompts_with_a_common_text(len(tokenizer))[:3]]
-    given = Subject(llama, tokenizer, batch_size=1).answers([question(ids) for ids in prompts])
+    given = EvaluatedModel(llama, tokenizer, batch_size=1).answers([question(ids) for ids in prompts])
     assert given == [
         tokenizer.decode(
             llama.generate(torch.tensor(ids)[None], max_new_tokens=6, do_sample=False)[0, len(ids) :]
         ).replace("<eos>", "")
         for ids in prompts
     ]
-    assert not generation._reads_in_parts(Subject(llama, tokenizer))
+    assert not EvaluatedModel(llama, tokenizer).can_reuse_prefix
 
 
 # Memory
@@ -136,24 +136,24 @@ def test_frequencies_that_follow_the_length_are_not_read_in_parts(tokenizer, lla
 
 def test_the_cache_is_counted_as_the_model_fills_it(tokenizer, llama):
     # 2 layers x keys and values x 2 key-value heads x 8 numbers x 4 bytes
-    assert Subject(llama, tokenizer).cache_bytes == 2 * 2 * 2 * 8 * 4
-    assert Subject(double(Mute, tokenizer), tokenizer).cache_bytes == 0
+    assert EvaluatedModel(llama, tokenizer).cache_bytes == 2 * 2 * 2 * 8 * 4
+    assert EvaluatedModel(double(Mute, tokenizer), tokenizer).cache_bytes == 0
 
 
 def test_as_many_sequences_as_fit_are_taken_and_one_too_many_is_refused(tokenizer, llama, monkeypatch):
-    needed = planning.sequence_bytes(llama, 100, 256, 1)
-    monkeypatch.setattr(planning, "free_bytes", lambda device: int(3.5 * needed / planning.USABLE))
-    assert planning.batch_size(llama, torch.device("cpu"), 100, cache_bytes=256) == 3
-    monkeypatch.setattr(planning, "free_bytes", lambda device: needed // 2)
+    needed = evaluated.sequence_bytes(llama, 100, 256, 1)
+    monkeypatch.setattr(evaluated, "free_bytes", lambda device: int(3.5 * needed / evaluated.USABLE_MEMORY))
+    assert evaluated.max_batch_size(llama, torch.device("cpu"), 100, cache_bytes=256) == 3
+    monkeypatch.setattr(evaluated, "free_bytes", lambda device: needed // 2)
     with pytest.raises(PePatchError, match=r"100 tokens takes about .* are free on cpu.*batch_size=1"):
-        planning.batch_size(llama, torch.device("cpu"), 100, cache_bytes=256)
+        evaluated.max_batch_size(llama, torch.device("cpu"), 100, cache_bytes=256)
 
 
 def test_eager_attention_is_planned_with_its_score_matrices(tokenizer):
     llama = tiny_llama(len(tokenizer))
-    plain = planning.sequence_bytes(llama, 1000, 0, 1)
+    plain = evaluated.sequence_bytes(llama, 1000, 0, 1)
     llama.set_attn_implementation("eager")
-    assert planning.sequence_bytes(llama, 1000, 0, 1) - plain == 2 * 4 * 1000 * 1000 * 4
+    assert evaluated.sequence_bytes(llama, 1000, 0, 1) - plain == 2 * 4 * 1000 * 1000 * 4
 
 
 # Controls
@@ -208,19 +208,19 @@ def test_a_list_of_values_is_judged_by_its_parts(tokenizer, task, monkeypatch):
     results = measure(model, tokenizer, task, [1200], task_options={"wording": "english"}, depths=(0.2,), samples=2)
     seen = []
 
-    class Spy(Subject):
+    class Spy(EvaluatedModel):
         def answers(self, questions):
             seen.extend(questions)
             return ["x " + ", ".join(each.references[:3]) for each in questions]
 
     from pe_patch.evaluation import run
 
-    original, run.Subject = run.Subject, Spy
+    original, run.EvaluatedModel = run.EvaluatedModel, Spy
     try:
         (row,) = measure(model, tokenizer, task, [1200], task_options={"wording": "english"}, depths=(0.2,),
                          samples=2).rows  # fmt: skip
     finally:
-        run.Subject = original
+        run.EvaluatedModel = original
     assert (row.score, row.low < 0.75 < row.high or row.low == row.high) == (0.75, True)
     assert results.rows[0].score == 0.0
     for each in seen[:2]:
@@ -274,7 +274,7 @@ TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endf
 
 def test_prompts_stand_in_the_chat_template_with_the_answers_beginning_after_it(tokenizer):
     chatty = make_tokenizer(chat_template=TEMPLATE)
-    frame = Frame.of(chatty, chat=True)
+    frame = PromptTemplate.of(chatty, chat=True)
     assert (frame.head, frame.tail) == ("<|user|>", "<|end|><|assistant|>")
     assert chatty.decode(frame.ids(chatty, "the door", " opens")) == "<|user|>the door<|end|><|assistant|> opens"
     seen = []

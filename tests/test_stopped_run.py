@@ -15,7 +15,7 @@ import torch
 from pe_patch import patched
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.journal import Journal
-from pe_patch.evaluation.subject import Subject, model_fingerprint
+from pe_patch.evaluation.model import EvaluatedModel, model_fingerprint
 
 from .evaluation_doubles import make_tokenizer, measure, tiny_llama
 
@@ -34,13 +34,13 @@ def llama(tokenizer):
 
 def counted(monkeypatch):
     """Every question that a model is asked from now on."""
-    asked, real = [], Subject.answers
+    asked, real = [], EvaluatedModel.answers
 
     def spy(self, questions):
         asked.extend(questions)
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", spy)
+    monkeypatch.setattr(EvaluatedModel, "answers", spy)
     return asked
 
 
@@ -69,7 +69,7 @@ def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama
         tasks = ["needle", "needle_single", "perplexity"]
         return measure(llama, tokenizer, tasks, [64, 128], output=tmp_path / folder, control_length=64)
 
-    whole, real, left = run("whole"), Subject.answers, [calls]
+    whole, real, left = run("whole"), EvaluatedModel.answers, [calls]
 
     def stops(self, questions):
         if left[0] == 0:
@@ -77,10 +77,10 @@ def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama
         left[0] -= 1
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", stops)
+    monkeypatch.setattr(EvaluatedModel, "answers", stops)
     with pytest.raises(KeyboardInterrupt):
         run("killed")
-    monkeypatch.setattr(Subject, "answers", real)
+    monkeypatch.setattr(EvaluatedModel, "answers", real)
     finished = kept(tmp_path / "killed") if calls else []
     assert same_table(whole, run("killed"))
     # each piece is finished once, and none that was is finished again
@@ -101,13 +101,13 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
         import sys, time
         from pe_patch.compare.demo import BASE, load_base
         from pe_patch import evaluate
-        from pe_patch.evaluation.subject import Subject
-        real = Subject.answers
+        from pe_patch.evaluation.model import EvaluatedModel
+        real = EvaluatedModel.answers
         def slow(self, questions):
             print("asked", flush=True)
             time.sleep(float(sys.argv[2]))
             return real(self, questions)
-        Subject.answers = slow
+        EvaluatedModel.answers = slow
         model, tokenizer = load_base(BASE)
         evaluate(model, tokenizer, "needle", [64, 128], samples=5, output=sys.argv[1], progress=False,
                  text=["words and more words, " * 400])

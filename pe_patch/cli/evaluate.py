@@ -66,7 +66,7 @@ def evaluate(
     """Measure a model at several lengths; every score stands beside the same questions within its window."""
     from .. import evaluation
     from ..checkpoints import loading
-    from ..evaluation.harness import harness as run_harness
+    from ..evaluation.lm_eval import harness as run_harness
     from ..evaluation.results import Results, check_results_folder, summary_table
 
     own = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
