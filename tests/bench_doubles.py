@@ -1,4 +1,4 @@
-"""A bench whose model answers what a test has it answer, for tasks that are asked without any model."""
+"""An evaluation context whose model gives the answers of a test function, for tests of tasks without a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}{% if add
 
 
 class Answering:
-    """Stands for a model: `answer` gives what it writes after a question."""
+    """A replacement for the model that answers each question with the function `answer`."""
 
     device = torch.device("cpu")
     autocast = None

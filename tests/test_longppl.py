@@ -1,4 +1,4 @@
-"""LongPPL: which tokens are key, where they are for another tokenizer, and the score, by hand and in plain torch."""
+"""LongPPL: key tokens, their spans in another tokenizer, and the score, by hand and in plain torch."""
 
 import logging
 import math
@@ -36,7 +36,7 @@ def test_key_tokens_by_hand():
 
 
 class Counting(EvaluatedModel):
-    """Its loss of a token is the number of tokens before it."""
+    """A model whose loss of a token is the number of tokens before it."""
 
     def losses(self, sequences, targets):
         return np.array([[len(ids) - targets + i for i in range(targets)] for ids in sequences], dtype=float)
@@ -48,13 +48,13 @@ def test_neighbours_share_a_short_context():
     assert longppl.short_context_losses(Counting(None, None), np.arange(12), 4, 5).tolist() == [4, 5, 6, 7, 8, 4, 5, 6]
 
 
-def test_places_that_touch_are_one():
+def test_touching_spans_are_merged():
     assert longppl.merge_spans([(0, 3), (3, 5), (6, 7), (6, 7), (9, 9)]) == [(0, 5), (6, 7), (9, 9)]
     assert longppl.merge_spans([]) == []
 
 
 def split_by(pattern):
-    """A tokenizer that makes a token of each match, and of each piece between two."""
+    """Make a tokenizer with a token per match and per piece between two matches."""
     text = "red river runs red"
     splitter = pre_tokenizers.Split(Regex(pattern), "isolated")
     vocabulary = dict.fromkeys(piece for piece, _ in splitter.pre_tokenize_str(text))
@@ -63,7 +63,7 @@ def split_by(pattern):
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
 
 
-def test_key_tokens_are_handed_over_by_their_characters():
+def test_key_tokens_are_mapped_by_their_characters():
     text = "red river runs red"
     #       0  3 4   9 10 14
     _, words = longppl._encode_with_offsets(split_by(" "), text, special=False)
@@ -80,7 +80,7 @@ def test_key_tokens_are_handed_over_by_their_characters():
 
 
 class Remembering(EvaluatedModel):
-    """Predicts "river" and the last "red" well if it has read the first token of the text, badly otherwise."""
+    """A model that predicts "river" and the last "red" well only if it has read the first token of the text."""
 
     def losses(self, sequences, targets):
         start, helped = self.tokenizer("runs red river")["input_ids"][0], {11, 12, 16}
@@ -105,14 +105,14 @@ def test_the_judges_key_tokens_by_hand(monkeypatch):
     assert longppl.key_token_spans(judge, "", short_context=20, shared_context=2) == ([], 0)
 
 
-def test_a_judge_beyond_its_window_is_refused(tokenizer):
+def test_a_text_beyond_the_judges_window_raises(tokenizer):
     judge = EvaluatedModel(tiny_llama(len(tokenizer), window=32), tokenizer)
     with pytest.raises(PePatchError, match="beyond its window of 32"):
         longppl.key_token_spans(judge, TEXT[0], 8, 4)
 
 
 def whole_longppl(model, tokenizer, judge, judges_tokenizer, texts, context, shared):
-    """LongPPL in plain torch: every short context by a forward of its own, characters marked one by one."""
+    """Compute LongPPL in plain torch, with a forward pass per short context and a mask of characters."""
     scored = []
     for text in texts:
         given = judges_tokenizer(text, return_offsets_mapping=True)
@@ -133,7 +133,7 @@ def whole_longppl(model, tokenizer, judge, judges_tokenizer, texts, context, sha
 
 @pytest.mark.parametrize("own", [True, False])
 def test_longppl_equals_plain_torch(llama, tokenizer, monkeypatch, own):
-    # Weights at random are never helped by 2 nats: the rule is the same with smaller numbers.
+    # Random weights never gain 2 nats from context, so the thresholds are lower here.
     monkeypatch.setattr(longppl, "MIN_GAIN", 0.05)
     monkeypatch.setattr(longppl, "MAX_LOSS", 6.0)
     letters = PreTrainedTokenizerFast(tokenizer_object=split_letters(), unk_token="?")
@@ -153,7 +153,7 @@ def test_longppl_equals_plain_torch(llama, tokenizer, monkeypatch, own):
     assert f"{count} key tokens" in row.measured_on
 
 
-def test_longppls_control_is_the_same_tokens_within_a_shorter_window(llama, tokenizer, monkeypatch):
+def test_the_control_scores_the_same_tokens_within_a_shorter_window(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(longppl, "MIN_GAIN", 0.05)
     monkeypatch.setattr(longppl, "MAX_LOSS", 6.0)
     task = Perplexity(measures="longppl", short_context=8, shared_context=4, windows=1)
@@ -182,6 +182,6 @@ def test_longppl_without_key_tokens_has_no_row(llama, tokenizer, caplog):
     assert "no token" in caplog.text
 
 
-def test_the_judges_name_changes_with_its_weights(tokenizer):
+def test_the_name_of_the_judge_changes_with_its_weights(tokenizer):
     names = [repr(Perplexity(measures="longppl", judge=(tiny_llama(448, seed=seed), tokenizer))) for seed in (0, 1, 0)]
     assert names[0] == names[2] != names[1]

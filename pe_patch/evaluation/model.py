@@ -70,7 +70,7 @@ def scheme_label(model: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return twelve hexadecimal digits that identify the mapping from text to ids."""
+    """Return twelve hexadecimal digits that identify the tokenizer (its backend, or else its vocabulary)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()[:12]

@@ -175,7 +175,7 @@ def write_report(
 
 
 def best_retrieval(results: Results) -> str:
-    """Return a sentence about the scheme that answers most questions at the longest length."""
+    """Return a sentence about the best scheme of the first retrieval task at its longest length."""
     pivot = next((pivot for pivot in pivots(results) if pivot.higher_is_better), None)
     if pivot is None:
         return "Only loss was measured here; that alone does not show that the context is used."

@@ -63,8 +63,8 @@ def evaluate(
         seed: Random seed for questions and text spots.
         text: A list of documents, a source that `pe_patch.data.text.load_documents` knows, or a Corpus, which several
             evaluations can share.
-        control_length: Length in tokens of the control. None is the native window, or the longest length if that is
-            less.
+        control_length: Length in tokens of the control. None is the native window (the shortest length if it is
+            unknown), or the longest length if that is less.
         beyond_window: Allow lengths beyond the effective window.
         retrieval: Add the task `needle` if no task retrieves, because loss alone does not show that context is used.
         autocast: Dtype for torch.autocast. None disables it.
@@ -83,6 +83,8 @@ def evaluate(
 
     Raises:
         PePatchError: A prompt would be cut, a length is beyond the window, or the text is too short.
+        UnknownNameError: A task or one of its named options does not exist.
+        OptionError: No task has an option of `task_options`, or `chat` has no chat template.
         OutputError: `output` holds something else and `overwrite` is False.
     """
     if output is not None:

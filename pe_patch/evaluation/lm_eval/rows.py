@@ -109,7 +109,7 @@ def _prompt_hash(output: Mapping[str, Any], members: list[str]) -> str:
 def _measured_on(output: Mapping[str, Any], version: str, name: str, members: list[str], window: int) -> str:
     counts = [output["n-samples"][task] for task in members]
     shots = sorted({output["n-shot"].get(task, 0) for task in members})
-    sources = dict.fromkeys(output["configs"][task].get("dataset_path") or "its own making" for task in members)
+    sources = dict.fromkeys(output["configs"][task].get("dataset_path") or "generated text" for task in members)
     group = f", a group of {len(members)} tasks" if members != [name] else ""
     return (
         f"lm-eval {version}, {name} version {output['versions'].get(name)}{group}: "
