@@ -31,8 +31,8 @@ from pe_patch.convert.sweep import converted_row, original_row
 from pe_patch.data.text import load_documents
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.results import write_atomically
-from pe_patch.evaluation.subject import Subject
 from pe_patch.mla.checks import METHODS
 from pe_patch.training import trainer as training
 from pe_patch.training.reading import load_recipe
@@ -171,7 +171,7 @@ class Bench:
         """Mean loss at each place, so that two models can be compared place by place."""
         of = self.ruler
         pieces, _ = of.corpus.spots(of.length, 128, of.spots, of.seed)
-        return [round(float(loss), 5) for loss in Subject(model, self.tokenizer).losses(pieces, 128).mean(1)]
+        return [round(float(loss), 5) for loss in EvaluatedModel(model, self.tokenizer).losses(pieces, 128).mean(1)]
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

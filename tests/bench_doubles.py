@@ -1,4 +1,4 @@
-"""A bench whose model answers what a test has it answer, for tasks that are asked without any model."""
+"""An evaluation context whose model gives the answers of a test function, for tests of tasks without a model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 
-from pe_patch.evaluation.bench import Bench
+from pe_patch.evaluation.context import EvaluationContext, PromptTemplate
 from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.questions import Question
+from pe_patch.evaluation.question import Question
 
 CHAT = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
 
 
 class Answering:
-    """Stands for a model: `answer` gives what it writes after a question."""
+    """A replacement for the model that answers each question with the function `answer`."""
 
     device = torch.device("cpu")
     autocast = None
@@ -35,9 +34,9 @@ def make_bench(
     texts: Sequence[str] = ("some text of no consequence\n" * 20,),
     chat: bool = False,
     **options: Any,
-) -> Bench:
+) -> EvaluationContext:
     settings: dict[str, Any] = {"lengths": [1024], "depths": [0.0, 0.5, 1.0], "samples": 6, "seed": 0}
     settings |= {"control_length": 512, "scheme": "native", "tokenizer_hash": ""} | options
-    subject: Any = Answering(tokenizer, answer)
+    model: Any = Answering(tokenizer, answer)
     corpus = Corpus.load(tokenizer, list(texts), needed=1)
-    return Bench(subject=subject, corpus=corpus, frame=Frame.of(tokenizer, chat), **settings)
+    return EvaluationContext(model=model, corpus=corpus, template=PromptTemplate.of(tokenizer, chat), **settings)

@@ -1,4 +1,4 @@
-"""Stand-ins for evaluation tests: a small tokenizer, a text, and models whose answers are known beforehand."""
+"""Fixtures for evaluation tests: a small tokenizer, a text, and models with known answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_text(lines: int = 400, seed: int = 0) -> str:
 
 
 def make_tokenizer(**options: Any) -> FastTokenizer:
-    """Byte-level BPE on the text above, digits apart, with the demo's key and value tokens."""
+    """Train byte-level BPE on the text above, with single digits and the demo's key and value tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -46,7 +46,7 @@ class DoubleConfig(PreTrainedConfig):
 
 
 class _Double(PreTrainedModel, GenerationMixin):
-    """A model without weights to speak of; `next_token` says what it predicts after a row of ids."""
+    """A model with a dummy weight that predicts the token that `next_token` returns."""
 
     config_class = DoubleConfig
     main_input_name = "input_ids"
@@ -77,7 +77,7 @@ class _Double(PreTrainedModel, GenerationMixin):
 
 
 class Copier(_Double):
-    """Finds the longest run of ids that ended the row once before, and repeats what followed it.
+    """A model that finds the longest earlier occurrence of the last ids, and repeats the token after it.
 
     It reads only the last `config.sees` ids, as a pipeline that truncates would leave it.
     """
@@ -95,7 +95,7 @@ class Copier(_Double):
 
 
 class Mute(_Double):
-    """Always predicts the end of the text."""
+    """A model that always predicts the end of the text."""
 
     def next_token(self, ids: list[int]) -> int:
         return 0
@@ -131,5 +131,5 @@ TEXT = [make_text(400, seed) for seed in range(3)]
 
 
 def measure(model: Any, tokenizer: Any, tasks: Any, lengths: Any, **options: Any) -> Any:
-    """A small evaluation on the texts above."""
+    """Run a small evaluation on the texts above."""
     return evaluate(model, tokenizer, tasks, lengths, **{"text": TEXT, "progress": False, "samples": 4} | options)

@@ -152,7 +152,7 @@ def test_a_second_evaluation_into_the_same_folder_measures_nothing_again(run, ch
     def refuses(*_):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr("pe_patch.evaluation.subject.Subject.answers", refuses)
+    monkeypatch.setattr("pe_patch.evaluation.model.EvaluatedModel.answers", refuses)
     code, second, _ = run(*words)
     assert code == 0 and json.loads(second) == json.loads(first)
     assert {"index.html", "results.jsonl", "answers.jsonl", "journal.jsonl"} <= {

@@ -20,8 +20,8 @@ from pe_patch.compare.demo import BASE, load_base
 from pe_patch.compare.page import columns, markdown, picture
 from pe_patch.compare.run import carry_out
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
+from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.perplexity import Perplexity
-from pe_patch.evaluation.subject import Subject
 from pe_patch.evaluation.tasks import Needle
 from pe_patch.training.run import load_recipe, train
 
@@ -115,7 +115,7 @@ def test_peak_memory_is_what_tensors_take_at_once():
 
 
 def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
-    asked, real = [], Subject.answers
+    asked, real = [], EvaluatedModel.answers
 
     def answers(self, questions):
         if len(asked) == stop:
@@ -123,7 +123,7 @@ def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
         asked.append(len(questions))
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", answers)
+    monkeypatch.setattr(EvaluatedModel, "answers", answers)
     stop = None
     run(folder / "whole")
     whole = len(asked)
@@ -140,14 +140,14 @@ def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
 
 
 def test_one_that_fails_loses_no_other(folder, monkeypatch, capsys, by_hand):
-    real = Subject.losses
+    real = EvaluatedModel.losses
 
     def losses(self, *arguments):
         if getattr(self.model.config, "pe_patch", {}).get("scheme") == "yarn":
             raise RuntimeError("out of luck")
         return real(self, *arguments)
 
-    monkeypatch.setattr(Subject, "losses", losses)
+    monkeypatch.setattr(EvaluatedModel, "losses", losses)
     words = [*"--scheme yarn linear --factor 8 --length 256 --task perplexity needle --samples 5 --workers 0".split()]
     output = ["--text", str(folder / "text"), "--output", str(folder / "failing")]
     assert cli.main(["compare", str(BASE), *words, *output, "--json"]) == 1
@@ -156,7 +156,7 @@ def test_one_that_fails_loses_no_other(folder, monkeypatch, capsys, by_hand):
     assert "out of luck" in table["yarn"]["why"] and "yarn failed: RuntimeError: out of luck" in told.err
     assert table["as it is"]["retrieval"] == {"256": by_hand["as it is"].cell(task="needle", length=256).score}
     assert table["linear"]["why"] is None
-    monkeypatch.setattr(Subject, "losses", real)
+    monkeypatch.setattr(EvaluatedModel, "losses", real)
     again = compare(
         str(BASE), ["yarn", "linear"], [256], output=folder / "failing", text=str(folder / "text"), **WITH | {
             "tasks": ("perplexity", "needle")}

@@ -1,4 +1,4 @@
-"""The evaluation measures what it says, checked against computations from elsewhere."""
+"""Evaluation scores equal independent computations."""
 
 import json
 import logging
@@ -13,11 +13,12 @@ import torch
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.metrics import RetrievalAccuracy, TokenLoss, binomial_interval
-from pe_patch.evaluation.perplexity import Perplexity, position_buckets, sliding_losses
-from pe_patch.evaluation.questions import Question
+from pe_patch.evaluation.model import EvaluatedModel, windows
+from pe_patch.evaluation.perplexity import Perplexity
+from pe_patch.evaluation.perplexity_measures import position_buckets, sliding_losses
+from pe_patch.evaluation.question import Question
 from pe_patch.evaluation.results import COLUMNS, Results
 from pe_patch.evaluation.retrieval import WORDINGS, make_sample
-from pe_patch.evaluation.subject import Subject, windows
 from pe_patch.evaluation.tasks import Needle, Passkey
 
 from .evaluation_doubles import TEXT, Copier, Mute, double, make_tokenizer, measure, tiny_llama
@@ -42,13 +43,13 @@ def ask(samples):
 
 @pytest.mark.parametrize("task", [Needle(wording="tokens"), Passkey(wording="tokens"), Passkey(wording="english")])
 @pytest.mark.parametrize(("kind", "score"), [(Copier, 1.0), (Mute, 0.0)])
-def test_who_reads_the_prompt_scores_one_and_who_does_not_scores_nothing(tokenizer, task, kind, score):
+def test_a_model_that_reads_scores_one_and_a_mute_model_zero(tokenizer, task, kind, score):
     results = measure(double(kind, tokenizer), tokenizer, task, [260, 400], samples=6, depths=(0.0, 0.5, 1.0))
     assert len(results.rows) == 6
     assert {(row.score, row.samples, row.tokens == row.length) for row in results.rows} == {(score, 2, True)}
 
 
-def test_a_reader_whose_prompt_is_cut_does_not_score_one(tokenizer):
+def test_a_model_with_a_truncated_prompt_scores_below_one(tokenizer):
     cut = double(Copier, tokenizer, sees=250)
     results = measure(cut, tokenizer, Passkey(), [400], samples=4, depths=(0.0, 0.9), control_length=240)
     assert {row.depth: row.score for row in results.rows} == {0.0: 0.0, 0.9: 1.0}
@@ -61,7 +62,7 @@ def test_one_token_answers_equal_greedy_generation(tokenizer, llama):
         make_sample(tokenizer, haystack, WORDINGS["tokens"], length=60, needles=4, rng=np.random.default_rng(seed))
         for seed in range(12)
     ]
-    given = Subject(llama, tokenizer, batch_size=5).answers(ask(samples))
+    given = EvaluatedModel(llama, tokenizer, batch_size=5).answers(ask(samples))
     for sample, answer in zip(samples, given, strict=True):
         ids = torch.tensor(sample.input_ids)[None]
         written = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
@@ -76,7 +77,7 @@ def test_long_answers_equal_step_by_step_argmax(tokenizer, llama):
         make_sample(tokenizer, haystack, english, length=length, rng=np.random.default_rng(length))
         for length in (230, 231, 250)
     ]
-    for sample, answer in zip(samples, Subject(llama, tokenizer).answers(ask(samples)), strict=True):
+    for sample, answer in zip(samples, EvaluatedModel(llama, tokenizer).answers(ask(samples)), strict=True):
         ids = torch.tensor(sample.input_ids)[None]
         for _ in sample.answer_ids:
             ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -93,7 +94,7 @@ def test_sampling_settings_of_a_checkpoint_are_not_used(tokenizer):
     assert {row.score for row in measure(copier, tokenizer, Passkey(wording="english"), [250]).rows} == {1.0}
 
 
-def test_the_control_is_the_same_questions_within_the_window(tokenizer, llama):
+def test_the_control_uses_the_same_questions_within_the_window(tokenizer, llama):
     results = measure(llama, tokenizer, [Needle(), Perplexity()], [64, 128], beyond_window=True, samples=10)
     for task, measured in {(row.task, row.measure) for row in results.rows} - {
         ("perplexity", "nats per token, by position")
@@ -114,7 +115,7 @@ def test_the_control_is_the_same_questions_within_the_window(tokenizer, llama):
 # Loss
 
 
-def test_fixed_target_loss_equals_transformers_own(tokenizer, llama):
+def test_fixed_target_loss_equals_the_loss_of_transformers(tokenizer, llama):
     task = Perplexity(measures=("fixed",), targets=20, spots=7)
     results = measure(llama, tokenizer, task, [40, 64], retrieval=False)
     corpus = Corpus.load(tokenizer, TEXT, 64)
@@ -138,7 +139,7 @@ def test_fixed_target_loss_equals_transformers_own(tokenizer, llama):
 )
 def test_sliding_loss_equals_one_forward_per_token(tokenizer, llama, size, window, stride):
     ids = np.array(tokenizer(TEXT[0])["input_ids"][:size])
-    found = sliding_losses(Subject(llama, tokenizer), ids, window, stride)
+    found = sliding_losses(EvaluatedModel(llama, tokenizer), ids, window, stride)
     assert found.shape == (size - 1,)
     for target in range(1, size):
         # the window that scores this token: the first one, else the one moved by whole strides, the last by the rest
@@ -149,14 +150,14 @@ def test_sliding_loss_equals_one_forward_per_token(tokenizer, llama, size, windo
         assert found[target - 1] == pytest.approx(expected.item(), abs=2e-5)
 
 
-def test_position_buckets_double_and_hold_every_position():
+def test_position_buckets_double_and_cover_every_position():
     losses = np.arange(20, dtype=float).reshape(2, 10)
     buckets = position_buckets(losses)
     assert [(b["first"], b["last"], b["tokens"]) for b in buckets] == [(1, 1, 2), (2, 3, 4), (4, 7, 8), (8, 10, 6)]
     assert [b["loss"] for b in buckets] == [5.0, 6.5, 9.5, 13.0]
 
 
-def test_loss_brings_retrieval_along_unless_told_otherwise(tokenizer, llama, caplog):
+def test_a_loss_task_adds_a_retrieval_task_by_default(tokenizer, llama, caplog):
     task = Perplexity(measures=("fixed",), spots=2)
     with caplog.at_level(logging.INFO, "pe_patch"):
         both = measure(llama, tokenizer, task, [64])
@@ -165,10 +166,10 @@ def test_loss_brings_retrieval_along_unless_told_otherwise(tokenizer, llama, cap
     assert measure(llama, tokenizer, task, [64], retrieval=False).values("task") == ["perplexity"]
 
 
-# Nothing is cut
+# Errors instead of truncation
 
 
-def test_a_tokenizer_that_truncates_is_refused(llama):
+def test_a_truncating_tokenizer_raises(llama):
     class Truncating(type(make_tokenizer())):
         def __call__(self, *arguments, **options):
             found = super().__call__(*arguments, **options)
@@ -181,13 +182,13 @@ def test_a_tokenizer_that_truncates_is_refused(llama):
         measure(llama, truncating, "needle", [64])
 
 
-def test_a_length_beyond_the_window_is_refused_unless_asked_for(tokenizer, llama):
+def test_a_length_beyond_the_window_raises_without_beyond_window(tokenizer, llama):
     with pytest.raises(PePatchError, match=r"65 is beyond the model's window of 64.*beyond_window=True"):
         measure(llama, tokenizer, "needle", [64, 65])
     assert measure(llama, tokenizer, "needle", [65], beyond_window=True).rows[0].tokens == 65
 
 
-def test_a_generate_that_drops_the_prompt_is_refused(tokenizer):
+def test_a_generate_that_cuts_the_prompt_raises(tokenizer):
     copier = double(Copier, tokenizer)
     generate = copier.generate
     copier.generate = lambda input_ids, **options: generate(
@@ -211,12 +212,12 @@ def test_a_generate_that_drops_the_prompt_is_refused(tokenizer):
         (Perplexity(stride=64), [64], {}, PePatchError, "stride=64"),
     ],
 )
-def test_wrong_requests_are_refused(tokenizer, llama, tasks, lengths, options, error, message):
+def test_wrong_arguments_raise(tokenizer, llama, tasks, lengths, options, error, message):
     with pytest.raises(error, match=message):
         measure(llama, tokenizer, tasks, lengths, **options)
 
 
-def test_wrong_measures_are_refused():
+def test_wrong_measures_raise():
     with pytest.raises(UnknownNameError, match="Did you mean 'fixed'"):
         Perplexity(measures=("fixd",))
     with pytest.raises(OptionError, match="spots"):
@@ -226,7 +227,7 @@ def test_wrong_measures_are_refused():
 # Rows and files
 
 
-def test_rows_carry_what_is_needed_to_judge_them(tokenizer, llama, tmp_path):
+def test_rows_have_controls_intervals_and_hashes(tokenizer, llama, tmp_path):
     results = measure(llama, tokenizer, ["perplexity", "needle"], [40, 64], seed=3, label="mine")
     frame = results.to_pandas()
     assert tuple(frame.columns) == COLUMNS
@@ -249,12 +250,12 @@ def test_rows_carry_what_is_needed_to_judge_them(tokenizer, llama, tmp_path):
         Results.load(folder)
 
 
-def test_the_table_says_what_each_number_counts(tokenizer, llama):
+def test_the_table_shows_sample_counts_and_units(tokenizer, llama):
     printed = str(measure(llama, tokenizer, [Needle()], [64], samples=5))
     assert "needle: exact answers, 8 needles" in printed and "5 questions" in printed and "seed 0" in printed
 
 
-def test_the_seed_decides_everything(tokenizer, llama):
+def test_equal_seeds_give_equal_results(tokenizer, llama):
     def scores(seed):
         rows = measure(llama, tokenizer, ["perplexity", "needle"], [64], seed=seed).rows
         return [(row.score, row.details) for row in rows]
@@ -263,7 +264,7 @@ def test_the_seed_decides_everything(tokenizer, llama):
     assert scores(1) != scores(2)
 
 
-def test_training_mode_comes_back(tokenizer):
+def test_training_mode_is_restored(tokenizer):
     model = tiny_llama(len(tokenizer)).train()
     measure(model, tokenizer, "needle", [64])
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -277,7 +278,7 @@ def test_windows_are_read_from_the_configuration(tokenizer):
     assert windows(model) == (64, 256)
 
 
-def test_text_is_named_by_its_hash(tokenizer, llama):
+def test_the_text_hash_identifies_the_text(tokenizer, llama):
     first, same, other = (
         measure(llama, tokenizer, "needle", [64], text=text).rows[0].text_hash for text in (TEXT, TEXT, TEXT[1:])
     )
@@ -287,7 +288,7 @@ def test_text_is_named_by_its_hash(tokenizer, llama):
 # Metrics
 
 
-def test_the_interval_is_the_exact_one():
+def test_the_binomial_interval_is_exact():
     # closed forms: all right gives (alpha/2)^(1/n), all wrong its mirror image; one trial covers [0.025, 1]
     for trials in (1, 7, 128):
         assert binomial_interval(trials, trials) == (pytest.approx(0.025 ** (1 / trials)), 1.0)

@@ -1,5 +1,4 @@
-"""Every retrieval task, at every length: who reads what it was given is right, who answers nothing is not, and who was
-given less than the prompt cannot be."""
+"""Every retrieval task: a reading model scores all, a mute model nothing, and a truncated one less than all."""
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ from pe_patch.compare.demo import BASE
 from pe_patch.data.text import load_documents
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.run import evaluate
-from pe_patch.evaluation.subject import Subject
 from pe_patch.evaluation.tasks import TASKS
 from pe_patch.evaluation.tasks.code import CODE
 from pe_patch.evaluation.tasks.key_value import KEY_VALUE
@@ -20,9 +19,9 @@ from .evaluation_doubles import DoubleConfig, Mute, _Double, make_tokenizer
 
 
 class Reader(_Double):
-    """Knows what is asked and which answer is right, and gives it only if it reads all of it in the ids it is given.
+    """A model that knows the correct answer and gives it only if the references occur in the text that it reads.
 
-    It reads the last `config.sees` ids, as a pipeline that truncates would leave them.
+    It reads only the last `config.sees` ids, as a pipeline that truncates would leave them.
     """
 
     def __init__(self, config, tokenizer, score):
@@ -30,7 +29,7 @@ class Reader(_Double):
         self.tokenizer, self.score, self.asked = tokenizer, score, []
 
     def knows(self, questions):
-        """The questions that it may be asked next, each with the tokens of an answer that is worth all."""
+        """Set the next questions, each with the tokens of an answer that scores 1."""
         self.asked = [(question, self.answer(question)) for question in questions]
 
     def answer(self, question):
@@ -57,7 +56,7 @@ class Reader(_Double):
 
 
 def needed(question, score):
-    """The references that an answer must hold: one where any will do, else all."""
+    """Return the references that an answer needs: one if any of them suffices, else all."""
     return question.references[:1] if score(question.references[0], question.references) == 1.0 else question.references
 
 
@@ -88,18 +87,18 @@ CASES: list[tuple[str, dict]] = [
 
 
 SCATTERED = {"cwe", "fwe", "qa_local_1"}
-"""Their answers, or words like them, stand all over the text: half of it may do."""
+"""Tasks whose answers occur all over the text, so that half of it may suffice."""
 
 
 def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
-    real = Subject.answers
+    real = EvaluatedModel.answers
 
     def tells(self, questions):
         if isinstance(model, Reader):
             model.knows(questions)
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", tells)
+    monkeypatch.setattr(EvaluatedModel, "answers", tells)
     lengths = LENGTHS["tokens" if options.get("wording") == "tokens" else "english"]
     settings = {"samples": 3, "depths": (0.0, 0.5, 1.0), "control_length": lengths[0], "batch_size": 2} | more
     return evaluate(
@@ -108,7 +107,7 @@ def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_reader_scores_all_and_the_mute_nothing(tokenizer, corpus, name, options, monkeypatch):
+def test_a_reading_model_scores_all_and_a_mute_model_nothing(tokenizer, corpus, name, options, monkeypatch):
     task = TASKS[name](**options)
     results = measured(reader(tokenizer, task), tokenizer, name, options, corpus, monkeypatch)
     assert {(row.score, row.control, row.length >= row.tokens - 1) for row in results.rows} == {(1.0, 1.0, True)}
@@ -119,14 +118,14 @@ def test_a_reader_scores_all_and_the_mute_nothing(tokenizer, corpus, name, optio
 
 
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] not in SCATTERED], ids=str)
-def test_a_reader_whose_prompts_are_cut_does_not_score_all(tokenizer, corpus, name, options, monkeypatch):
+def test_a_model_with_truncated_prompts_does_not_score_all(tokenizer, corpus, name, options, monkeypatch):
     task = TASKS[name](**options)
     cut = reader(tokenizer, task, sees=LENGTHS[options.get("wording", "english")][0] // 2)
     results = measured(cut, tokenizer, name, options, corpus, monkeypatch)
     assert min(row.score for row in results.rows) < 1.0
 
 
-def test_a_window_that_is_too_small_is_an_error(tokenizer, corpus, monkeypatch):
+def test_a_length_beyond_the_window_raises(tokenizer, corpus, monkeypatch):
     """The check is made before any task sees the model, so one task stands for all."""
     name, options = CASES[0]
     model = reader(tokenizer, TASKS[name](**options))
@@ -135,7 +134,7 @@ def test_a_window_that_is_too_small_is_an_error(tokenizer, corpus, monkeypatch):
         measured(model, tokenizer, name, options, corpus, monkeypatch)
 
 
-def test_a_truncating_tokenizer_is_an_error_and_no_score(corpus):
+def test_a_truncating_tokenizer_raises(corpus):
     cutting = make_tokenizer()
     inner = cutting._encode_plus
 

@@ -1,4 +1,4 @@
-"""lm-eval through the bridge gives lm-eval's own numbers, on the patched model's window, with nothing cut."""
+"""`harness` gives the scores of lm-eval itself, within the window of the patched model and without truncation."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import torch
 
 from pe_patch import patch_model
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
-from pe_patch.evaluation.harness import RETENTION, harness, retention
+from pe_patch.evaluation.lm_eval import RETENTION, harness, retention
 from pe_patch.evaluation.metrics import binomial_interval
 from pe_patch.evaluation.results import Results
 
@@ -36,14 +36,14 @@ def llama(tokenizer):
 
 
 def words(tokenizer, tokens, seed=0):
-    """A text of so many tokens, give or take a few."""
+    """Make a text of about this many tokens."""
     text = make_text(400, seed)
     return tokenizer.decode(tokenizer(text)["input_ids"][:tokens])
 
 
 @pytest.fixture(scope="module")
 def tasks(tokenizer, tmp_path_factory):
-    """One task of each kind of request, from files."""
+    """Make one task per kind of request from files."""
     folder = tmp_path_factory.mktemp("tasks")
 
     def task(name, documents, **config):
@@ -91,7 +91,7 @@ def tasks(tokenizer, tmp_path_factory):
 
 
 def theirs(model, task, include_path=None, **options):
-    """What lm-eval itself says of the model at 512 tokens."""
+    """Run lm-eval directly with a maximum of 512 tokens."""
     subject = huggingface.HFLM(pretrained=model, tokenizer=make_tokenizer(), max_length=512, batch_size=1)
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=include_path)
     return lm_eval.simple_evaluate(model=subject, tasks=[task], task_manager=manager, **options)["results"]
@@ -110,7 +110,7 @@ def ours(llama, tokenizer, tasks):
         ("roll", {"word_perplexity", "bits_per_byte"}, 3),
     ],
 )
-def test_rows_are_lm_evals_own_numbers(llama, tasks, ours, name, metrics, documents):
+def test_rows_have_the_scores_of_lm_eval(llama, tasks, ours, name, metrics, documents):
     rows = ours.select(task=f"lm-eval {lm_eval.__version__} {name}")
     expected = theirs(llama, tasks[name])[name]
     assert {row.measure for row in rows} == metrics
@@ -122,12 +122,12 @@ def test_rows_are_lm_evals_own_numbers(llama, tasks, ours, name, metrics, docume
         assert row.details["task_version"] == 3.5 and row.scheme == "yarn(factor=8)"
 
 
-def test_the_interval_of_shares_is_exact(ours):
+def test_the_interval_of_binary_scores_is_exact(ours):
     (row,) = ours.select(task=f"lm-eval {lm_eval.__version__} choice", measure="acc")
     assert (row.low, row.high) == binomial_interval(round(row.score * 6), 6)
 
 
-def test_rows_say_what_was_asked_and_how_much_was_read(ours, tokenizer):
+def test_rows_have_document_counts_and_prompt_lengths(ours, tokenizer):
     (row,) = ours.select(task=f"lm-eval {lm_eval.__version__} write")
     longest = max(len(tokenizer(words(tokenizer, 300, seed))["input_ids"]) for seed in range(4))
     assert row.tokens == longest + 12
@@ -136,14 +136,14 @@ def test_rows_say_what_was_asked_and_how_much_was_read(ours, tokenizer):
     assert Results([type(row)(**json.loads(json.dumps(asdict(row)))) for row in ours.rows]).rows == ours.rows
 
 
-def test_groups_limits_and_examples_are_lm_evals(llama, tokenizer, tasks, tmp_path, monkeypatch):
+def test_groups_limits_and_few_shot_equal_lm_eval(llama, tokenizer, tasks, tmp_path, monkeypatch):
     parts = [{**tasks["choice"], "task": name} for name in ("first", "second")]
     group = {"group": "both", "task": parts, "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     (tmp_path / "both.yaml").write_text(json.dumps(group))
     given = theirs(llama, "both", include_path=str(tmp_path), limit=2, num_fewshot=1)
-    # lm-eval's own tasks are left out, since it takes seconds to read them
+    # leave lm-eval's own tasks out, since reading their files takes seconds
     monkeypatch.setattr(
-        "pe_patch.evaluation.harness.tasks.every_task",
+        "pe_patch.evaluation.lm_eval.tasks.default_task_manager",
         lambda folder: lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder),
     )
     found = harness(llama, tokenizer, "both", limit=2, few_shot=1, include_path=tmp_path)
@@ -155,11 +155,11 @@ def test_groups_limits_and_examples_are_lm_evals(llama, tokenizer, tasks, tmp_pa
         assert row.details["n_shot"] == 1
 
 
-# Nothing is cut
+# Errors instead of truncation
 
 
 @pytest.mark.parametrize(("name", "cut"), [("long_choice", "3 of 9"), ("long_write", "1 of 3")])
-def test_a_prompt_that_lm_eval_would_cut_is_refused_before_anything_is_read(llama, tokenizer, tasks, name, cut):
+def test_a_prompt_that_lm_eval_would_cut_raises_before_any_forward_pass(llama, tokenizer, tasks, name, cut):
     read = []
     handle = llama.register_forward_pre_hook(lambda *_: read.append(1))
     message = rf"would cut {cut} .*{name}, takes 5\d\d tokens.* given 512\..*patch_model"
@@ -169,7 +169,7 @@ def test_a_prompt_that_lm_eval_would_cut_is_refused_before_anything_is_read(llam
     assert not read
 
 
-def test_the_window_is_the_patchs_own(llama, tokenizer, tasks):
+def test_the_window_is_that_of_the_patch(llama, tokenizer, tasks):
     # 490 tokens and 12 of answer fit into 512, not into the 64 that the model was trained at
     (row,) = harness(llama, tokenizer, tasks["fitting_write"]).rows
     assert 490 < row.tokens <= 512 and row.length == 512
@@ -177,10 +177,10 @@ def test_the_window_is_the_patchs_own(llama, tokenizer, tasks):
         harness(tiny_llama(len(tokenizer)), tokenizer, tasks["fitting_write"])
 
 
-def test_a_prompt_that_is_only_seen_when_batched_is_refused_too(llama, tokenizer):
-    from pe_patch.evaluation.harness.uncut import UncutLM
+def test_a_prompt_that_is_cut_while_batching_raises(llama, tokenizer):
+    from pe_patch.evaluation.lm_eval.model import NoTruncationLM
 
-    subject = UncutLM(llama, make_tokenizer(), 512, 1, None)
+    subject = NoTruncationLM(llama, make_tokenizer(), 512, 1, None)
     ids, mask = subject.tok_batch_encode(["door stone"], left_truncate_len=20)
     assert ids.shape == mask.shape and ids.shape[1] <= 20
     with pytest.raises(PePatchError, match="to its last 20"):
@@ -193,7 +193,7 @@ def test_a_prompt_that_is_only_seen_when_batched_is_refused_too(llama, tokenizer
 
 
 class Reader(Copier):
-    """Writes the first number of seven digits that it reads, if that is even, and nothing else."""
+    """A model that answers the first number of seven digits in its prompt if it is even, and nothing otherwise."""
 
     def next_token(self, ids):
         digits = {token: index for index, token in enumerate(self.config.digits)}
@@ -215,7 +215,7 @@ def ruler(tokenizer):
 
 
 @pytest.mark.slow
-def test_rulers_tasks_are_made_at_the_lengths_asked_for(ruler):
+def test_ruler_tasks_have_the_requested_lengths(ruler):
     assert [(row.length, row.samples, row.measure) for row in ruler.rows] == [
         (440, 6, "string match"),
         (512, 6, "string match"),
@@ -227,7 +227,7 @@ def test_rulers_tasks_are_made_at_the_lengths_asked_for(ruler):
 
 
 @pytest.mark.slow
-def test_rulers_scores_are_lm_evals(ruler, tokenizer, tmp_path):
+def test_ruler_scores_equal_lm_eval(ruler, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     subject = huggingface.HFLM(pretrained=reader(tokenizer), tokenizer=make_tokenizer(), max_length=700)
     given = lm_eval.simple_evaluate(
@@ -245,7 +245,7 @@ def test_rulers_scores_are_lm_evals(ruler, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_rulers_uncounted_tokens_are_named(tokenizer, llama):
+def test_the_error_names_the_tokens_that_ruler_does_not_count(tokenizer, llama):
     message = r"would cut .*niah_single_1.* given 512.* a length of \d+ or less"
     with pytest.raises(PePatchError, match=message) as found:
         harness(llama, tokenizer, "niah_single_1", 512, limit=20)
@@ -254,8 +254,8 @@ def test_rulers_uncounted_tokens_are_named(tokenizer, llama):
     assert row.tokens <= 512
 
 
-def test_a_group_of_rulers_has_the_mean_at_every_length():
-    from pe_patch.evaluation.harness.rows import _scores
+def test_a_ruler_group_has_a_mean_at_every_length():
+    from pe_patch.evaluation.lm_eval.rows import _scores
 
     results = {
         "first": {"alias": "first", "4096,none": -1, "512,none": 0.25, "512_stderr,none": 0.1},
@@ -269,10 +269,10 @@ def test_a_group_of_rulers_has_the_mean_at_every_length():
     assert list(_scores(given, "ruler", 512)) == list(_scores(given, "second", 512)) == []
 
 
-# What is left as it was
+# Side effects
 
 
-def test_model_tokenizer_and_randomness_are_left_as_they_were(tasks):
+def test_model_tokenizer_and_random_state_do_not_change(tasks):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     model = tiny_llama(len(tokenizer)).train()
@@ -283,7 +283,7 @@ def test_model_tokenizer_and_randomness_are_left_as_they_were(tasks):
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
 
 
-def test_nothing_goes_to_standard_output(llama, tokenizer, tasks, capsys):
+def test_nothing_is_printed_to_stdout(llama, tokenizer, tasks, capsys):
     harness(llama, tokenizer, tasks["choice"], limit=1)
     assert capsys.readouterr().out == ""
 
@@ -298,7 +298,8 @@ def test_finished_tasks_are_not_run_again(llama, tokenizer, tasks, tmp_path, mon
 
 def test_an_edited_task_file_is_run_again(llama, tokenizer, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "pe_patch.evaluation.harness.tasks.every_task", lambda _: lm_eval.tasks.TaskManager(include_defaults=False)
+        "pe_patch.evaluation.lm_eval.tasks.default_task_manager",
+        lambda _: lm_eval.tasks.TaskManager(include_defaults=False),
     )
     path = tmp_path / "own.yaml"
     scored = []
@@ -309,7 +310,7 @@ def test_an_edited_task_file_is_run_again(llama, tokenizer, tasks, tmp_path, mon
 
 
 def test_retention_is_the_loss_at_the_native_window_and_the_benchmarks(llama, tokenizer, tasks, monkeypatch):
-    monkeypatch.setattr("pe_patch.evaluation.harness.run.RETENTION", (tasks["choice"],))
+    monkeypatch.setattr("pe_patch.evaluation.lm_eval.run.RETENTION", (tasks["choice"],))
     rows = retention(llama, tokenizer, text=[make_text(60)], limit=2, label="mine").rows
     assert [(row.task, row.length) for row in rows[:2]] == [
         ("perplexity", 64),
@@ -318,17 +319,17 @@ def test_retention_is_the_loss_at_the_native_window_and_the_benchmarks(llama, to
     assert {row.scheme for row in rows} == {"mine"} and {row.measure for row in rows[1:]} == {"acc", "acc_norm"}
 
 
-# What cannot be done
+# Errors
 
 
 @pytest.mark.slow
-def test_a_task_that_lm_eval_does_not_have_is_refused(llama, tokenizer):
+def test_an_unknown_task_raises(llama, tokenizer):
     with pytest.raises(UnknownNameError, match=r"no task 'arc_chalenge'\. Did you mean 'arc_challenge'"):
         harness(llama, tokenizer, ["niah_single_1", "arc_chalenge"])
 
 
 @pytest.mark.slow
-def test_a_data_set_that_cannot_be_reached_is_named(llama, tokenizer, monkeypatch):
+def test_the_error_names_an_unreachable_data_set(llama, tokenizer, monkeypatch):
     import datasets
     import huggingface_hub
 
@@ -343,13 +344,13 @@ def test_a_data_set_that_cannot_be_reached_is_named(llama, tokenizer, monkeypatc
     assert RETENTION[0] == "arc_easy"
 
 
-def test_a_data_file_that_is_missing_is_named(llama, tokenizer, tasks):
+def test_the_error_names_a_missing_data_file(llama, tokenizer, tasks):
     lost = {**tasks["choice"], "task": "lost", "dataset_kwargs": {"data_files": {"test": "/nowhere/lost.json"}}}
     with pytest.raises(PePatchError, match=r"prepare the task 'lost' from its data set 'json'.*lost.json"):
         harness(llama, tokenizer, lost)
 
 
-def test_without_lm_eval_the_extra_is_named(llama, tokenizer, monkeypatch):
+def test_without_lm_eval_the_error_names_the_extra(llama, tokenizer, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
     with pytest.raises(PePatchError, match=r"pip install 'pe_patch\[lm-eval\]'"):
@@ -365,12 +366,12 @@ def test_without_lm_eval_the_extra_is_named(llama, tokenizer, monkeypatch):
         ({"chat": True}, PePatchError, "chat template"),
     ],
 )
-def test_options_without_effect_or_beyond_the_window_are_refused(llama, tokenizer, tasks, options, error, message):
+def test_options_without_effect_or_beyond_the_window_raise(llama, tokenizer, tasks, options, error, message):
     with pytest.raises(error, match=message):
         harness(llama, tokenizer, tasks["choice"], **options)
 
 
-def test_lengths_have_to_fit(llama, tokenizer):
+def test_lengths_beyond_the_limits_raise(llama, tokenizer):
     with pytest.raises(OptionError, match="Length 300 does not fit into max_length=256"):
         harness(llama, tokenizer, "niah_single_1", 300, max_length=256)
     with pytest.raises(PePatchError, match="beyond the model's window of 512"):

@@ -139,7 +139,7 @@ def test_a_row_is_asked_and_judged(tmp_path, tokenizer):
     assert task.prompt(row)[1] == "The answer is:"
     assert task.score(" B. two", ("two", "B")) == task.score(" two", ("two", "B")) == 1
     assert task.score(" A. one", ("two", "B")) == 0
-    (piece,) = task.pieces(make_bench(tokenizer, answer=lambda question: " B"), 2000)
+    (piece,) = task.work_units(make_bench(tokenizer, answer=lambda question: " B"), 2000)
     (found,) = piece.measure().rows
     assert (found.score, found.samples, found.details["stamps"]["label"]) == (
         1,

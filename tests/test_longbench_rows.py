@@ -204,7 +204,7 @@ def test_the_chat_template_is_left_out_where_the_authors_leave_it_out(tmp_path):
 
 
 def run(task, bench, length=1500):
-    (piece,) = task.pieces(bench, length)
+    (piece,) = task.work_units(bench, length)
     (found,) = piece.measure().rows
     return found
 

@@ -1,4 +1,4 @@
-"""Each way to measure perplexity, against plain torch, Transformers' own loss, lm-eval, or a sum by hand."""
+"""Each measure of perplexity equals plain torch, the loss of Transformers, lm-eval, or a sum by hand."""
 
 import math
 
@@ -8,18 +8,18 @@ import torch
 
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
 from pe_patch.evaluation.corpus import Corpus
-from pe_patch.evaluation.perplexity import Perplexity, sliding_losses
-from pe_patch.evaluation.perplexity.averages import (
+from pe_patch.evaluation.model import EvaluatedModel
+from pe_patch.evaluation.perplexity import Perplexity
+from pe_patch.evaluation.perplexity_compat import (
+    COMPAT,
     longlora_spans,
     mean_of_perplexities,
     mean_of_tokens,
     mean_of_window_means,
     yarn_spans,
 )
-from pe_patch.evaluation.perplexity.compat import COMPAT
-from pe_patch.evaluation.perplexity.sliding import Span
+from pe_patch.evaluation.perplexity_measures import Span, sliding_losses
 from pe_patch.evaluation.run import evaluate
-from pe_patch.evaluation.subject import Subject
 
 from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
 
@@ -48,7 +48,7 @@ def measure(model, tokenizer, lengths, **options):
 
 
 def losses_of(model, ids):
-    """The loss of every token but the first after all before it, in float64, in plain torch."""
+    """Compute the loss of every token but the first with its whole context, in plain torch and float64."""
     ids = torch.tensor(np.array(ids))[None]
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
@@ -56,7 +56,7 @@ def losses_of(model, ids):
 
 
 def loss_by_labels(model, ids, scored):
-    """The mean loss of the last tokens, as Transformers gives it for labels."""
+    """Compute the mean loss of the last tokens with the labels argument of Transformers."""
     ids = torch.tensor(np.array(ids))[None]
     labels = ids.clone()
     labels[:, :-scored] = -100
@@ -68,7 +68,7 @@ def loss_by_labels(model, ids, scored):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 16), (64, 63), (50, 7)])
-def test_perplexity_is_that_of_an_independent_sliding_window(llama, tokenizer, corpus, length, stride):
+def test_sliding_perplexity_equals_an_independent_implementation(llama, tokenizer, corpus, length, stride):
     (row,) = measure(llama, tokenizer, length, measures="sliding", stride=stride, stretch_tokens=400)
     size = row.details["stretch"]
     pieces, _ = corpus.spots(size, size, row.details["stretches"], 0)
@@ -91,7 +91,7 @@ def test_perplexity_is_that_of_an_independent_sliding_window(llama, tokenizer, c
 
 def test_with_bos_every_window_starts_with_it_and_the_first_token_is_scored(llama, tokenizer):
     ids = np.array(tokenizer(TEXT[0])["input_ids"][:40])
-    found = sliding_losses(Subject(llama, tokenizer), ids, 16, 5, bos=BOS)
+    found = sliding_losses(EvaluatedModel(llama, tokenizer), ids, 16, 5, bos=BOS)
     expected = list(losses_of(llama, [BOS, *ids[:15]]))
     for end in (20, 25, 30, 35, 40):
         expected += list(losses_of(llama, [BOS, *ids[end - 15 : end]])[-5:])
@@ -102,22 +102,22 @@ def test_with_bos_every_window_starts_with_it_and_the_first_token_is_scored(llam
     assert row.samples != measure(llama, tokenizer, 64, measures="sliding")[0].samples
 
 
-def test_without_context_is_the_loss_after_one_token(llama, tokenizer, corpus):
+def test_without_context_has_one_token_of_context(llama, tokenizer, corpus):
     (row,) = measure(llama, tokenizer, 64, measures="fixed", targets=10, spots=5)
     pieces, _ = corpus.spots(64, 10, 5, 0)
     assert row.without_context == pytest.approx(np.mean([losses_of(llama, ids[-11:]) for ids in pieces]), abs=1e-6)
 
 
-# As papers and libraries compute it: the rules by hand
+# Compat modes: windows and averages by hand
 
 
-def test_yarns_windows_begin_at_strides_until_one_reaches_the_end():
+def test_yarn_windows_start_at_strides_until_one_reaches_the_end():
     assert yarn_spans(10, 4, 3) == [Span(0, 4, 4), Span(3, 7, 3), Span(6, 10, 3)]
     assert yarn_spans(11, 4, 3) == [Span(0, 4, 4), Span(3, 7, 3), Span(6, 10, 3), Span(9, 11, 1)]
     assert yarn_spans(3, 4, 2) == [Span(0, 3, 3)]
 
 
-def test_longloras_windows_overlap_and_the_last_is_left_out():
+def test_longlora_windows_overlap_and_omit_the_last():
     # starts 0, 3, 6 are below 12 - 4, and 6 is dropped
     assert longlora_spans(12, 4, 3) == [Span(0, 4, 3), Span(3, 7, 3)]
     assert longlora_spans(4, 4, 3) == longlora_spans(6, 4, 3) == []
@@ -130,11 +130,11 @@ def test_averages_by_hand():
     assert mean_of_perplexities(windows) == pytest.approx((math.e + math.e**4 + math.e**2) / 3)
 
 
-# As papers and libraries compute it: on a model
+# Compat modes: on a model
 
 
 def yarn_windows(ids, length, stride):
-    """(what is read, how many of it are scored), as YaRN's and PoSE's rule says."""
+    """Return the read tokens and the number of scored tokens of each window, by the rule of YaRN and PoSE."""
     reached = 0
     for begin in range(0, len(ids), stride):
         end = min(begin + length - 1, len(ids))
@@ -145,7 +145,7 @@ def yarn_windows(ids, length, stride):
 
 
 @pytest.mark.parametrize("mode", ["yarn", "pose"])
-def test_sliding_modes_equal_transformers_loss_window_by_window(llama, tokenizer, corpus, mode):
+def test_sliding_modes_equal_the_loss_of_transformers_per_window(llama, tokenizer, corpus, mode):
     (row,) = measure(llama, tokenizer, 64, compat=mode, stride=20, stretch_tokens=500)
     pieces, _ = corpus.spots(256, 256, 1, 0)
     means, counts = [], []
@@ -161,7 +161,7 @@ def test_sliding_modes_equal_transformers_loss_window_by_window(llama, tokenizer
     assert ("mean of the windows' means" in row.measured_on) == (mode == "yarn")
 
 
-def test_yarns_truncation_is_one_window_a_text(llama, tokenizer, corpus):
+def test_yarn_truncate_has_one_window_per_text(llama, tokenizer, corpus):
     long, short = measure(llama, tokenizer, [40, 64], compat="yarn_truncate", windows=3)[::-1]
     pieces, _ = corpus.spots(64, 64, 3, 0)
     for row, length in ((short, 40), (long, 64)):
@@ -181,7 +181,7 @@ def test_longloras_overlapping_windows(llama, tokenizer, corpus):
         measure(llama, tokenizer, 64, compat="longlora", stride=30, stretch_tokens=30)
 
 
-def test_evaluates_mean_of_perplexities(llama, tokenizer, corpus):
+def test_evaluate_mode_averages_perplexities(llama, tokenizer, corpus):
     # The metric itself is a script on the hub; this is its documented computation, by Transformers' own loss.
     (row,) = measure(llama, tokenizer, 64, compat="evaluate", documents=2)
     texts = [ids[:63] for ids in corpus.documents[:2]]
@@ -191,7 +191,7 @@ def test_evaluates_mean_of_perplexities(llama, tokenizer, corpus):
 
 
 @pytest.mark.parametrize("length", [64, 50])
-def test_rolling_is_lm_evals_own(llama, tokenizer, length):
+def test_rolling_loss_equals_lm_eval(llama, tokenizer, length):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 
@@ -207,13 +207,13 @@ def test_rolling_is_lm_evals_own(llama, tokenizer, length):
     assert row.samples == sum(len(tokenizer(text)["input_ids"]) for text in TEXT[:2])
 
 
-def test_the_modes_do_not_agree_on_one_text(llama, tokenizer):
+def test_the_modes_differ_on_the_same_text(llama, tokenizer):
     rows = measure(llama, tokenizer, 64, measures="sliding", compat=tuple(COMPAT))
     assert len({round(row.score, 9) for row in rows}) == len({row.measured_on for row in rows}) == 7
     assert [row.details.get("compat") for row in rows] == [None, *COMPAT]
 
 
-def test_modes_that_need_bos_say_so():
+def test_modes_that_need_bos_raise_without_it():
     without = make_tokenizer()
     model = tiny_llama(len(without))
     for options in (
@@ -241,16 +241,16 @@ def test_modes_that_need_bos_say_so():
         ({"compat": "yarn_truncate", "stride": 8}, "stride has no effect on yarn_truncate"),
         ({"compat": "lm_eval", "stretch_tokens": 8}, "stretch_tokens has no effect on lm_eval"),
         ({"compat": "evaluate", "documents": 0}, "documents must be at least 1, got 0"),
-        ({"measures": "longppl", "judge": 3}, "judge is a folder"),
+        ({"measures": "longppl", "judge": 3}, "judge must be a folder"),
         ({"measures": ()}, "at least one measure"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options, message):
+def test_options_without_effect_raise(options, message):
     with pytest.raises(OptionError, match=message):
         Perplexity(**options)
 
 
-def test_names_that_are_not_there_are_refused(llama, tokenizer):
+def test_unknown_names_raise(llama, tokenizer):
     with pytest.raises(UnknownNameError, match="Did you mean 'yarn'"):
         Perplexity(compat="yrn")
     with pytest.raises(UnknownNameError, match="Did you mean 'longppl'"):
@@ -259,7 +259,7 @@ def test_names_that_are_not_there_are_refused(llama, tokenizer):
         measure(llama, tokenizer, 64, measures="longppl", short_context=64)
 
 
-def test_the_usual_measures_are_left_out_where_a_mode_is_asked_for():
+def test_a_compat_mode_replaces_the_default_measures():
     assert list(Perplexity().chosen) == ["fixed", "sliding", "position"]
     assert list(Perplexity(compat=["yarn", "pose"]).chosen) == ["yarn", "pose"]
     assert list(Perplexity(measures="sliding", compat="yarn").chosen) == ["sliding", "yarn"]

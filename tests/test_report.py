@@ -1,4 +1,4 @@
-"""The page stands alone, escapes what it shows, and its numbers are those of the rows."""
+"""The page is self-contained, escapes its text, and shows the numbers of the rows."""
 
 import json
 import re
@@ -14,8 +14,7 @@ import pe_patch
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.charts import CacheLine, cache_chart, charts_of, dots
 from pe_patch.evaluation.report import Entry, Section, best_retrieval, write_report
-from pe_patch.evaluation.results import Results, Row
-from pe_patch.evaluation.tables import pivots
+from pe_patch.evaluation.results import Results, Row, pivots
 
 EVIL = "<script>alert('&')</script>"
 
@@ -67,7 +66,7 @@ def folder(results, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, what stands between them, and the data of scripts apart."""
+    """Collect tags with their attributes, the text between them, and the data of scripts."""
 
     def __init__(self, folder):
         super().__init__()
@@ -94,16 +93,16 @@ def page(folder):
     return Page(folder)
 
 
-def test_what_a_model_or_a_file_says_is_escaped(page):
+def test_names_and_texts_are_escaped(page):
     assert EVIL not in page.whole
-    # two with data and two of ours, none of a name
+    # two scripts with data and two of the page, none from a name
     assert [given.get("id") for given in page.attributes("script")] == ["specifications", "themes", None, None]
     # title twice (tab and heading), verdict, two tables, command, note, two measured-on lines, configuration
     assert page.whole.count("&lt;script&gt;") >= 9
     assert EVIL in "".join(page.text)
 
 
-def test_a_name_with_markup_reaches_the_charts_as_it_is(page, results):
+def test_a_name_with_markup_reaches_the_charts_unchanged(page, results):
     found = json.loads(page.scripts[0])
     assert "<" not in page.scripts[0] and "<" not in page.scripts[1]
     data = [row for rows in found["loss"][0]["datasets"].values() for row in rows]
@@ -129,11 +128,11 @@ def test_the_files_of_a_report(folder):
     for name in pictures:
         assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n")
     assert len(Results.load(folder).rows) == 12
-    # most of it is the charts' library, which is there once
+    # most of it is the chart library, which is included once
     assert 0.8e6 < (folder / "index.html").stat().st_size < 1.2e6
 
 
-def test_depths_are_pooled_and_the_best_of_each_length_is_marked(results, folder):
+def test_depths_are_pooled_and_the_best_score_of_each_length_is_marked(results, folder):
     found = {pivot.task: pivot for pivot in pivots(results)}
     cell = found["needle"].cells["base"][1]
     assert cell.score == pytest.approx(0.25) and cell.samples == 20
@@ -145,14 +144,14 @@ def test_depths_are_pooled_and_the_best_of_each_length_is_marked(results, folder
     assert re.search(rf'<td data-value="0.25" {hint}>0.250<small>0.09 to 0.49<', page)
 
 
-def test_the_verdict_names_the_best_at_the_greatest_length(results):
+def test_the_verdict_names_the_best_scheme_at_the_longest_length(results):
     sentence = best_retrieval(results)
     assert sentence.startswith("At 512 tokens yarn") and "95% of 20 questions" in sentence
     only_loss = Results([entry for entry in results.rows if entry.task == "perplexity"])
     assert "does not show that the context is used" in best_retrieval(only_loss)
 
 
-def test_charts_that_have_nothing_to_show_are_left_out(results, tmp_path):
+def test_charts_without_data_are_left_out(results, tmp_path):
     only_loss = Results([entry for entry in results.rows if entry.task == "perplexity"], results.config)
     write_report(only_loss, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["loss.png"]
@@ -161,7 +160,7 @@ def test_charts_that_have_nothing_to_show_are_left_out(results, tmp_path):
 
 
 def panels(results, name):
-    """The data of each panel of a chart: its layers have the same."""
+    """Return the data of each panel of a chart, which its layers share."""
     [chart] = [chart for chart in charts_of(results) if chart.name == name]
     return [[row for rows in panel["datasets"].values() for row in rows] for panel in chart.specifications()]
 
@@ -188,7 +187,7 @@ def test_the_specifications_are_vega_lite(results):
 
 
 def many(results):
-    """The same rows as three more tasks, and the loss by position."""
+    """Copy the rows to three more tasks, and add a loss by position."""
     rows = [replace(entry, task=f"task {n}") for entry in results.rows if entry.task == "needle" for n in range(3)]
     buckets = [{"first": 1, "last": 1, "loss": 4.0, "tokens": 8}, {"first": 2, "last": 3, "loss": 3.0, "tokens": 16}]
     rows += [
@@ -210,14 +209,14 @@ def test_many_tasks_have_a_heat_map_and_a_mean(results, tmp_path):
     assert [(row["length"], row["score"]) for row in points if row.get("scheme") == "base"] == [(1, 4.0), (3, 3.0)]
 
 
-def test_what_is_made_from_a_loss_is_better_when_less(results):
+def test_lower_is_better_for_everything_derived_from_a_loss(results):
     shown = [replace(entry, measure=name) for entry in results.rows if entry.task == "perplexity"
              for name in ("LongPPL", "word perplexity, as lm-eval's rolling", "bits_per_byte")]  # fmt: skip
-    assert not any(pivot.counts for pivot in pivots(Results(shown)))
+    assert not any(pivot.higher_is_better for pivot in pivots(Results(shown)))
     assert "does not show that the context is used" in best_retrieval(Results(shown))
 
 
-def test_a_single_length_is_shown_as_points(results):
+def test_a_single_length_gives_dot_plots(results):
     longest = Results([entry for entry in results.rows if entry.length == 512], results.config)
     [needle] = panels(longest, "retrieval")
     assert {row["label"]: row["value"] for row in needle} == {
@@ -225,7 +224,7 @@ def test_a_single_length_is_shown_as_points(results):
     }  # fmt: skip
 
 
-def test_sections_stand_below_the_verdict(results, tmp_path):
+def test_sections_follow_the_verdict(results, tmp_path):
     row = {"label": EVIL, "column": "bytes", "value": 4096.0, "low": 4000.0, "high": 5000.0, "samples": "3 runs"}
     chart = dots([row, row | {"label": "other", "value": None}], name="costs", title="Costs")
     table = Section("Costs of each", columns=["scheme", "bytes"], rows=[[EVIL, Entry("4,096", 4096, hint=EVIL)]],
@@ -241,14 +240,14 @@ def test_sections_stand_below_the_verdict(results, tmp_path):
         dots([{"label": "base", "value": 1.0}], name="costs", title="Costs")
 
 
-def test_the_chart_of_caches_is_a_picture():
+def test_the_cache_chart_is_a_png():
     original = {"cached_bytes_per_token": 4096, "loss": 3.0, "retrieval": 1.0, "questions": 50}
     rows = [{"cached_bytes_per_token": 4096 // n, "loss": 3.0 + n / 10, "retrieval": 1 - n / 20} for n in (2, 4, 8)]
     lines = [CacheLine(f"svd {EVIL}", rows, 0), CacheLine("other", rows[:2], 1, dashed=True)]
     assert cache_chart(lines, original, EVIL).startswith(b"\x89PNG\r\n")
 
 
-def test_drawing_and_the_users_altair_leave_each_other_alone(results):
+def test_the_users_altair_settings_do_not_matter_or_change(results):
     before = [[chart.specifications() for chart in charts_of(results)]]
     with alt.theme.enable("dark"), alt.data_transformers.enable("default", max_rows=1):
         before.append([chart.specifications() for chart in charts_of(results)])
@@ -262,7 +261,7 @@ def test_the_package_draws_without_matplotlib():
     assert [path for path, text in sources.items() if re.search(r"^\s*(import|from) matplotlib", text, re.M)] == []
 
 
-def test_the_effective_length_is_told_where_rulers_tasks_were_measured(tmp_path):
+def test_the_effective_length_is_shown_for_ruler_tasks(tmp_path):
     scores = {64: (1.0, 0.9), 512: (0.9, 0.82), 1024: (0.7, 0.9)}
     rows = [
         row("yarn", task, length, score, measure="share of references found")
@@ -270,7 +269,7 @@ def test_the_effective_length_is_told_where_rulers_tasks_were_measured(tmp_path)
         for task, score in zip(("niah_single_1", "vt"), pair, strict=True)
     ]
     page = write_report(Results(rows, {"native_window": 64}), tmp_path).read_text()
-    # means .95, .86 and .80: the rule wants more than .856
+    # means .95, .86 and .80; the threshold is .856
     assert re.search(r"Effective length.*?yarn.*?512.*?0\.870", page, re.S)
     assert "not measured: niah_single_2" in page and "2 of RULER&#39;s thirteen" in page
     other = Results([row("a", "needle", 64, 1.0)])

@@ -1,4 +1,4 @@
-"""The page in a real browser: charts are drawn, nothing hostile runs, no network is asked, a phone can read it."""
+"""The page in a real browser: it draws its charts, runs no injected script, uses no network, and fits a phone."""
 
 import struct
 from pathlib import Path
@@ -22,7 +22,7 @@ DRAWN = "document.documentElement.dataset.drawn"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The address of a page with every kind of chart, and hostile text wherever text can be."""
+    """Return the address of a page with every kind of chart and hostile text in every field."""
     rows, lengths = [], (64, 128, 256, 512)
     buckets = [{"first": 2**n, "last": 2 ** (n + 1) - 1, "loss": 5 - n / 2, "tokens": 2**n} for n in range(8)]
     asked = {"without_context": 0.0, "measured_on": f"35 questions, {EVIL}"}
@@ -60,7 +60,7 @@ def show(chromium, page, width=1200, scheme="light", phone=False):
 
 
 def unfold(chromium):
-    """Open what is folded, and wait for the charts in it."""
+    """Open folded sections and wait for their charts."""
     chromium.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
     chromium.wait("[...document.querySelectorAll('[data-chart]')].every((place) => place.querySelector('svg'))")
 
@@ -90,12 +90,12 @@ def test_every_chart_is_drawn_and_the_page_fits(chromium, page, width, scheme, p
     })""")
     assert cut == []
     assert chromium.complaints() == []
-    # a picture of the window shows more than paper: it does not compress to nothing
+    # a screenshot that is not blank does not compress to nothing
     picture = chromium.picture()
     assert struct.unpack(">II", picture[16:24]) == (width, 900) and len(picture) > 20_000
 
 
-def test_nothing_hostile_runs_and_no_network_is_asked(chromium, page):
+def test_no_injected_script_runs_and_no_network_is_used(chromium, page):
     show(chromium, page)
     unfold(chromium)
     assert chromium.run("window.ran === undefined && document.querySelectorAll('main img').length === 0")
@@ -103,7 +103,7 @@ def test_nothing_hostile_runs_and_no_network_is_asked(chromium, page):
     assert chromium.requests() == [page] and chromium.complaints() == []
 
 
-def test_the_policy_stops_a_script_that_is_not_the_pages_own(chromium, page, tmp_path):
+def test_the_policy_blocks_a_foreign_script(chromium, page, tmp_path):
     whole = Path(urlparse(page).path).read_text()
     (tmp_path / "index.html").write_text(whole.replace("</main>", f"{EVIL}</main>"))
     show(chromium, (tmp_path / "index.html").as_uri())
@@ -111,7 +111,7 @@ def test_the_policy_stops_a_script_that_is_not_the_pages_own(chromium, page, tmp
     assert any("Content Security Policy" in str(complaint) for complaint in chromium.complaints())
 
 
-def test_the_charts_follow_the_readers_colours(chromium, page):
+def test_the_charts_follow_the_readers_colour_scheme(chromium, page):
     papers = []
     show(chromium, page)
     for scheme in ("light", "dark", "light"):
@@ -129,7 +129,7 @@ def test_the_charts_follow_the_readers_colours(chromium, page):
 
 
 def middle(chromium, script):
-    """Where an element is in the window, after it was brought there."""
+    """Scroll to an element and return its place in the window."""
     return chromium.run(f"""(() => {{
         const element = {script};
         element.scrollIntoView({{ block: 'center' }});
@@ -144,7 +144,7 @@ def mouse(chromium, kind, place):
 
 
 def faint(chart):
-    """How many lines of a chart are muted."""
+    """Count the muted lines of a chart."""
     return f"""[...document.querySelectorAll('[data-chart={chart}] .mark-line path')]
         .filter((line) => Number(line.getAttribute('opacity') ?? line.style.opacity ?? 1) < 0.5).length"""
 
@@ -161,7 +161,7 @@ def test_a_click_on_a_legend_mutes_the_others_in_all_charts(chromium, page):
     assert chromium.complaints() == []
 
 
-def test_a_tooltip_tells_what_stands_behind_a_point(chromium, page):
+def test_a_tooltip_shows_the_details_of_a_point(chromium, page):
     show(chromium, page)
     place = middle(
         chromium, "[...document.querySelectorAll('[data-chart=retrieval] .mark-symbol.role-mark path')].at(-1)"
@@ -186,14 +186,14 @@ def test_every_row_can_be_sorted_and_filtered(chromium, page):
     assert chromium.run(f"{column}.length") == 3 * 4 * 8
     chromium.run(f"{button}.click()")
     chromium.run(f"{button}.click()")
-    # as numbers, not as words, where 64 would stand before 512
+    # as numbers; as text, 512 would come before 64
     assert list(dict.fromkeys(chromium.run(column))) == ["512", "256", "128", "64"]
     field = f"{table}.querySelector('input')"
     chromium.run(f"{field}.value = 'base passkey'; {field}.dispatchEvent(new Event('input'))")
     assert chromium.run(f"[...{table}.querySelectorAll('tbody tr')].filter((row) => !row.hidden).length") == 4
 
 
-def test_without_scripts_the_pictures_stand_in(chromium, page):
+def test_without_scripts_the_page_shows_the_pngs(chromium, page):
     chromium.tell("Emulation.setScriptExecutionDisabled", value=True)
     try:
         chromium.look(1200)

@@ -1,4 +1,4 @@
-"""Facts hidden in a text: nothing cut, nothing moved, the length met to the token."""
+"""Facts hidden in a text: no truncation, the right places, and the exact length."""
 
 import subprocess
 import sys
@@ -43,13 +43,13 @@ def test_prompt_and_answer_fill_the_length_exactly(tokenizer, haystack, wording,
     assert len(sample.input_ids) + len(sample.answer_ids) == length
     assert tokenizer.decode(sample.answer_ids).strip() == sample.answer
     assert abs(sample.depth - depth) < (0.05 if wording == "english" else 0.002)
-    # without what was spliced in, one unbroken piece of the haystack is left
+    # without the inserted tokens, one unbroken piece of the haystack remains
     rest = sample.input_ids[~sample.is_needle]
     assert not sample.is_answer.any()
     assert len(occurrences(haystack, rest)) >= 1
 
 
-def test_every_needle_is_whole_and_the_question_ends_the_prompt(tokenizer, haystack):
+def test_every_needle_is_complete_and_the_question_ends_the_prompt(tokenizer, haystack):
     sample = make_sample(
         tokenizer, haystack, WORDINGS["english"], length=900, needles=3, depth=0.5, rng=np.random.default_rng(3)
     )
@@ -63,7 +63,7 @@ def test_every_needle_is_whole_and_the_question_ends_the_prompt(tokenizer, hayst
     assert f"A note on lockers: the {key} locker opens with the code {sample.answer}." in notes
 
 
-def test_english_needles_stand_on_lines_of_their_own(tokenizer, haystack):
+def test_english_needles_have_their_own_lines(tokenizer, haystack):
     lines = set(make_text().splitlines())
     for seed in range(20):
         sample = make_sample(
@@ -71,7 +71,7 @@ def test_english_needles_stand_on_lines_of_their_own(tokenizer, haystack):
         )
         body = tokenizer.decode(sample.input_ids).split("Keep the codes in mind.\n\n")[1].split("\n\nWhich code")[0]
         rest = [line for line in body.splitlines() if line and not line.startswith("A note on lockers:")]
-        # the piece may begin and end within a line; no needle may stand in one
+        # the piece may begin and end within a line, but no needle may split one
         assert set(rest[1:-1]) <= lines
 
 
@@ -86,7 +86,7 @@ def test_the_same_seed_asks_the_same_question_at_every_length(tokenizer, haystac
     assert facts(64) == facts(256) == facts(1500)
 
 
-def test_a_training_sequence_has_its_answers_marked(tokenizer, haystack):
+def test_a_training_sequence_marks_its_answers(tokenizer, haystack):
     rng = np.random.default_rng(1)
     sample = make_sample(
         tokenizer, haystack, WORDINGS["tokens"], length=100, needles=6, queries=4, rng=rng, answer_in_sequence=True
@@ -96,11 +96,11 @@ def test_a_training_sequence_has_its_answers_marked(tokenizer, haystack):
     assert sample.is_answer.dtype == sample.is_needle.dtype == bool
     assert sample.is_answer[-8:].tolist() == [False, True] * 4
     for at in np.flatnonzero(sample.is_answer):
-        # the pair (key, answer) stands twice: in the needle and in its question
+        # the pair (key, answer) occurs twice: in the needle and in its question
         assert len(occurrences(ids, ids[at - 1 : at + 1])) == 2
 
 
-def test_the_shortest_lesson_has_two_pairs_and_two_questions(tokenizer):
+def test_the_shortest_training_sequence_has_two_pairs_and_two_questions(tokenizer):
     rng = np.random.default_rng(0)
     sample = make_sample(
         tokenizer, [], WORDINGS["tokens"], length=8, needles=2, queries=2, rng=rng, answer_in_sequence=True
@@ -119,13 +119,13 @@ def test_the_shortest_lesson_has_two_pairs_and_two_questions(tokenizer):
         ({"queries": 0}, "queries"),
     ],
 )
-def test_what_cannot_be_made_is_refused(tokenizer, haystack, change, message):
+def test_impossible_samples_raise(tokenizer, haystack, change, message):
     arguments = {"length": 200, "needles": 8, **change}
     with pytest.raises(PePatchError, match=message):
         make_sample(tokenizer, haystack, WORDINGS["tokens"], rng=np.random.default_rng(0), **arguments)
 
 
-def test_a_start_token_is_kept_where_the_tokenizer_sets_one(haystack):
+def test_a_start_token_is_kept_if_the_tokenizer_has_one(haystack):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(bos_token="<k0>")
@@ -141,7 +141,7 @@ def test_the_wording_follows_the_vocabulary(tokenizer):
     assert wording_for(tokenizer).name == "tokens"
 
 
-def test_drawing_samples_imports_nothing_heavy():
+def test_making_samples_imports_no_heavy_library():
     code = (
         "import sys, pe_patch.evaluation.retrieval;"
         "print([m for m in ('datasets', 'evaluate', 'matplotlib', 'pandas') if m in sys.modules])"

@@ -49,7 +49,7 @@ def row(scheme: str, task: str, length: int, score: float, samples: int = 500, *
 
 
 def results(averages: dict[str, list[float]], tasks: tuple[str, ...] = THIRTEEN, spread: float = 0.1) -> Results:
-    """Rows whose average over the tasks is the one given, in percent; the tasks differ."""
+    """Make rows with the given mean over the tasks in percent. The tasks differ."""
     shift = {task: spread * (number - (len(tasks) - 1) / 2) / 100 for number, task in enumerate(tasks)}
     return Results(
         [
@@ -75,7 +75,7 @@ def test_published_models():
             assert given == pytest.approx(over_lengths, abs=0.1)
 
 
-def test_fewer_tasks_are_counted_and_not_called_ruler():
+def test_fewer_tasks_are_not_labelled_ruler():
     tasks = ("niah_single_1", "niah_multikey_1", "vt", "qa_local_1")
     entry = effective_length(results({"yarn": [90.0, 80.0]}, tasks))["yarn"]
     assert entry["effective"] == 4096 and not entry["at_least"]
@@ -85,7 +85,7 @@ def test_fewer_tasks_are_counted_and_not_called_ruler():
     assert entry["because"] == [f"not measured: {', '.join(missing)}"]
 
 
-def test_other_words_are_named_with_their_tasks():
+def test_substitutes_are_listed_with_their_tasks():
     rows = results({"yarn": [90.0]}).rows
     stamps = {"benchmark": "after RULER", "substitutes": ["wording english"]}
     rows = [row("yarn", each.task, 4096, 0.9, **(stamps if each.task in ("vt", "cwe") else {})) for each in rows]
@@ -104,17 +104,17 @@ def test_a_length_without_some_of_the_tasks_is_left_out():
     assert entry["left_out"] == {16384: ["vt"]}
 
 
-def test_the_longest_length_above_counts_even_behind_a_shorter_one_below():
+def test_the_longest_length_above_the_threshold_counts():
     assert effective_length(results({"a": [85.0, 86.0, 85.0]}))["a"]["effective"] == 8192
 
 
-def test_rows_of_one_task_weigh_by_their_samples_and_other_tasks_do_not_count():
+def test_rows_of_a_task_are_weighted_by_samples_and_other_tasks_are_ignored():
     rows = [row("a", "vt", 4096, 1.0, samples=30), row("a", "vt", 4096, 0.5, samples=10), row("a", "needle", 4096, 0.0)]
     entry = effective_length(Results(rows))["a"]
     assert entry["averages"] == {4096: 0.875}
 
 
-def test_another_threshold_is_not_rulers():
+def test_another_threshold_is_not_labelled_ruler():
     entry = effective_length(results({"a": [85.0, 80.0]}), threshold=0.82)["a"]
     assert (entry["effective"], entry["benchmark"]) == (4096, "after RULER")
     assert entry["because"] == ["threshold 0.82 instead of 0.856"]
@@ -123,7 +123,7 @@ def test_another_threshold_is_not_rulers():
             effective_length(results({"a": [85.0]}), threshold=wrong)
 
 
-def test_nothing_to_judge():
+def test_results_without_ruler_tasks_raise():
     with pytest.raises(PePatchError, match="No result is of one of RULER's tasks"):
         effective_length(Results([row("a", "needle", 4096, 1.0)]))
     apart = [row("a", "vt", 4096, 1.0), row("a", "cwe", 8192, 1.0)]

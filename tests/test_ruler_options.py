@@ -86,7 +86,7 @@ def test_without_lm_eval_its_words_are_missed(monkeypatch, bench):
     official.official.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PePatchError, match=re.escape("pip install 'pe_patch[lm-eval]'")):
-        list(RULER["vt"](wording="official").pieces(bench, 2048))
+        list(RULER["vt"](wording="official").work_units(bench, 2048))
 
 
 def test_another_lm_eval_is_told(monkeypatch, tmp_path):
@@ -165,7 +165,7 @@ def test_a_task_that_single_tokens_cannot_ask_says_which_can():
     bench = make_bench(make_token_tokenizer(), texts=TEXTS)
     for name in set(RULER) - set(TOKEN_TASKS):
         with pytest.raises(OptionError, match=rf"^{name}: this task has no wording 'tokens'.*{', '.join(TOKEN_TASKS)}"):
-            list(RULER[name]().pieces(bench, 1024))
+            list(RULER[name]().work_units(bench, 1024))
     assert RULER["fwe"](wording="english").questions(bench, 1024)
 
 
@@ -176,7 +176,7 @@ def test_names_and_options(bench):
     with pytest.raises(UnknownNameError, match="Did you mean 'official'"):
         RULER["vt"](wording="offical")
     with pytest.raises(OptionError, match="needs the tokens <k0>"):
-        list(RULER["niah_single_1"](wording="tokens").pieces(bench, 1024))
+        list(RULER["niah_single_1"](wording="tokens").work_units(bench, 1024))
     with pytest.raises(TypeError, match="haystack"):
         RULER["niah_single_1"](haystack="essays.txt")
     assert [task.name for task in find_tasks(["ruler"], {"squad": "a", "hotpotqa": "b"})] == list(THIRTEEN)
@@ -200,7 +200,7 @@ def test_the_length_that_an_error_asks_for_is_enough(bench):
 
 @pytest.mark.parametrize("name, options", [("niah_single_1", {"exact_fit": True}), ("fwe", {})])
 def test_a_tokenizer_that_does_not_count_is_refused(name, options, bench):
-    class Blind(type(bench.subject.tokenizer)):
+    class Blind(type(bench.model.tokenizer)):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             found = super().__call__(*args, **kwargs)
             found["input_ids"] = found["input_ids"][:3]
@@ -208,7 +208,7 @@ def test_a_tokenizer_that_does_not_count_is_refused(name, options, bench):
 
     blind = ruler_cases.make_tokenizer()
     blind.__class__ = Blind
-    bench.subject.tokenizer = blind
+    bench.model.tokenizer = blind
     with pytest.raises(PePatchError, match="does not count them"):
         ask(name, bench, 1024, **options)
 
@@ -216,16 +216,16 @@ def test_a_tokenizer_that_does_not_count_is_refused(name, options, bench):
 def test_files_that_are_not_what_they_should_be(bench, tmp_path):
     for name, instead in (("qa_1", "qa_local_1"), ("qa_2", "qa_local_2")):
         with pytest.raises(OptionError, match=f"do not come with the library.*{instead}"):
-            list(RULER[name]().pieces(bench, 1024))
+            list(RULER[name]().work_units(bench, 1024))
     with pytest.raises(PePatchError, match=r"qa_1: The question file .*missing\.json cannot be read"):
-        list(RULER["qa_1"](squad=str(tmp_path / "missing.json")).pieces(bench, 1024))
+        list(RULER["qa_1"](squad=str(tmp_path / "missing.json")).work_units(bench, 1024))
     other = tmp_path / "other.json"
     other.write_text(json.dumps(ruler_cases.hotpotqa()), encoding="utf-8")
     with pytest.raises(PePatchError, match=r"qa_1: .*other\.json is not in the form of SQuAD 2\.0"):
-        list(RULER["qa_1"](squad=str(other)).pieces(bench, 1024))
+        list(RULER["qa_1"](squad=str(other)).work_units(bench, 1024))
     other.write_text("{", encoding="utf-8")
     with pytest.raises(PePatchError, match="not JSON"):
-        list(RULER["qa_2"](hotpotqa=str(other)).pieces(bench, 1024))
+        list(RULER["qa_2"](hotpotqa=str(other)).work_units(bench, 1024))
     with pytest.raises(PePatchError, match=r"niah_single_2: The haystack .*cannot be read"):
         ask("niah_single_2", bench, 1024, haystack=str(tmp_path / "none.txt"))
     empty = tmp_path / "empty.txt"
@@ -241,7 +241,7 @@ def test_more_questions_than_a_file_has(bench, files):
 
 
 def test_a_tokenizer_that_cuts_is_refused(bench):
-    class Cutting(type(bench.subject.tokenizer)):
+    class Cutting(type(bench.model.tokenizer)):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             found = super().__call__(*args, **kwargs)
             found["input_ids"] = found["input_ids"][:1000]
@@ -249,7 +249,7 @@ def test_a_tokenizer_that_cuts_is_refused(bench):
 
     cutting = ruler_cases.make_tokenizer()
     cutting.__class__ = Cutting
-    bench.subject.tokenizer = cutting
+    bench.model.tokenizer = cutting
     for exact_fit in (False, True):
         with pytest.raises(PePatchError, match="The tokenizer cut a document"):
             ask("niah_single_1", bench, 2048, exact_fit=exact_fit)

@@ -52,7 +52,7 @@ def test_rulers_search_leaves_much_of_a_short_window_empty_and_exact_fit_does_no
 @pytest.mark.parametrize("length", [2500, 5000])
 def test_one_more_unit_would_not_fit(name, length, bench):
     def tokens(text: str, prefix: str) -> int:
-        return len(bench.subject.tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
+        return len(bench.model.tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
 
     generator = RULER[name]().make(bench, tokens, length, ENGLISH).generator
     for index in range(2):
@@ -151,5 +151,5 @@ def test_a_chat_template_counts_and_the_answers_beginning_stands_behind_it():
             assert len(question.prompt) + question.budget <= 3000
     one, other = (ask("niah_single_1", each, 3000, exact_fit=True)[0] for each in (bench, plain))
     assert one.references == other.references
-    frame = bench.frame
+    frame = bench.template
     assert len(bench.encode(frame.head + frame.tail)) > 3

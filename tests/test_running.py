@@ -1,4 +1,4 @@
-"""How an evaluation runs: what is batched, what is read once, what stands beside a score, what is refused."""
+"""Running an evaluation: batches, shared prefixes, memory, controls, intervals, chat templates and options."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import torch
 
 from pe_patch import patch_model
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError
-from pe_patch.evaluation import generation, planning
+from pe_patch.evaluation import model as evaluated
+from pe_patch.evaluation.context import PromptTemplate
 from pe_patch.evaluation.metrics import bootstrap_interval, score_interval
-from pe_patch.evaluation.prompts import Frame
-from pe_patch.evaluation.questions import Question
-from pe_patch.evaluation.subject import Subject
+from pe_patch.evaluation.model import EvaluatedModel
+from pe_patch.evaluation.question import Question
 from pe_patch.evaluation.tasks import GROUPS, TASKS, find_tasks
 
 from .evaluation_doubles import Copier, Mute, double, make_tokenizer, measure, tiny_llama
@@ -35,7 +35,7 @@ def question(ids, budget=6):
 
 
 def step_by_step(model, tokenizer, prompt, budget):
-    """Greedy tokens by one uncached forward each."""
+    """Generate greedily with one uncached forward pass per token."""
     ids = torch.tensor(prompt)[None]
     with torch.inference_mode():
         for _ in range(budget):
@@ -50,37 +50,37 @@ def step_by_step(model, tokenizer, prompt, budget):
 
 
 @pytest.mark.parametrize("scheme", [None, ("yarn", {"factor": 2}), ("alibi", {}), ("dynamic_ntk", {"factor": 2})])
-def test_prompts_of_unequal_lengths_in_one_batch_are_answered_as_if_alone(tokenizer, llama, scheme):
+def test_a_padded_batch_gives_the_answers_of_single_prompts(tokenizer, llama, scheme):
     if scheme is not None:
         patch_model(llama, scheme[0], **scheme[1])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, len(tokenizer), size) for size in (40, 17, 29, 33, 40, 8)]
-    given = Subject(llama, tokenizer, batch_size=6).answers([question(ids) for ids in prompts])
+    given = EvaluatedModel(llama, tokenizer, batch_size=6).answers([question(ids) for ids in prompts])
     assert given == [step_by_step(llama, tokenizer, ids, 6) for ids in prompts]
     assert len(set(given)) > 3
 
 
-def test_each_question_keeps_to_its_own_budget(tokenizer, llama):
+def test_each_question_has_its_own_budget(tokenizer, llama):
     rng = np.random.default_rng(1)
     prompts = [(rng.integers(1, len(tokenizer), 20), budget) for budget in (1, 5, 2, 5)]
-    given = Subject(llama, tokenizer, batch_size=4).answers([question(*each) for each in prompts])
+    given = EvaluatedModel(llama, tokenizer, batch_size=4).answers([question(*each) for each in prompts])
     assert given == [step_by_step(llama, tokenizer, *each) for each in prompts]
 
 
-def test_an_answer_ends_at_any_token_the_checkpoint_stops_at(tokenizer, llama):
+def test_an_answer_ends_at_any_eos_token_of_the_checkpoint(tokenizer, llama):
     prompt = np.random.default_rng(2).integers(1, len(tokenizer), 20)
     ids = torch.tensor(prompt)[None]
     first = llama(input_ids=ids).logits[0, -1].argmax()
     second = llama(input_ids=torch.cat([ids, first.view(1, 1)], 1)).logits[0, -1].argmax()
     assert first != second
     llama.generation_config.eos_token_id = [0, int(second)]
-    assert Subject(llama, tokenizer).answers([question(prompt)]) == [tokenizer.decode([first])]
+    assert EvaluatedModel(llama, tokenizer).answers([question(prompt)]) == [tokenizer.decode([first])]
 
 
-# A text that several prompts begin with
+# Prompts with a shared prefix
 
 
-def prompts_with_a_common_text(size):
+def prompts_with_a_shared_prefix(size):
     rng = np.random.default_rng(3)
     text = rng.integers(1, size, 120)
     ends = [rng.integers(1, size, 7) for _ in range(3)]
@@ -89,7 +89,7 @@ def prompts_with_a_common_text(size):
 
 
 def read_tokens(model, monkeypatch):
-    """Tokens that the model is given in all, pass by pass."""
+    """Record the number of tokens of each forward pass."""
     counts, real = [], model.forward
 
     def spy(*args, **kwargs):
@@ -104,56 +104,56 @@ def read_tokens(model, monkeypatch):
 @pytest.mark.parametrize(
     "scheme", [None, ("yarn", {"factor": 2}), ("t5", {}), ("self_extend", {"group": 2, "window": 32})]
 )
-def test_a_common_text_is_read_once_and_changes_no_answer(tokenizer, llama, scheme, monkeypatch):
+def test_a_shared_prefix_is_read_once_and_changes_no_answer(tokenizer, llama, scheme, monkeypatch):
     if scheme is not None:
         patch_model(llama, scheme[0], **scheme[1])
-    prompts = prompts_with_a_common_text(len(tokenizer))
-    subject = Subject(llama, tokenizer)
+    prompts = prompts_with_a_shared_prefix(len(tokenizer))
+    subject = EvaluatedModel(llama, tokenizer)
     assert subject.cache_bytes
     expected = [step_by_step(llama, tokenizer, ids, 6) for ids in prompts]
     counts = read_tokens(llama, monkeypatch)
     assert subject.answers([question(ids) for ids in prompts]) == expected
-    # the text once (it and the leader's own end, 126), six ends and moved parts, the stranger, and decoding
+    # the leader's prompt once (126), the other prompts from where they differ, the unrelated prompt, and decoding
     assert sum(counts) < 126 + 3 * 7 + (47 + 27 + 17) + 90 + 7 * 6 + 10 < sum(map(len, prompts))
 
 
-def test_frequencies_that_follow_the_length_are_not_read_in_parts(tokenizer, llama, monkeypatch):
-    """dynamic NTK turns a first pass by its own length, so that half a prompt first would be another computation."""
+def test_length_dependent_frequencies_do_not_share_prefixes(tokenizer, llama, monkeypatch):
+    """Dynamic NTK sets its frequencies by the length of a pass, so reading half a prompt first changes the result."""
     patch_model(llama, "dynamic_ntk")
-    prompts = [np.concatenate([ids, ids, ids]) for ids in prompts_with_a_common_text(len(tokenizer))[:3]]
-    given = Subject(llama, tokenizer, batch_size=1).answers([question(ids) for ids in prompts])
+    prompts = [np.concatenate([ids, ids, ids]) for ids in prompts_with_a_shared_prefix(len(tokenizer))[:3]]
+    given = EvaluatedModel(llama, tokenizer, batch_size=1).answers([question(ids) for ids in prompts])
     assert given == [
         tokenizer.decode(
             llama.generate(torch.tensor(ids)[None], max_new_tokens=6, do_sample=False)[0, len(ids) :]
         ).replace("<eos>", "")
         for ids in prompts
     ]
-    assert not generation._reads_in_parts(Subject(llama, tokenizer))
+    assert not EvaluatedModel(llama, tokenizer).can_reuse_prefix
 
 
 # Memory
 
 
-def test_the_cache_is_counted_as_the_model_fills_it(tokenizer, llama):
+def test_cache_bytes_are_measured_on_the_model(tokenizer, llama):
     # 2 layers x keys and values x 2 key-value heads x 8 numbers x 4 bytes
-    assert Subject(llama, tokenizer).cache_bytes == 2 * 2 * 2 * 8 * 4
-    assert Subject(double(Mute, tokenizer), tokenizer).cache_bytes == 0
+    assert EvaluatedModel(llama, tokenizer).cache_bytes == 2 * 2 * 2 * 8 * 4
+    assert EvaluatedModel(double(Mute, tokenizer), tokenizer).cache_bytes == 0
 
 
-def test_as_many_sequences_as_fit_are_taken_and_one_too_many_is_refused(tokenizer, llama, monkeypatch):
-    needed = planning.sequence_bytes(llama, 100, 256, 1)
-    monkeypatch.setattr(planning, "free_bytes", lambda device: int(3.5 * needed / planning.USABLE))
-    assert planning.batch_size(llama, torch.device("cpu"), 100, cache_bytes=256) == 3
-    monkeypatch.setattr(planning, "free_bytes", lambda device: needed // 2)
+def test_the_batch_size_follows_the_free_memory(tokenizer, llama, monkeypatch):
+    needed = evaluated.sequence_bytes(llama, 100, 256, 1)
+    monkeypatch.setattr(evaluated, "free_bytes", lambda device: int(3.5 * needed / evaluated.USABLE_MEMORY))
+    assert evaluated.max_batch_size(llama, torch.device("cpu"), 100, cache_bytes=256) == 3
+    monkeypatch.setattr(evaluated, "free_bytes", lambda device: needed // 2)
     with pytest.raises(PePatchError, match=r"100 tokens takes about .* are free on cpu.*batch_size=1"):
-        planning.batch_size(llama, torch.device("cpu"), 100, cache_bytes=256)
+        evaluated.max_batch_size(llama, torch.device("cpu"), 100, cache_bytes=256)
 
 
-def test_eager_attention_is_planned_with_its_score_matrices(tokenizer):
+def test_eager_attention_counts_its_score_matrices(tokenizer):
     llama = tiny_llama(len(tokenizer))
-    plain = planning.sequence_bytes(llama, 1000, 0, 1)
+    plain = evaluated.sequence_bytes(llama, 1000, 0, 1)
     llama.set_attn_implementation("eager")
-    assert planning.sequence_bytes(llama, 1000, 0, 1) - plain == 2 * 4 * 1000 * 1000 * 4
+    assert evaluated.sequence_bytes(llama, 1000, 0, 1) - plain == 2 * 4 * 1000 * 1000 * 4
 
 
 # Controls
@@ -168,8 +168,8 @@ def test_every_row_has_both_controls(tokenizer, llama):
             assert row.without_context is not None
 
 
-def test_without_context_the_question_stands_alone(tokenizer):
-    """A model that says the value whatever it reads is found out."""
+def test_without_context_has_only_the_question(tokenizer):
+    """The control exposes a model that knows the answer without reading."""
 
     class Knows(Mute):
         def next_token(self, ids):
@@ -183,11 +183,11 @@ def test_without_context_the_question_stands_alone(tokenizer):
 
 COPIED = [(task, "tokens") for task in ("needle_single", "needle_multi_key", "needle_multi_query", "needle", "passkey")]
 COPIED += [(task, "english") for task in ("needle_single", "needle_multi_key", "needle", "passkey")]
-"""Tasks whose answer follows its question's last words somewhere in the text; lists are composed, not copied."""
+"""Tasks whose answer follows the last words of the question in the text. Answers that are lists cannot be copied."""
 
 
 @pytest.mark.parametrize(("task", "wording"), COPIED)
-def test_readers_score_one_and_the_mute_nothing_at_every_length_and_depth(tokenizer, task, wording):
+def test_copiers_score_one_and_mute_models_zero_at_every_length_and_depth(tokenizer, task, wording):
     options = {"task_options": {"wording": wording}, "depths": (0.0, 0.5, 1.0), "samples": 3}
     lengths = [900, 1500] if wording == "english" else [300, 500]
     for kind, score in ((Copier, 1.0), (Mute, 0.0)):
@@ -196,31 +196,31 @@ def test_readers_score_one_and_the_mute_nothing_at_every_length_and_depth(tokeni
         assert len(results.rows) == 6
 
 
-def test_a_wording_that_cannot_ask_for_a_list_says_so(tokenizer):
+def test_a_wording_that_cannot_ask_for_a_list_raises(tokenizer):
     with pytest.raises(PePatchError, match=r"'tokens' cannot ask for several values.*needle_multi_query"):
         measure(double(Mute, tokenizer), tokenizer, "needle_multi_value", [300])
 
 
 @pytest.mark.parametrize("task", ["needle_multi_value", "needle_multi_query"])
-def test_a_list_of_values_is_judged_by_its_parts(tokenizer, task, monkeypatch):
-    """All four values stand in the prompt once each, and an answer is worth the share of them that it names."""
+def test_a_list_of_values_scores_the_share_of_its_values(tokenizer, task, monkeypatch):
+    """The prompt has each of the four values once, and the score is the share of values in the answer."""
     model = double(Mute, tokenizer)
     results = measure(model, tokenizer, task, [1200], task_options={"wording": "english"}, depths=(0.2,), samples=2)
     seen = []
 
-    class Spy(Subject):
+    class Spy(EvaluatedModel):
         def answers(self, questions):
             seen.extend(questions)
             return ["x " + ", ".join(each.references[:3]) for each in questions]
 
     from pe_patch.evaluation import run
 
-    original, run.Subject = run.Subject, Spy
+    original, run.EvaluatedModel = run.EvaluatedModel, Spy
     try:
         (row,) = measure(model, tokenizer, task, [1200], task_options={"wording": "english"}, depths=(0.2,),
                          samples=2).rows  # fmt: skip
     finally:
-        run.Subject = original
+        run.EvaluatedModel = original
     assert (row.score, row.low < 0.75 < row.high or row.low == row.high) == (0.75, True)
     assert results.rows[0].score == 0.0
     for each in seen[:2]:
@@ -234,22 +234,22 @@ def test_a_list_of_values_is_judged_by_its_parts(tokenizer, task, monkeypatch):
 # Intervals
 
 
-def test_fractions_have_a_bootstrap_interval_that_covers_as_often_as_it_says():
+def test_the_bootstrap_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(300):
         low, high = bootstrap_interval(rng.beta(2, 2, 40))
         hits += low <= 0.5 <= high
-    assert 0.90 < hits / 300 < 0.99  # 95 % is asked for; 300 draws tell it to about 2.5 %
+    assert 0.90 < hits / 300 < 0.99  # nominal coverage 95 %; 300 draws measure it to about 2.5 %
 
 
-def test_right_or_wrong_has_the_exact_interval():
+def test_binary_scores_have_the_exact_interval():
     # Clopper and Pearson for 5 of 20
     assert score_interval([1.0] * 5 + [0.0] * 15) == (pytest.approx(0.0866, abs=1e-4), pytest.approx(0.4910, abs=1e-4))
 
 
-def test_questions_about_one_text_count_as_one():
-    """Four copies of one answer tell no more than one: the interval is that of the texts."""
+def test_questions_about_one_text_form_a_group():
+    """Four copies of an answer have as much information as one, so the interval is that of the texts."""
     texts = [1.0] * 6 + [0.0] * 4
     groups = [number for number in range(10) for _ in range(4)]
     assert score_interval([1.0] * 40, groups) == score_interval([1.0] * 10)
@@ -259,7 +259,7 @@ def test_questions_about_one_text_count_as_one():
     assert low == pytest.approx(0.6 - 0.30, abs=0.1) and high == pytest.approx(0.6 + 0.30, abs=0.1)
 
 
-def test_pooled_depths_of_the_same_texts_are_not_taken_for_independent(tokenizer):
+def test_pooled_depths_of_the_same_texts_are_not_independent(tokenizer):
     results = measure(double(Copier, tokenizer), tokenizer, "needle_single", [300], samples=6, depths=(0.0, 0.5, 1.0))
     cell = results.cell(task="needle_single", length=300)
     assert cell is not None and cell.samples == 6
@@ -272,9 +272,9 @@ def test_pooled_depths_of_the_same_texts_are_not_taken_for_independent(tokenizer
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"  # noqa: E501
 
 
-def test_prompts_stand_in_the_chat_template_with_the_answers_beginning_after_it(tokenizer):
+def test_the_answer_prefix_follows_the_chat_template(tokenizer):
     chatty = make_tokenizer(chat_template=TEMPLATE)
-    frame = Frame.of(chatty, chat=True)
+    frame = PromptTemplate.of(chatty, chat=True)
     assert (frame.head, frame.tail) == ("<|user|>", "<|end|><|assistant|>")
     assert chatty.decode(frame.ids(chatty, "the door", " opens")) == "<|user|>the door<|end|><|assistant|> opens"
     seen = []
@@ -297,7 +297,7 @@ def test_prompts_stand_in_the_chat_template_with_the_answers_beginning_after_it(
 # Names and options
 
 
-def test_options_go_to_the_tasks_that_take_them():
+def test_options_reach_the_tasks_that_have_them():
     first, second = find_tasks(["needle", "perplexity"], {"needles": 3, "spots": 2})
     assert (first.needles, second.spots) == (3, 2)
     assert [task.name for task in find_tasks(["heat_map"])] == list(GROUPS["heat_map"])
@@ -307,6 +307,6 @@ def test_options_go_to_the_tasks_that_take_them():
         find_tasks(["heatmap"])
 
 
-def test_every_task_says_what_it_is():
+def test_every_task_has_a_summary_and_a_source():
     for name, task in TASKS.items():
         assert task.name == name and task.summary and task.paper, name

@@ -1,4 +1,4 @@
-"""What a stopped evaluation keeps: nothing finished is measured again, and the table is the same."""
+"""A stopped evaluation resumes without measuring finished work again, and gives the same table."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ import torch
 from pe_patch import patched
 from pe_patch.errors import PePatchError
 from pe_patch.evaluation.journal import Journal
-from pe_patch.evaluation.subject import Subject, model_fingerprint
+from pe_patch.evaluation.model import EvaluatedModel, model_fingerprint
 
 from .evaluation_doubles import make_tokenizer, measure, tiny_llama
 
@@ -33,14 +33,14 @@ def llama(tokenizer):
 
 
 def counted(monkeypatch):
-    """Every question that a model is asked from now on."""
-    asked, real = [], Subject.answers
+    """Record every question from now on."""
+    asked, real = [], EvaluatedModel.answers
 
     def spy(self, questions):
         asked.extend(questions)
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", spy)
+    monkeypatch.setattr(EvaluatedModel, "answers", spy)
     return asked
 
 
@@ -52,7 +52,7 @@ def same_table(one, other):
 
 
 def kept(folder):
-    """Names of the finished pieces, in the order in which they were finished."""
+    """Return the keys of finished work units in order."""
     return [json.loads(line)["key"] for line in (folder / Journal.NAME).read_text().splitlines()]
 
 
@@ -64,12 +64,12 @@ def lines(file):
 
 
 @pytest.mark.parametrize("calls", [0, 4, 9, 17])
-def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama, tmp_path, monkeypatch, calls):
+def test_an_interrupted_run_repeats_no_finished_work(tokenizer, llama, tmp_path, monkeypatch, calls):
     def run(folder):
         tasks = ["needle", "needle_single", "perplexity"]
         return measure(llama, tokenizer, tasks, [64, 128], output=tmp_path / folder, control_length=64)
 
-    whole, real, left = run("whole"), Subject.answers, [calls]
+    whole, real, left = run("whole"), EvaluatedModel.answers, [calls]
 
     def stops(self, questions):
         if left[0] == 0:
@@ -77,13 +77,13 @@ def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama
         left[0] -= 1
         return real(self, questions)
 
-    monkeypatch.setattr(Subject, "answers", stops)
+    monkeypatch.setattr(EvaluatedModel, "answers", stops)
     with pytest.raises(KeyboardInterrupt):
         run("killed")
-    monkeypatch.setattr(Subject, "answers", real)
+    monkeypatch.setattr(EvaluatedModel, "answers", real)
     finished = kept(tmp_path / "killed") if calls else []
     assert same_table(whole, run("killed"))
-    # each piece is finished once, and none that was is finished again
+    # each unit is finished exactly once
     assert (
         kept(tmp_path / "killed") == kept(tmp_path / "whole") and finished == kept(tmp_path / "whole")[: len(finished)]
     )
@@ -95,19 +95,19 @@ def test_a_run_that_was_interrupted_recomputes_nothing_finished(tokenizer, llama
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_where_it_was(tmp_path):
+def test_a_killed_process_resumes(tmp_path):
     code = textwrap.dedent(
         """
         import sys, time
         from pe_patch.compare.demo import BASE, load_base
         from pe_patch import evaluate
-        from pe_patch.evaluation.subject import Subject
-        real = Subject.answers
+        from pe_patch.evaluation.model import EvaluatedModel
+        real = EvaluatedModel.answers
         def slow(self, questions):
             print("asked", flush=True)
             time.sleep(float(sys.argv[2]))
             return real(self, questions)
-        Subject.answers = slow
+        EvaluatedModel.answers = slow
         model, tokenizer = load_base(BASE)
         evaluate(model, tokenizer, "needle", [64, 128], samples=5, output=sys.argv[1], progress=False,
                  text=["words and more words, " * 400])
@@ -135,7 +135,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
     assert len(lines(killed / "results.jsonl")) == 10
 
 
-def test_other_weights_or_options_are_measured_anew(tokenizer, llama, tmp_path, monkeypatch):
+def test_other_weights_or_options_are_measured_again(tokenizer, llama, tmp_path, monkeypatch):
     measure(llama, tokenizer, "needle", [64], output=tmp_path)
     asked = counted(monkeypatch)
     measure(llama, tokenizer, "needle", [64], output=tmp_path)
@@ -151,7 +151,7 @@ def test_other_weights_or_options_are_measured_anew(tokenizer, llama, tmp_path, 
     assert asked
 
 
-def test_the_fingerprint_of_a_model_follows_what_it_computes(tokenizer, llama):
+def test_the_fingerprint_changes_with_config_scheme_dtype_and_weights(tokenizer, llama):
     plain = model_fingerprint(llama)
     assert plain == model_fingerprint(tiny_llama(len(tokenizer), window=256))
     with patched(llama, "yarn", factor=2):
@@ -160,7 +160,7 @@ def test_the_fingerprint_of_a_model_follows_what_it_computes(tokenizer, llama):
     assert model_fingerprint(tiny_llama(len(tokenizer), window=256, seed=1)) != plain
 
 
-def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path):
+def test_an_incomplete_last_line_is_dropped(tmp_path):
     journal = Journal(tmp_path)
     journal.put("a", {"value": 1})
     journal.put("b", {"value": [2, "é"]})
@@ -172,7 +172,7 @@ def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path):
     assert Journal(tmp_path).get("c") == {"value": 3}
 
 
-def test_other_damage_of_the_journal_is_an_error_that_names_the_line(tmp_path):
+def test_a_damaged_journal_line_raises_with_its_number(tmp_path):
     journal = Journal(tmp_path)
     journal.put("a", {"value": 1})
     journal.path.write_text("nonsense\n" + journal.path.read_text())

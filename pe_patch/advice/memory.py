@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.planning import sequence_bytes
+from ..evaluation.model import sequence_bytes
 from .model_facts import ModelFacts, Parameters
 
 FLOAT32 = 4

@@ -66,9 +66,8 @@ def evaluate(
     """Measure a model at several lengths; every score stands beside the same questions within its window."""
     from .. import evaluation
     from ..checkpoints import loading
-    from ..evaluation.harness import harness as run_harness
-    from ..evaluation.results import Results, check_results_folder
-    from ..evaluation.tables import summary
+    from ..evaluation.lm_eval import harness as run_harness
+    from ..evaluation.results import Results, check_results_folder, summary_table
 
     own = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
     if stray := [name for name, value in (own | {"--no-retrieval": no_retrieval}).items() if value]:
@@ -111,7 +110,7 @@ def evaluate(
     if as_json:
         print_results(results)
     else:
-        console().print(summary(results))
+        console().print(summary_table(results))
     if output is not None:
         page = evaluation.write_report(
             results, output, title=f"Evaluation of {model}", command=command_line(), overwrite=overwrite

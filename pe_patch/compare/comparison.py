@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..evaluation.results import Results
-from ..evaluation.tables import Pivot, pivots
+from ..evaluation.results import Pivot, Results, pivots
 from . import timing
 from .contender import Contender
 from .settings import Folder, Settings, read_json
@@ -77,11 +76,11 @@ class Comparison:
 
     def _loss(self) -> Pivot | None:
         """Loss on the same tokens at every length, or whichever loss there is."""
-        found = [pivot for pivot in pivots(self.rows) if not pivot.counts]
+        found = [pivot for pivot in pivots(self.rows) if not pivot.higher_is_better]
         return next((pivot for pivot in found if "fixed" in pivot.measure), found[0] if found else None)
 
     def _asked(self) -> list[Pivot]:
-        return [pivot for pivot in pivots(self.rows) if pivot.counts]
+        return [pivot for pivot in pivots(self.rows) if pivot.higher_is_better]
 
     def _add_changes(self, lines: Sequence[Line]) -> None:
         start = self.settings.label(self.settings.contenders[0], self.settings.stages[0])

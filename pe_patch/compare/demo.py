@@ -20,9 +20,8 @@ from ..errors import CheckpointError
 from ..evaluation.corpus import Corpus
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.report import write_report
-from ..evaluation.results import Cell, Results
+from ..evaluation.results import Cell, Results, pivots
 from ..evaluation.run import evaluate
-from ..evaluation.tables import pivots
 from ..evaluation.tasks import Needle
 
 BASE = DEMO_MODEL

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..evaluation.memory import PeakMemory
-from ..evaluation.planning import cache_size, keeps_cache
+from ..evaluation.model import cache_size, keeps_cache
 from ..patching.api import find_patch
 
 WARM_UP = 16

@@ -10,7 +10,7 @@ import altair as alt
 from rich.table import Table
 
 from ..evaluation.charts.chart import Chart
-from ..evaluation.charts.parts import heat_map, tooltips
+from ..evaluation.charts.components import heat_map, tooltips
 from ..evaluation.report import Entry, Section, write_report
 from ..evaluation.results import write_atomically
 from .comparison import Comparison, Line

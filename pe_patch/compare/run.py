@@ -13,8 +13,8 @@ from typing import Any
 from ..checkpoints import loading
 from ..data.packaged import shipped_recipes
 from ..errors import OptionError, PePatchError, UnknownNameError
+from ..evaluation.model import windows
 from ..evaluation.run import DEPTHS
-from ..evaluation.subject import windows
 from . import processes, timing, worker
 from .comparison import Comparison, load
 from .contender import Contender, contenders

@@ -15,10 +15,9 @@ from ..checkpoints.folders import MODEL, WEIGHTS, check_output, replaced_content
 from ..data.text import TextSourceError, load_documents
 from ..errors import OptionError, PePatchError, unknown
 from ..evaluation.corpus import Corpus
+from ..evaluation.model import CacheSize, cache_size, windows
 from ..evaluation.perplexity import Perplexity
-from ..evaluation.planning import CacheSize, cache_size
 from ..evaluation.run import evaluate
-from ..evaluation.subject import windows
 from ..evaluation.tasks import Needle
 from ..mla.checks import METHODS
 

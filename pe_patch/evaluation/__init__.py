@@ -1,21 +1,21 @@
 """How well a model uses its context: tasks, rows, metrics and the report.
 
-Names are imported on first use, so that `pe_patch.evaluation.retrieval` (numpy only) can be used by a training
-script without pulling in datasets, evaluate or matplotlib.
+Names are imported on first use. So a training script that needs only `pe_patch.evaluation.retrieval` (numpy) does not
+import datasets, evaluate or matplotlib.
 """
 
 from importlib import import_module
 from typing import Any
 
-_WHERE = {
+_MODULES = {
     "WORDINGS": "retrieval",
     "Wording": "retrieval",
     "RetrievalSample": "retrieval",
     "make_sample": "retrieval",
     "Corpus": "corpus",
     "GROUPS": "tasks",
-    "Question": "questions",
-    "QuestionTask": "questions",
+    "Question": "question",
+    "QuestionTask": "question_task",
     "TASKS": "tasks",
     "Needle": "tasks",
     "Passkey": "tasks",
@@ -24,16 +24,18 @@ _WHERE = {
     "TokenLoss": "metrics",
     "Results": "results",
     "evaluate": "run",
-    "retention": "harness",
+    "harness": "lm_eval",
+    "retention": "lm_eval",
     "write_report": "report",
 }
+"""Module of each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_WHERE)
+    return sorted(_MODULES)

@@ -1,4 +1,4 @@
-"""The text a measurement is made on, as token ids, with the hash that names it."""
+"""The text of an evaluation as token ids, and the hash that identifies it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,37 @@ import numpy as np
 from ..errors import PePatchError
 
 TOKEN_LIMIT = 1_000_000
-"""Tokens kept of a long source: enough for haystacks and targets, and quick to make."""
+"""Tokens to keep of a long source: enough for haystacks and targets, and fast to tokenize."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as ids, in order; `texts` are the same as strings; `stream` [tokens] is all of them in a row; `hash` is
-    of the text that was kept."""
+    """Tokenized documents in order."""
 
     documents: tuple[np.ndarray, ...]
+    """Token ids of each document."""
     texts: tuple[str, ...]
+    """The same documents as strings."""
     stream: np.ndarray
+    """Token ids of all documents, concatenated [tokens]."""
     name: str
     hash: str
+    """Twelve hexadecimal digits that identify the texts."""
     bytes_per_token: float
 
     @classmethod
     def load(cls, tokenizer: Any, text: str | Sequence[str], needed: int) -> Corpus:
-        """Tokenize documents until the limit, or four times the `needed` tokens where that is more, is reached."""
-        name, documents = _read(text)
+        """Tokenize documents up to `TOKEN_LIMIT` tokens, or four times `needed` if that is more.
+
+        Args:
+            tokenizer: Tokenizer of the evaluated model.
+            text: A list of documents, or a source that `pe_patch.data.text.load_documents` knows.
+            needed: Minimum number of tokens.
+
+        Raises:
+            PePatchError: The text has fewer tokens than `needed`, or the tokenizer cuts a document.
+        """
+        name, documents = _read_documents(text)
         kept, texts, hashed, size, tokens = [], [], hashlib.sha256(), 0, 0
         for document in documents:
             ids = whole_ids(tokenizer, document)
@@ -44,13 +56,22 @@ class Corpus:
             if tokens >= max(TOKEN_LIMIT, 4 * needed):
                 break
         if tokens < needed:
-            raise PePatchError(f"The text ({name}) has {tokens} tokens, {needed} are needed. Give a longer text.")
+            raise PePatchError(f"The text ({name}) has {tokens} tokens, but {needed} are needed. Give a longer text.")
         return cls(tuple(kept), tuple(texts), np.concatenate(kept), name, hashed.hexdigest()[:12], size / tokens)
 
     def spots(self, longest: int, step: int, count: int, seed: int) -> tuple[list[np.ndarray], str]:
-        """Up to `count` pieces of `longest` tokens whose ends are multiples of `step` apart, and where they are from.
+        """Draw pieces of text without replacement.
 
-        Pieces lie within one document where any document is long enough, else anywhere in the joined documents.
+        The pieces lie within single documents if any document is long enough, else anywhere in the joined documents.
+
+        Args:
+            longest: Tokens of each piece.
+            step: Tokens between the ends of two candidates.
+            count: Maximum number of pieces.
+            seed: Random seed.
+
+        Returns:
+            The pieces [longest], and words that say where they are from.
         """
         sources, where = [ids for ids in self.documents if len(ids) >= longest], "within documents"
         if not sources:
@@ -60,28 +81,31 @@ class Corpus:
         return [sources[ends[i][0]][ends[i][1] - longest : ends[i][1]] for i in order], where
 
 
-def _read(text: str | Sequence[str]) -> tuple[str, Sequence[str]]:
+def _read_documents(text: str | Sequence[str]) -> tuple[str, Sequence[str]]:
     if not isinstance(text, str):
         return "given documents", text
     from ..data.text import load_documents
 
-    # The library's own base model is trained on the "train" half of this source; it is judged on the other.
+    # The base model of this library was trained on the "train" half of this source, so evaluate on the other half.
     split = "test" if text == "stdlib" else None
     return (f"{text}, held-out files" if split else text), load_documents(text, split=split)
 
 
 def whole_ids(tokenizer: Any, document: str) -> np.ndarray:
-    """The ids of a document, refused if the tokenizer dropped a part of it.
+    """Return the ids [n] of a document.
 
-    Two halves may make a token or two more than the whole, never many more, unless the whole was cut.
+    Its two halves together have a token or two more than the document. Many more tokens mean that the tokenizer cut it.
+
+    Raises:
+        PePatchError: The tokenizer cut the document.
     """
     ids = _plain_ids(tokenizer, document)
     middle = len(document) // 2
     halves = len(_plain_ids(tokenizer, document[:middle])) + len(_plain_ids(tokenizer, document[middle:]))
     if halves > len(ids) + 16:
         raise PePatchError(
-            f"The tokenizer cut a document: its halves have {halves} tokens, the whole {len(ids)}. "
-            "Load it without truncation and with a model_max_length above the lengths asked for."
+            f"The tokenizer cut a document: its halves have {halves} tokens, the document has {len(ids)}. "
+            "Load the tokenizer without truncation and with a model_max_length above all lengths."
         )
     return ids
 

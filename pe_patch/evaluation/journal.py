@@ -1,4 +1,4 @@
-"""What an evaluation has finished, on disk, so that one that was stopped goes on where it was."""
+"""A file of finished work, so that a stopped evaluation resumes where it was."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from ..errors import PePatchError
 Entry = dict[str, Any]
 
 
-def key_of(**parts: Any) -> str:
-    """Sixteen hexadecimal digits that change with any of the parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+def key_of(**values: Any) -> str:
+    """Hash values to sixteen hexadecimal digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
 class Journal:
-    """Entries by key, in memory and, where a folder is given, in its file `journal.jsonl`.
+    """Entries by key, in memory and optionally in the file `journal.jsonl` of a folder.
 
-    An entry is one line, written through to the disk before the next piece of work starts. What a crash left of a last
-    line is dropped; any other damage raises `PePatchError`.
+    Each entry is one line, which is synced to the disk before `put` returns. Opening a journal drops an incomplete last
+    line, which a crash leaves behind.
+
+    Args:
+        folder: Folder of the file. It is created if needed. None keeps the entries in memory only.
+
+    Raises:
+        PePatchError: Another line is damaged.
     """
 
     NAME = "journal.jsonl"
@@ -42,11 +48,11 @@ class Journal:
         return len(self._entries)
 
     def get(self, key: str) -> Entry | None:
-        """The entry of a finished piece of work, or None."""
+        """Return the entry of a key, or None."""
         return self._entries.get(key)
 
     def put(self, key: str, entry: Entry) -> None:
-        """Keep an entry (JSON-able)."""
+        """Store a JSON-able entry."""
         self._entries[key] = entry
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -56,16 +62,16 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        complete = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.splitlines(), 1):
             try:
                 entry = json.loads(line)
                 self._entries[entry.pop("key")] = entry
             except (ValueError, KeyError, AttributeError) as error:
                 raise PePatchError(
-                    f"{path}, line {number} is damaged ({error}). Remove that line to measure its part again, or the "
-                    "file to start over."
+                    f"{path}, line {number} is damaged ({error}). Delete the line to measure it again, or the file to "
+                    "start over."
                 ) from error
-        if len(whole) < len(data):
+        if len(complete) < len(data):
             with path.open("r+b") as file:
-                file.truncate(len(whole))
+                file.truncate(len(complete))

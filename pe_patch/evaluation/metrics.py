@@ -1,4 +1,4 @@
-"""How predictions become scores: `evaluate.Metric` classes that need no script from the hub."""
+"""Metrics with confidence intervals. They are `evaluate.Metric` classes and need no script from the hub."""
 
 from __future__ import annotations
 
@@ -17,25 +17,35 @@ NORMAL_QUANTILE = 1.959963984540054
 
 
 def binomial_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval for a proportion (Biometrika 26, 1934).
+    """Return the exact interval of a proportion.
 
-    Its lower end is the p at which `successes` or more have probability (1 - confidence) / 2, its upper end the p at
-    which `successes` or fewer have it.
+    The lower end is the p at which `successes` or more have the probability (1 - confidence) / 2. The upper end is the
+    p at which `successes` or fewer have it.
+
+    Raises:
+        ValueError: The counts are not 0 <= successes <= trials with trials >= 1.
+
+    Source: Clopper and Pearson, Biometrika 26, 1934.
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"Need 0 <= successes <= trials and trials >= 1, got {successes} of {trials}.")
     tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else _root(lambda p: 1 - _at_most(successes - 1, trials, p) - tail)
-    high = 1.0 if successes == trials else _root(lambda p: tail - _at_most(successes, trials, p))
+    low = 0.0 if successes == 0 else _root(lambda p: 1 - _binomial_cdf(successes - 1, trials, p) - tail)
+    high = 1.0 if successes == trials else _root(lambda p: tail - _binomial_cdf(successes, trials, p))
     return low, high
 
 
 def bootstrap_interval(
     scores: Sequence[float], sizes: Sequence[int] | None = None, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The percentile interval of a mean (Efron 1979), from `RESAMPLES` draws that are the same every time.
+    """Return the percentile interval of a mean from `RESAMPLES` draws with a fixed seed.
 
-    With `sizes`, scores are sums over so many questions, drawn as a whole.
+    Args:
+        scores: Scores, or with `sizes` the sums of the scores of each group.
+        sizes: Number of questions in each group; None if each score is one question. Groups are drawn as a whole.
+        confidence: Confidence level.
+
+    Source: Efron, Annals of Statistics 7, 1979.
     """
     values = np.asarray(scores, dtype=np.float64)
     counts = np.ones(len(values)) if sizes is None else np.asarray(sizes, dtype=np.float64)
@@ -46,10 +56,14 @@ def bootstrap_interval(
 
 
 def score_interval(scores: Sequence[float], groups: Sequence[Any] | None = None) -> tuple[float, float]:
-    """The interval of a mean of scores from 0 to 1: exact where each is right or wrong, else by the bootstrap.
+    """Return the interval of a mean of scores from 0 to 1: exact if all scores are 0 or 1, else by the bootstrap.
 
-    Scores of one group (questions about one text) are not independent: the groups' means are drawn then, each weighing
-    by its size. Where all scores are the same the interval is the exact one of as many questions as there are groups.
+    Scores of one group (questions about one text) are not independent, so the bootstrap draws whole groups. If all
+    scores are 0, or all are 1, the interval is the exact one with one trial per group.
+
+    Args:
+        scores: Score of each question.
+        groups: Group of each question. None puts each question into a group of one.
     """
     if groups is None or len(set(groups)) == len(scores):
         exact = all(score in (0, 1) for score in scores)
@@ -59,11 +73,11 @@ def score_interval(scores: Sequence[float], groups: Sequence[Any] | None = None)
         sums.setdefault(group, []).append(score)
     if len(set(scores)) == 1 and scores[0] in (0, 1):
         return binomial_interval(int(scores[0]) * len(sums), len(sums))
-    return bootstrap_interval([sum(each) for each in sums.values()], sizes=[len(each) for each in sums.values()])
+    return bootstrap_interval([sum(group) for group in sums.values()], sizes=[len(group) for group in sums.values()])
 
 
-def _at_most(successes: int, trials: int, p: float) -> float:
-    """P(X <= successes) for X binomial with 0 < p < 1, each term in logarithms so that large counts do not overflow."""
+def _binomial_cdf(successes: int, trials: int, p: float) -> float:
+    """Return P(X <= successes) for binomial X with 0 < p < 1. Logarithms keep large counts from overflowing."""
     total = math.lgamma(trials + 1)
     return math.fsum(
         math.exp(
@@ -73,44 +87,45 @@ def _at_most(successes: int, trials: int, p: float) -> float:
     )
 
 
-def _root(rising: Any) -> float:
-    """Where a function that rises over (0, 1) crosses zero, by bisection to 2^-50."""
+def _root(increasing: Any) -> float:
+    """Find the zero of an increasing function over (0, 1) by bisection to 2^-50."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+        low, high = (low, middle) if increasing(middle) > 0 else (middle, high)
     return (low + high) / 2
 
 
 class RetrievalAccuracy(evaluate.Metric):
-    """The share of answers that equal the reference, apart from surrounding white space, with its exact interval."""
+    """Share of answers that equal the reference, apart from surrounding white space, with its exact interval."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(self.__doc__),
             citation="",
-            inputs_description="predictions and references: the answers given and the right ones, as strings.",
+            inputs_description="predictions and references: the given and the correct answers, as strings.",
             features=Features({"predictions": Value("string"), "references": Value("string")}),
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        matches = [given.strip() == right.strip() for given, right in zip(predictions, references, strict=True)]
+        pairs = zip(predictions, references, strict=True)
+        matches = [prediction.strip() == reference.strip() for prediction, reference in pairs]
         low, high = binomial_interval(sum(matches), len(matches))
         return {"accuracy": sum(matches) / len(matches), "low": low, "high": high, "samples": len(matches)}
 
 
 class TokenLoss(evaluate.Metric):
-    """The mean loss of all tokens, every token counting once, with its perplexity and bits per byte.
+    """Mean loss of all tokens with equal weights, its perplexity, and its bits per byte.
 
-    The interval is the normal one over the means of the groups (the spots of text the tokens were taken from), since
-    neighbouring tokens are not independent. With fewer than two groups it is None.
+    Neighbouring tokens are not independent, so the interval is the normal one over the means of the groups (the text
+    spots that the tokens are from). It is None with fewer than two groups.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(self.__doc__),
             citation="",
-            inputs_description="losses: one per token, in nats. groups: the index of the spot each token is from.",
+            inputs_description="losses: one per token, in nats. groups: the index of each token's text spot.",
             features=Features({"losses": Value("float64"), "groups": Value("int64")}),
         )
 
@@ -130,7 +145,7 @@ class TokenLoss(evaluate.Metric):
 
 
 def _half_width(losses: list[float], groups: list[int], mean: float) -> float | None:
-    """Half of the normal interval of a ratio of sums: groups of unequal size weigh by their tokens."""
+    """Return half the width of the normal interval of a ratio of sums, which weights groups by their tokens."""
     sums: dict[int, float] = {}
     for loss, group in zip(losses, groups, strict=True):
         sums[group] = sums.get(group, 0.0) + loss - mean

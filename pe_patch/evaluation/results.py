@@ -1,4 +1,4 @@
-"""What an evaluation found: rows, the table made from them, and the files they are kept in."""
+"""Rows of an evaluation, the tables made from them, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -6,47 +6,53 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.folders import EVALUATION, check_output
 from ..errors import OutputError, PePatchError
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement.
-
-    `length` is what was asked for, `tokens` what the model was really given, answer included. `low` and `high` bound
-    the 95 % interval (exact binomial for accuracies, normal over spots for losses). `control` is the same questions or
-    targets at `control_length`, `without_context` those with nothing to read. `measured_on` says in words which tokens
-    were scored. `peak_memory` is in bytes. `key` names everything that the numbers depend on.
-    """
+    """One measurement."""
 
     scheme: str
     task: str
     measure: str
     length: int
+    """Requested length in tokens."""
     tokens: int
+    """Tokens that the model actually read, answer included."""
     depth: float | None
     score: float
     low: float | None
+    """Lower end of the 95 % interval: exact binomial for accuracies, normal over text spots for losses."""
     high: float | None
+    """Upper end of the 95 % interval."""
     samples: int
     control: float | None
+    """Score of the same questions or target tokens at `control_length`."""
     control_length: int | None
     seconds: float
     peak_memory: int | None
+    """Peak memory in bytes."""
     memory_kind: str
     seed: int
     text_hash: str
     tokenizer_hash: str
     measured_on: str
+    """A sentence that describes the scored tokens or questions."""
     details: dict[str, Any] = field(default_factory=dict)
     without_context: float | None = None
+    """Score of the same questions or target tokens without any text before them."""
     key: str = ""
+    """Hash of everything that the numbers depend on."""
 
 
 COLUMNS = tuple(entry.name for entry in fields(Row))
@@ -54,7 +60,7 @@ COLUMNS = tuple(entry.name for entry in fields(Row))
 
 @dataclass(frozen=True)
 class Cell:
-    """All rows of one scheme, task, measure and length taken together."""
+    """The pooled rows of one scheme, task, measure and length."""
 
     score: float
     low: float | None
@@ -64,59 +70,73 @@ class Cell:
     without_context: float | None = None
 
 
-def _mean(rows: list[Row], name: str) -> float | None:
-    """The mean of a column over the questions of the rows that have it."""
-    known = [(value, row.samples) for row in rows if (value := getattr(row, name)) is not None]
-    return sum(value * count for value, count in known) / sum(count for _, count in known) if known else None
-
-
 @dataclass
 class Results:
-    """Rows in the order they were measured, and the configuration that made them."""
+    """Rows in the order of measurement, and the configuration of the run."""
 
     rows: list[Row] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
 
     def select(self, **wanted: Any) -> list[Row]:
-        """The rows whose columns have these values: `select(task="needle", length=2048)`."""
+        """Return the rows whose columns have these values: `select(task="needle", length=2048)`."""
         return [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
     def values(self, column: str) -> list[Any]:
-        """The different values of a column, in the order they first occur."""
+        """Return the distinct values of a column in order of first occurrence."""
         return list(dict.fromkeys(getattr(row, column) for row in self.rows))
 
     def cell(self, **wanted: Any) -> Cell | None:
-        """The rows selected, pooled over depths: counts are added up and the interval is made from the sum."""
+        """Pool the selected rows over depths and recompute the interval from all questions.
+
+        Args:
+            wanted: Column values, as for `select`.
+
+        Returns:
+            The pooled cell, or None if no row matches.
+
+        Raises:
+            PePatchError: Several rows match and they are not depths of one measurement.
+        """
         rows = self.select(**wanted)
         if not rows:
             return None
         samples = sum(row.samples for row in rows)
         score = sum(row.score * row.samples for row in rows) / samples
-        controls = {name: _mean(rows, name) for name in ("control", "without_context")}
+        controls = {name: _weighted_mean(rows, name) for name in ("control", "without_context")}
         if len(rows) == 1:
             return Cell(score, rows[0].low, rows[0].high, samples, **controls)
         if any(row.depth is None for row in rows):
-            raise PePatchError(f"These rows are not depths of one measurement and cannot be pooled: {wanted}.")
+            raise PePatchError(
+                f"Cannot pool {len(rows)} rows that are not depths of one measurement: {wanted}. Select fewer rows."
+            )
         from .metrics import binomial_interval, score_interval
 
-        each = [share for row in rows for share in row.details.get("scores", ())]
+        scores = [score for row in rows for score in row.details.get("scores", ())]
         groups = [group for row in rows for group in row.details.get("groups", ())]
-        if len(each) != samples:
-            whole = binomial_interval(round(score * samples), samples)
+        if len(scores) != samples:
+            low, high = binomial_interval(round(score * samples), samples)
         else:
-            whole = score_interval(each, groups if len(groups) == samples else None)
-        return Cell(score, *whole, samples, **controls)
+            low, high = score_interval(scores, groups if len(groups) == samples else None)
+        return Cell(score, low, high, samples, **controls)
 
     def to_pandas(self) -> Any:
-        """A pandas.DataFrame with one line per row and the columns of `Row`."""
+        """Return a pandas.DataFrame with one line per row and the columns of `Row`."""
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write results.jsonl and config.json, each whole or not at all; returns the directory.
+        """Write results.jsonl and config.json, each atomically.
 
-        A directory that holds something else than an evaluation raises `OutputError` unless `overwrite=True`.
+        Args:
+            directory: Output folder. It is created if needed.
+            overwrite: Write even if the folder holds something other than an evaluation.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: The folder holds something other than an evaluation and `overwrite` is False.
         """
         check_output(directory, EVALUATION, overwrite=overwrite)
         folder = Path(directory).expanduser()
@@ -128,7 +148,11 @@ class Results:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Results:
-        """Read what `save` wrote. A missing or damaged file raises `PePatchError`."""
+        """Read results that `save` wrote.
+
+        Raises:
+            PePatchError: A file is missing or damaged.
+        """
         folder = Path(directory)
         try:
             lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -143,42 +167,185 @@ class Results:
     def __str__(self) -> str:
         from rich.console import Console
 
-        from .tables import summary
-
         stream = io.StringIO()
-        Console(file=stream, width=150, force_jupyter=False, force_terminal=False).print(summary(self))
+        Console(file=stream, width=150, force_jupyter=False, force_terminal=False).print(summary_table(self))
         return stream.getvalue()
+
+
+def _weighted_mean(rows: list[Row], column: str) -> float | None:
+    """Average a column over the questions of all rows that have a value; None if no row has one."""
+    known = [(value, row.samples) for row in rows if (value := getattr(row, column)) is not None]
+    return sum(value * count for value, count in known) / sum(count for _, count in known) if known else None
+
+
+# Tables
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """A table of schemes against lengths for one task and measure."""
+
+    task: str
+    measure: str
+    lengths: list[int]
+    cells: dict[str, list[Cell | None]]
+    """For each scheme one cell per length; None if the length was not measured."""
+    measured_on: list[str]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """True for shares of correct answers, False for losses and perplexities."""
+        return not is_loss(self.measure)
+
+
+def is_loss(measure: str) -> bool:
+    """Return True if lower is better: a loss, or a number derived from one."""
+    name = measure.lower().replace("_", " ")
+    return name.startswith("nats") or any(part in name for part in ("perplexity", "longppl", "bits per"))
+
+
+def sample_unit(measure: str) -> str:
+    """Return the plural noun for the samples of a measure."""
+    return "tokens" if is_loss(measure) else "questions"
+
+
+def pivots(results: Results) -> list[Pivot]:
+    """Make one pivot per task and measure, in the order of measurement."""
+    pairs = dict.fromkeys((row.task, row.measure) for row in results.rows)
+    return [_pivot(results, task, measure) for task, measure in pairs]
+
+
+def _pivot(results: Results, task: str, measure: str) -> Pivot:
+    rows = results.select(task=task, measure=measure)
+    lengths = sorted({row.length for row in rows})
+    schemes = list(dict.fromkeys(row.scheme for row in rows))
+    cells = {
+        scheme: [results.cell(scheme=scheme, task=task, measure=measure, length=length) for length in lengths]
+        for scheme in schemes
+    }
+    return Pivot(task, measure, lengths, cells, [row.measured_on for row in rows if row.length == lengths[-1]])
+
+
+def mean_pivot(tables: Sequence[Pivot]) -> Pivot | None:
+    """Average the scores of several tasks with equal weights.
+
+    The mean has no interval. Its sample count is the sum over the tasks.
+
+    Returns:
+        The averaged pivot, or None unless all tasks share their lengths and schemes.
+    """
+    first = tables[0]
+    if any(pivot.lengths != first.lengths or set(pivot.cells) != set(first.cells) for pivot in tables):
+        return None
+    columns = range(len(first.lengths))
+    cells = {
+        scheme: [_mean_cell([pivot.cells[scheme][column] for pivot in tables]) for column in columns]
+        for scheme in first.cells
+    }
+    return Pivot(f"mean of {len(tables)} tasks", "each task weighing the same", first.lengths, cells, [])
+
+
+def _mean_cell(cells: list[Cell | None]) -> Cell | None:
+    known = [cell for cell in cells if cell is not None]
+    if len(known) < len(cells):
+        return None
+
+    def mean_of(name: str) -> float | None:
+        values = [getattr(cell, name) for cell in known]
+        return None if None in values else sum(values) / len(values)
+
+    score = sum(cell.score for cell in known) / len(known)
+    return Cell(score, None, None, sum(cell.samples for cell in known), mean_of("control"), mean_of("without_context"))
+
+
+def cell_notes(cell: Cell, unit: str) -> list[str]:
+    """Describe the evidence for a score: its sample count and its two controls."""
+    notes = [f"{cell.samples:,} {unit}"]
+    if cell.control is not None:
+        notes.append(f"{cell.control:.3f} within the trained window")
+    if cell.without_context is not None:
+        notes.append(f"{cell.without_context:.3f} without the context")
+    return notes
+
+
+def format_interval(cell: Cell) -> str:
+    """Format the 95 % interval of a cell; empty if it has none."""
+    return "" if cell.low is None or cell.high is None else f"{cell.low:.2f} to {cell.high:.2f}"
+
+
+def summary_table(results: Results) -> Table:
+    """Make a table for the terminal with one line per scheme, task, measure and length. Depths are pooled."""
+    from rich.table import Table
+
+    settings = [f"{name} {results.config[name]}" for name in ("model", "text", "seed") if name in results.config]
+    table = Table(title=", ".join(["Measured", *settings]), title_justify="left")
+    for heading in ("scheme", "measured"):
+        table.add_column(heading)
+    for heading in ("length", "score", "95 % interval", "counted", "within window", "seconds", "memory"):
+        table.add_column(heading, justify="right")
+    columns = ("scheme", "task", "measure", "length")
+    for key in dict.fromkeys(tuple(getattr(row, name) for name in columns) for row in results.rows):
+        table.add_row(*_summary_line(results, dict(zip(columns, key, strict=True))))
+    return table
+
+
+def _summary_line(results: Results, key: dict[str, str | int]) -> list[str]:
+    cell, rows = results.cell(**key), results.select(**key)
+    assert cell is not None
+    memory = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
+    return [
+        str(key["scheme"]),
+        f"{key['task']}: {key['measure']}",
+        str(key["length"]),
+        f"{cell.score:.3f}",
+        format_interval(cell) or "-",
+        f"{cell.samples} {sample_unit(str(key['measure']))}",
+        "-" if cell.control is None else f"{cell.control:.3f} at {rows[0].control_length}",
+        f"{sum(row.seconds for row in rows):.1f}",
+        "-" if memory is None else f"{memory / 2**20:.0f} MiB",
+    ]
+
+
+# Files
 
 
 def check_results_folder(
     directory: str | os.PathLike[str], *, scheme: str | None = None, inputs: Iterable[Any] = (), overwrite: bool = False
 ) -> None:
-    """Raise `OutputError` unless an evaluation may write here: not onto an input, nor over something else.
+    """Check that an evaluation may write to a folder.
 
-    With `scheme` the results of another scheme are something else, too: they would be replaced.
+    Args:
+        directory: Output folder.
+        scheme: Name of the scheme to measure. The folder must not hold results of another scheme, which this run
+            would replace. None skips this check.
+        inputs: Folders that the run reads and must not write to.
+        overwrite: Allow a folder that holds something else.
+
+    Raises:
+        OutputError: The folder is an input, or it holds something else and `overwrite` is False.
     """
     folder = check_output(directory, EVALUATION, inputs=inputs, overwrite=overwrite)
     if scheme is None or overwrite:
         return
     try:
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("scheme", scheme)
+        previous = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("scheme", scheme)
     except (OSError, ValueError, AttributeError):
         return  # no finished results, or none that can be read
-    if before != scheme:
+    if previous != scheme:
         raise OutputError(
-            f"{directory} holds the results of {before!r}, and those of {scheme!r} would replace them. Give another "
-            "folder, or --overwrite (overwrite=True in Python) to replace them."
+            f"{directory} holds the results of {previous!r}, and this run would replace them with those of {scheme!r}. "
+            "Give another folder, or --overwrite (overwrite=True in Python) to replace them."
         )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put a file in place in one step, so that a reader or a crash never meets half of it."""
+    """Write a file in one step, so that no reader and no crash ever sees half of it."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(name, 0o644)  # mkstemp creates files that only their owner can read
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How a fact is hidden in a text and asked for, at the level of token ids."""
+"""Hide facts in a text and ask for them, at the level of token ids."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import PePatchError
 
 Draw = Callable[[np.random.Generator, int], list[str]]
+"""Draws a number of keys or values."""
 
 _COLOURS = (
     "amber azure beige black blue bronze brown copper coral cream crimson cyan golden green grey indigo ivory jade "
@@ -24,55 +25,57 @@ _ANIMALS = (
     "swan tapir tiger toad trout turtle walrus weasel whale wolf wombat zebra"
 ).split()
 TOKEN_KEYS = 64
-"""How many `<k..>` and how many `<v..>` tokens the demo's vocabulary has."""
+"""Number of `<k..>` tokens, and of `<v..>` tokens, in the vocabulary of the demo."""
 
 CACHE_LIMIT = 1 << 16
+"""Texts that each cache of ids holds before it is cleared."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The words around a hidden fact.
-
-    `needle` holds `{key}` and `{value}`, `question` holds `{key}`, as may `lead`, the beginning of the answer that
-    is given with the question (in a chat the model's turn starts before it); `answer`, which follows, holds
-    `{value}`. `draw_keys(rng, n)` gives n different keys, `draw_values(rng, n)` n values. With `at_line` needles go
-    to line boundaries of the haystack where there are any.
-    """
+    """The words of a fact and of the question about it."""
 
     name: str
     needle: str
+    """The fact, with `{key}` and `{value}`."""
     question: str
+    """The question, with `{key}`."""
     draw_keys: Draw = field(repr=False)
+    """Draws distinct keys."""
     draw_values: Draw = field(repr=False)
+    """Draws values, which may repeat."""
     lead: str = ""
+    """Start of the answer, which the prompt includes; may have `{key}`. In a chat it begins the model's turn."""
     answer: str = "{value}"
+    """The rest of the answer, with `{value}`."""
     instruction: str = ""
+    """Text at the start of the prompt."""
     at_line: bool = False
+    """Put needles at line boundaries of the haystack if it has any."""
     several_values: tuple[str, str] | None = None
-    """Question and lead that ask for all values of a `{key}`, which are `{count}`; None where it cannot be asked."""
+    """Question and lead that ask for all `{count}` values of a `{key}`. None if this wording cannot ask for them."""
     several_keys: tuple[str, str] | None = None
-    """Question and lead that ask for the values of all `{keys}`; None: they are asked for one by one."""
+    """Question and lead that ask for the values of all `{keys}`. None asks for one value at a time."""
 
 
 @dataclass(frozen=True)
 class RetrievalSample:
-    """One question about one haystack.
-
-    `input_ids` [n] is the prompt, or with `answer_in_sequence` the whole sequence; the masks are boolean and as long.
-    `is_answer` marks the answers' tokens (none in a prompt). `is_needle` marks every other token that was spliced in
-    and cannot be predicted from the text: instruction, needles and questions. What neither marks is haystack.
-    `depth` is where the needle asked for first stands in the haystack: 0 is its start, 1 its end. `bare_ids` is the
-    first question with no haystack and no needle before it.
-    """
+    """One question about one haystack."""
 
     input_ids: np.ndarray
+    """The prompt [n], or with `answer_in_sequence` the whole sequence [n]."""
     answer_ids: np.ndarray
+    """Ids of the first answer [m]."""
     answer: str
     depth: float
+    """Position of the first requested needle in the haystack: 0 is its start, 1 its end."""
     needles: int
     is_answer: np.ndarray
+    """Boolean [n]: tokens of the answers. A prompt has none."""
     is_needle: np.ndarray
+    """Boolean [n]: instruction, needles and questions. All tokens in neither mask are haystack."""
     bare_ids: np.ndarray
+    """The first question without haystack and needles [k]."""
 
 
 def _draw_word_keys(rng: np.random.Generator, count: int) -> list[str]:
@@ -86,7 +89,9 @@ def _draw_numbers(rng: np.random.Generator, count: int) -> list[str]:
 
 def _draw_token_keys(rng: np.random.Generator, count: int) -> list[str]:
     if count > TOKEN_KEYS:
-        raise PePatchError(f"The 'tokens' wording has {TOKEN_KEYS} keys, {count} needles were asked for.")
+        raise PePatchError(
+            f"The 'tokens' wording has {TOKEN_KEYS} keys, so needles must be at most {TOKEN_KEYS}, got {count}."
+        )
     return [f"<k{key}>" for key in rng.permutation(TOKEN_KEYS)[:count]]
 
 
@@ -125,13 +130,13 @@ WORDINGS: dict[str, Wording] = {
 
 
 def wording_for(tokenizer: Any) -> Wording:
-    """`tokens` where the vocabulary has the demo's key and value tokens, `english` elsewhere."""
+    """Return the `tokens` wording if the vocabulary has the demo's key and value tokens, else `english`."""
     vocabulary = tokenizer.get_vocab()
     return WORDINGS["tokens" if "<k0>" in vocabulary and "<v0>" in vocabulary else "english"]
 
 
 class _Encoder:
-    """A tokenizer's ids of short texts, each made once, and which of its tokens end a line."""
+    """A cache of the ids of short texts, and of the tokens that end a line, for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.ids: dict[str, np.ndarray] = {}
@@ -142,7 +147,7 @@ class _Encoder:
         self._line_end: np.ndarray | None = None
 
     def line_end(self, tokenizer: Any) -> np.ndarray:
-        """Boolean [vocabulary]: the token ends with a line feed, in byte-level, SentencePiece or plain spelling."""
+        """Return a mask [vocabulary] of the tokens that end with a line feed (byte-level, SentencePiece or plain)."""
         if self._line_end is None:
             vocabulary = tokenizer.get_vocab()
             table = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
@@ -151,7 +156,7 @@ class _Encoder:
         return self._line_end
 
 
-# Keyed weakly, and no value holds its tokenizer: a dropped tokenizer takes its cache along.
+# Weak keys, and no value refers to its tokenizer: the cache of a deleted tokenizer is freed with it.
 _ENCODERS: WeakKeyDictionary[Any, _Encoder] = WeakKeyDictionary()
 
 
@@ -162,31 +167,31 @@ def _encoder(tokenizer: Any) -> _Encoder:
 
 
 def start_ids(tokenizer: Any) -> np.ndarray:
-    """The token that the tokenizer starts every text with [1], or none [0]."""
+    """Return the token that the tokenizer starts every text with [1], or no token [0]."""
     return _encoder(tokenizer).prefix
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """The ids of `text` [n], int64, without special tokens; cached, so treat them as read-only."""
+    """Return the ids [n] of a text without special tokens, int64. The array is cached: do not write to it."""
     cache = _encoder(tokenizer).ids
     if text not in cache:
         if len(cache) >= CACHE_LIMIT:
             cache.clear()
-        # verbose=False: a haystack is meant to be longer than the tokenizer's own limit
+        # verbose=False: a haystack may be longer than the model_max_length of the tokenizer
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         cache[text] = np.array(ids, dtype=np.int64)
     return cache[text]
 
 
 def encode_pair(tokenizer: Any, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a question and of its answer as they stand when written together, where the tokenizer allows."""
+    """Return the ids of a question and of its answer, encoded together if that leaves the question's ids unchanged."""
     cache = _encoder(tokenizer).pairs
     if (question, answer) not in cache:
         if len(cache) >= CACHE_LIMIT:
             cache.clear()
-        head, whole = encode(tokenizer, question), encode(tokenizer, question + answer)
-        joined = len(whole) > len(head) and np.array_equal(whole[: len(head)], head)
-        cache[question, answer] = head, whole[len(head) :] if joined else encode(tokenizer, answer)
+        head, both = encode(tokenizer, question), encode(tokenizer, question + answer)
+        unchanged = len(both) > len(head) and np.array_equal(both[: len(head)], head)
+        cache[question, answer] = head, both[len(head) :] if unchanged else encode(tokenizer, answer)
     return cache[question, answer]
 
 
@@ -204,22 +209,35 @@ def make_sample(
     head: np.ndarray | None = None,
     tail: str = "",
 ) -> RetrievalSample:
-    """Hide `needles` facts in a piece of the haystack and ask for the first; prompt and answer fill `length` exactly.
+    """Hide facts in a random piece of the haystack and ask for the first one.
 
-    The piece starts at a random place. `depth` places the needle that is asked for first (0 to 1), the others fall
-    anywhere. The same `rng` state gives the same facts, question and depths at every length. `answer_in_sequence`
-    gives the whole sequence with `queries` questions and answers at its end, for training. `head` [n] is what the
-    prompt starts with (default: what the tokenizer starts a text with), `tail` what stands between a question and its
-    lead. Nothing is ever cut: a length too small or a haystack too short raises `PePatchError`.
+    Prompt and answer together have exactly `length` tokens. The same state of `rng` gives the same facts, question and
+    depths at every length.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        haystack_ids: Token ids of the text [tokens].
+        wording: Words of facts and questions.
+        length: Tokens of the prompt and its answer.
+        needles: Number of facts.
+        queries: Number of questions at the end of a training sequence; 1 for a prompt.
+        depth: Position of the first requested needle, from 0 (start) to 1 (end). None draws it, as for all others.
+        rng: Random generator.
+        answer_in_sequence: Return the whole sequence with questions and answers, for training.
+        head: Ids that the prompt starts with [n]. None is the tokenizer's start token.
+        tail: Text between a question and its lead.
+
+    Raises:
+        PePatchError: The length is too small, the haystack too short, or a number is out of range. Nothing is ever cut.
     """
     if not 1 <= queries <= needles:
-        raise PePatchError(f"queries must be between 1 and needles ({needles}), got {queries}.")
+        raise PePatchError(f"queries must be between 1 and the number of needles ({needles}), got {queries}.")
     if queries > 1 and not answer_in_sequence:
-        raise PePatchError("Several questions need answer_in_sequence=True: a prompt ends where one answer starts.")
+        raise PePatchError(f"queries={queries} needs answer_in_sequence=True: a prompt has only one question.")
     if depth is not None and not 0 <= depth <= 1:
         raise PePatchError(f"depth must be between 0 (start of the haystack) and 1 (its end), got {depth}.")
     keys, values = wording.draw_keys(rng, needles), wording.draw_values(rng, needles)
-    # Every draw is independent of the length, so that a control at another length asks the same question.
+    # No draw depends on the length, so that the control at another length asks the same question.
     depths, start = rng.random(needles), rng.random()
     if depth is not None:
         depths[0] = depth
@@ -231,11 +249,11 @@ def make_sample(
     used = len(head) + sum(map(len, facts)) + sum(len(question) + len(answer) for question, answer in asked)
     piece = take_piece(haystack_ids, length - used, start, f"{needles} needles and {queries} questions", used)
     cuts = place(tokenizer, wording, piece, depths)
-    parts = [(head, 1), *splice(piece, facts, cuts)]
+    segments = [(head, 1), *splice(piece, facts, cuts)]
     for question, answer in asked:
-        parts += [(question, 1), (answer, 2)] if answer_in_sequence else [(question, 1)]
-    ids = np.concatenate([part for part, _ in parts])
-    kind = np.repeat([mark for _, mark in parts], [len(part) for part, _ in parts])
+        segments += [(question, 1), (answer, 2)] if answer_in_sequence else [(question, 1)]
+    ids = np.concatenate([segment for segment, _ in segments])
+    kind = np.repeat([mark for _, mark in segments], [len(segment) for segment, _ in segments])
     return RetrievalSample(
         input_ids=ids,
         answer_ids=asked[0][1],
@@ -249,22 +267,34 @@ def make_sample(
 
 
 def _question(tokenizer: Any, wording: Wording, tail: str, key: str, value: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a question with its lead, and of its answer."""
     question = wording.question.format(key=key) + tail + wording.lead.format(key=key)
     return encode_pair(tokenizer, question, wording.answer.format(value=value))
 
 
 def take_piece(haystack_ids: Sequence[int] | np.ndarray, size: int, start: float, what: str, used: int) -> np.ndarray:
-    """`size` ids of the haystack from `start` (0 to 1) on; `what` takes `used` tokens beside it, as errors say."""
+    """Return a piece of the haystack.
+
+    Args:
+        haystack_ids: Token ids [tokens].
+        size: Tokens of the piece.
+        start: Position of the piece, from 0 (first possible) to 1 (last possible).
+        what: Names the rest of the prompt, for the error.
+        used: Tokens of the rest of the prompt, for the error.
+
+    Raises:
+        PePatchError: The size is negative, or the haystack is shorter.
+    """
     if size < 0:
-        raise PePatchError(f"{used + size} tokens are too few: {what} alone take {used}. Ask for a greater length.")
+        raise PePatchError(f"{used + size} tokens are too few: {what} alone take {used}. Use a greater length.")
     if len(haystack_ids) < size:
-        raise PePatchError(f"The haystack has {len(haystack_ids)} tokens, {size} are needed. Give a longer text.")
+        raise PePatchError(f"The haystack has {len(haystack_ids)} tokens, but {size} are needed. Give a longer text.")
     first = int(start * (len(haystack_ids) - size + 1))
     return np.asarray(haystack_ids[first : first + size], dtype=np.int64)
 
 
 def place(tokenizer: Any, wording: Wording, piece: np.ndarray, depths: np.ndarray) -> np.ndarray:
-    """Where each needle goes: [needles] offsets into the piece, moved to the nearest line boundary if so worded."""
+    """Return the offset of each needle in the piece [needles], at the nearest line boundary if `wording.at_line`."""
     cuts = np.rint(depths * len(piece)).astype(np.int64)
     if not wording.at_line or not len(piece):
         return cuts
@@ -276,11 +306,20 @@ def place(tokenizer: Any, wording: Wording, piece: np.ndarray, depths: np.ndarra
 
 
 def splice(piece: np.ndarray, facts: list[np.ndarray], cuts: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """The piece with each fact at its cut, as (ids, mark) parts; mark 1 is a needle, 0 the haystack."""
-    parts: list[tuple[np.ndarray, int]] = []
-    at = 0
+    """Insert each fact at its offset.
+
+    Args:
+        piece: Token ids of the haystack [n].
+        facts: Token ids of each fact.
+        cuts: Offset of each fact in the piece [facts].
+
+    Returns:
+        Segments as (ids, mark). The mark is 1 for a needle and 0 for the haystack.
+    """
+    segments: list[tuple[np.ndarray, int]] = []
+    end = 0
     for index in np.argsort(cuts, kind="stable"):
         cut = int(cuts[index])
-        parts += [(piece[at:cut], 0), (facts[index], 1)]
-        at = cut
-    return [*parts, (piece[at:], 0)]
+        segments += [(piece[end:cut], 0), (facts[index], 1)]
+        end = cut
+    return [*segments, (piece[end:], 0)]

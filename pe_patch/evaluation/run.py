@@ -1,4 +1,4 @@
-"""`evaluate`: tasks times lengths on a model that is already loaded, with nothing cut and everything counted."""
+"""`evaluate`: measure tasks at several lengths on a loaded model, without cutting any prompt."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from typing import Any
 import torch
 
 from ..errors import PePatchError
-from .bench import Bench, Piece
+from .context import EvaluationContext, PromptTemplate, WorkUnit
 from .corpus import Corpus
 from .journal import Journal
-from .prompts import Frame
+from .model import DryRunModel, EvaluatedModel, model_fingerprint, scheme_label, tokenizer_hash, windows
 from .results import Results, Row, check_results_folder, write_atomically
-from .subject import Rehearsal, Subject, model_fingerprint, scheme_label, tokenizer_hash, windows
 from .tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where the needle stands: the middles of five equal parts of the haystack."""
+"""Needle positions: the centres of five equal parts of the haystack."""
 
 
 def evaluate(
@@ -51,35 +50,61 @@ def evaluate(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Results:
-    """Measure a loaded model at several lengths, each score beside the same questions within its native window.
+    """Measure a loaded model at several lengths. Each score comes with the same questions within the native window.
 
-    `tasks` are names from TASKS or GROUPS, or instances; `task_options` go to those named that take them. `lengths`
-    are in tokens, the answer included (default: the model's window). `samples` questions per length are shared out
-    over `depths`. `text` is a list of documents, a source `pe_patch.data.text.load_documents` knows, or a Corpus, which
-    several evaluations can share. Loss alone says little about context, so a retrieval task is added unless
-    `retrieval=False`. A length beyond the model's window is an error unless `beyond_window=True`. `label` names the
-    model in the rows. `chat` puts prompts into the tokenizer's chat template. With `output`, a folder, every row is
-    kept there as soon as it is measured, and one that is there already is not measured again; the answers behind
-    the rows are in its `answers.jsonl`. A folder with anything else in it, or with the results of another scheme, is
-    refused unless `overwrite=True`. `dry_run` does everything but run the model: what would raise for want of a file,
-    of text or of length raises now. It gives no rows and writes nothing. Raises `PePatchError` wherever a prompt would
-    have been cut.
+    Args:
+        model: A causal language model, patched or not.
+        tokenizer: Its tokenizer.
+        tasks: Names from TASKS or GROUPS, or task instances.
+        lengths: Lengths in tokens, answer included. None is the model's effective window.
+        samples: Questions per length, divided over `depths`.
+        depths: Positions of the answer in the text, from 0 (start) to 1 (end).
+        batch_size: Sequences per forward pass. None plans it from the free memory.
+        seed: Random seed for questions and text spots.
+        text: A list of documents, a source that `pe_patch.data.text.load_documents` knows, or a Corpus, which several
+            evaluations can share.
+        control_length: Length in tokens of the control. None is the native window (the shortest length if it is
+            unknown), or the longest length if that is less.
+        beyond_window: Allow lengths beyond the effective window.
+        retrieval: Add the task `needle` if no task retrieves, because loss alone does not show that context is used.
+        autocast: Dtype for torch.autocast. None disables it.
+        label: Name of the model in the rows. None describes its scheme.
+        progress: Show a progress bar on stderr.
+        chat: Put prompts into the tokenizer's chat template.
+        task_options: Options for the named tasks that have them.
+        output: Folder for the results. Each row is saved as soon as it is measured, and rows that the folder already
+            has are not measured again. `answers.jsonl` has the answers behind the rows. None saves nothing.
+        overwrite: Write to `output` even if it holds something else, or the results of another scheme.
+        dry_run: Do everything except run the model, so that a missing file, a short text or a wrong length raises now.
+            Writes nothing.
+
+    Returns:
+        The rows and the configuration; no rows for a dry run.
+
+    Raises:
+        PePatchError: A prompt would be cut, a length is beyond the window, or the text is too short.
+        UnknownNameError: A task or one of its named options does not exist.
+        OptionError: No task has an option of `task_options`, or `chat` has no chat template.
+        OutputError: `output` holds something else and `overwrite` is False.
     """
     if output is not None:
         output = Path(output).expanduser()
         name = label or scheme_label(model)
         check_results_folder(output, scheme=name, inputs=[model.config._name_or_path, text], overwrite=overwrite)
     native, effective = windows(model)
-    chosen = _with_retrieval(_tasks(tasks, task_options), retrieval)
-    wanted = _lengths(lengths, effective, beyond_window)
-    control = control_length or min(native or min(wanted), max(wanted))
+    chosen = _with_retrieval(_find_tasks(tasks, task_options), retrieval)
+    checked_lengths = _check_lengths(lengths, effective, beyond_window)
+    control = control_length or min(native or min(checked_lengths), max(checked_lengths))
     if min(samples, control) < 1 or not depths:
-        raise PePatchError("samples and control_length must be at least 1, and depths must not be empty.")
-    corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*wanted, control))
-    bench = Bench(
-        subject=(Rehearsal if dry_run else Subject)(model, tokenizer, batch_size, autocast),
+        raise PePatchError(
+            f"samples and control_length must be at least 1, and depths must not be empty; got samples={samples}, "
+            f"control_length={control} and depths={tuple(depths)}."
+        )
+    corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*checked_lengths, control))
+    context = EvaluationContext(
+        model=(DryRunModel if dry_run else EvaluatedModel)(model, tokenizer, batch_size, autocast),
         corpus=corpus,
-        lengths=wanted,
+        lengths=checked_lengths,
         depths=tuple(depths),
         samples=samples,
         seed=seed,
@@ -87,57 +112,58 @@ def evaluate(
         scheme=label or scheme_label(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
         model_hash="" if output is None or dry_run else model_fingerprint(model),
-        frame=Frame.of(tokenizer, chat),
+        template=PromptTemplate.of(tokenizer, chat),
         journal=Journal(None if dry_run else output),
     )
-    plan = _plan(bench, chosen)
-    results = Results(config=_config(bench, chosen, native, effective))
+    plan = _plan(context, chosen)
+    results = Results(config=_config(context, chosen, native, effective))
     if dry_run:
-        for _, _, _, piece in plan:
-            piece.measure()
+        for _, _, _, unit in plan:
+            unit.measure()
         return results
-    todo = sum(piece.tokens for key, _, _, piece in plan if key not in bench.journal)
+    remaining_tokens = sum(unit.tokens for key, _, _, unit in plan if key not in context.journal)
     answers: list[dict[str, Any]] = []
-    with _progress(bench, todo, progress) as describe:
-        for key, task, length, piece in plan:
+    with _progress_bar(context, remaining_tokens, progress) as describe:
+        for key, task, length, unit in plan:
             describe(f"{task.name} at {length}")
-            entry = bench.journal.get(key) or _measured(bench, key, piece)
+            entry = context.journal.get(key) or _measure(context, key, unit)
             results.rows += [Row(**row) for row in entry["rows"]]
-            answers += [{"scheme": bench.scheme, **answer} for answer in entry["answers"]]
+            answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
     if output is not None:
-        folder = results.save(output, overwrite=True)  # checked at the start
+        folder = results.save(output, overwrite=True)  # check_results_folder has checked it
         write_atomically(folder / "answers.jsonl", "".join(f"{json.dumps(a, ensure_ascii=False)}\n" for a in answers))
     return results
 
 
-def _plan(bench: Bench, tasks: Sequence[Task]) -> list[tuple[str, Task, int, Piece]]:
-    """Every piece of work with its key, shorter lengths first."""
+def _plan(context: EvaluationContext, tasks: Sequence[Task]) -> list[tuple[str, Task, int, WorkUnit]]:
+    """List every unit of work with its key, task and length, shorter lengths first."""
     return [
-        (bench.key(task, length, piece.name), task, length, piece)
-        for length in bench.lengths
+        (context.key(task, length, unit.name), task, length, unit)
+        for length in context.lengths
         for task in tasks
-        for piece in task.pieces(bench, length)
+        for unit in task.work_units(context, length)
     ]
 
 
-def _measured(bench: Bench, key: str, piece: Piece) -> dict[str, Any]:
-    outcome = piece.measure()
+def _measure(context: EvaluationContext, key: str, unit: WorkUnit) -> dict[str, Any]:
+    """Measure a unit of work and return its journal entry."""
+    outcome = unit.measure()
     rows = [asdict(replace(row, key=key)) for row in outcome.rows]
-    bench.journal.put(key, {"rows": rows, "answers": list(outcome.answers)})
-    entry = bench.journal.get(key)
+    context.journal.put(key, {"rows": rows, "answers": list(outcome.answers)})
+    entry = context.journal.get(key)
     assert entry is not None
     return entry
 
 
-def _tasks(tasks: Sequence[str | Task] | str | Task, options: Mapping[str, Any] | None) -> list[Task]:
+def _find_tasks(tasks: Sequence[str | Task] | str | Task, options: Mapping[str, Any] | None) -> list[Task]:
     several = tasks if isinstance(tasks, Sequence) and not isinstance(tasks, str) else [tasks]
     if not several:
-        raise PePatchError("Give at least one task.")
+        raise PePatchError("Give at least one task. Example: tasks=['perplexity', 'needle'].")
     return find_tasks(several, options)
 
 
 def _with_retrieval(tasks: list[Task], retrieval: bool) -> list[Task]:
-    """Loss does not stand alone: fine-tuning without any scheme repairs it and leaves retrieval broken."""
+    """Add a retrieval task if there is none: fine-tuning without a scheme repairs the loss but not retrieval."""
     if not retrieval or any(getattr(task, "retrieves", False) for task in tasks):
         return tasks
     logger.warning(
@@ -146,43 +172,44 @@ def _with_retrieval(tasks: list[Task], retrieval: bool) -> list[Task]:
     return [*tasks, Needle()]
 
 
-def _lengths(lengths: Sequence[int] | int | None, effective: int | None, beyond_window: bool) -> list[int]:
+def _check_lengths(lengths: Sequence[int] | int | None, effective: int | None, beyond_window: bool) -> list[int]:
+    """Return the lengths in ascending order without duplicates."""
     if lengths is None:
         if effective is None:
-            raise PePatchError("The model's configuration names no window: say which lengths to measure.")
+            raise PePatchError("The model's configuration has no window: give lengths. Example: lengths=[4096, 8192].")
         lengths = effective
-    wanted = sorted(set([lengths] if isinstance(lengths, int) else lengths))
-    if not wanted or wanted[0] < 1:
+    ordered = sorted(set([lengths] if isinstance(lengths, int) else lengths))
+    if not ordered or ordered[0] < 1:
         raise PePatchError(f"lengths must be positive numbers of tokens, got {lengths}.")
-    if effective is not None and wanted[-1] > effective and not beyond_window:
+    if effective is not None and ordered[-1] > effective and not beyond_window:
         raise PePatchError(
-            f"Length {wanted[-1]} is beyond the model's window of {effective} tokens. Extend it with patch_model(...), "
-            "ask for a smaller length, or pass beyond_window=True to see what happens there."
+            f"Length {ordered[-1]} is beyond the model's window of {effective} tokens. Extend it with "
+            "patch_model(...), use a smaller length, or pass beyond_window=True to measure it all the same."
         )
-    return wanted
+    return ordered
 
 
-def _config(bench: Bench, tasks: list[Task], native: int | None, effective: int | None) -> dict[str, Any]:
-    """What another run needs to give the same rows."""
-    model = bench.subject.model
+def _config(context: EvaluationContext, tasks: list[Task], native: int | None, effective: int | None) -> dict[str, Any]:
+    """Collect what another run needs to reproduce the rows."""
+    model = context.model.model
     return {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "scheme": bench.scheme,
+        "scheme": context.scheme,
         "native_window": native,
         "effective_window": effective,
         "tasks": [repr(task) for task in tasks],
-        "lengths": list(bench.lengths),
-        "depths": list(bench.depths),
-        "samples": bench.samples,
-        "control_length": bench.control_length,
-        "seed": bench.seed,
-        "text": bench.corpus.name,
-        "text_hash": bench.corpus.hash,
-        "bytes_per_token": bench.corpus.bytes_per_token,
-        "tokenizer_hash": bench.tokenizer_hash,
-        "chat": bench.frame.chat,
-        "precision": str(bench.subject.autocast or next(model.parameters()).dtype),
-        "device": str(bench.subject.device),
+        "lengths": list(context.lengths),
+        "depths": list(context.depths),
+        "samples": context.samples,
+        "control_length": context.control_length,
+        "seed": context.seed,
+        "text": context.corpus.name,
+        "text_hash": context.corpus.hash,
+        "bytes_per_token": context.corpus.bytes_per_token,
+        "tokenizer_hash": context.tokenizer_hash,
+        "chat": context.template.chat,
+        "precision": str(context.model.autocast or next(model.parameters()).dtype),
+        "device": str(context.model.device),
         "versions": _versions(),
     }
 
@@ -190,16 +217,16 @@ def _config(bench: Bench, tasks: list[Task], native: int | None, effective: int 
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in ("pe_patch", "torch", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 @contextlib.contextmanager
-def _progress(bench: Bench, tokens: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A bar over the tokens the model is given, with the time left; it goes to stderr."""
+def _progress_bar(context: EvaluationContext, tokens: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar over tokens on stderr. Yields a function that sets its text."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -211,6 +238,6 @@ def _progress(bench: Bench, tokens: int, shown: bool) -> Iterator[Callable[[str]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        work = bar.add_task(bench.scheme, total=tokens)
-        bench.subject.advance = lambda tokens: bar.advance(work, tokens)
-        yield lambda what: bar.update(work, description=f"{bench.scheme}: {what}")
+        work = bar.add_task(context.scheme, total=tokens)
+        context.model.advance = lambda tokens: bar.advance(work, tokens)
+        yield lambda text: bar.update(work, description=f"{context.scheme}: {text}")

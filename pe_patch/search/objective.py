@@ -12,8 +12,8 @@ import numpy as np
 
 from ..errors import OptionError, PePatchError
 from ..evaluation.corpus import Corpus
+from ..evaluation.model import EvaluatedModel
 from ..evaluation.retrieval import make_sample, start_ids, wording_for
-from ..evaluation.subject import Subject
 from ..patching.api import patched
 
 TARGETS = 2048
@@ -115,7 +115,7 @@ def make_material(
 class Objective:
     """The mean loss in nats of a model's targets under a scheme; the model is given back as it was each time."""
 
-    def __init__(self, subject: Subject, material: Material, on_existing: str = "error") -> None:
+    def __init__(self, subject: EvaluatedModel, material: Material, on_existing: str = "error") -> None:
         self.subject, self.material, self.on_existing = subject, material, on_existing
 
     def __call__(self, scheme: str, **options: Any) -> float:

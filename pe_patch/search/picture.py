@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import altair as alt
 
 from ..evaluation.charts.chart import Chart, data
-from ..evaluation.charts.parts import series
+from ..evaluation.charts.components import scheme_encoding
 
 if TYPE_CHECKING:
     from .result import SearchResult
@@ -33,7 +33,7 @@ def _scores(found: SearchResult, names: list[str]) -> alt.LayerChart:
     scores = [one.score for one in found.history] + list(found.baselines.values())
     wide = min(scores) > 0 and max(scores) > WIDE_RANGE * min(scores)
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=False)
-    look = series(names, names)
+    look = scheme_encoding(names, names)
     x = alt.X(
         "generation:Q", title="generation", scale=alt.Scale(nice=False, padding=6),
         axis=alt.Axis(tickMinStep=1, format="d", grid=False),
@@ -53,7 +53,7 @@ def _scores(found: SearchResult, names: list[str]) -> alt.LayerChart:
 def _factors(found: SearchResult, names: list[str]) -> alt.LayerChart:
     lists = {**found.known, SEARCHED: found.best.factors}
     rows = [{"scheme": n, "pair": k, "factor": value} for n, values in lists.items() for k, value in enumerate(values)]
-    look = series(names, names)
+    look = scheme_encoding(names, names)
     base = alt.Chart(data(rows)).encode(
         x=alt.X(
             "pair:Q",

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoints.folders import SEARCH, check_output
 from ..evaluation.corpus import Corpus
-from ..evaluation.subject import Subject, model_fingerprint
+from ..evaluation.model import EvaluatedModel, model_fingerprint
 from .evolution import Schedule, evolve
 from .folder import SearchJournal, settle
 from .objective import Objective, check_samples, make_material
@@ -79,8 +79,8 @@ def search(
         starts = [space.given(start), *starts]
     schedule.check(len(starts))
     material = make_material(method, tokenizer, text, length, samples, needles, seed, targets)
-    subject = Subject(model, tokenizer, batch_size)
-    subject.batch_size = subject.batch(length, logits=material.targets + 1, cached=False)
+    subject = EvaluatedModel(model, tokenizer, batch_size)
+    subject.batch_size = subject.plan_batch_size(length, logits=material.targets + 1, cached=False)
     settings = {
         "method": method, "length": length, "samples": samples, "needles": needles,
         "targets": material.targets, **asdict(schedule), "seed": seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..evaluation.tables import is_loss
+from ..evaluation.results import is_loss
 
 SMOOTHED = 0.1
 """Of the steps so far, the share whose mean the line shows."""

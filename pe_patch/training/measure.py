@@ -53,7 +53,7 @@ class Measure:
 
     def settle(self, model: Any) -> None:
         """Choose the lengths where the recipe names none; `model` is as it was loaded."""
-        from ..evaluation.subject import windows
+        from ..evaluation.model import windows
 
         self.lengths = self.lengths or sorted({windows(model)[0] or self.target, self.target})
 

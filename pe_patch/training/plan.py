@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from ..evaluation.planning import free_bytes
+from ..evaluation.model import free_bytes
 from .data import mix_notes, mix_table
 from .log import gigabytes, table
 from .recipe import Phase, Recipe, RecipeError

@@ -1,4 +1,4 @@
-"""The charts of a report: Vega-Lite specifications, one file for each question that a chart answers."""
+"""The charts of a report as Vega-Lite specifications, one file per chart."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ __all__ = ["DARK", "LIGHT", "CacheLine", "Chart", "Colours", "cache_chart", "cha
 
 
 def charts_of(results: Results, frequencies: Mapping[str, np.ndarray] | None = None) -> list[Chart]:
-    """Every chart that these results have something for, in the order in which they are read."""
-    found = [
+    """Return every chart that the results have data for, in reading order.
+
+    Args:
+        results: Results of an evaluation.
+        frequencies: Inverse frequencies [pairs] by scheme name, for the chart of wavelengths.
+    """
+    charts = [
         task_chart(results),
         retrieval_chart(results),
         *depth_charts(results),
@@ -31,4 +36,4 @@ def charts_of(results: Results, frequencies: Mapping[str, np.ndarray] | None = N
         position_chart(results),
         wavelength_chart(results, frequencies or {}),
     ]
-    return [chart for chart in found if chart is not None]
+    return [chart for chart in charts if chart is not None]

@@ -1,4 +1,4 @@
-"""Loss and retrieval against the cache."""
+"""The chart of loss and retrieval against the size of the cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ from .theme import LIGHT, SHAPES, Colours
 
 @dataclass(frozen=True)
 class CacheLine:
-    """One way to a smaller cache, over several sizes: rows with bytes, a loss and a share of answers each."""
+    """One method of making the cache smaller, at several sizes."""
 
     name: str
     rows: Sequence[Mapping[str, Any]]
+    """For each size a mapping with `cached_bytes_per_token`, `loss` and `retrieval`."""
     colour: int
-    """Number of the colour and the marker."""
+    """Index of the colour and the marker."""
     dashed: bool = False
 
 
 def cache_chart(lines: Sequence[CacheLine], original: Mapping[str, Any], title: str, colours: Colours = LIGHT) -> bytes:
-    """Loss and retrieval against what a token leaves in the cache, as PNG; the original is a horizontal line."""
+    """Draw loss and retrieval against the cache bytes per token.
+
+    Args:
+        lines: One line per method.
+        original: The original model, with the keys of a line's rows and `questions`. It is a horizontal line.
+        title: Title of the picture.
+        colours: Colours of the picture.
+
+    Returns:
+        The picture as PNG.
+    """
     whole = original["cached_bytes_per_token"]
     shown = {
         "loss": ("loss on held-out text (nats per token)", alt.Scale(zero=False)),
@@ -34,7 +45,7 @@ def cache_chart(lines: Sequence[CacheLine], original: Mapping[str, Any], title: 
         ),
     }
     panels = tuple(_panel(lines, original, measure, *look, colours) for measure, look in shown.items())
-    subtitle = f"Dotted: the original, which keeps {whole:,} bytes for each token."
+    subtitle = f"Dotted: the original, which caches {whole:,} bytes per token."
     return Chart("cache", title, panels, subtitle, columns=2).png(colours)
 
 
@@ -47,19 +58,19 @@ def _panel(
     colours: Colours,
 ) -> alt.LayerChart:
     whole, names = original["cached_bytes_per_token"], [line.name for line in lines]
-    found = [
+    points = [
         {"line": line.name, "size": row["cached_bytes_per_token"], "value": row[measure]}
         for line in lines
         for row in line.rows
     ]
-    sizes = sorted({one["size"] for one in found})
+    sizes = sorted({point["size"] for point in points})
     labels = {size: [f"{size:,}", f"{size / whole:.2%}".replace(".00%", "%")] for size in sizes}
-    # Vega has no table of labels: a chain of conditions over numbers, which is all that is put into the expression
-    words = "".join(f"datum.value == {size} ? {words!r} : " for size, words in labels.items()) + "datum.value"
+    # Vega has no label table. This chain of conditions contains only numbers, so nothing needs escaping.
+    label_expression = "".join(f"datum.value == {size} ? {text!r} : " for size, text in labels.items()) + "datum.value"
     x = alt.X(
         "size:Q", title="cache: bytes per token in all layers, and share of the original",
         scale=alt.Scale(type="log", base=2, nice=False, padding=12),
-        axis=alt.Axis(values=sizes, labelExpr=words, grid=False),
+        axis=alt.Axis(values=sizes, labelExpr=label_expression, grid=False),
     )  # fmt: skip
     palette = colours["series"][1:]
     y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6))
@@ -75,9 +86,9 @@ def _panel(
         "opacity": alt.Opacity("line:N", scale=by_line([0.65 if line.dashed else 1.0 for line in lines]), legend=None),
     }
     shape = alt.Shape("line:N", scale=by_line([SHAPES[line.colour % len(SHAPES)] for line in lines]), legend=legend)
-    # in a legend's filled signs dashes are only ragged edges
+    # dashes would only fray the edges of the legend's filled markers
     dash = alt.StrokeDash("line:N", scale=by_line([[5, 4] if line.dashed else [1, 0] for line in lines]), legend=None)
-    base = alt.Chart(data(found)).encode(x=x, y=y, **look)
+    base = alt.Chart(data(points)).encode(x=x, y=y, **look)
     level = alt.Chart(data([{"value": original[measure]}])).encode(y=y)
     return alt.layer(
         level.mark_rule(style="original", strokeDash=[2, 3], strokeWidth=1.6),

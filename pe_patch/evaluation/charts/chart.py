@@ -1,4 +1,4 @@
-"""A chart: one definition for the page, where it can be touched, and for the picture beside it."""
+"""A chart: one definition for the interactive page and for the PNG."""
 
 from __future__ import annotations
 
@@ -17,66 +17,69 @@ from .theme import LIGHT, Colours, theme
 
 Panel = alt.Chart | alt.LayerChart
 
-WIDE = 960
-"""Pixels of a page on which all columns stand side by side."""
+FULL_WIDTH = 960
+"""Pixels of page width at which all columns fit next to each other."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that are read together, in Vega-Lite, without colours of their own.
-
-    `name` is that of the picture's file, without its ending. `title` says what is shown, `subtitle` what it was
-    measured on (samples, text, model), `caption` how to read it. `columns` panels stand side by side, on a narrow
-    page fewer.
-    """
+    """One or more Vega-Lite panels with a common title. The theme adds the colours."""
 
     name: str
+    """Name of the PNG, without its ending."""
     title: str
     panels: tuple[Panel, ...]
     subtitle: str = ""
+    """What was measured: samples, text and model."""
     caption: str = ""
+    """How to read the chart."""
     columns: int = 1
+    """Panels per line on a wide page. A narrow page has fewer."""
 
     def specifications(self) -> list[dict[str, Any]]:
-        """One Vega-Lite specification for each panel, as wide as the element that it is put in."""
-        found = []
+        """Return a Vega-Lite specification per panel, as wide as the element that contains it."""
+        specifications = []
         for panel in self.panels:
-            plain = _plain(panel)
-            plain["width"] = "container"
-            plain["autosize"] = {"type": "fit-x", "contains": "padding", "resize": True}
-            found.append(plain)
-        return found
+            specification = _specification(panel)
+            specification["width"] = "container"
+            specification["autosize"] = {"type": "fit-x", "contains": "padding", "resize": True}
+            specifications.append(specification)
+        return specifications
 
     @property
-    def least(self) -> int:
-        """The narrowest that a panel gets on the page, in pixels, before fewer stand side by side."""
-        return round(WIDE / self.columns)
+    def min_panel_width(self) -> int:
+        """Minimum width of a panel in pixels. On a narrower page a line has fewer panels."""
+        return round(FULL_WIDTH / self.columns)
 
     def png(self, colours: Colours = LIGHT) -> bytes:
-        """The picture, with title and subtitle; needs no browser and no network."""
+        """Render the chart as PNG with title and subtitle. This needs no browser and no network."""
         with warnings.catch_warnings():
-            # Altair tells that equal selections of the panels become one, which is what is meant
+            # Altair warns that it merges equal selections of the panels, which is intended
             warnings.filterwarnings("ignore", "Automatically deduplicated selection parameter", UserWarning)
-            whole = _plain(alt.concat(*self.panels, columns=self.columns, spacing=24))
+            specification = _specification(alt.concat(*self.panels, columns=self.columns, spacing=24))
         width = min(self.columns, len(self.panels)) * self.panels[0].width  # pyright: ignore[reportOperatorIssue]
         lines = textwrap.wrap(self.subtitle, max(50, round(width / 5.2)))
-        whole["title"] = _printable({"text": self.title, "subtitle": lines, "fontSize": 15, "offset": 14, "limit": 0})
-        whole["padding"] = 14
-        return vl_convert.vegalite_to_png(whole, scale=2.0 if len(self.panels) <= 4 else 1.5, config=theme(colours))
+        specification["title"] = _printable(
+            {"text": self.title, "subtitle": lines, "fontSize": 15, "offset": 14, "limit": 0}
+        )
+        specification["padding"] = 14
+        return vl_convert.vegalite_to_png(
+            specification, scale=2.0 if len(self.panels) <= 4 else 1.5, config=theme(colours)
+        )
 
 
-def _plain(panel: Any) -> dict[str, Any]:
-    """The specification alone: neither the theme that the user's Altair is set to nor its limit of rows."""
+def _specification(panel: Any) -> dict[str, Any]:
+    """Return the specification of a panel, independent of the theme and the row limit of the user's Altair."""
     with alt.data_transformers.enable("default", max_rows=None), alt.theme.enable("none"):
-        found = panel.to_dict()
-    found.pop("$schema")
-    return _printable(found)
+        specification = panel.to_dict()
+    specification.pop("$schema")
+    return _printable(specification)
 
 
 def _printable(value: Any) -> Any:
-    """Replace the control characters in every string of a specification, at which the renderer would abort.
+    """Replace the control characters in every string of a specification, because they abort the renderer.
 
-    Not by an escape: the renderer puts some strings into expressions, which would make the character of it again.
+    Escapes would not help: the renderer evaluates some strings as expressions, which turns escapes into the characters.
     """
     if isinstance(value, dict):
         return {_printable(key): _printable(inner) for key, inner in value.items()}
@@ -86,9 +89,10 @@ def _printable(value: Any) -> Any:
 
 
 def file_name(*parts: str) -> str:
-    """Letters, digits and hyphens of some words, for the name of a file."""
+    """Join words to a file name of lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")[:60] or "chart"
 
 
 def data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
+    """Wrap rows as inline data of a specification."""
     return alt.InlineData(values=[dict(row) for row in rows])

@@ -1,4 +1,4 @@
-"""A point with its interval for each scheme, in one panel for each column."""
+"""Dot plots: a point with its interval per scheme, and a panel per quantity."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import altair as alt
 
 from ...errors import PePatchError
 from .chart import Chart, data
-from .parts import side_by_side, tooltips
+from .components import panel_columns, tooltips
 
-SHOWN = {"label": "", "column": "measured", "number": "value", "interval": "95 % interval"}
-MORE = ("samples", "tokens", "control", "without_context", "measured_on")
+LABEL_TOOLTIPS = {"label": "", "column": "measured", "number": "value", "interval": "95 % interval"}
+OPTIONAL_TOOLTIPS = ("samples", "tokens", "control", "without_context", "measured_on")
 
 
 def dots(
@@ -24,20 +24,31 @@ def dots(
     caption: str = "",
     domain: tuple[float, float] | None = None,
 ) -> Chart:
-    """One panel for each `column`, one line for each `label`, in the order in which they first occur.
+    """Draw a panel per `column` with a line per `label`, both in order of first occurrence.
 
-    A row has `label`, `column` and `value`, may have `low` and `high` (the 95 % interval), `number` (the value as it
-    is shown; default four digits that count) and what its tooltip tells in words: `samples`, `tokens`, `control`,
-    `without_context`, `measured_on`. A `value` of None is left out of the panel, its label stays. Every panel has a
-    scale of its own, or `domain`. No rows, or a row that lacks one of the three, raises `PePatchError`.
+    Args:
+        rows: Mappings with `label`, `column` and `value`. A `value` of None leaves the line of its label empty.
+            Optional keys are `low` and `high` (the 95 % interval), `number` (the formatted value; four significant
+            digits by default) and the texts of the tooltip: `samples`, `tokens`, `control`, `without_context` and
+            `measured_on`.
+        name: Name of the PNG, without its ending.
+        title: Title of the chart.
+        subtitle: What was measured.
+        caption: How to read the chart.
+        domain: Limits of every horizontal axis. None scales each panel to its values.
+
+    Raises:
+        PePatchError: There are no rows, or a row lacks `label`, `column` or `value`.
     """
     if not rows or any(missing for row in rows if (missing := {"label", "column", "value"} - set(row))):
         raise PePatchError("A chart of dots needs rows, each with label, column and value.")
     labels = list(dict.fromkeys(str(row["label"]) for row in rows))
     columns = list(dict.fromkeys(str(row["column"]) for row in rows))
     records = [_record(row) for row in rows]
-    panels = [_panel([one for one in records if one["column"] == column], column, labels, domain) for column in columns]
-    return Chart(name, title, tuple(panels), subtitle, caption, columns=side_by_side(panels, 3))
+    panels = [
+        _panel([point for point in records if point["column"] == column], column, labels, domain) for column in columns
+    ]
+    return Chart(name, title, tuple(panels), subtitle, caption, columns=panel_columns(panels, 3))
 
 
 def _record(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,30 +61,33 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         "value": value,
         "low": low if bounded else None,
         "high": high if bounded else None,
-        "number": row.get("number") or (_shown(value)),
-        "interval": f"{_shown(low)} to {_shown(high)}" if bounded else "none",
-        **{key: str(row[key]) for key in MORE if row.get(key) is not None},
+        "number": row.get("number") or _format_value(value),
+        "interval": f"{_format_value(low)} to {_format_value(high)}" if bounded else "none",
+        **{key: str(row[key]) for key in OPTIONAL_TOOLTIPS if row.get(key) is not None},
     }
 
 
-def _shown(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     if value is None:
         return "not measured"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _panel(found: list[dict[str, Any]], column: str, labels: list[str], domain: tuple[float, float] | None) -> Any:
-    tips = tooltips(*(key for key in MORE if any(key in one for one in found)), extra=SHOWN | {"label": "scheme"})
-    # headings first, what was measured on last
-    tips = [*tips[-len(SHOWN) :], *tips[: -len(SHOWN)]]
+def _panel(points: list[dict[str, Any]], column: str, labels: list[str], domain: tuple[float, float] | None) -> Any:
+    tips = tooltips(
+        *(key for key in OPTIONAL_TOOLTIPS if any(key in point for point in points)),
+        extra=LABEL_TOOLTIPS | {"label": "scheme"},
+    )
+    # label and value first, `measured_on` last
+    tips = [*tips[-len(LABEL_TOOLTIPS) :], *tips[: -len(LABEL_TOOLTIPS)]]
     names = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=150)
-    style = "~s" if max(abs(one["value"] or 0) for one in found) >= 10_000 else ",.4~r"
+    style = "~s" if max(abs(point["value"] or 0) for point in points) >= 10_000 else ",.4~r"
     scale = alt.Scale(zero=False, padding=14) if domain is None else alt.Scale(domain=list(domain))
     x = alt.X("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, format=style))
     y = alt.Y("label:N", title=None, scale=alt.Scale(domain=labels), axis=names)
-    # scales over nothing make Vega warn: what is not there is left out here
-    base = alt.Chart(data([one for one in found if one["value"] is not None])).encode(y=y)
-    bounded = [one for one in found if one["value"] is not None and one["low"] is not None]
+    # leave empty layers out, since Vega warns about a scale without values
+    base = alt.Chart(data([point for point in points if point["value"] is not None])).encode(y=y)
+    bounded = [point for point in points if point["value"] is not None and point["low"] is not None]
     colour = alt.Color("scheme:N", scale=alt.Scale(domain=labels), legend=None)
     shape = alt.Shape("scheme:N", scale=alt.Scale(domain=labels), legend=None)
     rule = alt.Chart(data(bounded)).mark_rule(strokeWidth=2)

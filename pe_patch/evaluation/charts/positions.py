@@ -1,4 +1,4 @@
-"""Loss by position."""
+"""The chart of loss by position."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import altair as alt
 
 from ..results import Results, Row
 from .chart import Chart
+from .components import Record, length_axis, line_layers, model_and_text, tooltips, window_rule
 from .loss import BY_POSITION
-from .parts import Record, about, length_axis, lines, tooltips, window_mark
 
 HOW_TO_READ = (
-    "Lower is better. Each point pools the positions of a bucket, and stands at its last; buckets double. A line that "
-    "rises beyond the trained window belongs to a model that reads worse there. Different positions predict different "
-    "tokens: compare schemes, not positions."
+    "Lower is better. Each point pools the positions of a bucket and is drawn at the last of them; buckets double in "
+    "size. A line that rises beyond the trained window shows that the model predicts worse there. Different positions "
+    "predict different tokens: compare schemes, not positions."
 )
 
 
 def position_chart(results: Results) -> Chart | None:
-    """Loss by the number of tokens before the one predicted, at each scheme's greatest length; None without any."""
+    """Draw loss against the number of preceding tokens, at each scheme's longest length; None if not measured."""
     rows = [row for row in results.rows if BY_POSITION in row.measure and row.details.get("buckets")]
     longest = {row.scheme: row for row in sorted(rows, key=lambda row: row.length)}
-    found = [one for row in longest.values() for one in _buckets(row)]
-    if not found:
+    points = [point for row in longest.values() for point in _buckets(row)]
+    if not points:
         return None
-    edges = sorted({one["length"] for one in found})
+    edges = sorted({point["length"] for point in points})
     y = alt.Y("score:Q", title="nats per token", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
     x = length_axis(edges, "tokens before the one predicted")
     tips = tooltips("scheme", "number", "samples", "measured_on", extra={"positions": "tokens before it"})
-    marks = lines(found, results.values("scheme"), x, y, tips)
-    marks += window_mark(results.config.get("native_window"), edges, x)
+    marks = line_layers(points, results.values("scheme"), x, y, tips)
+    marks += window_rule(results.config.get("native_window"), edges, x)
     panel = alt.layer(*marks).properties(width=560, height=260)
-    least, most = min(one["counted"] for one in found), max(one["counted"] for one in found)
-    subtitle = f"Each point: {least:,} to {most:,} tokens. {about(results)}"
+    least, most = min(point["counted"] for point in points), max(point["counted"] for point in points)
+    subtitle = f"Each point: {least:,} to {most:,} tokens. {model_and_text(results)}"
     return Chart("positions", "Loss by position", (panel,), subtitle, HOW_TO_READ)
 
 

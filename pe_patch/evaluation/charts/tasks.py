@@ -1,31 +1,35 @@
-"""Many tasks at a glance."""
+"""The chart of many tasks: a heat map of tasks against lengths."""
 
 from __future__ import annotations
 
 import altair as alt
 
-from ..results import Results
-from ..tables import is_loss
+from ..results import Results, is_loss
 from .chart import Chart
-from .parts import MEASURED, about, counted, heat_map, records, short_length, side_by_side, tooltips
+from .components import MEASURED, heat_map, model_and_text, panel_columns, records, sample_range, short_length, tooltips
 
-FEWEST = 4
-HOW_TO_READ = "Each task's own score from 0 (dark blue) to 1 (yellow), depths pooled; texts grow from left to right."
+MIN_TASKS = 4
+"""With fewer tasks the other charts suffice."""
+HOW_TO_READ = (
+    "The score of each task from 0 (dark blue) to 1 (yellow), depths pooled. The length grows from left to right."
+)
 
 
 def task_chart(results: Results) -> Chart | None:
-    """For each scheme a heat map of tasks against lengths; None for fewer tasks than `FEWEST`."""
+    """Draw a heat map of tasks against lengths for each scheme; None for fewer than `MIN_TASKS` tasks."""
     pairs = list(dict.fromkeys((row.task, row.measure) for row in results.rows if not is_loss(row.measure)))
-    if len(pairs) < FEWEST:
+    if len(pairs) < MIN_TASKS:
         return None
     several = {task for task, _ in pairs if [name for name, _ in pairs].count(task) > 1}
-    found = []
+    points = []
     for task, measure in pairs:
         line = f"{task}, {measure}" if task in several else task
-        for one in records(results, task=task, measure=measure):
-            found.append(one | {"line": line, "column": short_length(one["length"]), "short": f"{one['score']:.2f}"})
-    order = list(dict.fromkeys(one["line"] for one in found))
-    lengths = [short_length(length) for length in sorted({one["length"] for one in found})]
+        for point in records(results, task=task, measure=measure):
+            points.append(
+                point | {"line": line, "column": short_length(point["length"]), "short": f"{point['score']:.2f}"}
+            )
+    order = list(dict.fromkeys(point["line"] for point in points))
+    lengths = [short_length(length) for length in sorted({point["length"] for point in points})]
     x = alt.X(
         "column:N", title="tokens given to the model", sort=lengths, scale=alt.Scale(domain=lengths),
         axis=alt.Axis(labelAngle=0, domain=False, ticks=False, labelOverlap="parity"),
@@ -36,9 +40,11 @@ def task_chart(results: Results) -> Chart | None:
     )  # fmt: skip
     tips = tooltips("scheme", "task", "measure", *MEASURED[2:])
     panels = []
-    for scheme in dict.fromkeys(one["scheme"] for one in found):
-        marks = heat_map([one for one in found if one["scheme"] == scheme], x, y, tips)
+    for scheme in dict.fromkeys(point["scheme"] for point in points):
+        marks = heat_map([point for point in points if point["scheme"] == scheme], x, y, tips)
         size = {"width": max(150, 44 * len(lengths)), "height": 24 * len(order)}
         panels.append(alt.layer(*marks).properties(title=scheme, **size))
-    subtitle = f"Each cell: {counted(found)}. {about(results)}"
-    return Chart("tasks", "Every task by length", tuple(panels), subtitle, HOW_TO_READ, columns=side_by_side(panels, 3))
+    subtitle = f"Each cell: {sample_range(points)}. {model_and_text(results)}"
+    return Chart(
+        "tasks", "Every task by length", tuple(panels), subtitle, HOW_TO_READ, columns=panel_columns(panels, 3)
+    )

@@ -1,4 +1,4 @@
-"""Colours and signs of the charts, on light and on dark paper."""
+"""Colours and markers of the charts, for light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 Colours = Mapping[str, Any]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the first is for the untouched model.
+# Okabe and Ito's palette, which colour-blind readers can distinguish. The first colour is for the original model.
 _SERIES = ("#8a8f98", "#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#d55e00")
 LIGHT: Colours = {
     "paper": "#ffffff",
@@ -23,17 +23,17 @@ DARK: Colours = {
     "muted": "#a2abb5",
     "series": (*_SERIES, "#f0e442", "#ffffff"),
 }
-# One sign fewer than colours: where the colours begin again, the signs do not.
+# One marker fewer than colours, so that the combinations repeat later than the colours.
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 
-# Blue to yellow, equal steps for every kind of sight. Its ends differ from light and from dark paper.
+# Blue to yellow in perceptually uniform steps, also for colour-blind readers. Both ends differ from both backgrounds.
 HEAT = "cividis"
 DARK_INK, LIGHT_INK = "#101418", "#f4f6f8"
 
 
 def theme(colours: Colours) -> dict[str, Any]:
-    """The Vega-Lite configuration that paints a chart in these colours; charts themselves name none."""
+    """Return the Vega-Lite configuration for these colours. Charts have no colours without it."""
     return {
         "background": colours["paper"],
         "font": FONT,
@@ -47,7 +47,7 @@ def theme(colours: Colours) -> dict[str, Any]:
             "subtitleFontSize": 11,
             "subtitleLineHeight": 14,
             "offset": 8,
-            # no wider than the panel that it names; a picture's panels have other names for their widths
+            # limit the title to the width of its panel; in a PNG the panels have no `width` signal
             "limit": {"expr": "width > 0 ? max(width, 120) : 290"},
         },
         "axis": {

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Protocol
 
 from ...errors import OptionError, nearest, unknown
-from ..bench import Bench, Piece
+from ..context import EvaluationContext, WorkUnit
 from ..perplexity import Perplexity
 from . import infinitebench, longbench
 from .code import CODE
@@ -30,7 +30,7 @@ class Task(Protocol):
     paper: ClassVar[str]
     retrieves: ClassVar[bool]
 
-    def pieces(self, bench: Bench, length: int) -> Iterator[Piece]: ...
+    def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]: ...
 
 
 TASKS: Mapping[str, type[Task]] = {

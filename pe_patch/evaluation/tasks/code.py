@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import PePatchError
-from ..bench import Bench
-from ..questions import Question, QuestionTask
+from ..context import EvaluationContext
+from ..question import Question
+from ..question_task import QuestionTask
 from .code_blocks import Block, Code, read_code
 from .filling import text_size
 
@@ -44,31 +45,31 @@ class CodeParameters(QuestionTask):
     same_at_every_length: ClassVar[bool] = True
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
         """The functions, and where the text around them starts, do not depend on the length."""
-        code = read_code(tuple(bench.corpus.texts))
-        seeds = [bench.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6)]
+        code = read_code(tuple(context.corpus.texts))
+        seeds = [context.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6)]
         rng = np.random.default_rng(seeds)
-        functions = self._functions(bench, code, rng)
-        count = bench.samples_per_depth
+        functions = self._functions(context, code, rng)
+        count = context.samples_per_depth
         stamps = {"different_functions": min(len(functions), count)}
         return [
-            replace(_question(bench, code, function, within or length, depth or 0.0, start), stamps=stamps)
+            replace(_question(context, code, function, within or length, depth or 0.0, start), stamps=stamps)
             for function, start in zip(islice(cycle(functions), count), rng.random(count).tolist(), strict=True)
         ]
 
-    def _functions(self, bench: Bench, code: Code, rng: np.random.Generator) -> list[Block]:
+    def _functions(self, context: EvaluationContext, code: Code, rng: np.random.Generator) -> list[Block]:
         """Different functions, as many as there are samples if the text has them."""
         candidates = [block for block in code.blocks if block.parameters]
         found: list[Block] = []
         for index in rng.permutation(len(candidates)):
             block = candidates[index]
-            if len(found) < bench.samples_per_depth and bench.count(block.text) <= ASKED_TOKENS:
+            if len(found) < context.samples_per_depth and context.count(block.text) <= ASKED_TOKENS:
                 found += [block] if code.says_once(block) else []
         if not found:
             raise PePatchError(
-                f"The text ({bench.corpus.name}) has no function in Python that can be asked for. Give source code: "
+                f"The text ({context.corpus.name}) has no function in Python that can be asked for. Give source code: "
                 "text='stdlib', or a folder of .py files."
             )
         return found
@@ -80,80 +81,82 @@ class CodeParameters(QuestionTask):
     def measure(self) -> str:
         return "share of exact parameters"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return (
-            f"{len(questions)} functions at each depth, among whole statements of Python files of {bench.corpus.name}; "
-            "greedy answer begins with the right parameters"
+            f"{len(questions)} functions at each depth, among whole statements of Python files of "
+            f"{context.corpus.name}; greedy answer begins with the right parameters"
         )
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
         return {"generator": 1, "wording": "own"}
 
 
-def _question(bench: Bench, code: Code, asked: Block, length: int, depth: float, start: float) -> Question:
+def _question(
+    context: EvaluationContext, code: Code, asked: Block, length: int, depth: float, start: float
+) -> Question:
     assert asked.parameters is not None
     lead = f"def {asked.name}("
-    budget = bench.count(asked.parameters + "):") + SPARE
+    budget = context.count(asked.parameters + "):") + SPARE
     room = length - budget + 1
-    least = text_size(bench, _prompt([asked], asked.name), lead)
+    least = text_size(context, _prompt([asked], asked.name), lead)
     if least > room:
         raise PePatchError(
             f"A question about {asked.name!r} takes {least} tokens without any text around it, and there is room for "
             f"{room} beside its answer. Ask for a greater length."
         )
-    before, after = _around(bench, code, asked, room - least, depth, start)
-    while (excess := text_size(bench, _prompt([*before, asked, *after], asked.name), lead) - room) > 0:
-        lost = least_loss(bench, [*before, *after], excess)
+    before, after = _around(context, code, asked, room - least, depth, start)
+    while (excess := text_size(context, _prompt([*before, asked, *after], asked.name), lead) - room) > 0:
+        lost = least_loss(context, [*before, *after], excess)
         (before if lost in before else after).remove(lost)
-    sizes = [sum(block_size(bench, block) for block in side) for side in (before, after)]
+    sizes = [sum(block_size(context, block) for block in side) for side in (before, after)]
     return Question(
-        prompt=bench.prompt(_prompt([*before, asked, *after], asked.name), lead),
+        prompt=context.prompt(_prompt([*before, asked, *after], asked.name), lead),
         references=(asked.parameters,),
         budget=budget,
-        without_context=bench.prompt(_prompt([], asked.name), lead),
+        without_context=context.prompt(_prompt([], asked.name), lead),
         depth=sizes[0] / sum(sizes) if sum(sizes) else 0.0,
     )
 
 
 def _around(
-    bench: Bench, code: Code, asked: Block, room: int, depth: float, start: float
+    context: EvaluationContext, code: Code, asked: Block, room: int, depth: float, start: float
 ) -> tuple[list[Block], list[Block]]:
     """Statements of other files that fill the room before and after the function, from a place on in their order."""
     first = int(start * len(code.blocks))
     others = iter([block for block in [*code.blocks[first:], *code.blocks[:first]] if block.document != asked.document])
-    before, left = fill(bench, others, round(depth * room))
-    after, left = fill(bench, others, room - sum(block_size(bench, block) for block in before))
+    before, left = fill(context, others, round(depth * room))
+    after, left = fill(context, others, room - sum(block_size(context, block) for block in before))
     if left > max(2 * CLOSE, room // 20):
         raise PePatchError(
-            f"The text ({bench.corpus.name}) has too little Python code: {left} of {room} tokens stay empty. "
+            f"The text ({context.corpus.name}) has too little Python code: {left} of {room} tokens stay empty. "
             "Give more source code."
         )
     return before, after
 
 
-def fill(bench: Bench, blocks: Iterator[Block], room: int) -> tuple[list[Block], int]:
+def fill(context: EvaluationContext, blocks: Iterator[Block], room: int) -> tuple[list[Block], int]:
     """The next statements that fit, those that do not being passed over, and the tokens that are left."""
     chosen: list[Block] = []
     while room >= CLOSE and (block := next(blocks, None)) is not None:
-        size = block_size(bench, block)
+        size = block_size(context, block)
         if size <= room:
             chosen.append(block)
             room -= size
     return chosen, room
 
 
-def least_loss(bench: Bench, blocks: Sequence[Block], excess: int) -> Block:
+def least_loss(context: EvaluationContext, blocks: Sequence[Block], excess: int) -> Block:
     """The statement to leave out where they are too long together: joined, some take a token more than by themselves.
 
     It is the smallest that makes up for the excess, or else the greatest.
     """
-    by_size = sorted(blocks, key=partial(block_size, bench))
-    return next((block for block in by_size if block_size(bench, block) >= excess), by_size[-1])
+    by_size = sorted(blocks, key=partial(block_size, context))
+    return next((block for block in by_size if block_size(context, block) >= excess), by_size[-1])
 
 
-def block_size(bench: Bench, block: Block) -> int:
+def block_size(context: EvaluationContext, block: Block) -> int:
     """Tokens of a statement and the empty line after it."""
-    return bench.count(block.text + GAP)
+    return context.count(block.text + GAP)
 
 
 def _prompt(blocks: Sequence[Block], name: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import OptionError, PePatchError, nearest
-from ..bench import Bench
-from ..prompts import Frame
-from ..questions import Question, QuestionTask
+from ..context import EvaluationContext, PromptTemplate
+from ..question import Question
+from ..question_task import QuestionTask
 from .rows import Home, Row, fingerprint, load_rows
 
 LEAST_CONTROL = 128
@@ -83,10 +83,10 @@ class DataSetTask(QuestionTask):
         return load_rows(self.home, self.data_name, self.source, self.split, self.columns)
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[RowQuestion]:
         """As many rows as samples are asked for, or all there are."""
-        rows, kept, stamps = self._chosen(bench, length)
+        rows, kept, stamps = self._chosen(context, length)
         if within is not None:
             if within - self.budget + 1 < LEAST_CONTROL:
                 raise PePatchError(
@@ -94,25 +94,27 @@ class DataSetTask(QuestionTask):
                     "is cut out."
                 )
             stamps = {}
-            kept = {index: self._cut(bench, rows[index], within)[0] for index in kept}
-        return [self._question(bench, rows[index], ids, stamps) for index, ids in kept.items()]
+            kept = {index: self._cut(context, rows[index], within)[0] for index in kept}
+        return [self._question(context, rows[index], ids, stamps) for index, ids in kept.items()]
 
-    def _chosen(self, bench: Bench, length: int) -> tuple[list[Row], dict[int, np.ndarray], dict[str, Any]]:
+    def _chosen(
+        self, context: EvaluationContext, length: int
+    ) -> tuple[list[Row], dict[int, np.ndarray], dict[str, Any]]:
         """All rows, the prompts by row number, and what became of those that were too long."""
         rows = self.rows()
         room = length - self.budget + 1
-        order = np.random.default_rng([bench.seed, zlib.crc32(self.name.encode())]).permutation(len(rows))
+        order = np.random.default_rng([context.seed, zlib.crc32(self.name.encode())]).permutation(len(rows))
         kept: dict[int, np.ndarray] = {}
         longer: list[int] = []
         tokens_cut = 0
         for index in map(int, order):
-            if len(kept) + (0 if self.skip_longer or self.truncate else len(longer)) == bench.samples:
+            if len(kept) + (0 if self.skip_longer or self.truncate else len(longer)) == context.samples:
                 break
-            ids = self._ids(bench, *self.prompt(rows[index]))
+            ids = self._ids(context, *self.prompt(rows[index]))
             if len(ids) > room:
                 longer.append(len(ids) + self.budget - 1)
                 if self.truncate:
-                    ids, lost = self._cut(bench, rows[index], length)
+                    ids, lost = self._cut(context, rows[index], length)
                     tokens_cut += lost
             if len(ids) <= room:
                 kept[index] = ids
@@ -129,36 +131,40 @@ class DataSetTask(QuestionTask):
             stamps |= {"truncated": self.truncate, "prompts_cut": len(longer), "tokens_cut": tokens_cut}
         return rows, kept, stamps
 
-    def _question(self, bench: Bench, row: Row, ids: np.ndarray, stamps: Mapping[str, Any]) -> RowQuestion:
-        bare = self._ids(bench, *self.prompt(row | {"context": ""}))
+    def _question(
+        self, context: EvaluationContext, row: Row, ids: np.ndarray, stamps: Mapping[str, Any]
+    ) -> RowQuestion:
+        bare = self._ids(context, *self.prompt(row | {"context": ""}))
         return RowQuestion(ids, self.references(row), self.budget, bare, stamps=stamps, parts=self.parts(row))
 
-    def _ids(self, bench: Bench, text: str, lead: str) -> np.ndarray:
-        frame = bench.frame if self.chat else Frame()
-        return frame.ids(bench.subject.tokenizer, text, lead)
+    def _ids(self, context: EvaluationContext, text: str, lead: str) -> np.ndarray:
+        frame = context.template if self.chat else PromptTemplate()
+        return frame.ids(context.model.tokenizer, text, lead)
 
-    def _cut(self, bench: Bench, row: Row, length: int) -> tuple[np.ndarray, int]:
+    def _cut(self, context: EvaluationContext, row: Row, length: int) -> tuple[np.ndarray, int]:
         """The row's prompt without as much of its middle as it takes to fit, and how many tokens were lost.
 
         As the authors do it, the text's first and last tokens are made text again, each on their own, and that is put
         in the chat template.
         """
         text, lead = self.prompt(row)
-        whole, room = self._ids(bench, text, lead), length - self.budget + 1
-        tokenizer = bench.subject.tokenizer
+        whole, room = self._ids(context, text, lead), length - self.budget + 1
+        tokenizer = context.model.tokenizer
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        half = (room - len(self._ids(bench, "", lead))) // 2
+        half = (room - len(self._ids(context, "", lead))) // 2
         cut = whole
         while len(cut) > room:
             if half < 1:
                 raise PePatchError(f"{self.name}: {length} tokens leave no room for a prompt beside its answer.")
-            cut = self._ids(bench, tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:]), lead)
+            cut = self._ids(context, tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:]), lead)
             half -= max(1, (len(cut) - room) // 2)
         return cut, len(whole) - len(cut)
 
-    def _row(self, bench: Bench, work: Any, length: int, depth: Any, questions: Any, texts: Any, scores: Any) -> Any:
+    def _row(
+        self, context: EvaluationContext, work: Any, length: int, depth: Any, questions: Any, texts: Any, scores: Any
+    ) -> Any:
         """With the scores of the data set's parts; the text of these rows is the data set's, not the evaluation's."""
-        row = super()._row(bench, work, length, depth, questions, texts, scores)
+        row = super()._row(context, work, length, depth, questions, texts, scores)
         found: dict[str, list[float]] = {}
         for question, score in zip(questions, scores, strict=True):
             for part in question.parts:
@@ -169,18 +175,18 @@ class DataSetTask(QuestionTask):
             details = details | {"parts": parts}
         return replace(row, details=details, text_hash=fingerprint(self.rows()))
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return (
             f"{len(questions)} of {questions[0].stamps['rows_in_data_set']} rows of {self.data_name}, {self.label()}; "
             f"{self.measure()}, greedy answers of at most {self.budget} tokens"
         )
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
         return {
             "label": self.label(),
             "data_set": self.data_name,
             "source": self.source or self.home.hub,
             "wording": self.wording,
-            "chat": self.chat and bench.frame.chat,
+            "chat": self.chat and context.template.chat,
             "control": "the same prompts, their middle cut out",
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...errors import PePatchError
-from ..bench import Bench
+from ..context import EvaluationContext
 
 REACH = 64
 """Units tried to find out how many tokens one takes."""
@@ -38,9 +38,9 @@ def most(size: Callable[[int], int], room: int, least: int, what: str) -> int:
     return low
 
 
-def text_size(bench: Bench, text: str, lead: str = "") -> int:
-    """How many tokens a prompt takes. Not kept, unlike `bench.count`: such texts are long and used once."""
-    tokenizer, frame = bench.subject.tokenizer, bench.frame
+def text_size(context: EvaluationContext, text: str, lead: str = "") -> int:
+    """How many tokens a prompt takes. Not kept, unlike `context.count`: such texts are long and used once."""
+    tokenizer, frame = context.model.tokenizer, context.template
     if frame.chat:
         whole = f"{frame.head}{text}{frame.tail}{lead}"
         return len(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..bench import Bench
-from ..questions import Question, QuestionTask
+from ..context import EvaluationContext
+from ..question import Question
+from ..question_task import QuestionTask
 from .filling import most, text_size
 
 
@@ -35,29 +36,29 @@ class Generated(QuestionTask):
     spare: ClassVar[int] = 2
     """Tokens that an answer may take beside the right one."""
 
-    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
         """The facts of one question."""
         raise NotImplementedError
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        count = bench.samples_per_depth if self.by_depth else bench.samples
-        return [self._question(bench, within or length, depth, number) for number in range(count)]
+        count = context.samples_per_depth if self.by_depth else context.samples
+        return [self._question(context, within or length, depth, number) for number in range(count)]
 
-    def _question(self, bench: Bench, length: int, depth: float | None, number: int) -> Question:
-        seeds = [bench.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6), number]
-        drawn = self.drawn(bench, np.random.default_rng(seeds), depth or 0.0)
-        budget = bench.count(" " + drawn.widest) + self.spare
-        size: Callable[[int], int] = lambda units: text_size(bench, drawn.text(units), drawn.lead)  # noqa: E731
+    def _question(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> Question:
+        seeds = [context.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6), number]
+        drawn = self.drawn(context, np.random.default_rng(seeds), depth or 0.0)
+        budget = context.count(" " + drawn.widest) + self.spare
+        size: Callable[[int], int] = lambda units: text_size(context, drawn.text(units), drawn.lead)  # noqa: E731
         units = most(size, length - budget + 1, self.least, f"A question of {self.name!r}")
         return Question(
-            prompt=bench.prompt(drawn.text(units), drawn.lead),
+            prompt=context.prompt(drawn.text(units), drawn.lead),
             references=(drawn.answer(units),),
             budget=budget,
-            without_context=bench.prompt(drawn.bare, drawn.lead),
+            without_context=context.prompt(drawn.bare, drawn.lead),
             depth=round(depth * units) / units if self.by_depth and depth is not None else None,
         )
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
         return {"generator": 1, "wording": "own"}

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import OptionError, PePatchError
-from ..bench import Bench
-from ..questions import Question, QuestionTask
+from ..context import EvaluationContext
+from ..question import Question
+from ..question_task import QuestionTask
 from ..retrieval import Wording, encode, encode_pair, place, splice, take_piece
 from .needle import resolve_wording
 
@@ -52,23 +53,23 @@ class _HeatMap(QuestionTask):
         others = f", {self.distractors} distractors" if self.distractors else ""
         return f"share of {facts} values found{others}" if facts > 1 else f"values found, 1 needle{others}"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         texts = len({question.group for question in questions})
-        return f"{super().measured_on(bench, questions)}, about {texts} texts, the same at each depth"
+        return f"{super().measured_on(context, questions)}, about {texts} texts, the same at each depth"
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
-        return {"wording": resolve_wording(self.wording, bench).name}
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
+        return {"wording": resolve_wording(self.wording, context).name}
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        numbers = range(bench.samples_per_depth)
-        return [each for number in numbers for each in self._about(bench, within or length, depth or 0.0, number)]
+        numbers = range(context.samples_per_depth)
+        return [each for number in numbers for each in self._about(context, within or length, depth or 0.0, number)]
 
-    def _about(self, bench: Bench, length: int, depth: float, number: int) -> Iterator[Question]:
+    def _about(self, context: EvaluationContext, length: int, depth: float, number: int) -> Iterator[Question]:
         """The questions about one text: one, or one for each key where the wording asks for keys one by one."""
-        tokenizer, wording = bench.subject.tokenizer, resolve_wording(self.wording, bench)
-        rng = np.random.default_rng([bench.seed, zlib.crc32(self.name.encode()), number])
+        tokenizer, wording = context.model.tokenizer, resolve_wording(self.wording, context)
+        rng = np.random.default_rng([context.seed, zlib.crc32(self.name.encode()), number])
         keys = wording.draw_keys(rng, self.keys + self.distractors)
         values = [wording.draw_values(rng, self.values if i < self.keys else 1) for i in range(len(keys))]
         start, elsewhere = rng.random(), rng.random(self.distractors)
@@ -79,11 +80,11 @@ class _HeatMap(QuestionTask):
         ]
         asked = self.keys * self.values
         depths = np.concatenate([depth + (1 - depth) * np.arange(asked) / asked, elsewhere])
-        head = np.concatenate([bench.frame.head_ids(tokenizer), encode(tokenizer, wording.instruction)])
-        ends = [_ids(tokenizer, *end) for end in self._ends(wording, bench.frame.tail, keys, values)]
+        head = np.concatenate([context.template.head_ids(tokenizer), encode(tokenizer, wording.instruction)])
+        ends = [_ids(tokenizer, *end) for end in self._ends(wording, context.template.tail, keys, values)]
         longest = max(len(question) + budget for question, budget, _ in ends)
         used = len(head) + sum(map(len, facts)) + longest
-        piece = take_piece(bench.corpus.stream, length - used, start, f"{len(facts)} facts and a question", used)
+        piece = take_piece(context.corpus.stream, length - used, start, f"{len(facts)} facts and a question", used)
         text = [part for part, _ in splice(piece, facts, place(tokenizer, wording, piece, depths))]
         for question, budget, references in ends:
             prompt = np.concatenate([head, *text, question])

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..bench import Bench
-from ..questions import Question, QuestionTask
+from ..context import EvaluationContext
+from ..question import Question
+from ..question_task import QuestionTask
 from .filling import most, text_size
 
 SPARE = 4
@@ -36,16 +37,17 @@ class KeyValue(QuestionTask):
     same_at_every_length: ClassVar[bool] = True
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
         """The pair that is asked for does not depend on the length; the others of a longer object start the same."""
         return [
-            self._question(bench, within or length, depth or 0.0, number) for number in range(bench.samples_per_depth)
+            self._question(context, within or length, depth or 0.0, number)
+            for number in range(context.samples_per_depth)
         ]
 
-    def _question(self, bench: Bench, length: int, depth: float, number: int) -> Question:
+    def _question(self, context: EvaluationContext, length: int, depth: float, number: int) -> Question:
         # Two streams, so that pairs can be drawn until the object is full.
-        seeds = [bench.seed, zlib.crc32(self.name.encode()), round(depth * 1e6), number]
+        seeds = [context.seed, zlib.crc32(self.name.encode()), round(depth * 1e6), number]
         asked, *_ = _pairs(np.random.default_rng([*seeds, 0]), 1)
         drawn: list[Pair] = []
         stream = np.random.default_rng([*seeds, 1])
@@ -55,18 +57,18 @@ class KeyValue(QuestionTask):
                 drawn.extend(_pairs(stream, count - len(drawn)))
             return drawn[:count]
 
-        budget = bench.count(f' "{asked[1]}"') + SPARE
+        budget = context.count(f' "{asked[1]}"') + SPARE
 
         def text(count: int) -> str:
             return _prompt(_with(others(count - 1), asked, depth), asked[0])
 
-        count = most(lambda n: text_size(bench, text(n), LEAD), length - budget + 1, 1, "An object of one pair")
+        count = most(lambda n: text_size(context, text(n), LEAD), length - budget + 1, 1, "An object of one pair")
         place = round(depth * (count - 1))
         return Question(
-            prompt=bench.prompt(text(count), LEAD),
+            prompt=context.prompt(text(count), LEAD),
             references=(asked[1],),
             budget=budget,
-            without_context=bench.prompt(_prompt([], asked[0]), LEAD),
+            without_context=context.prompt(_prompt([], asked[0]), LEAD),
             depth=place / (count - 1) if count > 1 else 0.0,
         )
 
@@ -77,12 +79,12 @@ class KeyValue(QuestionTask):
     def measure(self) -> str:
         return "share of values found"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return (
             f"{len(questions)} questions at each depth, in JSON objects of random UUIDs; greedy answer holds the value"
         )
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
         return {"generator": 1, "wording": "own"}
 
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import PePatchError, unknown
-from ..bench import Bench
-from ..questions import Question, QuestionTask
+from ..context import EvaluationContext
+from ..question import Question
+from ..question_task import QuestionTask
 from ..retrieval import WORDINGS, RetrievalSample, Wording, make_sample, wording_for
 
 
@@ -33,11 +34,11 @@ class _Hidden(QuestionTask):
         return float(prediction.strip() == references[0].strip())
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
         """Their facts do not depend on the length, so a control asks the same ones."""
         wanted = within or length
-        samples = [self._sample(bench, wanted, depth, number) for number in range(bench.samples_per_depth)]
+        samples = [self._sample(context, wanted, depth, number) for number in range(context.samples_per_depth)]
         if {len(sample.input_ids) + len(sample.answer_ids) for sample in samples} != {wanted}:
             raise PePatchError(f"A prompt of another length was made where {wanted} tokens were asked for.")
         return [
@@ -45,37 +46,37 @@ class _Hidden(QuestionTask):
             for sample in samples
         ]
 
-    def _sample(self, bench: Bench, length: int, depth: float | None, number: int) -> RetrievalSample:
+    def _sample(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> RetrievalSample:
         where = round((depth or 0.0) * 1e6)
         return make_sample(
-            bench.subject.tokenizer,
-            bench.corpus.stream,
-            resolve_wording(self.wording, bench),
+            context.model.tokenizer,
+            context.corpus.stream,
+            resolve_wording(self.wording, context),
             length=length,
             needles=self.needles,
             depth=depth,
-            rng=np.random.default_rng([bench.seed, zlib.crc32(self.name.encode()), where, number]),
-            head=bench.frame.head_ids(bench.subject.tokenizer),
-            tail=bench.frame.tail,
+            rng=np.random.default_rng([context.seed, zlib.crc32(self.name.encode()), where, number]),
+            head=context.template.head_ids(context.model.tokenizer),
+            tail=context.template.tail,
         )
 
     def measure(self) -> str:
         return f"exact answers, {self.needles} needle{'s' if self.needles > 1 else ''}"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return (
-            f"{len(questions)} questions at each depth, wording {resolve_wording(self.wording, bench).name}, in "
-            f"{bench.corpus.name}; greedy answer, equal to the right one"
+            f"{len(questions)} questions at each depth, wording {resolve_wording(self.wording, context).name}, in "
+            f"{context.corpus.name}; greedy answer, equal to the right one"
         )
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
-        return {"wording": resolve_wording(self.wording, bench).name}
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
+        return {"wording": resolve_wording(self.wording, context).name}
 
 
-def resolve_wording(wording: str | Wording | None, bench: Bench) -> Wording:
+def resolve_wording(wording: str | Wording | None, context: EvaluationContext) -> Wording:
     """A wording by name, the one given, or the one that fits the tokenizer."""
     if wording is None:
-        return wording_for(bench.subject.tokenizer)
+        return wording_for(context.model.tokenizer)
     if isinstance(wording, Wording):
         return wording
     if wording not in WORDINGS:

@@ -1,6 +1,6 @@
 "use strict";
 
-// Charts: drawn in the reader's colours, and again when those change.
+// Draw the charts in the reader's colour scheme, and redraw them when it changes.
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const specifications = read("specifications"), themes = read("themes");
@@ -24,9 +24,9 @@ async function draw(place) {
   }
 }
 
-// A scheme that is picked in one legend is picked in all charts.
+// Synchronise the selected schemes between the legends of all charts.
 const picks = "picked_store";
-const values = (picked) => JSON.stringify(picked.map((one) => one.values));
+const values = (picked) => JSON.stringify(picked.map((entry) => entry.values));
 function follow(view) {
   if (!(picks in view.getState({ data: (name) => name === picks, signals: () => false }).data)) return;
   view.picks = true;
@@ -37,7 +37,7 @@ function follow(view) {
   });
 }
 
-// One after the other, so that a change of colours never meets a chart half drawn. What is folded waits.
+// Draw the charts in sequence, so that a new colour scheme never interrupts a chart. Folded charts wait.
 let queue = Promise.resolve();
 function drawAll(again) {
   queue = queue.then(async () => {
@@ -53,7 +53,7 @@ dark.addEventListener("change", () => {
 });
 for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", () => drawAll(false));
 
-// Tables: a click on a heading sorts, a second one the other way round; what has no value stays last.
+// Sort a table by click on a heading, in reverse by the second click. Rows without a value stay last.
 const value = (row, column) => row.cells[column].dataset.value ?? row.cells[column].firstChild?.textContent ?? "";
 const missing = (text) => text === "" || text === "-";
 function compare(left, right) {

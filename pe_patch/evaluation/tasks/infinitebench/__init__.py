@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...questions import QuestionTask
+from ...question_task import QuestionTask
 from .generated import GENERATED, CallChain, ListFind, NoiseDigits, NoisePasskey
 from .published import PUBLISHED, InfiniteBenchTask
 

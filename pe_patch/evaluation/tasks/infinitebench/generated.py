@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from ....errors import OptionError, unknown
-from ...bench import Bench
-from ...questions import Question
+from ...context import EvaluationContext
+from ...question import Question
 from ..generated import Drawn, Generated
 from . import scoring
 
@@ -32,7 +32,7 @@ class _InNoise(Generated):
     def digits(self, rng: np.random.Generator) -> str:
         raise NotImplementedError
 
-    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
         digits = self.digits(rng)
         needle = self.needle.format(digits=digits)
 
@@ -49,7 +49,7 @@ class _InNoise(Generated):
     def measure(self) -> str:
         return "share of exact numbers"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return (
             f"{len(questions)} questions at each depth, in repeated lines of noise; first number of the greedy answer"
         )
@@ -117,7 +117,7 @@ class ListFind(Generated):
         if self.place is not None and self.place not in PLACES:
             raise unknown("place", self.place, PLACES)
 
-    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
         place = str(rng.choice(list(PLACES))) if self.place is None else self.place
         # Bounds of its own for each list: else the answer of a long one would always be 0 or 999.
         low, high = int(rng.integers(0, 200)), int(rng.integers(800, self.span))
@@ -144,7 +144,7 @@ class ListFind(Generated):
     def measure(self) -> str:
         return "share of exact numbers"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return f"{len(questions)} questions about lists of random numbers; first number of the greedy answer"
 
 
@@ -166,7 +166,7 @@ class CallChain(Generated):
         if self.layers < 2:
             raise OptionError(f"layers is the number of functions in a chain, at least 2; got {self.layers}.")
 
-    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
+    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
         argument = int(rng.integers(-10, 11))
         shifts = [int(shift) for shift in rng.integers(-12, 18, self.layers)]
         seed = int(rng.integers(2**32))
@@ -207,7 +207,7 @@ class CallChain(Generated):
     def measure(self) -> str:
         return f"share of exact values, {self.layers} calls"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return f"{len(questions)} questions about files of small functions; first number of the greedy answer"
 
 

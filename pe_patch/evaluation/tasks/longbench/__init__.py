@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...questions import QuestionTask
+from ...question_task import QuestionTask
 from .first import FIRST, FIRST_BY_LENGTH, LongBenchTask
 from .offline import OFFLINE, NextLine, ParagraphCount
 from .second import LongBench2

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ....errors import OptionError, PePatchError
-from ...bench import Bench
-from ...questions import Question, QuestionTask
+from ...context import EvaluationContext
+from ...question import Question
+from ...question_task import QuestionTask
 from ..code import GAP, SPARE, fill, least_loss
 from ..code_blocks import Block, read_code, read_paragraphs
 from ..filling import text_size
@@ -42,8 +43,8 @@ class ParagraphCount(Generated):
         if not 0 <= self.repeated < 1:
             raise OptionError(f"repeated is a share of the paragraphs, from 0 to below 1; got {self.repeated}.")
 
-    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
-        source = read_paragraphs(tuple(bench.corpus.texts))
+    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
+        source = read_paragraphs(tuple(context.corpus.texts))
         order = rng.permutation(len(source))
         chosen: list[int] = []
         different = [0]
@@ -57,8 +58,8 @@ class ParagraphCount(Generated):
                     chosen.append(int(order[different[-1]]))
                 else:
                     raise PePatchError(
-                        f"The text ({bench.corpus.name}) has {len(source)} different docstrings, and more are needed. "
-                        "Give more source code in Python."
+                        f"The text ({context.corpus.name}) has {len(source)} different docstrings, and more are "
+                        "needed. Give more source code in Python."
                     )
                 different.append(len(set(chosen)))
             return chosen[:count]
@@ -81,8 +82,8 @@ class ParagraphCount(Generated):
     def measure(self) -> str:
         return "share of numbers right"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
-        return f"{len(questions)} questions about paragraphs of documentation in {bench.corpus.name}; greedy answer"
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
+        return f"{len(questions)} questions about paragraphs of documentation in {context.corpus.name}; greedy answer"
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,19 @@ class NextLine(QuestionTask):
     longest: ClassVar[int] = 100
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
         """The lines that are asked for do not depend on the length."""
-        blocks = read_code(tuple(bench.corpus.texts)).blocks
+        blocks = read_code(tuple(context.corpus.texts)).blocks
         asked = [(index, line) for index, block in enumerate(blocks) for line in self._lines(block)]
-        if len(asked) < bench.samples:
+        if len(asked) < context.samples:
             raise PePatchError(
-                f"The text ({bench.corpus.name}) has {len(asked)} lines of Python that can be asked for, and "
-                f"{bench.samples} are needed. Give source code: text='stdlib', or a folder of .py files."
+                f"The text ({context.corpus.name}) has {len(asked)} lines of Python that can be asked for, and "
+                f"{context.samples} are needed. Give source code: text='stdlib', or a folder of .py files."
             )
-        rng = np.random.default_rng([bench.seed, zlib.crc32(self.name.encode())])
-        drawn = [asked[place] for place in rng.choice(len(asked), bench.samples, replace=False)]
-        return [_next_line(bench, blocks, index, line, within or length) for index, line in drawn]
+        rng = np.random.default_rng([context.seed, zlib.crc32(self.name.encode())])
+        drawn = [asked[place] for place in rng.choice(len(asked), context.samples, replace=False)]
+        return [_next_line(context, blocks, index, line, within or length) for index, line in drawn]
 
     def _lines(self, block: Block) -> Iterator[int]:
         """Lines of the first twenty of a function that can be asked for."""
@@ -132,23 +133,23 @@ class NextLine(QuestionTask):
     def measure(self) -> str:
         return "similarity of the next line"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
-        return f"{len(questions)} lines of Python files of {bench.corpus.name}; first line of the greedy answer"
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
+        return f"{len(questions)} lines of Python files of {context.corpus.name}; first line of the greedy answer"
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
         return {"generator": 1, "wording": "own"}
 
 
-def _next_line(bench: Bench, blocks: Sequence[Block], index: int, line: int, length: int) -> Question:
+def _next_line(context: EvaluationContext, blocks: Sequence[Block], index: int, line: int, length: int) -> Question:
     lines = blocks[index].text.split("\n")
     begun, right = "\n".join(lines[:line]) + "\n", lines[line]
-    budget = bench.count(right) + SPARE
+    budget = context.count(right) + SPARE
 
     def text(before: Sequence[Block]) -> str:
         return "Write the line that comes next in this code.\n\n" + GAP.join([*(each.text for each in before), begun])
 
     room = length - budget + 1
-    least = text_size(bench, text([]))
+    least = text_size(context, text([]))
     if least > room:
         raise PePatchError(
             f"A function that is to be gone on with takes {least} tokens, and there is room for {room} beside its next "
@@ -156,10 +157,10 @@ def _next_line(bench: Bench, blocks: Sequence[Block], index: int, line: int, len
         )
     # From the nearest statement backwards, and on from the end of the text where its start is reached.
     backwards = iter([*reversed(blocks[:index]), *reversed(blocks[index + 1 :])])
-    before, _ = fill(bench, backwards, room - least)
-    while (excess := text_size(bench, text(before[::-1])) - room) > 0:
-        before.remove(least_loss(bench, before, excess))
-    return Question(bench.prompt(text(before[::-1])), (right,), budget, bench.prompt(text([])))
+    before, _ = fill(context, backwards, room - least)
+    while (excess := text_size(context, text(before[::-1])) - room) > 0:
+        before.remove(least_loss(context, before, excess))
+    return Question(context.prompt(text(before[::-1])), (right,), budget, context.prompt(text([])))
 
 
 OFFLINE = {task.name: task for task in (ParagraphCount, NextLine)}

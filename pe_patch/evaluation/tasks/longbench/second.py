@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ....errors import OptionError
-from ...bench import Bench
+from ...context import EvaluationContext
 from ..data_set import DataSetTask
 from ..rows import Home, Row
 
@@ -88,8 +88,8 @@ class LongBench2(DataSetTask):
         official = self.wording != "own" and hashlib.sha256(self._file().encode()).hexdigest() == OFFICIAL
         return self.benchmark if official else f"{self.benchmark}'s data in other words"
 
-    def stamps(self, bench: Bench) -> dict[str, Any]:
-        return super().stamps(bench) | {"guessing": 0.25}
+    def stamps(self, context: EvaluationContext) -> dict[str, Any]:
+        return super().stamps(context) | {"guessing": 0.25}
 
     def _file(self) -> str:
         return Path(self.wording).read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import ClassVar
 
 from ....errors import OptionError
-from ...bench import Bench
+from ...context import EvaluationContext
 from .documents import Answering, Documents, Source, load
 from .generator import Generator, Tokens
 from .material import Essay, digest, essay_from, essay_of, read_words, single
@@ -27,17 +27,17 @@ class NiahTask(RulerTask):
 
     shape: ClassVar[Shape]
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
         noise = self.shape.haystack == "noise"
         text = wording.noise if noise else wording.needle
         stamps = {"haystack": "noise" if noise else "needles", "haystack_sha256": digest(text), **_source_of_words()}
-        return Made(self.generator(bench, tokens, length, wording), stamps)
+        return Made(self.generator(context, tokens, length, wording), stamps)
 
     def generator(
-        self, bench: Bench, tokens: Tokens, length: int, wording: Wording, essay: Essay | None = None
+        self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording, essay: Essay | None = None
     ) -> Generator:
         kind = TokenNiah if wording.name == TOKENS else Niah
-        return kind(tokens, length, bench.seed, self.shape, wording, essay)
+        return kind(tokens, length, context.seed, self.shape, wording, essay)
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class EssayNiahTask(NiahTask):
 
     haystack: str | None = None
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
-        corpus = bench.corpus
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
+        corpus = context.corpus
         essay = essay_from(self.haystack) if self.haystack else essay_of(tuple(corpus.texts), corpus.name)
         stamps = {"haystack": essay.name, "haystack_sha256": essay.sha256, "splitter": essay.splitter.name}
         stamps |= _source_of_words()
         other = [] if essay.official else [f"haystack {essay.name}"]
         other += [] if essay.splitter.official else [f"splitter {essay.splitter.name}"]
-        return Made(self.generator(bench, tokens, length, wording, essay), stamps, lambda: other)
+        return Made(self.generator(context, tokens, length, wording, essay), stamps, lambda: other)
 
 
 @dataclass(frozen=True)
 class TrackingTask(RulerTask):
     """A chain of assignments hidden in noise."""
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
         stamps = {"haystack": "noise", "haystack_sha256": digest(wording.noise)}
-        return Made(Tracking(tokens, length, bench.seed, wording), stamps)
+        return Made(Tracking(tokens, length, context.seed, wording), stamps)
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class CommonWordsTask(RulerTask):
 
     words: str | None = None
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
         many = read_words(self.words) if self.words else None
-        generator = CommonWords(tokens, length, bench.seed, wording, many.words if many else None)
+        generator = CommonWords(tokens, length, context.seed, wording, many.words if many else None)
         words = [*single(), *(many.words if many else ())]
         stamps = {"haystack": "words", "haystack_sha256": digest("\n".join(words)), **_source_of_words()}
 
@@ -91,9 +91,9 @@ class CommonWordsTask(RulerTask):
 class FrequentWordsTask(RulerTask):
     """The most frequent code words of a text."""
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
         return Made(
-            FrequentWords(tokens, length, bench.seed, wording),
+            FrequentWords(tokens, length, context.seed, wording),
             {"haystack": "random code words", "haystack_sha256": None},
         )
 
@@ -110,15 +110,15 @@ class DocumentsTask(RulerTask):
     def measure(self) -> str:
         return "one of the references found"
 
-    def check(self, bench: Bench) -> None:
-        super().check(bench)
+    def check(self, context: EvaluationContext) -> None:
+        super().check(context)
         self.documents()
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
         documents = self.documents()
         stamps = {"haystack": documents.name, "haystack_sha256": documents.sha256}
         other = [] if documents.official else [f"questions of {documents.name}"]
-        return Made(Answering(tokens, length, bench.seed, wording, documents), stamps, lambda: other)
+        return Made(Answering(tokens, length, context.seed, wording, documents), stamps, lambda: other)
 
 
 @dataclass(frozen=True)

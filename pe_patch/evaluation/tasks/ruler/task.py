@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ....errors import PePatchError, unknown
-from ...bench import Bench, Piece
+from ...context import EvaluationContext, WorkUnit
 from ...corpus import whole_ids
-from ...questions import Question, QuestionTask
+from ...question import Question
+from ...question_task import QuestionTask
 from .generator import VERSION, Generator, Sample, Tokens
 from .niah import WITH_TOKENS
 from .official import official
@@ -51,16 +52,18 @@ class RulerTask(QuestionTask):
             raise unknown("wording", self.wording, NAMES)
 
     def questions(
-        self, bench: Bench, length: int, depth: float | None = None, within: int | None = None
+        self, context: EvaluationContext, length: int, depth: float | None = None, within: int | None = None
     ) -> list[Question]:
-        key = bench.key(self, "facts", length)
+        key = context.key(self, "facts", length)
         with self._named():
             if within is None:
-                questions, facts = self._ask(bench, length)
-                bench.once(key, lambda: facts)
+                questions, facts = self._ask(context, length)
+                context.remember(key, facts)
             else:
-                facts = bench.once(key, lambda: self._ask(bench, length)[1])
-                questions, _ = self._ask(bench, within, facts)
+                facts = context.recall(key)
+                if facts is None:
+                    facts = context.remember(key, self._ask(context, length)[1])
+                questions, _ = self._ask(context, within, facts)
         return questions
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
@@ -69,7 +72,7 @@ class RulerTask(QuestionTask):
     def measure(self) -> str:
         return "share of references found"
 
-    def measured_on(self, bench: Bench, questions: Sequence[Question]) -> str:
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         stamps, budget = questions[0].stamps, questions[0].budget
         substitutes = [each for each in stamps["substitutes"] if stamps["haystack"] not in each]
         other = f" with {', '.join(substitutes)}" if substitutes else ""
@@ -79,19 +82,19 @@ class RulerTask(QuestionTask):
             f"greedy answers of at most {budget} token{'s' if budget > 1 else ''}"
         )
 
-    def make(self, bench: Bench, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
         """The generator of this task's samples, for one length."""
         raise NotImplementedError
 
-    def check(self, bench: Bench) -> None:
+    def check(self, context: EvaluationContext) -> None:
         """Raise now what would be raised when the first question is made."""
-        if choose(self.wording, bench.subject.tokenizer, self.name, WITH_TOKENS) == OFFICIAL:
+        if choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS) == OFFICIAL:
             official()
 
-    def pieces(self, bench: Bench, length: int) -> Iterator[Piece]:
+    def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
         with self._named():
-            self.check(bench)
-        yield from super().pieces(bench, length)
+            self.check(context)
+        yield from super().work_units(context, length)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -101,35 +104,39 @@ class RulerTask(QuestionTask):
         except PePatchError as error:
             raise type(error)(f"{self.name}: {error}") from error
 
-    def _ask(self, bench: Bench, length: int, facts: Sequence[Any] | None = None) -> tuple[list[Question], list[Any]]:
+    def _ask(
+        self, context: EvaluationContext, length: int, facts: Sequence[Any] | None = None
+    ) -> tuple[list[Question], list[Any]]:
         """The questions, and the facts behind them: new ones, or those given."""
         # Of a tokenizer that cuts, no text would ever be too long.
-        whole_ids(bench.subject.tokenizer, "door " * (2 * length))
-        name = choose(self.wording, bench.subject.tokenizer, self.name, WITH_TOKENS)
+        whole_ids(context.model.tokenizer, "door " * (2 * length))
+        name = choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS)
         wording = official() if name == OFFICIAL else replace(ENGLISH, name=name)
-        made = self.make(bench, _counter(bench), length, wording)
+        made = self.make(context, _counter(context), length, wording)
         generator, questions, kept = made.generator, [], []
-        samples = generator.samples(bench.samples, self.exact_fit) if facts is None else generator.again(facts)
+        samples = generator.samples(context.samples, self.exact_fit) if facts is None else generator.again(facts)
         for sample in samples:
             group = len(kept) if len(sample.prompts) > 1 else None
             kept.append(sample.facts)
-            questions += self._questions(bench, sample, generator.budget, group)
-            if len(questions) >= bench.samples:
+            questions += self._questions(context, sample, generator.budget, group)
+            if len(questions) >= context.samples:
                 break
-        stamps = self._stamps(bench, made, wording)
-        return [replace(question, stamps=stamps) for question in questions[: bench.samples]], kept
+        stamps = self._stamps(context, made, wording)
+        return [replace(question, stamps=stamps) for question in questions[: context.samples]], kept
 
-    def _questions(self, bench: Bench, sample: Sample, budget: int, group: int | None) -> Iterable[Question]:
+    def _questions(
+        self, context: EvaluationContext, sample: Sample, budget: int, group: int | None
+    ) -> Iterable[Question]:
         for prompt in sample.prompts:
             yield Question(
-                prompt=bench.prompt(prompt.text, prompt.answer_prefix),
+                prompt=context.prompt(prompt.text, prompt.answer_prefix),
                 references=prompt.references,
                 budget=budget,
-                without_context=bench.prompt(prompt.bare, prompt.answer_prefix),
+                without_context=context.prompt(prompt.bare, prompt.answer_prefix),
                 group=group,
             )
 
-    def _stamps(self, bench: Bench, made: Made, wording: Wording) -> dict[str, Any]:
+    def _stamps(self, context: EvaluationContext, made: Made, wording: Wording) -> dict[str, Any]:
         substitutes = [] if wording.name.startswith(OFFICIAL) else [f"wording {wording.name}"]
         substitutes += made.substitutes()
         if self.exact_fit:
@@ -140,15 +147,15 @@ class RulerTask(QuestionTask):
             "benchmark": RULER_LIKE if substitutes else RULER_ITSELF,
             "substitutes": substitutes,
             "wording": wording.name,
-            "tokenizer_hash": bench.tokenizer_hash,
+            "tokenizer_hash": context.tokenizer_hash,
             "generator": VERSION,
             **made.stamps,
         }
 
 
-def _counter(bench: Bench) -> Tokens:
+def _counter(context: EvaluationContext) -> Tokens:
     """Counts as RULER does: without the token that a text starts with, but with a chat template."""
-    tokenizer, frame = bench.subject.tokenizer, bench.frame
+    tokenizer, frame = context.model.tokenizer, context.template
 
     def tokens(text: str, answer_prefix: str) -> int:
         whole = f"{frame.head}{text}{frame.tail}{answer_prefix}"

@@ -1,4 +1,4 @@
-"""What several charts share: records with all that a tooltip says, the axis of lengths, the legend, lines, cells."""
+"""Parts that several charts share: records for marks and tooltips, axes, legends, lines and heat maps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import altair as alt
 
-from ..results import Results, Row
-from ..tables import unit
+from ..results import Results, Row, sample_unit
 from .chart import Panel, data
 from .theme import DARK_INK, LIGHT_INK
 
 Record = dict[str, Any]
+"""Data of one mark, with the texts of its tooltip."""
 
 TOOLTIPS = {
     "scheme": "scheme",
@@ -20,7 +20,7 @@ TOOLTIPS = {
     "measure": "measure",
     "asked": "length asked for",
     "tokens": "tokens given",
-    "depth": "answer stands at",
+    "depth": "depth of the answer",
     "number": "score",
     "interval": "95 % interval",
     "samples": "counted",
@@ -28,12 +28,14 @@ TOOLTIPS = {
     "without_context": "without context",
     "measured_on": "measured on",
 }
+"""Heading of each field of a tooltip."""
 PICKED = "picked"
+"""Name of the legend selection, which templates/report.js synchronises between charts."""
 _SHORT = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : format(datum.value, ',')"
 
 
 def record(results: Results, rows: Sequence[Row]) -> Record:
-    """One mark: rows that differ in nothing but their depth, pooled, and in words what a tooltip shows of them."""
+    """Make the data of one mark from rows that differ only in depth. Several depths are pooled."""
     first = rows[0]
     names = ("scheme", "task", "measure", "length")
     same = {name: getattr(first, name) for name in names} | ({"depth": first.depth} if len(rows) == 1 else {})
@@ -52,7 +54,7 @@ def record(results: Results, rows: Sequence[Row]) -> Record:
         "high": cell.high,
         "number": f"{cell.score:.3f}",
         "interval": "none" if cell.low is None or cell.high is None else f"{cell.low:.3f} to {cell.high:.3f}",
-        "samples": f"{cell.samples:,} {unit(first.measure)}",
+        "samples": f"{cell.samples:,} {sample_unit(first.measure)}",
         "control": control,
         "without_context": "not measured" if cell.without_context is None else f"{cell.without_context:.3f}",
         "measured_on": "; ".join(dict.fromkeys(row.measured_on for row in rows)),
@@ -60,29 +62,31 @@ def record(results: Results, rows: Sequence[Row]) -> Record:
 
 
 def records(results: Results, **wanted: Any) -> list[Record]:
-    """One record for each scheme, task, measure and length of the rows selected; depths are pooled."""
+    """Make a record per scheme, task, measure and length of the selected rows. Depths are pooled."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.select(**wanted):
         groups.setdefault((row.scheme, row.task, row.measure, row.length), []).append(row)
     return [record(results, rows) for rows in groups.values()]
 
 
-def counted(found: Iterable[Mapping[str, Any]]) -> str:
-    """How many questions or tokens each mark counts, such as "35 questions" or "20 to 35 questions"."""
-    sizes = {(int(words[0].replace(",", "")), words[1]) for one in found if (words := one["samples"].split(" "))}
-    (least, what), (most, _) = min(sizes), max(sizes)
-    return f"{least:,} {what}" if least == most else f"{least:,} to {most:,} {what}"
+def sample_range(points: Iterable[Mapping[str, Any]]) -> str:
+    """Return the samples per mark as text, such as "35 questions" or "20 to 35 questions"."""
+    sizes = {
+        (int(count.replace(",", "")), unit) for count, _, unit in (point["samples"].partition(" ") for point in points)
+    }
+    (lowest, unit), (highest, _) = min(sizes), max(sizes)
+    return f"{lowest:,} {unit}" if lowest == highest else f"{lowest:,} to {highest:,} {unit}"
 
 
-def about(results: Results) -> str:
-    """Which model and which text, as far as the configuration says."""
+def model_and_text(results: Results) -> str:
+    """Return the model, text and seed of the configuration as text."""
     config = results.config
     known = [f"{name}: {config[name]}" for name in ("model", "text", "seed") if config.get(name) is not None]
     return ", ".join(known)[:1].upper() + ", ".join(known)[1:]
 
 
 def tooltips(*names: str, extra: Mapping[str, str] | None = None) -> list[alt.Tooltip]:
-    """The named fields of a record under their headings; `extra` has further fields and headings."""
+    """Make tooltips for fields of a record. `extra` maps further fields to their headings."""
     headings = {name: TOOLTIPS[name] for name in names} | dict(extra or {})
     return [alt.Tooltip(f"{name}:N", title=heading) for name, heading in headings.items()]
 
@@ -90,15 +94,20 @@ def tooltips(*names: str, extra: Mapping[str, str] | None = None) -> list[alt.To
 MEASURED = (
     "scheme", "task", "asked", "tokens", "number", "interval", "samples", "control", "without_context", "measured_on",
 )  # fmt: skip
-"""What a tooltip tells of a measurement."""
+"""Tooltip fields of a measurement."""
 
 
-def series(names: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
-    """Colour and sign for each scheme, the same in every chart; a legend of those shown, that wraps where it must."""
+def scheme_encoding(names: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
+    """Make colour and shape encodings for schemes, with a legend that wraps to the width of the chart.
+
+    Args:
+        names: All schemes, so that each has the same colour in every chart.
+        shown: Schemes in the legend.
+    """
     shown = [name for name in names if name in shown]
     longest = max(map(len, shown))
     fitting = f"max(1, min({len(shown)}, floor((containerSize()[0] - 60) / {28 + 6.6 * min(longest, 40):.0f})))"
-    # a picture has no element around it
+    # a PNG has no container element
     columns = alt.ExprRef(f"containerSize()[0] > 0 ? {fitting} : 4")
     scale = alt.Scale(domain=list(names))
     legend = alt.Legend(title=None, values=shown, orient="top", columns=columns, labelLimit=270, symbolOpacity=1)
@@ -108,17 +117,18 @@ def series(names: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def picked() -> alt.Parameter:
-    """The schemes touched in the legend; all, as long as none is."""
+def legend_selection() -> alt.Parameter:
+    """Make a selection of schemes by click in the legend. Without a click it selects all."""
     return alt.selection_point(name=PICKED, fields=["scheme"], bind="legend")
 
 
-def faded(pick: alt.Parameter, full: float = 1.0, muted: float = 0.08) -> Any:
+def faded_unless_selected(pick: alt.Parameter, full: float = 1.0, muted: float = 0.08) -> Any:
+    """Make an opacity of `full` for selected schemes and `muted` for all others."""
     return alt.condition(pick, alt.value(full), alt.value(muted))
 
 
 def length_axis(lengths: Sequence[int], title: str | None = "tokens given to the model") -> alt.X:
-    """Powers of two at equal steps, a tick at each length that was measured."""
+    """Make a logarithmic axis with a tick at each measured length."""
     axis = alt.Axis(
         values=list(lengths), labelExpr=_SHORT, grid=False, labelOverlap="parity", labelFlush=False, title=title
     )
@@ -126,8 +136,8 @@ def length_axis(lengths: Sequence[int], title: str | None = "tokens given to the
     return alt.X("length:Q", scale=scale, axis=axis)
 
 
-def window_mark(window: int | None, lengths: Sequence[int], x: alt.X) -> list[Panel]:
-    """A dotted line where the trained window ends, if that lies among the lengths."""
+def window_rule(window: int | None, lengths: Sequence[int], x: alt.X) -> list[Panel]:
+    """Draw a dotted line at the end of the trained window if it lies within the range of the lengths."""
     if not window or not lengths[0] <= window <= lengths[-1]:
         return []
     right = window * window > lengths[0] * lengths[-1]
@@ -138,29 +148,39 @@ def window_mark(window: int | None, lengths: Sequence[int], x: alt.X) -> list[Pa
     return [base.mark_rule(strokeDash=[2, 3], strokeWidth=1.3), note.encode(text="note:N")]
 
 
-def lines(found: Sequence[Record], names: Sequence[str], x: Any, y: Any, tips: list[alt.Tooltip]) -> list[Panel]:
-    """A line with a sign at every measurement for each scheme, its interval as a band and as a bar."""
-    pick, look = picked(), series(names, [one["scheme"] for one in found])
-    base = alt.Chart(data(found)).encode(x=x, color=look["color"])
-    # without any interval there must be no such layer: Vega warns of a scale over nothing
-    bounded = alt.Chart(data([one for one in found if one["low"] is not None])).encode(x=x, color=look["color"])
+def line_layers(points: Sequence[Record], names: Sequence[str], x: Any, y: Any, tips: list[alt.Tooltip]) -> list[Panel]:
+    """Draw a line per scheme with a marker per measurement, and its interval as a band and as a bar."""
+    pick, look = legend_selection(), scheme_encoding(names, [point["scheme"] for point in points])
+    base = alt.Chart(data(points)).encode(x=x, color=look["color"])
+    # leave the layers of intervals out if there are none, since Vega warns about a scale without values
+    bounded = alt.Chart(data([point for point in points if point["low"] is not None])).encode(x=x, color=look["color"])
     ends = {"y": alt.Y("low:Q"), "y2": alt.Y2("high:Q")}
     intervals = [
-        bounded.mark_area().encode(**ends, opacity=faded(pick, 0.10, 0.0)),
-        bounded.mark_rule(strokeWidth=1.4).encode(**ends, opacity=faded(pick, 0.55, 0.04)),
+        bounded.mark_area().encode(**ends, opacity=faded_unless_selected(pick, 0.10, 0.0)),
+        bounded.mark_rule(strokeWidth=1.4).encode(**ends, opacity=faded_unless_selected(pick, 0.55, 0.04)),
     ]
     return [
-        *(intervals if any(one["low"] is not None for one in found) else []),
-        base.mark_line(strokeWidth=2).encode(y=y, opacity=faded(pick)),
+        *(intervals if any(point["low"] is not None for point in points) else []),
+        base.mark_line(strokeWidth=2).encode(y=y, opacity=faded_unless_selected(pick)),
         base.mark_point(filled=True, size=70)
-        .encode(y=y, shape=look["shape"], opacity=faded(pick), tooltip=tips)
+        .encode(y=y, shape=look["shape"], opacity=faded_unless_selected(pick), tooltip=tips)
         .add_params(pick),
     ]
 
 
-def heat_map(found: Sequence[Record], x: Any, y: Any, tips: list[alt.Tooltip], *, text_size: float = 11) -> list[Panel]:
-    """Shares from 0 to 1 as colours, with the number in each cell; `found` has `score` and `short` (the number)."""
-    base = alt.Chart(data(found)).encode(x=x, y=y)
+def heat_map(
+    points: Sequence[Record], x: Any, y: Any, tips: list[alt.Tooltip], *, text_size: float = 11
+) -> list[Panel]:
+    """Draw scores from 0 to 1 as colours with the number in each cell.
+
+    Args:
+        points: Records with `score` and `short`, the formatted number.
+        x: Horizontal encoding.
+        y: Vertical encoding.
+        tips: Tooltips.
+        text_size: Font size of the numbers.
+    """
+    base = alt.Chart(data(points)).encode(x=x, y=y)
     ink = alt.condition("datum.score > 0.45", alt.value(DARK_INK), alt.value(LIGHT_INK))
     colour = alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], range="heatmap", clamp=True), legend=None)
     return [
@@ -170,9 +190,10 @@ def heat_map(found: Sequence[Record], x: Any, y: Any, tips: list[alt.Tooltip], *
 
 
 def short_length(length: int) -> str:
+    """Format a length: 2048 as "2k", 1000 as "1,000"."""
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
 
 
-def side_by_side(panels: Sequence[Any], most: int) -> int:
-    """How many panels stand in a row: at most so many, and the rows about equally full."""
-    return -(-len(panels) // -(-len(panels) // most))
+def panel_columns(panels: Sequence[Any], limit: int) -> int:
+    """Return the number of panels per line, at most `limit`, so that all lines have about equally many."""
+    return -(-len(panels) // -(-len(panels) // limit))

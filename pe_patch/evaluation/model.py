@@ -1,0 +1,509 @@
+"""The evaluated model: its windows and identity, its greedy answers and losses, and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, GenerationConfig
+
+from .. import compat
+from ..adapters.trained_window import trained_window
+from ..errors import PePatchError
+from ..patching.api import find_patch
+from ..patching.description import describe
+from ..patching.targets import unwrap
+from .question import Question
+
+WEIGHTS_SAMPLED = 512
+"""Numbers read from each weight for a fingerprint."""
+MIN_SHARED_FRACTION = 0.25
+"""Fraction of a prompt that must match another one before its cache is reused."""
+MIN_SHARED_TOKENS = 64
+"""With fewer shared tokens, copying the cache costs more than reading them again."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary types of Transformers whose frequencies depend on the length of a forward pass."""
+USABLE_MEMORY = 0.8
+"""Fraction of the free memory to plan with. The rest covers what the estimate leaves out."""
+TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 131072}
+"""Tokens per forward pass above which a larger batch is not faster."""
+
+
+# Identity
+
+
+def windows(model: Any) -> tuple[int | None, int | None]:
+    """Return the native and the effective window of a model.
+
+    Returns:
+        The trained length in tokens, or None if unknown, and the length in tokens that the model supports now, or None
+        if it is unknown or unbounded.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if getattr(model.config, "pe_patch", None):
+        effective = describe(model).to_dict()["effective"]
+        bound = effective.get("effective_window")
+        return effective.get("trained_window") or limit, bound if isinstance(bound, int) else None
+    return trained_window(model, config).length, limit
+
+
+def scheme_label(model: Any) -> str:
+    """Return a short name for the positions of a model: the patched scheme, or the scaling in its configuration."""
+    record = getattr(model.config, "pe_patch", None)
+    if record:
+        options = ", ".join(f"{key}={value}" for key, value in (record.get("options") or {}).items())
+        return f"{record['scheme']}({options})" if options else str(record["scheme"])
+    scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", "default")
+    return "native" if kind == "default" else f"native {kind}"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return twelve hexadecimal digits that identify the tokenizer (its backend, or else its vocabulary)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(state.encode()).hexdigest()[:12]
+
+
+def model_fingerprint(model: Any) -> str:
+    """Return twelve hexadecimal digits that identify the configuration, the scheme, the dtype and the weights.
+
+    It reads `WEIGHTS_SAMPLED` evenly spaced numbers of each weight, since training changes nearly all of them.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // WEIGHTS_SAMPLED)
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# Answers and losses
+
+
+@dataclass
+class EvaluatedModel:
+    """A model with its tokenizer. It answers questions and computes losses in the largest batches that fit."""
+
+    model: Any
+    tokenizer: Any
+    batch_size: int | None = None
+    """Sequences per forward pass. None plans it from the free memory."""
+    autocast: torch.dtype | None = None
+    """Dtype for torch.autocast. None disables it."""
+    advance: Callable[[int], Any] = field(default=lambda tokens: None)
+    """Progress callback. It receives the number of tokens after every forward pass."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """Bytes that one token takes in the cache, measured once; 0 if the model keeps no cache."""
+        with self.inference_mode():
+            return cache_size(self.model).bytes if keeps_cache(self.model) else 0
+
+    @property
+    def pad_token(self) -> int:
+        """Id for left padding. The attention mask hides it."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Ids that end an answer: the tokenizer's EOS and those of the checkpoint (chat models have several)."""
+        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        several = configured if isinstance(configured, list | tuple) else [configured]
+        return {int(token) for token in (self.tokenizer.eos_token_id, *several) if token is not None}
+
+    @property
+    def can_reuse_prefix(self) -> bool:
+        """True if reading a text in two passes gives the same result as reading it in one.
+
+        This needs a cache, and frequencies that do not depend on the length of a pass.
+        """
+        if self.cache_bytes == 0:
+            return False
+        patch = find_patch(self.model)
+        if patch is not None:
+            return not patch.scheme.length_dependent
+        parameters = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        by_layer_type = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+        return not any(rope.get("rope_type") in LENGTH_DEPENDENT_ROPE for rope in by_layer_type)
+
+    def plan_batch_size(self, length: int, *, logits: int = 1, cached: bool = True) -> int:
+        """Return the number of sequences of `length` tokens for one forward pass.
+
+        Args:
+            length: Tokens of each sequence, answer included.
+            logits: Positions per sequence whose logits the forward pass returns.
+            cached: True if the forward pass fills a cache.
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        cache_bytes = self.cache_bytes if cached else 0
+        return max_batch_size(self.model, self.device, length, cache_bytes=cache_bytes, logits=logits)
+
+    @contextlib.contextmanager
+    def inference_mode(self) -> Iterator[None]:
+        """Switch to evaluation mode without gradients, and restore the training mode afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        enabled = self.autocast is not None
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, self.autocast, enabled=enabled):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def losses(self, sequences: Sequence[np.ndarray], targets: int) -> np.ndarray:
+        """Compute the loss of the last `targets` tokens of each sequence.
+
+        Args:
+            sequences: Token ids [n], all of the same length.
+            targets: Number of tokens to score at the end of each sequence.
+
+        Returns:
+            Losses in nats [sequences, targets].
+        """
+        length, rows = len(sequences[0]), []
+        size = self.plan_batch_size(length, logits=targets + 1, cached=False)
+        for start in range(0, len(sequences), size):
+            ids = torch.from_numpy(np.stack(sequences[start : start + size])).to(self.device)
+            with self.inference_mode():
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=targets + 1).logits[
+                    :, -targets - 1 : -1
+                ]
+            labels = ids[:, -targets:]
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            rows.append(loss.view(labels.shape).double().cpu().numpy())
+            self.advance(ids.numel())
+        return np.concatenate(rows)
+
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """Answer each question greedily, with at most `budget` tokens and up to an end-of-text token.
+
+        Prompts that begin with the same text share its cache. All other prompts are answered in left-padded batches.
+        """
+        tokens: dict[int, list[int]] = {}
+        remaining: list[int] = []
+        for group in group_by_prefix(questions) if self.can_reuse_prefix else [[i] for i in range(len(questions))]:
+            answered = self._answer_from_shared_prefix(questions, group) if len(group) > 1 else None
+            if answered is None:
+                remaining += group
+            else:
+                tokens |= answered
+        for batch in self._padded_batches(questions, remaining):
+            tokens |= self._answer_padded(questions, batch)
+        ends = self.end_tokens
+        return [self.tokenizer.decode(_until(tokens[index], ends)) for index in range(len(questions))]
+
+    def _padded_batches(self, questions: Sequence[Question], indices: list[int]) -> Iterator[list[int]]:
+        """Group prompts of equal budget and similar length, as many as fit in memory."""
+        order = sorted(indices, key=lambda i: (questions[i].budget, -len(questions[i].prompt), i))
+        while order:
+            first = questions[order[0]]
+            size = self.plan_batch_size(len(first.prompt) + first.budget)
+            batch = [i for i in order[:size] if questions[i].budget == first.budget]
+            yield batch
+            order = order[len(batch) :]
+
+    def _answer_padded(self, questions: Sequence[Question], batch: list[int]) -> dict[int, list[int]]:
+        prompts, budget = [questions[i].prompt for i in batch], questions[batch[0]].budget
+        longest = max(map(len, prompts))
+        ids = np.full((len(batch), longest), self.pad_token, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+        generated = self._generate(self._tensor(ids), self._tensor(mask), budget)
+        self.advance(sum(len(prompt) + budget for prompt in prompts))
+        return dict(zip(batch, generated, strict=True))
+
+    def _answer_from_shared_prefix(
+        self, questions: Sequence[Question], group: list[int]
+    ) -> dict[int, list[int]] | None:
+        """Answer a group of prompts whose shared text is read once.
+
+        The model reads the leader's prompt. Its cache is then cropped step by step to the prefix that the next prompt
+        shares with the leader.
+
+        Returns:
+            Answer tokens by question index, or None if the cache cannot be cropped.
+        """
+        leader = _most_shared(questions, group)
+        prompt = questions[leader].prompt
+        members = [
+            _Member(i, len(prompt) - 1 if i == leader else shared_prefix_length(prompt, questions[i].prompt))
+            for i in group
+        ]
+        longest = max(member.shared for member in members)
+        with self.inference_mode():
+            shared_cache = compat.cache_of(
+                self.model(input_ids=self._tensor(prompt[None, :longest]), use_cache=True, logits_to_keep=1)
+            )
+        if not isinstance(shared_cache, DynamicCache) or any(shared_cache.is_sliding):
+            return None
+        answered: dict[int, list[int]] = {}
+        for members_alike in _members_by_shape(questions, members):
+            cached, needed = shared_cache.get_seq_length(), members_alike[0].shared
+            if needed < cached:
+                shared_cache.crop(needed - cached)
+            first = questions[members_alike[0].index]
+            size = self.plan_batch_size(len(first.prompt) + first.budget)
+            for start in range(0, len(members_alike), size):
+                batch = [member.index for member in members_alike[start : start + size]]
+                cache = copy.deepcopy(shared_cache)
+                if len(batch) > 1:
+                    cache.batch_repeat_interleave(len(batch))
+                ids = self._tensor(np.stack([questions[i].prompt for i in batch]))
+                generated = self._generate(ids, torch.ones_like(ids), first.budget, cache)
+                answered |= zip(batch, generated, strict=True)
+                self.advance(len(batch) * (ids.shape[1] + first.budget))
+        return answered
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, budget: int, cache: Any = None) -> list[list[int]]:
+        """Generate `budget` tokens for each row.
+
+        Args:
+            ids: Complete prompts [batch, n], including the tokens that `cache` already holds.
+            mask: Attention mask [batch, n].
+            budget: Maximum number of new tokens.
+            cache: Cache of a common prefix of all rows, or None.
+
+        Returns:
+            New token ids for each row.
+        """
+        with self.inference_mode():
+            if budget == 1 and cache is None and bool(mask.all()):
+                # One greedy token is the argmax after the prompt and needs no cache.
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+                return logits[:, -1:].argmax(-1).tolist()
+            greedy = GenerationConfig(
+                max_new_tokens=budget,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.pad_token,
+                eos_token_id=sorted(self.end_tokens) or None,
+            )
+            cache_argument = compat.cache_keyword(unwrap(self.model), cache)
+            with _generation_config(self.model, greedy):
+                sequences = self.model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=greedy, **cache_argument
+                )
+        if not torch.equal(sequences[:, : ids.shape[1]], ids):
+            raise PePatchError("generate() did not return the prompt that it received: the prompt was cut or changed.")
+        return sequences[:, ids.shape[1] :].tolist()
+
+    def _tensor(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(self.device)
+
+
+class DryRunModel(EvaluatedModel):
+    """A model that returns empty answers and zero losses without a forward pass.
+
+    The rest of an evaluation runs as usual: it reads the texts, makes the questions and scores the answers.
+    """
+
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """Return an empty answer for each question."""
+        return [""] * len(questions)
+
+    def losses(self, sequences: Sequence[np.ndarray], targets: int) -> np.ndarray:
+        """Return zeros [sequences, targets]."""
+        return np.zeros((len(sequences), targets))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A question of a group whose prompts begin with the same text."""
+
+    index: int
+    shared: int
+    """Tokens that its prompt shares with the leader's. At least one token of the prompt is left to read."""
+
+
+def group_by_prefix(questions: Sequence[Question]) -> list[list[int]]:
+    """Group neighbouring questions whose prompts begin with mostly the same text; returns lists of indices."""
+    groups: list[list[int]] = []
+    for index, question in enumerate(questions):
+        leader = questions[groups[-1][0]] if groups else None
+        if leader is not None and _worth_sharing(leader.prompt, question.prompt):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _worth_sharing(leader: np.ndarray, prompt: np.ndarray) -> bool:
+    return shared_prefix_length(leader, prompt) >= max(MIN_SHARED_TOKENS, MIN_SHARED_FRACTION * len(prompt))
+
+
+def shared_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
+    """Count the tokens that two prompts begin with in common, leaving at least one token of each prompt."""
+    size = min(len(first), len(second)) - 1
+    differs = np.flatnonzero(first[:size] != second[:size])
+    return int(differs[0]) if len(differs) else size
+
+
+def _most_shared(questions: Sequence[Question], group: list[int]) -> int:
+    """Return the first or the last question of a group, whichever shares more tokens with the others."""
+    return max(
+        (group[0], group[-1]),
+        key=lambda i: sum(shared_prefix_length(questions[i].prompt, questions[j].prompt) for j in group),
+    )
+
+
+def _members_by_shape(questions: Sequence[Question], members: list[_Member]) -> Iterator[list[_Member]]:
+    """Yield members that fit into one batch, those with the longest shared prefix first."""
+    by_shape: dict[tuple[int, int, int], list[_Member]] = {}
+    for member in members:
+        question = questions[member.index]
+        by_shape.setdefault((-member.shared, len(question.prompt), question.budget), []).append(member)
+    for shape in sorted(by_shape):
+        yield by_shape[shape]
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+@contextlib.contextmanager
+def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Replace the checkpoint's generation settings temporarily.
+
+    generate() takes every setting that its argument leaves open from them, such as a repetition penalty or suppressed
+    tokens.
+    """
+    owners = [
+        module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)
+    ]
+    originals = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = original
+
+
+# Memory
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Size of one token in a model's cache, summed over all layers."""
+
+    numbers: int
+    bytes: int
+    layers: int
+
+    @property
+    def numbers_per_layer(self) -> float:
+        """Mean over the layers."""
+        return self.numbers / self.layers
+
+
+def cache_size(model: Any) -> CacheSize:
+    """Measure the cache that a model fills, as the difference between 16 and 8 tokens.
+
+    Raises:
+        PePatchError: The model returns no cache.
+    """
+    short, long = _cached_tensors(model, 8), _cached_tensors(model, 16)
+    if not long:
+        raise PePatchError(f"{type(model).__name__} returned no cache whose layers could be counted.")
+    growth = [(after.numel() - before.numel(), after) for before, after in zip(short, long, strict=True)]
+    return CacheSize(
+        numbers=sum(count for count, _ in growth) // 8,
+        bytes=sum(count * tensor.element_size() for count, tensor in growth) // 8,
+        layers=len(long) // 2,
+    )
+
+
+def keeps_cache(model: Any) -> bool:
+    """Return True if the model fills a cache."""
+    return bool(_cached_tensors(model, 8))
+
+
+@torch.inference_mode()
+def _cached_tensors(model: Any, length: int) -> list[torch.Tensor]:
+    """Return the cached keys and values of all layers after a forward pass over `length` tokens."""
+    ids = torch.ones(1, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    layers = getattr(compat.cache_of(model(input_ids=ids, use_cache=True)), "layers", None) or ()
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+
+def sequence_bytes(model: Any, length: int, cache_bytes: int, logits: int) -> int:
+    """Estimate the memory of a forward pass over one sequence, without the weights.
+
+    The estimate has the cache, the activations of the widest layer (residual stream, projections, MLP), the logits in
+    float32 and, for eager attention, two score matrices of all heads.
+
+    Args:
+        model: The model.
+        length: Tokens of the sequence.
+        cache_bytes: Bytes per token in the cache.
+        logits: Positions whose logits the forward pass returns.
+
+    Returns:
+        Bytes.
+    """
+    config = model.config.get_text_config()
+    hidden = getattr(config, "hidden_size", 1)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
+    item = next(model.parameters()).element_size()
+    total = length * (cache_bytes + item * (8 * hidden + 3 * inner)) + 8 * logits * config.vocab_size
+    if "eager" in str(getattr(config, "_attn_implementation", "")):
+        total += 8 * getattr(config, "num_attention_heads", 1) * length * length
+    return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that new tensors can take on the device, in bytes."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    return psutil.virtual_memory().available
+
+
+def max_batch_size(model: Any, device: torch.device, length: int, *, cache_bytes: int = 0, logits: int = 1) -> int:
+    """Return how many sequences of `length` tokens fit into one forward pass.
+
+    Args:
+        model: The model.
+        device: Device of the forward pass.
+        length: Tokens of each sequence.
+        cache_bytes: Bytes per token in the cache.
+        logits: Positions per sequence whose logits the forward pass returns.
+
+    Raises:
+        PePatchError: Not even one sequence fits into the free memory.
+    """
+    needed, free = sequence_bytes(model, length, cache_bytes, logits), free_bytes(device)
+    fitting = int(USABLE_MEMORY * free) // max(1, needed)
+    if fitting < 1:
+        raise PePatchError(
+            f"A sequence of {length} tokens takes about {needed / 2**30:.1f} GiB in addition to the weights, and only "
+            f"{free / 2**30:.1f} GiB are free on {device}. Use a shorter length, a smaller dtype or a scheme with a "
+            "smaller cache. batch_size=1 skips this check."
+        )
+    return max(1, min(fitting, TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"]) // length))
