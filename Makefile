@@ -30,7 +30,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed
+# What the demo needs and no more: not the packages of developers.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+demo: $(VENV)/.installed-demo
 	$(BIN)/pe-patch demo
 
 test: $(VENV)/.installed

@@ -11,6 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache as memoised
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from packaging.version import Version
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .errors import NoEffectError, UnsupportedError
+from .errors import MissingPackageError, NoEffectError, UnsupportedError
 
 OLDEST_TESTED = "5.17.0"
 NEWEST_TESTED = "5.24.0"
@@ -29,6 +30,24 @@ INSTALLED = Version(transformers.__version__)
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 """Names of the cache argument in the forwards of models, layers and attentions, newest first."""
+
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "report": ("altair", "vl_convert", "jinja2"),
+    "eval": ("wonderwords",),
+    "train": ("omegaconf", "altair", "vl_convert"),
+}
+"""Optional packages of this library, by the extra that installs them."""
+
+
+def require_extra(extra: str) -> None:
+    """Raise `MissingPackageError` if a package of an extra is not installed."""
+    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            f"This needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            f"Type: pip install 'pe_patch[{extra}]'"
+        )
 
 
 class UntestedVersionWarning(UserWarning):

@@ -102,6 +102,10 @@ class OutputError(PePatchError, FileExistsError):
     """A folder that may not be written to: an input, one that holds something else, or one that cannot be created."""
 
 
+class MissingPackageError(PePatchError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
+
+
 class MismatchError(PePatchError, ValueError):
     """An adapter of another scheme than the model stands under."""
 

@@ -35,7 +35,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import vl_convert
 
 from ..errors import PePatchError
 from .charts import DARK, LIGHT, Chart, charts_of, theme
@@ -405,6 +404,8 @@ def _embedded_json(value: Any) -> str:
 @cache
 def _chart_library() -> str:
     """Return Vega, Vega-Lite and vega-embed as one minified script that defines `window.vegaEmbed`."""
+    import vl_convert
+
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     if "</script" in script.lower() or "<script" in script.lower():
         raise PePatchError("The chart library contains a script tag and cannot be embedded in a page.")
