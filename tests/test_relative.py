@@ -198,7 +198,7 @@ def test_scores_go_by_the_distance(name):
 
 
 def test_cope_counts_from_the_text():
-    with pytest.raises(UnsupportedError, match="'cope' do not go by a distance"):
+    with pytest.raises(UnsupportedError, match="'cope' do not depend on a distance"):
         SCHEMES["cope"](SHAPE).relative_position(7)
 
 

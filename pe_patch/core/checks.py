@@ -1,4 +1,4 @@
-"""What a value of an option must be."""
+"""Checks of option values."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from ..errors import OptionValueError, nearest, quoted
 
 LARGEST = 1e6
-"""Of numbers for which nothing else is said; what is larger overflows somewhere, or is a slip of the keyboard."""
+"""Limit of numbers without another limit; larger ones overflow or are typing errors."""
 LARGEST_BASE = 1e30
 LARGEST_FACTOR = 100.0
-"""Of what multiplies cos and sin, queries or scores."""
+"""Limit of factors on cos and sin, queries or scores."""
 LARGEST_LENGTH = 10**12
-"""In tokens. The regimes of a sequence grow to 2^23 times this, which int64 still holds."""
+"""Limit of lengths in tokens. Regimes grow to 2^23 times this, which fits int64."""
 LARGEST_TABLE = 2**31
-"""Entries of a table, 8 GiB in float32."""
+"""Limit of the entries of a table, 8 GiB in float32."""
 
 
 def plain(value: Any) -> Any:
-    """Return numbers and lists of other libraries as Python's, which every check and a saved record understand.
+    """Convert numbers and lists of other libraries to Python's, which checks and saved records understand.
 
-    Scalars of NumPy and of PyTorch, fractions, and arrays of floating-point numbers of one dimension are changed.
+    This covers scalars of NumPy and PyTorch, fractions, and one-dimensional arrays of floating-point numbers.
     """
     if value is None or isinstance(value, bool | str | bytes) or type(value) in (int, float):
         return value
@@ -43,7 +43,7 @@ def plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """`value` as a finite float, or None where it is none; True and False are none."""
+    """Return `value` as a finite float, or None if it is no number; True and False are no numbers."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
@@ -56,7 +56,7 @@ def _number(value: Any) -> float | None:
 def check_number(
     scheme: str, option: str, value: Any, low: float, high: float = LARGEST, *, exclusive: bool = False, do: str = ""
 ) -> float:
-    """`value` as a float; an `OptionValueError` unless it is a number in [low, high], or (low, high] if exclusive."""
+    """Return `value` as a float in [low, high], or (low, high] if exclusive; else raise `OptionValueError`."""
     number = _number(value)
     if number is not None and (low < number if exclusive else low <= number) and number <= high:
         return number
@@ -68,7 +68,7 @@ def check_number(
 def check_length(
     scheme: str, option: str, value: Any, low: int = 1, high: int = LARGEST_LENGTH, *, what: str = "number of tokens"
 ) -> int | None:
-    """`value` as a whole number from `low` to `high`, or None; an `OptionValueError` where it is none."""
+    """Return `value` as a whole number from `low` to `high`, or None; raise `OptionValueError` for anything else."""
     if value is None:
         return None
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
@@ -80,13 +80,13 @@ def check_length(
 
 
 def check_window(scheme: str, option: str, value: Any) -> int | None:
-    """`check_length` for a window that comes from a config, which may write 4096.0."""
+    """Return what `check_length` returns for a window, which a config may write as 4096.0."""
     whole = int(value) if isinstance(value, float) and value.is_integer() else value
     return check_length(scheme, option, whole)
 
 
 def check_count(scheme: str, option: str, value: Any, low: int, high: int, do: str = "") -> int:
-    """`value` as a whole number from `low` to `high`, or an `OptionValueError`."""
+    """Return `value` as a whole number from `low` to `high`, or raise `OptionValueError`."""
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
     do = f" {do}" if do else ""
@@ -97,7 +97,7 @@ def check_count(scheme: str, option: str, value: Any, low: int, high: int, do: s
 
 
 def check_table(scheme: str, option: str, rows: int, width: int) -> int:
-    """`rows`, or an `OptionValueError` where a table of so many rows would not fit into memory."""
+    """Return `rows`, or raise `OptionValueError` if a table of that many rows does not fit into memory."""
     if rows * width <= LARGEST_TABLE:
         return rows
     raise OptionValueError(
@@ -107,7 +107,7 @@ def check_table(scheme: str, option: str, rows: int, width: int) -> int:
 
 
 def check_choice(scheme: str, option: str, value: Any, choices: Iterable[str]) -> str:
-    """`value`, or an `OptionValueError` unless it is one of `choices`."""
+    """Return `value`, or raise `OptionValueError` unless it is one of `choices`."""
     choices = list(choices)
     if isinstance(value, str) and value in choices:
         return value
@@ -118,7 +118,7 @@ def check_choice(scheme: str, option: str, value: Any, choices: Iterable[str]) -
 
 
 def check_order(scheme: str, low: tuple[str, float], high: tuple[str, float]) -> None:
-    """Raise `OptionError` when the (option, value) `low` exceeds `high`."""
+    """Raise `OptionValueError` if the value of the (option, value) pair `low` exceeds that of `high`."""
     if low[1] > high[1]:
         raise OptionValueError(
             f"{scheme!r} got {low[0]}={low[1]:g} and {high[0]}={high[1]:g}; {low[0]} may not exceed {high[0]}. "
@@ -129,7 +129,7 @@ def check_order(scheme: str, low: tuple[str, float], high: tuple[str, float]) ->
 def check_list(
     scheme: str, option: str, value: Any, count: int, *, has: str = "rotates", each: str = "pair", high: float = LARGEST
 ) -> list[float]:
-    """`value` as `count` positive floats, one for each of something, or an `OptionValueError`."""
+    """Return `value` as `count` positive floats, or raise `OptionValueError`."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise OptionValueError(
             f"{scheme!r} got {option}={quoted(value)}; give a list of {count} positive numbers, one for each {each}."
@@ -146,7 +146,7 @@ def check_list(
 
 
 def check_width(scheme: str, dim: int) -> None:
-    """Raise `OptionError` where the base change theta s^(r / (r - 2)) has no meaning."""
+    """Raise `OptionValueError` for a rotary width for which theta s^(r / (r - 2)) is undefined."""
     if dim == 2:
         raise OptionValueError(
             f"{scheme!r} changes the base by s^(r / (r - 2)), which a rotary width of r=2 does not allow; use 'linear'."
@@ -154,7 +154,7 @@ def check_width(scheme: str, dim: int) -> None:
 
 
 def check_flag(scheme: str, option: str, value: Any) -> bool:
-    """`value` as it is, or an `OptionError` unless it is True or False."""
+    """Return `value`, or raise `OptionValueError` unless it is True or False."""
     if isinstance(value, bool):
         return value
     raise OptionValueError(f"{scheme!r} got {option}={quoted(value)}; give True or False.")

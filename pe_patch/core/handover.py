@@ -1,7 +1,7 @@
-"""Handing a value to a forward further in, through code that has no argument for it.
+"""Pass a value to an inner forward through code that has no argument for it.
 
-The value belongs to one call in one thread: several threads may run one model, as they may run a native one, so nothing
-of a call is kept on a module. It lies here for as long as the call lasts, and an outer call gets its own back.
+The value belongs to one call in one thread. Nothing is stored on a module, so several threads can run one model. The
+value is dropped when the call ends, and an outer call gets its own value back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,6 @@ def hand_down(name: str, base: Any, value: Any, call: Callable[..., Any], *args:
 
 
 def handed_down(name: str, base: Any) -> Any:
-    """Return what this thread handed down to `base`, or None."""
+    """Return the value that this thread passed to `base`, or None."""
     held = getattr(_HELD, name, None)
     return held[1] if held is not None and held[0] is base else None

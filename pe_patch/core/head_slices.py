@@ -1,4 +1,4 @@
-"""A scheme as a part of the heads sees it: what processes that share the heads of an attention each work with."""
+"""Slice a scheme to the heads of one tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from ..errors import UnsupportedError
 
 SHARED: Mapping[str, int] = MappingProxyType({})
-"""What a scheme has for each head where heads share everything."""
+"""`Scheme.per_head` of a scheme whose heads share everything."""
 
 RUNGS = ("attend", "encode", "bias", "of", "features", "fall", "tile")
-"""What is handed queries and keys, and may know of heads."""
+"""Hooks that get queries and keys, and so may depend on the index of a head."""
 
 
 class Heads(NamedTuple):
-    """Query heads `start` to `stop` of the whole model, and with how many key heads they come."""
+    """A range of query heads of the model, and the number of key heads that belong to it."""
 
     start: int
     stop: int
@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 
 
 def declared(cls: type) -> bool:
-    """Whether a scheme's class says what it keeps for each head, and nothing below it has changed what that is for."""
+    """Return whether a class declares `per_head`, and no subclass has overridden a hook since."""
     order = cls.__mro__
     says = next((place for place, owner in enumerate(order) if "per_head" in owner.__dict__), None)
     if says is None or order[says].__dict__["per_head"] is None:
@@ -42,19 +42,19 @@ def declared(cls: type) -> bool:
 
 
 def part(scheme: Any, heads: Heads) -> Any:
-    """The scheme for a range of its heads.
+    """Return the scheme sliced to a range of its heads.
 
-    Slopes, tables and parameters are slices (`Scheme.per_head` names them and the dimension of the heads). All
-    parameters are views of the whole ones, which gradients flow to; hooks on these are not called where a kernel takes
-    gradients of its own. Everything else is the same object.
+    `Scheme.per_head` names the slopes, tables and parameters to slice, and the dimension of their heads. Parameters
+    are views of the full ones, so gradients reach those. Hooks on a full parameter do not run for kernels that compute
+    their own gradients. Everything else is shared.
 
     Raises:
         UnsupportedError: the scheme does not say what it keeps for each head.
     """
     if not declared(type(scheme)):
         raise UnsupportedError(
-            f"{scheme.name!r} does not say which of its numbers belong to one head, and its heads are split over "
-            "processes here: declare per_head = {attribute: dimension of the heads} on the class ({} where all heads "
+            f"{scheme.name!r} is split by heads over processes here and does not declare which attributes have entries "
+            "for each head: declare per_head = {attribute: dimension of the heads} on the class ({} where all heads "
             "share everything), or keep the heads together."
         )
     view: Any = copy(scheme)
@@ -75,7 +75,7 @@ def part(scheme: Any, heads: Heads) -> Any:
 
 
 def _cut(scheme: Any, name: str, dimension: int, heads: Heads) -> Any:
-    """Some heads' share of an attribute, which has one or several entries for each head along a dimension."""
+    """Return the entries of some heads of an attribute that has one or several for each head."""
     value, count = getattr(scheme, name), scheme.shape.num_heads
     if not isinstance(value, Tensor):
         return value[heads.start : heads.stop]

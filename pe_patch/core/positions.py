@@ -1,4 +1,4 @@
-"""Where every query and every key stands."""
+"""Token positions of one forward pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..errors import NoEffectError
 class Positions(NamedTuple):
     """Token positions of one forward pass.
 
-    A NamedTuple of tensors, so that device hooks, gradient checkpointing and compilation carry it through the layers
-    as an argument; there is no such thing as "the current positions".
+    A NamedTuple of tensors, which device hooks, gradient checkpointing and compilation pass through the layers as an
+    argument. No module stores positions.
     """
 
     query: Tensor
@@ -22,29 +22,31 @@ class Positions(NamedTuple):
     key: Tensor
     """Position of each key in the cache and in this pass, `[batch | 1, key]`, int64."""
     length: Tensor | int | None = None
-    """For each query the number of tokens by which a length-dependent scheme chooses its regime, `[batch | 1, query]`,
-    or one for all of a first pass. None where no such scheme is in use."""
+    """Sequence length by which a length-dependent scheme chooses its regime, for each query, `[batch | 1, query]`, or one
+    number for a whole first pass. None for other schemes."""
     fresh: bool = True
     """Whether the cache was empty before this pass."""
     filled: Tensor | int | None = None
-    """How many slots of a static cache hold a token after this pass; None where the cache grows."""
+    """Number of slots of a static cache that hold a token after this pass; None for a growing cache."""
     cached: bool = False
     """Whether this pass reads from or writes to a cache."""
     kept: Tensor | None = None
-    """Which of the keys a cache layer has kept (`fit`), `[kept]`; None for all."""
+    """Indices of the keys that a cache layer kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()
-    """What the scheme computed once for all layers (`Scheme.prepare`)."""
+    """Result of `Scheme.prepare`, computed once for all layers."""
     masks: tuple[Any, ...] | None = None
-    """The attention mask of each layer, where the one that the layers are handed gets lost on the way (Ulysses)."""
+    """Attention mask of each layer, under Ulysses, which drops the masks that layers get."""
 
     @property
     def distance(self) -> Tensor:
-        """How far each key lies behind each query, `[batch | 1, query, key]`."""
+        """Return query position - key position, `[batch | 1, query, key]`."""
         return self.query[:, :, None] - self.key[:, None, :]
 
     def fit(self, key_length: int) -> Positions:
-        """The same positions for a cache layer that holds fewer keys, a sliding one with the newest, or that has slots
-        which no token has reached, which the mask hides."""
+        """Return the positions for a cache layer with another number of keys.
+
+        A sliding layer holds only the newest keys. A static layer has empty slots, which the mask hides.
+        """
         count = self.key.shape[1]
         if key_length == count:
             return self

@@ -1,4 +1,4 @@
-"""What an attention projects with, whatever its family calls it, and the latents that take its place."""
+"""The projections of an attention under one set of names, and the latents that replace them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Projections:
-    """The weights of one trained multi-head or grouped-query attention, head after head; no copies."""
+    """The weights of one multi-head or grouped-query attention, ordered by head; views, not copies."""
 
     query: Tensor
     """`[heads * head_dim, hidden]`"""
@@ -26,13 +26,13 @@ class Projections:
     kv_heads: int
     head_dim: int
     rotary_dim: int
-    """How many of a head's first dimensions rotate."""
+    """Number of leading dimensions of a head that rotate."""
     interleaved: bool = False
     """Rotated pairs are neighbours (2k, 2k + 1) rather than halves (k, k + rotary_dim / 2)."""
     rotation_scale: float = 1.0
-    """By what the trained model multiplies cos and sin (YaRN, LongRoPE)."""
+    """Factor of the trained model on cos and sin (YaRN, LongRoPE)."""
     query_norm: nn.Module | None = None
-    """Normalises each head's query, `[..., head_dim]`, before it is rotated (Qwen3)."""
+    """Norm on each head's query, `[..., head_dim]`, before the rotation (Qwen3)."""
     key_norm: nn.Module | None = None
 
     @property
@@ -41,25 +41,25 @@ class Projections:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key."""
+        """Return the number of query heads that share one key head."""
         return self.heads // self.kv_heads
 
     @property
     def pairs(self) -> Tensor:
-        """The two dimensions of a head that each frequency turns, `[rotary_dim / 2, 2]`."""
+        """Return the two dimensions of a head that each frequency rotates, `[rotary_dim / 2, 2]`."""
         index = torch.arange(self.rotary_dim, device="cpu")
         return index.view(-1, 2) if self.interleaved else index.view(2, -1).T.contiguous()
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """In which a conversion is computed: float32, or float64 where the weights are that."""
+        """Return the dtype of a conversion: float32, or float64 for float64 weights."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
 
 @dataclass
 class Statistics:
-    """What calibration tokens tell about one attention, summed over them; keys are those before rotation, and after
-    the norm that some families put on them."""
+    """Sums over calibration tokens for one attention. Keys are taken before the rotation and after the key norm that
+    some families have."""
 
     tokens: int
     moment: Tensor

@@ -1,4 +1,4 @@
-"""A part of attention: the pairs of a query and a key that share one encoding."""
+"""Ranges of query-key pairs that share one encoding."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from .positions import Positions
 
 
 class Turn(Protocol):
-    """A linear change of each query, or of each key, by where it stands."""
+    """A linear transform of each query, or of each key, that depends on its position."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` `[batch, heads, length, head]` changed."""
+        """Transform `x`, `[batch, heads, length, head]`."""
         ...
 
     def back(self, grad: Tensor) -> Tensor:
-        """The gradient of what was changed, from that of the result."""
+        """Return the gradient of the input, given that of the output."""
         ...
 
     def part(self, start: int, stop: int) -> Turn:
-        """The same for the places `start` to `stop`."""
+        """Return the transform of the tokens `start` to `stop`."""
         ...
 
 
 @dataclass(frozen=True)
 class Range:
-    """The pairs of a query and a key with `low <= steps of the query - steps of the key < high`, and their encoding.
+    """The pairs with `low <= step of the query - step of the key < high`, and their encoding.
 
-    Steps are positions unless given; coarser ones (the chunk that a token lies in) make coarser ranges. The ranges of
-    one attention share no pair; a pair that is in none of them is not attended. Steps may not fall along a sequence.
+    Steps are positions by default. Coarser steps, such as the index of a token's chunk, give coarser ranges. The ranges
+    of one attention are disjoint, and a pair outside all of them is not attended. Steps must not decrease along a
+    sequence.
     """
 
     low: int | None = None
     high: int | None = None
     step_query: Tensor | None = None
-    """`[batch | 1, query]`, int64; the positions when None."""
+    """`[batch | 1, query]`, int64; None for the positions."""
     step_key: Tensor | None = None
-    """`[batch | 1, key]`, int64; the positions when None."""
+    """`[batch | 1, key]`, int64; None for the positions."""
     below: int | None = None
-    """Only keys whose position lies below this one (attention sinks)."""
+    """Include only keys at positions below this one (attention sinks)."""
     turn_query: Turn | None = None
-    """What becomes of the queries here; they stay when None."""
+    """Transform of the queries in this range; None for none."""
     turn_key: Turn | None = None
 
     def steps(self, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Steps of queries and of keys, `[batch | 1, query]` and `[batch | 1, key]`."""
+        """Return the steps of queries and keys, `[batch | 1, query]` and `[batch | 1, key]`."""
         query = positions.query if self.step_query is None else self.step_query
         return query, positions.key if self.step_key is None else self.step_key
 
     def covers(self, positions: Positions) -> Tensor:
-        """Which pairs are in this range, `[batch | 1, query, key]`, bool."""
+        """Return the mask of pairs in this range, `[batch | 1, query, key]`, bool."""
         query, key = self.steps(positions)
         steps = query[:, :, None] - key[:, None, :]
         inside = steps == steps
@@ -65,7 +66,7 @@ class Range:
         return inside
 
     def part(self, start: int, stop: int, end: int) -> Range:
-        """The same for queries `start` to `stop` and keys up to `end`."""
+        """Return the range restricted to the queries `start` to `stop` and the keys before `end`."""
         return replace(
             self,
             step_query=None if self.step_query is None else self.step_query[:, start:stop],
@@ -75,7 +76,7 @@ class Range:
         )
 
     def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as these pairs see them."""
+        """Transform queries and keys for the pairs of this range."""
         return (
             query if self.turn_query is None else self.turn_query(query),
             key if self.turn_key is None else self.turn_key(key),

@@ -1,4 +1,4 @@
-"""What a positional scheme may change, from the simplest place in the computation to the most general."""
+"""The base class of positional schemes, with its hooks from the simplest to the most general."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..core.engine import AttentionEngine
 
 RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
-"""Keywords of `patch_model` itself; no scheme may name an option like this."""
+"""Keyword arguments of `patch_model`; no option of a scheme may have one of these names."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,30 @@ class Scheme(_Options, nn.Module):
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     per_layer: ClassVar[bool] = False
-    """One module for each layer rather than one for the model."""
+    """Builds one module for each layer instead of one for the model."""
     own_scores: ClassVar[bool] = False
-    """It computes the scores itself (`engine.rows`, `engine.ranges`) instead of handing a bias to one kernel."""
+    """Computes its scores with `engine.rows` or `engine.ranges` instead of passing a bias to one kernel."""
     ranged: ClassVar[bool] = False
-    """It makes them by `engine.ranges` alone, for which FlexAttention will do too."""
+    """Computes its scores with `engine.ranges` alone, which FlexAttention supports too."""
     shift_invariant = True
-    """Adding a constant to every position changes nothing."""
+    """Adding a constant to every position does not change the output."""
     training_free: ClassVar[bool] = False
-    """Meant to work on a rotary model without further training."""
+    """Works on a trained rotary model without further training, according to its authors."""
 
     calls_modules: ClassVar[bool] = False
-    """Its `attend` calls modules of the model, for which autocast must choose as it does elsewhere."""
+    """`attend` calls modules of the model, so autocast stays on inside it."""
     examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """What to type for an option that has no default, where a plain number is not it."""
+    """Example of a required option that does not take a plain number, by option name."""
 
     idle = frozenset[str]()
-    """Rungs that it overrides and, with the options given, has no use for."""
+    """Hooks that the class overrides but that these options do not use."""
 
     widens_heads: ClassVar[bool] = False
-    """Its bias can ride on extra dimensions of the head (`DistanceBias.features`), in every dtype."""
+    """The bias can be computed by extra dimensions of the heads (`DistanceBias.features`) in every dtype."""
 
     per_head = cast("Mapping[str, int] | None", None)
-    """Attributes with numbers for each head, and along which dimension, for processes that share the heads; empty where
-    heads share everything, None where nobody has said."""
+    """Attributes that have entries for each head, with the dimension of the heads, for tensor parallelism. Empty if all
+    heads share everything, None if undeclared."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -187,7 +187,7 @@ class Scheme(_Options, nn.Module):
                 )
 
     def forward(self, rung: str, *arguments: Any) -> Any:
-        """Call a rung by its name, as a module: hooks that fetch offloaded or sharded weights stand before it."""
+        """Call a hook by name through `__call__`, so that module hooks that fetch offloaded or sharded weights run."""
         heads = getattr(arguments[-1], "heads", None) if rung == "attend" else None
         return getattr(self if heads is None else part(self, heads), rung)(*arguments)
 
@@ -196,11 +196,11 @@ class Scheme(_Options, nn.Module):
         return hidden
 
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
-        """Angles by which pairs of a head rotate, `[batch | 1, query, rotary_dim / 2]`, and a factor on cos and sin."""
+        """Return the angles of a head's pairs, `[batch | 1, query, rotary_dim / 2]`, and a factor on cos and sin."""
         return None
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """What all layers share in one pass; handed back to `encode` and `attend` as `positions.prepared`."""
+        """Compute what all layers share in one pass; `encode` and `attend` get it as `positions.prepared`."""
         return ()
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -208,57 +208,65 @@ class Scheme(_Options, nn.Module):
         return query, key
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
-        """Additive bias on the scaled scores, `[batch | 1, heads, query, key]`, float32.
+        """Return an additive bias on the scaled scores, `[batch | 1, heads, query, key]`, float32.
 
-        `query` comes scaled, so that its products are of the scores' size. Fast paths call it for a few queries at a
-        time, so it may not look at the number of queries.
+        `query` is scaled already. Fast paths call this hook for a few queries at a time, so the result must not depend
+        on the number of queries.
         """
         return None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        """Everything after the projections; returns what `engine` returns."""
+        """Compute attention from the projected queries, keys and values; return what `engine` returns."""
         query, key = self.encode(query, key, positions)
         return engine(query, key, value, positions, bias=self if overrides(self, "bias") else None)
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The options as they are saved with the model."""
+        """Return the options that are saved with the model."""
         return self.options
 
     @property
     def effective_window(self) -> int | None:
-        """The length the patched model is meant for, in tokens; None where nothing bounds it."""
+        """Return the length in tokens that the patched model is meant for; None if unbounded."""
         return None
 
     @property
     def hard_window(self) -> bool:
-        """Whether a position beyond the effective window cannot be encoded at all."""
+        """Return whether positions beyond the effective window cannot be encoded at all."""
         return False
 
     def relative_position(self, length: int) -> Tensor:
-        """The distance that the score of a query (row) with a key (column) goes by, `[length, length]`, float32, in a
-        first pass; NaN where the pair is not attended."""
-        raise UnsupportedError(f"The scores under {self.name!r} do not go by a distance between query and key.")
+        """Return the distance by which each query (row) sees each key (column) in a first pass over `length` tokens.
+
+        Returns:
+            `[length, length]`, float32; NaN where the pair is not attended.
+
+        Raises:
+            UnsupportedError: the scores do not depend on a distance between query and key.
+        """
+        raise UnsupportedError(f"The scores under {self.name!r} do not depend on a distance between query and key.")
 
     def check_heads(self, query: Tensor) -> None:
-        """Raise where a module with numbers for every head is handed a part of the heads."""
+        """Raise if a module with entries for every head gets only some of the heads."""
         if query.shape[1] != self.shape.num_heads:
             raise UnsupportedError(
-                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]}, "
-                "and nothing says which: heads may be split by Transformers' tensor parallelism or DeepSpeed's Ulysses."
+                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]} of "
+                "unknown index. Split heads only by Transformers' tensor parallelism or DeepSpeed's Ulysses."
             )
 
     def check_causal(self, engine: AttentionEngine) -> None:
-        """Raise where the attention looks ahead and the scheme does not say what lies there."""
+        """Raise if the attention is not causal."""
         if not engine.causal:
             raise UnsupportedError(f"{self.name!r} is defined for causal attention only, and this one looks ahead.")
 
     def adopt(self, table: Tensor) -> None:
-        """Take over the learned positions that the model had, `[positions, hidden]`, where they are of use."""
+        """Initialise from the learned positions of the model, `[positions, hidden]`, if they are of use."""
 
     def constant(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        """A float32 table made from the specification on first use on each device. Not a buffer: no cast of the model
-        and no uninitialised memory can reach it."""
+        """Return a float32 table, computed on first use on each device.
+
+        It is not a buffer: casting the model cannot round it, and loading cannot leave it uninitialised.
+        """
         entry = self._constants.get((name, device))
         if entry is None:
             entry = self._constants[(name, device)] = make().to(device)
@@ -266,51 +274,51 @@ class Scheme(_Options, nn.Module):
 
     @property
     def settled(self) -> dict[str, Any]:
-        """The values in effect of options that followed from others, by name."""
+        """Return the values that options left as None resolved to, by name."""
         return {}
 
     @property
     def rotates_early(self) -> bool:
-        """Whether `angles` is all that happens to queries and keys, so that keys may be cached rotated."""
+        """Return whether `angles` is the only change to queries and keys, so keys can be cached rotated."""
         return overrides(self, "angles") and not self.length_dependent and not self._acts_on_scores(Scheme)
 
     def _acts_on_scores(self, beyond: type[Scheme]) -> bool:
-        """Whether it does more at the scores than the class `beyond`."""
+        """Return whether the scheme overrides more hooks at the scores than the class `beyond`."""
         rungs = {"encode", "bias", "attend"} - self.idle
         return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in rungs)
 
     @property
     def shares_heads(self) -> bool:
-        """Whether it treats all heads alike, so that any of them do without knowing which they are."""
+        """Return whether all heads are treated alike, so a subset of heads needs no index."""
         return declared(type(self)) and not self.per_head
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether, with these options, it is plain RoPE of the model's own base, at every length."""
+        """Return whether these options give plain RoPE with the model's base at every length."""
         return False
 
     @property
     def scorer(self) -> Scheme | None:
-        """A scheme for the scores beside this one, which rotates."""
+        """Return a second scheme that acts at the scores beside this rotation; None without one."""
         return None
 
     @property
     def length_dependent(self) -> bool:
-        """Whether the encoding depends on how long the sequence is."""
+        """Return whether the encoding depends on the length of the sequence."""
         return False
 
     def native(self) -> dict[str, Any] | None:
-        """The v5 `rope_parameters` by which Transformers computes the same logits in one pass, or None if it cannot."""
+        """Return the `rope_parameters` with which Transformers computes the same logits; None if it cannot."""
         return None
 
     @property
     def softmax_factor(self) -> float:
-        """M, by whose square a family that folds it into its softmax scale (DeepSeek) multiplies that scale."""
+        """Return M, whose square DeepSeek's families multiply their softmax scale by."""
         return 1.0
 
     @property
     def native_window(self) -> int | None:
-        """What `max_position_embeddings` must be for `native` to hold; None where it does not matter."""
+        """Return the `max_position_embeddings` that `native` needs; None if any will do."""
         return self.effective_window
 
     def extra_repr(self) -> str:
@@ -325,34 +333,34 @@ def _default(declared: Any) -> Any:
 
 
 def overrides(scheme: Scheme, hook: str) -> bool:
-    """Whether the scheme says something on this rung."""
+    """Return whether a scheme overrides a hook and these options use it."""
     return hook not in scheme.idle and getattr(type(scheme), hook) is not getattr(Scheme, hook)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The same in float32, or in float64 if it is that already."""
+    """Return a tensor in float32, or unchanged if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def causal_distance(length: int) -> Tensor:
-    """i - j where the key j does not lie ahead of the query i, else NaN; `[length, length]`, float32."""
+    """Return i - j for each query i and key j <= i, else NaN; `[length, length]`, float32."""
     at = torch.arange(length, dtype=torch.float32, device="cpu")
     distance = at[:, None] - at
     return distance.masked_fill(distance < 0, torch.nan)
 
 
 class DistanceBias(Scheme):
-    """An additive bias that depends on the distance and the head alone.
+    """An additive bias that depends only on the distance and the head.
 
-    A subclass says `of(distance, head)`, one pointwise function: broadcasting makes the dense bias of it, and
-    FlexAttention calls it on scalars. Where the bias is a sum of products of a function of the query's position and one
-    of the key's, `features` says so, and the bias rides on a few extra dimensions of the head through any kernel.
+    A subclass overrides `of(distance, head)`, one pointwise function. Broadcasting turns it into the dense bias, and
+    FlexAttention calls it on scalars. If the bias is a sum of products of one function of the query's position and one
+    of the key's, override `features` too: then a few extra dimensions of the heads compute it in any kernel.
     """
 
     mechanism = "distance bias"
 
     def of(self, distance: Tensor, head: Tensor) -> Tensor:
-        """Bias in float32 for any broadcastable `distance` = query position - key position and head index."""
+        """Return the bias in float32 for broadcastable distances (query position - key position) and head indices."""
         raise NotImplementedError
 
     def relative_position(self, length: int) -> Tensor:
@@ -363,12 +371,16 @@ class DistanceBias(Scheme):
         return self.of(positions.distance[:, None], heads[:, None, None])
 
     def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Extra dimensions `[batch | 1, heads, query, e]` and `[batch | 1, 1, key, e]` in `dtype`, whose products
-        summed over e and times `scaling` are the bias up to a constant for each query; None where there are none."""
+        """Return extra dimensions of queries and keys that compute the bias; None if the bias has no such form.
+
+        Returns:
+            `[batch | 1, heads, query, e]` and `[batch | 1, 1, key, e]` in `dtype`. Their products, summed over e and
+            multiplied by `scaling`, are the bias up to a constant for each query.
+        """
         return None
 
     def fall(self, device: torch.device) -> Tensor | None:
-        """By how much at least the bias of each head falls with every token, `[heads]`; None where nothing says so."""
+        """Return a lower bound on how much each head's bias falls per token, `[heads]`; None if unknown."""
         return None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:

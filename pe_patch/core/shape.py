@@ -1,4 +1,4 @@
-"""The sizes of an attention, which are all that a scheme may know of it."""
+"""The sizes of an attention, which is all that a scheme knows about a model."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ Each casts the result back to the dtype of the model.
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a scheme may know of the attention it serves: sizes only, read from the built modules."""
+    """The sizes of an attention, read from the built modules."""
 
     hidden_size: int
     num_heads: int
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int
-    """How many dimensions of a head rotate."""
+    """Number of dimensions of a head that rotate."""
     rotary_start: int
-    """Where in the head they begin (DeepSeek rotates the last ones)."""
+    """Index of the first of them in the head (DeepSeek rotates the last dimensions)."""
     rope_theta: float
     trained_length: int
-    """The window the model was trained for, in tokens; 0 where nothing says so."""
+    """Trained window in tokens; 0 if unknown."""
     num_layers: int
     interleaved: bool = False
-    """Rotated pairs are neighbours (2k, 2k + 1) rather than halves (k, k + rotary_dim / 2)."""
+    """Pairs are neighbours (2k, 2k + 1); otherwise halves (k, k + rotary_dim / 2)."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of patches of a trained image, for a tower that reads images."""
+    """Rows and columns of patches of a trained image, for a vision encoder."""
     leading_tokens: int = 0
     """Tokens before the patches, such as a class token."""
     latent_rank: int = 0
-    """Width of the latent that an attention caches instead of keys and values (DeepSeek); 0 where it caches those."""
+    """Width of the cached latent (DeepSeek); 0 if the attention caches keys and values."""
     value_dim: int = 0
-    """Width of a value, and of a head's output; `head_dim`, which is that of queries and keys, where 0."""
+    """Width of a value and of a head's output; 0 for `head_dim`, the width of queries and keys."""
     arithmetic: str = "model"
-    """Dtypes in which the family rotates, one of `ARITHMETIC`, so that a rotation at the scores rounds as it does."""
+    """Dtypes in which the family rotates, one of `ARITHMETIC`. A rotation at the scores rounds in the same way."""
 
     def __post_init__(self) -> None:
         if not self.value_dim:

@@ -1,7 +1,7 @@
-"""What was replaced, as data, so that it can be put back, copied and pickled.
+"""Replaced attributes as data, so that they can be undone, copied and pickled.
 
-A swap writes what it is asked to write, whatever is there: it may be applied or undone twice, after it was interrupted,
-or after somebody deleted the attribute. A list of swaps is therefore always finished by one more call.
+A swap writes its value whatever the attribute holds. It can be applied or undone twice, after an interrupt, or after
+somebody deleted the attribute, so one more call always completes a list of swaps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Absent(Enum):
-    """An attribute that was not there, or was given up; enum members, so that copies of them stay the same object."""
+    """Markers of an attribute that did not exist or was released. Copies of an enum member are the same object."""
 
     ABSENT = "absent"
     GIVEN_UP = "given up"
@@ -30,7 +30,7 @@ ABSENT, GIVEN_UP = Absent.ABSENT, Absent.GIVEN_UP
 
 @dataclass
 class Swap:
-    """One attribute of one object, replaced. `direct` writes beneath nn.Module's registration of submodules."""
+    """One replaced attribute of one object. `direct` bypasses nn.Module's registration of submodules."""
 
     owner: Any
     attribute: str
@@ -38,12 +38,12 @@ class Swap:
     replacement: Any
     direct: bool = False
     names: tuple[str, ...] = ()
-    """All submodules of the owner, in their order, where the original is one of them: the order of parameters must
-    survive the undo."""
+    """Names of the owner's submodules in order, if the original is one of them. An undo must restore the order of
+    parameters."""
 
     @classmethod
     def of(cls, owner: Any, attribute: str, replacement: Any, direct: bool = False) -> Swap:
-        """Return the swap of what `owner` itself holds under this name (not its class), or of nothing."""
+        """Return the swap of an attribute of the instance `owner`, not of its class; it need not exist."""
         swap = cls(owner, attribute, ABSENT, replacement, direct)
         swap.original = swap.current()
         if swap._registered():
@@ -51,7 +51,7 @@ class Swap:
         return swap
 
     def current(self) -> Any:
-        """Return what the owner itself holds under this name now, or ABSENT."""
+        """Return the value of the instance attribute now, or ABSENT."""
         if self._registered():
             return self.owner._modules[self.attribute]
         return vars(self.owner).get(self._key(), ABSENT)
@@ -61,11 +61,11 @@ class Swap:
         self.put(self.replacement)
 
     def undo(self) -> None:
-        """Put the original back in its place."""
+        """Put the original back."""
         self.put(self.original)
 
     def put(self, value: Any) -> None:
-        """Write `value`, or delete what is there for ABSENT."""
+        """Write `value`; delete the attribute if it is ABSENT."""
         held = vars(self.owner)
         if isinstance(value, nn.Module) and isinstance(self.owner, nn.Module) and not self.direct:
             self._register(value)
@@ -82,12 +82,12 @@ class Swap:
         return not self.direct and isinstance(self.owner, nn.Module) and self.attribute in self.owner._modules
 
     def _key(self) -> str:
-        """The name under which the owner stores the attribute: configs have standard names for their own."""
+        """Return the name under which the owner stores the attribute; configs map standard names to others."""
         renamed = {} if isinstance(self.owner, nn.Module) else getattr(self.owner, "attribute_map", {})
         return renamed.get(self.attribute, self.attribute)
 
     def _register(self, module: nn.Module) -> None:
-        """Register a submodule in the place that its name had when the swap was made."""
+        """Register a submodule at the position that its name had when the swap was made."""
         modules = self.owner._modules
         if self.attribute in modules or self.attribute not in self.names:
             modules[self.attribute] = module
@@ -95,13 +95,13 @@ class Swap:
         known = {**modules, self.attribute: module}
         ordered = [name for name in self.names if name in known]
         ordered += [name for name in known if name not in self.names]
-        # A dict that is built first and then put in place: no interrupt can lose a module on the way.
+        # Build the dict first, then write it in one step: an interrupt cannot lose a module.
         vars(self.owner)["_modules"] = type(modules)((name, known[name]) for name in ordered)
 
 
 @dataclass
 class Removal(Swap):
-    """One submodule taken away."""
+    """One removed submodule."""
 
     @classmethod
     def of(cls, owner: Any, attribute: str, replacement: Any = ABSENT, direct: bool = False) -> Removal:
@@ -121,12 +121,12 @@ def apply_all(swaps: Sequence[Swap]) -> None:
 
 
 def undo_all(swaps: Sequence[Swap]) -> None:
-    """Put everything back, the last first; a swap that fails is reported once all others are back."""
+    """Undo every swap, the last first; raise the first failure after all others are undone."""
     do_or_repeat(lambda: do_all([swap.undo for swap in reversed(swaps)]))
 
 
 def do_all(steps: Sequence[Callable[[], Any]]) -> None:
-    """Take every step, also after one has failed; then raise the first failure."""
+    """Run every step even if one fails; then raise the first failure."""
     failures = []
     for step in steps:
         try:
@@ -138,7 +138,7 @@ def do_all(steps: Sequence[Callable[[], Any]]) -> None:
 
 
 def do_or_repeat(work: Callable[[], Any]) -> None:
-    """Do `work`, which may be repeated, and do it again from its start where something cut it short."""
+    """Run `work`, and run it again from the start if an exception interrupted it. `work` must be repeatable."""
     try:
         work()
     except BaseException:
@@ -147,9 +147,9 @@ def do_or_repeat(work: Callable[[], Any]) -> None:
 
 
 def finally_do(last: Callable[[], Any], work: Callable[[], Result]) -> Result:
-    """Return `work()`, and call `last` whatever happens in it; `last` may be called twice.
+    """Return `work()` and call `last` whatever happens; `last` may be called twice.
 
-    A plain `try ... finally` loses `last` where an interrupt arrives on its own line.
+    A plain `try ... finally` skips `last` if an interrupt arrives on its own line.
     """
     try:
         try:
@@ -162,7 +162,7 @@ def finally_do(last: Callable[[], Any], work: Callable[[], Result]) -> Result:
 
 
 def with_swaps(swaps: Sequence[Swap], work: Callable[[], Result]) -> Result:
-    """Return `work()` with all swaps applied, which are undone whatever happens."""
+    """Return `work()` with all swaps applied, and undo them whatever happens."""
 
     def swapped() -> Result:
         apply_all(swaps)
@@ -172,16 +172,16 @@ def with_swaps(swaps: Sequence[Swap], work: Callable[[], Result]) -> Result:
 
 
 class Bound:
-    """A function bound to one module. Unlike a method object it survives pickling with the module it is stored on.
+    """A function bound to one module. Unlike a method object, it can be pickled with the module that holds it.
 
-    `function(module, inner, *args, **kwargs)` is called, where `inner` is what stood here before.
+    A call becomes `function(module, inner, *args, **kwargs)`, where `inner` is the replaced method.
     """
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any], previous: Any = ABSENT) -> None:
         self.module, self.name, self.function, self.previous = module, name, function, previous
 
     def inner(self, *args: Any, **kwargs: Any) -> Any:
-        """The call that this one replaces: the instance's own, or else its class's."""
+        """Call the replaced method: that of the instance if it had one, else that of its class."""
         if self.previous is ABSENT:
             return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
         return self.previous(*args, **kwargs)
@@ -191,7 +191,7 @@ class Bound:
 
     @property
     def __code__(self) -> Any:
-        """The code of what it replaces, which torch.export reads to name the inputs."""
+        """Return the code of the replaced method; torch.export reads it to name the inputs."""
         return getattr(type(self.module), self.name).__code__
 
     @property
@@ -201,7 +201,7 @@ class Bound:
 
 
 class Chain:
-    """Several functions on one joint, the first outermost."""
+    """Several functions around one method, the first outermost."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         self.functions = functions
@@ -214,7 +214,7 @@ class Chain:
 
 
 def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> Swap:
-    """The swap that binds a function to one instance, beneath the wrapper that accelerate may have put there."""
+    """Return the swap that binds a function to one instance, beneath a wrapper that accelerate may have added."""
     beneath = name == "forward" and hasattr(module, "_hf_hook")
     attribute = "_old_forward" if beneath else name
     previous = module.__dict__.get(attribute, ABSENT)
