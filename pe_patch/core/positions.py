@@ -22,8 +22,8 @@ class Positions(NamedTuple):
     key: Tensor
     """Position of each key in the cache and in this pass, `[batch | 1, key]`, int64."""
     length: Tensor | int | None = None
-    """Sequence length by which a length-dependent scheme chooses its regime, for each query, `[batch | 1, query]`, or one
-    number for a whole first pass. None for other schemes."""
+    """Sequence length by which a length-dependent scheme chooses its regime: for each query, `[batch | 1, query]`, or
+    one number for a whole first pass. None for other schemes."""
     fresh: bool = True
     """Whether the cache was empty before this pass."""
     filled: Tensor | int | None = None
