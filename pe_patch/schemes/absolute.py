@@ -1,4 +1,4 @@
-"""Positions added to the input embeddings, and none at all."""
+"""Absolute positions added to the input embeddings, and no positions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DroPE(NoPE):
 
 @register_scheme
 class Integer(Scheme):
-    """The position itself, a number along one learned direction: x_i += (scale i / N) v, N the trained window.
+    """The position as a number along one learned direction: x_i += (scale i / N) v, N the trained window.
 
     The baseline that sinusoids were made to replace: its magnitude grows with the position, so it is measured against
     the window and is of size `scale` at its end. v starts at zero, where it is `nope`, and must be trained.
@@ -136,7 +136,7 @@ class Sinusoidal(Scheme):
         self.theta = check_number(self.name, "theta", self.theta, 1.0, LARGEST_BASE, exclusive=True)
 
     def frequencies(self) -> Tensor:
-        """Radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
+        """Return radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
         pairs = self.shape.hidden_size // 2
         last = pairs - 1 if self.layout == "tensor2tensor" else pairs
         exponent = torch.arange(pairs, dtype=torch.float64, device="cpu") / max(last, 1)
@@ -153,7 +153,9 @@ class Sinusoidal(Scheme):
 
 
 def extend_hierarchically(table: Tensor, rows: int, alpha: float) -> Tensor:
-    """Up to n^2 rows from n: E'[a n + b] = alpha U[a] + (1 - alpha) U[b], U = (E - alpha E[0]) / (1 - alpha) (Su 2020).
+    """Extend n rows to up to n^2 (Su 2020).
+
+    E'[a n + b] = alpha U[a] + (1 - alpha) U[b] with U = (E - alpha E[0]) / (1 - alpha).
 
     The first n rows stay what they are.
     """
@@ -165,13 +167,13 @@ def extend_hierarchically(table: Tensor, rows: int, alpha: float) -> Tensor:
 
 
 def interpolate_rows(table: Tensor, rows: int) -> Tensor:
-    """Linear interpolation along the positions with both ends kept (align_corners)."""
+    """Interpolate the rows linearly and keep both ends (align_corners)."""
     stretched = nn.functional.interpolate(table.double().T[None], size=rows, mode="linear", align_corners=True)
     return stretched[0].T.to(table.dtype)
 
 
 NEAREST = 1e-3
-"""How far alpha stays from 0.5, where positions collide, and from 1, where the extension divides by zero."""
+"""Least distance of alpha from 0.5, where positions collide, and from 1, where the extension divides by zero."""
 EXTENSIONS = ("hierarchical", "interpolate")
 
 

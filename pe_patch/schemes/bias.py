@@ -25,10 +25,10 @@ LARGEST_SANDWICH = 8192
 """Width of the sinusoids, each of which costs a pass over the scores."""
 
 WIDTH = 8
-"""Head widths stay multiples of this many dimensions, which GPU kernels ask for."""
+"""GPU kernels need head widths that are multiples of this number."""
 
 TURN_AFTER = 256
-"""Tokens after which Sandwich's angles start again from a remainder."""
+"""Distance in tokens after which Sandwich reduces its angles modulo 2 pi."""
 
 LIMBS: dict[torch.dtype, tuple[tuple[torch.dtype, ...], int, int, tuple[float, ...]]] = {
     # dtype: dtypes that cut the slope, base and number of a position's limbs, weights of the limbs of their products
@@ -40,7 +40,7 @@ LIMBS: dict[torch.dtype, tuple[tuple[torch.dtype, ...], int, int, tuple[float, .
 
 
 def position_limbs(positions: Tensor, base: int, count: int) -> list[Tensor]:
-    """Digits of integers to a base, the lowest first, each with the sign of the whole; the last takes what is left."""
+    """Split integers into digits to a base, the lowest first, each with the integer's sign; the last is the rest."""
     limbs = []
     for _ in range(count - 1):
         limbs.append(torch.fmod(positions, base))
@@ -93,7 +93,7 @@ class ALiBi(DistanceBias):
         return self._slopes(device)
 
     def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """slope j - slope i as a sum of exact products.
+        """Return slope j - slope i as a sum of exact products.
 
         Neither a position beyond 256 nor most slopes are bfloat16 numbers, so both are cut into limbs that are. The
         query's own term is subtracted although the softmax ignores it, right after its counterpart: sums stay small,
@@ -127,7 +127,7 @@ class ALiBi(DistanceBias):
 
 
 def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = False) -> Tensor:
-    """Bucket of query position - key position: exact at first, then logarithmic up to `farthest` tokens.
+    """Return the bucket of query position - key position: exact at first, then logarithmic up to `farthest` tokens.
 
     `both_ways` keeps half of the buckets for keys that lie ahead; without, those share the bucket of distance 0. The
     logarithm is float32 and truncated, as in every implementation that trained weights come from.
@@ -187,7 +187,7 @@ class T5(DistanceBias):
 
 @dataclass
 class _BothWays:
-    """T5's bias where the attention looks ahead."""
+    """T5's bias in bidirectional attention."""
 
     scheme: T5
 
@@ -237,14 +237,14 @@ class Kerple(DistanceBias):
 
 
 def _cut(weight: Tensor, high: float | None, low: float = 0.01) -> Tensor:
-    """Within bounds, with the gradient of what has none: a weight that was cut may come back."""
+    """Clamp a weight and pass the gradient through unclamped, so that a clamped weight can recover."""
     weight = wide(weight)
     return weight + (weight.clamp(low, high) - weight).detach()
 
 
 @register_scheme
 class Sandwich(DistanceBias):
-    """What sinusoids contribute to the scores, by itself: sum_k cos(w_k (i - j)) H / (8 h) for the heads h = 1 .. H
+    """The contribution of sinusoids to the scores: sum_k cos(w_k (i - j)) H / (8 h) for the heads h = 1 .. H
     (Chi et al. 2022, arXiv 2212.10356), w_k = 10000^(-2k / dim). No parameters.
     """
 
@@ -277,7 +277,7 @@ class Sandwich(DistanceBias):
         return total * self._strength(distance.device)[head]
 
     def _waves(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """cos(p w), then sin(p w): their products sum to the cosines of a difference; `[batch | 1, n, dim]`."""
+        """Return cos(p w), then sin(p w), `[batch | 1, n, dim]`; their products sum to the cosines of a difference."""
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
         angles = positions[..., None].double() * frequencies
         return torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
@@ -287,8 +287,8 @@ class Sandwich(DistanceBias):
         return self._strength(query.device)[:, None, None] * (at_query @ at_key.transpose(1, 2))[:, None]
 
     def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The waves themselves. In half precision they would have to be cut into limbs, and three products of them are
-        wider than any flash kernel's head, so there are none."""
+        """Return the waves in float32 and float64. Half precision would need three limbs, and their products would be
+        wider than the heads that flash kernels support."""
         if dtype not in (torch.float32, torch.float64):
             return None
         strength = torch.tensor(self.strength, dtype=torch.float64, device=positions.query.device) / scaling

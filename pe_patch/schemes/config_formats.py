@@ -1,4 +1,4 @@
-"""What a positional config says, in whatever dialect it was written."""
+"""Read positional configs in all known formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import OptionError, OptionValueError, UnsupportedError, nearest, q
 
 
 class ConfigFault(OptionError):
-    """A fault in a positional config, as data for whoever looks for the next one too."""
+    """A fault in a positional config, with the data that `doctor` needs to look for further ones."""
 
     def __init__(self, message: str, kind: str, *keys: str) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class Specification:
     scheme: str
     options: dict[str, Any] = field(default_factory=dict)
     partial_rotary_factor: float | None = None
-    """Which part of each head rotates, where the config says so. The built model decides; this is for comparing."""
+    """Share of each head that rotates, if the config states it. It is only compared with the built model."""
 
 
 Reading = Specification | dict[str, Specification]
@@ -47,7 +47,7 @@ TYPES = {
     "su": "longrope",  # Phi-3 before Transformers 4.43
     "proportional": "proportional",
 }
-"""`rope_type` (v4: `type`) to the name of the scheme."""
+"""Name of the scheme by `rope_type` (in Transformers 4 `type`)."""
 
 UNSUPPORTED_TYPES = {
     "mrope": "positions along time, height and width",
@@ -77,7 +77,7 @@ KEYS = {
     "longrope": {"long_factor", "short_factor", "factor", "attention_factor", "expected_length"},
     "proportional": {"partial_rotary_factor", "factor"},
 }
-"""What a scheme's dict may hold besides its type, the base and the trained window; options have the same names."""
+"""Keys of a scheme's dict beside the type, the base and the trained window; they are names of options."""
 
 NEEDS_WINDOW = {"dynamic_ntk", "yarn", "dynamic_yarn", "llama3", "longrope"}
 """Schemes whose formula holds the trained window, for which Transformers falls back to max_position_embeddings."""
@@ -97,7 +97,7 @@ SYNONYMS = {
 }
 WHOLE_CONFIG = {"model_type", "architectures", "hidden_size", "text_config", "rotary_pct", "rotary_emb_base"}
 WHOLE_CONFIG |= {"rope_scaling", "rope_parameters", "max_position_embeddings"}
-"""Keys by which a model's whole config is told from a dict of rotary parameters."""
+"""Keys that distinguish a model's whole config from a dict of rotary parameters."""
 
 
 def yarn_temperature(factor: float, slope: float = 1.0) -> float:
@@ -112,7 +112,7 @@ def left_as_it_was(family: Any, maximum: Any) -> int | None:
 
 
 def read(config: Mapping[str, Any]) -> Reading:
-    """The scheme and options that `config` asks for, or one such specification for each layer type.
+    """Return the scheme and options that `config` describes, or one specification for each layer type.
 
     Reads v4 `rope_scaling`, v5 `rope_parameters` (flat, or nested per layer type), a model's whole config, and this
     library's own `{"scheme": name, **options}`.
@@ -167,7 +167,7 @@ def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None =
 
 
 def _checked(what: str, value: Any, key: str) -> Any:
-    """The value of one of `SYNONYMS`, or an `OptionValueError` where it is not of its kind."""
+    """Check the value of one of `SYNONYMS` and return it, or raise `OptionValueError`."""
     if what == "type":
         if not isinstance(value, str):
             raise OptionValueError(f"{key}={quoted(value)} is no name of a rope type, such as 'yarn'.")
@@ -180,7 +180,7 @@ def _checked(what: str, value: Any, key: str) -> Any:
 
 
 def _own(entries: Mapping[str, Any]) -> Specification:
-    """`{"scheme": name, **options}`, or the record of a saved patch, `{"version", "scheme", "options"}`."""
+    """Read `{"scheme": name, **options}`, or the record of a saved patch, `{"version", "scheme", "options"}`."""
     options = {key: value for key, value in entries.items() if key not in ("scheme", "version")}
     if isinstance(options.get("options"), Mapping):
         options = dict(options["options"])
@@ -193,7 +193,7 @@ def _own(entries: Mapping[str, Any]) -> Specification:
 
 
 def _whole(config: dict[str, Any]) -> Reading:
-    """A model's whole config, in which the rotary keys are a few among many."""
+    """Read a model's whole config."""
     own_keys = {"rope_scaling", "rope_parameters", *SYNONYMS["theta"], *SYNONYMS["part"]}
     if isinstance(config.get("text_config"), Mapping) and not config.keys() & own_keys:
         return read(config["text_config"])
@@ -227,7 +227,7 @@ def _whole(config: dict[str, Any]) -> Reading:
 
 
 def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Specification]:
-    """One dict for each layer type; None stands for layers without positions."""
+    """Read one dict for each layer type; None means layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
             message = (
@@ -245,7 +245,7 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
 
 
 def _flat(entries: dict[str, Any], around: Mapping[str, Any]) -> Specification:
-    """One dict of rotary parameters; `around` holds what the whole config says of theta, part, trained and maximum."""
+    """Read a dict of rotary parameters; `around` has theta, part, trained and maximum of the whole config."""
     entries = {key: value for key, value in entries.items() if value is not None}
     scheme = _scheme(entries)
     _refuse(entries)
@@ -273,7 +273,7 @@ def _flat(entries: dict[str, Any], around: Mapping[str, Any]) -> Specification:
 
 
 def _scheme(entries: dict[str, Any]) -> str:
-    """Which scheme the dict's type names; without a type it is plain rotary, if nothing in it asks for more."""
+    """Return the scheme that the dict's type names; without a type, plain RoPE if no key needs another scheme."""
     rope_type = _take(entries, "type")
     if rope_type is None:
         extra = entries.keys() - {key for keys in SYNONYMS.values() for key in keys} - UNSUPPORTED_KEYS.keys()
@@ -296,7 +296,7 @@ def _refuse(entries: Mapping[str, Any]) -> None:
 
 
 def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any) -> None:
-    """Derive a missing factor from the two windows, and compare one that is there with them."""
+    """Derive a missing factor from the two windows, or check that a given factor agrees with them."""
     if not trained or not maximum or maximum == trained:  # equal: the config's window was left as it was
         return
     ratio, factor = maximum / trained, entries.get("factor")
@@ -351,7 +351,7 @@ def _rewrite_dynamic_yarn(entries: dict[str, Any], maximum: Any) -> None:
 
 
 def _rewrite_longrope(entries: dict[str, Any], maximum: Any) -> None:
-    """Phi-3.5-MoE gives its attention factor for either list; here there is one."""
+    """Merge Phi-3.5-MoE's two attention factors, one for each list, into one."""
     short, long = entries.pop("short_mscale", None), entries.pop("long_mscale", None)
     if short != long:
         raise UnsupportedError(
@@ -372,4 +372,4 @@ REWRITES: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "dynamic_yarn": _rewrite_dynamic_yarn,
     "longrope": _rewrite_longrope,
 }
-"""Keys of some dialects that are not options as they stand."""
+"""Keys of some formats that have to be converted to options."""

@@ -1,4 +1,4 @@
-"""Rotations under which far keys weigh less."""
+"""Rotations with a decay by distance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..core.engine import AttentionEngine
 
 ROWS = 256
-"""Queries at a time that share one centre."""
+"""Number of queries that share one centre."""
 
 
 @register_scheme
@@ -56,7 +56,7 @@ class XPos(Rotation):
 
     @property
     def zeta(self) -> Tensor:
-        """What a pair of dimensions is multiplied by every `scale_base` tokens, `[rotary_dim / 2]`, float64."""
+        """Return the factor on each pair of dimensions per `scale_base` tokens, `[rotary_dim / 2]`, float64."""
         return (torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim + 0.4) / 1.4
 
     def _rates(self) -> Tensor:
@@ -64,7 +64,7 @@ class XPos(Rotation):
         return rates.repeat_interleave(2) if self.shape.interleaved else torch.cat((rates, rates))
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """cos and sin of queries and of keys, and whether the queries' positions jump, which only the CPU asks."""
+        """Return cos and sin of queries and keys, and whether the positions of the queries have gaps."""
         jumps = False
         if positions.query.shape[1] > 1 and not torch.compiler.is_compiling():
             jumps = bool((positions.query.diff(dim=-1).abs() > 1).any())
@@ -81,7 +81,7 @@ class XPos(Rotation):
         return engine.rows(query, key, value, positions, self._scores) if fast is None else fast
 
     def _around(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Queries that lie within reach of one centre, and keys, with what the distance to it makes of them."""
+        """Scale queries and keys by their distance to one centre among the queries."""
         rates = self.constant("rates", query.device, lambda: self._rates().float())
         centre = positions.query[:, positions.query.shape[1] // 2, None]
         grown = self._grown(query, (positions.query - centre).float()[..., None] * rates)
@@ -97,7 +97,7 @@ class XPos(Rotation):
         return scores[0] if len(scores) == 1 else torch.cat(scores, 2)
 
     def _grown(self, x: Tensor, exponents: Tensor) -> Tensor:
-        """The rotated dimensions of `x` times e to the power of `exponents`, `[batch | 1, length, r]`."""
+        """Multiply the rotated dimensions of `x` by e to the power of `exponents`, `[batch | 1, length, r]`."""
         factors, start = exponents.exp().to(x.dtype)[:, None], self.shape.rotary_start
         if self.dim == x.shape[-1]:
             return x * factors
@@ -106,11 +106,11 @@ class XPos(Rotation):
 
     @property
     def _span(self) -> int:
-        """Tokens from a centre over which the fastest pair changes by e^5 at most, which every dtype can hold."""
+        """Return the distance in tokens over which the fastest pair changes by at most e^5, which fits every dtype."""
         return max(1, int(4 * self.scale_base))
 
     def _blocks(self, positions: Positions) -> Iterator[tuple[int, int]]:
-        """Queries (start, stop) that lie within reach of one centre."""
+        """Yield ranges (start, stop) of queries within reach of one centre."""
         count, width = positions.query.shape[1], min(ROWS, self._span)
         jumps = count > 1 and not torch.compiler.is_compiling() and bool(positions.prepared[-1])
         for start in range(0, count, width):
@@ -121,7 +121,7 @@ class XPos(Rotation):
                 yield start, stop
 
     def _near(self, at: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Halves, and halves of these, until none reaches across a jump to a far position."""
+        """Halve a range of queries until no part spans a gap in the positions."""
         block = at[:, start:stop]
         if stop - start == 1 or int((block.amax(1) - block.amin(1)).max()) <= self._span:
             yield start, stop

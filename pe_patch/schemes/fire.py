@@ -1,4 +1,4 @@
-"""FIRE: a small network of the distance relative to how far the query stands."""
+"""FIRE: a small network of the distance relative to the position of the query."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FIRE(Scheme):
 
     bias = MLP(psi(i - j) / psi(max(i, |m| L))) with psi(x) = ln(|c x| + 1); the MLP goes from one number through
     `width` rectified units to the heads. c, m and the MLP are learned, for each layer; its last weights start as zeros.
-    The denominator goes by the query's own position, so that nothing of it can be cached with the keys.
+    The denominator depends on the query's position, so it cannot be cached with the keys.
     """
 
     name = "fire"
@@ -62,7 +62,7 @@ class FIRE(Scheme):
         return torch.log1p((wide(self.c) * x).abs())
 
     def _denominator(self, position: Tensor) -> Tensor:
-        """psi of each query's position or of the threshold, whichever is farther."""
+        """Return psi of the larger of each query's position and the threshold."""
         least = (wide(self.multiplier) * self.threshold).abs()
         return self._psi(torch.maximum(position.to(least.dtype), least)) + EPSILON
 
@@ -73,7 +73,8 @@ class FIRE(Scheme):
         return (hidden @ wide(self.weight_out).T + wide(self.bias_out)).permute(0, 3, 1, 2)
 
     def tile(self, query: Tensor, key: Tensor) -> Tensor:
-        """`bias` for queries at positions `[q]` and keys at positions `[k]`, `[heads, q, k]`, in little memory."""
+        """Return `bias` for query positions `[q]` and key positions `[k]`, `[heads, q, k]`, without a hidden layer in
+        memory."""
         layers = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
         result = Network.apply(query, key, wide(self.c), self._denominator(query), *(wide(one) for one in layers))
         assert isinstance(result, Tensor)

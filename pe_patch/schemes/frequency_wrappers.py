@@ -1,4 +1,4 @@
-"""What can be done to the frequencies of another rotary scheme."""
+"""Schemes that change the frequencies of another rotary scheme."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WINDOW = "original_max_position_embeddings"
 def build_inner(
     scheme: str, over: str | Mapping[str, Any] | None, shape: AttentionShape, theta: Any, window: Any
 ) -> tuple[Rotary, int | None]:
-    """Build the rotary scheme that `over` names (a name, or a dict in any dialect; plain RoPE when None).
+    """Build the rotary scheme that `over` names (a name, or a dict in any config format; plain RoPE when None).
 
     Args:
         theta: the base of its frequencies, where `over` does not set one.
@@ -53,7 +53,7 @@ def build_inner(
 class Over(Rotary):
     """A change to the frequencies of another rotary scheme, whose attention factor, window and regimes it keeps.
 
-    A subclass says `change(inv_freq)`.
+    A subclass overrides `change(inv_freq)`.
 
     """
 
@@ -69,7 +69,7 @@ class Over(Rotary):
         self.longest_expected = self.inner.longest_expected
 
     def change(self, inv_freq: Tensor) -> Tensor:
-        """New frequencies `[rotary_dim / 2]` for the other scheme's."""
+        """Return new frequencies, `[rotary_dim / 2]`, given those of the other scheme."""
         raise NotImplementedError
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:

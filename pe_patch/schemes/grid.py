@@ -1,4 +1,4 @@
-"""Positions on the grid of patches that a vision tower reads."""
+"""Positions on the grid of patches of a vision encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .registry import register_scheme
 
 
 class GridScheme(Scheme):
-    """A scheme whose tokens stand at (x, y) on a grid of patches, apart from leading tokens such as the class token.
+    """A scheme whose tokens are at (x, y) on a grid of patches, except for leading tokens such as the class token.
 
     Coordinates are counted in patches of the trained grid: an image of W columns where the model was trained on W0 is
     read at x W0 / W, which keeps it within what was trained (position interpolation on both axes).
@@ -38,8 +38,11 @@ class GridScheme(Scheme):
         self.grid = self.shape.grid
 
     def lay_out(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
-        """For an image of `rows` x `columns` patches what all layers share, led by the places of all tokens,
-        `[tokens, 2]` in float32 with (0, 0) for leading ones, and which of them are patches, `[tokens]`."""
+        """Return what all layers share for an image of `rows` x `columns` patches.
+
+        The first entry is the (x, y) of all tokens, `[tokens, 2]`, float32, (0, 0) for leading tokens. The second is
+        the mask of patches, `[tokens]`.
+        """
         trained_rows, trained_columns = self.grid
         y, x = torch.meshgrid(
             torch.arange(rows, device=device).float() * (trained_rows / rows),
@@ -53,7 +56,7 @@ class GridScheme(Scheme):
 
 
 MODES = {"axial": 100.0, "mixed": 10.0}
-"""Where the frequencies lie, and the authors' base for each."""
+"""Modes of `rope_2d`, with the authors' base for each."""
 
 
 @register_scheme
@@ -91,20 +94,20 @@ class RoPE2D(GridScheme):
             self.per_head = {"frequencies": 1}  # a proxy could not be copied with the model
 
     def magnitudes(self) -> Tensor:
-        """theta^(-4t / d) for t < d / 4, radians per patch, float32."""
+        """Return theta^(-4t / d) for t < d / 4, radians per patch, float32."""
         exponent = torch.arange(0, self.shape.head_dim, 4, dtype=torch.float64, device="cpu") / self.shape.head_dim
         return (self.base**-exponent).float()
 
     def random_directions(self) -> Tensor:
-        """Frequencies along x and along y, `[2, heads, head_dim / 2]`: half of them along a direction that is random
-        for each head, half across it."""
+        """Return frequencies along x and y, `[2, heads, head_dim / 2]`: half of them along a random direction for each
+        head, half perpendicular to it."""
         along = torch.rand(self.shape.num_heads, 1, device="cpu") * 2 * math.pi
         direction = torch.cat((along, along + math.pi / 2), -1)[..., None]
         magnitudes = self.magnitudes()
         return torch.stack((direction.cos() * magnitudes, direction.sin() * magnitudes)).flatten(2)
 
     def angles_at(self, places: Tensor) -> Tensor:
-        """Angles of the pairs at (x, y) `[tokens, 2]`, `[heads | 1, tokens, head_dim / 2]`, float32."""
+        """Return the angles of the pairs for (x, y), `[tokens, 2]`: `[heads | 1, tokens, head_dim / 2]`, float32."""
         if self.mode == "axial":
             magnitudes = self.constant("magnitudes", places.device, self.magnitudes)
             return (places[..., None] * magnitudes).flatten(1)[None]
@@ -129,7 +132,7 @@ class RoPE2D(GridScheme):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs of `x` `[batch, heads, tokens, head]` by cos and sin `[heads | 1, tokens, head / 2]`."""
+    """Rotate neighbouring pairs of `x` `[batch, heads, tokens, head]` by cos and sin `[heads | 1, tokens, head / 2]`."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 

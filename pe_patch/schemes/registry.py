@@ -1,4 +1,4 @@
-"""The registry of schemes, and the way from a name, class or dict to a class and its options."""
+"""The registry of schemes, and the lookup of a scheme by object, name, class or dict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALIASES: Mapping[str, str] = MappingProxyType({"pi": "linear", "dynamic": "dynam
 
 
 def register_scheme(scheme: type[SchemeClass]) -> type[SchemeClass]:
-    """Register a scheme class under its `name`, so that everything that takes the name of a scheme knows it.
+    """Register a scheme class under its `name`, so that its name works everywhere.
 
     Use it as a decorator. A package registers a scheme for everyone who installs it by an entry point of the group
     `pe_patch.schemes` that names the class or its module.
@@ -44,7 +44,7 @@ def register_scheme(scheme: type[SchemeClass]) -> type[SchemeClass]:
 def find_scheme(
     scheme: Any, options: Mapping[str, Any], shape: AttentionShape | None = None
 ) -> tuple[type[Scheme], dict[str, Any]]:
-    """A scheme's class and its options, checked against each other.
+    """Return a scheme's class and its options, checked against each other.
 
     Args:
         scheme: a scheme with its options such as `YaRN(factor=4)`, a name or alias, a `Scheme` class, or a dict in any
@@ -89,12 +89,12 @@ def find_scheme(
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of an option are one; arrays and tensors are so only where they are the same object."""
+    """Return whether two option values are equal; arrays and tensors are only equal to themselves."""
     return one is other or (type(one).__eq__ is not object.__eq__ and (one == other) is True)
 
 
 def _check_width(specification: Specification, shape: AttentionShape | None) -> None:
-    """A dict whose `partial_rotary_factor` is not the model's would otherwise be half ignored."""
+    """Raise if a dict rotates another share of the head than the model."""
     part = specification.partial_rotary_factor
     if part is None or shape is None or specification.scheme == "proportional":
         return

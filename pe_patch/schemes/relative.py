@@ -1,4 +1,4 @@
-"""Positions that meet the content: learned vectors by distance, and distances counted from the text."""
+"""Content-relative positions: learned vectors by distance, and distances counted from the text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class ContentRelative(Scheme):
-    """The part that a query's own content has in where it looks."""
+    """A scheme whose scores depend on the content of the query and the distance together."""
 
     mechanism = "content-relative"
     own_scores = True
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
-    """Entry `index` `[batch | 1, 1, query, key]` of each query's row of `table` `[batch, heads, query, entries]`."""
+    """Gather entry `index` `[batch | 1, 1, query, key]` of each row of `table` `[batch, heads, query, entries]`."""
     return table.gather(-1, index.expand(*table.shape[:2], -1, -1))
 
 
@@ -67,17 +67,17 @@ class Shaw(ContentRelative):
         return causal_distance(length)
 
     def vectors(self, count: int, layer: int | None = None) -> Tensor:
-        """What is added to a key 0 .. count - 1 tokens back, `[1, count, head]`; the same from `max_distance` on."""
+        """Return the vectors on keys 0 to count - 1 tokens back, `[1, count, head]`."""
         return self._behind(self.keys, count)
 
     def value_vectors(self, count: int) -> Tensor | None:
-        """What is added to a value 0 .. count - 1 tokens back, `[1, count, head]`; None without a table for them."""
+        """Return the vectors on values 0 to count - 1 tokens back, `[1, count, head]`; None without them."""
         table = self._value_table
         return None if table is None else self._behind(table, count)
 
     @property
     def _value_table(self) -> Tensor | None:
-        """The parameter `values`, which has the name of the option in checkpoints."""
+        """Return the parameter `values`, whose name in checkpoints is that of the option."""
         return cast(Any, self).values
 
     def _behind(self, table: Tensor, count: int) -> Tensor:
@@ -85,7 +85,7 @@ class Shaw(ContentRelative):
         return wide(table)[None, self.max_distance - back]
 
     def _entries(self, positions: Positions) -> Tensor:
-        """Which entry each pair has, `[batch | 1, 1, query, key]`: by key - query."""
+        """Return the table index of each pair, `[batch | 1, 1, query, key]`."""
         return (self.max_distance - positions.distance.clamp(-self.max_distance, self.max_distance))[:, None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
@@ -142,7 +142,7 @@ class TransformerXL(ContentRelative):
         return causal_distance(length)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """w, `[hidden / 2]`, float32."""
+        """Return w, `[hidden / 2]`, float32."""
 
         def make() -> Tensor:
             exponent = torch.arange(0, self.shape.hidden_size, 2, dtype=torch.float64, device="cpu")
@@ -151,7 +151,7 @@ class TransformerXL(ContentRelative):
         return self.constant("frequencies", device, make)
 
     def sinusoids(self, count: int, device: torch.device) -> Tensor:
-        """R for the distances 0 .. count - 1, `[count, hidden]`, float32."""
+        """Return R for the distances 0 .. count - 1, `[count, hidden]`, float32."""
         distance = torch.arange(count, device=device)
         if self.clamp_length is not None:
             distance = distance.clamp(max=self.clamp_length)
@@ -168,11 +168,11 @@ class TransformerXL(ContentRelative):
         return (self.sinusoids(count, positions.query.device),)
 
     def vectors(self, count: int, layer: int) -> Tensor:
-        """What (q + v) meets 0 .. count - 1 tokens back, W_R R, `[heads, count, head]`."""
+        """Return W_R R for the distances 0 .. count - 1, `[heads, count, head]`."""
         return self._projected(self.sinusoids(count, self.projection.device), layer)
 
     def _by_head(self, layer: int) -> Tensor:
-        """W_R of each head, `[heads, head, hidden]`."""
+        """Return W_R of each head, `[heads, head, hidden]`."""
         return wide(self.projection[layer]).view(self.shape.num_heads, self.shape.head_dim, -1)
 
     def _projected(self, sinusoids: Tensor, layer: int) -> Tensor:
@@ -211,7 +211,7 @@ class TransformerXL(ContentRelative):
     def _attend_by_products(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
     ) -> Any:
-        """The same without a table by distance: what meets R_{i-j} is turned by i, and then meets sin and cos of j."""
+        """Compute scores without a table by distance: rotate the query side by i, multiply by sin and cos of j."""
         origin, frequencies = positions.query[:, -1:], self.frequencies(query.device)
 
         def angles(at: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ class TransformerXL(ContentRelative):
         return engine.rows(query, key, value, positions, scores)
 
     def _key_bias(self, key: Tensor) -> Tensor:
-        """u k, `[batch, heads, 1, key]`: the same for every query."""
+        """Return u k, `[batch, heads, 1, key]`, which is the same for every query."""
         by_group = wide(self.u).view(key.shape[1], -1, key.shape[-1])
         return (by_group @ wide(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
 

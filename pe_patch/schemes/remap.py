@@ -1,4 +1,4 @@
-"""Rotations in which a query and a key that lie far apart turn by other positions than their own."""
+"""Two-range rotations: distant pairs rotate by remapped positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .remapped_base import Remapped, Zone
 
 
 class Windowed(Remapped):
-    """Own positions within a window of near pairs, other ones beyond."""
+    """True positions within a window of near pairs, remapped ones beyond it."""
 
     window: int | None = None
     """Window of near pairs in tokens, at most the trained window; None for the usual one."""
@@ -38,7 +38,7 @@ class Windowed(Remapped):
 
     @property
     def usual_window(self) -> int:
-        """The window in tokens where none is given."""
+        """Return the default window in tokens."""
         return min(512, self.trained_window // 2)
 
     @property
@@ -46,7 +46,7 @@ class Windowed(Remapped):
         return {"near_window": self.near}
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
-        """Positions by which queries and keys of a far pair turn."""
+        """Return the positions by which queries and keys of far pairs rotate."""
         raise NotImplementedError
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -62,8 +62,8 @@ class Windowed(Remapped):
 class ReRoPE(Windowed):
     """ReRoPE: distances beyond w count as w (Su 2023, https://kexue.fm/archives/9708).
 
-    A far query turns by w and a far key not at all. As no distance exceeds w, nothing bounds the length. When `window`
-    is None, w is 512 or half the trained window, whichever is less.
+    A far query rotates by w and a far key not at all. As no distance exceeds w, nothing bounds the length. When
+    `window` is None, w is 512 or half the trained window, whichever is less.
     """
 
     name = "rerope"
@@ -79,7 +79,7 @@ class LeakyReRoPE(Windowed):
     """Leaky ReRoPE: beyond w distances grow by 1 / k a token, w + (i - j - w) / k (Su 2023,
     https://kexue.fm/archives/9708).
 
-    A far query turns by (i + w (k - 1)) / k, a far key by j / k. Distances reach the trained window L at
+    A far query rotates by (i + w (k - 1)) / k, a far key by j / k. Distances reach the trained window L at
     (L - w) k + w tokens. When `window` is None, w is 512 or half the trained window, whichever is less.
     """
 
@@ -150,7 +150,7 @@ class SelfExtend(Windowed):
         return min(1024, self.trained_window // 4)
 
     def _group_for(self, target: int) -> int:
-        """The smallest G for which W + (N - W) / G <= 2 L / 3, and 1 where there is nothing to extend."""
+        """Return the smallest G with W + (N - W) / G <= 2 L / 3, or 1 if there is nothing to extend."""
         if target <= self.trained_window:
             return 1
         room = 2 * self.trained_window - 3 * self.near
@@ -162,7 +162,7 @@ class SelfExtend(Windowed):
         return -(-3 * (target - self.near) // room)
 
     def _window_for(self, target: int) -> int:
-        """The usual W, or less where W + (N - W) / G <= 2 L / 3 asks for it."""
+        """Return the default W, or a smaller one that W + (N - W) / G <= 2 L / 3 needs."""
         if self.group_size == 1:
             return self.near
         most = (2 * self.trained_window * self.group_size - 3 * target) // (3 * (self.group_size - 1))

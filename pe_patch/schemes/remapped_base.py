@@ -22,35 +22,35 @@ if TYPE_CHECKING:
 
 
 SAMPLED, ROWS = 4096, 64
-"""How many keys and queries of a long sequence are looked at to tell whether a scheme changes anything."""
+"""Number of keys and queries of a long sequence to sample when checking whether a scheme changes anything."""
 
 
 @dataclass(frozen=True)
 class Zone:
-    """Which pairs of a query and a key, as in `Range`, and the positions by which the two rotate there.
+    """A range of query-key pairs, as in `Range`, and the positions by which the two rotate in it.
 
     Zones that name the same tensor share what was rotated by it.
     """
 
     query: Tensor | None
-    """`[batch | 1, query]`, or None for queries that do not turn."""
+    """`[batch | 1, query]`; None if queries do not rotate."""
     key: Tensor | None
-    """`[batch | 1, key]`, or None for keys that do not turn."""
+    """`[batch | 1, key]`; None if keys do not rotate."""
     low: int | None = None
     high: int | None = None
     steps: tuple[Tensor | None, Tensor | None] = (None, None)
-    """What `low` and `high` count, of queries and of keys; positions where None."""
+    """Steps of queries and keys that `low` and `high` compare; None for positions."""
     below: int | None = None
 
     def range(self, turn_query: Turned | None = None, turn_key: Turned | None = None) -> Range:
-        """This zone, with how queries and keys turn in it."""
+        """Return the `Range` of this zone with its rotations."""
         return Range(self.low, self.high, *self.steps, self.below, turn_query, turn_key)
 
 
 class Remapped(Rotation):
     """Rotation by positions that depend on the pair, in one softmax; keys are cached as projected.
 
-    A subclass says `zones(positions)`. What runs and what `relative_position` draws both follow from it.
+    A subclass overrides `zones(positions)`, which defines both the computation and `relative_position`.
     """
 
     mechanism = "remapped"
@@ -78,7 +78,7 @@ class Remapped(Rotation):
         self._factor: float | None = None
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
-        """Zones that share no pair; a pair in none of them is not attended."""
+        """Return disjoint zones; a pair outside all of them is not attended."""
         raise NotImplementedError
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
@@ -99,11 +99,11 @@ class Remapped(Rotation):
         return None
 
     def sharpness(self, positions: Tensor) -> Tensor | None:
-        """What each query is multiplied by, `[batch | 1, query]`, float32, or None."""
+        """Return a factor on each query, `[batch | 1, query]`, float32, or None."""
         return None
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """cos and sin for each distinct tensor of query positions, then of key positions, then the sharpness."""
+        """Return cos and sin for each distinct tensor of query positions, then of key positions, then the sharpness."""
         zones = self.zones(positions)
         prepared: tuple[Tensor, ...] = ()
         for places in (_distinct([zone.query for zone in zones]), _distinct([zone.key for zone in zones])):
@@ -129,7 +129,7 @@ class Remapped(Rotation):
     def _turns(
         self, device: torch.device, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]
     ) -> list[Turned | None]:
-        """How each zone turns; None where it does not."""
+        """Return the rotation of each zone; None for no rotation."""
         distinct = _distinct(places)
         made: list[Turned | None] = []
         for place in places:
@@ -179,7 +179,7 @@ class Remapped(Rotation):
         return not torch.equal(self._distances(query, key)[plain >= 0], plain[plain >= 0])
 
     def tokens(self, option: str, value: Any, default: int) -> int:
-        """The value of an option that counts tokens, within the trained window; at least 1."""
+        """Return the value of an option that counts tokens, from 1 to the trained window."""
         given = check_length(self.name, option, value)
         if given is not None and given > self.trained_window:
             raise OptionValueError(
@@ -190,12 +190,12 @@ class Remapped(Rotation):
 
 
 def _index(place: Tensor | None, places: Sequence[Tensor]) -> int:
-    """Where this very tensor stands among `places`, or their number."""
+    """Return the index of this very tensor in `places`, or their number."""
     return next((index for index, other in enumerate(places) if other is place), len(places))
 
 
 def _distinct(places: Sequence[Tensor | None]) -> list[Tensor]:
-    """The tensors among `places`, each once, in order."""
+    """Return the distinct tensors of `places` in order."""
     found: list[Tensor] = []
     for place in places:
         if place is not None and _index(place, found) == len(found):

@@ -1,4 +1,4 @@
-"""Rotation of queries and keys by position times frequency: before the cache, or at the scores."""
+"""The base of rotary schemes: rotation by position times frequency, before the cache or at the scores."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def cos_sin(
 
 @dataclass(frozen=True)
 class Turned:
-    """A rotation of queries or keys by given angles, as cos and sin `[batch | 1, length, r]`."""
+    """A rotation of queries or keys, with cos and sin `[batch | 1, length, r]`."""
 
     cos: Tensor
     sin: Tensor
@@ -85,22 +85,22 @@ class Turned:
         return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
 
     def part(self, start: int, stop: int) -> Turned:
-        """The same for the places `start` to `stop`; one angle for all places serves any of them."""
+        """Return the rotation of the tokens `start` to `stop`; a single angle applies to all tokens."""
         if self.cos.shape[1] == 1:
             return self
         return replace(self, cos=self.cos[:, start:stop], sin=self.sin[:, start:stop])
 
 
 GROWTH = 2.0
-"""By how much a length regime grows when a sequence outgrows it."""
+"""Ratio of two consecutive length regimes."""
 REGIMES = 24
 
 
 class Rotation(Scheme):
-    """Pairs of dimensions that turn by position times frequency; where, and by which positions, a subclass says.
+    """A scheme that rotates pairs of dimensions by position times frequency; subclasses choose the positions.
 
-    Tables are plain float32 tensors made from the specification on first use on each device, never registered buffers:
-    no cast of the model and no uninitialised memory can reach them.
+    Tables are plain float32 tensors, computed on first use on each device. They are not buffers: casting the model
+    cannot round them, and loading cannot leave them uninitialised.
     """
 
     mechanism = "rotary"
@@ -135,18 +135,24 @@ class Rotation(Scheme):
         self._static_factor = 1.0
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        """Inverse frequencies `[rotary_dim / 2]` (radians per token, float32) and the factor on cos and sin, for a
-        sequence of `length` tokens. Static schemes ignore the length; None means the trained window."""
+        """Return inverse frequencies and the factor on cos and sin for a sequence of `length` tokens.
+
+        Args:
+            length: in tokens; None for the trained window. Static schemes ignore it.
+
+        Returns:
+            `[rotary_dim / 2]` in radians per token, float32, and a number.
+        """
         raise NotImplementedError
 
     @property
     def inv_freq(self) -> Tensor:
-        """Inverse frequencies at the trained window, `[rotary_dim / 2]`, float32."""
+        """Return inverse frequencies at the trained window, `[rotary_dim / 2]`, float32."""
         return self.frequencies(self.regime_start)[0]
 
     @property
     def attention_scaling(self) -> float:
-        """What cos and sin are multiplied by at the trained window; logits scale by its square."""
+        """Return the factor on cos and sin at the trained window; scores scale by its square."""
         return float(self.frequencies(self.regime_start)[1])
 
     @property
@@ -155,7 +161,7 @@ class Rotation(Scheme):
 
     @property
     def regime_start(self) -> int:
-        """The shortest regime: nothing shorter changes the frequencies."""
+        """Return the length in tokens up to which the frequencies do not change."""
         return max(self.trained_window, self.longest_expected or 0)
 
     def plain_frequencies(
@@ -163,33 +169,33 @@ class Rotation(Scheme):
     ) -> Tensor:
         """1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 when None; float32.
 
-        The order of operations is Transformers', which is to be met bit for bit: torch computes powers by vectors of
-        eight and what is left over one by one, so that cutting or dividing afterwards would round differently.
+        The order of operations is Transformers', which must be matched bit for bit: torch computes powers in vectors of
+        eight and the rest one by one, so slicing or dividing afterwards would round differently.
         """
         count = self.dim if pairs is None else 2 * pairs
         exponent = torch.arange(0, count, 2, dtype=torch.int64, device="cpu").float() / self.dim
         return 1.0 / (stretch * (self.base if theta is None else theta) ** exponent)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions `[batch | 1, length]` under a static scheme, `[batch | 1, length, r]`, float32."""
+        """Return cos and sin, `[batch | 1, length, r]`, float32, of positions `[batch | 1, length]`; static schemes only."""
         inv_freq, factor = self._table("static", positions.device, [self.regime_start])
         return self._tables_of(positions[..., None].float() * inv_freq[0], factor[0])
 
     def _tables_of(self, angles: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of `angles` `[batch | 1, length, r / 2]` times `factor`, `[batch | 1, length, r]`, float32."""
+        """Return cos and sin times `factor`, `[batch | 1, length, r]`, of `angles` `[batch | 1, length, r / 2]`."""
         polar = self.shape.arithmetic == "complex"
         return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
 
     def turned(self, cos: Tensor, sin: Tensor) -> Turned:
-        """The rotation of queries or keys of this attention by given tables."""
+        """Return the rotation of this attention's queries or keys with given tables."""
         return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries or keys `[batch, heads, length, head]` turned by float32 tables, in their own dtype."""
+        """Rotate queries or keys `[batch, heads, length, head]` with float32 tables; the dtype stays."""
         return self.turned(cos, sin)(x)
 
     def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, made once."""
+        """Return frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, cached."""
         entry = self._tables.get((kind, device))
         if entry is None:
             rows = [self.frequencies(length) for length in lengths]
@@ -203,9 +209,9 @@ class Rotation(Scheme):
 class Rotary(Rotation):
     """Rotation of every query and key by its own position (Su et al. 2021, arXiv 2104.09864).
 
-    A subclass says `frequencies(length)`. Length-dependent schemes cache keys as projected. The tokens of a first pass
-    use the regime of their own document's length; a token that comes later uses the smallest regime on a geometric grid
-    that holds its position, for itself and for all keys it looks at.
+    A subclass overrides `frequencies(length)`. Length-dependent schemes cache keys as projected. Tokens of a first pass
+    use the regime of their document's length. A later token uses, for itself and for all keys that it attends to, the
+    smallest regime on a geometric grid that contains its position.
     """
 
     per_head = SHARED
@@ -229,11 +235,11 @@ class Rotary(Rotation):
         return positions[..., None].float() * inv_freq[0], self._static_factor
 
     def regime(self, length: int) -> int:
-        """The length whose frequencies a first pass over a document of `length` tokens uses."""
+        """Return the length whose frequencies a first pass over a document of `length` tokens uses."""
         return max(length, self.regime_start)
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """cos and sin of queries and keys, four tensors for each regime in use, led by which regime a query uses."""
+        """Return the regime of each query, then cos and sin of queries and keys for each regime in use."""
         if not self.length_dependent or positions.length is None:
             inv_freq, factor = self._table("static", positions.query.device, [self.regime_start])
             return self._rotations(positions, inv_freq[None], factor[None], inv_freq[None], factor[None])

@@ -1,4 +1,4 @@
-"""Which frequencies a rotary scheme turns by."""
+"""Rotary schemes that are not scalings by one factor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 @register_scheme
 class RoPE(Rotary):
-    """Rotary position embedding: pair k turns by p theta^(-2k / r) (Su et al. 2021, arXiv 2104.09864, equation 15)."""
+    """Rotary position embedding: pair k rotates by p theta^(-2k / r) (Su et al. 2021, arXiv 2104.09864, eq. 15)."""
 
     name = "rope"
     summary = "rotates queries and keys by position times frequency, unscaled"
@@ -52,7 +52,7 @@ class RoPE(Rotary):
 
 @register_scheme
 class Proportional(Scaled):
-    """p-RoPE: the int(p r / 2) fastest frequencies turn, the others stand still, w' = 0 (Barbero et al. 2024, arXiv
+    """p-RoPE: the int(p r / 2) fastest frequencies rotate, the others do not, w' = 0 (Barbero et al. 2024, arXiv
     2410.06205, section 6). Pairs are those of the whole width, unlike a rotation of a part of the head.
     """
 
@@ -65,7 +65,7 @@ class Proportional(Scaled):
     partial_rotary_factor: float
     """p in (0, 1]."""
     factor: float = 1
-    """s >= 1, by which the frequencies that turn are divided."""
+    """s >= 1, the divisor of the frequencies that rotate."""
 
     def setup(self) -> None:
         super().setup()

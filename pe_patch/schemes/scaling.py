@@ -1,4 +1,4 @@
-"""What the frequencies become when the window grows by a factor."""
+"""Scalings of the frequencies by one factor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Factor = float | Literal["auto"]
 
 
 def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
-    """The v5 `rope_parameters` of `rope_type`, with the base and, where only a part of each head rotates, that part."""
+    """Return Transformers' `rope_parameters` with the base and, if only a part of each head rotates, its share."""
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.base, **values}
     width, head = scheme.shape.rotary_dim, scheme.shape.head_dim
     if width < head and scheme.shape.rotary_start == 0:  # DeepSeek's config counts its trailing slice as a whole head
@@ -29,9 +29,9 @@ def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str
 class Scaled(Rotary):
     """A scaling by one factor s, the target window over the trained one.
 
-    A subclass says `scaled(factor)` for s > 1; at 1 the frequencies are the plain ones, bit for bit. With
-    `factor="auto"` s follows the length of the sequence, in powers of two of the trained window, so that decoding
-    seldom crosses into another regime.
+    A subclass overrides `scaled(factor)` for s > 1. At s = 1 the frequencies are the plain ones, bit for bit. With
+    `factor="auto"` s follows the length of the sequence in powers of two of the trained window, so decoding rarely
+    changes the regime.
 
     """
 
@@ -53,15 +53,15 @@ class Scaled(Rotary):
         return check_number(self.name, "factor", self.factor, 1.0, do=remedy)
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
-        """Inverse frequencies and attention factor for s = `factor` > 1."""
+        """Return inverse frequencies and attention factor for s = `factor` > 1."""
         raise NotImplementedError
 
     def unscaled(self) -> tuple[Tensor, float]:
-        """Inverse frequencies and attention factor for s = 1."""
+        """Return inverse frequencies and attention factor for s = 1."""
         return self.plain_frequencies(), 1.0
 
     def factor_at(self, length: int | None) -> float:
-        """The s by which a sequence of `length` tokens is scaled."""
+        """Return s for a sequence of `length` tokens."""
         return (
             self.regime(length or self.trained_window) / self.trained_window
             if self.fixed_factor is None
@@ -96,7 +96,7 @@ class Scaled(Rotary):
         return self.native_scaled(self.fixed_factor)
 
     def native_scaled(self, factor: float) -> dict[str, Any] | None:
-        """The v5 `rope_parameters` for a fixed s > 1, or None where Transformers has no such type."""
+        """Return Transformers' `rope_parameters` for a fixed s > 1, or None if it has no such type."""
         return None
 
 
@@ -140,7 +140,7 @@ class NTK(Scaled):
 
 
 def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -> Tensor:
-    """Frequencies that turn fewer than `low` times inside the window over `factor`, those above `high` kept.
+    """Divide frequencies with fewer than `low` turns inside the window by `factor`, and keep those above `high`.
 
     Between, rho = L w / 2 pi turns give t = (rho - low) / (high - low) and w' = (1 - t) w / s + t w. With low == high
     it is a step. The order of operations is Transformers' for `llama3`.

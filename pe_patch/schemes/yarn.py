@@ -58,7 +58,7 @@ class YaRN(Scaled):
         self.truncate = check_flag(self.name, "truncate", self.truncate)
 
     def attention_factor_at(self, factor: float) -> float:
-        """What cos and sin are multiplied by at s = `factor`."""
+        """Return the factor on cos and sin at s = `factor`."""
         if "attention_factor" in self.given:
             return self.given["attention_factor"]
         mscale, all_dim = self.given.get("mscale"), self.given.get("mscale_all_dim")
@@ -84,7 +84,7 @@ class YaRN(Scaled):
         return self.plain_frequencies(), 1.0 if self.length_dependent else self.attention_factor_at(1.0)
 
     def ramp(self) -> Tensor:
-        """How far each pair is interpolated, 0 (kept) to 1 (divided by s), `[rotary_dim / 2]`."""
+        """Return how far each pair is interpolated, from 0 (kept) to 1 (divided by s), `[rotary_dim / 2]`."""
 
         def pair_of(turns: float) -> float:
             return (self.dim * math.log(self.trained_window / (turns * 2 * math.pi))) / (2 * math.log(self.base))
