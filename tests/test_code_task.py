@@ -117,7 +117,7 @@ def test_only_functions_with_one_definition_and_telling_parameters_can_be_asked_
     asked = {block.name: block.parameters for block in code.blocks if block.parameters}
     assert asked == {"first": 'path, mode=(1, ")"), *rest', "second": "name, value=None"}
     first, second = (next(block for block in code.blocks if block.name == name) for name in asked)
-    assert code.says_once(first) and not code.says_once(second)
+    assert code.has_unique_parameters(first) and not code.has_unique_parameters(second)
     assert first.text.startswith("# A note on the first.\n@cached")
     assert (first.document, second.document) == (0, 2)
 

@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from pe_patch.errors import PePatchError
-from pe_patch.evaluation.tasks.filling import most
+from pe_patch.evaluation.tasks.filling import largest_fit
 from pe_patch.evaluation.tasks.key_value import KeyValue
 
 from .bench_doubles import CHAT, make_bench
@@ -102,5 +102,5 @@ def test_the_greatest_number_of_units_that_fit(room, first, each):
 
     expected = max(units for units in range(200_000) if size(units) <= room)
     calls = []
-    found = most(lambda units: calls.append(units) or size(units), room, 0, "it")
+    found = largest_fit(lambda units: calls.append(units) or size(units), room, 0, "it")
     assert found == expected and len(calls) < 40

@@ -121,7 +121,7 @@ def test_budgets_and_stops_are_those_of_lm_eval(name):
         "answer_f1": "qa_f1", "answer_f1_chinese": "qa_f1_zh", "rouge": "rouge", "rouge_chinese": "rouge_zh",
         "class_right": "classification", "numbers_right": "count", "paragraph_right": "retrieval",
         "paragraph_right_chinese": "retrieval_zh", "line_similarity": "code_sim",
-    }[task.data_set.metric.of.__name__]  # fmt: skip
+    }[task.data_set.metric.function.__name__]  # fmt: skip
     assert theirs["process_results"] == f"metrics.get_{metric}_with_score"
 
 

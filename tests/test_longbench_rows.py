@@ -181,7 +181,7 @@ def test_the_control_is_the_same_rows_without_their_middle(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("options", "error", "what"),
     [
-        ({"truncate": "left"}, OptionError, "truncate is None or 'middle', got 'left'"),
+        ({"truncate": "left"}, OptionError, "truncate must be None or 'middle', got 'left'"),
         ({"truncate": "middle", "skip_longer": True}, OptionError, "give one"),
         ({"wording": "offical"}, UnknownNameError, "Did you mean 'official'"),
     ],

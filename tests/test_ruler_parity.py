@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pe_patch.evaluation.tasks.ruler import THIRTEEN
-from pe_patch.evaluation.tasks.ruler.documents import Answering, load
+from pe_patch.evaluation.tasks.ruler.documents import DocumentQuestions, load
 from pe_patch.evaluation.tasks.ruler.material import BY_EXPRESSION, Essay
 from pe_patch.evaluation.tasks.ruler.niah import SHAPES, Niah
 from pe_patch.evaluation.tasks.ruler.official import official
@@ -42,7 +42,7 @@ def make(task: str, tokens, length: int, seed: int, essay: Essay, questions: dic
         return Niah(tokens, length, seed, SHAPES[task], words, essay)
     if task.startswith("qa"):
         source: Any = "squad" if task == "qa_1" else "hotpotqa"
-        return Answering(tokens, length, seed, words, load(questions[source], source))
+        return DocumentQuestions(tokens, length, seed, words, load(questions[source], source))
     return {"vt": Tracking, "cwe": CommonWords, "fwe": FrequentWords}[task](tokens, length, seed, words)
 
 
@@ -50,8 +50,8 @@ DRAWN_BY: dict[str, Any] = {
     "vt": _Chains,
     "cwe": CommonWords,
     "fwe": FrequentWords,
-    "qa_1": Answering,
-    "qa_2": Answering,
+    "qa_1": DocumentQuestions,
+    "qa_2": DocumentQuestions,
 }
 DRAWN_BY |= dict.fromkeys(SHAPES, Niah)
 """Where the draws that NVIDIA's scripts make in one call are made."""

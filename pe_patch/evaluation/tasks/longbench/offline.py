@@ -1,4 +1,4 @@
-"""Cousins of two of LongBench's data sets, at any length and without any data: the ideas, in other words."""
+"""Variants of two LongBench data sets for any length, without data and with our wording."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ import numpy as np
 from ....errors import OptionError, PePatchError
 from ...bench import Bench
 from ...questions import Question, QuestionTask
-from ..code import GAP, SPARE, fill, least_loss
+from ..code import GAP, SPARE, block_to_drop, fill
 from ..code_blocks import Block, read_code, read_paragraphs
 from ..filling import text_size
-from ..generated import Drawn, Generated
+from ..generated import GeneratedQuestion, GeneratedTask
 from . import scoring
 
 PAPER = "Bai et al. 2023, arXiv 2308.14508 (the idea; wording and generator are ours)"
 
 
 @dataclass(frozen=True)
-class ParagraphCount(Generated):
-    """How many different paragraphs there are among numbered ones, some of which are repetitions.
+class ParagraphCount(GeneratedTask):
+    """A task that asks for the number of different paragraphs among numbered ones, some of which repeat.
 
-    The paragraphs are the beginnings of docstrings of the evaluation's text.
+    The paragraphs are the first ones of docstrings in the evaluation's text.
 
     Args:
-        repeated: share of the paragraphs that repeat an earlier one, from 0 to below 1.
+        repeated: the share of paragraphs that repeat an earlier one, from 0 to below 1.
     """
 
     repeated: float = 0.4
 
     name: ClassVar[str] = "paragraph_count"
-    summary: ClassVar[str] = "how many different paragraphs of documentation there are is asked for"
+    summary: ClassVar[str] = "count the different paragraphs of documentation"
     paper: ClassVar[str] = PAPER
-    least: ClassVar[int] = 3
+    min_units: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not 0 <= self.repeated < 1:
             raise OptionError(f"repeated is a share of the paragraphs, from 0 to below 1; got {self.repeated}.")
 
-    def drawn(self, bench: Bench, rng: np.random.Generator, depth: float) -> Drawn:
+    def draw_question(self, bench: Bench, rng: np.random.Generator, depth: float) -> GeneratedQuestion:
         source = read_paragraphs(tuple(bench.corpus.texts))
         order = rng.permutation(len(source))
         chosen: list[int] = []
         different = [0]
 
         def first(count: int) -> list[int]:
-            """Of every length the same beginning, the numbers of paragraphs in `source`."""
+            """Return indices of paragraphs in `source`; a longer list begins with the shorter one."""
             while len(chosen) < count:
                 if chosen and rng.random() < self.repeated:
                     chosen.append(chosen[int(rng.integers(len(chosen)))])
@@ -57,8 +57,8 @@ class ParagraphCount(Generated):
                     chosen.append(int(order[different[-1]]))
                 else:
                     raise PePatchError(
-                        f"The text ({bench.corpus.name}) has {len(source)} different docstrings, and more are needed. "
-                        "Give more source code in Python."
+                        f"The text ({bench.corpus.name}) has only {len(source)} different docstrings. Give more Python "
+                        "source code."
                     )
                 different.append(len(set(chosen)))
             return chosen[:count]
@@ -72,10 +72,10 @@ class ParagraphCount(Generated):
             numbered = [f"Paragraph {number}: {source[index]}" for number, index in enumerate(first(count), 1)]
             return "\n\n".join([*numbered, question])
 
-        return Drawn(text, question, "The number is", lambda count: str(len(set(first(count)))), "9999")
+        return GeneratedQuestion(text, question, "The number is", lambda count: str(len(set(first(count)))), "9999")
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The share of the numbers in the answer that are right."""
+        """Return the share of the numbers in the answer that are right."""
         return scoring.numbers_right(prediction, references[0])
 
     def measure(self) -> str:
@@ -87,46 +87,47 @@ class ParagraphCount(Generated):
 
 @dataclass(frozen=True)
 class NextLine(QuestionTask):
-    """The next line of a function, after all of its file before it and of other files as fits: whole statements.
+    """A task that asks for the next line of a function, after as many whole statements of code as fit.
 
-    The nearest lines say most about the next, so that a good score does not show that the far text was read.
+    The nearest lines help most, so a good score does not show that the model read the distant text.
     """
 
     name: ClassVar[str] = "next_line"
-    summary: ClassVar[str] = "the next line of real code, by similarity"
+    summary: ClassVar[str] = "write the next line of real code, scored by similarity"
     paper: ClassVar[str] = PAPER
     retrieves: ClassVar[bool] = False
     same_at_every_length: ClassVar[bool] = True
     shortest: ClassVar[int] = 16
-    """Characters of a line that is asked for, white space around it apart."""
+    """The smallest number of characters in the line, without white space around it."""
     longest: ClassVar[int] = 100
+    """The largest number of characters."""
 
     def questions(
         self, bench: Bench, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        """The lines that are asked for do not depend on the length."""
+        """Return questions whose lines do not depend on the length."""
         blocks = read_code(tuple(bench.corpus.texts)).blocks
-        asked = [(index, line) for index, block in enumerate(blocks) for line in self._lines(block)]
-        if len(asked) < bench.samples:
+        candidates = [(index, line) for index, block in enumerate(blocks) for line in self._lines(block)]
+        if len(candidates) < bench.samples:
             raise PePatchError(
-                f"The text ({bench.corpus.name}) has {len(asked)} lines of Python that can be asked for, and "
-                f"{bench.samples} are needed. Give source code: text='stdlib', or a folder of .py files."
+                f"The text ({bench.corpus.name}) has only {len(candidates)} suitable lines of Python for "
+                f"{bench.samples} samples. Give source code: text='stdlib', or a folder of .py files."
             )
         rng = np.random.default_rng([bench.seed, zlib.crc32(self.name.encode())])
-        drawn = [asked[place] for place in rng.choice(len(asked), bench.samples, replace=False)]
+        drawn = [candidates[choice] for choice in rng.choice(len(candidates), bench.samples, replace=False)]
         return [_next_line(bench, blocks, index, line, within or length) for index, line in drawn]
 
     def _lines(self, block: Block) -> Iterator[int]:
-        """Lines of the first twenty of a function that can be asked for."""
+        """Yield the numbers of suitable lines among the first twenty of a function."""
         lines = block.text.split("\n")[:20] if block.text.startswith(("def ", "@")) else []
         for number, line in enumerate(lines):
-            # The metric passes over lines with such marks.
+            # The metric skips lines with these marks.
             marked = any(mark in line for mark in ("`", "#", "//"))
             if number >= 2 and self.shortest <= len(line.strip()) <= self.longest and not marked:
                 yield number
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The similarity of the first line."""
+        """Return the similarity of the first line."""
         return scoring.line_similarity(prediction, references[0])
 
     def measure(self) -> str:
@@ -145,20 +146,20 @@ def _next_line(bench: Bench, blocks: Sequence[Block], index: int, line: int, len
     budget = bench.count(right) + SPARE
 
     def text(before: Sequence[Block]) -> str:
-        return "Write the line that comes next in this code.\n\n" + GAP.join([*(each.text for each in before), begun])
+        return "Write the line that comes next in this code.\n\n" + GAP.join([*(block.text for block in before), begun])
 
     room = length - budget + 1
-    least = text_size(bench, text([]))
-    if least > room:
+    minimum = text_size(bench, text([]))
+    if minimum > room:
         raise PePatchError(
-            f"A function that is to be gone on with takes {least} tokens, and there is room for {room} beside its next "
-            "line. Ask for a greater length."
+            f"The beginning of a function takes {minimum} tokens, and there is room for {room} beside its next line. "
+            "Ask for a greater length."
         )
-    # From the nearest statement backwards, and on from the end of the text where its start is reached.
+    # Go backwards from the nearest statement, and continue from the end of the text after reaching its start.
     backwards = iter([*reversed(blocks[:index]), *reversed(blocks[index + 1 :])])
-    before, _ = fill(bench, backwards, room - least)
+    before, _ = fill(bench, backwards, room - minimum)
     while (excess := text_size(bench, text(before[::-1])) - room) > 0:
-        before.remove(least_loss(bench, before, excess))
+        before.remove(block_to_drop(bench, before, excess))
     return Question(bench.prompt(text(before[::-1])), (right,), budget, bench.prompt(text([])))
 
 
