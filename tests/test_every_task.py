@@ -1,5 +1,8 @@
-"""Every retrieval task, at every length: who reads what it was given is right, who answers nothing is not, and who was
-given less than the prompt cannot be."""
+"""Test every retrieval task at every length with three models.
+
+A model that reads the whole prompt gets the full score, a model without answers gets none, and a model with half of the
+prompt gets less than the full score.
+"""
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from .evaluation_doubles import DoubleConfig, Mute, _Double, make_tokenizer
 
 
 class Reader(_Double):
-    """Knows what is asked and which answer is right, and gives it only if it reads all of it in the ids it is given.
+    """A model that knows the right answer, and gives it only if the ids that it gets contain the answer.
 
     It reads the last `config.sees` ids, as a pipeline that truncates would leave them.
     """
@@ -57,7 +60,7 @@ class Reader(_Double):
 
 
 def needed(question, score):
-    """The references that an answer must hold: one where any will do, else all."""
+    """Return the references that an answer must contain: the first one if any of them counts, else all."""
     return question.references[:1] if score(question.references[0], question.references) == 1.0 else question.references
 
 
@@ -88,7 +91,7 @@ CASES: list[tuple[str, dict]] = [
 
 
 SCATTERED = {"cwe", "fwe", "qa_local_1"}
-"""Their answers, or words like them, stand all over the text: half of it may do."""
+"""Tasks whose answers, or similar words, occur all over the text, so that half of it may suffice."""
 
 
 def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
@@ -108,7 +111,7 @@ def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_reader_scores_all_and_the_mute_nothing(tokenizer, corpus, name, options, monkeypatch):
+def test_a_reader_gets_the_full_score_and_a_silent_model_none(tokenizer, corpus, name, options, monkeypatch):
     task = TASKS[name](**options)
     results = measured(reader(tokenizer, task), tokenizer, name, options, corpus, monkeypatch)
     assert {(row.score, row.control, row.length >= row.tokens - 1) for row in results.rows} == {(1.0, 1.0, True)}
@@ -119,7 +122,7 @@ def test_a_reader_scores_all_and_the_mute_nothing(tokenizer, corpus, name, optio
 
 
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] not in SCATTERED], ids=str)
-def test_a_reader_whose_prompts_are_cut_does_not_score_all(tokenizer, corpus, name, options, monkeypatch):
+def test_a_reader_of_half_the_prompt_gets_less(tokenizer, corpus, name, options, monkeypatch):
     task = TASKS[name](**options)
     cut = reader(tokenizer, task, sees=LENGTHS[options.get("wording", "english")][0] // 2)
     results = measured(cut, tokenizer, name, options, corpus, monkeypatch)
@@ -127,14 +130,14 @@ def test_a_reader_whose_prompts_are_cut_does_not_score_all(tokenizer, corpus, na
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_window_that_is_too_small_is_an_error(tokenizer, corpus, name, options, monkeypatch):
+def test_a_window_too_small_is_an_error(tokenizer, corpus, name, options, monkeypatch):
     model = reader(tokenizer, TASKS[name](**options))
     model.config.max_position_embeddings = 128
     with pytest.raises(PePatchError, match="beyond the model's window of 128"):
         measured(model, tokenizer, name, options, corpus, monkeypatch)
 
 
-def test_a_truncating_tokenizer_is_an_error_and_no_score(corpus):
+def test_a_truncating_tokenizer_is_an_error(corpus):
     cutting = make_tokenizer()
     inner = cutting._encode_plus
 

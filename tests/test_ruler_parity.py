@@ -1,4 +1,4 @@
-"""Every draw of RULER's tasks against NVIDIA's own scripts: the trials, the answers, their places and whole prompts."""
+"""Compare every draw of RULER's tasks with NVIDIA's scripts: trials, answers, places and whole prompts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DRAWN_BY: dict[str, Any] = {
     "qa_2": DocumentQuestions,
 }
 DRAWN_BY |= dict.fromkeys(SHAPES, Niah)
-"""Where the draws that NVIDIA's scripts make in one call are made."""
+"""The class whose `draw` makes the draws of one call in NVIDIA's scripts."""
 
 
 def test_every_task_has_goldens():
@@ -62,7 +62,7 @@ def test_every_task_has_goldens():
 
 
 @pytest.mark.parametrize("case", GOLDENS, ids=lambda case: f"{case['task']}-{case['length']}-{case['seed']}")
-def test_every_draw_is_that_of_nvidias_script(case, tokenizer, essay, questions, monkeypatch):
+def test_every_draw_equals_that_of_nvidias_script(case, tokenizer, essay, questions, monkeypatch):
     def tokens(text: str, prefix: str) -> int:
         return len(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
 

@@ -24,12 +24,12 @@ def largest(differences: Iterable[Difference]) -> Difference:
     return max(differences, key=lambda difference: difference.size)
 
 
-def difference(found: Tensor, expected: Tensor, where: str) -> Difference:
+def difference(actual: Tensor, expected: Tensor, where: str) -> Difference:
     """Compare logits of the same shape; a NaN on one side counts as an infinite difference."""
-    if found.shape != expected.shape:
-        raise ValueError(f"logits {where} have the shape {list(found.shape)}, expected {list(expected.shape)}")
-    found, expected = found.float(), expected.float()
-    size = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+    if actual.shape != expected.shape:
+        raise ValueError(f"logits {where} have the shape {list(actual.shape)}, expected {list(expected.shape)}")
+    actual, expected = actual.float(), expected.float()
+    size = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
     return Difference(size if size == size else float("inf"), where)
 
 

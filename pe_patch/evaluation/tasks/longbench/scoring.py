@@ -44,12 +44,12 @@ def import_optional(module: str) -> Any:
 
 
 def normalised(text: str) -> str:
-    """Lower the case and remove punctuation, then English articles and extra spaces, as SQuAD does."""
+    """Return the text in lower case without punctuation, English articles and extra spaces, as in SQuAD."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_MARKS)).split())
 
 
 def normalised_chinese(text: str) -> str:
-    """Lower the case and remove punctuation and all white space."""
+    """Return the text in lower case without punctuation and white space."""
     return "".join(text.lower().translate(_CHINESE_MARKS).split())
 
 
