@@ -1,4 +1,4 @@
-"""Advice on the six configs that come with the tests, each asked for once."""
+"""Advice on the six configs that come with the tests, computed once each."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ASKED = {
 
 @cache
 def advised(name: str) -> Advice:
-    """The advice on one of the six, at a target beyond its window."""
-    return of(*ASKED[name])
+    """Return the advice on one of the six models, at a target beyond its window."""
+    return advise_on(*ASKED[name])
 
 
-def of(folder: str, target: int, **given: Any) -> Advice:
-    """Advice on a config of the tests at any target."""
-    return advise(str(CONFIGS / folder), target, **given)
+def advise_on(folder: str, target: int, **options: Any) -> Advice:
+    """Return the advice on a test config at any target."""
+    return advise(str(CONFIGS / folder), target, **options)

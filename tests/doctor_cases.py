@@ -1,4 +1,4 @@
-"""Healthy configs of many kinds, and faulty ones, each with how Transformers shows the fault and with its cure."""
+"""Healthy configs, and faulty ones with a check that the fault is real and the config after the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLIDING = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def settings(family: str, **changes: Any) -> dict[str, Any]:
-    """The config.json of a tiny model with a window of 256 tokens; `DROP` takes a key away."""
+    """Return the config.json of a tiny model with a window of 256 tokens; `DROP` removes a key."""
     whole = COMMON | SIZES.get(family, GROUPED) | {"model_type": family, "max_position_embeddings": 256} | changes
     return {key: value for key, value in whole.items() if value is not DROP}
 
@@ -56,7 +56,7 @@ def pictures(text: dict[str, Any], **top: Any) -> dict[str, Any]:
 
 
 HEALTHY = {
-    **{f"{family} as it is": settings(family) for family in ADAPTERS if family not in ("clip_vision_model", "vit")},
+    **{f"{family} unchanged": settings(family) for family in ADAPTERS if family not in ("clip_vision_model", "vit")},
     "llama, v4": llama(),
     "llama, v5": settings("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "llama3": llama(LLAMA3 | {"original_max_position_embeddings": 64}, max_position_embeddings=1024),
@@ -70,7 +70,7 @@ HEALTHY = {
         "gemma3_text", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling={"rope_type": "linear", "factor": 8.0}
     ),
     "gemma3, v5": gemma({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}),
-    "gemma3 that sees": pictures(gemma({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6})),
+    "multimodal gemma3": pictures(gemma({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6})),
     "gpt_neox": settings("gpt_neox", rotary_pct=0.25, rotary_emb_base=2e4),
     "gpt_neox, yarn": settings("gpt_neox", rotary_pct=0.5, rotary_emb_base=2e4, rope_scaling=YARN),
     "bloom": settings("bloom", max_position_embeddings=DROP),
@@ -78,19 +78,19 @@ HEALTHY = {
     "deepseek_v3": deepseek("deepseek_v3", mscale=1.0, mscale_all_dim=1.0),
     "qwen3": settings("qwen3", rope_theta=1e6, rope_scaling=None),
     "gpt_oss": settings("gpt_oss", rope_parameters=DROP, rope_theta=15e4, rope_scaling=YARN | {"truncate": False}),
-    "mistral that slides": settings("mistral", sliding_window=64),
+    "mistral with a sliding window": settings("mistral", sliding_window=64),
 }  # fmt: skip
 
 
 def made(config: dict[str, Any]) -> Any:
-    """The model that Transformers makes of a config.json; reading one changes the dicts in it."""
+    """Build the Transformers model of a config.json, from a copy because Transformers changes the dicts."""
     read = CONFIG_MAPPING[config["model_type"]].from_dict(json.loads(json.dumps(config)))
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(read).eval()
 
 
 def native(config: dict[str, Any]) -> tuple[list[float], float]:
-    """What the rotary module that Transformers builds turns by: its frequencies, and the factor on cos and sin."""
+    """Return the frequencies and the factor on cos and sin of the rotary module that Transformers builds."""
     rotary = made(config).model.rotary_emb
     kind = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
     return getattr(rotary, f"{kind}inv_freq").tolist(), getattr(rotary, f"{kind}attention_scaling")
@@ -109,15 +109,15 @@ def unscaled(base: float) -> Any:
 
 
 def as_if(other: dict[str, Any]) -> Any:
-    """Transformers builds what it builds of another config."""
+    """Return a check that Transformers builds the same rotation from another config."""
     return lambda config: same(native(config), native(other))
 
 
-def refused(kind: str) -> Any:
+def refused(exception: str) -> Any:
     def check(config: dict[str, Any]) -> bool:
         with pytest.raises((KeyError, StrictDataclassError)) as caught:
             native(config)
-        return kind in type(caught.value).__name__
+        return exception in type(caught.value).__name__
 
     return check
 
@@ -130,10 +130,10 @@ def factor(expected: float) -> Any:
 class Fault:
     config: dict[str, Any]
     real: Any
-    """Whether Transformers shows the fault."""
+    """Returns whether Transformers shows the fault."""
     codes: set[str]
     says: str
-    """What the first finding's effect must tell."""
+    """A part of the first finding's `in_effect`."""
     cured: dict[str, Any]
     """The config after the remedy."""
     severity: str = "error"
@@ -151,7 +151,7 @@ FAULTS = {
     "scaling under another key": Fault(
         llama(rope_scalling=YARN), unscaled(5e5), {"unknown_key"}, "does not read", llama(YARN), remedy="'rope_scaling'"
     ),
-    "scaling under a key of one's own": Fault(
+    "scaling under a custom key": Fault(
         llama(positions=YARN), unscaled(5e5), {"unknown_key"}, "does not read",
         settings("llama", rope_theta=5e5, rope_parameters=YARN), remedy="'rope_parameters'",
     ),
@@ -180,7 +180,7 @@ FAULTS = {
         llama({"rope_type": "default", "type": "yarn", "factor": 4.0}), unscaled(5e5), {"contradiction"},
         "'rope_type' wins", llama(YARN), remedy="Keep the value",
     ),
-    "dynamic with a window of its own": Fault(
+    "dynamic with a separate window": Fault(
         llama({"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}),
         as_if(llama({"type": "dynamic", "factor": 4.0})), {"scaling_ignored"}, "beyond 256 tokens",
         llama({"type": "dynamic", "factor": 4.0}, max_position_embeddings=64), remedy='"max_position_embeddings": 64',
@@ -190,7 +190,7 @@ FAULTS = {
         settings("llama", rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), unscaled(1e4),
         {"theta_lost"}, "base 10000", settings("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     ),
-    "v4 scaling beside v5 parameters": Fault(
+    "v4 scaling and v5 parameters": Fault(
         settings("llama", rope_scaling=YARN, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
         as_if(settings("llama", rope_theta=1e4, rope_scaling=YARN)), {"two_dialects", "theta_lost"},
         "rope_scaling: Transformers takes it whole", settings("llama", rope_parameters=YARN | {"rope_theta": 5e5}),
@@ -207,15 +207,15 @@ FAULTS = {
         {"factor_mismatch"}, "128 tokens", llama(YARN), remedy='"factor": 4',
     ),
     # 4: the trained window
-    "yarn from no window": Fault(
+    "yarn without a window": Fault(
         llama({"rope_type": "yarn", "factor": 4.0}), as_if(llama(YARN | {"original_max_position_embeddings": 256})),
         {"window_missing"}, "takes 256", llama(YARN), remedy='"original_max_position_embeddings": 64',
     ),
-    "llama3 from no window": Fault(
+    "llama3 without a window": Fault(
         llama(LLAMA3), as_if(llama(LLAMA3 | {"original_max_position_embeddings": 256})), {"window_missing"},
         "takes 256", llama(LLAMA3 | {"original_max_position_embeddings": 32}), remedy='_embeddings": 32',
     ),
-    "longrope from no window": Fault(
+    "longrope without a window": Fault(
         {key: value for key, value in phi3().items() if key != "original_max_position_embeddings"},
         as_if(phi3() | {"original_max_position_embeddings": 4096}), {"window_missing"}, "takes 4096", phi3(),
         remedy='"original_max_position_embeddings"',
@@ -263,7 +263,7 @@ FAULTS = {
         deepseek("deepseek_v3", mscale_all_dim=1.0), factor(0.1 * math.log(4) + 1), {"attention_factor"},
         "times 1.1386", deepseek("deepseek_v3", mscale=1.0, mscale_all_dim=1.0), "warning", "or give both",
     ),
-    "a far attention factor": Fault(
+    "an unusual attention factor": Fault(
         llama(YARN | {"attention_factor": 2.0}), factor(2.0), {"attention_factor"}, "1.1386", llama(YARN), "warning",
         "1.138629",
     ),
@@ -275,7 +275,7 @@ FAULTS = {
         phi3(short_factor=[0.5, *ONES[1:]]), lambda config: native(config)[0][0] == 2.0, {"list_faulty"},
         "turns faster", phi3(), "warning", "1 or more",
     ),
-    "a falling list": Fault(
+    "a decreasing list": Fault(
         phi3(long_factor=[4.0, *ONES[1:]]), as_if(phi3()), {"list_faulty"}, "stretched less", phi3(), "warning",
         "published",
     ),

@@ -1,4 +1,4 @@
-"""What RULER's tasks are tested on: a tokenizer, a text and question files that are the same on every machine."""
+"""A tokenizer, a text and question files for the tests of RULER's tasks, the same on every machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = (
 
 
 def make_tokenizer() -> Any:
-    """Up to four letters make a token, with the space before them; digits stand alone. Ids are all alike."""
+    """Return a tokenizer with tokens of up to four letters and a leading space, or one digit; all ids are equal."""
     backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s\d]{1,4}|\d|\s"), behavior="isolated")
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
@@ -33,7 +33,7 @@ def sentence(rng: random.Random) -> str:
 
 @cache
 def essay(sentences: int = 330) -> str:
-    """Some three thousand words, so that a haystack of 8192 tokens repeats them."""
+    """Return about three thousand words, so that a haystack of 8192 tokens repeats them."""
     rng = random.Random(5)
     return "".join(sentence(rng) + rng.choice([" ", " ", "\n", "\n\n"]) for _ in range(sentences))
 
@@ -43,7 +43,7 @@ def paragraph(rng: random.Random) -> str:
 
 
 def squad() -> dict[str, Any]:
-    """In the form of SQuAD 2.0: articles of paragraphs, with questions some of which have no answer."""
+    """Return data in the format of SQuAD 2.0: articles of paragraphs with questions, some of them without an answer."""
     rng = random.Random(6)
     articles = []
     for _ in range(14):
@@ -64,7 +64,7 @@ def squad() -> dict[str, Any]:
 
 
 def hotpotqa() -> list[dict[str, Any]]:
-    """In the form of HotpotQA's distractor setting: each question has ten paragraphs."""
+    """Return data in the format of HotpotQA's distractor setting: each question has ten paragraphs."""
     rng = random.Random(7)
     return [
         {
@@ -80,7 +80,7 @@ def hotpotqa() -> list[dict[str, Any]]:
 
 
 def write_questions(folder: Path) -> dict[str, str]:
-    """Both files, by the option that takes their path."""
+    """Write both files, and return their paths by option."""
     for name, content in (("squad", squad()), ("hotpotqa", hotpotqa())):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return {name: str(folder / f"{name}.json") for name in ("squad", "hotpotqa")}
@@ -90,7 +90,7 @@ TEXTS = (essay(),)
 
 
 def record(bench: Any) -> list[str]:
-    """From now on the texts of the bench's prompts, each question's before the same without its context."""
+    """Record the texts of the bench's prompts: each question with its context, then without it."""
     seen: list[str] = []
     real = bench.prompt
 
@@ -103,7 +103,7 @@ def record(bench: Any) -> list[str]:
 
 
 def ask(name: str, bench: Any, length: int, files: dict[str, str] | None = None, **options: Any) -> list[Any]:
-    """The questions of a task; `files` are those of `write_questions`."""
+    """Return the questions of a task; `files` come from `write_questions`."""
     of_file = {"qa_1": "squad", "qa_2": "hotpotqa"}.get(name)
     if files and of_file:
         options[of_file] = files[of_file]
@@ -113,6 +113,6 @@ def ask(name: str, bench: Any, length: int, files: dict[str, str] | None = None,
 def prompts(
     name: str, bench: Any, length: int, files: dict[str, str] | None = None, **options: Any
 ) -> tuple[list[Any], list[str]]:
-    """The questions of a task with their texts."""
+    """Return the questions of a task with their texts."""
     seen = record(bench)
     return ask(name, bench, length, files, **options), seen[::2]

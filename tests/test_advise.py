@@ -1,4 +1,4 @@
-"""What advice says: which schemes, why, what to type, and what it is not about."""
+"""Check the content of the advice: the schemes, the reasons, the commands, and the models that it refuses."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pe_patch.cli.application import app
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError, UnsupportedError
 from pe_patch.training.reading import load_recipe
 
-from .advised import ASKED, CONFIGS, advised, of
+from .advised import ASKED, CONFIGS, advise_on, advised
 
 ROOT = Path(__file__).parent.parent
 
 
 def scheme(advice, name, which=0):
-    return [one for one in advice.schemes if one.scheme == name][which]
+    return [judgement for judgement in advice.schemes if judgement.scheme == name][which]
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_every_scheme_has_a_word(name):
+def test_the_advice_covers_every_scheme(name):
     advice = advised(name)
     named = {one.scheme for one in advice.schemes} | set(advice.from_the_start) | {advice.case.facts.positions, "mla"}
     assert named == {one for one in SCHEMES if not one.endswith("_2d")}
@@ -38,9 +38,7 @@ def test_every_scheme_has_a_word(name):
 
 def test_llama2_to_eight_windows():
     llama2 = advised("llama2")
-    assert llama2.verdict.startswith(
-        "llama-2-7b was trained for 4,096 tokens, and 32,768 are 8 times that: 18 of its 64"
-    )
+    assert llama2.verdict.startswith("llama-2-7b was trained for 4,096 tokens; 32,768 are 8 times that. 18 of its 64")
     assert llama2.choice.untrained.scheme == "dca"
     assert (llama2.choice.trained.scheme, llama2.choice.trained.options) == ("yarn", {"factor": 8})
     assert scheme(llama2, "dynamic_ntk").untrained == "no"  # eight windows are too far for it
@@ -50,12 +48,12 @@ def test_llama2_to_eight_windows():
 
 
 def test_twice_the_window_is_near_enough_for_dynamic_ntk():
-    assert scheme(of("llama-2-7b", 8192), "dynamic_ntk").untrained == "yes"
+    assert scheme(advise_on("llama-2-7b", 8192), "dynamic_ntk").untrained == "yes"
 
 
 def test_more_text_to_train_on_changes_the_choice():
-    assert of("llama-2-7b", 32768, train_tokens=2 * 10**9).choice.trained.scheme == "ntk"
-    few = of("llama-2-7b", 32768, train_tokens=10 * 64 * 32768)
+    assert advise_on("llama-2-7b", 32768, train_tokens=2 * 10**9).choice.trained.scheme == "ntk"
+    few = advise_on("llama-2-7b", 32768, train_tokens=10 * 64 * 32768)
     assert few.choice.trained.scheme == "yarn"
     assert any("phases.0.steps=10 " in (step.command or "") for step in few.steps)
 
@@ -78,21 +76,21 @@ def test_llama31_is_not_scaled_twice():
 
 @pytest.mark.parametrize(("name", "target"), [("llama-2-7b", 4096), ("llama-3.1-8b", 131072), ("bloom-7b1", 100)])
 def test_within_the_window_nothing_is_needed(name, target):
-    advice = of(name, target)
+    advice = advise_on(name, target)
     assert advice.verdict.startswith("Nothing is needed")
     assert not advice.schemes and not advice.plans and advice.choice.untrained is None
     assert [shlex.split(step.command)[:2] for step in advice.steps] == [["pe-patch", "evaluate"]]
 
 
-def test_mistral_slides():
+def test_mistral_must_lift_its_sliding_window():
     mistral = advised("mistral")
     assert mistral.case.facts.sliding == {4096: 32}
-    assert "reads none beyond 4,096 tokens" in mistral.verdict and "sliding_window" in mistral.verdict
+    assert "looks back at most 4,096 tokens" in mistral.verdict and "sliding_window" in mistral.verdict
     assert "sliding_window" in mistral.steps[0].purpose
     assert any("trained on 8,192" in note for note in mistral.notes)
     assert mistral.choice.trained.options == {"factor": 4, "original_max_position_embeddings": 8192}
-    assert of("mistral-7b-v0.1", 4096).verdict.startswith("Nothing is needed")
-    between = of("mistral-7b-v0.1", 8000).verdict
+    assert advise_on("mistral-7b-v0.1", 4096).verdict.startswith("Nothing is needed")
+    between = advise_on("mistral-7b-v0.1", 8000).verdict
     assert "sliding_window" in between and "needs no scheme" in between
 
 
@@ -100,12 +98,12 @@ def test_qwen3_follows_its_authors():
     qwen3 = advised("qwen3")
     assert (qwen3.choice.untrained.scheme, qwen3.choice.untrained.options["factor"]) == ("yarn", 4)
     assert any("40,960" in note and "32,768" in note for note in qwen3.notes)
-    assert of("qwen3-8b", 262144).choice.untrained.scheme == "dca"  # beyond what they recommend
+    assert advise_on("qwen3-8b", 262144).choice.untrained.scheme == "dca"  # beyond what they recommend
 
 
-def test_bloom_goes_on_and_fades():
+def test_bloom_extrapolates_but_far_text_fades():
     bloom = advised("bloom")
-    assert "takes 32 off" in bloom.verdict  # 8192 x 2^-8
+    assert "subtracts 32" in bloom.verdict  # 8192 x 2^-8
     assert bloom.choice.untrained.options == {}
     slopes = bloom.choice.trained.options["slopes"]
     assert slopes[-1] == 2**-8 / 4 and len(slopes) == 32
@@ -128,7 +126,7 @@ def test_rotating_layers_that_all_slide_beside_layers_without_positions():
     assert not advice.schemes
 
 
-def test_of_several_bases_the_far_layers_are_changed():
+def test_only_the_layers_with_the_largest_base_are_patched():
     advice = advise(CONFIG_MAPPING["gemma3_text"](max_position_embeddings=8192), 16384)
     assert advice.choice.trained.options["layers"] == [5, 11, 17, 23]
     assert any("layers=[5, 11, 17, 23]" in (step.block or "") for step in advice.steps)
@@ -192,14 +190,14 @@ def test_the_page_starts_with_the_verdict_and_fits(name):
 
 @pytest.mark.parametrize("name", ASKED)
 def test_folded_commands_are_the_commands(name):
-    """What stands on the page, pasted into a shell, is what was meant."""
+    """Paste each command from the page into a shell parser and compare it with the original command."""
     advice = advised(name)
     page = str(advice).replace("\\\n", " ")
     pasted = [shlex.split(line) for line in page.splitlines() if line.startswith(("   pe-patch", "   accelerate"))]
     assert pasted == commands(advice)
 
 
-def test_the_command_prints_both(capsys):
+def test_the_command_prints_json_or_a_page(capsys):
     words = ["advise", str(CONFIGS / "llama-2-7b"), "--target-length", "32768"]
     assert cli.main([*words, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -220,35 +218,35 @@ def test_the_data_are_json(name):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"target_length": 0}, "target_length is a whole number of at least 1, got 0"),
+        ({"target_length": 0}, "target_length must be a whole number of at least 1, got 0"),
         ({"target_length": 8192.5}, "target_length"),
         ({"trained_length": -1}, "trained_length"),
         ({"batch_size": True}, "batch_size"),
-        ({"dtype": "int4"}, "dtype is one of auto, float32, bfloat16, float16"),
+        ({"dtype": "int4"}, "dtype must be one of auto, float32, bfloat16, float16"),
     ],
 )
-def test_values_that_are_none(given, message):
+def test_invalid_values_are_refused(given, message):
     with pytest.raises(OptionError, match=message):
         advise(str(CONFIGS / "llama-2-7b"), **({"target_length": 8192} | given))
 
 
-def test_a_target_that_nobody_reached():
-    advice = of("llama-2-7b", 16 * 2**20)
+def test_a_target_beyond_all_papers_gets_no_advice():
+    advice = advise_on("llama-2-7b", 16 * 2**20)
     assert "No paper goes farther than 512 times" in advice.verdict
     assert not advice.schemes and not advice.steps and "Next" not in str(advice)
 
 
-def test_far_but_not_absurd_wants_training():
-    advice = of("llama-2-7b", 131072)  # 32 windows
+def test_a_far_target_requires_training():
+    advice = advise_on("llama-2-7b", 131072)  # 32 windows
     assert advice.choice.untrained is None and advice.choice.trained.scheme == "yarn"
 
 
-def test_models_that_advice_is_not_about(tmp_path, capsys):
+def test_unsupported_models_are_refused(tmp_path, capsys):
     with pytest.raises(UnknownNameError, match="'falcon' has no adapter"):
         advise(CONFIG_MAPPING["falcon"](), 8192)
-    with pytest.raises(UnsupportedError, match="'t5' is no causal language model"):
+    with pytest.raises(UnsupportedError, match="'t5' is not a causal language model"):
         advise(CONFIG_MAPPING["t5"](), 8192)
-    with pytest.raises(OptionError, match="a folder, a name on the hub or a Transformers config"):
+    with pytest.raises(OptionError, match="a folder, a hub name or a Transformers config"):
         advise(7, 8192)
     config = json.loads((CONFIGS / "llama-2-7b" / "config.json").read_text())
     saved = config | {
@@ -258,7 +256,7 @@ def test_models_that_advice_is_not_about(tmp_path, capsys):
     for name, content in (("unknown", {"model_type": "nonsense"}), ("patched", saved)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UnsupportedError, match="no model of the type 'nonsense'"):
+    with pytest.raises(UnsupportedError, match="no model type 'nonsense'"):
         advise(str(tmp_path / "unknown"), 8192)
     with pytest.raises(PePatchError, match="saved with a patch, 'dca'"):
         advise(str(tmp_path / "patched"), 8192)
@@ -267,8 +265,8 @@ def test_models_that_advice_is_not_about(tmp_path, capsys):
     assert cli.main(["advise", str(CONFIGS / "llama-2-7b"), "--target-length", "0"]) == 2
 
 
-def test_a_window_that_no_config_names():
+def test_a_window_that_the_config_does_not_state():
     config = CONFIG_MAPPING["bloom"](n_layer=1, hidden_size=64, n_head=4)
     assert advise(config, 8192).case.facts.window == 2048
     assert advise(config, 8192, trained_length=512).case.facts.window == 512
-    assert of("llama-2-7b", 8192, trained_length=8192).verdict.startswith("Nothing is needed")
+    assert advise_on("llama-2-7b", 8192, trained_length=8192).verdict.startswith("Nothing is needed")

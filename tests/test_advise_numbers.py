@@ -1,4 +1,4 @@
-"""What advice counts: weights, memory, frequencies and tokens, with the arithmetic written out."""
+"""Check the numbers of the advice (weights, memory, frequencies and tokens) against written-out arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pe_patch.advice import advise
 
-from .advised import ASKED, CONFIGS, advised, of
+from .advised import ASKED, CONFIGS, advise_on, advised
 
 D = 4096  # all six are 4096 wide, with 32 heads of 128
 
@@ -72,7 +72,7 @@ def test_memory_to_read_is_what_the_sizes_give(name):
 
 
 def test_a_batch_and_a_dtype_multiply():
-    one, four = of("llama-3.1-8b", 131072), of("llama-3.1-8b", 131072, batch_size=4, dtype="float32")
+    one, four = advise_on("llama-3.1-8b", 131072), advise_on("llama-3.1-8b", 131072, batch_size=4, dtype="float32")
     assert four.inference.cache == 4 * 2 * one.inference.cache == 4 * 2 * 131072 * 131072
     assert four.inference.weights == 4 * 8_030_261_248
     assert four.inference.activations == 4 * 2 * one.inference.activations
@@ -93,7 +93,7 @@ def test_memory_to_train_is_what_the_usual_accounts_give(name):
 
 def test_the_published_logits_of_64k_tokens():
     # 65,536 x 128,256 x 4 bytes: the 33.6 GB for which ProLong cuts its loss into blocks
-    assert of("llama-3.1-8b", 65536).training.logits / 2 == pytest.approx(33.6e9, rel=1e-3)
+    assert advise_on("llama-3.1-8b", 65536).training.logits / 2 == pytest.approx(33.6e9, rel=1e-3)
 
 
 def test_devices_share_the_states_and_not_the_sequence():
@@ -114,12 +114,12 @@ def test_adapters_are_those_that_peft_makes(name):
         model = AutoModelForCausalLM.from_config(config)
         adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     expected, _ = adapted.get_nb_trainable_parameters()
-    parameters = of(name, 2048).case.facts.parameters
+    parameters = advise_on(name, 2048).case.facts.parameters
     assert 8 * parameters.linear == expected
     if name == "llama-2-7b":
         assert expected == 19_988_480  # as printed in many a training log
         norms = 65 * D
-        assert of(name, 2048).training.adapters == expected + 32000 * D + norms
+        assert advise_on(name, 2048).training.adapters == expected + 32000 * D + norms
 
 
 @pytest.mark.parametrize(
@@ -221,5 +221,5 @@ def test_tokens_and_operations_of_the_papers():
 
 def test_operations_of_a_token_are_the_usual_ones_at_64k():
     # 4.0e10 for the weights and 5.2e10 for attention, without the third for recomputing
-    yarn = of("llama-2-7b", 65536).plans[0]
+    yarn = advise_on("llama-2-7b", 65536).plans[0]
     assert yarn.flops / yarn.tokens * 3 / 4 == pytest.approx(9.2e10, rel=0.01)

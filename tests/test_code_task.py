@@ -1,4 +1,4 @@
-"""Questions about real code: one definition, one place where the answer is written, no statement cut."""
+"""Test questions about real code: one definition, a unique answer, and whole statements."""
 
 import ast
 import inspect
@@ -27,7 +27,7 @@ def texts():
 
 
 def code_of(tokenizer, question):
-    """The code in a prompt, and the name of the function that is asked for."""
+    """Return the code in a prompt and the name of the function in the question."""
     text = tokenizer.decode(question.prompt)
     asked = re.search(r"How does the definition of the function (\w+) begin", text)
     return text[: asked.start()].removeprefix("Source code in Python:\n\n"), asked.group(1)
@@ -66,7 +66,7 @@ def test_the_control_asks_for_the_same_functions(tokenizer, texts):
     assert max(len(each.prompt) + each.budget - 1 for each in small) <= 1500
 
 
-def test_the_seed_alone_decides(tokenizer, texts):
+def test_questions_depend_only_on_the_seed(tokenizer, texts):
     def asked(seed):
         questions = CodeParameters().questions(make_bench(tokenizer, texts=texts, seed=seed), 2000, 0.5)
         return [question.prompt.tolist() for question in questions]
@@ -74,7 +74,7 @@ def test_the_seed_alone_decides(tokenizer, texts):
     assert asked(0) == asked(0) != asked(1)
 
 
-def test_few_functions_are_asked_again_among_other_text(tokenizer, texts):
+def test_too_few_functions_repeat_among_other_text(tokenizer, texts):
     questions = CodeParameters().questions(make_bench(tokenizer, texts=texts[:12], samples=150), 1500, 0.5)
     different = {question.references for question in questions}
     assert len(questions) == 50 > len(different)
@@ -93,11 +93,11 @@ def test_few_functions_are_asked_again_among_other_text(tokenizer, texts):
         ("", 0),
     ],
 )
-def test_white_space_is_all_that_may_differ(given, right):
+def test_only_white_space_may_differ(given, right):
     assert CodeParameters().score(given, ("path, mode=0o777, *, dir_fd=None",)) == right
 
 
-def test_only_functions_with_one_definition_and_telling_parameters_can_be_asked_for():
+def test_only_functions_with_one_definition_and_unique_parameters_are_used():
     one = inspect.cleandoc('''
         import os
         # A note on the first.
@@ -117,23 +117,23 @@ def test_only_functions_with_one_definition_and_telling_parameters_can_be_asked_
     asked = {block.name: block.parameters for block in code.blocks if block.parameters}
     assert asked == {"first": 'path, mode=(1, ")"), *rest', "second": "name, value=None"}
     first, second = (next(block for block in code.blocks if block.name == name) for name in asked)
-    assert code.says_once(first) and not code.says_once(second)
+    assert code.has_unique_parameters(first) and not code.has_unique_parameters(second)
     assert first.text.startswith("# A note on the first.\n@cached")
     assert (first.document, second.document) == (0, 2)
 
 
 @pytest.mark.parametrize(
-    ("length", "what"),
+    ("length", "message"),
     [
         (60, r"takes \d+ tokens without any text around it"),
         (400_000, "too little Python code"),
     ],
 )
-def test_what_cannot_be_asked_is_an_error(tokenizer, texts, length, what):
-    with pytest.raises(PePatchError, match=what):
+def test_unsuitable_lengths_are_errors(tokenizer, texts, length, message):
+    with pytest.raises(PePatchError, match=message):
         CodeParameters().questions(make_bench(tokenizer, texts=texts[:12]), length, 0.5)
 
 
-def test_text_that_is_no_code_is_an_error(tokenizer):
+def test_text_without_code_is_an_error(tokenizer):
     with pytest.raises(PePatchError, match="has no function in Python"):
         CodeParameters().questions(make_bench(tokenizer), 1000, 0.5)

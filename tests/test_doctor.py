@@ -1,5 +1,8 @@
-"""Faults planted in configs and live models: Transformers itself shows each to be real, the doctor names it, and after
-the remedy it finds nothing; nor does it in what is healthy."""
+"""Plant faults in configs and live models.
+
+Transformers shows that each fault is real, the doctor finds it, and it finds nothing after the remedy or in a healthy
+model.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,11 @@ def test_a_healthy_config_has_no_finding(file, name):
     diagnosis = diagnose(file(HEALTHY[name]))
     assert diagnosis.findings == [] and diagnosis.healthy
     rotates = ADAPTERS[diagnosis.family].rotary is not None
-    assert bool(diagnosis.effective) == rotates  # its module was built and looked at
+    assert bool(diagnosis.effective) == rotates  # the doctor built and read its rotary module
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_real_and_found_and_cured(file, name):
+def test_a_planted_fault_is_real_found_and_fixed_by_the_remedy(file, name):
     fault = FAULTS[name]
     assert fault.real(fault.config)
     findings = examine(file(fault.config))
@@ -69,7 +72,7 @@ def test_a_scaling_that_the_family_ignores(file, config, positions):
     assert examine(file(bare)) == []
 
 
-def test_scaling_outside_of_the_language_model_of_one_that_sees(file):
+def test_scaling_outside_the_text_config_of_a_multimodal_model(file):
     text = gemma({"rope_type": "default", "rope_theta": 1e6})
     config = pictures(text, rope_scaling={"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6})
     assert made(config).config.text_config.rope_parameters["full_attention"]["rope_type"] == "default"
@@ -78,19 +81,19 @@ def test_scaling_outside_of_the_language_model_of_one_that_sees(file):
     assert examine(file(pictures(GEMMA_LINEAR))) == []
 
 
-def test_a_window_that_sliding_hides(file):
+def test_sliding_layers_hide_a_longer_window(file):
     config = settings("mistral", sliding_window=16, rope_scaling=YARN, num_hidden_layers=1)
     model = made(config)
     ids = torch.arange(1, 65)[None]
     other = ids.clone()
     other[0, 0] = 90
-    assert torch.equal(model(ids).logits[0, 32:], model(other).logits[0, 32:])  # what lies farther back has no effect
+    assert torch.equal(model(ids).logits[0, 32:], model(other).logits[0, 32:])  # tokens farther back have no effect
     (finding,) = examine(file(config))
     assert finding.code == "sliding_window" and finding.severity == "warning" and "16 tokens back" in finding.in_effect
     assert examine(file(config | {"sliding_window": None})) == []
 
 
-def test_a_window_that_was_left_as_it_was_is_a_note(file):
+def test_a_window_that_was_not_widened_is_a_note(file):
     (finding,) = examine(file(llama(YARN, max_position_embeddings=64)))
     assert (finding.code, finding.severity) == ("window_not_widened", "note") and "256" in finding.remedy
 
@@ -103,7 +106,7 @@ def checkpoint(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_healthy_checkpoint_says_what_was_looked_at(checkpoint):
+def test_a_healthy_checkpoint_lists_the_checks(checkpoint):
     diagnosis = diagnose(checkpoint)
     assert diagnosis.findings == []
     for part in ("keys of the config", "tokenizer_config.json", "names and types of the weights"):
@@ -137,7 +140,7 @@ def test_files_beside_the_config(checkpoint):
     assert examine(checkpoint) == []
 
 
-def test_frequencies_among_the_weights(checkpoint):
+def test_frequencies_stored_in_the_weights(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     for dtype, found in ((torch.float32, []), (torch.bfloat16, ["low_precision"]), (torch.float16, ["low_precision"])):
         rounded = torch.tensor(plain(1e4)).to(dtype)
@@ -145,7 +148,9 @@ def test_frequencies_among_the_weights(checkpoint):
         save_file(stored, checkpoint / "model.safetensors", metadata={"format": "pt"})
         assert [finding.code for finding in examine(checkpoint)] == found
     kept = AutoModelForCausalLM.from_pretrained(checkpoint).model.rotary_emb.inv_freq
-    assert kept.tolist() == pytest.approx(plain(1e4), rel=1e-6)  # not read, as the finding says
+    assert kept.tolist() == pytest.approx(
+        plain(1e4), rel=1e-6
+    )  # Transformers does not read them, as the finding states
     (finding,) = examine(checkpoint)
     assert finding.severity == "warning" and "float16" in finding.claimed and "does not read" in finding.in_effect
     (checkpoint / "model.safetensors").write_bytes(b"\xff" * 64)
@@ -158,7 +163,7 @@ def test_a_healthy_live_model_has_no_finding(family):
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_a_config_that_was_changed_after_building(key):
+def test_a_config_changed_after_building(key):
     model = build("llama", max_position_embeddings=256)
     ids = torch.arange(1, 65)[None]
     before = model(ids).logits
@@ -170,7 +175,7 @@ def test_a_config_that_was_changed_after_building(key):
     assert examine(AutoModelForCausalLM.from_config(model.config)) == []
 
 
-def test_frequencies_that_were_cast_with_the_model(tmp_path):
+def test_frequencies_cast_to_half_precision(tmp_path):
     model = build("llama").to(torch.bfloat16)
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
     (finding,) = examine(model)
@@ -207,20 +212,20 @@ def test_a_patched_model_is_healthy_live_and_saved_and_loaded(tmp_path, family, 
     assert examine(load_patched(tmp_path)) == []
 
 
-def test_what_was_changed_beneath_a_patch_is_found():
+def test_a_module_replaced_under_a_patch_is_found():
     model = patch_model(build("llama"), "yarn", factor=4)
     native_module = build("llama").model.rotary_emb
-    joint, model.model.rotary_emb = model.model.rotary_emb, native_module
+    patched_module, model.model.rotary_emb = model.model.rotary_emb, native_module
     (finding,) = examine(model)
     assert finding.code == "patch_overwritten" and finding.where == "model.rotary_emb"
     assert "LlamaRotaryEmbedding" in finding.in_effect
-    model.model.rotary_emb = joint
+    model.model.rotary_emb = patched_module
     assert examine(model) == []
     model.config.pe_patch = model.config.pe_patch | {"options": {"factor": 8}}
     assert [finding.where for finding in examine(model)] == ["config.pe_patch"]
 
 
-def test_a_record_that_the_live_model_does_not_carry(tmp_path):
+def test_a_record_without_a_patch_in_the_live_model(tmp_path):
     patch_model(build("llama"), "yarn", factor=4).save_pretrained(tmp_path)
     (finding,) = examine(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert finding.code == "record_faulty" and "load_patched" in finding.remedy
@@ -233,7 +238,7 @@ def spoil(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"scheme": "self_extnd"}, "Did you mean 'self_extend'?"),
         ({"version": 99}, "versions up to 1"),
@@ -241,16 +246,16 @@ def spoil(folder, **changes):
         ({"options": {"factor": 0.5}}, "at least 1"),
     ],
 )
-def test_a_faulty_record(tmp_path, changes, words):
+def test_a_faulty_record(tmp_path, changes, message):
     patch_model(build("llama"), "yarn", factor=4).save_pretrained(tmp_path)
     spoil(tmp_path, **changes)
     with pytest.raises(PePatchError):
         load_patched(tmp_path)
     (finding,) = examine(tmp_path)
-    assert finding.code == "record_faulty" and words in finding.in_effect and finding.severity == "error"
+    assert finding.code == "record_faulty" and message in finding.in_effect and finding.severity == "error"
 
 
-def test_a_record_that_disagrees_with_the_parameters_beside_it(tmp_path):
+def test_a_record_that_disagrees_with_the_rope_parameters(tmp_path):
     patch_model(build("llama"), "yarn", factor=4).save_pretrained(tmp_path)
     spoil(tmp_path, options={"factor": 4, "attention_factor": 2.0})
     assert load_patched(tmp_path).model.rotary_emb.attention_scaling == 2.0
@@ -277,16 +282,16 @@ def test_the_command_line(run, file, tmp_path):
     code, out, _ = run(file(llama(YARN | {"beta_fst": 8})))
     assert code == 1 and "unknown_key" in out and '"beta_fast": 8' in out and "1 error in" in out
     code, out, _ = run(file(llama(YARN | {"mscale": 0.5})), "--json")
-    found = json.loads(out)
-    assert code == 0 and found["healthy"] and found["findings"][0]["severity"] == "warning"
-    assert found["effective"]["all"]["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
+    diagnosis = json.loads(out)
+    assert code == 0 and diagnosis["healthy"] and diagnosis["findings"][0]["severity"] == "warning"
+    assert diagnosis["effective"]["all"]["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
     code, _, err = run(tmp_path / "nothing")
     assert code == 2 and "no folder or file" in err
     assert run()[0] == 2 and run(file(llama()), "--jsn")[0] == 2
     assert "Example:" in run("--help")[1]
 
 
-def test_what_is_no_config(file, tmp_path):
+def test_files_that_are_not_a_config(file, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         examine(tmp_path / "broken.json")

@@ -1,4 +1,8 @@
-"""Every retrieval task: a reading model scores all, a mute model nothing, and a truncated one less than all."""
+"""Test every retrieval task at every length with three models.
+
+A model that reads the whole prompt gets the full score, a model without answers gets none, and a model with half of the
+prompt gets less than the full score.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from .evaluation_doubles import DoubleConfig, Mute, _Double, make_tokenizer
 
 
 class Reader(_Double):
-    """A model that knows the correct answer and gives it only if the references occur in the text that it reads.
+    """A model that knows the right answer, and gives it only if the ids that it gets contain the answer.
 
     It reads only the last `config.sees` ids, as a pipeline that truncates would leave them.
     """
@@ -56,7 +60,7 @@ class Reader(_Double):
 
 
 def needed(question, score):
-    """Return the references that an answer needs: one if any of them suffices, else all."""
+    """Return the references that an answer must contain: the first one if any of them counts, else all."""
     return question.references[:1] if score(question.references[0], question.references) == 1.0 else question.references
 
 
@@ -87,7 +91,7 @@ CASES: list[tuple[str, dict]] = [
 
 
 SCATTERED = {"cwe", "fwe", "qa_local_1"}
-"""Tasks whose answers occur all over the text, so that half of it may suffice."""
+"""Tasks whose answers, or similar words, occur all over the text, so that half of it may suffice."""
 
 
 def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
@@ -107,7 +111,7 @@ def measured(model, tokenizer, name, options, corpus, monkeypatch, **more):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_reading_model_scores_all_and_a_mute_model_nothing(tokenizer, corpus, name, options, monkeypatch):
+def test_a_reader_gets_the_full_score_and_a_silent_model_none(tokenizer, corpus, name, options, monkeypatch):
     task = TASKS[name](**options)
     results = measured(reader(tokenizer, task), tokenizer, name, options, corpus, monkeypatch)
     assert {(row.score, row.control, row.length >= row.tokens - 1) for row in results.rows} == {(1.0, 1.0, True)}
@@ -118,15 +122,15 @@ def test_a_reading_model_scores_all_and_a_mute_model_nothing(tokenizer, corpus, 
 
 
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] not in SCATTERED], ids=str)
-def test_a_model_with_truncated_prompts_does_not_score_all(tokenizer, corpus, name, options, monkeypatch):
+def test_a_reader_of_half_the_prompt_gets_less(tokenizer, corpus, name, options, monkeypatch):
     task = TASKS[name](**options)
     cut = reader(tokenizer, task, sees=LENGTHS[options.get("wording", "english")][0] // 2)
     results = measured(cut, tokenizer, name, options, corpus, monkeypatch)
     assert min(row.score for row in results.rows) < 1.0
 
 
-def test_a_length_beyond_the_window_raises(tokenizer, corpus, monkeypatch):
-    """The check is made before any task sees the model, so one task stands for all."""
+def test_a_window_too_small_is_an_error(tokenizer, corpus, monkeypatch):
+    """The check runs before any task sees the model, so one task stands for all."""
     name, options = CASES[0]
     model = reader(tokenizer, TASKS[name](**options))
     model.config.max_position_embeddings = 128
@@ -134,7 +138,7 @@ def test_a_length_beyond_the_window_raises(tokenizer, corpus, monkeypatch):
         measured(model, tokenizer, name, options, corpus, monkeypatch)
 
 
-def test_a_truncating_tokenizer_raises(corpus):
+def test_a_truncating_tokenizer_is_an_error(corpus):
     cutting = make_tokenizer()
     inner = cutting._encode_plus
 

@@ -1,4 +1,4 @@
-"""InfiniteBench: judged as its authors judge; and its generated tasks at any length, without data."""
+"""Test that InfiniteBench scores answers as its authors do, and its generated tasks at any length."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from .bench_doubles import CHAT, make_bench
 from .evaluation_doubles import make_tokenizer
 
 AUTHORS = json.loads((Path(__file__).parent / "data" / "benchmark_scores.json").read_text(encoding="utf-8"))
-"""What the authors' own code gave for answers of our making (github.com/OpenBMB/InfiniteBench, commit 88b3daa)."""
+"""Scores of the authors' code for answers that we wrote (github.com/OpenBMB/InfiniteBench, commit 88b3daa)."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def lm_eval():
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
-def test_answers_are_judged_as_by_the_authors(name):
+def test_scores_equal_the_authors_scores(name):
     cases = [case[1:] for case in AUTHORS["infinite"] if case[0] == name]
     assert {score > 0 for *_, score in cases} == {True, False}
     for given, right, score in cases:
@@ -59,7 +59,7 @@ def test_answers_are_judged_as_by_the_authors(name):
 
 
 def test_lm_eval_gives_the_same_scores(lm_eval):
-    """Where it follows the authors: of its other metrics, the choices and the names are judged otherwise."""
+    """Compare where lm-eval follows the authors; it scores choices and names differently."""
     draw = random.Random(0)
     pieces = ["42", "-42", "4.2", "ab-1", "x", ".", ":", '"', "\n", "{", "}", "'", "?", "`", "0"]
     above = 0
@@ -82,7 +82,7 @@ INPUTS = {"code_run": "Tell what func_7(-3) gives.", "math_find": "The second la
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS.keys() - {"math_calc"}))
-def test_the_official_wording_and_budget_are_lm_evals(name, lm_eval):
+def test_the_official_wording_and_budget_equal_lm_evals(name, lm_eval):
     class Names(yaml.SafeLoader):
         pass
 
@@ -101,7 +101,7 @@ def test_the_official_wording_and_budget_are_lm_evals(name, lm_eval):
     assert task.label() == "InfiniteBench"
 
 
-def test_in_our_words_everything_that_a_row_says_is_there():
+def test_our_wording_contains_all_columns_of_a_row():
     for name, data_set in DATA_SETS.items():
         row = ROW | {"input": INPUTS.get(name, "INPUT?")}
         text, _ = INFINITEBENCH[f"infinitebench_{name}"]().prompt(row)
@@ -111,7 +111,7 @@ def test_in_our_words_everything_that_a_row_says_is_there():
     assert "func_7(-3)" in INFINITEBENCH["infinitebench_code_run"]().prompt(ROW | {"input": INPUTS["code_run"]})[0]
     found = INFINITEBENCH["infinitebench_math_find"]().prompt(ROW | {"input": INPUTS["math_find"]})[0]
     assert "Find the second largest number in it" in found
-    with pytest.raises(PePatchError, match=r"'INPUT\?' is none of InfiniteBench's"):
+    with pytest.raises(PePatchError, match=r"'INPUT\?' is not from InfiniteBench"):
         INFINITEBENCH["infinitebench_code_run"]().prompt(ROW)
 
 
@@ -128,11 +128,11 @@ def test_in_our_words_everything_that_a_row_says_is_there():
         ("code_debug", ["one", "A"], ("one", "A")),
     ],
 )
-def test_right_answers_are_read_in_every_shape_that_they_have(name, answer, right):
+def test_right_answers_are_read_in_every_format(name, answer, right):
     assert INFINITEBENCH[f"infinitebench_{name}"]().references(ROW | {"answer": answer}) == right
 
 
-def test_a_row_is_asked_and_judged(tmp_path, tokenizer):
+def test_a_row_becomes_a_question_with_a_score(tmp_path, tokenizer):
     row = ROW | {"id": 0, "context": "def one(): pass\n" * 20}
     (tmp_path / "code_debug.jsonl").write_text(json.dumps(row) + "\n")
     task = INFINITEBENCH["infinitebench_code_debug"](source=str(tmp_path))
@@ -146,11 +146,11 @@ def test_a_row_is_asked_and_judged(tmp_path, tokenizer):
         1,
         "InfiniteBench's data in other words",
     )
-    with pytest.raises(PePatchError, match="'five' is none of the row's options"):
+    with pytest.raises(PePatchError, match="'five' is not among the row's options"):
         task.references(row | {"answer": ["five"]})
 
 
-def test_wordings_that_there_are_not_are_errors():
+def test_unknown_wordings_are_errors():
     with pytest.raises(UnknownNameError, match="There are: official, own"):
         INFINITEBENCH["infinitebench_passkey"](wording="english")
     with pytest.raises(PePatchError, match="lm-eval has no wording of math_calc"):
@@ -169,7 +169,7 @@ def test_no_generated_task_has_a_published_name():
 
 @pytest.mark.parametrize("task", CASES, ids=lambda task: task.name)
 @pytest.mark.parametrize(("length", "chat"), [(500, False), (2500, False), (2500, True)])
-def test_prompts_fill_the_length_and_never_more(task, length, chat):
+def test_prompts_fill_but_never_exceed_the_length(task, length, chat):
     tokenizer = make_tokenizer(chat_template=CHAT) if chat else make_tokenizer()
     bench = make_bench(tokenizer, depths=[0.0, 0.7], chat=chat)
     unit = 150 if task is not CallChain else 4 * 60  # a line of noise, or one function for each layer
@@ -184,7 +184,7 @@ def test_prompts_fill_the_length_and_never_more(task, length, chat):
 
 
 @pytest.mark.parametrize("task", CASES, ids=lambda task: task.name)
-def test_the_seed_alone_decides(task, tokenizer):
+def test_questions_depend_only_on_the_seed(task, tokenizer):
     def asked(seed):
         return [each.prompt.tolist() for each in task().questions(make_bench(tokenizer, seed=seed), 900, 0.5)]
 
@@ -193,7 +193,7 @@ def test_the_seed_alone_decides(task, tokenizer):
 
 @pytest.mark.parametrize(("task", "digits"), [(NoisePasskey, 5), (NoiseDigits, 10)])
 @pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
-def test_digits_stand_once_in_the_noise_at_their_depth(task, digits, depth, tokenizer):
+def test_digits_occur_once_in_the_noise_at_their_depth(task, digits, depth, tokenizer):
     bench = make_bench(tokenizer)
     for question, shorter in zip(
         task().questions(bench, 4000, depth), task().questions(bench, 4000, depth, within=900), strict=True
@@ -210,7 +210,7 @@ def test_digits_stand_once_in_the_noise_at_their_depth(task, digits, depth, toke
 
 
 @pytest.mark.parametrize("place", [None, "largest", "third largest", "smallest", "second smallest"])
-def test_the_number_that_is_asked_for_is_in_its_place(place, tokenizer):
+def test_the_answer_has_the_requested_rank(place, tokenizer):
     seen = set()
     for question in ListFind(place=place).questions(make_bench(tokenizer, samples=12), 2500, None):
         text = tokenizer.decode(question.prompt)
@@ -237,7 +237,7 @@ def test_the_value_is_what_python_computes_through_all_layers(layers, tokenizer)
         assert code.count("def ") > 4 * layers
 
 
-def test_options_and_lengths_that_cannot_be_are_errors(tokenizer):
+def test_invalid_options_and_lengths_are_errors(tokenizer):
     with pytest.raises(UnknownNameError, match="Did you mean 'smallest'"):
         ListFind(place="smalest")
     with pytest.raises(OptionError, match="at least 2; got 1"):

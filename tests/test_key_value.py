@@ -1,4 +1,4 @@
-"""One value of a JSON object: whole pairs up to the length, the asked one where it should stand, nothing to guess."""
+"""Test questions for one value of a JSON object: whole pairs up to the length, and the pair at its depth."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from pe_patch.errors import PePatchError
-from pe_patch.evaluation.tasks.filling import most
+from pe_patch.evaluation.tasks.filling import largest_fit
 from pe_patch.evaluation.tasks.key_value import KeyValue
 
 from .bench_doubles import CHAT, make_bench
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def read(tokenizer, question):
-    """The object, the key asked for and the whole text, from the ids."""
+    """Return the object, the key in the question and the text of a question."""
     text = tokenizer.decode(question.prompt)
     held, asked = re.search(r"\{.*\}", text, re.S), re.search(r'One of its keys is "([^"]+)"', text)
     return json.loads(held.group()), asked.group(1), text
@@ -29,7 +29,7 @@ def read(tokenizer, question):
 @pytest.mark.parametrize("length", [256, 700, 3000])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_object_is_whole_and_as_long_as_it_may_be(length, depth, chat):
+def test_the_object_is_whole_and_fills_the_length(length, depth, chat):
     tokenizer = make_tokenizer(chat_template=CHAT) if chat else make_tokenizer()
     length += 100  # this tokenizer spends a token on every character of an identifier
     bench = make_bench(tokenizer, depths=[depth], chat=chat)
@@ -48,7 +48,7 @@ def test_the_object_is_whole_and_as_long_as_it_may_be(length, depth, chat):
         assert len(tokenizer(f' "{value}"')["input_ids"]) <= question.budget
 
 
-def test_the_depth_that_is_told_is_that_of_the_pair(tokenizer):
+def test_the_reported_depth_is_that_of_the_pair(tokenizer):
     (question, *_) = KeyValue().questions(make_bench(tokenizer), 4000, 0.4)
     pairs, key, _ = read(tokenizer, question)
     assert question.depth == list(pairs).index(key) / (len(pairs) - 1)
@@ -64,13 +64,13 @@ def test_the_control_asks_for_the_same_pairs_in_a_smaller_object(tokenizer):
         assert len(other.prompt) + other.budget - 1 <= 800
 
 
-def test_without_the_object_nothing_tells_the_value(tokenizer):
+def test_a_question_without_the_object_does_not_contain_the_value(tokenizer):
     for question in KeyValue().questions(make_bench(tokenizer), 800, 1.0):
         text = tokenizer.decode(question.without_context)
         assert read(tokenizer, question)[1] in text and question.references[0] not in text
 
 
-def test_the_seed_alone_decides(tokenizer):
+def test_questions_depend_only_on_the_seed(tokenizer):
     def values(seed, depth):
         questions = KeyValue().questions(make_bench(tokenizer, seed=seed), 900, depth)
         return [question.references[0] for question in questions]
@@ -79,7 +79,7 @@ def test_the_seed_alone_decides(tokenizer):
     assert len({*values(0, 0.5), *values(1, 0.5), *values(0, 1.0)}) == 6
 
 
-def test_the_answer_may_stand_in_other_words():
+def test_the_answer_may_have_other_words_around_it():
     value = "c49aa54f-3dca-42dd-88d7-486c0c08122a"
     assert KeyValue().score(f' "{value}".', (value,)) == 1
     assert KeyValue().score(value[:-1], (value,)) == 0
@@ -94,13 +94,13 @@ def test_too_small_a_length_is_an_error(tokenizer):
 
 @pytest.mark.parametrize("room", [10, 11, 999, 1000, 1001, 54_321])
 @pytest.mark.parametrize(("first", "each"), [(3, 7), (10, 1), (0, 0.3), (9, 250)])
-def test_the_greatest_number_of_units_that_fit(room, first, each):
-    """Against counting up, one by one."""
+def test_the_largest_number_of_units_that_fits(room, first, each):
+    """Compare with trying every number of units."""
 
     def size(units):
         return first + int(each * units)
 
     expected = max(units for units in range(200_000) if size(units) <= room)
     calls = []
-    found = most(lambda units: calls.append(units) or size(units), room, 0, "it")
+    found = largest_fit(lambda units: calls.append(units) or size(units), room, 0, "it")
     assert found == expected and len(calls) < 40

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - Chinese marks
-"""LongBench: judged as its authors judge, and asked as they ask where that is wanted."""
+"""Test that LongBench scores answers as its authors do, and that its official wording is theirs."""
 
 import hashlib
 import importlib.util
@@ -18,21 +18,21 @@ from pe_patch.evaluation.tasks.longbench import GROUPS, LONGBENCH, scoring
 from pe_patch.evaluation.tasks.longbench.table import DATA_SETS
 
 AUTHORS = json.loads((Path(__file__).parent / "data" / "benchmark_scores.json").read_text(encoding="utf-8"))
-"""What the authors' own code gave for answers of our making (github.com/THUDM/LongBench, commit 2e00731)."""
+"""Scores of the authors' code for answers that we wrote (github.com/THUDM/LongBench, commit 2e00731)."""
 
 
 # The metrics
 
 
 @pytest.mark.parametrize("metric", sorted({name for name, *_ in AUTHORS["first"]}))
-def test_answers_are_judged_as_by_the_authors(metric):
+def test_scores_equal_the_authors_scores(metric):
     cases = [case[1:] for case in AUTHORS["first"] if case[0] == metric]
     assert {0 < score < 1 or score == 1 for *_, score in cases} == {True, False}
     for given, right, score in cases:
         assert getattr(scoring, metric)(given, right) == pytest.approx(score, abs=1e-12), (given, right)
 
 
-def test_classes_are_judged_as_by_the_authors():
+def test_class_scores_equal_the_authors_scores():
     for given, right, order, score in AUTHORS["class_right"]:
         classes = [AUTHORS["classes"][index] for index in order]
         assert scoring.class_right(given, right, classes) == score, (given, right, classes)
@@ -40,7 +40,7 @@ def test_classes_are_judged_as_by_the_authors():
 
 @pytest.fixture(scope="module")
 def lm_eval():
-    """lm-eval's own metrics; it imports fuzzywuzzy, whose ratio is difflib's in whole per cents."""
+    """Load lm-eval's metrics; they import fuzzywuzzy, whose ratio is difflib's in whole percents."""
     fuzz = types.SimpleNamespace(ratio=lambda a, b: round(100 * SequenceMatcher(None, a, b).ratio()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "fuzzywuzzy", types.SimpleNamespace(fuzz=fuzz))
@@ -63,7 +63,7 @@ PIECES = (
 
 
 def test_lm_eval_gives_the_same_scores(lm_eval):
-    """All but line similarity, where lm-eval passes over empty lines, which the authors do not."""
+    """Compare all metrics but line similarity, for which lm-eval skips empty lines and the authors do not."""
     draw = random.Random(0)
     classes = ["Numeric", "Numeric value", "Other", "cat", "Cat"]
     above = 0
@@ -95,7 +95,7 @@ def test_the_first_line_of_code_is_the_one_that_counts():
     assert scoring.line_similarity("# a note\n\nreturn a-b", "return a-b") == 0  # the empty line after the note counts
 
 
-def test_a_missing_package_is_named_with_its_cure(monkeypatch):
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge", None)
     with pytest.raises(
         PePatchError, match=r"'rouge', which is not installed. Run: pip install 'pe_patch\[longbench\]'"
@@ -107,7 +107,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted({*GROUPS["longbench"], *GROUPS["longbench_e"]}))
-def test_budgets_and_stops_are_those_of_lm_eval(name):
+def test_budgets_and_stops_equal_lm_evals(name):
     class Names(yaml.SafeLoader):
         pass
 
@@ -121,11 +121,11 @@ def test_budgets_and_stops_are_those_of_lm_eval(name):
         "answer_f1": "qa_f1", "answer_f1_chinese": "qa_f1_zh", "rouge": "rouge", "rouge_chinese": "rouge_zh",
         "class_right": "classification", "numbers_right": "count", "paragraph_right": "retrieval",
         "paragraph_right_chinese": "retrieval_zh", "line_similarity": "code_sim",
-    }[task.data_set.metric.of.__name__]  # fmt: skip
+    }[task.data_set.metric.function.__name__]  # fmt: skip
     assert theirs["process_results"] == f"metrics.get_{metric}_with_score"
 
 
-def test_there_are_as_many_data_sets_as_the_authors_have():
+def test_all_data_sets_of_the_authors_exist():
     assert len(GROUPS["longbench"]) == 21 and len(GROUPS["longbench_e"]) == 13
     assert {LONGBENCH[name].data_name for name in [*GROUPS["longbench"], *GROUPS["longbench_e"], "longbench2"]} == {
         path.stem for path in folder().glob("*.yaml")
@@ -137,7 +137,7 @@ def test_there_are_as_many_data_sets_as_the_authors_have():
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
 def test_the_official_wording_is_the_authors_to_the_character(name):
-    """lm-eval's copy has lost white space in some; the hashes are of the authors' own prompts."""
+    """Compare with hashes of the authors' prompts; lm-eval's copy has lost white space in some."""
     text, lead = LONGBENCH[f"longbench_{name}"](wording="official").prompt(
         {"context": "CONTEXT {x}\n", "input": "INPUT?"}
     )

@@ -1,4 +1,4 @@
-"""LongBench's cousins without data: paragraphs counted and lines gone on with, at any length."""
+"""Test the LongBench variants without data, paragraph counting and next lines, at any length."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def texts():
 
 @pytest.mark.parametrize("task", [ParagraphCount, NextLine], ids=lambda task: task.name)
 @pytest.mark.parametrize("length", [900, 4000])
-def test_prompts_fill_the_length_and_the_seed_alone_decides(task, length, tokenizer, texts):
+def test_prompts_fill_the_length_and_depend_only_on_the_seed(task, length, tokenizer, texts):
     def asked(seed):
         questions = task().questions(make_bench(tokenizer, texts=texts, seed=seed), length, None)
         sizes = [len(question.prompt) + question.budget - 1 for question in questions]
@@ -39,7 +39,7 @@ def test_prompts_fill_the_length_and_the_seed_alone_decides(task, length, tokeni
 
 
 @pytest.mark.parametrize("repeated", [0.0, 0.4, 0.9])
-def test_the_number_is_that_of_the_different_paragraphs(repeated, tokenizer, texts):
+def test_the_answer_is_the_number_of_different_paragraphs(repeated, tokenizer, texts):
     documented = {
         " ".join(text.split())
         for file in texts
@@ -79,23 +79,23 @@ def test_the_control_asks_for_the_same_lines(tokenizer, texts):
     assert max(len(each.prompt) + each.budget - 1 for each in small) <= 900
 
 
-def test_a_number_of_several_counts_for_its_share():
+def test_one_of_several_numbers_counts_as_a_share():
     assert ParagraphCount().score("12", ("12",)) == 1
     assert ParagraphCount().score("12 of 20", ("12",)) == 0.5
     assert ParagraphCount().score("twelve", ("12",)) == 0
 
 
-def test_what_cannot_be_asked_is_an_error(tokenizer, texts):
+def test_invalid_options_and_texts_are_errors(tokenizer, texts):
     with pytest.raises(OptionError, match=r"from 0 to below 1; got 1\.0"):
         ParagraphCount(repeated=1.0)
-    with pytest.raises(PePatchError, match="different docstrings, and more are needed"):
+    with pytest.raises(PePatchError, match=r"only [0-9]+ different docstrings"):
         ParagraphCount(repeated=0.0).questions(make_bench(tokenizer, texts=texts[:2]), 9000, None)
-    with pytest.raises(PePatchError, match="0 lines of Python that can be asked for"):
+    with pytest.raises(PePatchError, match="only 0 suitable lines of Python"):
         NextLine().questions(make_bench(tokenizer), 900, None)
     with pytest.raises(PePatchError, match="Ask for a greater length"):
         NextLine().questions(make_bench(tokenizer, texts=texts), 60, None)
 
 
-def test_their_names_are_not_longbenchs():
+def test_the_names_differ_from_longbenchs():
     assert set(GROUPS["longbench_offline"]) == {"paragraph_count", "next_line"} <= LONGBENCH.keys()
     assert not set(GROUPS["longbench_offline"]) & {name for name in LONGBENCH if name.startswith("longbench")}

@@ -1,4 +1,4 @@
-"""LongBench's rows: read wherever they lie, asked whole, never cut in silence, and told for what they are."""
+"""Test LongBench's rows: sources and layouts, whole prompts, cuts that rows report, and names of results."""
 
 import json
 import os
@@ -44,7 +44,7 @@ HotpotQA = LONGBENCH["longbench_hotpotqa"]
 
 
 @pytest.mark.parametrize("layout", ["folder", "data", "archive", "the archive", "file", "datasets"])
-def test_rows_are_read_however_the_data_set_lies_there(tmp_path, layout):
+def test_rows_are_read_from_every_layout(tmp_path, layout):
     rows = [row(1, input="line\u2028separator"), row(2)]
     source, split = tmp_path, None
     if layout == "folder":
@@ -75,7 +75,7 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "message"),
     [
         (None, r"has no hotpotqa.jsonl or data/hotpotqa.jsonl or data.zip"),
         ("", "has no rows"),
@@ -83,14 +83,14 @@ def test_a_changed_file_is_read_again(tmp_path):
         ('{"context": "x", "question": "y"}\n', "have no answers, all_classes, length; they have context, question"),
     ],
 )
-def test_rows_that_cannot_be_used_are_an_error(tmp_path, content, what):
+def test_unusable_rows_are_errors(tmp_path, content, message):
     if content is not None:
         (tmp_path / "hotpotqa.jsonl").write_text(content)
-    with pytest.raises(PePatchError, match=what):
+    with pytest.raises(PePatchError, match=message):
         HotpotQA(source=str(tmp_path)).rows()
 
 
-def test_a_source_that_is_nowhere_is_an_error(monkeypatch):
+def test_a_missing_source_is_an_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import huggingface_hub
 
@@ -133,7 +133,7 @@ def test_the_seed_chooses_the_rows(tmp_path, tokenizer):
     assert len(set(chosen(0))) == 6
 
 
-def test_longer_rows_are_an_error_that_counts_them_and_says_what_to_do(tmp_path, tokenizer):
+def test_longer_rows_are_an_error_with_their_number_and_remedies(tmp_path, tokenizer):
     write(tmp_path / "hotpotqa.jsonl", [row(number, words=600 if number % 3 == 0 else 60) for number in range(6)])
     with pytest.raises(PePatchError, match=r"2 of 6 rows are longer than 1000 .* skip_longer=True.* truncate='middle'"):
         HotpotQA(source=str(tmp_path)).questions(make_bench(tokenizer), 1000, None)
@@ -145,7 +145,7 @@ def test_longer_rows_are_an_error_that_counts_them_and_says_what_to_do(tmp_path,
         task.questions(make_bench(tokenizer), 100, None)
 
 
-def test_a_cut_prompt_keeps_its_two_ends_and_the_row_tells(tmp_path, tokenizer):
+def test_a_cut_prompt_keeps_both_ends_and_the_row_reports_it(tmp_path, tokenizer):
     rows = [row(number, words=600 if number < 2 else 60) for number in range(4)]
     write(tmp_path / "hotpotqa.jsonl", rows)
     task = HotpotQA(source=str(tmp_path), truncate="middle")
@@ -168,7 +168,7 @@ def test_a_cut_prompt_keeps_its_two_ends_and_the_row_tells(tmp_path, tokenizer):
     assert questions[0].stamps == {"rows_in_data_set": 4, "truncated": "middle", "prompts_cut": 2, "tokens_cut": lost}
 
 
-def test_the_control_is_the_same_rows_without_their_middle(tmp_path, tokenizer):
+def test_the_control_uses_the_same_rows_without_their_middle(tmp_path, tokenizer):
     write(tmp_path / "hotpotqa.jsonl", [row(number, words=120) for number in range(6)])
     task = HotpotQA(source=str(tmp_path))
     whole, cut = (task.questions(make_bench(tokenizer), 1500, None, within=within) for within in (None, 280))
@@ -179,19 +179,19 @@ def test_the_control_is_the_same_rows_without_their_middle(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "what"),
+    ("options", "error", "message"),
     [
-        ({"truncate": "left"}, OptionError, "truncate is None or 'middle', got 'left'"),
+        ({"truncate": "left"}, OptionError, "truncate must be None or 'middle', got 'left'"),
         ({"truncate": "middle", "skip_longer": True}, OptionError, "give one"),
         ({"wording": "offical"}, UnknownNameError, "Did you mean 'official'"),
     ],
 )
-def test_options_that_cannot_be_are_errors(options, error, what):
-    with pytest.raises(error, match=what):
+def test_invalid_options_are_errors(options, error, message):
+    with pytest.raises(error, match=message):
         HotpotQA(**options)
 
 
-def test_the_chat_template_is_left_out_where_the_authors_leave_it_out(tmp_path):
+def test_the_chat_template_is_omitted_where_the_authors_omit_it(tmp_path):
     chatty = make_tokenizer(chat_template=CHAT)
     bench = make_bench(chatty, chat=True)
     for name in ("hotpotqa", "trec"):
@@ -255,7 +255,7 @@ def choice_row(number, answer, difficulty="easy", length="short"):
     }
 
 
-def test_the_second_longbench_reports_its_parts(tmp_path, tokenizer):
+def test_longbench2_reports_its_parts(tmp_path, tokenizer):
     rows = [choice_row(1, "A"), choice_row(2, "B", "hard", "medium"), choice_row(3, "C", "hard", "long")]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     task = LongBench2(source=str(tmp_path))
@@ -282,14 +282,14 @@ def test_the_second_longbench_reports_its_parts(tmp_path, tokenizer):
         ("", 0),
     ],
 )
-def test_an_answer_must_be_in_the_authors_words(tmp_path, given, right):
-    """By the two regular expressions of their pred.py."""
+def test_an_answer_must_use_the_authors_phrase(tmp_path, given, right):
+    """Compare with the two regular expressions of the authors' pred.py."""
     file = tmp_path / "0shot.txt"
     file.write_text("$DOC$|$Q$|$C_A$|$C_B$|$C_C$|$C_D$")
     assert LongBench2(wording=str(file)).score(given, ("B",)) == right
 
 
-def test_a_prompt_file_is_filled_in_once_and_only_the_authors_gives_the_name(tmp_path):
+def test_only_the_authors_prompt_file_gives_the_official_name(tmp_path):
     file = tmp_path / "0shot.txt"
     file.write_text("$DOC$|$Q$|$C_A$|$C_B$|$C_C$|$C_D$!")
     task = LongBench2(wording=str(file))

@@ -1,4 +1,4 @@
-"""RULER's tasks: what they hide, what they ask for and how an answer is judged."""
+"""Test RULER's tasks: the hidden facts, the questions and the scores."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def no_data_of_nltk(monkeypatch):
 
 
 @pytest.mark.parametrize("rule, judge", [("all", string_match_all), ("part", string_match_part)])
-def test_scores_are_those_of_nvidias_functions(rule, judge):
+def test_scores_equal_those_of_nvidias_functions(rule, judge):
     found = [judge(postprocess(row["prediction"]), row["references"]) for row in SCORES["rows"]]
     assert [round(100 * score, 2) for score in found] == [row[rule] for row in SCORES["rows"]]
     assert round(sum(found) / len(found) * 100, 2) == SCORES["mean"][rule]
 
 
-def test_a_question_with_several_right_answers_is_right_with_one_of_them():
+def test_one_of_several_right_answers_suffices():
     answers = ("Paris", "the city of Paris", "Paris, France")
     assert RULER["qa_local_1"]().score(" It is PARIS.", answers) == 1.0
     assert RULER["vt"]().score(" It is PARIS.", answers) == pytest.approx(1 / 3)
@@ -144,7 +144,7 @@ def test_code_words_follow_zipfs_law(length, bench, files):
 
 @pytest.mark.parametrize("length", [4096, 16384])
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
-def test_the_documents_that_answer_are_there(name, length, bench, files):
+def test_the_documents_with_the_answer_are_shown(name, length, bench, files):
     bench.samples = 3
     questions, written = prompts(name, bench, length, files)
     content: Any = ruler_cases.squad()["data"] if name == "qa_1" else ruler_cases.hotpotqa()
@@ -167,7 +167,7 @@ def test_the_documents_that_answer_are_there(name, length, bench, files):
         assert all(document in text for document in gold)
 
 
-def test_questions_about_pythons_source_are_answered_by_their_documents(bench, files):
+def test_documents_answer_the_questions_about_pythons_source(bench, files):
     bench.samples = 4
     _, written = prompts("qa_local_1", bench, 4096, files)
     questions = ask("qa_local_1", bench, 4096)
@@ -179,7 +179,7 @@ def test_questions_about_pythons_source_are_answered_by_their_documents(bench, f
         assert importable(module, name[1])
 
 
-def test_questions_in_two_hops_are_about_the_base_class(bench, files):
+def test_two_hop_questions_ask_for_the_base_class(bench, files):
     bench.samples = 4
     questions, written = prompts("qa_local_2", bench, 4096, files)
     for question, text in zip(questions, written, strict=False):
@@ -192,7 +192,7 @@ def test_questions_in_two_hops_are_about_the_base_class(bench, files):
 
 
 def importable(module: str, name: str) -> bool:
-    """Python itself finds the name in the module's source."""
+    """Find the name in the module's source with Python's parser."""
     import importlib.util
 
     found = importlib.util.find_spec(module)

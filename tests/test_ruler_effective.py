@@ -1,4 +1,4 @@
-"""The effective length by RULER's rule, against the table in RULER's README (github.com/NVIDIA/RULER at c3f5e3b)."""
+"""Compare the effective length with the table in RULER's README (github.com/NVIDIA/RULER at c3f5e3b)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def row(scheme: str, task: str, length: int, score: float, samples: int = 500, *
 
 
 def results(averages: dict[str, list[float]], tasks: tuple[str, ...] = THIRTEEN, spread: float = 0.1) -> Results:
-    """Make rows with the given mean over the tasks in percent. The tasks differ."""
+    """Return rows of different tasks whose average is the given one, in percent."""
     shift = {task: spread * (number - (len(tasks) - 1) / 2) / 100 for number, task in enumerate(tasks)}
     return Results(
         [

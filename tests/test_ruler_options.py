@@ -1,4 +1,4 @@
-"""The words of RULER's tasks, what a result may be called, and what is refused."""
+"""Test the wordings of RULER's tasks, the names of results, and refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def no_data_of_nltk(monkeypatch):
 # Words and names
 
 
-def test_rulers_words_come_from_lm_eval_and_nothing_else_makes_a_result_rulers(tokenizer, tmp_path, files):
+def test_only_the_official_material_gives_a_result_the_name_ruler(tokenizer, tmp_path, files):
     essays = tmp_path / material.OFFICIAL_ESSAYS
     essays.write_text(json.dumps({"text": TEXTS[0]}), encoding="utf-8")
     bench = make_bench(tokenizer, texts=TEXTS, samples=1, tokenizer_hash="abc")
@@ -68,7 +68,7 @@ def test_rulers_words_come_from_lm_eval_and_nothing_else_makes_a_result_rulers(t
     assert named["tokenizer_hash"] == "abc"
 
 
-def test_nltks_sentences_are_taken_where_their_data_is(tmp_path, monkeypatch):
+def test_nltk_splits_sentences_if_its_data_is_installed(tmp_path, monkeypatch):
     folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
     trainer = PunktTrainer()
@@ -82,32 +82,32 @@ def test_nltks_sentences_are_taken_where_their_data_is(tmp_path, monkeypatch):
     assert splitter.split(text) == ["It was Mr. Stone.", "He saw Mr. Lamp."]
 
 
-def test_without_lm_eval_its_words_are_missed(monkeypatch, bench):
+def test_the_official_wording_needs_lm_eval(monkeypatch, bench):
     official.official.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PePatchError, match=re.escape("pip install 'pe_patch[lm-eval]'")):
         list(RULER["vt"](wording="official").work_units(bench, 2048))
 
 
-def test_another_lm_eval_is_told(monkeypatch, tmp_path):
+def test_another_version_of_lm_eval_is_named(monkeypatch, tmp_path):
     official.official.cache_clear()
     for name in ("niah_utils", "vt_utils", "cwe_utils", "fwe_utils", "qa_utils", "prepare_niah"):
         (tmp_path / "ruler").mkdir(exist_ok=True)
         (tmp_path / "ruler" / f"{name}.py").write_text("TEMPLATES = {}\n", encoding="utf-8")
     monkeypatch.setattr(official, "lm_eval_tasks", lambda: tmp_path)
-    with pytest.raises(PePatchError, match=r"not where they were in lm-eval 0\.4\.13"):
+    with pytest.raises(PePatchError, match="Cannot find RULER's wording in the installed lm-eval"):
         official.official()
 
 
-def test_pairs_of_words_are_sorted_without_being_made():
+def test_pairs_of_words_are_sorted_without_storing_them():
     first = ["blue", "blue-eyed", "blue", "blu", "blue-eyed-odd", "bluer", "a", "zoo", "blue eyed"]
     second = ["ax", "eyed-cat", "cat", "eyed-odd-dog", "ice cream", "cat", "f", "zebra"]
     assert list(Hyphenated(first, second)) == sorted({f"{one}-{two}" for one in first for two in second})
 
 
-def test_words_beyond_wonderwords_are_named(tokenizer, monkeypatch, tmp_path):
+def test_words_beyond_wonderwords_are_substitutes(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(material, "word_list", lambda kind: tuple(f"{kind}{number}" for number in range(12)))
-    material.single.cache_clear()
+    material.wonderwords.cache_clear()
     material.invented.cache_clear()
     monkeypatch.setattr(material, "INVENTED", 6000)
     try:
@@ -125,7 +125,7 @@ def test_words_beyond_wonderwords_are_named(tokenizer, monkeypatch, tmp_path):
         assert question.stamps["benchmark"] == "RULER"
         assert all(word.startswith("given") for word in question.references)
     finally:
-        material.single.cache_clear()
+        material.wonderwords.cache_clear()
         material.invented.cache_clear()
 
 
@@ -137,7 +137,7 @@ TOKEN_TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multik
 
 @pytest.mark.parametrize("length", [256, 1000])
 @pytest.mark.parametrize("name", TOKEN_TASKS)
-def test_single_tokens_are_asked_where_the_vocabulary_has_them(name, length):
+def test_a_vocabulary_with_single_tokens_gives_questions_of_tokens(name, length):
     bench = make_bench(make_token_tokenizer(), texts=TEXTS, samples=8)
     questions, written = prompts(name, bench, length)
     assert questions[0].stamps["wording"] == "tokens"
@@ -161,7 +161,7 @@ def test_single_tokens_are_asked_where_the_vocabulary_has_them(name, length):
         assert all(question.group is None for question in questions)
 
 
-def test_a_task_that_single_tokens_cannot_ask_says_which_can():
+def test_a_task_without_single_tokens_names_those_with_them():
     bench = make_bench(make_token_tokenizer(), texts=TEXTS)
     for name in set(RULER) - set(TOKEN_TASKS):
         with pytest.raises(OptionError, match=rf"^{name}: this task has no wording 'tokens'.*{', '.join(TOKEN_TASKS)}"):
@@ -184,15 +184,15 @@ def test_names_and_options(bench):
 
 
 @pytest.mark.parametrize("name", RULER_GROUPS["ruler_local"])
-def test_a_length_too_small_says_what_is_needed(name, bench):
+def test_a_length_too_small_is_an_error_with_a_remedy(name, bench):
     with pytest.raises(PePatchError, match=rf"^{name}: .*too few.*Ask for"):
         ask(name, bench, 150)
 
 
-def test_the_length_that_an_error_asks_for_is_enough(bench):
+def test_the_length_in_the_error_suffices(bench):
     with pytest.raises(PePatchError) as caught:
         ask("niah_single_1", bench, 150)
-    needed = re.search(r"take (\d+)\.", str(caught.value))
+    needed = re.search(r"takes (\d+)\.", str(caught.value))
     assert needed
     bench.samples = 1
     assert ask("niah_single_1", bench, int(needed[1]) + 4)  # another key may have a token or two more
@@ -213,7 +213,7 @@ def test_a_tokenizer_that_does_not_count_is_refused(name, options, bench):
         ask(name, bench, 1024, **options)
 
 
-def test_files_that_are_not_what_they_should_be(bench, tmp_path):
+def test_files_in_a_wrong_format_are_errors(bench, tmp_path):
     for name, instead in (("qa_1", "qa_local_1"), ("qa_2", "qa_local_2")):
         with pytest.raises(OptionError, match=f"do not come with the library.*{instead}"):
             list(RULER[name]().work_units(bench, 1024))
@@ -221,7 +221,7 @@ def test_files_that_are_not_what_they_should_be(bench, tmp_path):
         list(RULER["qa_1"](squad=str(tmp_path / "missing.json")).work_units(bench, 1024))
     other = tmp_path / "other.json"
     other.write_text(json.dumps(ruler_cases.hotpotqa()), encoding="utf-8")
-    with pytest.raises(PePatchError, match=r"qa_1: .*other\.json is not in the form of SQuAD 2\.0"):
+    with pytest.raises(PePatchError, match=r"qa_1: .*other\.json is not in the format of SQuAD 2\.0"):
         list(RULER["qa_1"](squad=str(other)).work_units(bench, 1024))
     other.write_text("{", encoding="utf-8")
     with pytest.raises(PePatchError, match="not JSON"):
@@ -230,17 +230,17 @@ def test_files_that_are_not_what_they_should_be(bench, tmp_path):
         ask("niah_single_2", bench, 1024, haystack=str(tmp_path / "none.txt"))
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n", encoding="utf-8")
-    with pytest.raises(PePatchError, match="holds no words"):
+    with pytest.raises(PePatchError, match="has no words"):
         ask("niah_single_2", bench, 1024, haystack=str(empty))
 
 
-def test_more_questions_than_a_file_has(bench, files):
+def test_more_samples_than_questions_are_an_error(bench, files):
     bench.samples = 13
-    with pytest.raises(PePatchError, match=r"hotpotqa\.json has 12 questions, more were asked for"):
+    with pytest.raises(PePatchError, match=r"hotpotqa\.json has only 12 questions"):
         ask("qa_2", bench, 4096, files)
 
 
-def test_a_tokenizer_that_cuts_is_refused(bench):
+def test_a_truncating_tokenizer_is_refused(bench):
     class Cutting(type(bench.model.tokenizer)):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             found = super().__call__(*args, **kwargs)

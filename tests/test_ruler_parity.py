@@ -1,4 +1,4 @@
-"""Every draw of RULER's tasks against NVIDIA's own scripts: the trials, the answers, their places and whole prompts."""
+"""Compare every draw of RULER's tasks with NVIDIA's scripts: trials, answers, places and whole prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pe_patch.evaluation.tasks.ruler import THIRTEEN
-from pe_patch.evaluation.tasks.ruler.documents import Answering, load
+from pe_patch.evaluation.tasks.ruler.documents import DocumentQuestions, load
 from pe_patch.evaluation.tasks.ruler.material import BY_EXPRESSION, Essay
 from pe_patch.evaluation.tasks.ruler.niah import SHAPES, Niah
 from pe_patch.evaluation.tasks.ruler.official import official
@@ -42,7 +42,7 @@ def make(task: str, tokens, length: int, seed: int, essay: Essay, questions: dic
         return Niah(tokens, length, seed, SHAPES[task], words, essay)
     if task.startswith("qa"):
         source: Any = "squad" if task == "qa_1" else "hotpotqa"
-        return Answering(tokens, length, seed, words, load(questions[source], source))
+        return DocumentQuestions(tokens, length, seed, words, load(questions[source], source))
     return {"vt": Tracking, "cwe": CommonWords, "fwe": FrequentWords}[task](tokens, length, seed, words)
 
 
@@ -50,11 +50,11 @@ DRAWN_BY: dict[str, Any] = {
     "vt": _Chains,
     "cwe": CommonWords,
     "fwe": FrequentWords,
-    "qa_1": Answering,
-    "qa_2": Answering,
+    "qa_1": DocumentQuestions,
+    "qa_2": DocumentQuestions,
 }
 DRAWN_BY |= dict.fromkeys(SHAPES, Niah)
-"""Where the draws that NVIDIA's scripts make in one call are made."""
+"""The class whose `draw` makes the draws of one call in NVIDIA's scripts."""
 
 
 def test_every_task_has_goldens():
@@ -62,7 +62,7 @@ def test_every_task_has_goldens():
 
 
 @pytest.mark.parametrize("case", GOLDENS, ids=lambda case: f"{case['task']}-{case['length']}-{case['seed']}")
-def test_every_draw_is_that_of_nvidias_script(case, tokenizer, essay, questions, monkeypatch):
+def test_every_draw_equals_that_of_nvidias_script(case, tokenizer, essay, questions, monkeypatch):
     def tokens(text: str, prefix: str) -> int:
         return len(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
 

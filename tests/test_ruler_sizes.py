@@ -1,4 +1,4 @@
-"""How full RULER's tasks fill a window, the same questions in another one, and with nothing to read."""
+"""Test how far RULER's tasks fill a window, and their questions in a shorter text and without context."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_short_text_is_repeated(tokenizer):
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
-def test_the_seed_decides(name, tokenizer, files):
+def test_questions_depend_on_the_seed(name, tokenizer, files):
     def ids(seed: int) -> list[Any]:
         bench = make_bench(tokenizer, texts=TEXTS, samples=1, seed=seed)
         seen = record(bench)
@@ -94,7 +94,7 @@ def test_the_seed_decides(name, tokenizer, files):
 
 @pytest.mark.parametrize("exact_fit", [False, True])
 @pytest.mark.parametrize("name", RULER_GROUPS["ruler_local"])
-def test_a_control_asks_the_same_in_a_shorter_text_and_disturbs_nothing(name, exact_fit, tokenizer):
+def test_a_control_asks_the_same_questions_in_a_shorter_text(name, exact_fit, tokenizer):
     def make() -> tuple[Any, list[str]]:
         bench = make_bench(tokenizer, texts=TEXTS, samples=2)
         return bench, record(bench)
@@ -117,7 +117,7 @@ def test_a_control_asks_the_same_in_a_shorter_text_and_disturbs_nothing(name, ex
         assert 1500 < len(short.prompt) + short.budget <= 3000 < len(long.prompt)
 
 
-def test_a_control_keeps_which_of_four_keys_is_asked_for(bench):
+def test_a_control_asks_for_the_same_keys(bench):
     bench.samples = 8
     task = RULER["niah_multikey_1"]()
     seen = record(bench)
@@ -129,7 +129,7 @@ def test_a_control_keeps_which_of_four_keys_is_asked_for(bench):
 
 
 @pytest.mark.parametrize("name", THIRTEEN)
-def test_without_its_context_a_question_stands_alone(name, bench, files):
+def test_a_question_without_context_has_no_text(name, bench, files):
     seen = record(bench)
     for question in ask(name, bench, 4096, files):
         assert question.without_context is not None
@@ -141,7 +141,7 @@ def test_without_its_context_a_question_stands_alone(name, bench, files):
 # Around a prompt
 
 
-def test_a_chat_template_counts_and_the_answers_beginning_stands_behind_it():
+def test_the_length_includes_the_chat_template_and_the_answer_prefix_follows_it():
     tokenizer = ruler_cases.make_tokenizer()
     tokenizer.chat_template = CHAT
     bench = make_bench(tokenizer, texts=TEXTS, samples=2, chat=True)

@@ -1,4 +1,4 @@
-"""`pe-patch selftest`: it passes where everything works, and names the first thing that does not."""
+"""Test that `pe-patch selftest` passes on a working installation and names the first failure otherwise."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MECHANISMS = {
 
 @pytest.fixture
 def demo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the demo model, whose build is quick."""
+    """Run only the demo model, which builds quickly."""
     build = models.built_in_cases()["demo"]
-    monkeypatch.setattr("pe_patch.doctor.self_test.built_in_cases", lambda: {"demo": build})
+    monkeypatch.setattr("pe_patch.doctor.self_test.run.built_in_cases", lambda: {"demo": build})
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *schemes: str) -> None:
@@ -41,7 +41,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *schemes: str) -> None:
     monkeypatch.setattr(checks, "MECHANISMS", chosen)
 
 
-def test_it_passes_here_with_every_mechanism_and_its_figures(capsys: pytest.CaptureFixture) -> None:
+def test_it_passes_with_every_mechanism(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["selftest", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] and found["summary"].startswith("All ") and found["seconds"] < 60
@@ -55,10 +55,10 @@ def test_it_passes_here_with_every_mechanism_and_its_figures(capsys: pytest.Capt
     assert found["versions"]["transformers"] and found["versions"].keys() >= result.TESTED.keys()
 
 
-# What is broken is found: by whom, and what the first line about it is
+# Broken models and libraries are found
 
 
-def forgets_the_cache(inner: Any) -> Any:
+def ignores_the_cache(inner: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         for name in ("past_key_values", "cache"):
             if kwargs.get(name) is not None and kwargs[name].get_seq_length():
@@ -70,14 +70,14 @@ def forgets_the_cache(inner: Any) -> Any:
 
 
 def counts_from_zero(base: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Positions of a pass over a cache start anew, off by all that was read before."""
+    """Restart the positions at 0 in each pass over a cache."""
     ids = kwargs["input_ids"]
     kwargs["position_ids"] = torch.arange(ids.shape[1])[None].expand(ids.shape[0], -1)
     return inner(*args, **kwargs)
 
 
 def is_off_by_one(base: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """A pass over a cache begins one position too late."""
+    """Start each pass over a cache one position too late."""
     ids = kwargs["input_ids"]
     past = kwargs.get("past_key_values") or kwargs.get("cache")
     start = past.get_seq_length() if past is not None else 0
@@ -94,8 +94,8 @@ def failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *sch
 
 
 @pytest.mark.usefixtures("demo_alone")
-def test_a_host_that_forgets_its_cache_is_found_without_any_patch(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(LlamaModel, "forward", forgets_the_cache(LlamaModel.forward))
+def test_a_model_that_ignores_its_cache_fails_without_a_patch(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(LlamaModel, "forward", ignores_the_cache(LlamaModel.forward))
     found = failure(monkeypatch, capsys, "nope")
     assert (found["mechanism"], found["check"]) == ("native", "cache, token by token = no cache")
     assert found["difference"] > 100 * found["tolerance"]
@@ -103,7 +103,7 @@ def test_a_host_that_forgets_its_cache_is_found_without_any_patch(monkeypatch, c
 
 @pytest.mark.usefixtures("demo_alone")
 @pytest.mark.parametrize("broken", [counts_from_zero, is_off_by_one])
-def test_wrong_positions_in_our_forward_are_found(monkeypatch, capsys, broken) -> None:
+def test_wrong_positions_in_the_patched_forward_are_found(monkeypatch, capsys, broken) -> None:
     monkeypatch.setattr(module_swaps, "base_forward", broken)
     found = failure(monkeypatch, capsys, "yarn")
     assert found["model"] == "demo" and "cache" in found["check"] + found["message"]
@@ -112,7 +112,7 @@ def test_wrong_positions_in_our_forward_are_found(monkeypatch, capsys, broken) -
 
 
 @pytest.mark.usefixtures("demo_alone")
-def test_a_rotation_that_is_slightly_off_is_no_identity(monkeypatch, capsys) -> None:
+def test_a_slightly_wrong_rotation_fails_the_identity_check(monkeypatch, capsys) -> None:
     inner = RoPE.frequencies
 
     def frequencies(self: Any, length: Any) -> Any:
@@ -126,7 +126,7 @@ def test_a_rotation_that_is_slightly_off_is_no_identity(monkeypatch, capsys) -> 
 
 
 @pytest.mark.usefixtures("demo_alone")
-def test_weights_that_an_undo_leaves_changed_are_found(monkeypatch, capsys) -> None:
+def test_weights_changed_by_unpatching_are_found(monkeypatch, capsys) -> None:
     inner = checks.unpatch_model
 
     def leaves(model: Any) -> Any:
@@ -141,7 +141,7 @@ def test_weights_that_an_undo_leaves_changed_are_found(monkeypatch, capsys) -> N
 
 
 @pytest.mark.usefixtures("demo_alone")
-def test_what_raises_is_a_failure_with_its_message(monkeypatch, capsys) -> None:
+def test_an_exception_is_a_failure_with_its_message(monkeypatch, capsys) -> None:
     def raises(*_: Any, **__: Any) -> Any:
         raise KeyError("rope_parameters")
 
@@ -149,22 +149,22 @@ def test_what_raises_is_a_failure_with_its_message(monkeypatch, capsys) -> None:
     found = failure(monkeypatch, capsys, "alibi")
     assert (found["check"], found["difference"]) == ("saved and loaded = in memory", None)
     assert "KeyError: 'rope_parameters'" in found["message"] and "Traceback" not in found["summary"]
-    monkeypatch.setattr("pe_patch.doctor.self_test.built_in_cases", lambda: {"demo": raises})
+    monkeypatch.setattr("pe_patch.doctor.self_test.run.built_in_cases", lambda: {"demo": raises})
     assert "the model can be built" in failure(monkeypatch, capsys, "alibi")["summary"]
 
 
-@pytest.mark.parametrize(("versions", "said"), [
+@pytest.mark.parametrize(("versions", "expected"), [
     ({}, ["transformers 5.24.0 (tested: 5.23.0)", "pip install transformers==5.23.0"]),
     ({"transformers": "5.23.0"}, ["report"]),
     ({"transformers": "5.23.0", "torch": "2.13.0+cu130"}, ["report"]),
 ])  # fmt: skip
-def test_a_failure_says_what_to_do(monkeypatch, versions, said) -> None:
+def test_a_failure_includes_a_remedy(monkeypatch, versions, expected) -> None:
     monkeypatch.setattr(result, "TESTED", {"torch": "2.13.0", "transformers": "5.23.0"})
     failed = result.Check("demo", "bias", "alibi", "cache = no cache", "failed", 3.2, 1e-4, "at token 60 of 74")
     found = result.SelfTest({"torch": "2.13.0", "transformers": "5.24.0"} | versions, [failed], 1.0)
-    for part in ["demo under 'alibi' (bias)", "3.2 at token 60 of 74", "0.0001", *said]:
+    for part in ["demo under 'alibi' (bias)", "3.2 at token 60 of 74", "0.0001", *expected]:
         assert part in found.summary(), part
-    assert not found.passed and not result.SelfTest({}, [], 0.0).passed  # nothing checked is no success
+    assert not found.passed and not result.SelfTest({}, [], 0.0).passed  # a run without checks is not a success
 
 
 def test_the_tested_versions_are_those_of_constraints() -> None:
@@ -172,10 +172,10 @@ def test_the_tested_versions_are_those_of_constraints() -> None:
     assert result.TESTED.items() <= pinned.items()
 
 
-# A model of the user's
+# A user's model
 
 
-def test_a_given_model_is_checked_and_what_its_family_refuses_is_named(tmp_path: Path, capsys) -> None:
+def test_a_user_model_is_checked_and_refused_schemes_are_listed(tmp_path: Path, capsys) -> None:
     families.build("gpt2", max_position_embeddings=128).save_pretrained(tmp_path / "gpt2")
     tmp_path = tmp_path / "gpt2"
     found = selftest(tmp_path, built_in=False)
@@ -188,7 +188,7 @@ def test_a_given_model_is_checked_and_what_its_family_refuses_is_named(tmp_path:
     assert cli.main(["selftest", str(tmp_path), "--dtype", "float23"]) == 2
 
 
-def test_importing_the_library_does_not_run_or_load_it() -> None:
+def test_importing_the_library_does_not_load_the_self_test() -> None:
     assert run("import sys, pe_patch; print([name for name in sys.modules if 'self_test' in name])") == "[]"
 
 

@@ -1,4 +1,4 @@
-"""Which scheme a model wants for a longer window, why, and what that costs; read from its config alone."""
+"""Recommend a scheme for a longer window, with reasons and costs, from a model's config alone."""
 
 from .advise import Advice, advise
 

@@ -1,57 +1,53 @@
-"""Advice on one model and one target length."""
+"""Advise on one model and one target length."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Group, RenderableType
+
 from ..checkpoints.loading import DTYPES
 from ..errors import OptionError
-from . import memory
+from . import memory, report
 from .case import Case
 from .commands import Step, steps
 from .frequencies import Pair, pairs
 from .model_facts import build, read_facts
 from .recommend import Choice, Judgement, choose, from_the_start, judge_all
-from .training import TrainingRecipe, recipes_for
+from .training import TrainingPlan, TrainingRecipe, recipes_for
 from .verdict import notes, verdict
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A paper's training at this target."""
-
-    recipe: TrainingRecipe
-    length: int
-    tokens: int
-    flops: float
-
-
-@dataclass(frozen=True)
 class Advice:
-    """Which scheme a model wants for a target, and what that costs; `str()` is a page, `to_dict()` is for machines."""
+    """A recommended scheme for a model and a target length, with its cost.
+
+    `str()` and a Rich console show it as a page; `to_dict()` returns plain data.
+    """
 
     case: Case
     verdict: str
     notes: list[str]
     pairs: tuple[Pair, ...]
-    """The rotating pairs as the model has them now; empty for a family without rotation."""
+    """The rotating pairs of the unpatched model; empty for a family without rotation."""
     schemes: list[Judgement]
-    """Those that fit first; empty where nothing is needed."""
+    """All schemes considered, those that fit first; empty if none is needed."""
     from_the_start: list[str]
-    """Schemes that a model must be trained with from the start."""
+    """Schemes that require training the model from scratch."""
     choice: Choice
-    plans: list[Plan]
+    plans: list[TrainingPlan]
     inference: memory.Inference
     training: memory.Training
     steps: list[Step]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain lists, dicts, numbers and strings."""
+        """Return the advice as plain lists, dicts, numbers and strings."""
         facts = self.case.facts
         model = asdict(facts)
         model |= {"existing": facts.existing.name if facts.existing else None, "sliding": facts.sliding}
-        turning = [pair for pair in self.pairs if pair.wavelength != float("inf")]
+        rotating = [pair for pair in self.pairs if pair.wavelength != float("inf")]
         return {
             "model": model,
             "target_length": self.case.target,
@@ -60,9 +56,9 @@ class Advice:
             "needed": self.case.needed,
             "verdict": self.verdict,
             "notes": self.notes,
-            "pairs": [asdict(pair) | {"leaves": pair.leaves} for pair in turning],
+            "pairs": [asdict(pair) | {"leaves": pair.leaves} for pair in rotating],
             "leaving": sum(pair.leaves for pair in self.pairs),
-            "schemes": [asdict(one) for one in self.schemes],
+            "schemes": [asdict(judgement) for judgement in self.schemes],
             "from_the_start": self.from_the_start,
             "choice": asdict(self.choice),
             "training_plans": [asdict(plan) for plan in self.plans],
@@ -72,9 +68,28 @@ class Advice:
         }
 
     def __str__(self) -> str:
-        from .show import page
+        return report.plain_text(self)
 
-        return page(self)
+    def __rich__(self) -> Group:
+        return Group(*self._sections())
+
+    def _sections(self) -> Iterator[RenderableType]:
+        case, facts = self.case, self.case.facts
+        yield report.opening(self.verdict, self.notes)
+        yield report.section("Model", report.model_table(facts))
+        if self.pairs and case.needed:
+            chosen = self.choice.trained or self.choice.untrained
+            yield report.section("Frequencies", report.frequency_table(case, self.pairs, chosen))
+        if facts.positions == "alibi":
+            yield report.section("Slopes", report.slope_table(case))
+        if self.schemes:
+            yield report.section("Schemes", report.scheme_table(self.schemes, self.choice, self.from_the_start))
+        if self.plans:
+            yield report.section("Training in the papers", report.plan_table(self.plans))
+        title = f"Memory at {case.target:,} tokens"
+        yield report.section(title, report.memory_tables(self.inference, self.training, facts.dtype))
+        if self.steps:
+            yield report.section("Next steps", report.step_list(self.steps))
 
 
 def advise(
@@ -86,19 +101,22 @@ def advise(
     dtype: str | None = None,
     batch_size: int = 1,
 ) -> Advice:
-    """Say which scheme a model wants for `target_length` tokens, why, and what that costs. No weights are needed.
+    """Recommend a scheme for `target_length` tokens, with reasons and costs, without loading any weights.
 
     Args:
-        model: a folder, a name on the hub, or a Transformers config.
-        target_length: in tokens.
-        trained_length: what the model was trained for as it stands, where you know better than its config.
-        train_tokens: how many tokens you can train on, which decides between schemes.
-        dtype: of weights and cache: float32, bfloat16 or float16; the config's own when None.
-        batch_size: sequences at a time, for the memory of inference.
+        model: a checkpoint folder, a hub name, or a Transformers config.
+        target_length: the length to reach, in tokens.
+        trained_length: the length that the unpatched model was trained for, in tokens; overrides the config.
+        train_tokens: the training budget in tokens, which affects the choice of scheme.
+        dtype: the dtype of weights and cache: float32, bfloat16 or float16. None takes the config's.
+        batch_size: sequences per batch, for the memory of inference.
+
+    Returns:
+        The advice. It prints as a page and converts to plain data with `to_dict()`.
 
     Raises:
-        OptionError: a length that is no whole number of tokens, or a dtype that does not exist.
-        UnsupportedError: a family that pe_patch has no adapter for, or no causal language model.
+        OptionError: if a length is not a whole number of tokens, or the dtype does not exist.
+        UnsupportedError: if the model is not a causal language model of a supported family.
     """
     for option, value in (("target_length", target_length), ("batch_size", batch_size)):
         _check_count(option, value)
@@ -106,24 +124,24 @@ def advise(
         if value is not None:
             _check_count(option, value)
     if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     empty = build(model)
     name = empty.config.name_or_path or empty.config.model_type
     facts = read_facts(empty, name, trained_length, None if dtype == "auto" else dtype)
     case = Case(facts, target_length, train_tokens)
-    turning = () if facts.existing is None else pairs(facts.existing, facts.window, target_length)
-    judged = judge_all(case, empty) if case.needed and not case.too_far else []
-    choice = choose(case, judged)
-    fitting = {one.scheme for one in judged if one.trained == "yes"}
+    rotating = () if facts.existing is None else pairs(facts.existing, facts.window, target_length)
+    judgements = judge_all(case, empty) if case.needed and not case.too_far else []
+    choice = choose(case, judgements)
+    trainable = {judgement.scheme for judgement in judgements if judgement.trained == "yes"}
     return Advice(
         case=case,
-        verdict=verdict(case, turning, choice),
+        verdict=verdict(case, rotating, choice),
         notes=notes(case),
-        pairs=turning,
-        schemes=judged,
-        from_the_start=from_the_start(case) if judged else [],
+        pairs=rotating,
+        schemes=judgements,
+        from_the_start=from_the_start(case) if judgements else [],
         choice=choice,
-        plans=[_plan(recipe, case) for recipe in recipes_for(fitting)],
+        plans=[_plan(recipe, case) for recipe in recipes_for(trainable)],
         inference=memory.inference(facts, empty, target_length, batch_size),
         training=memory.training(facts, target_length),
         steps=steps(case, name, choice),
@@ -132,10 +150,10 @@ def advise(
 
 def _check_count(option: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{option} is a whole number of at least 1, got {value!r}.")
+        raise OptionError(f"{option} must be a whole number of at least 1, got {value!r}.")
 
 
-def _plan(recipe: TrainingRecipe, case: Case) -> Plan:
+def _plan(recipe: TrainingRecipe, case: Case) -> TrainingPlan:
     length = recipe.length(case.target, case.facts.original)
     tokens = recipe.tokens(case.target, case.facts.original)
-    return Plan(recipe, length, tokens, memory.training_flops(case.facts, tokens, length))
+    return TrainingPlan(recipe, length, tokens, memory.training_flops(case.facts, tokens, length))

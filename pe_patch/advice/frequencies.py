@@ -1,4 +1,4 @@
-"""Which pairs of a head meet angles at a target length that training never showed them."""
+"""Find the rotating pairs of a head that reach angles unseen in training."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ class Pair:
 
     index: int
     wavelength: float
-    """Tokens for a whole turn; infinite for a pair that stands still."""
+    """Tokens per full turn; infinite for a pair that does not rotate."""
     turns_trained: float
-    """Turns between the ends of the trained window."""
+    """Turns over the trained window."""
     turns_target: float
-    """Turns between two tokens that lie as far apart as they can at the target."""
+    """Turns over the target length."""
 
     @property
     def leaves(self) -> bool:
-        """Whether it meets angles that it was never trained on: it made less than a turn, and now goes further."""
+        """True if the pair reaches unseen angles: it made less than one turn in training and makes more now."""
         return self.turns_trained < 1 and self.turns_target > self.turns_trained
 
     @property
     def trained_degrees(self) -> float:
+        """Degrees of the circle that training covered."""
         return 360 * min(1.0, self.turns_trained)
 
     @property
     def unseen_degrees(self) -> float:
-        """How much of the circle it meets for the first time."""
+        """Degrees of the circle that are reached for the first time."""
         return 360 * min(1.0, self.turns_target) - self.trained_degrees
 
 
-def pairs(rotation: Rotary, window: int, farthest: int) -> tuple[Pair, ...]:
-    """The pairs of a rotation, the fastest first.
+def pairs(rotation: Rotary, window: int, target: int) -> tuple[Pair, ...]:
+    """Return the pairs of a rotation in the order of its frequencies, the fastest first.
 
     Args:
-        window: the trained window in tokens, all of whose distances were seen.
-        farthest: the greatest distance at the target, in tokens.
+        rotation: the rotation of the unpatched model.
+        window: the trained window in tokens; training covers every distance within it.
+        target: the target length in tokens.
     """
-    found = []
+    rotating = []
     for index, frequency in enumerate(rotation.frequencies(window)[0].double().tolist()):
         wavelength = math.inf if frequency == 0 else 2 * math.pi / frequency
-        found.append(Pair(index, wavelength, window / wavelength, farthest / wavelength))
-    return tuple(found)
+        rotating.append(Pair(index, wavelength, window / wavelength, target / wavelength))
+    return tuple(rotating)

@@ -1,4 +1,4 @@
-"""Bytes that a model takes at a length: read off its modules where they say, estimated where they do not."""
+"""Compute the memory that a model needs at a length; activations are estimates."""
 
 from __future__ import annotations
 
@@ -11,61 +11,63 @@ from .model_facts import ModelFacts, Parameters
 
 FLOAT32 = 4
 CHUNK = 2048
-"""Tokens whose logits are made at a time where the cross-entropy is chunked (Gao et al. 2024, arXiv 2410.02660)."""
+"""Tokens per chunk of logits in a chunked cross-entropy (Gao et al. 2024, arXiv 2410.02660)."""
 ADAPTER_RANK = 8
 DEVICE = 80 * 10**9
-"""Bytes of the accelerator that devices are counted in."""
+"""Bytes of one accelerator."""
 
 STATES: dict[str, int] = {"mixed": 4 + 4 + 8, "bfloat16": 2 + 2 + 8}
-"""Bytes a weight takes with its gradient and AdamW's two moments: float32 under autocast, or bfloat16 with moments in
-float32."""
+"""Bytes per weight for weight, gradient and AdamW's two moments: float32 under autocast, or bfloat16 with float32
+moments."""
 FROZEN, TRAINED = 2, 16
-"""With adapters: bytes of a frozen weight in bfloat16, and of a trained one."""
+"""Bytes per frozen weight in bfloat16 and per trained weight, with adapters."""
 
 
 @dataclass(frozen=True)
 class Inference:
-    """Bytes for `batch` sequences."""
+    """Memory of inference in bytes, for `batch` sequences."""
 
     batch: int
     weights: int
     cache_per_token: int
-    """What one more token leaves where no layer has filled its sliding window."""
+    """The cache of one token, before any layer fills its sliding window."""
     cache: int
     cache_full: int
-    """The same if no layer slid."""
+    """The cache without sliding windows."""
     activations: int
-    """Estimate: the widest layer while the prompt is read in one pass."""
+    """An estimate: the widest layer while the prompt is read in one pass."""
     scores: int
-    """Two matrices of scores of all heads, where the model's own attention makes them; a patch does without."""
+    """Two score matrices of all heads, if the native attention stores them; 0 otherwise. A patch avoids them."""
     logits: int
-    """Float32 logits of every token, which scoring a text needs; generating needs one row."""
+    """Float32 logits of every token. Scoring a text needs them; generation needs one row."""
 
     @property
     def generating(self) -> int:
+        """Bytes to generate: weights, cache and activations."""
         return self.weights + self.cache + self.activations
 
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes for one sequence on one device, and for the states that several devices may share."""
+    """Memory of training in bytes: one sequence on one device, and states that devices can shard."""
 
     states: dict[str, int]
-    """Weights, gradients and AdamW's moments, by what is trained and in which precision."""
+    """Weights, gradients and AdamW's moments, by trained weights and precision."""
     adapters: int
-    """Weights that are trained with adapters of rank 8, embeddings and norms."""
+    """The number of trained weights with adapters of rank 8, embeddings and norms."""
     activations: int
-    """Estimate, with every layer recomputed in the backward pass."""
+    """An estimate, with every layer recomputed in the backward pass."""
     logits: int
     """Float32 logits and their gradient."""
     chunked_logits: int
+    """The same for one chunk of tokens."""
     devices: dict[str, int | None]
-    """The fewest devices of 80 GB that share the states, with chunked logits; None where one sequence alone is too
-    large for a device."""
+    """The smallest number of 80 GB devices, with sharded states and chunked logits; None if one sequence exceeds one
+    device."""
 
 
 def cache_bytes(facts: ModelFacts, length: int, *, sliding: bool = True) -> int:
-    """What a sequence of `length` tokens leaves in the cache."""
+    """Return the bytes that a sequence of `length` tokens occupies in the cache."""
     kept = (
         (layer, min(length, layer.sliding_window) if sliding and layer.sliding_window else length)
         for layer in facts.cache
@@ -74,7 +76,14 @@ def cache_bytes(facts: ModelFacts, length: int, *, sliding: bool = True) -> int:
 
 
 def inference(facts: ModelFacts, model: Any, length: int, batch: int) -> Inference:
-    """What reading and continuing sequences of `length` tokens takes. `model` is the one on the meta device."""
+    """Return the memory to read and continue `batch` sequences of `length` tokens.
+
+    Args:
+        facts: the facts about the model.
+        model: the model on the meta device.
+        length: tokens per sequence.
+        batch: sequences per batch.
+    """
     heads, eager = facts.shape.num_heads, "eager" in str(model.config.get_text_config()._attn_implementation)
     scores = 2 * FLOAT32 * heads * length * length if eager else 0
     widest = sequence_bytes(model, length, 0, 0) - scores
@@ -91,15 +100,20 @@ def inference(facts: ModelFacts, model: Any, length: int, batch: int) -> Inferen
 
 
 def adapter_weights(parameters: Parameters, rank: int = ADAPTER_RANK) -> int:
-    """What is trained with adapters on all linear layers and, as in LongLoRA (arXiv 2309.12307), embeddings and norms
-    in full."""
+    """Return the number of trained weights with adapters on all linear layers and full embeddings and norms.
+
+    Source: LongLoRA (arXiv 2309.12307), which trains embeddings and norms in full.
+    """
     return rank * parameters.linear + parameters.embedding + parameters.norms
 
 
 def training(facts: ModelFacts, length: int) -> Training:
-    """What one sequence of `length` tokens takes in training, by the usual accounts: 2 L T d bytes of kept inputs of L
-    layers and 34 T d of the layer at work (Korthikanti et al. 2022, arXiv 2205.05198, without the scores, which fast
-    attention does not keep)."""
+    """Return the memory to train on one sequence of `length` tokens.
+
+    With recomputation, L layers keep their inputs (2 L T d bytes) and the current layer takes 34 T d bytes.
+
+    Source: Korthikanti et al. 2022, arXiv 2205.05198, without the scores, which fast attention does not store.
+    """
     weights, trained = facts.parameters.total, adapter_weights(facts.parameters)
     states = {name: size * weights for name, size in STATES.items()}
     states["adapters"] = FROZEN * weights + TRAINED * trained
@@ -111,8 +125,11 @@ def training(facts: ModelFacts, length: int) -> Training:
 
 
 def training_flops(facts: ModelFacts, tokens: int, length: int) -> float:
-    """Floating-point operations of `tokens` tokens in sequences of `length`: 6 N + 6 L d T a token (causal), and a
-    third more for recomputing the layers. Layers that slide are counted as if they did not."""
+    """Return the floating-point operations to train on `tokens` tokens in sequences of `length`.
+
+    A token takes 6 N + 6 L d T operations (causal attention), plus a third for recomputing the layers. Sliding layers
+    count as full attention.
+    """
     shape = facts.shape
     width = shape.num_heads * shape.head_dim
     per_token = 6 * facts.parameters.active + 6 * shape.num_layers * width * length

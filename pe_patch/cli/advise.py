@@ -28,7 +28,6 @@ def advise(
 ) -> None:
     """Say which scheme a model wants for a longer window, why, and what it costs. Reads its configuration only."""
     from ..advice import advise as advise_on
-    from ..advice.show import renderable
 
     advice = advise_on(
         model,
@@ -41,4 +40,4 @@ def advise(
     if as_json:
         print_json(advice.to_dict())
     else:
-        console().print(renderable(advice), markup=False, highlight=False)
+        console().print(advice, markup=False, highlight=False)

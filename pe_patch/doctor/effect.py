@@ -1,4 +1,4 @@
-"""Whether the built modules turn by what the config claims."""
+"""Compare the frequencies of the built modules with the scheme that the config claims."""
 
 from __future__ import annotations
 
@@ -18,70 +18,75 @@ from ..errors import PePatchError
 from ..schemes.config_formats import Reading, Specification
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotation
-from .claims import filled_in, rope_dicts, short
+from .claims import filled_in, format_value, rope_dicts
+from .examined import BuiltRotation, ExaminedModel
 from .finding import Finding
-from .subject import Subject, Turning
 
 DEFAULT_BASE = 10000.0
 
 
-def claim_of(reading: Reading, turning: Turning) -> Specification | None:
-    """What is claimed of one kind of layer. A flat claim on a family with layer types speaks of those that look far."""
+def claim_of(reading: Reading, rotation: BuiltRotation) -> Specification | None:
+    """Return the claim for one rotation; a flat claim on a family with layer types is for the full-attention layers."""
     if isinstance(reading, Specification):
-        return reading if turning.kind in (None, "full_attention") else None
-    if turning.kind is None:
+        return reading if rotation.layer_type in (None, "full_attention") else None
+    if rotation.layer_type is None:
         return reading.get("full_attention") or next(iter(reading.values()))
-    return reading.get(turning.kind)
+    return reading.get(rotation.layer_type)
 
 
-def compare(subject: Subject, reading: Reading) -> list[Finding]:
-    """Findings where frequencies, their base, the factor on cos and sin, or the window differ from the claim."""
-    turnings = [turning for turning in subject.turnings() if claim_of(reading, turning) is not None]
-    if not turnings and not subject.refusal:
-        return list(_without_rotation(subject, reading))
+def compare(examined: ExaminedModel, reading: Reading) -> list[Finding]:
+    """Return findings where frequencies, base, factor on cos and sin, or window differ from the claim."""
+    rotations = [rotation for rotation in examined.rotations() if claim_of(reading, rotation) is not None]
+    if not rotations and not examined.refusal:
+        return list(_without_rotation(examined, reading))
     findings: list[Finding] = []
-    for turning in turnings:
-        claim = claim_of(reading, turning)
+    for rotation in rotations:
+        claim = claim_of(reading, rotation)
         if claim is not None and claim.scheme != "nope":
-            findings += _Comparison(subject, turning, claim).findings()
-    if getattr(subject.text_config, "alibi", False) and findings == []:
-        findings += _without_rotation(subject, reading)
+            findings += _Comparison(examined, rotation, claim).findings()
+    if getattr(examined.text_config, "alibi", False) and findings == []:
+        findings += _without_rotation(examined, reading)
     return findings
 
 
-def _without_rotation(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """A scaling in the config of a model in which nothing would read it."""
+def _without_rotation(examined: ExaminedModel, reading: Reading) -> Iterator[Finding]:
+    """Find a scaling in the config of a model that has no rotary modules to read it."""
     claims = [reading] if isinstance(reading, Specification) else list(reading.values())
     scaled = [claim for claim in claims if claim.scheme not in ("rope", "nope")]
-    if scaled and subject.model is not None:
-        adapter = ADAPTERS.get(subject.family)
-        alibi = getattr(subject.text_config, "alibi", False) or (adapter and adapter.alibi)
+    if scaled and examined.model is not None:
+        adapter = ADAPTERS.get(examined.family)
+        alibi = getattr(examined.text_config, "alibi", False) or (adapter and adapter.alibi)
         native = "ALiBi" if alibi else "a learned table" if adapter and adapter.learned else "its own code"
         options = ", ".join(f"{key}={value!r}" for key, value in scaled[0].options.items())
         other = "pe_patch has no adapter for this family."
         if adapter is not None:
             other = f"For this scheme on this family: patch_model(model, {scaled[0].scheme!r}, {options})."
         yield Finding(
-            "scaling_ignored", "error", next(iter(dict(rope_dicts(subject.said))), "rope_parameters"),
-            told(scaled[0]),
-            f"nothing: {subject.family} has its positions from {native}, and no module of it reads rotary parameters",
+            "scaling_ignored", "error", next(iter(dict(rope_dicts(examined.raw_config))), "rope_parameters"),
+            format_claim(scaled[0]),
+            f"nothing: {examined.family} takes positions from {native}, and no module reads the rope parameters",
             f"Remove the key. {other}",
         )  # fmt: skip
 
 
-def told(claim: Specification) -> str:
-    """A specification in words."""
-    return f"{claim.scheme}({', '.join(f'{key}={short(value)}' for key, value in claim.options.items())})"
+def format_claim(claim: Specification) -> str:
+    """Return a scheme with its options, for example `yarn(factor=4)`."""
+    return f"{claim.scheme}({', '.join(f'{key}={format_value(value)}' for key, value in claim.options.items())})"
 
 
 def plain_base(inv_freq: Tensor, written: Any = None) -> float | None:
-    """The base whose unscaled frequencies these are, or None; the `written` one where it fits."""
+    """Return the base that gives these frequencies without scaling, or None if no base does.
+
+    Args:
+        inv_freq: radians per token `[rotary_dim / 2]`.
+        written: the base in the config, returned if it gives these frequencies within rounding.
+    """
     width, built = 2 * inv_freq.shape[-1], inv_freq.double()
     if width < 4 or built[1] <= 0:
         return None
     exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-    told = float(built[1]) ** (-1 / float(exponent[1]))
-    candidates = [float(written), told] if isinstance(written, int | float) and written > 0 else [told]
+    computed = float(built[1]) ** (-1 / float(exponent[1]))
+    candidates = [float(written), computed] if isinstance(written, int | float) and written > 0 else [computed]
     fitting = (base for base in candidates if torch.allclose(built, base**-exponent, rtol=_tolerance(inv_freq), atol=0))
     return next(fitting, None)
 
@@ -91,52 +96,56 @@ def _tolerance(inv_freq: Tensor) -> float:
 
 
 class _Comparison:
-    """One rotary module beside one claim."""
+    """Compare one built rotation with one claim."""
 
-    def __init__(self, subject: Subject, turning: Turning, claim: Specification) -> None:
-        self.subject, self.turning, self.claim = subject, turning, claim
-        self.parameters = subject.parameters(turning.kind)
-        self.plain = plain_base(turning.inv_freq, self.parameters.get("rope_theta"))
-        self.where = f"{turning.name}.{turning.kind}" if turning.kind else turning.name
+    def __init__(self, examined: ExaminedModel, rotation: BuiltRotation, claim: Specification) -> None:
+        self.examined, self.rotation, self.claim = examined, rotation, claim
+        self.parameters = examined.parameters(rotation.layer_type)
+        self.plain = plain_base(rotation.inv_freq, self.parameters.get("rope_theta"))
+        self.where = f"{rotation.name}.{rotation.layer_type}" if rotation.layer_type else rotation.name
         written = self.parameters.get("rope_theta")
         self.base = float(self.plain or (written if isinstance(written, int | float) else DEFAULT_BASE))
-        """The base in effect, as far as the frequencies tell."""
+        """The base in effect: from the frequencies if they are unscaled, else the written one."""
         self.claimed_base = float(claim.options.get("theta") or self.base)
-        trained = self.parameters.get("original_max_position_embeddings") or subject.window
+        trained = self.parameters.get("original_max_position_embeddings") or examined.window
         self.trained = int(trained or 1)
 
     def scheme(self, name: str, base: float, **options: Any) -> Rotation | None:
-        """A rotary scheme of the width that was built; None for one that is none."""
+        """Build a rotary scheme for the width of the module; None if the scheme is not rotary."""
         if not issubclass(SCHEMES[name], Rotation):
             return None
-        made: Scheme = SCHEMES[name](self.subject.shape(self.turning, base, self.trained), **options)
-        return made if isinstance(made, Rotation) else None
+        scheme: Scheme = SCHEMES[name](self.examined.shape(self.rotation, base, self.trained), **options)
+        return scheme if isinstance(scheme, Rotation) else None
 
     def claimed(self, base: float) -> Rotation | None:
+        """Build the claimed scheme with a base; None if it is not rotary."""
         options = {key: value for key, value in self.claim.options.items() if key != "theta"}
         return self.scheme(self.claim.scheme, base, **options)
 
     def fits(self, scheme: Rotation | None) -> bool:
+        """Return whether a scheme gives the frequencies of the module."""
         if scheme is None:
             return False
-        expected, built = scheme.frequencies(None)[0], self.turning.inv_freq.float()
+        expected, built = scheme.frequencies(None)[0], self.rotation.inv_freq.float()
         return expected.shape == built.shape and torch.allclose(
-            expected, built, rtol=_tolerance(self.turning.inv_freq), atol=0
+            expected, built, rtol=_tolerance(self.rotation.inv_freq), atol=0
         )
 
     def findings(self) -> list[Finding]:
-        part = self.claim.partial_rotary_factor
-        head = self.subject.head_dim
-        if part is not None and head and abs(int(head * part) - self.turning.width) > 1:
+        """Return the differences between the claim and the module."""
+        fraction = self.claim.partial_rotary_factor
+        head = self.examined.head_dim
+        if fraction is not None and head and abs(int(head * fraction) - self.rotation.width) > 1:
+            claimed_width = int(head * fraction)
             return [self._finding(
-                "scaling_ignored", f"partial_rotary_factor={part:g}: {int(head * part)} of {head} dimensions rotate",
-                f"{self.turning.width} dimensions rotate", "Write partial_rotary_factor into rope_parameters.",
+                "scaling_ignored", f"partial_rotary_factor={fraction:g}: {claimed_width} of {head} dimensions rotate",
+                f"{self.rotation.width} dimensions rotate", "Write partial_rotary_factor into rope_parameters.",
             )]  # fmt: skip
         try:
             scheme = self.claimed(self.claimed_base)
             other_base = self.claimed(self.base)
         except PePatchError as error:
-            return [self._finding("bad_value", told(self.claim), self.built(), str(error))]
+            return [self._finding("bad_value", format_claim(self.claim), self.built(), str(error))]
         if scheme is None:
             return []
         lost = not math.isclose(self.base, self.claimed_base, rel_tol=1e-3)
@@ -145,25 +154,30 @@ class _Comparison:
         if lost and self.fits(other_base):
             return [self._theta_lost(scheme)]
         ignored = self.plain is not None and self.claim.scheme != "rope"
-        found = [self._finding("scaling_ignored", self.numbers(scheme), self.built(scheme), self.remedy(scheme))] if (
-            ignored or not lost) else []  # fmt: skip
-        return found + ([self._theta_lost(scheme)] if lost else [])
+        findings = []
+        if ignored or not lost:
+            findings.append(
+                self._finding("scaling_ignored", self.numbers(scheme), self.built(scheme), self.remedy(scheme))
+            )
+        return findings + ([self._theta_lost(scheme)] if lost else [])
 
     def _finding(self, code: str, claimed: str, in_effect: str, remedy: str) -> Finding:
         return Finding(code, "error", self.where, claimed, in_effect, remedy)
 
     def built(self, scheme: Rotation | None = None) -> str:
-        """What the module turns by, in words and numbers."""
-        what = "" if self.plain is None else f"plain RoPE with base {self.plain:.10g}: "
-        return what + numbers_told(self.turning.inv_freq.float(), self.turning.attention_factor, self._pair(scheme))
+        """Describe the frequencies of the module."""
+        prefix = "" if self.plain is None else f"plain RoPE with base {self.plain:.10g}: "
+        return prefix + format_frequencies(
+            self.rotation.inv_freq.float(), self.rotation.attention_factor, self._pair(scheme)
+        )
 
     def numbers(self, scheme: Rotation) -> str:
-        """What is claimed, in words and numbers."""
-        return f"{told(self.claim)}: {numbers_told(*scheme.frequencies(None), self._pair(scheme))}"
+        """Describe the claimed frequencies."""
+        return f"{format_claim(self.claim)}: {format_frequencies(*scheme.frequencies(None), self._pair(scheme))}"
 
     def _pair(self, scheme: Rotation | None) -> int:
-        """The pair whose frequency differs most from the claim; the last where that cannot be told."""
-        built = self.turning.inv_freq.float()
+        """Return the pair whose frequency differs most from the claim; -1, the last pair, if that is unclear."""
+        built = self.rotation.inv_freq.float()
         expected = built if scheme is None else scheme.frequencies(None)[0]
         if expected.shape != built.shape or not (built > 0).all() or not (expected > 0).all():
             return -1
@@ -171,102 +185,109 @@ class _Comparison:
         return int(gap.argmax()) if float(gap.max() - gap[-1]) > 1e-4 else -1
 
     def _theta_lost(self, scheme: Rotation) -> Finding:
-        reload = " and load the model again" if self.subject.live else ""
+        reload = " and load the model again" if self.examined.live else ""
         return self._finding(
             "theta_lost", f"base {self.claimed_base:.10g}",
-            f"base {self.base:.10g}: {numbers_told(self.turning.inv_freq.float(), 1)}",
-            f'Write "rope_theta": {self.claimed_base:.10g} into the rotary parameters that are read{reload}.',
+            f"base {self.base:.10g}: {format_frequencies(self.rotation.inv_freq.float(), 1)}",
+            f'Write "rope_theta": {self.claimed_base:.10g} into the rope parameters that Transformers reads{reload}.',
         )  # fmt: skip
 
     def remedy(self, scheme: Rotation) -> str:
-        """The lines of the config that Transformers does read, or the call for a live model."""
-        if self.subject.live:
+        """Return the config lines that give the claimed scheme, or for a live model the call."""
+        if self.examined.live:
             options = ", ".join(f"{key}={value!r}" for key, value in self.claim.options.items() if key != "theta")
             return (
-                f"A config is read when the model is built: load it again with this config, or "
+                "Transformers reads the config only when it builds the model. Load it again with this config, or call "
                 f"patch_model(model, {self.claim.scheme!r}, {options})."
             )
         written = scheme.native()
         if written is None:
-            return f"Transformers has no such scheme: patch_model(model, {self.claim.scheme!r}, ...)."
-        if self.turning.kind is not None:
+            return f"Transformers does not have this scheme. Use patch_model(model, {self.claim.scheme!r}, ...)."
+        if self.rotation.layer_type is not None:
             outside = {}
-            if written.get("truncate") is False:  # read beside the dicts of layer types alone
+            if written.get("truncate") is False:  # Transformers reads it only beside the dicts of layer types
                 outside = {"truncate": written.pop("truncate")}
-            own = getattr(self.subject.text_config, "rope_parameters", None) or {}
-            others = {kind: dict(value) for kind, value in own.items() if isinstance(value, dict)}
-            written = {**others, self.turning.kind: written, **outside}
-        place = "text_config" if self.subject.text is not self.subject.said else "the config"
+            existing = getattr(self.examined.text_config, "rope_parameters", None) or {}
+            others = {layer_type: dict(value) for layer_type, value in existing.items() if isinstance(value, dict)}
+            written = {**others, self.rotation.layer_type: written, **outside}
+        place = "text_config" if self.examined.raw_text_config is not self.examined.raw_config else "the config"
         return f'In {place} write "rope_parameters": {json.dumps(written)}, and remove rope_scaling.'
 
     def _other_factor(self, scheme: Rotation) -> Iterator[Finding]:
-        expected, built = scheme.frequencies(None)[1], self.turning.attention_factor
+        expected, built = scheme.frequencies(None)[1], self.rotation.attention_factor
         if not math.isclose(expected, built, rel_tol=1e-5):
             yield self._finding(
-                "attention_factor", f"{told(self.claim)}: cos and sin times {expected:.4f}",
+                "attention_factor", f"{format_claim(self.claim)}: cos and sin times {expected:.4f}",
                 f"cos and sin times {built:.4f}", f'Write "attention_factor": {expected!r} into rope_parameters.',
             )  # fmt: skip
 
     def _other_window(self, scheme: Rotation) -> Iterator[Finding]:
-        """Dynamic NTK begins where its window ends, which Transformers reads from max_position_embeddings."""
-        begins = getattr(self.turning.module, "original_max_seq_len", scheme.trained_window)
+        """Check where Dynamic NTK begins: Transformers reads its window only from max_position_embeddings."""
+        begins = getattr(self.rotation.module, "original_max_seq_len", scheme.trained_window)
         if self.claim.scheme == "dynamic_ntk" and begins != scheme.trained_window:
             yield self._finding(
                 "scaling_ignored", f"dynamic scaling beyond {scheme.trained_window} tokens",
-                f"scaling begins beyond {begins} tokens: 'dynamic' reads max_position_embeddings and no other window",
+                f"scaling begins beyond {begins} tokens: 'dynamic' reads its window only from max_position_embeddings",
                 f'Write "max_position_embeddings": {scheme.trained_window} and remove '
                 "original_max_position_embeddings.",
             )  # fmt: skip
 
     def _other_list(self, scheme: Rotation) -> Iterator[Finding]:
-        """LongRoPE's list for sequences beyond the window."""
+        """Check LongRoPE's list for sequences beyond the window."""
         parameters = self.parameters
         if self.claim.scheme != "longrope" or "original_max_position_embeddings" not in parameters:
             return
         trained = int(parameters["original_max_position_embeddings"])
-        config: Any = self.turning.module.config
-        built, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), trained + 1, self.turning.kind)
+        config: Any = self.rotation.module.config
+        built, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), trained + 1, self.rotation.layer_type)
         expected = scheme.frequencies(scheme.trained_window + 1)[0]
         if trained != scheme.trained_window or not torch.allclose(built, expected, rtol=1e-5, atol=0):
             yield self._finding(
-                "scaling_ignored", f"long_factor beyond {scheme.trained_window} tokens: {numbers_told(expected, 1)}",
-                f"beyond {trained} tokens: {numbers_told(built, 1)}", self.remedy(scheme),
+                "scaling_ignored",
+                f"long_factor beyond {scheme.trained_window} tokens: {format_frequencies(expected, 1)}",
+                f"beyond {trained} tokens: {format_frequencies(built, 1)}", self.remedy(scheme),
             )  # fmt: skip
 
 
-def numbers_told(inv_freq: Tensor, factor: float, pair: int = -1) -> str:
-    """How fast one pair turns, and the factor on cos and sin, in words."""
-    turns = float(inv_freq[pair])
-    which = "the slowest pair" if pair == -1 else f"pair {pair}"
-    often = f"turns once in {2 * math.pi / turns:,.0f} tokens" if turns > 0 else "stands still"
-    return f"{which} {often}" + (f", cos and sin times {factor:.4f}" if factor != 1 else "")
+def format_frequencies(inv_freq: Tensor, factor: float, pair: int = -1) -> str:
+    """Describe the frequency of one pair and the factor on cos and sin.
+
+    Args:
+        inv_freq: radians per token `[rotary_dim / 2]`.
+        factor: the factor on cos and sin; left out if 1.
+        pair: the index of the pair; -1 is the slowest.
+    """
+    frequency = float(inv_freq[pair])
+    name = "the slowest pair" if pair == -1 else f"pair {pair}"
+    speed = f"turns once in {2 * math.pi / frequency:,.0f} tokens" if frequency > 0 else "does not rotate"
+    return f"{name} {speed}" + (f", cos and sin times {factor:.4f}" if factor != 1 else "")
 
 
-def windows(subject: Subject, turning: Turning) -> dict[str, Any]:
-    """Return the window before any scaling, the one with it, what the config allows, and the sources."""
-    known = trained_window(subject.model, subject.text_config, turning.kind)
-    if filled_in(subject):
-        known = TrainedWindow(source="the config names no window")
+def windows(examined: ExaminedModel, rotation: BuiltRotation) -> dict[str, Any]:
+    """Return the trained window without and with scaling, its source, and the window that the config allows."""
+    trained = trained_window(examined.model, examined.text_config, rotation.layer_type)
+    if filled_in(examined):
+        trained = TrainedWindow(source="the config names no window")
     return {
-        "trained_window": known.length,
-        "trained_window_source": known.source,
-        "scaled_window": known.scaled_length,
-        "window": subject.window,
+        "trained_window": trained.length,
+        "trained_window_source": trained.source,
+        "scaled_window": trained.scaled_length,
+        "window": examined.window,
     }
 
 
-def effective(subject: Subject) -> dict[str, dict[str, Any]]:
-    """The numbers in effect for each kind of layer."""
-    found: dict[str, dict[str, Any]] = {}
-    for turning in subject.turnings():
-        parameters, inv_freq = subject.parameters(turning.kind), turning.inv_freq.double()
-        turning_pairs = inv_freq[inv_freq > 0]
-        found[turning.kind or "all"] = {
-            "base": plain_base(turning.inv_freq, parameters.get("rope_theta")) or parameters.get("rope_theta"),
-            **windows(subject, turning),
-            "rotary_dim": turning.width,
-            "attention_factor": turning.attention_factor,
-            "wavelengths_in_tokens": [round(2 * math.pi / value, 2) for value in turning_pairs.tolist()],
-            "dtype": str(turning.inv_freq.dtype).removeprefix("torch."),
+def effective(examined: ExaminedModel) -> dict[str, dict[str, Any]]:
+    """Return the numbers in effect by layer type, or under "all" without layer types."""
+    numbers: dict[str, dict[str, Any]] = {}
+    for rotation in examined.rotations():
+        parameters, inv_freq = examined.parameters(rotation.layer_type), rotation.inv_freq.double()
+        rotating = inv_freq[inv_freq > 0]
+        numbers[rotation.layer_type or "all"] = {
+            "base": plain_base(rotation.inv_freq, parameters.get("rope_theta")) or parameters.get("rope_theta"),
+            **windows(examined, rotation),
+            "rotary_dim": rotation.width,
+            "attention_factor": rotation.attention_factor,
+            "wavelengths_in_tokens": [round(2 * math.pi / value, 2) for value in rotating.tolist()],
+            "dtype": str(rotation.inv_freq.dtype).removeprefix("torch."),
         }
-    return found
+    return numbers

@@ -1,4 +1,4 @@
-"""What stands beside the config: the tokenizer's lengths, those of generation, and frequencies among the weights."""
+"""Check the files beside the config: lengths of tokenizer and generation, and frequencies among the weights."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError, safe_open
 
+from .examined import ExaminedModel
 from .finding import Finding
-from .subject import Subject
 
 LOW = {"BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8", "F8_E5M2": "float8"}
 
 
-def check_files(subject: Subject) -> list[Finding]:
-    """All findings in files beside the config; weights are not loaded, only their names and types are read."""
-    return [*_tokenizer(subject), *_generation(subject), *_weights(subject)]
+def check_files(examined: ExaminedModel) -> list[Finding]:
+    """Return the findings in the files beside the config; of the weights, read only names and dtypes."""
+    return [*_tokenizer(examined), *_generation(examined), *_weights(examined)]
 
 
-def _tokenizer(subject: Subject) -> Iterator[Finding]:
-    window = subject.window
-    settings = subject.files.get("tokenizer_config.json", {})
+def _tokenizer(examined: ExaminedModel) -> Iterator[Finding]:
+    window = examined.window
+    settings = examined.files.get("tokenizer_config.json", {})
     longest = settings.get("model_max_length")
     if isinstance(longest, int | float) and 0 < longest < window:
         yield Finding(
             "tokenizer_window", "warning", "tokenizer_config.json: model_max_length",
             f"max_position_embeddings={window}",
-            f"longer texts are cut at {longest} tokens where truncation=True, and warned of elsewhere",
+            f"truncation=True cuts longer texts at {longest} tokens; otherwise the tokenizer warns",
             f'Write "model_max_length": {window}.',
         )  # fmt: skip
-    truncation = subject.files.get("tokenizer.json", {}).get("truncation")
+    truncation = examined.files.get("tokenizer.json", {}).get("truncation")
     if isinstance(truncation, dict) and int(truncation.get("max_length") or 0) < window:
         yield Finding(
             "tokenizer_window", "warning", "tokenizer.json: truncation", f"max_position_embeddings={window}",
-            f"the tokenizers library, and servers on it, cut every text at {truncation.get('max_length')} tokens; "
+            f"the tokenizers library and servers that use it cut every text at {truncation.get('max_length')} tokens; "
             "Transformers does not",
             'Write "truncation": null.',
         )  # fmt: skip
@@ -40,12 +40,12 @@ def _tokenizer(subject: Subject) -> Iterator[Finding]:
         if settings.get(key) not in (None, False, "do_not_truncate"):
             yield Finding(
                 "tokenizer_window", "note", f"tokenizer_config.json: {key}", f"{key}={settings[key]!r}",
-                "Transformers does not truncate by it; another tool may", f"Remove {key}.",
+                "Transformers ignores it; another tool may truncate", f"Remove {key}.",
             )  # fmt: skip
 
 
-def _generation(subject: Subject) -> Iterator[Finding]:
-    longest, window = subject.files.get("generation_config.json", {}).get("max_length"), subject.window
+def _generation(examined: ExaminedModel) -> Iterator[Finding]:
+    longest, window = examined.files.get("generation_config.json", {}).get("max_length"), examined.window
     if isinstance(longest, int) and 0 < window < longest:
         yield Finding(
             "generation_window", "warning", "generation_config.json: max_length", f"max_length={longest}",
@@ -58,9 +58,9 @@ def _generation(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _weights(subject: Subject) -> Iterator[Finding]:
+def _weights(examined: ExaminedModel) -> Iterator[Finding]:
     stored: dict[str, list[str]] = {}
-    for file in sorted(subject.folder.glob("*.safetensors")) if subject.folder else ():
+    for file in sorted(examined.folder.glob("*.safetensors")) if examined.folder else ():
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
@@ -75,6 +75,6 @@ def _weights(subject: Subject) -> Iterator[Finding]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield Finding(
             "low_precision", "warning", names[0] + more, f"frequencies stored in {LOW[dtype]}",
-            "Transformers 5 makes its own in float32 and does not read these; older and other tools turn by them",
-            "Remove the tensors, which follow from the config.",
+            "Transformers 5 computes them in float32 and does not read these; older versions and other tools use them",
+            "Remove these tensors; the config determines them.",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an examination found."""
+"""The result of an examination: findings and a diagnosis."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 def one_line(text: str) -> str:
-    """Return text that may quote a checkpoint as one line that is safe to print."""
+    """Return text on one line and safe to print, even if it quotes a checkpoint."""
     return printable(" ".join(text.split("\n")), keep="")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: what is claimed, what is in effect instead, and what to do."""
+    """One fault: the claim of the config, the behaviour in effect, and the remedy."""
 
     code: str
-    """The kind of fault in a word, such as "theta_lost"."""
+    """The kind of fault, for example "theta_lost"."""
     severity: Severity
-    """An "error" is where the model does not do what its config says, a "warning" where it may not do what is meant."""
+    """An "error" contradicts the config; a "warning" may not be intended; a "note" is for information."""
     where: str
-    """The key of the config, the file or the module."""
+    """The config key, the file or the module."""
     claimed: str
     in_effect: str
     remedy: str
@@ -37,16 +37,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that an examination found, what it looked at, and the numbers in effect."""
+    """All findings of an examination, the checks made, and the numbers in effect."""
 
     subject: str
     family: str
     transformers: str
     findings: list[Finding]
     checked: list[str]
-    """What was looked at, in words."""
+    """The checks made, in words."""
     effective: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By layer type ("all" where there are none): the base, the window, the factor on cos and sin, the wavelengths."""
+    """The base, windows, factor on cos and sin, and wavelengths, by layer type ("all" without layer types)."""
 
     def __post_init__(self) -> None:
         for name in ("subject", "family"):
@@ -54,9 +54,9 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether no fault is an error."""
+        """True if no finding is an error."""
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists, dicts, numbers and strings."""
+        """Return the diagnosis as plain lists, dicts, numbers and strings."""
         return asdict(self) | {"healthy": self.healthy}

@@ -1,4 +1,4 @@
-"""A diagnosis for people."""
+"""Lay out a diagnosis for a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COLOURS = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 
 def render(diagnosis: Diagnosis) -> Group:
-    """Each finding as a block, then what was looked at and the numbers in effect."""
+    """Return each finding as a block, then the checks made, the numbers in effect and a summary."""
     blocks: list[RenderableType] = []
     for finding in diagnosis.findings:
         blocks += [_block(finding), Text()]
-    return Group(*blocks, _facts(diagnosis), Text(_verdict(diagnosis), style="bold"))
+    return Group(*blocks, _details(diagnosis), Text(_summary(diagnosis), style="bold"))
 
 
 def _block(finding: Finding) -> Table:
@@ -31,29 +31,29 @@ def _block(finding: Finding) -> Table:
     return table
 
 
-def _facts(diagnosis: Diagnosis) -> Table:
+def _details(diagnosis: Diagnosis) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("checked", Text(", ".join(diagnosis.checked)))
-    for kind, numbers in diagnosis.effective.items():
+    for layer_type, numbers in diagnosis.effective.items():
         waves = numbers["wavelengths_in_tokens"]
-        span = f"; one turn in {waves[0]:,g} to {waves[-1]:,.0f} tokens" if waves else ""
+        span = f"; wavelengths {waves[0]:,g} to {waves[-1]:,.0f} tokens" if waves else ""
         table.add_row(
-            "in effect" if kind == "all" else kind,
+            "in effect" if layer_type == "all" else layer_type,
             Text(
                 f"base {numbers['base']:.10g}, trained window {numbers['trained_window'] or 'unknown'}, "
-                f"with its scaling {numbers['scaled_window'] or 'unknown'}, window {numbers['window']}, "
+                f"with scaling {numbers['scaled_window'] or 'unknown'}, window {numbers['window']}, "
                 f"cos and sin times {numbers['attention_factor']:.4g}{span} ({numbers['dtype']})"
             ),
         )
     return table
 
 
-def _verdict(diagnosis: Diagnosis) -> str:
-    of = f"{diagnosis.subject} ({diagnosis.family}, Transformers {diagnosis.transformers})"
+def _summary(diagnosis: Diagnosis) -> str:
+    name = f"{diagnosis.subject} ({diagnosis.family}, Transformers {diagnosis.transformers})"
     if not diagnosis.findings:
-        return f"No fault found in {of}."
+        return f"No fault found in {name}."
     counts = [(sum(f.severity == severity for f in diagnosis.findings), severity) for severity in SEVERITIES]
-    said = ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for count, severity in counts if count)
-    return f"{said} in {of}."
+    totals = ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for count, severity in counts if count)
+    return f"{totals} in {name}."

@@ -132,7 +132,7 @@ class RoPE2D(GridScheme):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of `x` `[batch, heads, tokens, head]` by cos and sin `[heads | 1, tokens, head / 2]`."""
+    """Rotate neighbouring pairs of `x` `[batch, heads, tokens, head]` by cos, sin `[heads | 1, tokens, head / 2]`."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 

@@ -177,7 +177,7 @@ class Rotation(Scheme):
         return 1.0 / (stretch * (self.base if theta is None else theta) ** exponent)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, `[batch | 1, length, r]`, float32, of positions `[batch | 1, length]`; static schemes only."""
+        """Return cos and sin, `[batch | 1, length, r]`, float32, of positions `[batch | 1, length]`, if static."""
         inv_freq, factor = self._table("static", positions.device, [self.regime_start])
         return self._tables_of(positions[..., None].float() * inv_freq[0], factor[0])
 

@@ -1,4 +1,4 @@
-"""The evolution itself: which candidates come next, given the scores of those before."""
+"""Generate the candidates of each generation from the scores of the previous ones."""
 
 from __future__ import annotations
 
@@ -13,104 +13,116 @@ from .space import TRIES, Candidate, Factors, Space
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many candidates; the defaults are LongRoPE's (Ding et al. 2024, arXiv 2402.13753, appendix A.1)."""
+    """The numbers of candidates.
+
+    Source: the defaults are LongRoPE's (Ding et al. 2024, arXiv 2402.13753, appendix A.1).
+    """
 
     population: int = 64
+    """Candidates in the first generation."""
     iterations: int = 40
+    """Generations after the first."""
     mutations: int = 16
+    """Mutated children per generation."""
     crossovers: int = 16
+    """Children with two parents per generation."""
     parents: int = 32
+    """The best candidates that go on to the next generation."""
 
     def check(self, starts: int) -> None:
-        """Raise `OptionError` where the numbers contradict each other or leave no room for the starts."""
-        least = {"population": starts, "iterations": 0, "mutations": 0, "crossovers": 0, "parents": 2}
-        for name, bound in least.items():
-            if (value := getattr(self, name)) < bound:
-                reason = ", the number of candidates that this search starts from" if name == "population" else ""
-                raise OptionError(f"{name}={value}; it must be at least {bound}{reason}.")
+        """Raise `OptionError` if the numbers contradict each other or the population cannot hold the starts."""
+        minimums = {"population": starts, "iterations": 0, "mutations": 0, "crossovers": 0, "parents": 2}
+        for name, minimum in minimums.items():
+            if (value := getattr(self, name)) < minimum:
+                reason = ", the number of starting candidates" if name == "population" else ""
+                raise OptionError(f"{name}={value}; it must be at least {minimum}{reason}.")
         if self.population < self.parents:
             raise OptionError(
-                f"population={self.population} is below parents={self.parents}; parents are the best of a population, "
-                "so give a greater population or fewer parents."
+                f"population={self.population} is below parents={self.parents}; parents are the best of a population. "
+                "Give a larger population or fewer parents."
             )
         if self.iterations and not self.mutations + self.crossovers:
-            raise OptionError("mutations and crossovers are both 0, so no iteration would try anything new.")
+            raise OptionError("mutations and crossovers are both 0, so no iteration tries anything new. Raise one.")
 
     @property
     def candidates(self) -> int:
-        """How many are scored at most: the first population and every child."""
+        """The largest number of scored candidates: the first population and every child."""
         return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate with its score, the less the better, and the generation that it was born in (0: the first)."""
+    """A candidate with its score."""
 
     candidate: Candidate
     score: float
+    """Lower is better."""
     generation: int
+    """The generation that first scored the candidate; 0 is the first."""
 
     @property
     def factors(self) -> Factors:
+        """The rescale factors, one per rotated pair."""
         return self.candidate.factors
 
 
 Score = Callable[[Candidate, int], float]
-"""The score of a candidate of a generation."""
+"""A function from a candidate and its generation to a score."""
 
 
 def evolve(
     space: Space, starts: Sequence[Candidate], schedule: Schedule, seed: int, score: Score
 ) -> Iterator[list[Scored]]:
-    """Each generation's newly scored candidates, the first population at first.
+    """Yield the newly scored candidates of each generation, beginning with the first population.
 
-    The best `parents` of a population go on to the next one with `mutations` and `crossovers` of them. What a
-    generation tries is a function of the seed, its number and the scores before it, so that a search whose scores are
-    remembered can be repeated exactly. No candidate is scored twice. A space that has nothing new left yields
-    smaller generations.
+    The best `parents` of a population form the next one together with their mutations and crossovers. The candidates of
+    a generation depend only on the seed, its number and the earlier scores, so a search with stored scores repeats
+    exactly. No candidate is scored twice. If the space has nothing new left, generations get smaller.
     """
     schedule.check(len(starts))
     seen: set[Factors] = set()
-    first = [one for one in starts if _is_new(one, space, seen)]
+    first = [candidate for candidate in starts if _is_new(candidate, space, seen)]
     rng = np.random.default_rng([seed, 0])
-    while len(first) < schedule.population and (one := _mutation(space, starts, rng, seen)) is not None:
-        first.append(one)
-    population = [Scored(one, score(one, 0), 0) for one in first]
+    while len(first) < schedule.population and (mutation := _mutation(space, starts, rng, seen)) is not None:
+        first.append(mutation)
+    population = [Scored(candidate, score(candidate, 0), 0) for candidate in first]
     yield population
     for generation in range(1, schedule.iterations + 1):
-        # sorted() is stable: of equal scores the older candidate goes first
+        # sorted() is stable, so of equal scores the older candidate comes first.
         parents = sorted(population, key=lambda scored: scored.score)[: schedule.parents]
         children = _children(space, [scored.candidate for scored in parents], schedule, [seed, generation], seen)
-        born = [Scored(one, score(one, generation), generation) for one in children]
-        population = [*parents, *born]
-        yield born
+        scored_children = [Scored(child, score(child, generation), generation) for child in children]
+        population = [*parents, *scored_children]
+        yield scored_children
 
 
 def _children(
     space: Space, parents: Sequence[Candidate], schedule: Schedule, seed: list[int], seen: set[Factors]
 ) -> list[Candidate]:
     rng = np.random.default_rng(seed)
+    """Return new mutations and crossovers of the parents; a mutation replaces a crossover that finds nothing new."""
     mutations = (_mutation(space, parents, rng, seen) for _ in range(schedule.mutations))
-    found = [one for one in mutations if one is not None]
+    children = [mutation for mutation in mutations if mutation is not None]
     for _ in range(schedule.crossovers if len(parents) > 1 else 0):
         first, second = (parents[i] for i in sorted(rng.choice(len(parents), 2, replace=False)))
-        tried = (space.crossed(first, second, rng) for _ in range(TRIES // 5))
-        child = next((one for one in tried if _is_new(one, space, seen)), None)
+        attempts = (space.crossed(first, second, rng) for _ in range(TRIES // 5))
+        child = next((attempt for attempt in attempts if _is_new(attempt, space, seen)), None)
         child = child or _mutation(space, [first], rng, seen)
         if child is not None:
-            found.append(child)
-    return found
+            children.append(child)
+    return children
 
 
 def _mutation(
     space: Space, parents: Sequence[Candidate], rng: np.random.Generator, seen: set[Factors]
 ) -> Candidate | None:
-    """A new mutation of one of the parents; None where so many attempts gave nothing new."""
-    tried = (space.mutated(parents[int(rng.integers(len(parents)))], rng) for _ in range(TRIES))
-    return next((one for one in tried if _is_new(one, space, seen)), None)
+    """Return a new mutation of a random parent, or None if `TRIES` attempts give nothing new."""
+    attempts = (space.mutated(parents[int(rng.integers(len(parents)))], rng) for _ in range(TRIES))
+    return next((attempt for attempt in attempts if _is_new(attempt, space, seen)), None)
 
 
 def _is_new(candidate: Candidate, space: Space, seen: set[Factors]) -> bool:
+    """Return whether a candidate lies in the space and is not in `seen`, and add it there."""
     if space.fault(candidate) or candidate.factors in seen:
         return False
     seen.add(candidate.factors)

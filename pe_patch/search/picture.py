@@ -1,36 +1,52 @@
-"""The picture of a search: scores by generation, and the factors found beside those of PI, NTK and YaRN."""
+"""Draw the scores of a search by generation, and its factors next to those of PI, NTK and YaRN."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 
 from ..evaluation.charts.chart import Chart, data
 from ..evaluation.charts.components import scheme_encoding
-
-if TYPE_CHECKING:
-    from .result import SearchResult
+from .evolution import Scored
+from .space import Factors
 
 SEARCHED = "searched"
 WIDTH, HEIGHT = 430, 300
 WIDE_RANGE = 8
-"""Greatest over least score from which the axis is logarithmic."""
+"""The ratio of the highest to the lowest score above which the axis is logarithmic."""
 
 
-def search_chart(found: SearchResult) -> Chart:
-    """Two panels: every candidate and the best so far by generation; factors by rotated pair."""
-    names = [*found.known, SEARCHED]
-    subtitle = (
-        f"Loss in nats per token, {found.measured_on}. Lines across: the schemes as they are. "
-        f"{len(found.history)} candidates for {found.model}, not trained."
-    )
-    title = f"{found.method}: {found.target.window:,} to {found.target.length:,} tokens"
-    return Chart("search", title, (_scores(found, names), _factors(found, names)), subtitle, columns=2)
+def search_chart(
+    title: str,
+    subtitle: str,
+    *,
+    history: Sequence[Scored],
+    curve: Sequence[float],
+    baselines: Mapping[str, float],
+    factors: Mapping[str, Factors],
+    best: Factors,
+) -> Chart:
+    """Draw two panels: the scores by generation, and the factors by rotated pair.
+
+    Args:
+        title: the title of the chart.
+        subtitle: the line under the title.
+        history: all scored candidates.
+        curve: the best score up to each generation.
+        baselines: the scores of the known schemes by name.
+        factors: the factors of the known schemes by name.
+        best: the factors of the best candidate.
+    """
+    names = [*factors, SEARCHED]
+    panels = (_scores(history, curve, baselines, names), _factors({**factors, SEARCHED: best}, names))
+    return Chart("search", title, panels, subtitle, columns=2)
 
 
-def _scores(found: SearchResult, names: list[str]) -> alt.LayerChart:
-    scores = [one.score for one in found.history] + list(found.baselines.values())
+def _scores(
+    history: Sequence[Scored], curve: Sequence[float], baselines: Mapping[str, float], names: list[str]
+) -> alt.LayerChart:
+    scores = [scored.score for scored in history] + list(baselines.values())
     wide = min(scores) > 0 and max(scores) > WIDE_RANGE * min(scores)
     scale = alt.Scale(type="log") if wide else alt.Scale(zero=False)
     look = scheme_encoding(names, names)
@@ -39,9 +55,9 @@ def _scores(found: SearchResult, names: list[str]) -> alt.LayerChart:
         axis=alt.Axis(tickMinStep=1, format="d", grid=False),
     )  # fmt: skip
     y = alt.Y("score:Q", title="loss (nats per token)", scale=scale)
-    each = [{"scheme": SEARCHED, "generation": one.generation, "score": one.score} for one in found.history]
-    best = [{"scheme": SEARCHED, "generation": g, "score": score} for g, score in enumerate(found.curve)]
-    known = [{"scheme": name, "score": score} for name, score in found.baselines.items()]
+    each = [{"scheme": SEARCHED, "generation": scored.generation, "score": scored.score} for scored in history]
+    best = [{"scheme": SEARCHED, "generation": g, "score": score} for g, score in enumerate(curve)]
+    known = [{"scheme": name, "score": score} for name, score in baselines.items()]
     line = alt.Chart(data(best)).encode(x=x, y=y, color=look["color"])
     return alt.layer(
         alt.Chart(data(known)).mark_rule(strokeDash=[4, 3], strokeWidth=1.6).encode(y=y, color=look["color"]),
@@ -50,9 +66,12 @@ def _scores(found: SearchResult, names: list[str]) -> alt.LayerChart:
     ).properties(width=WIDTH, height=HEIGHT)
 
 
-def _factors(found: SearchResult, names: list[str]) -> alt.LayerChart:
-    lists = {**found.known, SEARCHED: found.best.factors}
-    rows = [{"scheme": n, "pair": k, "factor": value} for n, values in lists.items() for k, value in enumerate(values)]
+def _factors(factors: Mapping[str, Factors], names: list[str]) -> alt.LayerChart:
+    rows = [
+        {"scheme": name, "pair": k, "factor": value}
+        for name, values in factors.items()
+        for k, value in enumerate(values)
+    ]
     look = scheme_encoding(names, names)
     base = alt.Chart(data(rows)).encode(
         x=alt.X(
@@ -61,7 +80,7 @@ def _factors(found: SearchResult, names: list[str]) -> alt.LayerChart:
             scale=alt.Scale(nice=False, padding=6),
             axis=alt.Axis(tickMinStep=1, format="d", grid=False),
         ),
-        y=alt.Y("factor:Q", title="factor that its frequency is divided by", scale=alt.Scale(type="log", base=2)),
+        y=alt.Y("factor:Q", title="divisor of its frequency", scale=alt.Scale(type="log", base=2)),
         color=look["color"],
     )
     marks = (base.mark_line(strokeWidth=1.8), base.mark_point(filled=True, size=40).encode(shape=look["shape"]))

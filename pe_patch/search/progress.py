@@ -1,4 +1,4 @@
-"""How far a search has come, how long it will take, and how good the best is so far."""
+"""Show the progress of a search, its remaining time, and the best score so far."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """A bar on stderr over the candidates, and one line with the time a search will take, once the first is scored.
+    """A progress bar on stderr, and one line with the expected time after the first scored candidate.
 
-    Times count only what was scored now, not what an earlier run left.
+    Times do not include scores from an earlier run.
     """
 
     def __init__(self, total: int, iterations: int, shown: bool) -> None:
@@ -26,7 +26,13 @@ class Progress:
         self.done, self.measured, self.seconds, self.best = 0, 0, 0.0, float("inf")
 
     def advance(self, score: float, generation: int | None, seconds: float | None) -> None:
-        """One more score; `seconds` it took, None where it was there already, `generation` None for a baseline."""
+        """Count one more score.
+
+        Args:
+            score: the loss in nats per token.
+            generation: the generation of the candidate; None for a baseline.
+            seconds: the time of the measurement; None if the score comes from an earlier run.
+        """
         self.done += 1
         if seconds is not None:
             self.measured += 1
@@ -34,15 +40,15 @@ class Progress:
             if self.measured == 1 and self.shown:
                 left = duration(seconds * (self.total - self.done + 1))
                 self.bar.console.print(
-                    f"A candidate takes {seconds:.2f} s; {self.total - self.done + 1:,} of them about {left}.",
+                    f"A candidate takes {seconds:.2f} s; {self.total - self.done + 1:,} candidates take about {left}.",
                     highlight=False,
                 )
-        what = "known schemes" if generation is None else f"generation {generation} of {self.iterations}"
+        description = "known schemes" if generation is None else f"generation {generation} of {self.iterations}"
         if generation is not None:
             self.best = min(self.best, score)
-            what += f", best {self.best:.4f}"
+            description += f", best {self.best:.4f}"
         left = duration(self.seconds / self.measured * (self.total - self.done)) if self.measured else "?"
-        self.bar.update(self.task, completed=self.done, description=what, left=left)
+        self.bar.update(self.task, completed=self.done, description=description, left=left)
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -55,7 +61,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """About how long, in the unit that people would use."""
+    """Return a time rounded to hours, minutes or seconds."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""`search`: from a model and a text to the factors that suit them best, going on where an earlier run was stopped."""
+"""Search the factors for a model and a text, and resume an interrupted search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..checkpoints.folders import SEARCH, check_output
 from ..evaluation.corpus import Corpus
 from ..evaluation.model import EvaluatedModel, model_fingerprint
 from .evolution import Schedule, evolve
-from .folder import SearchJournal, settle
+from .folder import SearchJournal, write_or_check_settings
 from .objective import Objective, check_samples, make_material
 from .progress import Progress
 from .result import SearchResult, write_best
@@ -41,32 +41,39 @@ def search(
     progress: bool = True,
     overwrite: bool = False,
 ) -> SearchResult:
-    """Search the rescale factors by which a rotary model reads `length` tokens best, without training it.
+    """Search the rescale factors that give a rotary model the lowest loss at `length` tokens, without training.
 
     Args:
-        length: tokens that the model is to reach, beyond its trained window.
-        method: "longrope" (Ding et al. 2024, arXiv 2402.13753), which judges by the loss of documents, or "longrope2"
-            (Shang et al. 2025, arXiv 2502.20082), by that of the answers to questions about hidden facts.
-        text: documents, a source that `pe_patch.data.text.load_documents` knows, or a Corpus.
-        samples: documents of `length` tokens that a candidate is scored on.
-        needles: facts hidden in each of longrope2's documents, all of them asked for.
-        targets: last tokens of longrope's documents whose loss counts; by default an eighth of them, at most 2048.
-        schedule: how many candidates; the papers' numbers by default.
-        seed: of the candidates, the facts and the places in the text.
-        start: factors to start from as well, one for each rotated pair.
-        attention_factor: what cos and sin are multiplied by; by default LongRoPE's sqrt(1 + ln s / ln L).
-        on_existing: what to do with a scaling that the config names: "error" or "replace".
-        batch_size: sequences in one forward; planned by the free memory by default.
-        output: a folder for `search.jsonl` (every scored candidate, as soon as it is), `best.json` and `search.png`.
-            The same call goes on with what it holds and ends as an uninterrupted one.
-        overwrite: write to an output folder that holds something else.
+        model: a rotary model without a patch.
+        tokenizer: its tokenizer.
+        length: the target length in tokens, beyond the trained window.
+        method: "longrope" (Ding et al. 2024, arXiv 2402.13753) scores the loss of documents; "longrope2" (Shang et al.
+            2025, arXiv 2502.20082) scores the loss of answers to questions about hidden facts.
+        text: documents, a source that `pe_patch.data.text.load_documents` takes, or a Corpus.
+        samples: the number of documents of `length` tokens that score a candidate.
+        needles: the number of facts hidden in each document of longrope2; each document asks for all of them.
+        targets: the number of tokens at the end of longrope's documents whose loss counts; None takes an eighth of the
+            document, at most 2048.
+        schedule: the numbers of candidates; None takes the paper's.
+        seed: the random seed of candidates, facts and places in the text.
+        start: additional factors to start from, one per rotated pair.
+        attention_factor: the factor on cos and sin; None takes LongRoPE's sqrt(1 + ln s / ln L).
+        on_existing: "replace" drops a scaling in the config; "error" raises if there is one.
+        batch_size: sequences per forward pass; None plans it from the free memory.
+        output: a folder for `search.jsonl` (each candidate as soon as it is scored), `best.json` and `search.png`. The
+            same call resumes an interrupted search there and gives the same result.
+        progress: False hides the progress bar.
+        overwrite: True to write to an output folder that holds something else.
+
+    Returns:
+        The best candidate, the baselines and the whole history.
 
     Raises:
-        OptionError: a length within the window, numbers that contradict each other, a start outside the space, or an
-            output folder of a search with other settings.
-        OutputError: an output folder that is the model or the text, or that holds something else.
-        UnsupportedError: a model without rotation, or with several.
-        PePatchError: a text that is too short.
+        OptionError: if the length lies within the window, numbers contradict each other, the start lies outside the
+            space, or the output folder holds a search with other settings.
+        OutputError: if the output folder is the model or the text, or holds something else.
+        UnsupportedError: if the model has no rotation, or several different ones.
+        PePatchError: if the text is too short.
     """
     if output is not None:
         output = Path(output).expanduser()
@@ -89,23 +96,25 @@ def search(
         "window": target.window, "device": subject.device.type,
     }  # fmt: skip
     if output is not None:
-        subject.batch_size = settle(Path(output), settings, subject.batch_size, asked=batch_size is not None)
-    found = SearchResult(
+        subject.batch_size = write_or_check_settings(
+            Path(output), settings, subject.batch_size, batch_size_given=batch_size is not None
+        )
+    result = SearchResult(
         method=method, target=target, known=known_factors(target.shape, target.factor),
-        measured_on=material.measured_on, model=_called(model), settings=settings,
+        measured_on=material.measured_on, model=_model_name(model), settings=settings,
     )  # fmt: skip
     with Progress(len(KNOWN) + schedule.candidates, schedule.iterations, progress) as bar:
         scorer = Scorer(Objective(subject, material, on_existing), SearchJournal(output), target, bar)
-        found.baselines.update({paper: scorer.baseline(paper, scheme) for paper, scheme in KNOWN.items()})
-        for born in evolve(space, starts, schedule, seed, scorer):
-            found.history.extend(born)
+        result.baselines.update({paper: scorer.baseline(paper, scheme) for paper, scheme in KNOWN.items()})
+        for generation in evolve(space, starts, schedule, seed, scorer):
+            result.history.extend(generation)
             if output is not None:
-                write_best(Path(output), found.options)
+                write_best(Path(output), result.options)
     if output is not None:
-        found.save(output, overwrite=True)  # checked at the start
-    return found
+        result.save(output, overwrite=True)  # the check ran at the start
+    return result
 
 
-def _called(model: Any) -> str:
+def _model_name(model: Any) -> str:
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Path(name).name if Path(name).is_dir() else name

@@ -1,4 +1,4 @@
-"""The model that factors are searched for: what its attention is like, and how far it is to reach."""
+"""The attention shape of the searched model and its target length."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from ..schemes.registry import SCHEMES
 
 @dataclass(frozen=True)
 class Target:
-    """How far a model with such an attention is to reach: `factor` s is the length over the trained window."""
+    """An attention shape and the length that it must reach."""
 
     shape: AttentionShape
     length: int
+    """The target length in tokens."""
     factor: float
+    """s, the length over the trained window."""
     attention_factor: float
+    """The factor on cos and sin."""
 
     @property
     def window(self) -> int:
+        """The trained window in tokens."""
         return self.shape.trained_length
 
     def options(self, factors: Sequence[float]) -> dict[str, Any]:
-        """What `patch_model(model, "longrope", **options)` takes; within the trained window nothing is rescaled."""
+        """Return the options of `longrope` with these long factors; short sequences are not rescaled."""
         return {
             "long_factor": list(factors),
             "short_factor": [1.0] * len(factors),
@@ -39,51 +43,68 @@ class Target:
 
 
 def make_target(model: Any, length: int, attention_factor: float | None) -> Target:
-    """What a search aims at; a model or a length that it is not for raises."""
+    """Return the target of a search.
+
+    Args:
+        model: an unpatched rotary model.
+        length: the target length in tokens.
+        attention_factor: the factor on cos and sin; None takes LongRoPE's formula.
+
+    Raises:
+        AlreadyPatchedError: if the model is patched.
+        UnsupportedError: if the model has no rotation, or several different ones.
+        OptionError: if the length lies within the trained window, or the window is unknown.
+    """
     shape = rotary_shape(model)
     factor = factor_for(length, shape.trained_length)
-    scheme: Any = SCHEMES["longrope"]
+    longrope: Any = SCHEMES["longrope"]
     ones = [1.0] * (shape.rotary_dim // 2)
-    made = scheme(shape, long_factor=ones, factor=factor, attention_factor=attention_factor)
-    return Target(shape, length, factor, made.attention_scaling)
+    scheme = longrope(shape, long_factor=ones, factor=factor, attention_factor=attention_factor)
+    return Target(shape, length, factor, scheme.attention_scaling)
 
 
 def rotary_shape(model: Any) -> AttentionShape:
-    """The attention of a rotary model all of whose layers turn by the same frequencies; anything else raises."""
+    """Return the attention shape of a rotary model whose layers all use the same frequencies; raise otherwise."""
     patch = find_patch(model)
     if patch is not None:
         raise AlreadyPatchedError(
-            f"This model is patched with {patch.scheme.name!r}: unpatch_model(model) first, or load the original."
+            f"This model is patched with {patch.scheme.name!r}. Call unpatch_model(model) first, or load the original."
         )
     _, base = targets.find_stack(targets.unwrap(model), None)
     adapter = targets.find_adapter(base, None)
     if adapter.native != "rope" or adapter.rotary is None:
         raise UnsupportedError(
-            f"{base.config.model_type} has {adapter.native!r} positions and no rotation whose frequencies could be "
-            "rescaled; a search is for rotary models."
+            f"{base.config.model_type} has {adapter.native!r} positions and no frequencies to rescale; search is for "
+            "rotary models."
         )
     count = len(adapter.attentions(base))
     shapes = [adapter.shape(base, base.config, layer) for layer in range(count)]
     rotations = {(shape.rope_theta, shape.rotary_dim, shape.trained_length) for shape in shapes}
     if len(rotations) > 1:
-        told = ", ".join(f"{theta:g}" for theta, *_ in sorted(rotations))
+        bases = ", ".join(f"{theta:g}" for theta, *_ in sorted(rotations))
         raise UnsupportedError(
-            f"Layers of {base.config.model_type} turn by different frequencies (bases {told}); one list of factors "
-            "does not fit them all."
+            f"Layers of {base.config.model_type} use different frequencies (bases {bases}); one list of factors does "
+            "not fit all of them."
         )
     if shapes[0].trained_length < 1:
-        raise OptionError("The model's config does not say which window it was trained for (max_position_embeddings).")
+        raise OptionError(
+            "The model's config does not state the trained window. Set max_position_embeddings in the config."
+        )
     return shapes[0]
 
 
 def factor_for(length: int, window: int) -> float:
-    """s, the length over the trained window; an `OptionError` where the window holds the length."""
+    """Return s, the length over the trained window, rounded up so that the scaled window holds the length.
+
+    Raises:
+        OptionError: if the window already holds the length.
+    """
     if length <= window:
         raise OptionError(
-            f"length={length} lies within the trained window of {window} tokens, where nothing needs rescaling: "
-            "give the length that it is to reach."
+            f"length={length} lies within the trained window of {window} tokens, which needs no rescaling. Give a "
+            "greater length."
         )
     factor = length / window
-    while int(factor * window) < length:  # else the effective window would fall short by a token
+    while int(factor * window) < length:  # rounding may make the scaled window one token too short
         factor = math.nextafter(factor, math.inf)
     return factor

@@ -1,4 +1,4 @@
-"""What tests of the search share: the demo's model, a text of its kind, and a schedule of seconds."""
+"""The demo model, a text, and a schedule of seconds, shared by the tests of the search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = [inspect.getsource(argparse)]
 
 @cache
 def demo() -> tuple[Any, Any]:
-    """The demo's model, trained at 256 tokens, and its tokenizer."""
+    """Return the demo model, trained at 256 tokens, and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(BASE).eval(), AutoTokenizer.from_pretrained(BASE)
 
 
@@ -31,7 +31,7 @@ def run(method: str, output: Path | None = None, **options: Any) -> Any:
 
 
 def shape(rotary_dim: int, theta: float, trained_length: int) -> AttentionShape:
-    """An attention of which only the rotation matters."""
+    """Return an attention shape with this rotation and arbitrary other sizes."""
     return AttentionShape(
         hidden_size=4 * rotary_dim, num_heads=4, num_key_value_heads=4, head_dim=rotary_dim, rotary_dim=rotary_dim,
         rotary_start=0, rope_theta=theta, trained_length=trained_length, num_layers=2,

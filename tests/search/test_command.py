@@ -1,4 +1,4 @@
-"""`pe-patch search`."""
+"""Test `pe-patch search`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def command(capsys, tmp_path):
     return call
 
 
-def test_it_finds_what_the_function_finds(command, tmp_path):
+def test_it_gives_the_result_of_the_function(command, tmp_path):
     code, out, err = command("--method", "longrope", "--json")
     found, expected = json.loads(out), run("longrope")
     assert code == 0 and found["score"] == expected.best.score and found["options"] == expected.options
     assert json.loads((tmp_path / "found" / "best.json").read_text()) == expected.options
-    assert "A candidate takes" in err and "19 of them about" in err
+    assert "A candidate takes" in err and "19 candidates take about" in err
 
     code, out, err = command("--method", "longrope")  # everything is there already
     assert code == 0 and "A candidate takes" not in err
@@ -51,7 +51,7 @@ def test_a_baseline_that_is_better_is_named(command):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["--method", "longrop"], 2, "Did you mean 'longrope'"),
         (["--population", "7", "--parents", "8"], 2, "population=7 is below parents=8"),
@@ -60,9 +60,9 @@ def test_a_baseline_that_is_better_is_named(command):
         (["--start", "no.json"], 2, "cannot be read as JSON"),
     ],
 )
-def test_wrong_usage_is_an_error(command, tmp_path, words, code, said):
-    found, out, err = command(*words)
-    assert found == code and said in err and not out
+def test_wrong_usage_is_an_error(command, tmp_path, words, code, message):
+    exit_code, out, err = command(*words)
+    assert exit_code == code and message in err and not out
     assert not (tmp_path / "found").exists()
 
 

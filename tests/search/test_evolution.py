@@ -1,4 +1,4 @@
-"""The evolution on a score whose optimum is known."""
+"""Run the evolution on scores with a known optimum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CRITICAL = 5
 
 
 def optimum(method):
-    """Factors inside the space that none of its starts has."""
+    """Return factors inside the space that differ from all starts."""
     if method == "longrope":
         return np.array([1, 1, 1.2, 1.6, 2, 2, 3.1, 4, 4.5, 5, 6.3, 7, 7, 8.8, 9, 9.7])
     tail = np.array([8.5, 8.5, 9, 9.2, 9.2, 10, 11, 11, 12.4, 13, 15])
@@ -39,7 +39,7 @@ def evolved(method, schedule, seed, score):
 @pytest.mark.parametrize("method", BOUNDS)
 def test_it_finds_an_optimum_that_random_candidates_miss(method):
     best, rng = optimum(method), np.random.default_rng(0)
-    generations, starts = evolved(method, Schedule(), 0, lambda one, _: distance(one.factors, best))
+    generations, starts = evolved(method, Schedule(), 0, lambda candidate, _: distance(candidate.factors, best))
     found = min(chain.from_iterable(generations), key=lambda scored: scored.score)
     assert found.score == distance(found.factors, best)
 
@@ -50,13 +50,13 @@ def test_it_finds_an_optimum_that_random_candidates_miss(method):
         cut = int(rng.choice(cuts))
         genes = np.sort(rng.uniform(low, high, 16 - cut))
         scores.append(distance([*genes[0] ** (np.arange(cut) / max(1, cut)), *genes], best))
-    assert found.score < 0.5 * min(min(scores), *(distance(one.factors, best) for one in starts))
+    assert found.score < 0.5 * min(min(scores), *(distance(entry.factors, best) for entry in starts))
     assert np.max(np.abs(np.array(found.factors) / best - 1)) < 0.12
     if method == "longrope2":
         assert found.candidate.critical == CRITICAL
 
 
-def test_it_keeps_to_the_schedule_and_scores_nothing_twice():
+def test_it_follows_the_schedule_and_scores_nothing_twice():
     schedule = Schedule(population=12, iterations=5, mutations=3, crossovers=4, parents=6)
     scored = []
 
@@ -67,16 +67,18 @@ def test_it_keeps_to_the_schedule_and_scores_nothing_twice():
     generations, _ = evolved("longrope", schedule, 3, score)
     assert [len(born) for born in generations] == [12, 7, 7, 7, 7, 7] and len(scored) == schedule.candidates == 47
     assert len({factors for factors, _ in scored}) == len(scored)
-    assert [one.candidate.origin for one in generations[0]] == ["PI", "NTK", "YaRN"] + ["mutation"] * 9
-    assert {one.candidate.origin for born in generations[1:] for one in born} == {"mutation", "crossover"}
-    assert [one.generation for born in generations for one in born] == [generation for _, generation in scored]
+    assert [entry.candidate.origin for entry in generations[0]] == ["PI", "NTK", "YaRN"] + ["mutation"] * 9
+    assert {entry.candidate.origin for born in generations[1:] for entry in born} == {"mutation", "crossover"}
+    assert [entry.generation for born in generations for entry in born] == [generation for _, generation in scored]
 
 
 def test_children_are_bred_from_the_best():
-    """With parents' factors marked by their scores: a crossover has only factors of the best `parents` so far."""
+    """Check that a crossover has only factors of the best `parents` so far, with factors marked by their scores."""
     schedule = Schedule(population=20, iterations=1, mutations=0, crossovers=15, parents=3)
-    generations, _ = evolved("longrope", schedule, 1, lambda one, _: distance(one.factors, optimum("longrope")))
-    best = sorted(generations[0], key=lambda one: one.score)[:3]
+    generations, _ = evolved(
+        "longrope", schedule, 1, lambda candidate, _: distance(candidate.factors, optimum("longrope"))
+    )
+    best = sorted(generations[0], key=lambda entry: entry.score)[:3]
     for child in generations[1]:
         if child.candidate.origin == "crossover":
             genes = zip(child.factors, *(parent.factors for parent in best), strict=True)
@@ -88,9 +90,9 @@ def test_seeds_differ_and_repeat():
     schedule = Schedule(population=12, iterations=3, mutations=3, crossovers=3, parents=6)
     runs = [
         [
-            one.factors
-            for born in evolved("longrope2", schedule, seed, lambda one, _: one.factors[-1])[0]
-            for one in born
+            entry.factors
+            for born in evolved("longrope2", schedule, seed, lambda candidate, _: candidate.factors[-1])[0]
+            for entry in born
         ]
         for seed in (0, 0, 1)
     ]
@@ -98,7 +100,7 @@ def test_seeds_differ_and_repeat():
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("numbers", "message"),
     [
         ({"population": 8, "parents": 9}, "population=8 is below parents=9"),
         ({"population": 2, "parents": 2}, "population=2; it must be at least 3"),
@@ -107,6 +109,6 @@ def test_seeds_differ_and_repeat():
         ({"mutations": 0, "crossovers": 0}, "both 0"),
     ],
 )
-def test_schedules_that_contradict_themselves_are_refused(numbers, said):
-    with pytest.raises(OptionError, match=said):
+def test_contradictory_schedules_are_refused(numbers, message):
+    with pytest.raises(OptionError, match=message):
         evolved("longrope", Schedule(**numbers), 0, lambda *_: 0.0)

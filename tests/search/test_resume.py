@@ -1,4 +1,4 @@
-"""A search that is stopped goes on, scores nothing twice and ends as one that was not."""
+"""Check that a resumed search scores nothing twice and gives the result of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FILES = ("search.jsonl", "best.json", "settings.json")
 
 
 class Stopped(Exception):
-    """The end of the world, as far as a search can tell."""
+    """An exception that stops a search."""
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Let the search stop when it is about to score for the n-th time; the list counts what was scored."""
+    """Stop the search before its n-th score; the returned list has the scored candidates."""
     scored, real = [], Objective.__call__
 
     def call(self, scheme, **options):
@@ -49,12 +49,12 @@ def stop_at(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of an uninterrupted search."""
+    """Return the folder of an uninterrupted search."""
     folder = tmp_path_factory.mktemp("whole")
     result = run(METHOD, folder)
     lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
-    assert [line["score"] for line in lines[3:]] == [one.score for one in result.history]
-    assert [line["factors"] for line in lines[3:]] == [list(one.factors) for one in result.history]
+    assert [line["score"] for line in lines[3:]] == [scored.score for scored in result.history]
+    assert [line["factors"] for line in lines[3:]] == [list(scored.factors) for scored in result.history]
     assert [line["baseline"] for line in lines[:3]] == ["linear", "ntk", "yarn"]
     assert [line["generation"] for line in lines[3:]] == [0] * 8 + [1] * 4 + [2] * 4
     assert json.loads((folder / "best.json").read_text()) == result.options
@@ -62,12 +62,12 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def same(one: Path, other: Path) -> bool:
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in FILES)
+def same(first: Path, second: Path) -> bool:
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
 
 
 @pytest.mark.parametrize("at", [0, 7, 13, LINES - 1])
-def test_one_that_was_stopped_ends_the_same(stop_at, whole, tmp_path, at):
+def test_a_stopped_search_ends_the_same(stop_at, whole, tmp_path, at):
     stop_at(at)
     with pytest.raises(Stopped):
         run(METHOD, tmp_path)
@@ -79,7 +79,7 @@ def test_one_that_was_stopped_ends_the_same(stop_at, whole, tmp_path, at):
     assert len(scored) == LINES - at and same(tmp_path, whole)
 
 
-def test_one_that_was_done_scores_nothing(stop_at, whole):
+def test_a_finished_search_scores_nothing_again(stop_at, whole):
     before = {name: (whole / name).read_bytes() for name in FILES}
     stop_at(0)
     run(METHOD, whole)
@@ -102,7 +102,7 @@ run("longrope2", Path({folder!r}))
 """
 
 
-def test_one_that_was_killed_ends_the_same(stop_at, whole, tmp_path):
+def test_a_killed_search_ends_the_same(stop_at, whole, tmp_path):
     code = KILLED.format(folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -113,7 +113,7 @@ def test_one_that_was_killed_ends_the_same(stop_at, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"samples": 3}, "samples was 2 and is 3"),
@@ -122,14 +122,14 @@ def test_one_that_was_killed_ends_the_same(stop_at, whole, tmp_path):
         ({"method": "longrope"}, "method was 'longrope2' and is 'longrope'"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused(whole, change, named):
+def test_other_settings_in_the_same_folder_are_refused(whole, change, message):
     before = {name: (whole / name).read_bytes() for name in FILES}
-    with pytest.raises(OptionError, match=named):
+    with pytest.raises(OptionError, match=message):
         run(**{"method": METHOD, "output": whole, **change})
     assert before == {name: (whole / name).read_bytes() for name in FILES}
 
 
-def test_folders_that_are_damaged_are_refused(whole, tmp_path):
+def test_damaged_folders_are_refused(whole, tmp_path):
     (tmp_path / "search.jsonl").write_text('{"key": "a", "score": 1}\n')
     with pytest.raises(OptionError, match=r"without settings\.json"):
         run(METHOD, tmp_path)

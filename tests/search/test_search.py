@@ -1,4 +1,4 @@
-"""The search on the demo's model: what it finds, judged by plain Transformers; and what it refuses."""
+"""Search on the demo model, compare the scores with plain Transformers, and check refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def found(method):
 
 @cache
 def rows_and_targets(method):
-    """The sequences of the search [rows, length] and, as booleans, which tokens count."""
+    """Return the sequences of the search `[rows, length]` and booleans for the tokens that count."""
     material = make_material(method, demo()[1], TEXT, LENGTH, 2, 4, 0)
     targets = np.zeros((2, LENGTH), dtype=bool)
     targets[:, -material.targets :] = material.mask
@@ -41,7 +41,7 @@ def rows_and_targets(method):
 
 
 def native_loss(method, factors, attention_factor):
-    """The mean loss of the targets under Transformers' own LongRoPE."""
+    """Return the mean loss of the targets under Transformers' own LongRoPE."""
     parameters = {
         "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": list(factors), "short_factor": [1.0] * 16,
         "factor": LENGTH / WINDOW, "attention_factor": attention_factor, "original_max_position_embeddings": WINDOW,
@@ -58,15 +58,15 @@ FORMULA = (1 + np.log(LENGTH / WINDOW) / np.log(WINDOW)) ** 0.5
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_are_those_of_transformers(method):
+def test_scores_equal_those_of_transformers(method):
     result = found(method)
     assert result.options["attention_factor"] == pytest.approx(FORMULA)
-    for one in (result.history[0], result.history[-1], result.best):
-        assert one.score == pytest.approx(native_loss(method, one.factors, FORMULA), abs=2e-6)
+    for entry in (result.history[0], result.history[-1], result.best):
+        assert entry.score == pytest.approx(native_loss(method, entry.factors, FORMULA), abs=2e-6)
 
 
 def test_the_best_is_no_worse_than_pi_ntk_and_yarn():
-    """Their factors from the formulas and, of YaRN, from its definition with D(32) and D(1) rounded outwards."""
+    """Compute their factors from the formulas; for YaRN, round D(32) and D(1) outwards."""
     pair = [32 * np.log(WINDOW / (2 * np.pi * turns)) / (2 * np.log(10000.0)) for turns in (32, 1)]
     low, high = max(np.floor(pair[0]), 0), np.ceil(pair[1])
     ramp = np.clip((np.arange(16) - low) / (high - low), 0, 1)
@@ -75,8 +75,8 @@ def test_the_best_is_no_worse_than_pi_ntk_and_yarn():
     result = found("longrope")
     assert native_loss("longrope", result.best.factors, FORMULA) <= min(scores.values()) + 2e-6
     assert result.best.score < scores["PI"] - 0.01  # it is not PI that came back
-    for one in result.history[:3]:
-        np.testing.assert_allclose(one.factors, known[one.candidate.origin], rtol=2e-6)
+    for entry in result.history[:3]:
+        np.testing.assert_allclose(entry.factors, known[entry.candidate.origin], rtol=2e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,15 +97,15 @@ def test_baselines_are_the_schemes_themselves(method):
 def test_every_candidate_keeps_to_the_constraints(method):
     result = found(method)
     assert len(result.history) == SMALL.candidates == 16
-    for one in result.history:
-        searched = np.array(one.factors[one.candidate.critical :])
+    for entry in result.history:
+        searched = np.array(entry.factors[entry.candidate.critical :])
         low, high = (1, 2.5) if method == "longrope" else (2, 4)
-        assert np.all(np.diff(one.factors) >= 0) and low <= searched[0] and searched[-1] <= high
+        assert np.all(np.diff(entry.factors) >= 0) and low <= searched[0] and searched[-1] <= high
     assert result.curve == sorted(result.curve, reverse=True) and result.curve[-1] == result.best.score
-    assert result.best.score == min(one.score for one in result.history)
+    assert result.best.score == min(entry.score for entry in result.history)
 
 
-def test_needles_stand_at_every_distance_and_only_answers_count():
+def test_needles_cover_every_distance_and_only_answers_count():
     tokenizer = demo()[1]
     material = make_material("longrope2", tokenizer, TEXT, 300, 5, 3, 0)
     firsts = []
@@ -119,7 +119,7 @@ def test_needles_stand_at_every_distance_and_only_answers_count():
     assert firsts[0] < 6 and np.all(np.diff(firsts) > 40)  # the first fact asked for moves from the start on
 
 
-def test_the_model_is_given_back_and_takes_the_options(caplog):
+def test_the_model_is_restored_and_takes_the_options(caplog):
     model, _ = demo()
     result, ids = found("longrope"), rows_and_targets("longrope")[0]
     assert "pe_patch" not in model.config.to_dict() and model.config.max_position_embeddings == WINDOW
@@ -141,7 +141,7 @@ def test_a_start_and_an_attention_factor_are_used():
     assert result.options["attention_factor"] == 1.1
 
 
-def test_lengths_that_do_not_divide_reach_all_the_way():
+def test_lengths_that_are_no_multiple_of_the_window_are_reached():
     assert search(
         *demo(), 333, method="longrope", text=TEXT, samples=1, schedule=Schedule(3, 0, 1, 1, 2), progress=False
     ).options["factor"] == pytest.approx(333 / 256)
@@ -151,24 +151,24 @@ def test_lengths_that_do_not_divide_reach_all_the_way():
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "said"),
+    ("options", "error", "message"),
     [
         ({"length": 256}, OptionError, "length=256 lies within the trained window of 256"),
         ({"samples": 0}, OptionError, "samples=0"),
         ({"targets": 512, "method": "longrope"}, OptionError, "targets=512; of 512 tokens 1 to 511"),
-        ({"targets": 9}, OptionError, "belongs to the method 'longrope'"),
+        ({"targets": 9}, OptionError, "is an option of the method 'longrope'"),
         ({"text": ["x = 1\n" * 40]}, PePatchError, "(?i)longer text"),
-        ({"text": ["".join(TEXT)[:9000]], "samples": 50, "method": "longrope"}, PePatchError, "50 are wanted"),
-        ({"needles": 65}, PePatchError, "64 keys, so needles must be at most 64, got 65"),
+        ({"text": ["".join(TEXT)[:9000]], "samples": 50, "method": "longrope"}, PePatchError, "samples=50 needs 50"),
+        ({"needles": 65}, PePatchError, "64 keys, 65 needles"),
         ({"schedule": Schedule(population=8, parents=9)}, OptionError, "below parents=9"),
         ({"start": [*[1.0] * 8, 3.0, 2.0, *[3.0] * 6], "method": "longrope"}, OptionError, "must not decrease"),
         ({"attention_factor": -1.0}, OptionError, "attention_factor"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(options, kind, said, tmp_path):
+def test_invalid_searches_are_refused(options, error, message, tmp_path):
     length = options.pop("length", LENGTH)
     given = {"text": TEXT, "samples": 2, "schedule": SMALL, "progress": False, **options}
-    with pytest.raises(kind, match=said):
+    with pytest.raises(error, match=message):
         search(*demo(), length, output=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 

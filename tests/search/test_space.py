@@ -1,4 +1,4 @@
-"""The space of factors: bounds and critical dimensions of the papers, and candidates that never leave it."""
+"""Check the space of factors: the bounds and critical dimensions of the papers, and that candidates stay inside."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_children_stay_in_the_space(method, attention):
     rng, alive = np.random.default_rng(0), list(starts)
     low, high = (1.0, 10.0) if method == "longrope" else (8.0, 16.0)
     for _ in range(400):
-        one, other = (alive[int(i)] for i in rng.integers(len(alive), size=2))
-        children = [space.mutated(one, rng), space.crossed(one, other, rng)]
+        first, second = (alive[int(i)] for i in rng.integers(len(alive), size=2))
+        children = [space.mutated(first, rng), space.crossed(first, second, rng)]
         assert not space.fault(children[0])
         alive += [child for child in children if not space.fault(child)]
     for candidate in alive:
@@ -83,7 +83,7 @@ SMALL = Space(4, 1.0, 10.0)
 
 
 @pytest.mark.parametrize(
-    ("genes", "said"),
+    ("genes", "message"),
     [
         ((1, 3, 2, 4), "factor 1 is 3 and the next one 2"),
         ((0.5, 1, 1, 1), "allowed are 1 to 10"),
@@ -92,8 +92,8 @@ SMALL = Space(4, 1.0, 10.0)
         ((1, 2, 3), "3 factors; this attention rotates 4"),
     ],
 )
-def test_factors_outside_the_space_are_refused(genes, said):
-    with pytest.raises(OptionError, match=said):
+def test_factors_outside_the_space_are_refused(genes, message):
+    with pytest.raises(OptionError, match=message):
         SMALL.given(genes)
     assert SMALL.fault(Candidate(0, tuple(genes), "given"))
 

@@ -1,4 +1,4 @@
-"""Every recipe that comes with pe_patch trains two steps on a tiny model, whatever it is planned for."""
+"""Train every recipe for two steps on a tiny model, and check its head."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pe_patch.training import models
 from pe_patch.training.recipe import Recipe
 from pe_patch.training.run import load_recipe, train
 
 from .cases import logged
 
-CONFIGS = sorted((Path(models.__file__).parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 LONGEST = 256
 
 
 def small(recipe: Recipe, model: Path, text: Path, folder: Path) -> Recipe:
-    """The recipe with a model, a text and lengths of this size; all else is what the file says."""
+    """Return the recipe with a tiny model, a short text and short lengths, and otherwise unchanged."""
     if recipe.model.config is None:
         recipe.model.source = str(model)
     else:
@@ -29,7 +29,7 @@ def small(recipe: Recipe, model: Path, text: Path, folder: Path) -> Recipe:
         recipe.tokenizer.train_size = 280
     if recipe.scheme is not None:
         if "cache_ratio" in recipe.scheme.options:
-            recipe.scheme.options.pop("rope_dim", None)  # which is all that the share of so small a cache holds
+            recipe.scheme.options.pop("rope_dim", None)  # rope_dim alone would fill this small cache
         if recipe.scheme.options_file is not None:
             factors = folder / "factors.json"
             factors.write_text(json.dumps({"long_factor": [1.0 + index for index in range(8)], "factor": 8.0}))
@@ -68,11 +68,11 @@ def test_every_recipe_runs_two_steps(path: Path, tmp_path: Path, text: Path, mod
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_head_of_a_recipe_says_how_to_run_it_on_what_and_what_to_expect(path: Path) -> None:
+def test_the_head_of_a_recipe_has_a_command_and_the_hardware(path: Path) -> None:
     head = path.read_text().split("version:")[0]
     commands = re.findall(r"^#   accelerate launch (.*)$", head, re.MULTILINE)
     assert len(commands) == 1 and commands[0].endswith(f"recipes/finetune.py recipes/configs/{path.name}")
     launcher = re.search(r"--config_file (\S+)", commands[0])
-    assert launcher is None or (Path(models.__file__).parents[1] / launcher[1]).is_file()
+    assert launcher is None or (ROOT / launcher[1]).is_file()
     assert "# Hardware: " in head and "@" not in head.replace("pip install", "")
     assert max(map(len, path.read_text().splitlines())) <= 130

@@ -1,60 +1,6 @@
-"""Check that patching works with the versions of PyTorch and Transformers that are installed here."""
+"""Check that patching works with the installed versions of PyTorch and Transformers."""
 
-from __future__ import annotations
-
-import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from ..subject import quiet
-from .checks import check_built, check_case
-from .models import built_in_cases, given_case
-from .result import Check, SelfTest, installed_versions
+from .result import Check, SelfTest
+from .run import selftest
 
 __all__ = ["Check", "SelfTest", "selftest"]
-
-
-def selftest(
-    model: str | Path | None = None, *, dtype: str = "float32", device: str | None = None, built_in: bool = True
-) -> SelfTest:
-    """Run one scheme of each mechanism and compare what must be equal: with and without a patch, a cache, padding.
-
-    The checks run on the demo model and on a small random BLOOM and GPT-NeoX. They take less than a minute and need no
-    network. Run them after an upgrade of Transformers.
-
-    Args:
-        model: a folder or a hub name to check as well. Schemes that its family refuses are skipped by name.
-        dtype: the dtype that `model` is loaded in. Half precision rounds, so its tolerance is wider.
-        device: where `model` runs; None is a GPU if there is one.
-        built_in: False checks `model` alone.
-
-    Returns:
-        The result of each check. A check that raises an exception counts as failed.
-
-    Raises:
-        OptionError: `dtype` does not exist.
-        CheckpointError: `model` cannot be read.
-    """
-    started = time.perf_counter()
-    checks: list[Check] = []
-    with quiet(), _without_warnings():
-        given = given_case(model, dtype, device)
-        for name, build in built_in_cases().items() if built_in else ():
-            checks += check_built(name, build)
-        for load in given:
-            checks += check_case(load())
-    return SelfTest(installed_versions(), checks, time.perf_counter() - started)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence the warning that a scheme must be trained first: what the models write is compared, not read."""
-    logger = logging.getLogger("pe_patch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What must be equal under every scheme, measured."""
+"""Check equalities that must hold under every scheme."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from .result import Check
 GENERATED = 14
 """Tokens of the greedy text."""
 CHUNKS = (44, 6, 7, 5, 12)
-"""Tokens of each pass when the cache is read in chunks."""
+"""Tokens of each pass when the sequence is read in chunks."""
 CHANGE = TOKENS // 2
-"""The window of the scheme that follows the length. Beyond it all that is read here has one scaling, so that a cache
-must give what one pass gives."""
+"""The window of the length-dependent scheme. All lengths read beyond it have the same scaling, so a cache must give the
+result of one pass."""
 SAVED_AT_MOST = 2 * 2**30
-"""Bytes of weights above which a model is not saved and loaded again."""
+"""The largest size of weights, in bytes, that the check saves and loads."""
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A way in which positions reach a model, and a scheme that uses it."""
+    """A way to put positions into a model, with a scheme that uses it."""
 
     name: str
     scheme: str
     options: dict[str, Any] = field(default_factory=dict)
     reads_text: bool = False
-    """The scheme is calibrated on text."""
+    """True if the scheme needs calibration text."""
 
     @property
     def changes(self) -> bool:
-        """Return whether the scheme changes when the sequence grows beyond `CHANGE`."""
+        """True if the scheme changes when the sequence grows beyond `CHANGE`."""
         return self.options.get("factor") == "auto"
 
     @property
     def label(self) -> str:
-        """Return the scheme, with what makes it follow the length."""
+        """The name of the scheme, with the option that makes it follow the length."""
         return f"{self.scheme}, factor auto" if self.changes else self.scheme
 
 
@@ -74,7 +74,7 @@ def check_built(name: str, build: Callable[[], Case]) -> list[Check]:
     try:
         case = build()
     except Exception as error:
-        return [Check(name, NATIVE.name, NATIVE.label, "the model can be built", "failed", message=_said(error))]
+        return [Check(name, NATIVE.name, NATIVE.label, "the model can be built", "failed", message=_one_line(error))]
     return check_case(case)
 
 
@@ -89,14 +89,14 @@ def check_case(case: Case) -> list[Check]:
     for mechanism in MECHANISMS:
         checks += _under(case, mechanism, before)
         if find_patch(case.model) is not None:
-            reason = "the patch before it could not be removed"
+            reason = "the previous patch could not be removed"
             rest = MECHANISMS[MECHANISMS.index(mechanism) + 1 :]
             return checks + [_skipped(case, other, "all checks", reason) for other in rest]
     return checks
 
 
 def _under(case: Case, mechanism: Mechanism, before: Tensor) -> Iterator[Check]:
-    """Patch, check, undo, and compare with the model as it was."""
+    """Patch the model, run the checks, remove the patch, and compare with the unpatched model."""
     if mechanism.scheme in case.refuses:
         yield _skipped(case, mechanism, "all checks", "not defined for this family")
         return
@@ -105,7 +105,7 @@ def _under(case: Case, mechanism: Mechanism, before: Tensor) -> Iterator[Check]:
     except Exception as error:
         refused = isinstance(error, PePatchError) and not isinstance(error, NoEffectError)
         if refused and case.may_refuse:
-            yield _skipped(case, mechanism, "all checks", _said(error))
+            yield _skipped(case, mechanism, "all checks", _one_line(error))
         else:
             yield _failed(case, mechanism, "patch_model", error)
         return
@@ -127,7 +127,7 @@ def _patch(case: Case, mechanism: Mechanism) -> None:
     patch_model(case.model, mechanism.scheme, on_existing="replace", **options)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in case.model.named_parameters():
-        if "position_schemes.scheme" in name:  # learned, and at first mostly zero: nothing would depend on it
+        if "position_schemes.scheme" in name:  # initially mostly zero, so the outputs would not depend on it
             values = torch.randn(parameter.shape, generator=generator)
             parameter.data = values.to(parameter.device, parameter.dtype)
 
@@ -139,15 +139,15 @@ def _run(case: Case, mechanism: Mechanism, comparisons: dict[str, Compare]) -> I
 
 
 def _measured(case: Case, mechanism: Mechanism, name: str, compare: Compare, tolerance: float) -> Check:
-    """Run one comparison; an exception is a failure with its message."""
+    """Run one comparison; an exception counts as a failure."""
     try:
-        found = compare(case)
+        measured = compare(case)
     except NotChecked as reason:
         return _skipped(case, mechanism, name, str(reason))
     except Exception as error:
         return _failed(case, mechanism, name, error)
-    status = "ok" if found.size <= tolerance else "failed"
-    return Check(case.name, mechanism.name, mechanism.label, name, status, found.size, tolerance, found.where)
+    status = "ok" if measured.size <= tolerance else "failed"
+    return Check(case.name, mechanism.name, mechanism.label, name, status, measured.size, tolerance, measured.where)
 
 
 class NotChecked(Exception):
@@ -158,82 +158,80 @@ class NotChecked(Exception):
 
 
 def token_by_token(case: Case) -> Difference:
-    """Compare a cache that grows by one token with a pass over the whole beginning, at every step."""
+    """Compare passes of one token over a cache with one pass over the same tokens, at every step."""
     sizes = [PROMPT, *[1] * (TOKENS - PROMPT)]
     return _against_whole(case, sizes)
 
 
 def in_chunks(case: Case) -> Difference:
-    """The same with several tokens in each pass."""
+    """Compare passes of several tokens over a cache with one pass over the same tokens."""
     return _against_whole(case, list(CHUNKS))
 
 
 def across_a_change(case: Case) -> Difference:
-    """Let a cache grow beyond the length at which the scheme changes, one token at a time and in two passes."""
+    """Compare passes of one token with passes of several while a cache grows beyond `CHANGE`."""
     start = CHANGE - 7
     one_by_one = cached_logits(case.model, case.ids, [start, *[1] * (TOKENS - start)])
     chunks = cached_logits(case.model, case.ids, [start, 12, TOKENS - start - 12])
-    return largest(difference(found, one_by_one[end], f"at token {end} of {TOKENS}") for end, found in chunks.items())
+    return largest(difference(last, one_by_one[end], f"at token {end} of {TOKENS}") for end, last in chunks.items())
 
 
 def _against_whole(case: Case, sizes: list[int]) -> Difference:
-    found = cached_logits(case.model, case.ids, sizes)
-    expected = last_logits(case.model, case.ids, found)
-    return largest(difference(found[end], expected[end], f"at token {end} of {TOKENS}") for end in found)
+    cached = cached_logits(case.model, case.ids, sizes)
+    expected = last_logits(case.model, case.ids, cached)
+    return largest(difference(cached[end], expected[end], f"at token {end} of {TOKENS}") for end in cached)
 
 
 def greedy_text(case: Case) -> Difference:
-    """Compare the text that `generate` writes with and without a cache, by the logits each token is chosen from.
+    """Compare the logits of the tokens that `generate` writes with and without a cache.
 
-    The tokens must be the same, unless two of them have logits so near each other that rounding decides.
+    Two logits may be so close that rounding decides between them, so the comparison ends at the first token that
+    differs.
     """
     prompt = case.ids[:, :PROMPT]
-    with_cache, found = greedy(case.model, prompt, GENERATED, use_cache=True)
+    with_cache, cached = greedy(case.model, prompt, GENERATED, use_cache=True)
     without, expected = greedy(case.model, prompt, GENERATED, use_cache=False)
-    same = next((n for n in range(GENERATED) if with_cache[n] != without[n]), GENERATED - 1)
-    texts = (
-        "" if with_cache == without else f" ({_shown(case, with_cache)} with a cache, {_shown(case, without)} without)"
-    )
-    each = (difference(found[n], expected[n], f"at generated token {n + 1}{texts}") for n in range(same + 1))
-    return largest(each)
+    last = next((n for n in range(GENERATED) if with_cache[n] != without[n]), GENERATED - 1)
+    texts = ""
+    if with_cache != without:
+        texts = f" ({_format_tokens(case, with_cache)} with a cache, {_format_tokens(case, without)} without)"
+    return largest(difference(cached[n], expected[n], f"at generated token {n + 1}{texts}") for n in range(last + 1))
 
 
-def _shown(case: Case, tokens: list[int]) -> str:
+def _format_tokens(case: Case, tokens: list[int]) -> str:
     return str(tokens) if case.tokenizer is None else repr(case.tokenizer.decode(tokens))
 
 
 def padded(case: Case) -> Difference:
-    """Compare each row of a batch that is padded on the left with the row alone: one pass, and a cache that grows."""
-    ids, mask, places = case.padded
-    places = None if find_patch(case.model) is not None else places
-    rows = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
-    together = logits(case.model, ids, mask, places)
-    parts = [
-        difference(together[index : index + 1, -row.shape[1] :], logits(case.model, row), f"in row {index} of one pass")
+    """Compare each row of a left-padded batch with the row alone, in one pass and with a cache."""
+    ids, mask, position_ids = case.padded
+    position_ids = None if find_patch(case.model) is not None else position_ids
+    rows = [row[is_token.bool()][None] for row, is_token in zip(ids, mask, strict=True)]
+    batched = logits(case.model, ids, mask, position_ids)
+    differences = [
+        difference(batched[index : index + 1, -row.shape[1] :], logits(case.model, row), f"in row {index} of one pass")
         for index, row in enumerate(rows)
     ]
-    grown = cached_logits(case.model, ids, [TOKENS - 6, *[1] * 6], mask, places)
+    cached = cached_logits(case.model, ids, [TOKENS - 6, *[1] * 6], mask, position_ids)
     for index, row in enumerate(rows):
-        empty = TOKENS - row.shape[1]
-        alone = last_logits(case.model, row, [end - empty for end in grown])
-        parts += [
-            difference(found[index : index + 1], alone[end - empty], f"in row {index}, with a cache, at token {end}")
-            for end, found in grown.items()
+        padding = TOKENS - row.shape[1]
+        alone = last_logits(case.model, row, [end - padding for end in cached])
+        differences += [
+            difference(last[index : index + 1], alone[end - padding], f"in row {index}, with a cache, at token {end}")
+            for end, last in cached.items()
         ]
-    return largest(parts)
+    return largest(differences)
 
 
 def saved_and_loaded(case: Case) -> Difference:
     """Save the patched model, load it with `load_patched`, and compare the logits bit for bit."""
     size = sum(weight.numel() * weight.element_size() for weight in case.model.state_dict().values())
     if size > SAVED_AT_MOST:
-        raise NotChecked(f"{size / 1e9:.1f} GB of weights are not written to a temporary folder")
+        raise NotChecked(f"its {size / 1e9:.1f} GB of weights are too large for a temporary folder")
     with tempfile.TemporaryDirectory(prefix="pe-patch-selftest-") as folder:
         free = shutil.disk_usage(folder).free
         if free < 2 * size:
-            raise NotChecked(
-                f"the temporary folder has {free / 1e6:.0f} MB free, and the weights take {size / 1e6:.0f}"
-            )
+            raise NotChecked(f"the temporary folder has {free / 1e6:.0f} MB free; the weights take {size / 1e6:.0f} MB")
         case.model.save_pretrained(Path(folder) / "model")
         loaded: Any = load_patched(Path(folder) / "model", dtype=case.model.dtype)
         loaded = loaded.to(case.model.device).eval()
@@ -246,22 +244,22 @@ PATCHED: dict[str, Compare] = {
     "greedy text, cache = no cache": greedy_text,
     "padded batch = rows alone": padded,
 }
-"""What holds with and without a patch."""
+"""The comparisons with and without a patch."""
 
 
 def _identity(case: Case) -> Check:
-    """Patch in the scheme that the family has anyway, and compare with the model without a patch.
+    """Patch in the family's native scheme and compare with the unpatched model.
 
-    A rotation is the same bit for bit. BLOOM's bias is added elsewhere in the sum, which rounds otherwise.
+    A rotation is equal bit for bit. A patch adds BLOOM's bias at another place in the sum, which rounds differently.
     """
     mechanism = Mechanism("identity", "native")
     name = "native scheme = no patch"
-    ids, mask, places = case.padded
+    ids, mask, position_ids = case.padded
     sizes = [PROMPT, *[1] * (TOKENS - PROMPT)]
 
     def read() -> list[Tensor]:
-        real = logits(case.model, ids, mask, places)[mask.bool()]
-        return [logits(case.model, case.ids), real, *cached_logits(case.model, case.ids, sizes).values()]
+        padded_logits = logits(case.model, ids, mask, position_ids)[mask.bool()]
+        return [logits(case.model, case.ids), padded_logits, *cached_logits(case.model, case.ids, sizes).values()]
 
     try:
         scheme = _native_scheme(case.model)
@@ -272,7 +270,7 @@ def _identity(case: Case) -> Check:
         return _skipped(case, mechanism, name, str(reason))
     except Exception as error:
         if case.may_refuse and isinstance(error, PePatchError):
-            return _skipped(case, mechanism, name, _said(error))
+            return _skipped(case, mechanism, name, _one_line(error))
         return _failed(case, mechanism, name, error)
 
     def compare(case: Case) -> Difference:
@@ -293,14 +291,14 @@ def _identity(case: Case) -> Check:
 
 
 def _native_scheme(model: Any) -> str | dict[str, Any]:
-    """Return the scheme under which a patch changes nothing: that of the family, or the scaling that the config has."""
+    """Return the scheme with which a patch changes nothing: the scaling of the config, or the family's scheme."""
     config = model.config.get_text_config()
     adapter = ADAPTERS.get(config.model_type)
     if adapter is None:
-        raise UnsupportedError(f"{config.model_type!r} is no supported family.")
+        raise UnsupportedError(f"{config.model_type!r} is not a supported family.")
     parameters = native_parameters(config) if adapter.rotary is not None else {}
     if any(isinstance(value, dict) for value in parameters.values()):
-        raise NotChecked("its layers rotate by type, and one scheme is not all of them")
+        raise NotChecked("its layer types rotate differently, so no single scheme is native")
     return dict(parameters) if parameters.get("rope_type", "default") != "default" else adapter.native
 
 
@@ -308,14 +306,14 @@ def _native_scheme(model: Any) -> str | dict[str, Any]:
 
 
 def _failed(case: Case, mechanism: Mechanism, name: str, error: Exception) -> Check:
-    return Check(case.name, mechanism.name, mechanism.label, name, "failed", message=_said(error))
+    return Check(case.name, mechanism.name, mechanism.label, name, "failed", message=_one_line(error))
 
 
 def _skipped(case: Case, mechanism: Mechanism, name: str, reason: str) -> Check:
     return Check(case.name, mechanism.name, mechanism.label, name, "skipped", message=reason)
 
 
-def _said(error: Exception) -> str:
-    """Return an exception in one line."""
+def _one_line(error: Exception) -> str:
+    """Return an exception as one line of text."""
     text = " ".join(str(error).split())[:300].rstrip(".")
     return text if isinstance(error, PePatchError) else f"{type(error).__name__}: {text}"

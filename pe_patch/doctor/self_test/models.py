@@ -1,4 +1,4 @@
-"""The models that the self-test runs on, and what they read."""
+"""The models of the self-test and their input."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 74
 """Tokens of the sequence that the checks read."""
 PROMPT = 58
-"""Tokens that are read before the cache is read one token at a time."""
+"""Tokens read in the first pass, before the passes of one token."""
 TOLERANCE = 1e-4
-"""Relative difference that rounding explains in float32, for models of a few layers."""
-GIVEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-"""The same for a model of any depth, by its dtype."""
+"""The relative difference due to rounding in float32, for models of a few layers."""
+USER_MODEL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""The same for a model of any depth, by dtype."""
 
 TEXT = '''def parse(lines, separator=":"):
     """Return the pairs of a list of lines, in the order in which they stand."""
@@ -51,17 +51,20 @@ class Case:
     """`[1, TOKENS]`."""
     tolerance: float
     may_refuse: bool
-    """A scheme that the family refuses is skipped; elsewhere a refusal is a failure."""
+    """True to skip a scheme that the family refuses; False to count a refusal as a failure."""
     refuses: frozenset[str] = field(default_factory=frozenset)
-    """Schemes that this family is known to refuse."""
+    """Schemes that this family always refuses."""
     tokenizer: Any = None
     counts_padding: bool = False
-    """The unpatched model counts padding as positions unless it is given position ids: those with learned positions."""
+    """True if the unpatched model counts padding as positions without position ids, as learned positions do."""
 
     @property
     def padded(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A batch `[2, TOKENS]` of the last third of the sequence, padded on the left, and all of it; its mask; and
-        the position ids that the unpatched model needs, or None."""
+        """A batch of two rows, its mask and its position ids, each `[2, TOKENS]`.
+
+        The first row is the last third of the sequence, padded on the left; the second is the whole sequence. The
+        position ids are None unless the unpatched model needs them.
+        """
         empty = TOKENS - TOKENS // 3
         ids, mask = self.ids.repeat(2, 1), torch.ones(2, TOKENS, dtype=torch.long, device=self.ids.device)
         ids[0, :empty], mask[0, :empty] = 0, 0
@@ -69,28 +72,28 @@ class Case:
 
 
 def built_in_cases() -> dict[str, Callable[[], Case]]:
-    """Return what builds the demo model and a random model of two other families, by name."""
+    """Return functions that build the demo model and a random model of two other families, by name."""
     return {"demo": _demo, "random bloom": partial(_random, "bloom"), "random gpt_neox": partial(_random, "gpt_neox")}
 
 
 def given_case(model: str | Path | None, dtype: str, device: str | None) -> list[Callable[[], Case]]:
-    """Return what loads the user's model, or nothing if there is none."""
+    """Return the function that loads the user's model in a list, or an empty list if `model` is None."""
     if dtype not in DTYPES:
-        raise OptionError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}.{nearest(dtype, DTYPES)}")
+        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{nearest(dtype, DTYPES)}")
     return [] if model is None else [partial(_given, str(model), dtype, device)]
 
 
 def _demo() -> Case:
     folder = DEMO_MODEL
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"There is no demo model in {folder}: reinstall pe_patch.")
+        raise CheckpointError(f"There is no demo model in {folder}. Reinstall pe_patch.")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return Case("demo", model, _text_ids(tokenizer), TOLERANCE, may_refuse=False, tokenizer=tokenizer)
 
 
 def _random(family: str) -> Case:
-    """Build a seeded model of two layers whose weights are wide enough for positions to matter."""
+    """Build a seeded model of two layers, with weights large enough for positions to matter."""
     sizes: dict[str, Any] = {
         "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
@@ -103,7 +106,7 @@ def _random(family: str) -> Case:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
-    # Latent attention is made from a rotation, which BLOOM does not have.
+    # Latent attention needs a rotation, which BLOOM does not have.
     refuses = frozenset({"mla"}) if family == "bloom" else frozenset()
     return Case(f"random {family}", model, _random_ids(97), TOLERANCE, may_refuse=False, refuses=refuses)
 
@@ -112,7 +115,7 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     name = str(Path(name).expanduser()) if looks_local else name
     if looks_local and not Path(name).is_dir():
-        raise CheckpointError(f"There is no folder {name}; give the folder of a model or the name of one on the hub.")
+        raise CheckpointError(f"There is no folder {name}; give a model folder or a hub name.")
     load = load_patched if FOREIGN in read_config(name) else AutoModelForCausalLM.from_pretrained
     model: Any = load(name, dtype=getattr(torch, dtype))
     if find_patch(model) is not None:
@@ -125,9 +128,9 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         ids = _text_ids(tokenizer)
-    except (OSError, ValueError):  # a model without a tokenizer beside it reads random tokens
+    except (OSError, ValueError):  # without a tokenizer, the model reads random tokens
         tokenizer, ids = None, _random_ids(text_config.vocab_size)
-    tolerance = GIVEN_TOLERANCE[dtype]
+    tolerance = USER_MODEL_TOLERANCE[dtype]
     learned = adapter is not None and adapter.learned is not None
     return Case(
         name, model, ids.to(model.device), tolerance, may_refuse=True, tokenizer=tokenizer, counts_padding=learned
@@ -137,7 +140,7 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
 def _text_ids(tokenizer: Any) -> Tensor:
     ids: list[int] = tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
-        raise ValueError("the tokenizer makes no tokens of the text")
+        raise ValueError("the tokenizer returns no tokens for the text")
     return torch.tensor([(ids * (TOKENS // len(ids) + 1))[:TOKENS]])
 
 

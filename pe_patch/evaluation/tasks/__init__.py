@@ -1,4 +1,4 @@
-"""The tasks by name, and the groups of them."""
+"""List the evaluation tasks by name, and the groups of tasks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ __all__ = ["GROUPS", "TASKS", "Needle", "Passkey", "Task", "find_task", "find_ta
 
 
 class Task(Protocol):
-    """What `evaluate` asks of a task: a name, a clause, and the pieces of work of one length.
-
-    `retrieves` says that a score shows whether the text was read. Options are the fields of its dataclass.
-    """
+    """The interface of a task: a dataclass whose fields are its options."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    """One clause for lists of tasks."""
     paper: ClassVar[str]
     retrieves: ClassVar[bool]
+    """True if a good score requires the model to read the text."""
 
-    def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]: ...
+    def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
+        """Yield the pieces of work for one length in tokens."""
+        ...
 
 
 TASKS: Mapping[str, type[Task]] = {
@@ -49,41 +50,47 @@ GROUPS: Mapping[str, Sequence[str]] = {
     **longbench.GROUPS,
     **infinitebench.GROUPS,
 }
-"""Several tasks by one name."""
+"""Groups of tasks, which `find_tasks` takes like a task name."""
 
 
 def find_task(task: str | Task, options: Mapping[str, Any] | None = None) -> Task:
-    """A task by name with the options that it takes, or the instance given; an unknown name raises with the nearest."""
-    (found,) = find_tasks([task], options)
-    return found
+    """Return a task by name with its options, or the given instance; see `find_tasks`."""
+    (result,) = find_tasks([task], options)
+    return result
 
 
 def find_tasks(tasks: Sequence[str | Task], options: Mapping[str, Any] | None = None) -> list[Task]:
-    """The tasks of a list of names, group names and instances.
+    """Return the tasks for a list of names, group names and instances.
 
-    `options` go to every task named that takes them; one that none takes raises `OptionError`.
+    Args:
+        tasks: names of tasks or groups, and instances, which are returned as they are.
+        options: options by name; each named task takes those that it has.
+
+    Raises:
+        UnknownNameError: if a name is neither a task nor a group.
+        OptionError: if no task takes one of the options.
     """
-    found: list[Task] = []
+    selected: list[Task] = []
     unused = dict(options or {})
     for task in tasks:
         if not isinstance(task, str):
-            found.append(task)
+            selected.append(task)
             continue
         if task not in TASKS and task not in GROUPS:
             raise unknown("task", task, [*TASKS, *GROUPS])
         for name in GROUPS.get(task, (task,)):
             taken = {key: value for key, value in (options or {}).items() if key in option_names(TASKS[name])}
             unused = {key: value for key, value in unused.items() if key not in taken}
-            found.append(TASKS[name](**taken))
+            selected.append(TASKS[name](**taken))
     if unused:
-        known = sorted({name for task in found for name in option_names(type(task))})
-        stray = next(iter(unused))
+        known = sorted({name for task in selected for name in option_names(type(task))})
+        option = next(iter(unused))
         raise OptionError(
-            f"None of the tasks takes the option {stray!r}.{nearest(stray, known)} They take: {', '.join(known)}."
+            f"None of the tasks takes the option {option!r}.{nearest(option, known)} They take: {', '.join(known)}."
         )
-    return found
+    return selected
 
 
 def option_names(task: type[Any]) -> list[str]:
-    """The options of a task."""
+    """Return the names of a task's options."""
     return [entry.name for entry in fields(task)]

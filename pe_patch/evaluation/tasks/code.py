@@ -1,4 +1,4 @@
-"""Questions about real source code: how a function that is defined somewhere in it is written."""
+"""Ask for the parameters of a function in real source code."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from .code_blocks import Block, Code, read_code
 from .filling import text_size
 
 ASKED_TOKENS = 320
-"""The longest function that is asked for: it must fit the least length too."""
+"""The largest size of a function in tokens, so that it fits the smallest length."""
 CLOSE = 12
-"""Tokens left over that no further statement is looked for."""
+"""Tokens left over below which no further statement is tried."""
 SPARE = 4
-"""Tokens that an answer may take beside the right one."""
+"""Tokens that an answer may have beyond the right one."""
 GAP = "\n\n"
 
 
 @dataclass(frozen=True)
 class CodeParameters(QuestionTask):
-    """The parameters of a function, to be written as they stand in its definition.
+    """A task that asks for the exact parameters in a function's definition.
 
-    The text is whole top-level statements of real Python files, in their order, from a random place on. The function,
-    from another file, stands at the depth. Its name is defined once in all of the text, and its parameters, in their
-    brackets, are written nowhere else. Where the text has fewer of them than are asked for, they come again in other
-    surroundings, and rows tell how many different ones there were. A model may know a library by heart: the score
-    without the text tells.
+    The text consists of whole top-level statements of real Python files, in order, from a random place on. The
+    function, from another file, is at the depth. Its name is defined only once, and its parameters, in parentheses,
+    occur nowhere else. If the text has fewer such functions than samples, they repeat in other surroundings, and the
+    row states the number of different functions. A model may have memorized a library; the score without the text
+    measures that.
     """
 
     name: ClassVar[str] = "code_parameters"
-    summary: ClassVar[str] = "the parameters of a function in real Python files are asked for"
+    summary: ClassVar[str] = "retrieve the parameters of a function in real Python files"
     paper: ClassVar[str] = "Kamradt 2023, https://github.com/gkamradt/LLMTest_NeedleInAHaystack (the idea, on code)"
     by_depth: ClassVar[bool] = True
     same_at_every_length: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class CodeParameters(QuestionTask):
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        """The functions, and where the text around them starts, do not depend on the length."""
+        """Return questions whose functions and starting places do not depend on the length."""
         code = read_code(tuple(context.corpus.texts))
         seeds = [context.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6)]
         rng = np.random.default_rng(seeds)
@@ -60,23 +60,23 @@ class CodeParameters(QuestionTask):
         ]
 
     def _functions(self, context: EvaluationContext, code: Code, rng: np.random.Generator) -> list[Block]:
-        """Different functions, as many as there are samples if the text has them."""
+        """Return different functions, up to one per sample."""
         candidates = [block for block in code.blocks if block.parameters]
-        found: list[Block] = []
+        functions: list[Block] = []
         for index in rng.permutation(len(candidates)):
             block = candidates[index]
-            if len(found) < context.samples_per_depth and context.count(block.text) <= ASKED_TOKENS:
-                found += [block] if code.says_once(block) else []
-        if not found:
+            if len(functions) < context.samples_per_depth and context.count(block.text) <= ASKED_TOKENS:
+                functions += [block] if code.has_unique_parameters(block) else []
+        if not functions:
             raise PePatchError(
-                f"The text ({context.corpus.name}) has no function in Python that can be asked for. Give source code: "
-                "text='stdlib', or a folder of .py files."
+                f"The text ({context.corpus.name}) has no function in Python that a question can ask for. Give source "
+                "code: text='stdlib', or a folder of .py files."
             )
-        return found
+        return functions
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1 where the answer begins with the parameters and the bracket that closes them, white space apart."""
-        return float(_tight(prediction).startswith(_tight(references[0]) + ")"))
+        """Return 1 if the answer begins with the parameters and a closing parenthesis, ignoring white space, else 0."""
+        return float(_without_space(prediction).startswith(_without_space(references[0]) + ")"))
 
     def measure(self) -> str:
         return "share of exact parameters"
@@ -84,7 +84,8 @@ class CodeParameters(QuestionTask):
     def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         return (
             f"{len(questions)} functions at each depth, among whole statements of Python files of "
-            f"{context.corpus.name}; greedy answer begins with the right parameters"
+            f"{context.corpus.name}; "
+            "greedy answer begins with the right parameters"
         )
 
     def stamps(self, context: EvaluationContext) -> dict[str, Any]:
@@ -98,16 +99,16 @@ def _question(
     lead = f"def {asked.name}("
     budget = context.count(asked.parameters + "):") + SPARE
     room = length - budget + 1
-    least = text_size(context, _prompt([asked], asked.name), lead)
-    if least > room:
+    minimum = text_size(context, _prompt([asked], asked.name), lead)
+    if minimum > room:
         raise PePatchError(
-            f"A question about {asked.name!r} takes {least} tokens without any text around it, and there is room for "
+            f"A question about {asked.name!r} takes {minimum} tokens without any text around it, and there is room for "
             f"{room} beside its answer. Ask for a greater length."
         )
-    before, after = _around(context, code, asked, room - least, depth, start)
+    before, after = _surrounding_code(context, code, asked, room - minimum, depth, start)
     while (excess := text_size(context, _prompt([*before, asked, *after], asked.name), lead) - room) > 0:
-        lost = least_loss(context, [*before, *after], excess)
-        (before if lost in before else after).remove(lost)
+        dropped = block_to_drop(context, [*before, *after], excess)
+        (before if dropped in before else after).remove(dropped)
     sizes = [sum(block_size(context, block) for block in side) for side in (before, after)]
     return Question(
         prompt=context.prompt(_prompt([*before, asked, *after], asked.name), lead),
@@ -118,24 +119,33 @@ def _question(
     )
 
 
-def _around(
+def _surrounding_code(
     context: EvaluationContext, code: Code, asked: Block, room: int, depth: float, start: float
 ) -> tuple[list[Block], list[Block]]:
-    """Statements of other files that fill the room before and after the function, from a place on in their order."""
+    """Return statements of other files that fill the room before and after the function.
+
+    Args:
+        context: the evaluation.
+        code: all statements.
+        asked: the function of the question.
+        room: the tokens to fill.
+        depth: the share of the room before the function.
+        start: the place of the first statement, from 0 to 1; the order wraps around.
+    """
     first = int(start * len(code.blocks))
     others = iter([block for block in [*code.blocks[first:], *code.blocks[:first]] if block.document != asked.document])
     before, left = fill(context, others, round(depth * room))
     after, left = fill(context, others, room - sum(block_size(context, block) for block in before))
     if left > max(2 * CLOSE, room // 20):
         raise PePatchError(
-            f"The text ({context.corpus.name}) has too little Python code: {left} of {room} tokens stay empty. "
+            f"The text ({context.corpus.name}) has too little Python code: {left} of {room} tokens remain empty. "
             "Give more source code."
         )
     return before, after
 
 
 def fill(context: EvaluationContext, blocks: Iterator[Block], room: int) -> tuple[list[Block], int]:
-    """The next statements that fit, those that do not being passed over, and the tokens that are left."""
+    """Return the next statements that fit, skipping those that do not, and the number of tokens left."""
     chosen: list[Block] = []
     while room >= CLOSE and (block := next(blocks, None)) is not None:
         size = block_size(context, block)
@@ -145,17 +155,17 @@ def fill(context: EvaluationContext, blocks: Iterator[Block], room: int) -> tupl
     return chosen, room
 
 
-def least_loss(context: EvaluationContext, blocks: Sequence[Block], excess: int) -> Block:
-    """The statement to leave out where they are too long together: joined, some take a token more than by themselves.
+def block_to_drop(context: EvaluationContext, blocks: Sequence[Block], excess: int) -> Block:
+    """Return the smallest statement with at least `excess` tokens, or else the largest one.
 
-    It is the smallest that makes up for the excess, or else the greatest.
+    Joined statements may take more tokens than the sum of their sizes, so one may have to be dropped.
     """
     by_size = sorted(blocks, key=partial(block_size, context))
     return next((block for block in by_size if block_size(context, block) >= excess), by_size[-1])
 
 
 def block_size(context: EvaluationContext, block: Block) -> int:
-    """Tokens of a statement and the empty line after it."""
+    """Return the tokens of a statement and the empty line after it."""
     return context.count(block.text + GAP)
 
 
@@ -167,7 +177,7 @@ def _prompt(blocks: Sequence[Block], name: str) -> str:
     )
 
 
-def _tight(text: str) -> str:
+def _without_space(text: str) -> str:
     return "".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Python source as whole top-level statements, and the functions in it that can be asked for."""
+"""Split Python source into top-level statements, and find the functions that a question can ask for."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from functools import lru_cache
 
 SHORTEST_PARAMETERS = 12
 LONGEST_PARAMETERS = 160
-"""Characters of a parameter list: fewer could be guessed, more would take a long answer."""
+"""Characters of a parameter list: a shorter list could be guessed, a longer one needs a long answer."""
 
 PARAGRAPH = (40, 400)
-"""Characters of a paragraph of documentation."""
+"""The shortest and the longest paragraph of documentation, in characters."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One top-level statement with the comments before it, as it stands in document number `document`.
-
-    `parameters` is what stands between the brackets of a function's definition, None for anything that cannot be asked
-    for: a name that is defined elsewhere too, parameters on several lines or too few or many to be a good answer.
-    """
+    """One top-level statement with the comments before it."""
 
     text: str
     document: int
+    """The number of the document."""
     name: str = ""
+    """The name of a function that is defined once in all documents; otherwise empty."""
     parameters: str | None = None
+    """The text between the parentheses of the function's definition. None if it spans several lines or has an
+    unsuitable length, or without `name`."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """The blocks of several documents in order, and all of it as one text."""
+    """The blocks of several documents in order, and the documents joined into one text."""
 
     blocks: tuple[Block, ...]
     text: str
 
-    def says_once(self, block: Block) -> bool:
-        """Whether a function's parameters, in their brackets, are written nowhere but in its definition."""
+    def has_unique_parameters(self, block: Block) -> bool:
+        """Return whether a function's parameters, in parentheses, occur only in its definition."""
         return block.parameters is not None and self.text.count(f"({block.parameters})") == 1
 
 
 @lru_cache(maxsize=2)
 def read_code(texts: tuple[str, ...]) -> Code:
-    """The code in documents; those that are not Python are left out."""
+    """Return the code in the documents; skip those that are not Python."""
     parsed = [(number, text.replace("\r\n", "\n"), _parse(text)) for number, text in enumerate(texts)]
     kept = [(number, text, tree) for number, text, tree in parsed if tree is not None]
     defined = Counter(node.name for _, _, tree in kept for node in ast.walk(tree) if isinstance(node, _DEFINITIONS))
@@ -57,15 +57,15 @@ def read_code(texts: tuple[str, ...]) -> Code:
 
 @lru_cache(maxsize=2)
 def read_paragraphs(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """The first paragraphs of docstrings, each on one line and none twice, of a length that is worth comparing."""
+    """Return the first paragraphs of docstrings, each on one line and once, if their length is within `PARAGRAPH`."""
     trees = [tree for tree in map(_parse, texts) if tree is not None]
-    found = [
+    paragraphs = [
         " ".join(text.split("\n\n")[0].split())
         for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, (ast.Module, *_DEFINITIONS)) and (text := ast.get_docstring(node))
     ]
-    return tuple(dict.fromkeys(text for text in found if PARAGRAPH[0] <= len(text) <= PARAGRAPH[1]))
+    return tuple(dict.fromkeys(text for text in paragraphs if PARAGRAPH[0] <= len(text) <= PARAGRAPH[1]))
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -74,14 +74,14 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 def _parse(text: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in the documents' strings
             return ast.parse(text)
     except (SyntaxError, ValueError):
         return None
 
 
 def _blocks(number: int, text: str, tree: ast.Module, defined: Counter[str]) -> Iterator[Block]:
-    lines = text.split("\n")  # as the parser counts them; splitlines() also splits at form feeds
+    lines = text.split("\n")  # the parser's lines; splitlines() also splits at form feeds
     start = 0
     for node in tree.body:
         end = node.end_lineno or start
@@ -94,21 +94,21 @@ def _blocks(number: int, text: str, tree: ast.Module, defined: Counter[str]) -> 
 
 
 def _parameters(source: str, name: str) -> str | None:
-    """What is written between the brackets of `def name(...)`, if it is one line of a fitting length."""
-    words = [
+    """Return the text between the parentheses of `def name(...)` if it is one line of suitable length, else None."""
+    tokens = [
         token
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type in (tokenize.NAME, tokenize.OP)
     ]
-    strings = [word.string for word in words]
-    at = next((i for i in range(len(words)) if strings[i : i + 3] == ["def", name, "("]), None)
-    if at is None:
-        return None  # as in `def name[T](...)`
+    strings = [token.string for token in tokens]
+    start = next((i for i in range(len(tokens)) if strings[i : i + 3] == ["def", name, "("]), None)
+    if start is None:
+        return None  # for example `def name[T](...)`
     depth = 0
-    for word in words[at + 2 :]:
-        depth += (word.string in "([{") - (word.string in ")]}")
+    for token in tokens[start + 2 :]:
+        depth += (token.string in "([{") - (token.string in ")]}")
         if depth == 0:
-            first, last = words[at + 2].end, word.start
+            first, last = tokens[start + 2].end, token.start
             text = source.split("\n")[first[0] - 1][first[1] : last[1]] if first[0] == last[0] else ""
             return text if SHORTEST_PARAMETERS <= len(text) <= LONGEST_PARAMETERS else None
     return None

@@ -1,4 +1,4 @@
-"""Tasks whose texts are made of as many whole units as fit."""
+"""Fill the length with as many whole units of generated text as fit."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ import numpy as np
 from ..context import EvaluationContext
 from ..question import Question
 from ..question_task import QuestionTask
-from .filling import most, text_size
+from .filling import largest_fit, text_size
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One question: `text(units)` is its prompt, `bare` that with nothing to read, `answer(units)` the right answer,
-    and `widest` an answer that takes as many tokens as any."""
+class GeneratedQuestion:
+    """A question whose text has any number of units."""
 
     text: Callable[[int], str]
+    """Returns the prompt with this number of units."""
     bare: str
+    """The prompt without any units."""
     lead: str
+    """The beginning of the answer, which follows the prompt."""
     answer: Callable[[int], str]
+    """Returns the right answer for this number of units."""
     widest: str
+    """An answer with the largest possible number of tokens."""
 
 
 @dataclass(frozen=True)
-class Generated(QuestionTask):
-    """As many whole units of text as fit beside the question and its answer."""
+class GeneratedTask(QuestionTask):
+    """A task whose prompts have as many whole units of text as fit beside the question and its answer."""
 
-    least: ClassVar[int] = 1
-    """The fewest units that a question can be asked about."""
-    spare: ClassVar[int] = 2
-    """Tokens that an answer may take beside the right one."""
+    min_units: ClassVar[int] = 1
+    """The smallest number of units that a question needs."""
+    spare_tokens: ClassVar[int] = 2
+    """Tokens that an answer may have beyond the widest right one."""
 
-    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
-        """The facts of one question."""
+    def draw_question(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> GeneratedQuestion:
+        """Draw the facts of one question."""
         raise NotImplementedError
 
     def questions(
@@ -48,10 +52,10 @@ class Generated(QuestionTask):
 
     def _question(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> Question:
         seeds = [context.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6), number]
-        drawn = self.drawn(context, np.random.default_rng(seeds), depth or 0.0)
-        budget = context.count(" " + drawn.widest) + self.spare
+        drawn = self.draw_question(context, np.random.default_rng(seeds), depth or 0.0)
+        budget = context.count(" " + drawn.widest) + self.spare_tokens
         size: Callable[[int], int] = lambda units: text_size(context, drawn.text(units), drawn.lead)  # noqa: E731
-        units = most(size, length - budget + 1, self.least, f"A question of {self.name!r}")
+        units = largest_fit(size, length - budget + 1, self.min_units, f"A question of {self.name!r}")
         return Question(
             prompt=context.prompt(drawn.text(units), drawn.lead),
             references=(drawn.answer(units),),

@@ -1,4 +1,4 @@
-"""A JSON object of random identifiers, one of which is asked for: nothing in it can be guessed."""
+"""Ask for one value of a JSON object of random identifiers, which cannot be guessed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from ..context import EvaluationContext
 from ..question import Question
 from ..question_task import QuestionTask
-from .filling import most, text_size
+from .filling import largest_fit, text_size
 
 SPARE = 4
-"""Tokens that an answer may take beside the value: a space, quotes."""
+"""Tokens that an answer may have beyond the value, for example a space or quotes."""
 LEAD = "Its value is"
 
 Pair = tuple[str, str]
@@ -25,13 +25,13 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class KeyValue(QuestionTask):
-    """One value of a JSON object with as many pairs of random UUIDs as fit.
+    """A task that asks for one value of a JSON object with as many pairs of random UUIDs as fit.
 
-    The pair that is asked for stands at the depth; the others fill the length, less than one pair of it being left.
+    The question is about the pair at the depth. The other pairs fill the length up to less than one pair.
     """
 
     name: ClassVar[str] = "key_value"
-    summary: ClassVar[str] = "one value of a JSON object of random identifiers is asked for"
+    summary: ClassVar[str] = "retrieve one value of a JSON object of random identifiers"
     paper: ClassVar[str] = "Liu et al. 2023, arXiv 2307.03172 (the idea; wording and generator are ours)"
     by_depth: ClassVar[bool] = True
     same_at_every_length: ClassVar[bool] = True
@@ -39,14 +39,14 @@ class KeyValue(QuestionTask):
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        """The pair that is asked for does not depend on the length; the others of a longer object start the same."""
+        """Return questions whose pair does not depend on the length; a longer object appends further pairs."""
         return [
             self._question(context, within or length, depth or 0.0, number)
             for number in range(context.samples_per_depth)
         ]
 
     def _question(self, context: EvaluationContext, length: int, depth: float, number: int) -> Question:
-        # Two streams, so that pairs can be drawn until the object is full.
+        # The other pairs have a separate random stream, so that their number does not change the pair of the question.
         seeds = [context.seed, zlib.crc32(self.name.encode()), round(depth * 1e6), number]
         asked, *_ = _pairs(np.random.default_rng([*seeds, 0]), 1)
         drawn: list[Pair] = []
@@ -60,9 +60,11 @@ class KeyValue(QuestionTask):
         budget = context.count(f' "{asked[1]}"') + SPARE
 
         def text(count: int) -> str:
-            return _prompt(_with(others(count - 1), asked, depth), asked[0])
+            return _prompt(_insert(others(count - 1), asked, depth), asked[0])
 
-        count = most(lambda n: text_size(context, text(n), LEAD), length - budget + 1, 1, "An object of one pair")
+        count = largest_fit(
+            lambda n: text_size(context, text(n), LEAD), length - budget + 1, 1, "An object of one pair"
+        )
         place = round(depth * (count - 1))
         return Question(
             prompt=context.prompt(text(count), LEAD),
@@ -73,7 +75,7 @@ class KeyValue(QuestionTask):
         )
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1 where the answer holds the value."""
+        """Return 1 if the answer contains the value, else 0."""
         return float(references[0] in prediction)
 
     def measure(self) -> str:
@@ -96,14 +98,14 @@ def _identifier(rng: np.random.Generator) -> str:
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
-def _with(others: list[Pair], asked: Pair, depth: float) -> list[Pair]:
+def _insert(others: list[Pair], asked: Pair, depth: float) -> list[Pair]:
     place = round(depth * len(others))
     return [*others[:place], asked, *others[place:]]
 
 
 def _prompt(pairs: list[Pair], key: str) -> str:
-    held = json.dumps(dict(pairs), indent=0)
-    return f'A JSON object:\n\n{held}\n\nOne of its keys is "{key}". Which value belongs to it?\n'
+    content = json.dumps(dict(pairs), indent=0)
+    return f'A JSON object:\n\n{content}\n\nOne of its keys is "{key}". Which value belongs to it?\n'
 
 
 KEY_VALUE: Mapping[str, type[KeyValue]] = {KeyValue.name: KeyValue}

@@ -1,4 +1,4 @@
-"""Facts hidden in real text and asked for: one of several, the only one, several values of one, several at once."""
+"""Hide facts in real text and ask for one of several facts, or for the only one."""
 
 from __future__ import annotations
 
@@ -17,37 +17,36 @@ from ..retrieval import WORDINGS, RetrievalSample, Wording, make_sample, wording
 
 
 @dataclass(frozen=True)
-class _Hidden(QuestionTask):
-    """Questions about facts hidden in real text; prompt and answer fill the length exactly.
-
-    `wording` is a name in WORDINGS, a Wording of your own, or None for the one that fits the tokenizer.
-    """
+class _HiddenFact(QuestionTask):
+    """Questions about facts hidden in real text; prompt and answer fill the length exactly."""
 
     needles: int = 1
+    """The number of hidden facts."""
     wording: str | Wording | None = None
+    """A name in WORDINGS or a Wording; None takes the one that fits the tokenizer."""
 
     by_depth: ClassVar[bool] = True
     same_at_every_length: ClassVar[bool] = True
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1 where the answer equals the reference, apart from surrounding white space."""
+        """Return 1 if the answer equals the reference apart from surrounding white space, else 0."""
         return float(prediction.strip() == references[0].strip())
 
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        """Their facts do not depend on the length, so a control asks the same ones."""
-        wanted = within or length
-        samples = [self._sample(context, wanted, depth, number) for number in range(context.samples_per_depth)]
-        if {len(sample.input_ids) + len(sample.answer_ids) for sample in samples} != {wanted}:
-            raise PePatchError(f"A prompt of another length was made where {wanted} tokens were asked for.")
+        """Return questions whose facts do not depend on the length, so that a control asks for the same facts."""
+        total = within or length
+        samples = [self._sample(context, total, depth, number) for number in range(context.samples_per_depth)]
+        if {len(sample.input_ids) + len(sample.answer_ids) for sample in samples} != {total}:
+            raise PePatchError(f"A prompt and its answer do not have {total} tokens together.")
         return [
             Question(sample.input_ids, (sample.answer,), len(sample.answer_ids), sample.bare_ids, sample.depth)
             for sample in samples
         ]
 
     def _sample(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> RetrievalSample:
-        where = round((depth or 0.0) * 1e6)
+        depth_seed = round((depth or 0.0) * 1e6)
         return make_sample(
             context.model.tokenizer,
             context.corpus.stream,
@@ -55,7 +54,7 @@ class _Hidden(QuestionTask):
             length=length,
             needles=self.needles,
             depth=depth,
-            rng=np.random.default_rng([context.seed, zlib.crc32(self.name.encode()), where, number]),
+            rng=np.random.default_rng([context.seed, zlib.crc32(self.name.encode()), depth_seed, number]),
             head=context.template.head_ids(context.model.tokenizer),
             tail=context.template.tail,
         )
@@ -74,7 +73,7 @@ class _Hidden(QuestionTask):
 
 
 def resolve_wording(wording: str | Wording | None, context: EvaluationContext) -> Wording:
-    """A wording by name, the one given, or the one that fits the tokenizer."""
+    """Return a wording by name, the given Wording, or the one that fits the tokenizer."""
     if wording is None:
         return wording_for(context.model.tokenizer)
     if isinstance(wording, Wording):
@@ -85,22 +84,22 @@ def resolve_wording(wording: str | Wording | None, context: EvaluationContext) -
 
 
 @dataclass(frozen=True)
-class Needle(_Hidden):
-    """One of several facts is asked for; the others are distractors."""
+class Needle(_HiddenFact):
+    """A task that asks for one of several hidden facts; the others are distractors."""
 
     needles: int = 8
 
     name: ClassVar[str] = "needle"
-    summary: ClassVar[str] = "one of several facts hidden in real text is asked for (multi-key needle in a haystack)"
+    summary: ClassVar[str] = "retrieve one of several facts hidden in real text (multi-key needle in a haystack)"
     paper: ClassVar[str] = "Hsieh et al. 2024, arXiv 2404.06654 (the idea; wording and generator are ours)"
 
 
 @dataclass(frozen=True)
-class Passkey(_Hidden):
-    """The only fact hidden in the text is asked for."""
+class Passkey(_HiddenFact):
+    """A task that asks for the only hidden fact."""
 
     name: ClassVar[str] = "passkey"
-    summary: ClassVar[str] = "the only fact hidden in real text is asked for"
+    summary: ClassVar[str] = "retrieve the only fact hidden in real text"
     paper: ClassVar[str] = "Mohtashami and Jaggi 2023, arXiv 2305.16300 (the idea; wording and generator are ours)"
 
 

@@ -1,4 +1,4 @@
-"""The official wording of a benchmark, taken from the installed lm-eval package when it is asked for."""
+"""Read the official wording of a benchmark from the installed lm-eval package."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Render = Callable[[Mapping[str, Any]], str]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as lm-eval writes it: `!function module.name` stays a name."""
+    """A YAML loader for lm-eval's files, which returns `!function module.name` as a name."""
 
 
 class _Function(str):
-    """The name of a function beside the YAML file: `module.name`."""
+    """The name of a function in a module next to the YAML file: `module.name`."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
@@ -29,10 +29,14 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
 
 @lru_cache(maxsize=64)
 def official_prompt(file: str, repair: Callable[[str], str] = str) -> Render:
-    """What makes the prompt of a row, as `lm_eval/tasks/<file>` words it.
+    """Return a function from a row to its prompt, with the wording of `lm_eval/tasks/<file>`.
 
-    `repair` puts white space back that lm-eval's copy has lost, in the template. Without lm-eval, or where it has no
-    such file, raises `PePatchError`.
+    Args:
+        file: the path of a task's YAML file below lm-eval's tasks.
+        repair: restores white space in the template that lm-eval's copy has lost.
+
+    Raises:
+        PePatchError: if lm-eval is not installed or has no such file.
     """
     path = lm_eval_tasks() / file
     if not path.is_file():
@@ -48,14 +52,18 @@ def official_prompt(file: str, repair: Callable[[str], str] = str) -> Render:
 
 
 def lm_eval_tasks() -> Path:
-    """Where the installed lm-eval keeps its tasks. Nothing of it is imported. Without it raises `PePatchError`."""
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    """Return the folder of the installed lm-eval's tasks, without importing lm-eval.
+
+    Raises:
+        PePatchError: if lm-eval is not installed.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
         raise PePatchError(
             "wording='official' takes the prompts from the package lm-eval, which is not installed. "
             "Run: pip install 'pe_patch[lm-eval]'"
         )
-    return Path(next(iter(found.submodule_search_locations))) / "tasks"
+    return Path(next(iter(spec.submodule_search_locations))) / "tasks"
 
 
 def _function(folder: Path, name: str) -> Callable[[Any], str]:

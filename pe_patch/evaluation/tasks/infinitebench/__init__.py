@@ -1,4 +1,4 @@
-"""InfiniteBench, and cousins of its generated tasks that need no data."""
+"""InfiniteBench, and variants of its generated tasks that need no data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cousins of InfiniteBench's generated tasks, at any length and without any data: the ideas, in other words."""
+"""Variants of InfiniteBench's generated tasks for any length, without data and with our wording."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ....errors import OptionError, unknown
 from ...context import EvaluationContext
 from ...question import Question
-from ..generated import Drawn, Generated
+from ..generated import GeneratedQuestion, GeneratedTask
 from . import scoring
 
 NOISE = "Rain falls on the hill. A dog sleeps at the gate. The mill turns. Nobody comes, and nobody leaves.\n"
@@ -19,8 +19,8 @@ PAPER = "Zhang et al. 2024, arXiv 2402.13718 (the idea; wording and generator ar
 
 
 @dataclass(frozen=True)
-class _InNoise(Generated):
-    """Digits said once in lines of noise that are all the same."""
+class _InNoise(GeneratedTask):
+    """A task that asks for digits hidden in repeated lines of noise."""
 
     paper: ClassVar[str] = PAPER
     by_depth: ClassVar[bool] = True
@@ -30,9 +30,10 @@ class _InNoise(Generated):
     lead: ClassVar[str] = ""
 
     def digits(self, rng: np.random.Generator) -> str:
+        """Draw the digits to hide."""
         raise NotImplementedError
 
-    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
+    def draw_question(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> GeneratedQuestion:
         digits = self.digits(rng)
         needle = self.needle.format(digits=digits)
 
@@ -40,10 +41,10 @@ class _InNoise(Generated):
             before = round(depth * lines)
             return f"{NOISE * before}{needle}{NOISE * (lines - before)}\n{self.question}"
 
-        return Drawn(text, self.question, self.lead, lambda lines: digits, digits)
+        return GeneratedQuestion(text, self.question, self.lead, lambda lines: digits, digits)
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1 where the first number of the answer is the right one."""
+        """Return 1 if the first number of the answer is the right one, else 0."""
         return scoring.first_integer(prediction, references)
 
     def measure(self) -> str:
@@ -57,10 +58,10 @@ class _InNoise(Generated):
 
 @dataclass(frozen=True)
 class NoisePasskey(_InNoise):
-    """Five random digits."""
+    """A task that asks for five random digits in noise."""
 
     name: ClassVar[str] = "noise_passkey"
-    summary: ClassVar[str] = "five digits said once in repeated lines of noise are asked for"
+    summary: ClassVar[str] = "retrieve five digits hidden in repeated lines of noise"
     needle: ClassVar[str] = "Mark this: the gate opens with the number {digits}, and with {digits} alone.\n"
     question: ClassVar[str] = "Which number opens the gate?\n"
     lead: ClassVar[str] = "The gate opens with the number"
@@ -71,10 +72,10 @@ class NoisePasskey(_InNoise):
 
 @dataclass(frozen=True)
 class NoiseDigits(_InNoise):
-    """Ten digits in which neighbours repeat: five are random, and five repeat the digit before them."""
+    """A task that asks for ten digits in noise: five random ones, and five that repeat a neighbor."""
 
     name: ClassVar[str] = "noise_digits"
-    summary: ClassVar[str] = "ten digits with repetitions, said once in repeated lines of noise, are asked for"
+    summary: ClassVar[str] = "retrieve ten digits with repetitions hidden in repeated lines of noise"
     needle: ClassVar[str] = "Mark this: the bell rings in the order {digits}, and in no order but {digits}.\n"
     question: ClassVar[str] = "In which order does the bell ring?\n"
     lead: ClassVar[str] = "The bell rings in the order"
@@ -98,47 +99,48 @@ PLACES: dict[str, Callable[[list[int]], float]] = {
 
 
 @dataclass(frozen=True)
-class ListFind(Generated):
-    """The largest, the smallest or one next to it of a list of whole numbers; equal ones count as one.
+class ListFind(GeneratedTask):
+    """A task that asks for one of the largest or smallest numbers of a list; equal numbers count as one.
 
     Args:
-        place: which one: "largest", "second largest", "third largest", and so on with "smallest"; None takes turns.
+        place: the rank to ask for: "largest", "second largest", "third largest", or the same with "smallest". None
+            draws one for each question.
     """
 
     place: str | None = None
 
     paper: ClassVar[str] = PAPER
     name: ClassVar[str] = "list_find"
-    summary: ClassVar[str] = "the largest, second largest, ... smallest number of a long list is asked for"
-    least: ClassVar[int] = 12
+    summary: ClassVar[str] = "find the largest, second largest, ... smallest number of a long list"
+    min_units: ClassVar[int] = 12
     span: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:
         if self.place is not None and self.place not in PLACES:
             raise unknown("place", self.place, PLACES)
 
-    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
+    def draw_question(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> GeneratedQuestion:
         place = str(rng.choice(list(PLACES))) if self.place is None else self.place
-        # Bounds of its own for each list: else the answer of a long one would always be 0 or 999.
+        # Each list has different bounds. Otherwise the answer for a long list would always be 0 or 999.
         low, high = int(rng.integers(0, 200)), int(rng.integers(800, self.span))
-        numbers: list[int] = rng.permutation(np.arange(low, high + 1))[: self.least].tolist()
+        numbers: list[int] = rng.permutation(np.arange(low, high + 1))[: self.min_units].tolist()
 
-        def of(count: int) -> list[int]:
-            while count > len(numbers):  # always as many at once: what is drawn must not depend on who asks
+        def first(count: int) -> list[int]:
+            while count > len(numbers):  # a fixed number per draw, so that the numbers do not depend on the calls
                 numbers.extend(rng.integers(low, high + 1, 1024).tolist())
             return numbers[:count]
 
         question = f"Which is the {place} number of the list? Equal numbers count as one.\n"
-        return Drawn(
-            text=lambda count: f"A list of numbers:\n\n{', '.join(map(str, of(count)))}\n\n{question}",
+        return GeneratedQuestion(
+            text=lambda count: f"A list of numbers:\n\n{', '.join(map(str, first(count)))}\n\n{question}",
             bare=question,
             lead=f"The {place} number is",
-            answer=lambda count: str(PLACES[place](sorted(set(of(count))))),
+            answer=lambda count: str(PLACES[place](sorted(set(first(count))))),
             widest=str(self.span - 1),
         )
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1 where the first number of the answer is the right one."""
+        """Return 1 if the first number of the answer is the right one, else 0."""
         return scoring.first_number(prediction, references)
 
     def measure(self) -> str:
@@ -149,31 +151,33 @@ class ListFind(Generated):
 
 
 @dataclass(frozen=True)
-class CallChain(Generated):
-    """What a function returns that calls another, which calls another: one is in each layer, among others like it.
+class CallChain(GeneratedTask):
+    """A task that asks for the value of a function at the start of a chain of calls.
+
+    The file has several functions in each layer, and each calls a function of the next layer.
 
     Args:
-        layers: functions that must be followed, the first and the last among them.
+        layers: the number of functions in the chain.
     """
 
     layers: int = 4
 
     paper: ClassVar[str] = PAPER
     name: ClassVar[str] = "call_chain"
-    summary: ClassVar[str] = "the value of a function that calls through a long file of others is asked for"
+    summary: ClassVar[str] = "compute a function that calls through a long file of functions"
 
     def __post_init__(self) -> None:
         if self.layers < 2:
-            raise OptionError(f"layers is the number of functions in a chain, at least 2; got {self.layers}.")
+            raise OptionError(f"layers, the number of functions in the chain, must be at least 2; got {self.layers}.")
 
-    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
+    def draw_question(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> GeneratedQuestion:
         argument = int(rng.integers(-10, 11))
         shifts = [int(shift) for shift in rng.integers(-12, 18, self.layers)]
         seed = int(rng.integers(2**32))
         bare = "What does {asked} return? Write the number alone.\n"
 
         def file(groups: int) -> tuple[str, str]:
-            """So many functions in each layer, in the order of their names, and the call that is asked for."""
+            """Return a file with `groups` functions per layer, sorted by name, and the call of the question."""
             draw = np.random.default_rng(seed)
             total = groups * self.layers
             names = [int(name) for name in draw.permutation(np.arange(1, 2 * total + 1))[:total]]
@@ -183,8 +187,8 @@ class CallChain(Generated):
                 asked = place % groups == 0
                 shift = shifts[layer] if asked else int(draw.integers(-12, 18))
                 last = layer == self.layers - 1
-                follows = (layer + 1) * groups + (0 if asked or groups == 1 else int(draw.integers(groups)))
-                inner = "x" if last else f"step_{names[follows]}(x)"
+                callee = (layer + 1) * groups + (0 if asked or groups == 1 else int(draw.integers(groups)))
+                inner = "x" if last else f"step_{names[callee]}(x)"
                 lines[name] = f"def step_{name}(x):\n    return {inner} {'-' if shift < 0 else '+'} {abs(shift)}\n"
             return "\n".join(lines[name] for name in sorted(lines)), f"step_{names[0]}({argument})"
 
@@ -192,7 +196,7 @@ class CallChain(Generated):
             code, call = file(groups)
             return f"{code}\n{bare.format(asked=call)}"
 
-        return Drawn(
+        return GeneratedQuestion(
             text=text,
             bare=bare.format(asked=f"step_1({argument})"),
             lead="The value is",
@@ -201,7 +205,7 @@ class CallChain(Generated):
         )
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """1 where the first whole number of the answer, sign included, is the right one."""
+        """Return 1 if the first integer of the answer, with its sign, is the right one, else 0."""
         return scoring.first_signed(prediction, references)
 
     def measure(self) -> str:

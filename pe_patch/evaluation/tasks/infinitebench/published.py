@@ -1,4 +1,4 @@
-"""InfiniteBench: 12 published data sets of about 100,000 tokens a question."""
+"""InfiniteBench: 12 published data sets with about 100,000 tokens per question."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 from ....errors import PePatchError, unknown
 from ..data_set import DataSetTask
 from ..official import official_prompt
-from ..rows import Home, Row
+from ..rows import DataFiles, Row
 from .table import DATA_SETS, DataSet
 
 WORDINGS = ("official", "own")
@@ -17,14 +17,14 @@ WORDINGS = ("official", "own")
 
 @dataclass(frozen=True)
 class InfiniteBenchTask(DataSetTask):
-    """A data set of InfiniteBench; a row of the table says how it is asked and judged.
+    """A data set of InfiniteBench; its `DataSet` has the wording and the metric.
 
-    The official wording is the authors' for chat models, as lm-eval has it.
+    The official wording is the authors' wording for chat models, from lm-eval.
     """
 
     benchmark: ClassVar[str] = "InfiniteBench"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv 2402.13718"
-    home: ClassVar[Home] = Home("xinrongzhang2022/InfiniteBench", ("{name}.jsonl",))
+    data_files: ClassVar[DataFiles] = DataFiles("xinrongzhang2022/InfiniteBench", ("{name}.jsonl",))
     columns: ClassVar[tuple[str, ...]] = ("context", "input", "answer")
     data_set: ClassVar[DataSet]
 
@@ -34,29 +34,29 @@ class InfiniteBenchTask(DataSetTask):
             raise unknown("wording", self.wording, WORDINGS)
         if self.wording == "official" and self.data_set.official is None:
             raise PePatchError(
-                f"lm-eval has no wording of {self.data_name}. Leave wording= at 'own', or leave this one out."
+                f"lm-eval has no wording of {self.data_name}. Give wording='own', or leave this task out."
             )
 
     def prompt(self, row: Row) -> tuple[str, str]:
         if self.wording == "official":
             return official_prompt(f"infinitebench/infinitebench_{self.data_set.official}.yaml")(row), ""
-        named = {"context": row["context"], "question": row["input"], **self.data_set.fields(row)}
-        return self.data_set.prompt.format(**named), self.data_set.lead
+        fields = {"context": row["context"], "question": row["input"], **self.data_set.fields(row)}
+        return self.data_set.prompt.format(**fields), self.data_set.lead
 
     def references(self, row: Row) -> tuple[str, ...]:
-        """The answers as text; of a choice, its text and its letter."""
+        """Return the answers as text; for a choice, its text and its letter."""
         answer = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         if answer and isinstance(answer[0], list):
             (answer,) = answer
-        right = tuple(map(str, answer))
-        if self.data_set.choices and len(right) == 1:
-            if right[0] not in row["options"]:
-                raise PePatchError(f"{self.data_name}: the answer {right[0]!r} is none of the row's options.")
-            right += ("ABCD"[row["options"].index(right[0])],)
-        return right
+        references = tuple(map(str, answer))
+        if self.data_set.choices and len(references) == 1:
+            if references[0] not in row["options"]:
+                raise PePatchError(f"{self.data_name}: the answer {references[0]!r} is not among the row's options.")
+            references += ("ABCD"[row["options"].index(references[0])],)
+        return references
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The data set's metric."""
+        """Return the score by the data set's metric."""
         lead = self.data_set.lead if self.data_set.lead_counts and self.wording == "own" else ""
         return self.data_set.metric(lead + prediction, references)
 
@@ -65,7 +65,8 @@ class InfiniteBenchTask(DataSetTask):
 
 
 def _task(name: str, data_set: DataSet) -> type[InfiniteBenchTask]:
-    named = {
+    """Create the task class of a data set."""
+    attributes = {
         "name": f"infinitebench_{name}",
         "summary": f"InfiniteBench's {name}: {data_set.measure} (data from a folder or the hub)",
         "data_name": name,
@@ -74,7 +75,7 @@ def _task(name: str, data_set: DataSet) -> type[InfiniteBenchTask]:
         "__module__": __name__,
         "__doc__": f"The data set {name} of InfiniteBench.",
     }
-    return dataclass(frozen=True)(type(f"InfiniteBench_{name}", (InfiniteBenchTask,), named))
+    return dataclass(frozen=True)(type(f"InfiniteBench_{name}", (InfiniteBenchTask,), attributes))
 
 
 PUBLISHED = {f"infinitebench_{name}": _task(name, data_set) for name, data_set in DATA_SETS.items()}

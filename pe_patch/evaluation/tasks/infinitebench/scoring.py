@@ -1,7 +1,9 @@
-"""How InfiniteBench judges answers (Zhang et al. 2024, arXiv 2402.13718): one function for each kind of task.
+"""Score answers as InfiniteBench does, with one function for each type of task.
 
-Each takes an answer and the row's right answers and gives 0 to 1. They follow the authors' own code to the number, its
-oddities included; where one would surprise, a comment says so.
+Each function takes an answer and the row's right answers and returns 0 to 1. The functions give exactly the numbers of
+the authors' code, including its quirks; comments mark surprising ones.
+
+Source: Zhang et al. 2024, arXiv 2402.13718, and the authors' code.
 """
 
 from __future__ import annotations
@@ -9,33 +11,33 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..longbench.scoring import answer_f1, needed, normalised_chinese, overlap
+from ..longbench.scoring import answer_f1, import_optional, normalised_chinese, token_f1
 
 CHOICE_LEADS = ("answer is:", "answer:", "answer is", "option is")
 ERROR_LEADS = ("answer is:", "is:", "answer:", "correct option is:")
 
 
 def first_integer(given: str, right: Sequence[str]) -> float:
-    """Whether the first run of digits is the right one."""
-    found = re.search("[0-9]+", given)
-    return float(found is not None and found.group() == right[0])
+    """Return 1 if the first run of digits is the right one, else 0."""
+    match = re.search("[0-9]+", given)
+    return float(match is not None and match.group() == right[0])
 
 
 def word_given(given: str, right: Sequence[str]) -> float:
-    """Whether the right answer is one of the answer's words, whatever marks stand around it."""
+    """Return 1 if the right answer is one of the words, ignoring punctuation marks, else 0."""
     return float(right[0] in _spaced(given, "\n:\"'.,?!{}").split())
 
 
 def name_given(given: str, right: Sequence[str]) -> float:
-    """Whether the first of the right names, which are in capitals, is one of the answer's words.
+    """Return 1 if the first right name, which is in capitals, is one of the answer's words, else 0.
 
-    A name of two words is never found: the authors compare it with single words.
+    A name of two words never matches, because the authors compare it with single words.
     """
     return float(right[0] in _spaced(given, "\n:\"'.,?!{}").upper().split())
 
 
 def last_integer(given: str, right: Sequence[str]) -> float:
-    """Whether the answer's last word is the right integer."""
+    """Return 1 if the answer's last word is the right integer, else 0."""
     words = _spaced(given, "\n.`'\":").split()
     try:
         return float(bool(words) and int(words[-1]) == int(right[0]))
@@ -44,28 +46,28 @@ def last_integer(given: str, right: Sequence[str]) -> float:
 
 
 def first_number(given: str, right: Sequence[str]) -> float:
-    """Whether the first number, whole or decimal, has the right value."""
-    found = re.search(r"\d+\.\d+|\d+", given)
-    return float(found is not None and float(found.group()) == float(right[0]))
+    """Return 1 if the first number, integer or decimal, has the right value, else 0."""
+    match = re.search(r"\d+\.\d+|\d+", given)
+    return float(match is not None and float(match.group()) == float(right[0]))
 
 
 def leading_numbers(given: str, right: Sequence[str]) -> float:
-    """The share of the right integers that the answer's own match, counted until the first that does not."""
+    """Return the share of the right integers that the answer matches before its first mismatch."""
     numbers = [int(number) for number in re.findall("[0-9]+", given)]
-    alike = 0
-    for mine, theirs in zip(numbers, right, strict=False):
-        if mine != int(theirs):
+    matches = 0
+    for number, expected in zip(numbers, right, strict=False):
+        if number != int(expected):
             break
-        alike += 1
-    return alike / len(right)
+        matches += 1
+    return matches / len(right)
 
 
 def choice(given: str, right: Sequence[str]) -> float:
-    """Whether the answer names the right choice; `right` is its text and its letter."""
+    """Return 1 if the answer names the right choice, else 0; `right` has its text and its letter."""
     given = given.strip()
     if not given:
         return 0.0
-    if given[0] in "ABCD":  # an answer that begins with "An" or "But" is taken for a letter too
+    if given[0] in "ABCD":  # the authors also take "An" or "But" at the start for a letter
         return float(given[0] in right)
     if given in right:
         return 1.0
@@ -77,7 +79,7 @@ def choice(given: str, right: Sequence[str]) -> float:
 
 
 def wrong_function(given: str, right: Sequence[str]) -> float:
-    """Whether the answer names the function with the error; `right` is its name and its letter."""
+    """Return 1 if the answer names the function with the error, else 0; `right` has its name and its letter."""
     given, (name, letter) = given.strip(), right
     if given[:2] in (f"{letter}.", f"{letter}:"):
         return 1.0
@@ -87,18 +89,18 @@ def wrong_function(given: str, right: Sequence[str]) -> float:
 
 
 def best_f1(given: str, right: Sequence[str]) -> float:
-    """F1 of the normalised words, with the right answer that fits best."""
-    return max(answer_f1(given, each) for each in right)
+    """Return the F1 of the normalized words with the best matching right answer."""
+    return max(answer_f1(given, reference) for reference in right)
 
 
 def best_f1_chinese(given: str, right: Sequence[str]) -> float:
-    """F1 of the characters, with the right answer that fits best."""
-    return max(overlap(normalised_chinese(given), normalised_chinese(each)) for each in right)
+    """Return the F1 of the characters with the best matching right answer."""
+    return max(token_f1(normalised_chinese(given), normalised_chinese(reference)) for reference in right)
 
 
 def rouge_lines(given: str, right: Sequence[str]) -> float:
-    """ROUGE-Lsum F of the package `rouge_score`, without stemming, with the right answer that fits best."""
-    scorer = needed("rouge_score.rouge_scorer").RougeScorer(["rougeLsum"], use_stemmer=False)
+    """Return ROUGE-Lsum F of the package `rouge_score`, without stemming, with the best matching right answer."""
+    scorer = import_optional("rouge_score.rouge_scorer").RougeScorer(["rougeLsum"], use_stemmer=False)
     return scorer.score_multi(list(right), given)["rougeLsum"].fmeasure
 
 
@@ -111,12 +113,12 @@ def _single_spaced(text: str) -> str:
 
 
 def _after_lead(text: str, leads: Sequence[str]) -> str | None:
-    """What comes after the first of the leads that occurs and the character that follows it; None where none does."""
+    """Return the text after the first lead that occurs and one more character, or None without a lead."""
     lead = next((lead for lead in leads if lead in text), None)
     return None if lead is None else text[text.index(lead) + len(lead) + 1 :]
 
 
 def first_signed(given: str, right: Sequence[str]) -> float:
-    """Whether the first whole number, its sign included, is the right one (not one of the authors' rules)."""
-    found = re.search(r"-?[0-9]+", given)
-    return float(found is not None and int(found.group()) == int(right[0]))
+    """Return 1 if the first integer, with its sign, is the right one, else 0 (our rule, not the authors')."""
+    match = re.search(r"-?[0-9]+", given)
+    return float(match is not None and int(match.group()) == int(right[0]))

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - Chinese marks
-"""InfiniteBench's 12 data sets: how each is asked, judged and bounded (Zhang et al. 2024, arXiv 2402.13718)."""
+"""List InfiniteBench's 12 data sets with wording, metric and budget (Zhang et al. 2024, arXiv 2402.13718)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set. `prompt` and `lead`, the beginning of the answer, are our wording; `budget` is in tokens.
-
-    `fields` gives what stands in the prompt's places beside `{context}` and `{question}`. `choices` says that the right
-    answer is the text of an option, `official` which file of lm-eval has the official wording, if any does.
-    """
+    """One data set. `prompt` and `lead` are our wording."""
 
     metric: Callable[[str, Sequence[str]], float]
     measure: str
+    """The metric, in words."""
     budget: int
+    """The largest number of tokens in an answer."""
     prompt: str
     lead: str = ""
+    """The beginning of the answer."""
     fields: Callable[[Row], dict[str, str]] = lambda row: {}
+    """Returns the fields of the prompt besides `{context}` and `{question}`."""
     choices: bool = False
+    """True if the right answer is the text of an option."""
     official: str | None = None
+    """The file of lm-eval with the official wording; None if lm-eval has none."""
     lead_counts: bool = False
-    """Whether the metric looks for what `lead` says."""
+    """True if the metric searches for the text of `lead`."""
 
 
 def _options(row: Row) -> dict[str, str]:
@@ -39,20 +41,20 @@ def _options(row: Row) -> dict[str, str]:
 
 
 def _call(row: Row) -> dict[str, str]:
-    """The call whose value is asked for: `func_7(-3)`."""
-    return {"call": _found(r"func_[0-9]+\(-?[0-9]+\)", row)}
+    """Return the call in the question, for example `func_7(-3)`."""
+    return {"call": _search(r"func_[0-9]+\(-?[0-9]+\)", row)}
 
 
 def _wanted(row: Row) -> dict[str, str]:
-    """What is looked for in a list: "the second largest number"."""
-    return {"wanted": _found(r"The .+ of", row).removesuffix(" of").lower()}
+    """Return the number that the question asks for, for example "the second largest number"."""
+    return {"wanted": _search(r"The .+ of", row).removesuffix(" of").lower()}
 
 
-def _found(pattern: str, row: Row) -> str:
-    found = re.search(pattern, row["input"])
-    if found is None:
-        raise PePatchError(f"The question {row['input']!r} is none of InfiniteBench's: no {pattern!r} in it.")
-    return found.group()
+def _search(pattern: str, row: Row) -> str:
+    match = re.search(pattern, row["input"])
+    if match is None:
+        raise PePatchError(f"The question {row['input']!r} is not from InfiniteBench: it does not match {pattern!r}.")
+    return match.group()
 
 
 HIDDEN = "Almost all of this text is noise. One thing in it will be asked for.\n\n{context}\n\n{question}\n"

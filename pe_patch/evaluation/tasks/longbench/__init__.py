@@ -1,4 +1,4 @@
-"""LongBench, the first and the second."""
+"""LongBench, LongBench v2, and variants of two data sets that need no data."""
 
 from __future__ import annotations
 

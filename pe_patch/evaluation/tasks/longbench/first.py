@@ -1,4 +1,4 @@
-"""LongBench: 21 data sets, 13 of them in a second edition with even lengths."""
+"""LongBench: 21 data sets, 13 of them also in LongBench-E with evenly distributed lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 from ....errors import unknown
 from ..data_set import DataSetTask
 from ..official import official_prompt
-from ..rows import Home, Row
+from ..rows import DataFiles, Row
 from .scoring import first_line
 from .table import DATA_SETS, DataSet
 
@@ -18,11 +18,11 @@ WORDINGS = ("official", "own")
 
 @dataclass(frozen=True)
 class LongBenchTask(DataSetTask):
-    """A data set of LongBench; a row of the table says how it is asked and judged."""
+    """A data set of LongBench; its `DataSet` has the wording and the metric."""
 
     benchmark: ClassVar[str] = "LongBench"
     paper: ClassVar[str] = "Bai et al. 2023, arXiv 2308.14508"
-    home: ClassVar[Home] = Home(
+    data_files: ClassVar[DataFiles] = DataFiles(
         "THUDM/LongBench", ("{name}.jsonl", "data/{name}.jsonl", "data.zip!data/{name}.jsonl"), by_config=True
     )
     columns: ClassVar[tuple[str, ...]] = ("context", "answers", "all_classes", "length")
@@ -34,45 +34,46 @@ class LongBenchTask(DataSetTask):
             raise unknown("wording", self.wording, WORDINGS)
 
     def prompt(self, row: Row) -> tuple[str, str]:
-        question = row["input"] if "input" in row else row.get("question", "")  # lm-eval's copy of the data renames it
-        named = {"context": row["context"], "question": question}
+        question = row["input"] if "input" in row else row.get("question", "")  # lm-eval's copy renames the column
+        fields = {"context": row["context"], "question": question}
         if self.wording == "official":
-            return official_prompt(f"longbench/{self.data_name}.yaml", self.data_set.repair)(named), ""
-        return self.data_set.prompt.format(**named), self.data_set.lead
+            return official_prompt(f"longbench/{self.data_name}.yaml", self.data_set.repair)(fields), ""
+        return self.data_set.prompt.format(**fields), self.data_set.lead
 
     def references(self, row: Row) -> tuple[str, ...]:
         return tuple(row["answers"])
 
     def parts(self, row: Row) -> tuple[str, ...]:
-        """Of the edition with even lengths: the authors' three ranges of words."""
+        """Return the authors' range of words for LongBench-E, else nothing."""
         if not self.data_name.endswith("_e"):
             return ()
         return ("0-4k" if row["length"] < 4000 else "4-8k" if row["length"] < 8000 else "8k+",)
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The data set's metric, with the right answer that fits best."""
+        """Return the score by the data set's metric with the best matching right answer."""
         metric = self.data_set.metric
-        more = (self.rows()[0]["all_classes"],) if metric.classes else ()
+        classes = (self.rows()[0]["all_classes"],) if metric.classes else ()
         given = first_line(prediction) if self.data_set.one_line else prediction
-        return max(metric.of(given, right, *more) for right in references)
+        return max(metric.function(given, reference, *classes) for reference in references)
 
     def measure(self) -> str:
         return self.data_set.metric.name
 
 
 def _task(name: str, data_set: DataSet) -> type[LongBenchTask]:
-    named = {
+    """Create the task class of a data set."""
+    attributes = {
         "name": f"longbench_{name}",
         "summary": f"LongBench's {name}: {data_set.metric.name} (data from a folder or the hub)",
         "data_name": name,
         "data_set": data_set,
         "budget": data_set.budget,
         "chat": data_set.chat,
-        "retrieves": data_set.reads,
+        "retrieves": data_set.needs_context,
         "__module__": __name__,
         "__doc__": f"The data set {name} of LongBench.",
     }
-    return dataclass(frozen=True)(type(f"LongBench_{name}", (LongBenchTask,), named))
+    return dataclass(frozen=True)(type(f"LongBench_{name}", (LongBenchTask,), attributes))
 
 
 FIRST = {f"longbench_{name}": _task(name, data_set) for name, data_set in DATA_SETS.items()}

@@ -1,4 +1,4 @@
-"""Cousins of two of LongBench's data sets, at any length and without any data: the ideas, in other words."""
+"""Variants of two LongBench data sets for any length, without data and with our wording."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from ....errors import OptionError, PePatchError
 from ...context import EvaluationContext
 from ...question import Question
 from ...question_task import QuestionTask
-from ..code import GAP, SPARE, fill, least_loss
+from ..code import GAP, SPARE, block_to_drop, fill
 from ..code_blocks import Block, read_code, read_paragraphs
 from ..filling import text_size
-from ..generated import Drawn, Generated
+from ..generated import GeneratedQuestion, GeneratedTask
 from . import scoring
 
 PAPER = "Bai et al. 2023, arXiv 2308.14508 (the idea; wording and generator are ours)"
 
 
 @dataclass(frozen=True)
-class ParagraphCount(Generated):
-    """How many different paragraphs there are among numbered ones, some of which are repetitions.
+class ParagraphCount(GeneratedTask):
+    """A task that asks for the number of different paragraphs among numbered ones, some of which repeat.
 
-    The paragraphs are the beginnings of docstrings of the evaluation's text.
+    The paragraphs are the first ones of docstrings in the evaluation's text.
 
     Args:
-        repeated: share of the paragraphs that repeat an earlier one, from 0 to below 1.
+        repeated: the share of paragraphs that repeat an earlier one, from 0 to below 1.
     """
 
     repeated: float = 0.4
 
     name: ClassVar[str] = "paragraph_count"
-    summary: ClassVar[str] = "how many different paragraphs of documentation there are is asked for"
+    summary: ClassVar[str] = "count the different paragraphs of documentation"
     paper: ClassVar[str] = PAPER
-    least: ClassVar[int] = 3
+    min_units: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not 0 <= self.repeated < 1:
             raise OptionError(f"repeated is a share of the paragraphs, from 0 to below 1; got {self.repeated}.")
 
-    def drawn(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> Drawn:
+    def draw_question(self, context: EvaluationContext, rng: np.random.Generator, depth: float) -> GeneratedQuestion:
         source = read_paragraphs(tuple(context.corpus.texts))
         order = rng.permutation(len(source))
         chosen: list[int] = []
         different = [0]
 
         def first(count: int) -> list[int]:
-            """Of every length the same beginning, the numbers of paragraphs in `source`."""
+            """Return indices of paragraphs in `source`; a longer list begins with the shorter one."""
             while len(chosen) < count:
                 if chosen and rng.random() < self.repeated:
                     chosen.append(chosen[int(rng.integers(len(chosen)))])
@@ -58,8 +58,9 @@ class ParagraphCount(Generated):
                     chosen.append(int(order[different[-1]]))
                 else:
                     raise PePatchError(
-                        f"The text ({context.corpus.name}) has {len(source)} different docstrings, and more are "
-                        "needed. Give more source code in Python."
+                        f"The text ({context.corpus.name}) has only {len(source)} different docstrings. "
+                        f"Give more Python "
+                        "source code."
                     )
                 different.append(len(set(chosen)))
             return chosen[:count]
@@ -73,10 +74,10 @@ class ParagraphCount(Generated):
             numbered = [f"Paragraph {number}: {source[index]}" for number, index in enumerate(first(count), 1)]
             return "\n\n".join([*numbered, question])
 
-        return Drawn(text, question, "The number is", lambda count: str(len(set(first(count)))), "9999")
+        return GeneratedQuestion(text, question, "The number is", lambda count: str(len(set(first(count)))), "9999")
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The share of the numbers in the answer that are right."""
+        """Return the share of the numbers in the answer that are right."""
         return scoring.numbers_right(prediction, references[0])
 
     def measure(self) -> str:
@@ -88,46 +89,47 @@ class ParagraphCount(Generated):
 
 @dataclass(frozen=True)
 class NextLine(QuestionTask):
-    """The next line of a function, after all of its file before it and of other files as fits: whole statements.
+    """A task that asks for the next line of a function, after as many whole statements of code as fit.
 
-    The nearest lines say most about the next, so that a good score does not show that the far text was read.
+    The nearest lines help most, so a good score does not show that the model read the distant text.
     """
 
     name: ClassVar[str] = "next_line"
-    summary: ClassVar[str] = "the next line of real code, by similarity"
+    summary: ClassVar[str] = "write the next line of real code, scored by similarity"
     paper: ClassVar[str] = PAPER
     retrieves: ClassVar[bool] = False
     same_at_every_length: ClassVar[bool] = True
     shortest: ClassVar[int] = 16
-    """Characters of a line that is asked for, white space around it apart."""
+    """The smallest number of characters in the line, without white space around it."""
     longest: ClassVar[int] = 100
+    """The largest number of characters."""
 
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        """The lines that are asked for do not depend on the length."""
+        """Return questions whose lines do not depend on the length."""
         blocks = read_code(tuple(context.corpus.texts)).blocks
-        asked = [(index, line) for index, block in enumerate(blocks) for line in self._lines(block)]
-        if len(asked) < context.samples:
+        candidates = [(index, line) for index, block in enumerate(blocks) for line in self._lines(block)]
+        if len(candidates) < context.samples:
             raise PePatchError(
-                f"The text ({context.corpus.name}) has {len(asked)} lines of Python that can be asked for, and "
-                f"{context.samples} are needed. Give source code: text='stdlib', or a folder of .py files."
+                f"The text ({context.corpus.name}) has only {len(candidates)} suitable lines of Python for "
+                f"{context.samples} samples. Give source code: text='stdlib', or a folder of .py files."
             )
         rng = np.random.default_rng([context.seed, zlib.crc32(self.name.encode())])
-        drawn = [asked[place] for place in rng.choice(len(asked), context.samples, replace=False)]
+        drawn = [candidates[choice] for choice in rng.choice(len(candidates), context.samples, replace=False)]
         return [_next_line(context, blocks, index, line, within or length) for index, line in drawn]
 
     def _lines(self, block: Block) -> Iterator[int]:
-        """Lines of the first twenty of a function that can be asked for."""
+        """Yield the numbers of suitable lines among the first twenty of a function."""
         lines = block.text.split("\n")[:20] if block.text.startswith(("def ", "@")) else []
         for number, line in enumerate(lines):
-            # The metric passes over lines with such marks.
+            # The metric skips lines with these marks.
             marked = any(mark in line for mark in ("`", "#", "//"))
             if number >= 2 and self.shortest <= len(line.strip()) <= self.longest and not marked:
                 yield number
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The similarity of the first line."""
+        """Return the similarity of the first line."""
         return scoring.line_similarity(prediction, references[0])
 
     def measure(self) -> str:
@@ -146,20 +148,20 @@ def _next_line(context: EvaluationContext, blocks: Sequence[Block], index: int, 
     budget = context.count(right) + SPARE
 
     def text(before: Sequence[Block]) -> str:
-        return "Write the line that comes next in this code.\n\n" + GAP.join([*(each.text for each in before), begun])
+        return "Write the line that comes next in this code.\n\n" + GAP.join([*(block.text for block in before), begun])
 
     room = length - budget + 1
-    least = text_size(context, text([]))
-    if least > room:
+    minimum = text_size(context, text([]))
+    if minimum > room:
         raise PePatchError(
-            f"A function that is to be gone on with takes {least} tokens, and there is room for {room} beside its next "
-            "line. Ask for a greater length."
+            f"The beginning of a function takes {minimum} tokens, and there is room for {room} beside its next line. "
+            "Ask for a greater length."
         )
-    # From the nearest statement backwards, and on from the end of the text where its start is reached.
+    # Go backwards from the nearest statement, and continue from the end of the text after reaching its start.
     backwards = iter([*reversed(blocks[:index]), *reversed(blocks[index + 1 :])])
-    before, _ = fill(context, backwards, room - least)
+    before, _ = fill(context, backwards, room - minimum)
     while (excess := text_size(context, text(before[::-1])) - room) > 0:
-        before.remove(least_loss(context, before, excess))
+        before.remove(block_to_drop(context, before, excess))
     return Question(context.prompt(text(before[::-1])), (right,), budget, context.prompt(text([])))
 
 

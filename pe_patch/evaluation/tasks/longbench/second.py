@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ....errors import OptionError
 from ...context import EvaluationContext
 from ..data_set import DataSetTask
-from ..rows import Home, Row
+from ..rows import DataFiles, Row
 
 PROMPT = (
     "Read the text between the two lines of dashes. It is followed by a question with four choices.\n\n"
@@ -21,7 +21,7 @@ PROMPT = (
 )
 LEAD = "The correct answer is"
 PLACES = {"$DOC$": "context", "$Q$": "question", "$C_A$": "A", "$C_B$": "B", "$C_C$": "C", "$C_D$": "D"}
-"""What stands for a row's columns in the authors' prompt files."""
+"""The placeholders in the authors' prompt files, and the columns that replace them."""
 OFFICIAL = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"
 """SHA-256 of the authors' prompts/0shot.txt."""
 
@@ -30,8 +30,8 @@ OFFICIAL = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"
 class LongBench2(DataSetTask):
     """LongBench v2. `wording` is "own", or the path of a prompt file in the authors' format.
 
-    With their own prompts/0shot.txt the rows are called LongBench v2. lm-eval has another prompt, and compares the
-    likelihoods of four letters: `pe-patch harness` runs that.
+    Only with the authors' prompts/0shot.txt do the rows carry the name LongBench v2. lm-eval uses another prompt and
+    compares the likelihoods of four letters; `pe-patch harness` runs that.
     """
 
     name: ClassVar[str] = "longbench2"
@@ -40,7 +40,7 @@ class LongBench2(DataSetTask):
     )
     paper: ClassVar[str] = "Bai et al. 2024, arXiv 2412.15204"
     benchmark: ClassVar[str] = "LongBench v2"
-    home: ClassVar[Home] = Home("THUDM/LongBench-v2", ("data.json",))
+    data_files: ClassVar[DataFiles] = DataFiles("THUDM/LongBench-v2", ("data.json",))
     data_name: ClassVar[str] = "LongBench-v2"
     columns: ClassVar[tuple[str, ...]] = (
         "context", "question", "choice_A", "choice_B", "choice_C", "choice_D", "answer", "difficulty", "length",
@@ -53,31 +53,31 @@ class LongBench2(DataSetTask):
             return
         if not Path(self.wording).is_file():
             raise OptionError(
-                f"wording is 'own' or a prompt file in the authors' format (their prompts/0shot.txt), got "
+                "wording must be 'own' or a prompt file in the authors' format (their prompts/0shot.txt), got "
                 f"{self.wording!r}. No installed package has the official wording of LongBench v2."
             )
-        missing = [place for place in PLACES if place not in self._file()]
+        missing = [placeholder for placeholder in PLACES if placeholder not in self._file()]
         if missing:
             raise OptionError(f"The prompt file {self.wording} has no {', '.join(missing)}.")
 
     def prompt(self, row: Row) -> tuple[str, str]:
-        named = {key: row[key].strip() for key in ("context", "question")}
-        named |= {letter: row[f"choice_{letter}"].strip() for letter in "ABCD"}
+        fields = {key: row[key].strip() for key in ("context", "question")}
+        fields |= {letter: row[f"choice_{letter}"].strip() for letter in "ABCD"}
         if self.wording == "own":
-            return PROMPT.format(**named), LEAD
-        # All places at once: a text may hold "$Q$" itself.
-        place = re.compile("|".join(map(re.escape, PLACES)))
-        return place.sub(lambda found: named[PLACES[found.group()]], self._file()), ""
+            return PROMPT.format(**fields), LEAD
+        # Replace all placeholders in one pass, because a text may contain "$Q$".
+        placeholder = re.compile("|".join(map(re.escape, PLACES)))
+        return placeholder.sub(lambda match: fields[PLACES[match.group()]], self._file()), ""
 
     def references(self, row: Row) -> tuple[str, ...]:
         return (row["answer"],)
 
     def parts(self, row: Row) -> tuple[str, ...]:
-        """As the authors report it: by difficulty, and by the length of the text."""
+        """Return the difficulty and the length class, by which the authors report scores."""
         return row["difficulty"], row["length"]
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """Whether the answer says that the right letter is, in the authors' very words; another wording scores 0."""
+        """Return 1 if the answer names the right letter in the authors' exact phrase, else 0."""
         given = (LEAD if self.wording == "own" else "") + prediction
         return float(_letter(given) == references[0])
 
@@ -96,7 +96,7 @@ class LongBench2(DataSetTask):
 
 
 def _letter(given: str) -> str | None:
-    """The letter that an answer names, with brackets or else without."""
+    """Return the letter that an answer names, in parentheses if any is, or None."""
     given = given.replace("*", "")
-    found = re.search(LEAD + r" \(([A-D])\)", given) or re.search(LEAD + " ([A-D])", given)
-    return found.group(1) if found else None
+    match = re.search(LEAD + r" \(([A-D])\)", given) or re.search(LEAD + " ([A-D])", given)
+    return match.group(1) if match else None

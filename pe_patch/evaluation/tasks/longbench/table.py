@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - Chinese marks
-"""LongBench's 21 data sets: how each is asked, judged and bounded (Bai et al. 2023, arXiv 2308.14508)."""
+"""List LongBench's 21 data sets with wording, metric and budget (Bai et al. 2023, arXiv 2308.14508)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from . import scoring
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and its name; with `classes` it is also given the names of all classes."""
+    """A metric with its name."""
 
     name: str
-    of: Callable[..., float]
+    function: Callable[..., float]
+    """Takes the answer and a right answer."""
     classes: bool = False
+    """True if the function also takes the names of all classes."""
 
 
 F1 = Metric("F1 of the words", scoring.answer_f1)
@@ -32,23 +34,24 @@ SIMILARITY = Metric("similarity of the next line", scoring.line_similarity)
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set. `prompt` and `lead`, the beginning of the answer, are our wording.
-
-    `budget` is in tokens. `chat` says that the prompt belongs in a chat template, `one_line` that only the answer's
-    first line counts, `by_length` that there is an edition with even lengths (LongBench-E). `repair` gives lm-eval's
-    copy of the official wording the white space back that the authors' has.
-    """
+    """One data set. `prompt` and `lead` are our wording."""
 
     metric: Metric
     budget: int
+    """The largest number of tokens in an answer."""
     prompt: str
     lead: str = "Answer:"
+    """The beginning of the answer."""
     chat: bool = True
+    """True if the prompt belongs in a chat template."""
     one_line: bool = False
+    """True if only the first line of the answer counts."""
     by_length: bool = False
-    reads: bool = True
-    """Whether a good answer needs the far text."""
+    """True if LongBench-E has this data set too."""
+    needs_context: bool = True
+    """True if a good answer requires the distant text."""
     repair: Callable[[str], str] = str
+    """Restores white space that lm-eval's copy of the official wording has lost."""
 
 
 def _blank_line(template: str) -> str:
@@ -132,6 +135,6 @@ DATA_SETS: dict[str, DataSet] = {
     "passage_count": DataSet(COUNT, 32, COUNTED, by_length=True, repair=_space_end),
     "passage_retrieval_en": DataSet(PARAGRAPH, 32, ABSTRACT, by_length=True, repair=_space_end),
     "passage_retrieval_zh": DataSet(PARAGRAPH_CHINESE, 32, ABSTRACT_CHINESE, "答案："),
-    "lcc": DataSet(SIMILARITY, 64, LINE, reads=False, **CODE),
+    "lcc": DataSet(SIMILARITY, 64, LINE, needs_context=False, **CODE),
     "repobench-p": DataSet(SIMILARITY, 64, LINE_IN_FILE, **CODE),
 }

@@ -1,8 +1,8 @@
-"""RULER (Hsieh et al. 2024, arXiv 2404.06654): thirteen tasks of any length, made on this machine.
+"""RULER (Hsieh et al. 2024, arXiv 2404.06654): thirteen tasks for any length, generated locally.
 
-What is drawn at random, and in which order, is what NVIDIA's scripts draw (github.com/NVIDIA/RULER at c3f5e3b). The
-words are ours unless `wording="official"` is asked for; a row is called RULER's only where the words, the haystack, the
-splitter, the words to count and the questions all are.
+The random draws and their order are those of NVIDIA's scripts (github.com/NVIDIA/RULER at c3f5e3b). The wording is ours
+unless `wording="official"`. A row carries the name RULER only if wording, haystack, sentence splitter, words to count
+and questions are all RULER's.
 """
 
 from __future__ import annotations
@@ -26,53 +26,52 @@ from .task import RULER_ITSELF, RulerTask
 __all__ = ["RULER", "RULER_GROUPS", "RULER_ITSELF", "THIRTEEN"]
 
 _NIAH = {
-    "niah_single_1": "one number hidden in noise is asked for",
-    "niah_single_2": "one number hidden in running text is asked for",
-    "niah_single_3": "one UUID hidden in running text is asked for",
-    "niah_multikey_1": "one of four numbers hidden in running text is asked for",
-    "niah_multikey_2": "one of many numbers is asked for, with nothing else in the text",
-    "niah_multikey_3": "one of many UUIDs, kept under UUIDs, is asked for, with nothing else in the text",
-    "niah_multivalue": "all four numbers of one key, hidden in running text, are asked for",
-    "niah_multiquery": "four numbers of four keys, hidden in running text, are asked for",
+    "niah_single_1": "retrieve one number hidden in noise",
+    "niah_single_2": "retrieve one number hidden in running text",
+    "niah_single_3": "retrieve one UUID hidden in running text",
+    "niah_multikey_1": "retrieve one of four numbers hidden in running text",
+    "niah_multikey_2": "retrieve one of many numbers, with nothing else in the text",
+    "niah_multikey_3": "retrieve one of many UUIDs under UUID keys, with nothing else in the text",
+    "niah_multivalue": "retrieve all four numbers of one key hidden in running text",
+    "niah_multiquery": "retrieve four numbers of four keys hidden in running text",
 }
 _ROWS: tuple[tuple[str, type[RulerTask], str, dict[str, Any]], ...] = (
     *(
         (name, EssayNiahTask if SHAPES[name].haystack == "essay" else NiahTask, summary, {"shape": SHAPES[name]})
         for name, summary in _NIAH.items()
     ),
-    ("vt", TrackingTask, "the variables of a chain of assignments hidden in noise are asked for", {}),
-    ("cwe", CommonWordsTask, "the ten most common words of a list are asked for", {}),
-    ("fwe", FrequentWordsTask, "the three most frequent code words of a text are asked for", {}),
-    ("qa_1", SquadTask, "a question about one of many paragraphs (SQuAD)", {}),
-    ("qa_2", HotpotTask, "a question that needs two of many paragraphs (HotpotQA)", {}),
+    ("vt", TrackingTask, "name the variables of a chain of assignments hidden in noise", {}),
+    ("cwe", CommonWordsTask, "name the ten most common words of a list", {}),
+    ("fwe", FrequentWordsTask, "name the three most frequent code words of a text", {}),
+    ("qa_1", SquadTask, "answer a question about one of many paragraphs (SQuAD)", {}),
+    ("qa_2", HotpotTask, "answer a question that needs two of many paragraphs (HotpotQA)", {}),
     (
         "qa_local_1",
         LocalTask,
-        "in which module of Python a name is defined",
+        "name the module of Python that defines a name",
         {"hops": 1},
     ),
     (
         "qa_local_2",
         LocalTask,
-        "in which module of Python the base of a class is defined",
+        "name the module of Python that defines the base of a class",
         {"hops": 2},
     ),
 )
 
 
-def _row(name: str, kind: type[RulerTask], summary: str, fixed: dict[str, Any]) -> type[RulerTask]:
-    """A class for one row: the name, the summary and what is fixed for it."""
-    return type(
-        name, (kind,), {"name": name, "summary": summary, "__module__": __name__, "__doc__": kind.__doc__, **fixed}
-    )
+def _task(name: str, base: type[RulerTask], summary: str, attributes: dict[str, Any]) -> type[RulerTask]:
+    """Create the task class of one row."""
+    common = {"name": name, "summary": summary, "__module__": __name__, "__doc__": base.__doc__}
+    return type(name, (base,), {**common, **attributes})
 
 
-RULER: Mapping[str, type[RulerTask]] = {row[0]: _row(*row) for row in _ROWS}
-"""RULER's thirteen, and two like its last two that need no file."""
+RULER: Mapping[str, type[RulerTask]] = {row[0]: _task(*row) for row in _ROWS}
+"""RULER's thirteen tasks, and two tasks like its last two that need no file."""
 THIRTEEN = tuple(name for name in RULER if not name.startswith("qa_local"))
 """The names of RULER's own tasks."""
 RULER_GROUPS: Mapping[str, tuple[str, ...]] = {
     "ruler": THIRTEEN,
     "ruler_local": (*THIRTEEN[:-2], "qa_local_1", "qa_local_2"),
 }
-"""RULER, whose questions need the files of SQuAD and HotpotQA; and the same with questions that need no file."""
+"""`ruler` needs the files of SQuAD and HotpotQA; `ruler_local` replaces these two tasks by ones that need no file."""

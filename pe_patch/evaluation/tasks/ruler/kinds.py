@@ -1,4 +1,4 @@
-"""RULER's tasks by what they ask about: needles, running text, variables, words, code words and documents."""
+"""RULER's types of tasks: needles, variables, common words, code words and documents."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from ....errors import OptionError
 from ...context import EvaluationContext
-from .documents import Answering, Documents, Source, load
+from .documents import DocumentQuestions, Documents, Source, load
 from .generator import Generator, Tokens
-from .material import Essay, digest, essay_from, essay_of, read_words, single
+from .material import Essay, digest, essay_from, essay_of, read_words, wonderwords
 from .niah import Niah, Shape, TokenNiah
 from .scoring import string_match_part
 from .source_questions import BY_HOPS
-from .task import Made, RulerTask
+from .task import GeneratorSetup, RulerTask
 from .tracking import Tracking
 from .wording import TOKENS, Wording
 from .words import CommonWords, FrequentWords
@@ -23,76 +23,83 @@ from .words import CommonWords, FrequentWords
 
 @dataclass(frozen=True)
 class NiahTask(RulerTask):
-    """Facts hidden in noise, or among facts of their kind."""
+    """A task that asks for facts hidden in noise or among similar facts."""
 
     shape: ClassVar[Shape]
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
         noise = self.shape.haystack == "noise"
         text = wording.noise if noise else wording.needle
-        stamps = {"haystack": "noise" if noise else "needles", "haystack_sha256": digest(text), **_source_of_words()}
-        return Made(self.generator(context, tokens, length, wording), stamps)
+        stamps = {"haystack": "noise" if noise else "needles", "haystack_sha256": digest(text), **_word_source()}
+        return GeneratorSetup(self.generator(context, tokens, length, wording), stamps)
 
     def generator(
         self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording, essay: Essay | None = None
     ) -> Generator:
-        kind = TokenNiah if wording.name == TOKENS else Niah
-        return kind(tokens, length, context.seed, self.shape, wording, essay)
+        generator = TokenNiah if wording.name == TOKENS else Niah
+        return generator(tokens, length, context.seed, self.shape, wording, essay)
 
 
 @dataclass(frozen=True)
 class EssayNiahTask(NiahTask):
-    """Facts hidden in running text. `haystack` is a text file, or the JSON file of essays that RULER's script writes;
-    None is the evaluation's own text."""
+    """A task that asks for facts hidden in running text.
+
+    Args:
+        haystack: a text file, or the JSON file of essays that RULER's script writes; None takes the evaluation's text.
+    """
 
     haystack: str | None = None
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
         corpus = context.corpus
         essay = essay_from(self.haystack) if self.haystack else essay_of(tuple(corpus.texts), corpus.name)
         stamps = {"haystack": essay.name, "haystack_sha256": essay.sha256, "splitter": essay.splitter.name}
-        stamps |= _source_of_words()
-        other = [] if essay.official else [f"haystack {essay.name}"]
-        other += [] if essay.splitter.official else [f"splitter {essay.splitter.name}"]
-        return Made(self.generator(context, tokens, length, wording, essay), stamps, lambda: other)
+        stamps |= _word_source()
+        substitutes = [] if essay.official else [f"haystack {essay.name}"]
+        substitutes += [] if essay.splitter.official else [f"splitter {essay.splitter.name}"]
+        return GeneratorSetup(self.generator(context, tokens, length, wording, essay), stamps, lambda: substitutes)
 
 
 @dataclass(frozen=True)
 class TrackingTask(RulerTask):
-    """A chain of assignments hidden in noise."""
+    """A task that asks for the variables in a chain of assignments hidden in noise."""
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
         stamps = {"haystack": "noise", "haystack_sha256": digest(wording.noise)}
-        return Made(Tracking(tokens, length, context.seed, wording), stamps)
+        return GeneratorSetup(Tracking(tokens, length, context.seed, wording), stamps)
 
 
 @dataclass(frozen=True)
 class CommonWordsTask(RulerTask):
-    """The most common words of a list. `words` is a JSON file of words, as RULER's `english_words.json`, for lengths
-    that need more than wonderwords has; None makes words up there."""
+    """A task that asks for the most common words of a list.
+
+    Args:
+        words: a JSON file of words such as RULER's `english_words.json`, for lengths that need more words than
+            wonderwords has; None invents words.
+    """
 
     words: str | None = None
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
-        many = read_words(self.words) if self.words else None
-        generator = CommonWords(tokens, length, context.seed, wording, many.words if many else None)
-        words = [*single(), *(many.words if many else ())]
-        stamps = {"haystack": "words", "haystack_sha256": digest("\n".join(words)), **_source_of_words()}
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
+        more = read_words(self.words) if self.words else None
+        generator = CommonWords(tokens, length, context.seed, wording, more.words if more else None)
+        words = [*wonderwords(), *(more.words if more else ())]
+        stamps = {"haystack": "words", "haystack_sha256": digest("\n".join(words)), **_word_source()}
 
         def substitutes() -> list[str]:
-            if not generator.beyond or (many and many.official):
+            if not generator.needed_more_words or (more and more.official):
                 return []
-            return [f"words of {many.name}" if many else "words that do not exist"]
+            return [f"words of {more.name}" if more else "words that do not exist"]
 
-        return Made(generator, stamps, substitutes)
+        return GeneratorSetup(generator, stamps, substitutes)
 
 
 @dataclass(frozen=True)
 class FrequentWordsTask(RulerTask):
-    """The most frequent code words of a text."""
+    """A task that asks for the most frequent code words of a text."""
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
-        return Made(
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
+        return GeneratorSetup(
             FrequentWords(tokens, length, context.seed, wording),
             {"haystack": "random code words", "haystack_sha256": None},
         )
@@ -100,11 +107,12 @@ class FrequentWordsTask(RulerTask):
 
 @dataclass(frozen=True)
 class DocumentsTask(RulerTask):
-    """Questions about documents."""
+    """A task that asks questions about documents."""
 
     match: ClassVar[Callable[[str, Sequence[str]], float]] = staticmethod(string_match_part)
 
     def documents(self) -> Documents:
+        """Load the documents and their questions."""
         raise NotImplementedError
 
     def measure(self) -> str:
@@ -114,16 +122,17 @@ class DocumentsTask(RulerTask):
         super().check(context)
         self.documents()
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
         documents = self.documents()
         stamps = {"haystack": documents.name, "haystack_sha256": documents.sha256}
-        other = [] if documents.official else [f"questions of {documents.name}"]
-        return Made(Answering(tokens, length, context.seed, wording, documents), stamps, lambda: other)
+        substitutes = [] if documents.official else [f"questions of {documents.name}"]
+        generator = DocumentQuestions(tokens, length, context.seed, wording, documents)
+        return GeneratorSetup(generator, stamps, lambda: substitutes)
 
 
 @dataclass(frozen=True)
 class SquadTask(DocumentsTask):
-    """`squad` is the path of SQuAD 2.0's development set."""
+    """Questions of SQuAD. `squad` is the path of SQuAD 2.0's development set."""
 
     squad: str | None = None
 
@@ -133,7 +142,7 @@ class SquadTask(DocumentsTask):
 
 @dataclass(frozen=True)
 class HotpotTask(DocumentsTask):
-    """`hotpotqa` is the path of HotpotQA's development set with distractors."""
+    """Questions of HotpotQA. `hotpotqa` is the path of its development set with distractors."""
 
     hotpotqa: str | None = None
 
@@ -143,7 +152,7 @@ class HotpotTask(DocumentsTask):
 
 @dataclass(frozen=True)
 class LocalTask(DocumentsTask):
-    """Questions about Python's standard library, which need no file: a task like RULER's, and not RULER's."""
+    """Questions about Python's standard library, which need no file; like RULER's tasks, but not part of RULER."""
 
     hops: ClassVar[int]
 
@@ -154,11 +163,11 @@ class LocalTask(DocumentsTask):
 def _load(path: str | None, source: Source, title: str, instead: str) -> Documents:
     if path is None:
         raise OptionError(
-            f"The questions of {title} do not come with the library. Give {source}= the path of the file, or ask "
-            f"{instead}, whose questions are about Python's own source."
+            f"The questions of {title} do not come with the library. Give {source}= the path of the file, or use the "
+            f"task {instead}, whose questions are about Python's standard library."
         )
     return load(path, source)
 
 
-def _source_of_words() -> dict[str, str]:
+def _word_source() -> dict[str, str]:
     return {"words": f"wonderwords {version('wonderwords')}"}

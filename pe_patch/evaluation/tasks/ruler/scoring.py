@@ -1,4 +1,4 @@
-"""How RULER judges an answer (Hsieh et al. 2024, arXiv 2404.06654): which references stand in it as they are."""
+"""Score answers as RULER does, by the references that occur in them (Hsieh et al. 2024, arXiv 2404.06654)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def postprocess(prediction: str) -> str:
-    """The prediction without white space at its ends, every control character in it a line feed."""
+    """Strip white space from the prediction and replace control characters by line feeds."""
     return _CONTROL.sub("\n", prediction.strip()).strip()
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """The share of the references that stand in the prediction, whatever their case: 0 to 1."""
+    """Return the share of the references that occur in the prediction, ignoring case, from 0 to 1."""
     text = prediction.lower()
     return sum(reference.lower() in text for reference in references) / len(references)
 
 
 def string_match_part(prediction: str, references: Sequence[str]) -> float:
-    """1 if any of the references stands in the prediction, whatever its case, else 0.
+    """Return 1 if any of the references occurs in the prediction, ignoring case, else 0.
 
-    This is NVIDIA's rule. lm-eval 0.4.13 gives a question the share of its references instead, so the figures of its
-    two question-answering tasks are lower and not to be compared.
+    This is NVIDIA's rule. lm-eval 0.4.13 scores the share of the references instead, so its numbers for the two
+    question-answering tasks are lower and not comparable.
     """
     text = prediction.lower()
     return float(any(reference.lower() in text for reference in references))

@@ -1,4 +1,4 @@
-"""RULER's tasks as an evaluation asks them: their options, their stamps and the name that a result may bear."""
+"""Base class of RULER's tasks: options, questions, and the name that a result may carry."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from .scoring import postprocess, string_match_all
 from .wording import ENGLISH, NAMES, OFFICIAL, Wording, choose
 
 RULER_ITSELF, RULER_LIKE = "RULER", "after RULER"
-"""What a row's stamps call its benchmark: where nothing was substituted, and where something was."""
+"""The name of the benchmark in a row's stamps, without and with substitutes for RULER's material."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """A generator, what rows say about the text that it uses, and, once all samples are made, what of it is not
-    RULER's own."""
+class GeneratorSetup:
+    """A generator with the description of its material."""
 
     generator: Generator
     stamps: dict[str, Any]
+    """The entries for the rows about the text."""
     substitutes: Callable[[], list[str]] = list
+    """Returns the material that is not RULER's; call it after generating all samples."""
 
 
 @dataclass(frozen=True)
 class RulerTask(QuestionTask):
-    """One of RULER's tasks. Needles, values, places and answers are RULER's own for the same tokenizer and seed.
+    """One of RULER's tasks. Needles, values, places and answers equal RULER's for the same tokenizer and seed.
 
-    `wording` is "english" (ours), "official" (RULER's, read from the installed lm-eval), "tokens" (single tokens, for
-    the demo's vocabulary) or None for the one that fits the vocabulary. RULER's search for a size leaves a part of the
-    window empty, with running text up to three quarters of a short one; `exact_fit` fills it.
+    Args:
+        wording: "english" (ours), "official" (RULER's, from the installed lm-eval) or "tokens" (single tokens, for the
+            vocabulary of the demo model); None takes the one that fits the vocabulary.
+        exact_fit: True to fill the window. RULER's search for a size leaves part of it empty, for running text up to
+            three quarters of a short window.
     """
 
     wording: str | None = None
@@ -54,8 +57,9 @@ class RulerTask(QuestionTask):
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None = None, within: int | None = None
     ) -> list[Question]:
+        """Return the questions; with `within`, the same facts in a shorter text."""
         key = context.key(self, "facts", length)
-        with self._named():
+        with self._name_in_errors():
             if within is None:
                 questions, facts = self._ask(context, length)
                 context.remember(key, facts)
@@ -74,31 +78,31 @@ class RulerTask(QuestionTask):
 
     def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
         stamps, budget = questions[0].stamps, questions[0].budget
-        substitutes = [each for each in stamps["substitutes"] if stamps["haystack"] not in each]
-        other = f" with {', '.join(substitutes)}" if substitutes else ""
-        which = "of RULER" if stamps["benchmark"] == RULER_ITSELF else f"{RULER_LIKE}{other}"
+        substitutes = [substitute for substitute in stamps["substitutes"] if stamps["haystack"] not in substitute]
+        replaced = f" with {', '.join(substitutes)}" if substitutes else ""
+        source = "of RULER" if stamps["benchmark"] == RULER_ITSELF else f"{RULER_LIKE}{replaced}"
         return (
-            f"{len(questions)} questions {which}, in {stamps['haystack']}; {self.measure()}, "
+            f"{len(questions)} questions {source}, in {stamps['haystack']}; {self.measure()}, "
             f"greedy answers of at most {budget} token{'s' if budget > 1 else ''}"
         )
 
-    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> Made:
-        """The generator of this task's samples, for one length."""
+    def make(self, context: EvaluationContext, tokens: Tokens, length: int, wording: Wording) -> GeneratorSetup:
+        """Return the generator of this task's samples for one length."""
         raise NotImplementedError
 
     def check(self, context: EvaluationContext) -> None:
-        """Raise now what would be raised when the first question is made."""
+        """Raise the errors of the first question early, before the evaluation starts."""
         if choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS) == OFFICIAL:
             official()
 
     def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
-        with self._named():
+        with self._name_in_errors():
             self.check(context)
         yield from super().work_units(context, length)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors within say which task they are of."""
+    def _name_in_errors(self) -> Iterator[None]:
+        """Prefix errors inside the context with the name of the task."""
         try:
             yield
         except PePatchError as error:
@@ -107,22 +111,22 @@ class RulerTask(QuestionTask):
     def _ask(
         self, context: EvaluationContext, length: int, facts: Sequence[Any] | None = None
     ) -> tuple[list[Question], list[Any]]:
-        """The questions, and the facts behind them: new ones, or those given."""
-        # Of a tokenizer that cuts, no text would ever be too long.
+        """Return the questions and their facts, which are drawn unless given."""
+        # With a truncating tokenizer no text would ever be too long; this raises for one.
         whole_ids(context.model.tokenizer, "door " * (2 * length))
         name = choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS)
         wording = official() if name == OFFICIAL else replace(ENGLISH, name=name)
-        made = self.make(context, _counter(context), length, wording)
-        generator, questions, kept = made.generator, [], []
-        samples = generator.samples(context.samples, self.exact_fit) if facts is None else generator.again(facts)
+        setup = self.make(context, _counter(context), length, wording)
+        generator, questions, used_facts = setup.generator, [], []
+        samples = generator.samples(context.samples, self.exact_fit) if facts is None else generator.with_facts(facts)
         for sample in samples:
-            group = len(kept) if len(sample.prompts) > 1 else None
-            kept.append(sample.facts)
+            group = len(used_facts) if len(sample.prompts) > 1 else None
+            used_facts.append(sample.facts)
             questions += self._questions(context, sample, generator.budget, group)
             if len(questions) >= context.samples:
                 break
-        stamps = self._stamps(context, made, wording)
-        return [replace(question, stamps=stamps) for question in questions[: context.samples]], kept
+        stamps = self._stamps(context, setup, wording)
+        return [replace(question, stamps=stamps) for question in questions[: context.samples]], used_facts
 
     def _questions(
         self, context: EvaluationContext, sample: Sample, budget: int, group: int | None
@@ -136,12 +140,12 @@ class RulerTask(QuestionTask):
                 group=group,
             )
 
-    def _stamps(self, context: EvaluationContext, made: Made, wording: Wording) -> dict[str, Any]:
+    def _stamps(self, context: EvaluationContext, setup: GeneratorSetup, wording: Wording) -> dict[str, Any]:
         substitutes = [] if wording.name.startswith(OFFICIAL) else [f"wording {wording.name}"]
-        substitutes += made.substitutes()
+        substitutes += setup.substitutes()
         if self.exact_fit:
             substitutes.append("sizes that fill the window")
-        if made.generator.endless:
+        if setup.generator.endless:
             substitutes.append("sizes found where RULER's search does not end")
         return {
             "benchmark": RULER_LIKE if substitutes else RULER_ITSELF,
@@ -149,16 +153,16 @@ class RulerTask(QuestionTask):
             "wording": wording.name,
             "tokenizer_hash": context.tokenizer_hash,
             "generator": VERSION,
-            **made.stamps,
+            **setup.stamps,
         }
 
 
 def _counter(context: EvaluationContext) -> Tokens:
-    """Counts as RULER does: without the token that a text starts with, but with a chat template."""
+    """Return a function that counts tokens as RULER does: without a start token, but with a chat template."""
     tokenizer, frame = context.model.tokenizer, context.template
 
     def tokens(text: str, answer_prefix: str) -> int:
-        whole = f"{frame.head}{text}{frame.tail}{answer_prefix}"
-        return len(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+        prompt = f"{frame.head}{text}{frame.tail}{answer_prefix}"
+        return len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
     return tokens

@@ -1,4 +1,4 @@
-"""RULER's variable tracking: a chain of assignments hidden in noise; which variables have its value?"""
+"""RULER's variable tracking: ask for the variables in a chain of assignments hidden in noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXAMPLE_LETTERS, _EXAMPLE_VALUE, _EXAMPLE_LENGTH = 3, "12345", 500
 
 
 class _Chains(Generator):
-    """The haystack's unit is a line of noise. Facts are [the variables' names in their order, the value]."""
+    """A generator whose unit is a line of noise. The facts are [the variables of the chain in order, the value]."""
 
     letters = NAME_LETTERS
 
@@ -25,7 +25,7 @@ class _Chains(Generator):
         super().__init__(tokens, length, seed)
         self.wording, self.draws = wording, draws or self.draws
 
-    def least(self, index: int) -> int:
+    def min_size(self, index: int) -> int:
         return HOPS + 1
 
     def draw(self, size: int, index: int, facts: Any = None) -> Sample:
@@ -43,11 +43,12 @@ class _Chains(Generator):
         return Sample((Prompt(text, prefix, bare, tuple(names)),), size, [names, value])
 
     def value(self) -> str:
+        """Return the value of a chain."""
         return str(self.draws.numpy.randint(10000, 99999))
 
     def _new_chain(self) -> tuple[list[str], str]:
         names: list[str] = []
-        while len(set(names)) <= HOPS:  # RULER's script stops where a name is drawn twice, which is very rare
+        while len(set(names)) <= HOPS:  # RULER's script fails if it draws a name twice, which is very rare
             names = [self._name(self.letters) for _ in range(HOPS + 1)]
         return names, self.value()
 
@@ -56,7 +57,7 @@ class _Chains(Generator):
 
 
 class _Example(_Chains):
-    """The solved example that stands before every question; it takes up to 500 tokens."""
+    """The generator of the solved example before every question, of up to 500 tokens."""
 
     budget = 0
     step = 5
@@ -67,7 +68,7 @@ class _Example(_Chains):
 
 
 class Tracking(_Chains):
-    """Each sample has the solved example before it, its names and its value replaced by new ones."""
+    """A generator that puts the solved example before each sample, with new names and a new value."""
 
     budget = 30
 
@@ -75,10 +76,10 @@ class Tracking(_Chains):
         super().__init__(tokens, length, seed, wording)
         self.step = 5 if length < SHORT else 10
         try:
-            (made,) = _Example(tokens, _EXAMPLE_LENGTH, seed, wording, self.draws).samples(1)
+            (example,) = _Example(tokens, _EXAMPLE_LENGTH, seed, wording, self.draws).samples(1)
         except PePatchError as error:
-            raise PePatchError(f"Variable tracking shows a solved example, which is too long. {error}") from error
-        (prompt,) = made.prompts
+            raise PePatchError(f"The solved example of variable tracking is too long. {error}") from error
+        (prompt,) = example.prompts
         self._example = f"{prompt.text}{prompt.answer_prefix} {' '.join(prompt.references)}\n"
         self.extra = tokens(self._example, "") - tokens("", "")
 
@@ -86,11 +87,11 @@ class Tracking(_Chains):
         sample = super().draw(size, index, facts)
         (prompt,) = sample.prompts
         head = self._new_example() + "\n"
-        shown = Prompt(head + prompt.text, prompt.answer_prefix, head + prompt.bare, prompt.references)
-        return Sample((shown,), sample.size, sample.facts)
+        with_example = Prompt(head + prompt.text, prompt.answer_prefix, head + prompt.bare, prompt.references)
+        return Sample((with_example,), sample.size, sample.facts)
 
     def trial(self, size: int) -> int:
-        """Without the example, whose tokens the search adds as `extra`: no new names are drawn for it here."""
+        """Return the tokens of a trial without the example, so that it draws no new names; `extra` adds its tokens."""
         return self.measure(super().draw(size, 0))
 
     def _new_example(self) -> str:

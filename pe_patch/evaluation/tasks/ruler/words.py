@@ -1,4 +1,4 @@
-"""RULER's two tasks of counting: the words that a list, and the code words that a text, holds most often."""
+"""RULER's two counting tasks: the most common words of a list, and the most frequent code words of a text."""
 
 from __future__ import annotations
 
@@ -12,76 +12,87 @@ import numpy as np
 
 from ....errors import PePatchError
 from .generator import Generator, Prompt, Sample, Tokens
-from .material import invented, single
+from .material import invented, wonderwords
 from .niah import SHORT
 from .wording import Wording
 
 COMMON = 10
 CODE_LETTERS = 6
 ZETA_2 = math.pi**2 / 6
-"""Riemann's zeta function of 2, which normalises the distribution k^-2."""
+"""The Riemann zeta function at 2, which normalizes the distribution k^-2."""
 
 
 class CommonWords(Generator):
-    """The unit is a word of the list that comes up a few times. Facts are the common words.
+    """A generator whose unit is a different word of the list. The facts are the common words.
 
-    `many` is where words come from when wonderwords has too few.
+    `more_words` are the words for samples that need more than wonderwords has; None invents words.
     """
 
     budget = 120
     step = 10
 
     def __init__(
-        self, tokens: Tokens, length: int, seed: int, wording: Wording, many: Sequence[str] | None = None
+        self, tokens: Tokens, length: int, seed: int, wording: Wording, more_words: Sequence[str] | None = None
     ) -> None:
         super().__init__(tokens, length, seed)
-        self.wording, self._many = wording, many
-        self.words = list(single())
+        self.wording, self._more_words = wording, more_words
+        self.words = list(wonderwords())
         random.Random(seed).shuffle(self.words)
-        self.beyond = False
-        """Whether a sample has needed more words than wonderwords has."""
+        self.needed_more_words = False
+        """True after a sample needed more words than wonderwords has."""
 
-    def least(self, index: int) -> int:
+    def min_size(self, index: int) -> int:
         return COMMON
 
     def bounds(self) -> tuple[int, int]:
-        first = self.trial(SHORT) / SHORT
-        return self.step, max(int(self.length // first) * 2, 2 * self.step)
+        tokens_per_word = self.trial(SHORT) / SHORT
+        return self.step, max(int(self.length // tokens_per_word) * 2, 2 * self.step)
 
     def draw(self, size: int, index: int, facts: Any = None) -> Sample:
         short = self.length < SHORT
         example, solution = self._list(20, 3, 1) if short else self._list(40, 10, 3)
         context, common = self._list(size, 6, 1, facts) if short else self._list(size, 30, 3, facts)
-        asking, fields = self.wording.common_words, {"num_cw": COMMON, "query": ""}
-        head = "".join(asking.fill(context=example, **fields)) + " " + _numbered(solution) + "\n"
-        text, prefix = asking.fill(context=context, **fields)
-        bare, _ = asking.fill(context="", **fields)
+        template, fields = self.wording.common_words, {"num_cw": COMMON, "query": ""}
+        head = "".join(template.fill(context=example, **fields)) + " " + _numbered(solution) + "\n"
+        text, prefix = template.fill(context=context, **fields)
+        bare, _ = template.fill(context="", **fields)
         return Sample((Prompt(head + text, prefix, head + bare, tuple(common)),), size, common)
 
     def samples(self, count: int, exact_fit: bool = False) -> Iterator[Sample]:
         for sample in super().samples(count, exact_fit):
-            self.beyond |= sample.size > len(self.words)
+            self.needed_more_words |= sample.size > len(self.words)
             yield sample
 
-    def _list(self, size: int, often: int, seldom: int, common: Sequence[str] | None = None) -> tuple[str, list[str]]:
-        source = self.words if size <= len(self.words) else self._many or invented()
+    def _list(
+        self, size: int, common_count: int, other_count: int, common: Sequence[str] | None = None
+    ) -> tuple[str, list[str]]:
+        """Return a numbered list and its common words.
+
+        Args:
+            size: the number of different words.
+            common_count: the occurrences of each common word.
+            other_count: the occurrences of each other word.
+            common: the common words; None draws them.
+        """
+        source = self.words if size <= len(self.words) else self._more_words or invented()
         if size > len(source):
             raise PePatchError(
-                f"{size} different words are needed and there are {len(source)}. Ask for a lesser length."
+                f"The list needs {size} different words, but there are {len(source)}. Ask for a smaller length."
             )
         if common is None:
             drawn = self.draws.random.sample(source, size)
         else:
-            drawn = [*common, *_without(source, common, self.draws.random.sample(source, size))][:size]
-        words = drawn[:COMMON] * often + drawn[COMMON:] * seldom
+            drawn = [*common, *_without(common, self.draws.random.sample(source, size))][:size]
+        words = drawn[:COMMON] * common_count + drawn[COMMON:] * other_count
         random.Random(self.seed).shuffle(words)
         return _numbered(words), drawn[:COMMON]
 
 
 class FrequentWords(Generator):
-    """The unit is a code word before rounding: word k comes up int(n k^-2 / zeta(2)) times. Facts are the vocabulary.
+    """A generator whose size n is the number of code words: word k occurs int(n k^-2 / zeta(2)) times.
 
-    The most frequent one is "...", which the question says to leave out; the next three are the answer.
+    The facts are the vocabulary. The most frequent word is "...", which the question excludes; the next three are the
+    answer.
     """
 
     budget = 50
@@ -93,21 +104,21 @@ class FrequentWords(Generator):
         if self.kinds < 4:
             raise PePatchError(f"{length} tokens are too few for four different code words. Ask for at least 250.")
 
-    def least(self, index: int) -> int:
-        return math.ceil(16 * ZETA_2)  # so that the fourth word comes up at all
+    def min_size(self, index: int) -> int:
+        return math.ceil(16 * ZETA_2)  # the smallest size at which the fourth word occurs
 
     def search(self) -> int:
-        """RULER's: upwards in steps with one vocabulary, until it is too long."""
+        """Increase the size in steps with one vocabulary until the text is too long, as RULER does."""
         size, vocabulary = self.room // CODE_LETTERS, self._new_vocabulary()
         while self.measure(self.draw(size, 0, vocabulary)) < self.room:
             size += self.step
-            self.plausible(size)
+            self.check_plausible(size)
         return size - self.step
 
     def sized(self, index: int, size: int) -> Sample:
-        """RULER's: downwards in steps, and the vocabulary stays."""
+        """Decrease the size in steps with one vocabulary until the text fits, as RULER does."""
         vocabulary = self._new_vocabulary()
-        while size >= self.least(index):
+        while size >= self.min_size(index):
             sample = self.draw(size, index, vocabulary)
             if self.measure(sample) <= self.room:
                 return sample
@@ -125,10 +136,10 @@ class FrequentWords(Generator):
         return Sample((Prompt(text, prefix, bare, tuple(vocabulary[1:4])),), size, vocabulary)
 
     def _new_vocabulary(self) -> list[str]:
-        found: set[str] = set()
-        while len(found) < self.kinds:
-            found.add("".join(self.draws.random.choices(string.ascii_lowercase, k=CODE_LETTERS)))
-        words = sorted(found)
+        drawn: set[str] = set()
+        while len(drawn) < self.kinds:
+            drawn.add("".join(self.draws.random.choices(string.ascii_lowercase, k=CODE_LETTERS)))
+        words = sorted(drawn)
         random.Random(self.seed).shuffle(words)
         return ["...", *words[1:]]
 
@@ -137,6 +148,6 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
 
 
-def _without(source: Sequence[str], common: Sequence[str], drawn: Sequence[str]) -> list[str]:
-    """The drawn words that are not among the common ones."""
+def _without(common: Sequence[str], drawn: Sequence[str]) -> list[str]:
+    """Return the drawn words that are not common words."""
     return [word for word in drawn if word not in set(common)]
