@@ -159,7 +159,7 @@ def test_lengths_that_are_no_multiple_of_the_window_are_reached():
         ({"targets": 9}, OptionError, "is an option of the method 'longrope'"),
         ({"text": ["x = 1\n" * 40]}, PePatchError, "(?i)longer text"),
         ({"text": ["".join(TEXT)[:9000]], "samples": 50, "method": "longrope"}, PePatchError, "samples=50 needs 50"),
-        ({"needles": 65}, PePatchError, "64 keys, 65 needles"),
+        ({"needles": 65}, PePatchError, "64 keys, so needles must be at most 64, got 65"),
         ({"schedule": Schedule(population=8, parents=9)}, OptionError, "below parents=9"),
         ({"start": [*[1.0] * 8, 3.0, 2.0, *[3.0] * 6], "method": "longrope"}, OptionError, "must not decrease"),
         ({"attention_factor": -1.0}, OptionError, "attention_factor"),
