@@ -174,7 +174,7 @@ def test_a_family_of_its_own_bias_is_refused() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(PePatchError, match="carries no patch"):
+    with pytest.raises(PePatchError, match="is not patched"):
         shift_attention(build("llama"), GROUPS)
     model = patch_model(build("llama"), "rope")
     for groups in (1, 0, True, 2.0, None):

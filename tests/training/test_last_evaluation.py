@@ -18,7 +18,7 @@ import pe_patch
 from pe_patch import cli
 from pe_patch import evaluation as measuring
 from pe_patch.training import saving
-from pe_patch.training.guard import LEFT, Unfinished
+from pe_patch.training.guard import TERMINATED_EXIT_CODE, PostTrainingError
 from pe_patch.training.measure import Measure
 from pe_patch.training.recipe import RecipeError
 from pe_patch.training.run import load_recipe, main, train
@@ -87,7 +87,7 @@ def test_an_empty_test_split_is_found_before_the_first_step(
         shutil.rmtree(folder)
         folder.mkdir()
     for dry in ("true", "false"):
-        with pytest.raises(RecipeError, match=r"evaluation: it cannot run: .*split"):
+        with pytest.raises(RecipeError, match=r"evaluation: cannot run: .*split"):
             train(load_recipe(recipe_file, [*SHORT, f"data.source={folder}", f"dry_run={dry}"]))
 
 
@@ -146,7 +146,8 @@ def wrong() -> None:
 
 
 STOPS = {"memory": (out_of_memory, 1, "out of memory"), "error": (wrong, 1, "max() arg"),
-         "Ctrl-C": (interrupted, 130, "interrupted"), "SIGTERM": (terminated, LEFT, "SIGTERM")}  # fmt: skip
+         "Ctrl-C": (interrupted, 130, "interrupted"),
+         "SIGTERM": (terminated, TERMINATED_EXIT_CODE, "SIGTERM")}  # fmt: skip
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, stop: Callable[[], None]) -> list[bool]:
@@ -261,7 +262,7 @@ def test_a_scheme_without_training_is_saved_before_it_is_measured(
     recipe_file.write_text(before + "phases: []\n")
     stop_at(monkeypatch, 1, out_of_memory)
     scheme = "scheme={name: self_extend, options: {factor: 4}}"
-    with pytest.raises(Unfinished, match="saved in"):
+    with pytest.raises(PostTrainingError, match="saved in"):
         train(load_recipe(recipe_file, [scheme, SMALL]))
     assert pe_patch.load_patched(tmp_path / "run/model").config.pe_patch["scheme"] == "self_extend"
 
@@ -279,7 +280,7 @@ def test_sigterm_while_the_model_is_saved_waits_until_it_is(
         return inner(self, folder, **given)
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
-    assert main([str(recipe_file), *SHORT]) == LEFT
+    assert main([str(recipe_file), *SHORT]) == TERMINATED_EXIT_CODE
     assert "saved in" in capsys.readouterr().err
     assert (tmp_path / "run/model/model.safetensors").is_file() and not logged(tmp_path / "run", "evaluation")
 
@@ -305,7 +306,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     monkeypatch.setattr(LlamaConfig, "save_pretrained", strict)
     assert main([str(recipe_file), "phases.0.steps=2", YARN, f"dry_run={dry}"]) == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "could be trained, but not saved" in err and "rope_type must be longrope" in err and "'yarn'" in err
+    assert "can be trained, but cannot be saved" in err and "rope_type must be longrope" in err and "'yarn'" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -324,7 +325,7 @@ def test_output_that_cannot_be_written_is_refused_before_the_first_step(
         str(file / "deeper"): "is a file",
         str(tmp_path / "half"): "is a file",
         str(foreign): "overwrite=true",
-        "/proc/nothing/run": "cannot be written",
+        "/proc/nothing/run": "cannot write to",
         str(model): "overwrite=true",
         str(text / "run"): "An input is never written to",
     }
@@ -357,7 +358,7 @@ def test_a_full_disk_is_found_before_the_first_step(
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(10 * weights, 5 * weights, 5 * weights))
     train(load_recipe(recipe_file, ["phases.0.steps=1", f"dry_run={dry}", "export=[]"]))
     told = ["phases.0.steps=1", "checkpoints={every: 1, keep: 1}", f"dry_run={dry}", f"output={recipe_file.parent}/b"]
-    with pytest.raises(RecipeError, match=r"free, and the run writes .*2 checkpoints"):  # 1 + 2 * 3 copies
+    with pytest.raises(RecipeError, match=r"free, but the run needs .*2 checkpoints"):  # 1 + 2 * 3 copies
         train(load_recipe(recipe_file, told))
 
 

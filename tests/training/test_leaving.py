@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pe_patch.training.checkpoints import Progress
-from pe_patch.training.guard import LEFT, TrainingError, fault
+from pe_patch.training.guard import TERMINATED_EXIT_CODE, TrainingError, fault
 from pe_patch.training.recipe import Guard
 from pe_patch.training.run import load_recipe, main, train
 
@@ -57,10 +57,10 @@ def test_killed_and_told_to_leave_it_ends_bit_for_bit_where_an_uninterrupted_run
     with started(recipe_file, cut) as second:
         wait_for_steps(cut, random.randint(16, 24), second)
         second.send_signal(signal.SIGTERM)
-        assert second.wait(120) == LEFT
+        assert second.wait(120) == TERMINATED_EXIT_CODE
         assert second.stderr is not None
         said = second.stderr.read().decode()
-    assert "Told to leave at step" in said and "resume=auto" in said
+    assert "SIGTERM received at step" in said and "resume=auto" in said
     step = len(logged(cut))
     assert (cut / f"checkpoints/step-{step:06d}/progress.json").is_file() and step < 160
     for output in (cut, whole):
