@@ -9,7 +9,7 @@ from . import compat, schemes  # noqa: F401 - importing the schemes registers th
 from .adapters import ADAPTERS as ADAPTERS
 from .adapters import Adapter as Adapter
 from .checkpoints.auto import register
-from .checkpoints.exporters import export as export
+from .checkpoints.exporters.export import export as export
 from .checkpoints.load import load_patched as load_patched
 from .core.positions import Positions as Positions
 from .core.scheme import AttentionShape as AttentionShape

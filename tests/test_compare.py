@@ -15,7 +15,7 @@ import torch
 from pe_patch import cli, evaluate, load_patched, patched
 from pe_patch.cli.several import spread
 from pe_patch.compare import compare, facts, processes, survey, timing
-from pe_patch.compare.contender import Contender, contenders, split_options
+from pe_patch.compare.compared_scheme import ComparedScheme, parse_schemes, split_options
 from pe_patch.compare.demo import BASE, load_base
 from pe_patch.compare.page import columns, markdown, picture
 from pe_patch.compare.run import carry_out
@@ -206,8 +206,8 @@ def test_other_settings_do_not_mix(folder, found):
 
 def test_contenders_and_their_options():
     assert split_options("a=1,b=[2,3],c={d: 4, e: 5}") == ["a=1", "b=[2,3]", "c={d: 4, e: 5}"]
-    base, *rest = contenders(["pi", "yarn", "yarn:beta_fast=16", "self_extend:group=8,window=64", "nope"], factor=8)
-    assert base == Contender("as it is")
+    base, *rest = parse_schemes(["pi", "yarn", "yarn:beta_fast=16", "self_extend:group=8,window=64", "nope"], factor=8)
+    assert base == ComparedScheme("as it is")
     assert [(one.label, one.options) for one in rest] == [
         ("linear", {"factor": 8}),
         ("yarn (factor=8)", {"factor": 8}),
@@ -215,10 +215,10 @@ def test_contenders_and_their_options():
         ("self_extend", {"group": 8, "window": 64}),
         ("nope", {}),
     ]
-    (dialect,) = contenders([{"rope_type": "linear", "factor": 4.0}])[1:]
+    (dialect,) = parse_schemes([{"rope_type": "linear", "factor": 4.0}])[1:]
     assert (dialect.scheme, dialect.options["factor"]) == ("linear", 4.0)
     with pytest.raises(UnknownNameError, match="Did you mean 'alibi'"):
-        contenders(["alibbi"])
+        parse_schemes(["alibbi"])
     words = ["compare", "m", "--scheme", "yarn", "self_extend:group=8,window=64", "--length", "1,2", "--json"]
     flags = ["--scheme", "yarn", "--scheme", "self_extend:group=8,window=64", "--length", "1", "--length", "2"]
     assert spread(words) == ["compare", "m", *flags, "--json"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pe_patch import cli, evaluate, export, patch_model
 from pe_patch.checkpoints import folders
-from pe_patch.checkpoints.exporters import save_tokenizer
+from pe_patch.checkpoints.exporters.tokenizer import save_tokenizer
 from pe_patch.checkpoints.folders import EXPORT, check_output, replaced_content
 from pe_patch.convert.measure import save
 from pe_patch.errors import OutputError, PePatchError
@@ -94,7 +94,7 @@ def test_no_command_writes_onto_its_input(name: str, run: Any, model: Path, text
     roundabout = Path(os.path.relpath(model.parent)) / "text" / ".." / model.name
     for output in (model, roundabout, link, inner / "model", model / "new", model.parent):
         code, err = run(*command(name, model, output, text), "--overwrite")
-        assert code == 1 and "An input is never written to" in err, (output, err)
+        assert code == 1 and "Inputs are never overwritten" in err, (output, err)
     code, _ = run(*command(name, link, model, text))
     assert code == 1
     assert content(model) == before
@@ -304,11 +304,11 @@ def test_what_may_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert check_output("new/deep", EXPORT, inputs=["Source", None, "", 3, "org/name"]) == tmp_path / "new/deep"
     assert check_output("~/new", EXPORT) == tmp_path / "new"
     for output in ("Source", "./Source/.", "Source/../Source", "~/Source", "Source/in", ".", str(tmp_path.parent)):
-        with pytest.raises(OutputError, match="An input is never written to"):
+        with pytest.raises(OutputError, match="Inputs are never overwritten"):
             check_output(output, EXPORT, inputs=["Source"], overwrite=True)
     stat = os.stat  # as on a disk that ignores case
     monkeypatch.setattr(os, "stat", lambda path, **how: stat(os.fspath(path).replace("SOURCE", "Source"), **how))
-    with pytest.raises(OutputError, match="An input is never written to"):
+    with pytest.raises(OutputError, match="Inputs are never overwritten"):
         check_output("SOURCE", EXPORT, inputs=["Source"])
     monkeypatch.setattr(os, "stat", stat)
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoints.loading import DTYPES
+from ..checkpoints.sources import DTYPES
 from ..errors import OptionError
 from . import memory
 from .case import Case

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints.exporters import export
+from ..checkpoints.exporters.export import export
 from ..checkpoints.folders import WEIGHTS, replaced_content
 from ..checkpoints.load import load_patched
 from . import card

@@ -112,7 +112,7 @@ def shift_attention(model: Any, groups: int) -> Any:
         raise OptionError(f"groups={quoted(groups)}: give a whole number of at least 2; 1 is full attention.")
     if heads % 2:
         raise OptionError(
-            f"Shifted attention needs an even number of heads, and {patch.base.config.model_type} has {heads}; {REMEDY}."
+            f"Shifted attention needs an even number of heads; {patch.base.config.model_type} has {heads}; {REMEDY}."
         )
     attentions = patch.adapter.attentions(patch.base)
     _check_backend(backend_for(patch.base.config._attn_implementation))

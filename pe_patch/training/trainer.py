@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
-from ..checkpoints.exporters import check_export
+from ..checkpoints.exporters.export import check_export
 from ..data.text import load_documents
 from . import finish, plan, saving
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint

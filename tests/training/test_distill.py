@@ -142,7 +142,7 @@ def test_what_cannot_be_distilled_or_calibrated_is_named(recipe_file: Path) -> N
     ):
         with pytest.raises(RecipeError, match=said):
             load_recipe(recipe_file, options)
-    with pytest.raises(RecipeError, match="1152 tokens and the model 408"):
+    with pytest.raises(RecipeError, match="1152 tokens and the model has 408"):
         train(load_recipe(recipe_file, ["distill={source: demo}"]))
 
 
@@ -153,7 +153,7 @@ def test_a_scheme_is_calibrated_on_the_first_sequences(recipe_file: Path, monkey
         seen.update(options, scheme=scheme, model=model)
         return model
 
-    monkeypatch.setattr(models.pe_patch, "patch_model", patch_model)
+    monkeypatch.setattr(models, "patch_model", patch_model)
     recipe = load_recipe(recipe_file, ["scheme={name: mla, calibration_tokens: 200, options: {kv_rank: 8}}"])
     run = trainer.Trainer(recipe)
     rows = seen["calibration"]

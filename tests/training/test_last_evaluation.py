@@ -327,7 +327,7 @@ def test_output_that_cannot_be_written_is_refused_before_the_first_step(
         str(foreign): "overwrite=true",
         "/proc/nothing/run": "cannot write to",
         str(model): "overwrite=true",
-        str(text / "run"): "An input is never written to",
+        str(text / "run"): "Inputs are never overwritten",
     }
     for output, said in cases.items():
         for dry in ("true", "false"):
@@ -340,7 +340,7 @@ def test_the_model_that_training_starts_from_is_not_replaced(recipe_file: Path, 
     train(load_recipe(recipe_file, ["phases.0.steps=2"]))
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     for output in (tmp_path / "run", tmp_path / "run/model"):
-        with pytest.raises(RecipeError, match=r"An input is never written to|not an empty folder"):
+        with pytest.raises(RecipeError, match=r"Inputs are never overwritten|not an empty folder"):
             train(
                 load_recipe(recipe_file, ["phases.0.steps=2", f"model.source={tmp_path}/run/model", f"output={output}"])
             )

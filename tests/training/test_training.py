@@ -133,7 +133,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         run("cut", resume="null")
     with pytest.raises(RecipeError, match="another seed"):
         run("cut", seed="5")
-    with pytest.raises(RecipeError, match="no checkpoint"):
+    with pytest.raises(RecipeError, match="not a checkpoint"):
         run("cut", resume=str(tmp_path))
 
 

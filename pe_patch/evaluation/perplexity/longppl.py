@@ -51,7 +51,7 @@ class Judge:
         if isinstance(given, Judge):
             return given
         if isinstance(given, str):
-            from ...checkpoints.loading import load
+            from ...checkpoints.sources import load
 
             return cls(*load(given))
         if isinstance(given, tuple) and len(given) == 2:
