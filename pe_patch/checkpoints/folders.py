@@ -27,7 +27,7 @@ EXPORT_RECORD = "pe_patch_export.json"
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a command writes into a folder, and how to recognise such a folder."""
+    """Kind of output folder: its name in messages, and the files that identify it."""
 
     name: str
     signs: tuple[str, ...] = ()

@@ -19,12 +19,12 @@ from .output import command_line, console, echo, print_json
     "  pe-patch compare --preset survey --output survey"
 )
 def compare(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A local folder or the name of a model on the hub.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A local folder or a hub name.")] = None,
     scheme: Annotated[
         list[str] | None,
-        typer.Option(metavar="SCHEME...", help="One or more: a name, name:option=value,option=value, or a JSON dict."),
+        typer.Option(
+            metavar="SCHEME...", help="One or more schemes: a name, name:option=value,option=value, or a JSON dict."
+        ),
     ] = None,
     factor: Factor = None,
     length: Annotated[

@@ -137,7 +137,7 @@ REFUSED = [
     ("vllm", "bloom", "alibi", {}, "can only express a rotation"),
     ("vllm", "gemma3_text", "linear", {"factor": 4, "layers": [3]}, "by type"),
     ("transformers4", "nemotron", "linear", {"factor": 4}, "do not read rope_scaling"),
-    ("transformers4", "olmo2", "yarn", {"factor": 4}, "takes linear, dynamic and no yarn"),
+    ("transformers4", "olmo2", "yarn", {"factor": 4}, "accepts linear, dynamic, not yarn"),
     ("transformers4", "phi3", "longrope", {"long_factor": [2.0] * 8, "factor": 4, "attention_factor": 1.5}, "windows"),
 ]  # fmt: skip
 

@@ -82,8 +82,8 @@ class DeepSpeed(Engine):
             raise RecipeError(f"A sequence of {length} tokens cannot be cut into {self.parts} equal parts.")
         if self.parts > 1:
             set_rows(self.ulysses, rows)
-        part = self.accelerator.process_index % self.parts
-        return {name: tensor.chunk(self.parts, 1)[part].contiguous() for name, tensor in whole.items()}
+        index = self.accelerator.process_index % self.parts
+        return {name: tensor.chunk(self.parts, 1)[index].contiguous() for name, tensor in whole.items()}
 
     @property
     def ulysses(self) -> Any:

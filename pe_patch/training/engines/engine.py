@@ -61,7 +61,7 @@ class Engine:
 
     @property
     def memory_of(self) -> str:
-        """What `memory` measures, in words."""
+        """A description of what `memory` measures."""
         return "this process, including all that it loaded," if self.accelerator.device.type != "cuda" else "a device"
 
     def refuse(self, recipe: Any, model: nn.Module) -> None:
