@@ -1,4 +1,4 @@
-"""`pe-patch convert`: what it measures, what it saves, what it refuses, and the table and picture of a sweep."""
+"""`pe-patch convert`: measurements, saved files, refusals, and the table and picture of a sweep."""
 
 import argparse
 import inspect

@@ -49,7 +49,7 @@ def test_the_shipped_model_is_small_and_untouched():
     assert tokenizer("<k3><v17>")["input_ids"] == [1027, 1105]
 
 
-def test_a_missing_or_damaged_checkpoint_is_said(tmp_path):
+def test_a_missing_or_damaged_checkpoint_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         demo.load_base(tmp_path / "none")
     shutil.copytree(demo.BASE, tmp_path / "cut")
@@ -59,7 +59,7 @@ def test_a_missing_or_damaged_checkpoint_is_said(tmp_path):
         demo.load_base(tmp_path / "cut")
 
 
-def test_the_recipes_are_found_and_the_command_says_how_to_repeat(tmp_path):
+def test_the_recipes_are_found_and_the_command_repeats_the_run(tmp_path):
     assert {"tiny_yarn", "tiny_base"} <= shipped_recipes().keys()
     settings = demo.DemoSettings(output=tmp_path / "a b", steps=7, from_scratch=True, seed=3)
     assert demo.command(settings) == f"pe-patch demo --output '{tmp_path}/a b' --steps 7 --seed 3 --from-scratch"

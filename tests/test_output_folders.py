@@ -1,4 +1,4 @@
-"""No command writes onto its input or into a folder that holds something else, and none leaves half a folder."""
+"""No command overwrites its input, writes into a folder with other content, or leaves an incomplete folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(source: Path, tmp_path: Path) -> Path:
-    """A copy of a checkpoint that a test may harm."""
+    """A copy of a checkpoint that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
@@ -86,7 +86,7 @@ every = pytest.mark.parametrize("name", COMMANDS)
 
 @every
 def test_no_command_writes_onto_its_input(name: str, run: Any, model: Path, text: Path, tmp_path: Path) -> None:
-    """Not by its name, a relative path, a link, a part of it or what holds it, and not with --overwrite either."""
+    """The input may be given by its name, a relative path, a link, a subfolder or a parent, also with --overwrite."""
     link, inner = tmp_path / "link", tmp_path / "inner"
     link.symlink_to(model)
     inner.symlink_to(model.parent)
@@ -105,7 +105,7 @@ def test_no_command_writes_onto_its_input(name: str, run: Any, model: Path, text
 def test_no_command_writes_into_a_folder_with_something_else(
     name: str, run: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Another model, notes, or a file in its place; neither does it build missing parents for nothing."""
+    """The folder holds another model or notes, or is a file. Missing parents are not created either."""
     other, notes = tmp_path / "other", tmp_path / "notes"
     shutil.copytree(model, other)
     notes.mkdir()
@@ -221,7 +221,7 @@ def test_functions_refuse_as_the_commands_do(model: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_of_the_hub_is_no_folder(model: Path, tmp_path: Path) -> None:
-    """A name that is no path here says nothing about folders."""
+    """A hub name that is not a local path is not compared with folders."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model)
     loaded.name_or_path = "meta-llama/Llama-2-7b-hf"
     patch_model(loaded, "yarn", factor=4)

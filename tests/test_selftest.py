@@ -184,7 +184,7 @@ def test_a_given_model_is_checked_and_what_its_family_refuses_is_named(tmp_path:
     assert list(skipped) == ["mla"] and "rotates" in skipped["mla"]
     assert {check.model for check in found.checks} == {str(tmp_path)}
     assert cli.main(["selftest", str(tmp_path / "missing")]) == 1
-    assert "does not exist" in capsys.readouterr().err
+    assert "There is no folder" in capsys.readouterr().err
     assert cli.main(["selftest", str(tmp_path), "--dtype", "float23"]) == 2
 
 

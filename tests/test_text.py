@@ -1,4 +1,4 @@
-"""Documents come from where they were asked for, and a source that is not there is said to be missing."""
+"""Documents are read from the given source, and a missing source raises a clear error."""
 
 import json
 import subprocess

@@ -44,7 +44,7 @@ def test_under_ulysses(recipe, parts, told):
         refuse_under_ulysses(recipe, patched(), parts)
 
 
-def test_models_that_ulysses_would_get_wrong():
+def test_models_that_ulysses_does_not_support():
     with pytest.raises(RecipeError, match=r"scheme: \{name: rope\}"):
         refuse_under_ulysses(RECIPE, build("llama"), 2)
     with pytest.raises(RecipeError, match="interface that Ulysses stands in"):
@@ -83,7 +83,7 @@ def test_context_parallelism_takes_static_rotations():
     refuse_under_context_parallel(CP, build("llama"), 2)
 
 
-def test_fully_shard_says_what_it_is_and_takes_no_mixed_precision(capsys):
+def test_fully_shard_announces_itself_and_refuses_mixed_precision(capsys):
     engine = FullyShard(SimpleNamespace(print=print, distributed_type=DistributedType.MULTI_CPU, num_processes=2))
     assert "fully_shard" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="mixed_precision=bf16"):
@@ -98,7 +98,7 @@ def deepspeed(**changes: Any) -> Any:
     return SimpleNamespace(**{**told, **changes})
 
 
-def test_deepspeed_that_accelerate_left_out():
+def test_deepspeed_settings_that_are_refused():
     with pytest.raises(RecipeError, match="use_cpu"):
         DeepSpeed(deepspeed(distributed_type=DistributedType.MULTI_CPU))
     plugin = SimpleNamespace(zero3_init_flag=True)
@@ -156,7 +156,7 @@ def by_itself() -> str:
     return launched()
 
 
-def test_what_was_launched():
+def test_launches_are_recognised():
     # Plain torchrun, where accelerate would see no processes.
     assert all("2 x cpu" in one for one in on_processes(2, launched, {"ACCELERATE_USE_CPU": "false"}))
     assert "one process" in on_processes(1, by_itself, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})[0]

@@ -1,4 +1,4 @@
-"""What a run says beforehand and leaves behind: its plan, its model, its card, its exports."""
+"""A run prints a plan, and writes its model, card and exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model is saved before it is measured for the last time, and whatever could stop either is found beforehand."""
+"""The model is saved before its last evaluation, and problems with either are found before training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_evaluation_that_cannot_run_is_found_before_the_first_step(
 def test_an_empty_test_split_is_found_before_the_first_step(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files, both of which belong to the training half."""
+    """Both files belong to the training split."""
     monkeypatch.setattr(Trainer, "_step", no_step)
     folder = tmp_path / "two"
     folder.mkdir()
@@ -151,7 +151,7 @@ STOPS = {"memory": (out_of_memory, 1, "out of memory"), "error": (wrong, 1, "max
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, stop: Callable[[], None]) -> list[bool]:
-    """Let the evaluation of this number fail when it starts; gives whether the model was there each time."""
+    """Make the evaluation with this number fail, and record whether the model was saved at each evaluation."""
     inner, calls = Measure._evaluate, []
 
     def evaluate(self: Any, model: Any, text: Any, *, dry_run: bool = False) -> Any:
@@ -199,7 +199,7 @@ def test_a_last_evaluation_that_fails_leaves_the_saved_model_and_says_so(
 def test_the_model_is_on_disk_when_it_is_measured_and_the_card_has_the_scores(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With evaluations on the way: that after the last step comes after the model, though its step is a multiple."""
+    """Evaluations run during training, but the one after the last step runs after the model is saved."""
     there: list[bool] = []
     inner = Measure._evaluate
 
@@ -292,7 +292,7 @@ def test_sigterm_while_the_model_is_saved_waits_until_it_is(
 def test_a_model_that_cannot_be_saved_is_not_trained(
     dry: str, recipe_file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """As Phi-3 is under schemes whose rotary type its config refuses on saving."""
+    """Phi-3 is an example: its config rejects some rotary types on saving."""
     monkeypatch.setattr(Trainer, "_step", no_step)
     from transformers import LlamaConfig
 

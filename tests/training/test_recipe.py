@@ -1,4 +1,4 @@
-"""A recipe says what it means, and what contradicts itself is refused."""
+"""Recipes are read with overrides, and contradictions are refused."""
 
 from __future__ import annotations
 
