@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import compat
 from .adapters import ADAPTERS, Adapter, register_adapter
 from .checkpoints.auto import register
-from .checkpoints.exporters import export
+from .checkpoints.exporters.export import export
 from .checkpoints.load import load_patched
 from .core.engine import AttentionEngine
 from .core.positions import Positions

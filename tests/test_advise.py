@@ -261,7 +261,7 @@ def test_unsupported_models_are_refused(tmp_path, capsys):
     with pytest.raises(PePatchError, match="saved with a patch, 'dca'"):
         advise(str(tmp_path / "patched"), 8192)
     assert cli.main(["advise", str(tmp_path / "nowhere" / "at" / "all"), "--target-length", "8192"]) == 1
-    assert "There is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert cli.main(["advise", str(CONFIGS / "llama-2-7b"), "--target-length", "0"]) == 2
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pe_patch import ADAPTERS, SCHEMES, cli
-from pe_patch.checkpoints.loading import parse_options
+from pe_patch.checkpoints.sources import parse_options
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.tasks import TASKS
 
@@ -183,12 +183,12 @@ def test_export_writes_a_native_checkpoint(run, checkpoint, tmp_path):
         (
             ["evaluate", "MODEL", "--harness", "piqa", "--task-option", "needles=3"],
             2,
-            "--task-option would change nothing",
+            "--task-option has no effect",
         ),
         (["evaluate", "MODEL", "--task", "needle", "--task-option", "needels=3"], 2, "Did you mean 'needles'"),
         (["evaluate", "MODEL", "--task", "needle", "--length", "64", "--chat"], 2, "this one has none"),
         (["evaluate", "MODEL", "--dtype", "float8"], 2, "float32"),
-        (["evaluate", "./nowhere", "--length", "64"], 1, "no folder ./nowhere"),
+        (["evaluate", "./nowhere", "--length", "64"], 1, "folder ./nowhere does not exist"),
         (["inspect", "EMPTY"], 1, "no config.json"),
         (["nothing"], 2, "nothing"),
         (["evaluate"], 2, "MODEL"),

@@ -1,4 +1,4 @@
-"""Several schemes on one model: the table is what `evaluate` finds by itself, and nothing finished is done twice."""
+"""A comparison gives the same numbers as `evaluate`, and finished work is not repeated."""
 
 import argparse
 import inspect
@@ -15,7 +15,7 @@ import torch
 from pe_patch import cli, evaluate, load_patched, patched
 from pe_patch.cli.several import spread
 from pe_patch.compare import compare, facts, processes, survey, timing
-from pe_patch.compare.contender import Contender, contenders, split_options
+from pe_patch.compare.compared_scheme import ComparedScheme, parse_schemes, split_options
 from pe_patch.compare.demo import BASE, load_base
 from pe_patch.compare.page import columns, markdown, picture
 from pe_patch.compare.run import carry_out
@@ -40,7 +40,7 @@ TIME_ALL = timing.time_all
 
 @pytest.fixture(scope="module", autouse=True)
 def no_clock():
-    """Timing is tried once, by its own test."""
+    """Skip timing, which has a separate test."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(timing, "time_all", lambda settings, folder: None)
         yield
@@ -75,7 +75,7 @@ def by_hand(folder):
     return results
 
 
-def test_the_table_is_what_evaluate_finds(found, by_hand):
+def test_the_table_agrees_with_evaluate(found, by_hand):
     lines = {line["scheme"]: line for line in found.table()}
     assert list(lines) == list(SCHEMES)
     for label, alone in by_hand.items():
@@ -100,7 +100,7 @@ def test_costs_against_counts_by_hand(folder):
     assert "| learned |" in markdown(found) and " - |" in markdown(found)
 
 
-def test_peak_memory_is_what_tensors_take_at_once():
+def test_peak_memory_is_the_peak_of_tensor_memory():
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")  # type: ignore[assignment]
 
@@ -114,7 +114,7 @@ def test_peak_memory_is_what_tensors_take_at_once():
     assert facts.peak_memory(model, call)[0] == pytest.approx(4000 + 8000, abs=200)
 
 
-def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
+def test_finished_work_is_not_repeated(folder, found, monkeypatch):
     asked, real = [], EvaluatedModel.answers
 
     def answers(self, questions):
@@ -139,7 +139,7 @@ def test_what_is_finished_is_not_done_again(folder, found, monkeypatch):
     assert run(folder / "stopped").table() == again.table() and not asked
 
 
-def test_one_that_fails_loses_no_other(folder, monkeypatch, capsys, by_hand):
+def test_a_scheme_that_fails_does_not_stop_the_others(folder, monkeypatch, capsys, by_hand):
     real = EvaluatedModel.losses
 
     def losses(self, *arguments):
@@ -191,7 +191,7 @@ def test_wrong_usage_is_code_2_and_writes_nothing(words, said, tmp_path, capsys)
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
-def test_an_unknown_preset_and_a_loaded_model_are_said(tmp_path):
+def test_an_unknown_preset_and_a_loaded_model_are_refused(tmp_path):
     assert cli.main(["compare", "--preset", "surveys", "--output", str(tmp_path)]) == 2
     with pytest.raises(OptionError, match="save_pretrained"):
         compare(load_base(BASE)[0], ["yarn"], output=tmp_path, factor=8)  # type: ignore[arg-type]
@@ -204,10 +204,10 @@ def test_other_settings_do_not_mix(folder, found):
         run(folder / "found", schemes=("yarn",))
 
 
-def test_contenders_and_their_options():
+def test_compared_schemes_and_their_options():
     assert split_options("a=1,b=[2,3],c={d: 4, e: 5}") == ["a=1", "b=[2,3]", "c={d: 4, e: 5}"]
-    base, *rest = contenders(["pi", "yarn", "yarn:beta_fast=16", "self_extend:group=8,window=64", "nope"], factor=8)
-    assert base == Contender("as it is")
+    base, *rest = parse_schemes(["pi", "yarn", "yarn:beta_fast=16", "self_extend:group=8,window=64", "nope"], factor=8)
+    assert base == ComparedScheme("as it is")
     assert [(one.label, one.options) for one in rest] == [
         ("linear", {"factor": 8}),
         ("yarn (factor=8)", {"factor": 8}),
@@ -215,10 +215,10 @@ def test_contenders_and_their_options():
         ("self_extend", {"group": 8, "window": 64}),
         ("nope", {}),
     ]
-    (dialect,) = contenders([{"rope_type": "linear", "factor": 4.0}])[1:]
+    (dialect,) = parse_schemes([{"rope_type": "linear", "factor": 4.0}])[1:]
     assert (dialect.scheme, dialect.options["factor"]) == ("linear", 4.0)
     with pytest.raises(UnknownNameError, match="Did you mean 'alibi'"):
-        contenders(["alibbi"])
+        parse_schemes(["alibbi"])
     words = ["compare", "m", "--scheme", "yarn", "self_extend:group=8,window=64", "--length", "1,2", "--json"]
     flags = ["--scheme", "yarn", "--scheme", "self_extend:group=8,window=64", "--length", "1", "--length", "2"]
     assert spread(words) == ["compare", "m", *flags, "--json"]
@@ -245,7 +245,7 @@ def test_fine_tuning_is_the_recipe_by_hand(folder):
     assert any(not torch.equal(value, untouched[name]) for name, value in theirs.items())
 
 
-def test_times_stand_in_the_table_for_all_that_can_be_timed(folder, monkeypatch):
+def test_the_table_has_times_for_all_schemes_that_can_be_timed(folder, monkeypatch):
     monkeypatch.setattr(timing, "time_all", TIME_ALL)
     found = run(folder / "timed", ["yarn", "learned"], tasks=("needle",), samples=1)
     assert not found.failures
@@ -290,7 +290,7 @@ def _die(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_takes_no_other_with_it(tmp_path):
+def test_a_process_that_dies_does_not_stop_the_others(tmp_path):
     jobs = [
         processes.Job(name, call, (tmp_path / name,), tmp_path / f"{name}-failed.json")
         for name, call in (("first", _die), ("second", _write))

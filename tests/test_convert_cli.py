@@ -1,4 +1,4 @@
-"""`pe-patch convert`: what it measures, what it saves, what it refuses, and the table and picture of a sweep."""
+"""`pe-patch convert`: measurements, saved files, refusals, and the table and picture of a sweep."""
 
 import argparse
 import inspect
@@ -106,8 +106,8 @@ def test_options_of_the_scheme_reach_it(run):
         ((), "one of --kv-rank N"),
         (("--kv-rank", 8, "--max-loss", 0.1), "--kv-rank and --max-loss exclude each other"),
         (("--kv-rank", 9999), "kv_rank=9999"),
-        (("--cache-ratio", "an eighth"), "written 1/8"),
-        (("--cache-ratio", "1/4", "1/8"), "--sweep compares several"),
+        (("--cache-ratio", "an eighth"), "such as 1/8"),
+        (("--cache-ratio", "1/4", "1/8"), "--sweep to compare several"),
         (("--method", "transmlo", "--kv-rank", 8), "Did you mean 'transmla'"),
         (("--kv-rank", 8, "--option", "rope_dim=8"), "--rope-dim"),
         (("--kv-rank", 8, "--option", "balance=2"), "balance"),
@@ -186,7 +186,7 @@ def test_a_sweep_writes_a_table_and_a_picture(run, loaded, tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["length"] == 64 and "1,024 tokens" in config["calibration"]
-    for expected in ("retrieval", "1/32", "larger ratio", "Written to"):
+    for expected in ("retrieval", "1/32", "larger ratio", "Wrote sweep.jsonl"):
         assert expected in out
     model, _ = loaded[0]
     assert not hasattr(model.config, "pe_patch")

@@ -15,7 +15,7 @@ from pe_patch.evaluation.results import Results
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    settings = demo.Settings(output=folder, schemes=("yarn",), lengths=(256, 1024), samples=10, spots=2, steps=1)
+    settings = demo.DemoSettings(output=folder, schemes=("yarn",), lengths=(256, 1024), samples=10, spots=2, steps=1)
     with open(folder / "printed.txt", "w") as printed:
         demo.run(settings, Console(file=printed, width=120))
     return folder
@@ -49,17 +49,17 @@ def test_the_shipped_model_is_small_and_untouched():
     assert tokenizer("<k3><v17>")["input_ids"] == [1027, 1105]
 
 
-def test_a_missing_or_damaged_checkpoint_is_said(tmp_path):
+def test_a_missing_or_damaged_checkpoint_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         demo.load_base(tmp_path / "none")
     shutil.copytree(demo.BASE, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="Cannot read the checkpoint"):
         demo.load_base(tmp_path / "cut")
 
 
-def test_the_recipes_are_found_and_the_command_says_how_to_repeat(tmp_path):
+def test_the_recipes_are_found_and_the_command_repeats_the_run(tmp_path):
     assert {"tiny_yarn", "tiny_base"} <= shipped_recipes().keys()
-    settings = demo.Settings(output=tmp_path / "a b", steps=7, from_scratch=True, seed=3)
+    settings = demo.DemoSettings(output=tmp_path / "a b", steps=7, from_scratch=True, seed=3)
     assert demo.command(settings) == f"pe-patch demo --output '{tmp_path}/a b' --steps 7 --seed 3 --from-scratch"

@@ -129,13 +129,13 @@ REFUSED = {
     "biases of queries": (lambda: small(qwen2()), "its projections have biases"),
     "biases elsewhere": (lambda: small(feed_forward_biased()), "its feed-forward layers have biases"),
     "adapters": (lora, "wrapped"),
-    "many frequencies": (lambda: small(build("llama"), rope_dim=32), "the frequencies it has kept are not those"),
+    "many frequencies": (lambda: small(build("llama"), rope_dim=32), "its frequencies differ from those of DeepSeek"),
     "YaRN of the model": (
         lambda: small(build("llama", rope_parameters=YARN)),
         "its config's scaling multiplies cos and sin",
     ),
-    "another scheme": (lambda: patch_model(build("llama"), "yarn", factor=2.0), "it holds no converted latents"),
-    "native": (lambda: patch_model(native("deepseek_v3"), "mla"), "it holds no converted latents"),
+    "another scheme": (lambda: patch_model(build("llama"), "yarn", factor=2.0), "it has no converted latents"),
+    "native": (lambda: patch_model(native("deepseek_v3"), "mla"), "it has no converted latents"),
 }
 
 
@@ -143,7 +143,7 @@ REFUSED = {
 def test_what_cannot_be_one_says_why(case, tmp_path):
     make, why = REFUSED[case]
     model = make()
-    with pytest.raises(UnsupportedError, match=f"(?s)cannot be written as DeepseekV3ForCausalLM: .*{why}"):
+    with pytest.raises(UnsupportedError, match=f"(?s)cannot be exported as DeepseekV3ForCausalLM: .*{why}"):
         export(model, tmp_path / "out", "deepseek")
     assert list(tmp_path.iterdir()) == []
 

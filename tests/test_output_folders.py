@@ -1,4 +1,4 @@
-"""No command writes onto its input or into a folder that holds something else, and none leaves half a folder."""
+"""No command overwrites its input, writes into a folder with other content, or leaves an incomplete folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pe_patch import cli, evaluate, export, patch_model
 from pe_patch.checkpoints import folders
-from pe_patch.checkpoints.exporters import save_tokenizer
+from pe_patch.checkpoints.exporters.tokenizer import save_tokenizer
 from pe_patch.checkpoints.folders import EXPORT, check_output, replaced_content
 from pe_patch.convert.measure import save
 from pe_patch.errors import OutputError, PePatchError
@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(source: Path, tmp_path: Path) -> Path:
-    """A copy of a checkpoint that a test may harm."""
+    """A copy of a checkpoint that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
@@ -86,7 +86,7 @@ every = pytest.mark.parametrize("name", COMMANDS)
 
 @every
 def test_no_command_writes_onto_its_input(name: str, run: Any, model: Path, text: Path, tmp_path: Path) -> None:
-    """Not by its name, a relative path, a link, a part of it or what holds it, and not with --overwrite either."""
+    """The input may be given by its name, a relative path, a link, a subfolder or a parent, also with --overwrite."""
     link, inner = tmp_path / "link", tmp_path / "inner"
     link.symlink_to(model)
     inner.symlink_to(model.parent)
@@ -94,7 +94,7 @@ def test_no_command_writes_onto_its_input(name: str, run: Any, model: Path, text
     roundabout = Path(os.path.relpath(model.parent)) / "text" / ".." / model.name
     for output in (model, roundabout, link, inner / "model", model / "new", model.parent):
         code, err = run(*command(name, model, output, text), "--overwrite")
-        assert code == 1 and "An input is never written to" in err, (output, err)
+        assert code == 1 and "Inputs are never overwritten" in err, (output, err)
     code, _ = run(*command(name, link, model, text))
     assert code == 1
     assert content(model) == before
@@ -105,7 +105,7 @@ def test_no_command_writes_onto_its_input(name: str, run: Any, model: Path, text
 def test_no_command_writes_into_a_folder_with_something_else(
     name: str, run: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Another model, notes, or a file in its place; neither does it build missing parents for nothing."""
+    """The folder holds another model or notes, or is a file. Missing parents are not created either."""
     other, notes = tmp_path / "other", tmp_path / "notes"
     shutil.copytree(model, other)
     notes.mkdir()
@@ -221,7 +221,7 @@ def test_functions_refuse_as_the_commands_do(model: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_of_the_hub_is_no_folder(model: Path, tmp_path: Path) -> None:
-    """A name that is no path here says nothing about folders."""
+    """A hub name that is not a local path is not compared with folders."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model)
     loaded.name_or_path = "meta-llama/Llama-2-7b-hf"
     patch_model(loaded, "yarn", factor=4)
@@ -304,11 +304,11 @@ def test_what_may_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert check_output("new/deep", EXPORT, inputs=["Source", None, "", 3, "org/name"]) == tmp_path / "new/deep"
     assert check_output("~/new", EXPORT) == tmp_path / "new"
     for output in ("Source", "./Source/.", "Source/../Source", "~/Source", "Source/in", ".", str(tmp_path.parent)):
-        with pytest.raises(OutputError, match="An input is never written to"):
+        with pytest.raises(OutputError, match="Inputs are never overwritten"):
             check_output(output, EXPORT, inputs=["Source"], overwrite=True)
     stat = os.stat  # as on a disk that ignores case
     monkeypatch.setattr(os, "stat", lambda path, **how: stat(os.fspath(path).replace("SOURCE", "Source"), **how))
-    with pytest.raises(OutputError, match="An input is never written to"):
+    with pytest.raises(OutputError, match="Inputs are never overwritten"):
         check_output("SOURCE", EXPORT, inputs=["Source"])
     monkeypatch.setattr(os, "stat", stat)
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")

@@ -115,6 +115,6 @@ def test_a_patched_checkpoint_with_a_hostile_record(tmp_path, capfd):
 
 def test_generated_text_is_escaped(tmp_path, capfd, monkeypatch):
     shutil.copytree(DEMO, tmp_path / "demo")
-    monkeypatch.setattr("pe_patch.checkpoints.loading.continue_text", lambda *_, **__: (HOSTILE, 3))
+    monkeypatch.setattr("pe_patch.checkpoints.sources.continue_text", lambda *_, **__: (HOSTILE, 3))
     assert main(["generate", str(tmp_path / "demo"), "--prompt", "The sea"]) == 0
     assert harmless("".join(capfd.readouterr()))

@@ -187,9 +187,12 @@ DAMAGES = {
     "newer record": (lambda folder: rewrite(folder, version=99), "newer pe_patch .*99"),
     "record without its native part": (lambda folder: rewrite(folder, native={}), "record"),
     "record without a scheme": (lambda folder: rewrite(folder, scheme=None), "record"),
-    "config that is no JSON": (lambda folder: (folder / "config.json").write_text('{"model'), "config.json|No model"),
+    "config that is no JSON": (
+        lambda folder: (folder / "config.json").write_text('{"model'),
+        "config.json|Cannot read a model",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "no folder": (shutil.rmtree, "No model|no folder"),
+    "no folder": (shutil.rmtree, "Cannot read a model|no folder"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Documents come from where they were asked for, and a source that is not there is said to be missing."""
+"""Documents are read from the given source, and a missing source raises a clear error."""
 
 import json
 import subprocess
@@ -129,10 +129,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         load_documents("stdlib", split="dev")  # type: ignore[arg-type]
     with pytest.raises(PePatchError, match="limit"):
         load_documents("stdlib", limit=0)
-    with pytest.raises(TextSourceError, match="holds no text"):
+    with pytest.raises(TextSourceError, match="has no text"):
         load_documents(tmp_path)
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(TextSourceError, match=r"no text that can be read"):
+    with pytest.raises(TextSourceError, match=r"not a supported text file"):
         load_documents(tmp_path / "model.bin")
 
 

@@ -17,7 +17,7 @@ from pe_patch import ADAPTERS, NoEffectError, UnsupportedError, cli, describe, l
 from pe_patch.adapters.authors import authors_word
 from pe_patch.adapters.trained_window import trained_window
 from pe_patch.advice import advise
-from pe_patch.checkpoints.loading import empty_model
+from pe_patch.checkpoints.sources import empty_model
 from pe_patch.doctor import diagnose, examine
 from pe_patch.errors import OptionError
 from pe_patch.patching.api import unpatch_model

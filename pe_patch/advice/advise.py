@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from ..checkpoints.loading import DTYPES
+from ..checkpoints.sources import DTYPES
 from ..errors import OptionError
 from . import memory, report
 from .case import Case

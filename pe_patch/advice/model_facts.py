@@ -16,7 +16,7 @@ from .. import compat
 from ..adapters import Adapter
 from ..adapters.authors import AuthorsWord
 from ..adapters.trained_window import TrainedWindow, native_parameters
-from ..checkpoints.loading import empty_model
+from ..checkpoints.sources import empty_model
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
 from ..patching.existing import existing_scheme

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.trained_window import OPTION
-from ..checkpoints.exporters import transformers_config
+from ..checkpoints.exporters.native import transformers_config
 from ..errors import PePatchError, UnsupportedError
 from ..patching.api import find_patch, patch_model, unpatch_model
 from ..patching.description import effective

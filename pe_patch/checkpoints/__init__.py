@@ -1,1 +1,1 @@
-"""Where models and results are written."""
+"""Save, load and export models, and guard output folders."""

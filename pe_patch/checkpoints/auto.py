@@ -1,7 +1,7 @@
-"""Loading patched models by Transformers' auto classes: entries in their registries, made when pe_patch is imported.
+"""Load patched models through Transformers' auto classes, by entries in their registries.
 
-`AutoConfig` finds a class by the model type in the file and asks it for the config. What comes back is of the family's
-own class, but for the mark that leads `AutoModel...` here, where the model is loaded and patched.
+`AutoConfig` finds a config class by the model type in the file. The config that it returns has the family's class, and
+a marker that leads `AutoModel...` to this module, which loads and patches the model.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from .load import apply_record, config_file, load_restored
 
 
 class SavedConfig(PreTrainedConfig):
-    """Represent every saved patched model in the registry of configs."""
+    """Config class of all saved patched models in Transformers' registry."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the config of a patched model: of its family's class, with the record."""
+        """Return the config of a patched model, in its family's class, with the patch record."""
         return read_marked(config_dict, **kwargs)
 
 
 class EarlierConfig(SavedConfig):
-    """The same for what earlier versions wrote."""
+    """Config class of models that earlier versions saved."""
 
     model_type = FOREIGN
 
 
 class _Loader:
-    """Load a patched model when an auto class looks up its config; registered as a model class."""
+    """Loads a patched model if an auto class finds its config; registered as a model class."""
 
     auto: Any
 
@@ -52,13 +52,13 @@ class _Loader:
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """Return a patched model with new weights."""
+        """Build a patched model with new weights."""
         record = getattr(config, FOREIGN)
         model = cls.auto.from_config(native_of(config), **kwargs)
         if converts(find_scheme(record["scheme"], record["options"])[0]) and model.device.type != "meta":
             raise UnsupportedError(
-                f"{record['scheme']!r} is made from the weights of a model, so it cannot be built from a config: use "
-                "from_pretrained, or build the model under torch.device('meta') to look at it."
+                f"{record['scheme']!r} is computed from a model's weights, so it cannot be built from a config: use "
+                "from_pretrained, or build the model under torch.device('meta') to inspect it."
             )
         apply_record(model, record, config_file(config.name_or_path))
         return model
@@ -73,7 +73,7 @@ _loaders: list[tuple[Any, type]] = []
 
 
 def _register_models(config_class: type) -> None:
-    """Have every auto class load configs of this class here."""
+    """Register this config class with all auto classes."""
     if not _loaders:
         _loaders.extend((auto, type(auto.__name__, (_Loader,), {"auto": auto})) for auto in _auto_classes())
     for auto, loader in _loaders:
@@ -81,7 +81,7 @@ def _register_models(config_class: type) -> None:
 
 
 def register() -> None:
-    """Make the entries. Called once, when pe_patch is imported."""
+    """Register the config classes. pe_patch calls this once on import."""
     for config_class in (SavedConfig, EarlierConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     saved_config.when_made.append(_register_models)

@@ -1,4 +1,4 @@
-"""Loading a model that was saved with its patch."""
+"""Load a model that was saved while patched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ..schemes.registry import find_scheme
 logger = logging.getLogger("pe_patch")
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Keyword arguments of `from_pretrained` that say where the files are."""
+"""Keyword arguments of `from_pretrained` that locate the files."""
 QUIET: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
 AUTO_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -48,23 +48,26 @@ AUTO_CLASSES = {
     "QUESTION_ANS": AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": AutoModel,
 }
-"""The head that an adapter's `task_type` stands for."""
+"""Auto class for each `task_type` of an adapter."""
 
 
 def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
-    """Load a model that was saved while patched, patch included; or a PEFT adapter with the model it belongs to.
+    """Load a model that was saved while patched, including its patch, or a PEFT adapter with its base model.
 
-    From an adapter's folder come the base model that its config names, patched as it was when the adapter was saved,
-    and the adapter on it: a `PeftModel`. The base may be the original model, or one that was saved patched.
+    For an adapter's folder, this loads the base model that its config names, patches it as it was when the adapter was
+    saved, and returns a `PeftModel`. The base may be the original model or one that was saved while patched.
 
     Args:
         path: a local folder or a hub name.
-        **from_pretrained_kwargs: handed to the model class's `from_pretrained` (dtype, device_map ...); `is_trainable`
-            is for the adapter.
+        **from_pretrained_kwargs: passed to the model class's `from_pretrained` (dtype, device_map ...); `is_trainable`
+            applies to the adapter.
+
+    Returns:
+        The patched model, or a `PeftModel`.
 
     Raises:
-        CheckpointError: where there is no such checkpoint, it carries no patch, or it is damaged.
-        MismatchError: where the base that an adapter names was saved under another scheme.
+        CheckpointError: the checkpoint does not exist, has no patch, or is damaged.
+        MismatchError: the base of an adapter was saved under another scheme.
     """
     if is_adapter(path):
         return _load_adapted(path, **from_pretrained_kwargs)
@@ -73,8 +76,8 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
     if FOREIGN not in stored:
         if str(stored.get("model_type")).startswith(FOREIGN):
             raise CheckpointError(
-                f"{source} lacks {FOREIGN!r}, the record of the patch that the model was saved with "
-                f"(model_type is {stored['model_type']!r}): restore the file as it was saved."
+                f"{source} lacks {FOREIGN!r}, the record of its patch (model_type is {stored['model_type']!r}). "
+                "Restore the file as it was saved."
             )
         raise CheckpointError(f"{path} was not saved from a patched model; load it with AutoModelForCausalLM instead.")
     record = check_record(stored[FOREIGN], stored, source)
@@ -93,19 +96,22 @@ def load_restored(
     output_loading_info: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> Any:
-    """Load the weights of a patched model into a class of Transformers, and patch it as its record says.
+    """Load the weights of a patched model into a Transformers class, and patch it from its record.
 
     Args:
-        config: the native config, from before the patch.
-        record: a record that holds.
-        model_class: a model class, or an auto class.
-        *model_args: handed on, as are the other keywords of `from_pretrained`.
+        path: a local folder or a hub name.
+        config: the original config, from before the patch.
+        record: a checked record of the patch.
+        model_class: a model class or an auto class.
+        *model_args: passed to `from_pretrained`.
+        output_loading_info: also return Transformers' report of missing and unexpected keys.
+        **from_pretrained_kwargs: passed to `from_pretrained`.
 
     Raises:
         CheckpointError: the weights are damaged, or the record does not fit the model.
     """
     try:
-        with _without_load_report():  # which calls missing what a patch took away, and unexpected what it put there
+        with _without_load_report():  # it would list weights that the patch removed or added
             loaded: Any = model_class.from_pretrained(
                 path, *model_args, config=config, output_loading_info=True, **from_pretrained_kwargs
             )
@@ -125,18 +131,17 @@ def load_restored(
     after = set(unwrap(model).state_dict())
     _check_missing(path, model, config, set(report["missing_keys"]) & after)
     if unknown := sorted(set(report["unexpected_keys"]) - after):
-        logger.warning("%s holds %r and %d more weights that this model has no use for", path, unknown[0], len(unknown))
+        logger.warning("%s has %r and %d more weights that this model does not use", path, unknown[0], len(unknown))
     hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
     _load_weights(model, path, after - before, record["scheme"], hub, from_pretrained_kwargs.get("variant"))
     return (model, report) if output_loading_info else model
 
 
 def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
-    """Patch a native model as a record says.
+    """Patch a native model from a record.
 
     Raises:
-        CheckpointError: the record does not fit the model, or has values that its scheme does not take. The message
-            names the file.
+        CheckpointError: the record does not fit the model, or its scheme rejects a value. The message names the file.
     """
     try:
         restore_patch(model, record["scheme"], record["options"], framework_of(record))
@@ -150,7 +155,7 @@ def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
     except PePatchError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        # a scheme's own arithmetic on a value that no check of its options foresaw
+        # The scheme's arithmetic failed on a value that its option checks do not cover.
         raise CheckpointError(
             f"{source}: the record of the patch, {record['scheme']}({record['options']}), cannot be applied: "
             f"{type(error).__name__}: {error}"
@@ -158,7 +163,7 @@ def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
 
 
 def _check_missing(path: str | Path, model: Any, config: Any, missing: set[str]) -> None:
-    """Raise where weights are not in the checkpoint; those of a new head are only reported, as Transformers does."""
+    """Raise if weights are missing from the checkpoint; only warn about those of a new head, as Transformers does."""
     stored = (config.architectures or [None])[0]
     prefix = f"{model.base_model_prefix}."
     fresh = set() if type(model).__name__ == stored else {name for name in missing if not name.startswith(prefix)}
@@ -172,10 +177,10 @@ def _check_missing(path: str | Path, model: Any, config: Any, missing: set[str])
 
 
 def build_empty(path: str | Path) -> Any:
-    """Build a causal language model on the meta device, without its weights; patched, if it was saved patched.
+    """Build a causal language model on the meta device, without weights, and patch it if it was saved patched.
 
     Raises:
-        CheckpointError: there is no such model, or the record of its patch is damaged.
+        CheckpointError: the model does not exist, or its patch record is damaged.
     """
     stored, source = read_config(path), config_file(path)
     if FOREIGN not in stored:
@@ -191,32 +196,32 @@ def build_empty(path: str | Path) -> Any:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder or hub name holds a PEFT adapter and no model of its own."""
+    """Return whether a folder or hub name holds a PEFT adapter without a model."""
     if Path(path).exists():
         return not (Path(path) / "config.json").exists() and (Path(path) / peft_record.CONFIG).exists()
     try:
         config, adapter = (cached_file(str(path), name, **QUIET) for name in ("config.json", peft_record.CONFIG))
-    except OSError:  # neither a folder nor a hub name, which whoever reads it as a model says better
+    except OSError:  # neither a folder nor a hub name; loading it as a model gives the better error
         return False
     return config is None and adapter is not None
 
 
 def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretrained_kwargs: Any) -> Any:
-    """The base of an adapter, patched from the adapter's record, with the adapter on it."""
-    from peft import PeftConfig, PeftModel  # late: it is slow to import, and most models carry no adapter
+    """Load the base of an adapter, patch it from the adapter's record, and add the adapter."""
+    from peft import PeftConfig, PeftModel  # slow to import, and most models have no adapter
 
     record = peft_record.read_record(path)
     if record is None:
         raise CheckpointError(
             f"The adapter {path} was not saved from a patched model; load it with peft.AutoPeftModelForCausalLM, and "
-            "patch what comes out if you want it under a scheme."
+            "patch the result to use a scheme."
         )
     config = PeftConfig.from_pretrained(str(path))
     base = config.base_model_name_or_path
     if not base:
         raise CheckpointError(
-            f"The adapter {path} does not say which model it belongs to: load that, patch it with "
-            f"{peft_record.told(record)}, and hand it to PeftModel.from_pretrained."
+            f"The adapter {path} does not name its base model: load the base, patch it with "
+            f"{peft_record.told(record)}, and pass it to PeftModel.from_pretrained."
         )
     if config.revision is not None:
         from_pretrained_kwargs.setdefault("revision", config.revision)
@@ -224,8 +229,8 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
         model = load_patched(base, **from_pretrained_kwargs)
     elif converts(find_scheme(record["scheme"], record["options"])[0]):
         raise CheckpointError(
-            f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be made "
-            f"again from {base}: load the converted model, and hand it to PeftModel.from_pretrained."
+            f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be rebuilt "
+            f"from {base}: load the converted model, and pass it to PeftModel.from_pretrained."
         )
     else:
         auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
@@ -236,6 +241,7 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
+    """Silence Transformers' report of missing and unexpected weights."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -245,77 +251,82 @@ def _without_load_report() -> Iterator[None]:
 
 
 def config_file(path: str | Path) -> str:
-    """Return the name of a model's config for messages."""
+    """Return the path of a model's config for messages."""
     return f"{path}/config.json"
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
-    """The config.json of a folder or hub name, as a dict; a clear error where there is none."""
+    """Return the config.json of a folder or hub name.
+
+    Raises:
+        CheckpointError: the config is missing or is not a JSON object.
+    """
     folder = Path(path) / str(hub.get("subfolder") or "")
     if folder.exists() and not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder} has no config.json, so it is not a saved model; give the folder that holds one."
+            f"{folder} has no config.json, so it is not a saved model; give a folder with a config.json."
         )
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(path), **hub)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two where it holds no object
-        raise CheckpointError(f"No model can be read from {path!s}: {error}") from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two if it is not an object
+        raise CheckpointError(f"Cannot read a model from {path!s}: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{config_file(path)} holds {quoted(config)}, not the object that a model's config is.")
+        raise CheckpointError(f"{config_file(path)} must hold a JSON object, found {quoted(config)}.")
     return config
 
 
 def native_config(stored: dict[str, Any], native: dict[str, Any], source: str = "config.json") -> PreTrainedConfig:
-    """The config that the model had before it was patched."""
+    """Return the config that the model had before the patch."""
     return configured(CONFIG_MAPPING[native["model_type"]], native_values(stored, {"native": native}), source)
 
 
 def _load_weights(
     model: Any, path: str | Path, wanted: set[str], scheme: str, hub: dict[str, Any], variant: str | None = None
 ) -> None:
-    """Read the tensors that the patch brought with it, and the native ones it put aside, from the checkpoint.
+    """Load the weights that the patch added, and the original ones that it set aside, from the checkpoint.
 
-    Transformers saves models of several towers under names of earlier versions, which differ before the tower's own
-    part of the name; what it loads itself it renames.
+    Transformers saves multi-part models under names of earlier versions, which differ before the part's own prefix. It
+    renames only the weights that it loads itself, so this matches names by their ends.
     """
     if not wanted:
         return
     patch = find_patch(model)
     prefix = f"{patch.path}." if patch is not None and patch.path else ""
     tails = {f".{name.removeprefix(prefix)}": name for name in wanted}
-    found = {}
+    loaded: dict[str, torch.Tensor] = {}
     for file in _weight_files(path, hub, variant):
         with safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():
                 ends = [tail for tail in tails if f".{stored}".endswith(tail)] if stored not in wanted else []
                 name = stored if stored in wanted else tails[max(ends, key=len)] if ends else None
                 if name is not None:
-                    found[name] = tensors.get_tensor(stored)
-    if missing := sorted(wanted - set(found)):
+                    loaded[name] = tensors.get_tensor(stored)
+    if missing := sorted(wanted - set(loaded)):
         raise CheckpointError(f"{path} lacks {missing[0]!r}, a weight of the scheme {scheme!r}.")
     try:
-        unwrap(model).load_state_dict(found, strict=False)
+        unwrap(model).load_state_dict(loaded, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the weights of {scheme!r} do not fit its record: {error}") from error
 
 
 def _of_variant(name: str, variant: str | None) -> str:
+    """Return the file name of a variant, such as model.fp16.safetensors."""
     stem, ending = name.rsplit(".", 1)
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _weight_files(path: str | Path, hub: dict[str, Any], variant: str | None) -> list[str]:
-    """Return the files of the weights, those of a variant ("fp16") where one was asked for, as Transformers does."""
+    """Return the weight files, of the requested variant ("fp16") if any, as Transformers does."""
     quiet = {**hub, **QUIET}
     index = cached_file(str(path), _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **quiet)
     if index is None:
         single = cached_file(str(path), _of_variant(SAFE_WEIGHTS_NAME, variant), **quiet)
         if single is None:
-            raise CheckpointError(f"{path} holds no safetensors weights, the only kind that is read here.")
+            raise CheckpointError(f"{path} has no safetensors weights, the only supported format.")
         return [single]
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
+        raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
     files = [cached_file(str(path), name, **hub) for name in names]
     return [file for file in files if file is not None]

@@ -1,4 +1,4 @@
-"""The command line. Each command has a file of its own; importing it here is what adds it."""
+"""Run the commands of `pe-patch`. Each command is a module; importing it here registers it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from ..errors import OptionError, PePatchError, UnknownNameError
 
-# in the order in which --help lists them
+# The order of the imports is the order in --help.
 from . import (  # noqa: F401
     advise,
     compare,
@@ -30,7 +30,11 @@ from .several import spread
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
+    """Run a command and return the exit code: 0, 1 for a failure, 2 for wrong usage.
+
+    Args:
+        arguments: the words after `pe-patch`; None takes `sys.argv`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     log_to_terminal()

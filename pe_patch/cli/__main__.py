@@ -1,4 +1,4 @@
-"""`python -m pe_patch.cli`."""
+"""Run `python -m pe_patch.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`pe-patch advise`."""
+"""Define `pe-patch advise`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .output import console, print_json
 )
 def advise(
     model: Model,
-    target_length: Annotated[int, typer.Option(help="The length in tokens that it is to read.")],
+    target_length: Annotated[int, typer.Option(help="Target context length in tokens.")],
     trained_length: Annotated[
-        int | None, typer.Option(help="What it was trained for, where you know better than its config.")
+        int | None, typer.Option(help="Override the trained length of the config, in tokens.")
     ] = None,
-    train_tokens: Annotated[int | None, typer.Option(help="How many tokens you can train on.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time, for the memory.")] = 1,
+    train_tokens: Annotated[int | None, typer.Option(help="Number of tokens available for training.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch, for the memory estimate.")] = 1,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Say which scheme a model wants for a longer window, why, and what it costs. Reads its configuration only."""
+    """Recommend a scheme for a longer window, with reasons and costs. Reads only the model's config."""
     from ..advice import advise as advise_on
 
     advice = advise_on(

@@ -1,4 +1,4 @@
-"""What there is to choose from: schemes, families and tasks, each with a clause and its paper."""
+"""List schemes, model families and tasks, each with a summary and its paper."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Entries = list[dict[str, Any]]
 
 
 def catalogue() -> dict[str, Entries]:
-    """All entries by kind, as JSON-able dicts."""
+    """Return all entries by kind, as dicts for JSON."""
     from ..adapters import ADAPTERS
     from ..evaluation.tasks import TASKS
     from ..schemes.registry import ALIASES, SCHEMES
@@ -46,16 +46,20 @@ def catalogue() -> dict[str, Entries]:
     }
 
 
-def part(found: Mapping[str, Entries], kind: str) -> Entries:
-    """One kind of entries; an unknown kind raises with the nearest."""
-    if kind not in found:
-        raise unknown("list", kind, found)
-    return found[kind]
+def entries_of(entries: Mapping[str, Entries], kind: str) -> Entries:
+    """Return the entries of one kind.
+
+    Raises:
+        UnknownNameError: the kind does not exist; the message names the nearest one.
+    """
+    if kind not in entries:
+        raise unknown("list", kind, entries)
+    return entries[kind]
 
 
-def tables(found: Mapping[str, Entries]) -> Iterator[Table]:
-    """One table for each kind."""
-    for kind, entries in found.items():
+def tables(entries_by_kind: Mapping[str, Entries]) -> Iterator[Table]:
+    """Yield one terminal table for each kind."""
+    for kind, entries in entries_by_kind.items():
         table = Table(title=kind.capitalize(), title_justify="left")
         for column in entries[0] if entries else ():
             table.add_column(column, overflow="fold")

@@ -1,4 +1,4 @@
-"""`pe-patch doctor`."""
+"""Define `pe-patch doctor`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def doctor(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, a config.json, or a hub name.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare what a config claims of positions with what the built model does. Needs no weights.
+    """Compare what a config claims about positions with what the built model does. Needs no weights.
 
-    Exit code 1 where the model does not do what its config says.
+    Exits with code 1 if they differ.
     """
     from ..doctor import diagnose
     from ..doctor.report import render

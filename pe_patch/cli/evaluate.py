@@ -1,4 +1,4 @@
-"""`pe-patch evaluate`."""
+"""Define `pe-patch evaluate`."""
 
 from __future__ import annotations
 
@@ -29,58 +29,62 @@ def evaluate(
         list[int] | None, typer.Option(min=1, metavar="TOKENS...", help="One or more lengths in tokens.")
     ] = None,
     depth: Annotated[
-        list[float] | None, typer.Option(metavar="DEPTH...", help="Where the answer stands: 0 start, 1 end.")
+        list[float] | None,
+        typer.Option(metavar="DEPTH...", help="Position of the answer in the text, from 0 (start) to 1 (end)."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Questions at each length.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Number of questions at each length.")] = 50,
     task_option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the tasks that take it; may be repeated."),
+        typer.Option(metavar="KEY=VALUE", help="Set an option of the tasks that accept it. Repeatable."),
     ] = None,
     harness: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TASK,...", help="Tasks of lm-eval, by their names there: ruler,arc_challenge, or retention."
+            metavar="TASK,...", help="Run tasks of lm-eval, by their names there: ruler,arc_challenge, or retention."
         ),
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(min=0, help="Documents of each of lm-eval's tasks; below 1 their share.")
+        float | None,
+        typer.Option(min=0, help="Maximum number of documents of each lm-eval task; below 1, their share."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens that lm-eval gives the model (default: its window).")
+        int | None, typer.Option(min=1, help="Maximum length in tokens for lm-eval (default: the model's window).")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")] = False,
-    text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
-    seed: Annotated[int, typer.Option(help="Of the questions and of the places in the text.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward.")] = None,
-    control_length: Annotated[int | None, typer.Option(min=1, help="Of the control (default: native window).")] = None,
-    beyond_window: Annotated[bool, typer.Option("--beyond-window", help="Allow lengths above the window.")] = False,
-    no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Let loss stand without retrieval.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Format prompts with the tokenizer's chat template.")] = False,
+    text: Annotated[str, typer.Option(help="Text source: stdlib, a folder, a file or a hub data set.")] = "stdlib",
+    seed: Annotated[int, typer.Option(help="Random seed for questions and text positions.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass.")] = None,
+    control_length: Annotated[
+        int | None, typer.Option(min=1, help="Length of the control in tokens (default: native window).")
+    ] = None,
+    beyond_window: Annotated[bool, typer.Option("--beyond-window", help="Allow lengths beyond the window.")] = False,
+    no_retrieval: Annotated[
+        bool, typer.Option("--no-retrieval", help="Do not add the needle task to an evaluation of loss alone.")
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Write a report to this folder; rows that it holds are not measured again.")
+        Path | None, typer.Option(help="Write a report to this folder. A rerun skips rows in it.")
     ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model at several lengths; every score stands beside the same questions within its window."""
+    """Measure a model at several lengths, with the same questions within its window as a control."""
     from .. import evaluation
-    from ..checkpoints import loading
+    from ..checkpoints import sources
     from ..evaluation.lm_eval import harness as run_harness
     from ..evaluation.results import Results, check_results_folder, summary_table
 
-    own = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
-    if stray := [name for name, value in (own | {"--no-retrieval": no_retrieval}).items() if value]:
+    task_only = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
+    if stray := [name for name, value in (task_only | {"--no-retrieval": no_retrieval}).items() if value]:
         if harness and not task:
-            raise OptionError(
-                f"{', '.join(stray)} would change nothing of lm-eval's tasks: give --task, or leave it out."
-            )
+            raise OptionError(f"{', '.join(stray)} has no effect on lm-eval's tasks: add --task, or remove it.")
     if not harness and (limit is not None or max_length is not None):
-        raise OptionError("--limit and --max-length belong to lm-eval's tasks: give --harness with them.")
+        raise OptionError("--limit and --max-length apply to lm-eval's tasks: give --harness with them.")
     if output is not None:
         check_results_folder(output, inputs=[model, text], overwrite=overwrite)
-    loaded, tokenizer = loading.load(model, dtype, device)
-    loading.apply(loaded, scheme, factor, option, on_existing)
+    loaded, tokenizer = sources.load(model, dtype, device)
+    sources.apply(loaded, scheme, factor, option, on_existing)
     results = Results()
     if harness:
         results += run_harness(
@@ -102,7 +106,7 @@ def evaluate(
             beyond_window=beyond_window,
             retrieval=not no_retrieval,
             chat=chat,
-            task_options=loading.parse_options(task_option or ()),
+            task_options=sources.parse_options(task_option or ()),
             output=output,
             overwrite=overwrite,
             **({"depths": depth} if depth else {}),

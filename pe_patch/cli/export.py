@@ -1,4 +1,4 @@
-"""`pe-patch export`."""
+"""Define `pe-patch export`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .application import app
 from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
 from .output import echo, print_json
 
-TARGET = "For whom: transformers, transformers4, vllm, sglang, llamacpp, or deepseek (latent attention)."
+TARGET = "Target: transformers, transformers4, vllm, sglang, llamacpp, or deepseek (latent attention)."
 
 
 @app.command(epilog="\b\nExample:\n  pe-patch export ./my-llama ./my-llama-32k --scheme yarn --factor 8 --target vllm")
 def export(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    output: Annotated[Path, typer.Argument(help="Output folder.")],
     scheme: SchemeName = None,
     factor: Factor = None,
     option: Options = None,
@@ -27,25 +27,26 @@ def export(
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a model with its scheme so that it loads without pe_patch, and say how to serve it."""
-    from ..checkpoints import loading
-    from ..checkpoints.exporters import TARGETS, read_commands
-    from ..checkpoints.exporters import export as export_model
+    """Write a model with its scheme so that it loads without pe_patch, and print how to serve it."""
+    from ..checkpoints import sources
+    from ..checkpoints.exporters.checkpoint import read_commands
+    from ..checkpoints.exporters.export import TARGETS
+    from ..checkpoints.exporters.export import export as export_model
     from ..checkpoints.folders import EXPORT, check_output
     from ..errors import unknown
 
-    if target not in TARGETS:  # before a model is loaded for nothing
+    if target not in TARGETS:  # check before loading the model
         raise unknown("export target", target, TARGETS)
     check_output(output, EXPORT, inputs=[model], overwrite=overwrite)
-    loaded, tokenizer = loading.load(model, dtype, "cpu")
-    loading.apply(loaded, scheme, factor, option, on_existing)
+    loaded, tokenizer = sources.load(model, dtype, "cpu")
+    sources.apply(loaded, scheme, factor, option, on_existing)
     written = export_model(loaded, output, target=target, tokenizer=tokenizer, overwrite=overwrite)
     commands = read_commands(written)
     if as_json:
         print_json({"path": str(written), "target": target, "commands": commands})
         return
-    echo(f"Written to {written}")
+    echo(f"Wrote {written}")
     for command in commands:
         echo(f"  {command}")
     if commands:
-        echo("More in SERVE.md there.")
+        echo("See SERVE.md in this folder for details.")

@@ -1,4 +1,4 @@
-"""`pe-patch inspect`."""
+"""Define `pe-patch inspect`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def inspect(
     on_existing: OnExisting = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a scheme would swap in a model. Reads its configuration only: no weights are needed."""
-    from ..checkpoints import loading
+    """Show what a scheme would replace in a model. Reads only the model's config."""
+    from ..checkpoints import sources
     from ..patching.description import describe
 
-    empty = loading.empty_model(model)
-    loading.apply(empty, scheme, factor, option, on_existing)
+    empty = sources.empty_model(model)
+    sources.apply(empty, scheme, factor, option, on_existing)
     description = describe(empty)
     if as_json:
         print_json(description.to_dict())

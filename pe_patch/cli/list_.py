@@ -1,4 +1,4 @@
-"""`pe-patch list`."""
+"""Define `pe-patch list`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from .output import console, print_json
 
 @app.command("list", epilog="\b\nExample:\n  pe-patch list schemes --json")
 def list_(
-    what: Annotated[str | None, typer.Argument(metavar="[schemes|families|tasks]", help="Default: all.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[schemes|families|tasks]", help="What to list (default: everything).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the schemes, the model families and the tasks, each with a clause and its paper."""
+    """List schemes, model families and tasks, each with a summary and its paper."""
     from . import catalogue
 
-    found = catalogue.catalogue()
-    if what is not None:
-        found = {what: catalogue.part(found, what)}
+    entries = catalogue.catalogue()
+    if kind is not None:
+        entries = {kind: catalogue.entries_of(entries, kind)}
     if as_json:
-        print_json(found)
+        print_json(entries)
         return
-    for table in catalogue.tables(found):
+    for table in catalogue.tables(entries):
         console().print(table)

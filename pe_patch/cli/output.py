@@ -1,7 +1,7 @@
-"""How commands say what they found: tables for people, JSON for machines.
+"""Print results: tables for people, JSON for programs.
 
-All output of the command line goes through here, since all of it may quote a checkpoint: escape sequences, control
-characters and direction marks are shown, not obeyed.
+All output of the command line passes through here, because it may quote a checkpoint. Escape sequences, control
+characters and direction marks are shown, not executed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import typer
 from ..errors import escape, printable
 
 _stdout: Any = None
-"""Where JSON goes while other output is kept away from it; None is the present standard output."""
+"""Destination of JSON while other output is redirected; None is the current standard output."""
 
 
 def echo(text: Any, err: bool = False) -> None:
-    """Print a line, with what a terminal would obey escaped."""
+    """Print a line with control characters escaped."""
     typer.echo(printable(text), err=err)
 
 
 def console(stderr: bool = False) -> Any:
+    """Return a rich console that escapes control characters."""
     from rich.console import Console
 
     class PrintableConsole(Console):
@@ -35,19 +36,20 @@ def console(stderr: bool = False) -> Any:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else segment._replace(text=printable(segment.text))
 
-    # A pipe has no width of its own: tables are not folded to 80 columns there.
+    # A pipe has no width, so do not fold tables to 80 columns there.
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return PrintableConsole(stderr=stderr) if terminal else PrintableConsole(stderr=stderr, width=160)
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON, with control characters escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     typer.echo(escape(text, lambda character: f"\\u{ord(character):04x}"), file=_stdout)
 
 
 @contextmanager
 def json_alone() -> Iterator[None]:
-    """Keep standard output for JSON: what libraries print there (DeepSpeed does, when imported) goes to stderr."""
+    """Reserve standard output for JSON: redirect what libraries print (such as DeepSpeed on import) to stderr."""
     global _stdout
     _stdout = sys.stdout
     try:
@@ -58,7 +60,7 @@ def json_alone() -> Iterator[None]:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escape every message that reaches the terminal, of this library or of another."""
+    """Escapes log messages of this and other libraries."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -72,17 +74,19 @@ def log_to_terminal() -> None:
 
 
 def print_traceback(kind: Any, error: Any, trace: Any) -> None:
-    """Print an uncaught exception; takes the place of `sys.excepthook`."""
+    """Print an uncaught exception; replaces `sys.excepthook`."""
     echo("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
 def print_results(results: Any) -> None:
+    """Print the rows of an evaluation as JSON."""
     from dataclasses import asdict
 
     print_json({"config": results.config, "rows": [asdict(row) for row in results.rows]})
 
 
 def command_line() -> str:
+    """Return the command that the user typed."""
     import shlex
 
     return shlex.join(["pe-patch", *sys.argv[1:]])

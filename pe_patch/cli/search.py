@@ -1,4 +1,4 @@
-"""`pe-patch search`."""
+"""Define `pe-patch search`."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ from .output import console, echo, print_json
 )
 def search(
     model: Model,
-    length: Annotated[int, typer.Option(help="The length in tokens that the model is to reach.")],
+    length: Annotated[int, typer.Option(help="Target context length in tokens.")],
     method: Annotated[
-        str, typer.Option(help="longrope judges by the loss of documents, longrope2 by that of answers in them.")
+        str,
+        typer.Option(help="Score candidates by the loss on documents (longrope) or on answers in them (longrope2)."),
     ] = "longrope2",
-    text: Annotated[str, typer.Option(help="stdlib, a folder, a file or a data set of the hub.")] = "stdlib",
-    samples: Annotated[int, typer.Option(help="Documents that each candidate is scored on.")] = 8,
-    needles: Annotated[int, typer.Option(help="Facts hidden in each of longrope2's documents.")] = 8,
+    text: Annotated[str, typer.Option(help="Text source: stdlib, a folder, a file or a hub data set.")] = "stdlib",
+    samples: Annotated[int, typer.Option(help="Number of documents to score each candidate on.")] = 8,
+    needles: Annotated[int, typer.Option(help="Number of facts hidden in each document (longrope2).")] = 8,
     targets: Annotated[
-        int | None, typer.Option(help="Last tokens of longrope's documents that count (default: 1/8, at most 2048).")
+        int | None,
+        typer.Option(help="Number of last tokens of each document to score (longrope; default: 1/8, at most 2048)."),
     ] = None,
-    population: Annotated[int, typer.Option(help="Candidates of the first generation.")] = 64,
-    iterations: Annotated[int, typer.Option(help="Further generations.")] = 40,
-    mutations: Annotated[int, typer.Option(help="Mutated candidates of each.")] = 16,
-    crossovers: Annotated[int, typer.Option(help="Candidates with two parents of each.")] = 16,
-    parents: Annotated[int, typer.Option(help="The best, which go on to the next generation.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the candidates, the questions and the places.")] = 0,
+    population: Annotated[int, typer.Option(help="Number of candidates in the first generation.")] = 64,
+    iterations: Annotated[int, typer.Option(help="Number of further generations.")] = 40,
+    mutations: Annotated[int, typer.Option(help="Mutated candidates in each generation.")] = 16,
+    crossovers: Annotated[int, typer.Option(help="Candidates with two parents in each generation.")] = 16,
+    parents: Annotated[int, typer.Option(help="Number of best candidates that enter the next generation.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for candidates, questions and text positions.")] = 0,
     start: Annotated[
-        Path | None, typer.Option(help="Factors to start from as well: a best.json, or a JSON list.")
+        Path | None, typer.Option(help="Additional start: a best.json, or a JSON list of factors.")
     ] = None,
     attention_factor: Annotated[
-        float | None, typer.Option(help="What cos and sin are multiplied by (default: by LongRoPE's formula).")
+        float | None, typer.Option(help="Factor of cos and sin (default: LongRoPE's formula).")
     ] = None,
     on_existing: OnExisting = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward.")] = None,
-    output: Annotated[Path, typer.Option(help="The folder of what is found; a stopped search goes on there.")] = Path(
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass.")] = None,
+    output: Annotated[Path, typer.Option(help="Output folder. A rerun continues a stopped search in it.")] = Path(
         "search"
     ),
     overwrite: Overwrite = False,
@@ -52,38 +54,38 @@ def search(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search the factors by which LongRoPE rescales a model's rotation; the best become options of `longrope`."""
-    from ..checkpoints import loading
+    """Search for the factors by which LongRoPE rescales a model's rotation. The result sets options of `longrope`."""
+    from ..checkpoints import sources
     from ..checkpoints.folders import SEARCH, check_output
     from ..search import Schedule
     from ..search import search as run
     from ..search.result import result_table
 
     check_output(output, SEARCH, inputs=[model, text], overwrite=overwrite)
-    given = None if start is None else _factors(start)
-    loaded, tokenizer = loading.load(model, dtype, device)
-    found = run(
+    initial_factors = None if start is None else _factors(start)
+    loaded, tokenizer = sources.load(model, dtype, device)
+    result = run(
         loaded, tokenizer, length, method=method, text=text, samples=samples, needles=needles, targets=targets,
-        schedule=Schedule(population, iterations, mutations, crossovers, parents), seed=seed, start=given,
+        schedule=Schedule(population, iterations, mutations, crossovers, parents), seed=seed, start=initial_factors,
         attention_factor=attention_factor, on_existing=on_existing or "error", batch_size=batch_size, output=output,
         overwrite=overwrite,
     )  # fmt: skip
     if as_json:
-        print_json({**found.to_dict(), "files": str(output)})
+        print_json({**result.to_dict(), "files": str(output)})
         return
-    console().print(result_table(found))
-    if found.beaten:
-        echo(f"{found.beaten} scores lower than anything found: use it, or search longer.")
+    console().print(result_table(result))
+    if result.beaten:
+        echo(f"{result.beaten} scores lower than the best candidate: use it, or search longer.")
     echo(f"Options of the scheme longrope: {output / 'best.json'}; picture: {output / 'search.png'}.")
 
 
 def _factors(path: Path) -> Any:
-    """The list in a file, or the `long_factor` of the options in it."""
+    """Read a list of factors from a JSON file, or from the `long_factor` of the options in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OptionError(f"--start {path} cannot be read as JSON: {error}.") from error
     listed = content.get("long_factor") if isinstance(content, dict) else content
     if not isinstance(listed, list) or not all(type(value) in (int, float) for value in listed):
-        raise OptionError(f"--start {path} holds no list of numbers, nor options with one in long_factor.")
+        raise OptionError(f"--start {path} must hold a list of numbers, or options with such a list in long_factor.")
     return listed

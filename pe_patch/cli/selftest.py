@@ -1,4 +1,4 @@
-"""`pe-patch selftest`."""
+"""Define `pe-patch selftest`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from .output import console, print_json
 def selftest(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A folder or a hub name to check beside the models that come along."),
+        typer.Argument(
+            metavar="[MODEL]", help="A local folder or a hub name to check in addition to the built-in models."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of MODEL: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Data type of MODEL: float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that patching works with the versions installed here. Run it after an upgrade of Transformers.
+    """Check that patching works with the installed versions. Run this after an upgrade of Transformers.
 
-    Exit code 1 where something differs that must be equal.
+    Exits with code 1 if values differ that must be equal.
     """
-    from ..checkpoints.loading import quiet_host
+    from ..checkpoints.sources import quiet_host
     from ..doctor.self_test import selftest as run
     from ..doctor.self_test.result import render
 

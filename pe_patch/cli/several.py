@@ -1,4 +1,4 @@
-"""Options that take several values after one flag."""
+"""Accept several values after one flag."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _is_scheme(word: str) -> bool:
     from ..schemes.registry import ALIASES, SCHEMES
 
     name = word.partition(":")[0]
-    # a name that is nearly right is passed on, to be told so
+    # Pass on a misspelt name, so that the error can suggest the right one.
     return word.startswith("{") or name in ALIASES or bool(nearest(name, SCHEMES))
 
 
@@ -42,18 +42,18 @@ SEVERAL: dict[str, Callable[[str], bool]] = {
     "--method": _is_method,
     "--cache-ratio": lambda word: all(map(_is_number, word.replace("/", ",").split(","))),
 }
-"""Options that take several values after one flag, and what a further value looks like."""
+"""Options that accept several values after one flag, and a test for a further value."""
 ONLY = {"--scheme": "compare"}
-"""Those that take several in one command alone: elsewhere a folder may well be called like a scheme."""
+"""Options that do so in one command only; in other commands, a folder may have the name of a scheme."""
 WHOLE = frozenset({"--scheme"})
-"""Those whose values have commas of their own."""
+"""Options whose values may contain commas."""
 
 
 def spread(words: Sequence[str]) -> list[str]:
-    """Write a flag before each of its values, as Typer wants it: `--length 1 2` becomes `--length 1 --length 2`.
+    """Repeat a flag before each of its values, as Typer needs: `--length 1 2` becomes `--length 1 --length 2`.
 
-    Commas separate too, but for those in WHOLE. The word after a flag is always its value; those after it only if they
-    look like one.
+    Commas separate values too, except for options in WHOLE. The word after a flag is always its value; later words
+    only if they look like one.
     """
     spread_out: list[str] = []
     flag, first = "", False
@@ -70,6 +70,6 @@ def spread(words: Sequence[str]) -> list[str]:
             flag, first = "", False
             continue
         items = [word] if flag in WHOLE else word.split(",")
-        spread_out += [part for item in items if item for part in (flag, item)]
+        spread_out += [token for item in items if item for token in (flag, item)]
         first = False
     return [*spread_out, flag] if first else spread_out

@@ -1,4 +1,4 @@
-"""`pe-patch train`."""
+"""Define `pe-patch train`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .application import app
     "phases.0.steps=100\n  accelerate launch --num_processes 8 -m pe_patch.training yarn_llama_32k"
 )
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the recipe.")
-    ] = None,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Path of a YAML file, or the name of a shipped recipe.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set recipe values.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, its memory and its time, and stop.")
+        bool, typer.Option("--dry-run", help="Print the plan, its memory and its time without training.")
     ] = False,
 ) -> None:
-    """Train or fine-tune a model after a recipe, in one process.
+    """Train or fine-tune a model with a recipe, in one process.
 
-    Several processes: accelerate launch -m pe_patch.training RECIPE [KEY=VALUE]...
+    For several processes, run: accelerate launch -m pe_patch.training RECIPE [KEY=VALUE]...
     """
     from ..training.run import main
 

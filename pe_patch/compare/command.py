@@ -1,4 +1,4 @@
-"""What `pe-patch compare` does between its options and its output."""
+"""Run `pe-patch compare` from its options to its output."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DEFAULTS: Mapping[str, Any] = {
     "model": None, "scheme": None, "factor": None, "length": None, "task": None, "fine_tune": None, "steps": None,
     "samples": 50, "text": "stdlib", "batch_size": None, "dtype": "auto", "device": None,
 }  # fmt: skip
-"""The command's options and their defaults; a preset decides all of them."""
+"""The command's options and their defaults. A preset sets all of them."""
 
 
 def run(
-    asked: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     output: Path,
     *,
     preset: str | None,
@@ -29,28 +29,41 @@ def run(
     line: str,
     overwrite: bool = False,
 ) -> tuple[Comparison, Path]:
-    """Compare, write the page, and give both the result and the page's path; `line` is the command line."""
-    from ..checkpoints.loading import parse_options, quiet_host
+    """Compare, write the report page, and return the comparison and the page's path.
+
+    Args:
+        arguments: the command's options.
+        output: the output folder.
+        preset: name of a preset; None compares `arguments["scheme"]` on `arguments["model"]`.
+        quick: run the preset with few steps and questions.
+        workers: number of parallel processes; None uses the default.
+        line: the command line, for the page.
+        overwrite: write into a folder with other content.
+
+    Raises:
+        OptionError: options are missing or contradict each other.
+    """
+    from ..checkpoints.sources import parse_options, quiet_host
 
     quiet_host()
-    seed, given = asked["seed"], {key: asked[key] for key in DEFAULTS}
+    seed, given = arguments["seed"], {key: arguments[key] for key in DEFAULTS}
     if preset is not None:
         presets.refuse(given, DEFAULTS)
         check_output(output, COMPARISON, overwrite=overwrite)  # a preset may build its model there
         chosen, settings = presets.find(preset, output, seed=seed, quick=quick)
-        # their models are so small that two threads on one are slower than one thread on each of two
-        found = carry_out(
+        # The presets' models are so small that one thread each on two models is faster than two threads on one.
+        comparison = carry_out(
             settings, output, workers=processes.cores() if workers is None else workers, overwrite=overwrite
         )
-        return found, page.write(found, output, title=chosen.title, command=line, more=chosen.notes)
+        return comparison, page.write(comparison, output, title=chosen.title, command=line, more=chosen.notes)
     if quick:
         raise OptionError(
-            "--quick belongs to --preset; elsewhere --samples, --length and --steps say how much is done."
+            "--quick needs --preset; otherwise set the amount of work with --samples, --length and --steps."
         )
     if given["model"] is None or not given["scheme"]:
         raise OptionError("Give a MODEL and at least one --scheme, or a --preset (survey, demo).")
     factor = None if given["factor"] is None else parse_options([f"factor={given['factor']}"])["factor"]
-    found = compare(
+    comparison = compare(
         given["model"],
         given["scheme"],
         given["length"],
@@ -68,11 +81,11 @@ def run(
         workers=workers,
         overwrite=overwrite,
     )
-    return found, page.write(found, output, title=f"Schemes on {given['model']}", command=line)
+    return comparison, page.write(comparison, output, title=f"Schemes on {given['model']}", command=line)
 
 
-def show(found: Comparison, console: Any) -> None:
-    """The tables, and in one sentence what they say."""
-    for table in page.terminal(found):
+def show(comparison: Comparison, console: Any) -> None:
+    """Print the tables and a one-sentence conclusion."""
+    for table in page.terminal(comparison):
         console.print(table)
-    console.print(page.verdict(found), highlight=False, soft_wrap=True)
+    console.print(page.verdict(comparison), highlight=False, soft_wrap=True)

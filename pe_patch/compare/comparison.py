@@ -1,4 +1,4 @@
-"""What a comparison found: the rows, what each scheme costs, and the table made of both."""
+"""Collect the results of a comparison: scores, costs, and the table of both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.results import Pivot, Results, pivots
 from . import timing
-from .contender import Contender
+from .compared_scheme import ComparedScheme
 from .settings import Folder, Settings, read_json
 from .worker import rows_of
 
@@ -17,69 +17,70 @@ Line = dict[str, Any]
 
 @dataclass
 class Comparison:
-    """Everything that is finished of a comparison."""
+    """The finished results of a comparison."""
 
     settings: Settings
     rows: Results
-    """Every measurement, in the order of the contenders; `scheme` is the label of a contender and its stage."""
+    """All measurements, in the order of the compared schemes; `scheme` is the label of a scheme and its stage."""
     facts: dict[str, dict[str, Any]]
-    """By the same label: parameters, bytes in the cache, peak memory, time ratios, seconds of training."""
+    """By the same label: parameters, cache bytes, peak memory, time ratios, training seconds."""
     unsupported: dict[str, str] = field(default_factory=dict)
-    """Contenders that cannot work on this model, with the reason."""
+    """Schemes that cannot work on this model, with the reason."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Contenders that something went wrong with, with the reason."""
+    """Schemes whose run failed, with the reason."""
 
     def table(self) -> list[Line]:
-        """One line for each contender and stage: a dict from column to value, None where there is none.
+        """Return one line for each scheme and stage: a dict from column to value, None where there is no value.
 
-        `forward`, `decode` and `train` are times over that of the model as it is. `loss` and `retrieval` map a length
-        to a score; `loss_change` is the loss at the window less that of the model as it is, before any training. `why`
-        says why a line has no numbers.
+        `forward`, `decode` and `train` are times relative to the unpatched model. `loss` and `retrieval` map a length
+        to a
+        score. `loss_change` is the loss at the window minus that of the unpatched model before training. `why` is the
+        reason if a line has no numbers.
         """
-        found = []
-        for contender in self.settings.contenders:
-            labels = [self.settings.label(contender, stage) for stage in self.settings.stages]
+        lines: list[Line] = []
+        for compared in self.settings.contenders:
+            labels = [self.settings.label(compared, stage) for stage in self.settings.stages]
             measured = [label for label in labels if label in self.facts]
-            lines = [self._line(label, contender) for label in measured]
+            own_lines = [self._line(label, compared) for label in measured]
             if len(measured) < len(labels):
-                reason = self.unsupported.get(contender.label) or self.failures.get(contender.label)
-                missing = contender.label if not measured else labels[-1]
-                lines.append(
-                    {"scheme": missing, "options": dict(contender.options), "why": reason or "not measured yet"}
+                reason = self.unsupported.get(compared.label) or self.failures.get(compared.label)
+                missing = compared.label if not measured else labels[-1]
+                own_lines.append(
+                    {"scheme": missing, "options": dict(compared.options), "why": reason or "not measured yet"}
                 )
-            found += lines
-        self._add_changes(found)
-        return found
+            lines += own_lines
+        self._add_changes(lines)
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """The table, the settings and what went wrong (JSON-able)."""
+        """Return the table, the settings and the failures, as a dict for JSON."""
         return {
             "settings": self.settings.record(),
             "table": self.table(),
             "facts": self.facts,
             "unsupported": self.unsupported,
             "failures": self.failures,
-            "retrieval": [f"{pivot.task}: {pivot.measure}" for pivot in self._asked()],
+            "retrieval": [f"{pivot.task}: {pivot.measure}" for pivot in self._retrieval()],
             "measured_on": self.rows.values("measured_on"),
         }
 
-    def _line(self, label: str, contender: Contender) -> Line:
-        known = self.facts[label]
+    def _line(self, label: str, compared: ComparedScheme) -> Line:
+        facts = self.facts[label]
         return {
             "scheme": label,
-            "options": dict(contender.options),
+            "options": dict(compared.options),
             "why": None,
-            **{name: known.get(name) for name in COSTS},
+            **{name: facts.get(name) for name in COSTS},
             "loss": _scores(self._loss(), label),
-            "retrieval": _mean_scores(self._asked(), label),
+            "retrieval": _mean_scores(self._retrieval(), label),
         }
 
     def _loss(self) -> Pivot | None:
-        """Loss on the same tokens at every length, or whichever loss there is."""
-        found = [pivot for pivot in pivots(self.rows) if not pivot.higher_is_better]
-        return next((pivot for pivot in found if "fixed" in pivot.measure), found[0] if found else None)
+        """Return the loss on the same tokens at every length if there is one, or any loss."""
+        losses = [pivot for pivot in pivots(self.rows) if not pivot.higher_is_better]
+        return next((pivot for pivot in losses if "fixed" in pivot.measure), losses[0] if losses else None)
 
-    def _asked(self) -> list[Pivot]:
+    def _retrieval(self) -> list[Pivot]:
         return [pivot for pivot in pivots(self.rows) if pivot.higher_is_better]
 
     def _add_changes(self, lines: Sequence[Line]) -> None:
@@ -98,32 +99,32 @@ COSTS = (
 
 
 def load(settings: Settings, folder: Folder) -> Comparison:
-    """What is finished in a folder, so far."""
-    rows, known = Results(), {}
+    """Load the finished results of a comparison from its folder."""
+    rows = Results()
+    facts: dict[str, dict[str, Any]] = {}
     times = timing.read(folder)["times"]
-    for contender in settings.contenders:
-        here = folder.of(contender)
-        for stage, place in rows_of(settings, contender, folder):
-            label = settings.label(contender, stage)
-            if (place / "results.jsonl").exists():
-                rows += Results.load(place)
-            known[label] = read_json(place / "facts.json") | _times(times.get(contender.label))
+    for compared in settings.contenders:
+        own_folder = folder.of(compared)
+        for stage, stage_folder in rows_of(settings, compared, folder):
+            label = settings.label(compared, stage)
+            if (stage_folder / "results.jsonl").exists():
+                rows += Results.load(stage_folder)
+            facts[label] = read_json(stage_folder / "facts.json") | _times(times.get(compared.label))
             if stage == "after":
-                known[label]["training_seconds"] = read_json(here / "training.json")["seconds"]
-    everyone = settings.contenders
-    return Comparison(settings, rows, known, folder.unsupported(everyone), _failures(settings, folder))
+                facts[label]["training_seconds"] = read_json(own_folder / "training.json")["seconds"]
+    return Comparison(settings, rows, facts, folder.unsupported(settings.contenders), _failures(settings, folder))
 
 
 def _failures(settings: Settings, folder: Folder) -> dict[str, str]:
-    found = folder.failures(settings.contenders)
+    failures = folder.failures(settings.contenders)
     timed = folder.root / "timing-failed.json"
-    return found | ({"timing": read_json(timed)["reason"]} if timed.exists() else {})
+    return failures | ({"timing": read_json(timed)["reason"]} if timed.exists() else {})
 
 
-def _times(found: dict[str, Any] | None) -> dict[str, Any]:
-    if found is None:
+def _times(timed: dict[str, Any] | None) -> dict[str, Any]:
+    if timed is None:
         return {}
-    return {**{name: found[name] for name in timing.WORK}, "timed_at": found["length"]}
+    return {**{name: timed[name] for name in timing.WORK}, "timed_at": timed["length"]}
 
 
 def _scores(pivot: Pivot | None, label: str) -> dict[int, float]:
@@ -133,8 +134,8 @@ def _scores(pivot: Pivot | None, label: str) -> dict[int, float]:
     return {length: cell.score for length, cell in cells if cell is not None}
 
 
-def _mean_scores(asked: Sequence[Pivot], label: str) -> dict[int, float]:
-    """The mean over the tasks, at lengths where every task was asked."""
-    each = [_scores(pivot, label) for pivot in asked]
-    shared = set.intersection(*map(set, each)) if each else set()
-    return {length: sum(scores[length] for scores in each) / len(each) for length in sorted(shared)}
+def _mean_scores(tasks: Sequence[Pivot], label: str) -> dict[int, float]:
+    """Return the mean over tasks, at the lengths that all tasks have."""
+    by_task = [_scores(pivot, label) for pivot in tasks]
+    shared = set.intersection(*map(set, by_task)) if by_task else set()
+    return {length: sum(scores[length] for scores in by_task) / len(by_task) for length in sorted(shared)}

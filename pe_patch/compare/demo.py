@@ -1,4 +1,4 @@
-"""The demonstration: a small model is taken to eight times its window, without and with training, and measured."""
+"""Run the demonstration: extend a small model to eight times its window, with and without training, and measure it."""
 
 from __future__ import annotations
 
@@ -25,46 +25,52 @@ from ..evaluation.run import evaluate
 from ..evaluation.tasks import Needle
 
 BASE = DEMO_MODEL
+"""Folder of the base model."""
 FACTOR = 8
 UNTOUCHED, TUNED = "base", "yarn, fine-tuned"
 
 NOTES = (
-    "One small model and one seed: the order of the schemes is what the papers report, the exact numbers are this "
-    "model's own.",
+    "One small model and one seed: the order of the schemes agrees with the papers, the exact numbers hold only for "
+    "this model.",
     "Loss does not fall with length here: a model of this size, trained at 256 tokens, gains nothing from more text. A "
-    "flat line shows harm avoided, not benefit gained.",
-    "Keys and values are single tokens of their own, so a question is harder to misread than one in words.",
-    "Every scheme has its factor for the greatest length also at the short ones, as it would be deployed.",
+    "flat line shows no harm, not a benefit.",
+    "Keys and values are single special tokens, which makes questions clearer than in words.",
+    "Every scheme uses its factor for the greatest length at all lengths, as in deployment.",
 )
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the demonstration measures, and on how much."""
+class DemoSettings:
+    """DemoSettings of the demonstration."""
 
     output: Path = Path("report")
     schemes: tuple[str, ...] = ("linear", "ntk", "dynamic_ntk", "yarn", "llama3")
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     samples: int = 35
-    """Questions at each length."""
+    """Number of questions at each length."""
     spots: int = 16
-    """Places in the text whose last 128 tokens are scored, the same for every length and scheme."""
+    """Number of places in the text whose last 128 tokens are scored, equal for all lengths and schemes."""
     steps: int | None = None
-    """Optimiser steps of the fine-tune; None is the recipe's own number, 0 leaves it out."""
+    """Optimiser steps of the fine-tuning; None uses the recipe's number, and 0 skips it."""
     from_scratch: bool = False
-    """Train the base model first instead of taking the one that comes with the package."""
+    """Train the base model first instead of using the packaged one."""
     seed: int = 0
     overwrite: bool = False
-    """Write to an output folder that holds something else."""
+    """Write into an output folder with other content."""
 
 
-def quick(output: Path) -> Settings:
-    """A first look in well under a minute: fewer questions, half the length, ten steps."""
-    return Settings(output=output, lengths=(256, 1024), samples=20, spots=8, steps=10)
+def quick(output: Path) -> DemoSettings:
+    """Return settings for a run in under a minute: fewer questions, fewer lengths, ten steps."""
+    return DemoSettings(output=output, lengths=(256, 1024), samples=20, spots=8, steps=10)
 
 
-def run(settings: Settings, console: Console | None = None) -> Results:
-    """Measure, fine-tune, measure again, print the table and write the report to `settings.output`."""
+def run(settings: DemoSettings, console: Console | None = None) -> Results:
+    """Measure, fine-tune, measure again, print the table, and write the report to `settings.output`.
+
+    Raises:
+        OutputError: the output folder has other content and `overwrite` is False.
+        CheckpointError: the base model is missing or damaged.
+    """
     check_output(settings.output, DEMO, inputs=[BASE], overwrite=settings.overwrite)
     console = console or Console()
     started = time.perf_counter()
@@ -91,7 +97,7 @@ def run(settings: Settings, console: Console | None = None) -> Results:
         command=command(settings),
         notes=NOTES,
         frequencies=frequencies(model, settings),
-        overwrite=True,  # checked at the start
+        overwrite=True,  # already checked above
     )
     console.print(verdict(results))
     console.print(f"Report: {page} ({results.config['seconds']:.0f} s)")
@@ -99,23 +105,25 @@ def run(settings: Settings, console: Console | None = None) -> Results:
 
 
 def load_base(folder: Path) -> tuple[Any, Any]:
-    """The model, in float32, and its tokenizer; a folder that is missing or damaged raises `CheckpointError`."""
+    """Load the model in float32 and its tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"There is no checkpoint in {folder}. Reinstall pe_patch, or train one with --from-scratch."
-        )
+        raise CheckpointError(f"{folder} has no checkpoint. Reinstall pe_patch, or train one with --from-scratch.")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The checkpoint in {folder} cannot be read: {error}") from error
+        raise CheckpointError(f"Cannot read the checkpoint in {folder}: {error}") from error
 
 
-def fine_tune(source: Path, settings: Settings) -> Any:
-    """The base model after the recipe `tiny_yarn`; checkpoints and log go to `<output>/yarn`."""
+def fine_tune(source: Path, settings: DemoSettings) -> Any:
+    """Fine-tune the base model with the recipe `tiny_yarn`; checkpoints and log go to `<output>/yarn`."""
     overrides = [f"output={settings.output / 'yarn'}", f"model.source={source}", f"seed={settings.seed}"]
     if settings.steps is not None:
         overrides.append(f"phases.0.steps={settings.steps}")
@@ -123,7 +131,7 @@ def fine_tune(source: Path, settings: Settings) -> Any:
     return _train("tiny_yarn", overrides)
 
 
-def _train_base(settings: Settings, console: Console) -> Path:
+def _train_base(settings: DemoSettings, console: Console) -> Path:
     console.print("[bold]Training the base model[/]: recipe tiny_base")
     folder = settings.output / "base"
     _train("tiny_base", [f"output={folder}", f"seed={settings.seed}"])
@@ -146,9 +154,11 @@ def _scheme(model: Any, scheme: str) -> Iterator[None]:
         yield
 
 
-def _measure(model: Any, tokenizer: Any, corpus: Corpus, label: str, settings: Settings, console: Console) -> Results:
+def _measure(
+    model: Any, tokenizer: Any, corpus: Corpus, label: str, settings: DemoSettings, console: Console
+) -> Results:
     started = time.perf_counter()
-    found = evaluate(
+    results = evaluate(
         model,
         tokenizer,
         [Needle(wording="tokens"), Perplexity(measures=("fixed",), spots=settings.spots)],
@@ -157,87 +167,87 @@ def _measure(model: Any, tokenizer: Any, corpus: Corpus, label: str, settings: S
         seed=settings.seed,
         text=corpus,
         control_length=settings.lengths[0],
-        beyond_window=True,  # the untouched model is taken past its window on purpose
+        beyond_window=True,  # this measures the unpatched model beyond its window on purpose
         autocast=_autocast(),
         label=label,
         progress=console.is_terminal,
     )
     console.print(f"  {label}: {time.perf_counter() - started:.0f} s", highlight=False)
-    return found
+    return results
 
 
 def _autocast() -> torch.dtype | None:
-    """bfloat16 where the processor multiplies it natively; elsewhere it is several times slower than float32."""
+    """Return bfloat16 if the processor supports it natively; otherwise it is several times slower than float32."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if supported() else None
 
 
-def frequencies(model: Any, settings: Settings) -> dict[str, Any]:
-    """Inverse frequencies [pairs] of each scheme at the greatest length, as numpy arrays."""
+def frequencies(model: Any, settings: DemoSettings) -> dict[str, Any]:
+    """Return each scheme's inverse frequencies `[pairs]` at the greatest length, as numpy arrays."""
     from ..adapters import ADAPTERS
     from ..schemes.registry import SCHEMES
 
     shape = ADAPTERS[model.config.model_type].shape(model.base_model, model.config)
     options = {UNTOUCHED: {}} | {name: {"factor": FACTOR} for name in settings.schemes}
-    found = {}
-    for name, given in options.items():
-        scheme: Any = SCHEMES["rope" if name == UNTOUCHED else name](shape, **given)
-        found[name] = scheme.frequencies(max(settings.lengths))[0].detach().double().numpy()
-    return found
+    by_scheme = {}
+    for name, scheme_options in options.items():
+        scheme: Any = SCHEMES["rope" if name == UNTOUCHED else name](shape, **scheme_options)
+        by_scheme[name] = scheme.frequencies(max(settings.lengths))[0].detach().double().numpy()
+    return by_scheme
 
 
 def table(results: Results) -> Table:
-    """Schemes against lengths; each cell is retrieval and loss."""
+    """Return a table of schemes by lengths; each cell shows retrieval and loss."""
     retrieval, loss = pivots(results)
     counted = next(cell.samples for cells in retrieval.cells.values() for cell in cells if cell is not None)
-    drawn = Table(
-        title="Retrieval / loss by tokens given to the model",
+    result = Table(
+        title="Retrieval / loss by length in tokens",
         caption=f"Retrieval: share of {counted} questions answered exactly, 8 needles in held-out Python source. "
         f"Loss: nats per token, {loss.measured_on[0]}.",
         title_justify="left",
         caption_justify="left",
     )
-    drawn.add_column("scheme")
+    result.add_column("scheme")
     for length in retrieval.lengths:
-        drawn.add_column(f"{length:,}", justify="right")
+        result.add_column(f"{length:,}", justify="right")
     for scheme, cells in retrieval.cells.items():
         pairs = zip(cells, loss.cells[scheme], strict=True)
-        drawn.add_row(scheme, *[f"{a.score:.2f} / {b.score:.3f}" if a and b else "-" for a, b in pairs])
-    return drawn
+        result.add_row(scheme, *[f"{a.score:.2f} / {b.score:.3f}" if a and b else "-" for a, b in pairs])
+    return result
 
 
 def verdict(results: Results) -> str:
-    """One sentence from the numbers: what YaRN holds at the greatest length, against the untouched model."""
+    """Return a sentence with the scores at the greatest length, with YaRN and without."""
     retrieval, loss = pivots(results)
     longest, shortest = retrieval.lengths[-1], retrieval.lengths[0]
     base, yarn, tuned = (retrieval.cells.get(name) for name in (UNTOUCHED, "yarn", TUNED))
-    parts = []
+    clauses = []
     if base and yarn:
-        parts.append(
+        clauses.append(
             f"At {longest:,} tokens, {longest // shortest} times its window, the model with YaRN and no training "
-            f"answers {_share(yarn[-1])} of the questions, untouched {_share(base[-1])}"
+            f"answers {_share(yarn[-1])} of the questions, and {_share(base[-1])} unpatched"
         )
     if base and tuned:
         after, before = loss.cells[TUNED][-1], loss.cells[UNTOUCHED][0]
         assert after is not None and before is not None
         change = after.score / before.score - 1
-        parts.append(
-            f"after a short fine-tune it answers {_share(tuned[-1])}, and its loss there is {after.score:.2f}, "
-            f"{abs(change):.1%} {'above' if change > 0 else 'below'} the untouched model's at {shortest}"
+        clauses.append(
+            f"after a short fine-tuning it answers {_share(tuned[-1])}, and its loss there is {after.score:.2f}, "
+            f"{abs(change):.1%} {'above' if change > 0 else 'below'} the unpatched model's at {shortest}"
         )
-    return "; ".join(parts) + "."
+    return "; ".join(clauses) + "."
 
 
 def _share(cell: Cell | None) -> str:
     return "-" if cell is None else f"{cell.score:.0%}"
 
 
-def _model_name(source: Path, settings: Settings) -> str:
+def _model_name(source: Path, settings: DemoSettings) -> str:
     return "trained from scratch by the recipe tiny_base" if settings.from_scratch else "the demo model of pe_patch"
 
 
-def command(settings: Settings) -> str:
-    """The command line that repeats this run."""
+def command(settings: DemoSettings) -> str:
+    """Return the command line that repeats this run."""
     words = ["pe-patch", "demo", "--output", str(settings.output)]
     if settings.steps is not None:
         words += ["--steps", str(settings.steps)]

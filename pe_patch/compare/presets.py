@@ -1,4 +1,4 @@
-"""Comparisons that bring their own model: what `--preset` names."""
+"""Define prepared comparisons with their own models, for `--preset`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.packaged import shipped_recipes
+from ..data.packaged import DEMO_MODEL, shipped_recipes
 from ..errors import OptionError, unknown
 from ..evaluation.perplexity import Perplexity
 from . import survey
-from .contender import contenders
+from .compared_scheme import parse_schemes
 from .settings import Settings, Training
 
 RULER = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multiquery")
@@ -21,26 +21,24 @@ WINDOW, FACTOR, STEPS = 256, 8, 60
 
 @dataclass(frozen=True)
 class Preset:
-    """A comparison by a name."""
+    """A named comparison."""
 
     title: str
     settings: Callable[..., Settings]
-    """Of a folder, with the keywords `seed` and `quick`."""
+    """Returns the settings for an output folder, with keywords `seed` and `quick`."""
     notes: Sequence[str] = ()
 
 
 def demo(output: Path, *, seed: int = 0, quick: bool = False) -> Settings:
-    """The model that comes with the package, before and after the same short training, on a part of RULER."""
-    from .demo import BASE
-
+    """Return a comparison of the packaged model on a part of RULER, before and after the same short training."""
     steps = 2 if quick else STEPS
     lengths = (WINDOW, 2 * WINDOW) if quick else tuple(WINDOW * factor for factor in (1, 2, 4, 8, 16))
     overrides = [f"phases.0.steps={steps}", f"phases.0.warmup={min(10, steps // 2)}"]
     if quick:
         overrides.append(f"phases.0.length={2 * WINDOW}")
     return Settings(
-        model=str(BASE),
-        contenders=contenders(EXTENSIONS, factor=FACTOR),
+        model=str(DEMO_MODEL),
+        contenders=parse_schemes(EXTENSIONS, factor=FACTOR),
         lengths=lengths,
         tasks=(*RULER, Perplexity(measures=("fixed",), spots=2 if quick else 16)),
         samples=2 if quick else 16,
@@ -59,25 +57,28 @@ PRESETS: Mapping[str, Preset] = {
         "Eight times the window of a small model",
         demo,
         (
-            "One small model and one seed: an order of schemes, not their numbers, may hold for others.",
-            "Every contender, the model as it is among them, saw the same tokens in the same order.",
-            "The training reaches 2,048 tokens, eight windows; 4,096 are beyond what any of them was made for.",
+            "One small model and one seed: the order of the schemes may hold for other models, their numbers do not.",
+            "All schemes and the unpatched model saw the same tokens in the same order.",
+            "The training reaches 2,048 tokens, eight windows; 4,096 tokens exceed every scheme's target length.",
         ),
     ),
 }
 
 
 def find(name: str, output: Path, *, seed: int, quick: bool) -> tuple[Preset, Settings]:
-    """A preset and its settings; an unknown name raises with the nearest."""
+    """Return a preset and its settings.
+
+    Raises:
+        UnknownNameError: the preset does not exist; the message names the nearest one.
+    """
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return PRESETS[name], PRESETS[name].settings(output, seed=seed, quick=quick)
 
 
 def refuse(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise for what a preset decides itself and would otherwise ignore."""
+    """Raise `OptionError` for options that the preset sets."""
     if taken := [f"--{key.replace('_', '-')}" for key, value in given.items() if value != defaults[key]]:
         raise OptionError(
-            f"A preset has settings of its own: leave {', '.join(taken).replace('--model', 'MODEL')} out, or leave out "
-            "--preset."
+            f"A preset sets its own options: remove {', '.join(taken).replace('--model', 'MODEL')}, or remove --preset."
         )

@@ -1,4 +1,4 @@
-"""Pieces of work in processes of their own, a few at a time: one that dies takes no other with it."""
+"""Run jobs in separate processes, a few in parallel. A job that crashes does not affect the others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch
 from .settings import write_json
 
 POLL = 1.0
-"""Seconds between two looks at how far everybody is."""
+"""Seconds between two progress updates."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A call that leaves what it found on disk; what goes wrong with it is written to `failed`."""
+    """A call that writes its results to disk. An error is written to `failed`."""
 
     name: str
     call: Callable[..., None]
@@ -32,21 +32,25 @@ class Job:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: str | None) -> int:
-    """As many processes as fill the processors at the present number of threads; one on an accelerator."""
+    """Return the number of processes that fill the processors at the current number of threads; 1 on an accelerator."""
     on_processor = device == "cpu" or (device is None and not torch.cuda.is_available())
     return max(1, cores() // torch.get_num_threads()) if on_processor else 1
 
 
 def run(jobs: Sequence[Job], workers: int, tick: Callable[[list[str]], None] = lambda running: None) -> None:
-    """Do all jobs, at most `workers` at a time, each in a fresh process; with 0, one after the other in this one.
+    """Run all jobs, at most `workers` in parallel, each in a new process. With 0 workers, run them in this process.
 
-    `tick` is called every now and then with the names of those that are running. Never raises for what goes wrong in
-    a job. Processes started here end with this one.
+    An error in a job does not raise. The processes end with this one.
+
+    Args:
+        jobs: the jobs.
+        workers: maximum number of parallel processes.
+        tick: called at intervals with the names of the running jobs.
     """
     if workers == 0:
         for job in jobs:
@@ -64,11 +68,11 @@ def run(jobs: Sequence[Job], workers: int, tick: Callable[[list[str]], None] = l
                 process.start()
                 running[process] = job
             wait([process.sentinel for process in running], timeout=POLL)
-            for process in [one for one in running if not one.is_alive()]:
+            for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
                 process.join()
                 if process.exitcode and not job.failed.exists():
-                    write_json(job.failed, {"reason": _death(process.exitcode)})
+                    write_json(job.failed, {"reason": _exit_reason(process.exitcode)})
             tick([job.name for job in running.values()])
     finally:
         for process in running:
@@ -76,16 +80,16 @@ def run(jobs: Sequence[Job], workers: int, tick: Callable[[list[str]], None] = l
             process.join()
 
 
-def _death(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code < 0:
-        return f"the process was ended by signal {-code}" + (", as when memory runs out" if code == -9 else "")
+        return f"the process was killed by signal {-code}" + (", possibly out of memory" if code == -9 else "")
     return f"the process ended with exit code {code}"
 
 
 def _child(job: Job, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # a parent that is killed cannot end its children: they watch for it
+    # A killed parent cannot end its children, so each child watches the parent.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     with _reported(job):
@@ -94,7 +98,7 @@ def _child(job: Job, threads: int) -> None:
 
 @contextlib.contextmanager
 def _reported(job: Job) -> Iterator[None]:
-    """What goes wrong is written down in place of being raised: it must not lose the others."""
+    """Write an error to the job's file instead of raising it, so that the other jobs continue."""
     job.failed.unlink(missing_ok=True)
     try:
         yield

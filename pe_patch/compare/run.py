@@ -1,4 +1,11 @@
-"""`compare`: contenders in processes of their own, everything on disk as it is finished, and then the clock."""
+"""Run a comparison: each scheme in its own process, results on disk as they finish, and timing at the end.
+
+from pe_patch.compare import compare
+
+result = compare("path/to/model", ["yarn", "linear", "self_extend:group=8,window=64"], factor=8, output="comparison")
+result.table()      # one line for each scheme
+result.rows         # all measurements, as `evaluate` returns them
+"""
 
 from __future__ import annotations
 
@@ -10,25 +17,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import loading
+from ..checkpoints import sources
 from ..data.packaged import shipped_recipes
 from ..errors import OptionError, PePatchError, UnknownNameError
 from ..evaluation.model import windows
 from ..evaluation.run import DEPTHS
 from . import processes, timing, worker
+from .compared_scheme import ComparedScheme, parse_schemes
 from .comparison import Comparison, load
-from .contender import Contender, contenders
 from .settings import Folder, Settings, Training, load_recipe, quiet
 
 FACTORS = (1, 2, 4, 8)
-"""The default lengths, in windows."""
+"""Default lengths as multiples of the window."""
 TAIL = 8192
-"""Bytes of a growing log that hold its last lines."""
+"""Bytes at the end of a growing log that include its last lines."""
 
 
 def compare(
     model: str | os.PathLike[str],
-    schemes: Sequence[str | Mapping[str, Any] | Contender],
+    schemes: Sequence[str | Mapping[str, Any] | ComparedScheme],
     lengths: Sequence[int] | None = None,
     *,
     output: str | os.PathLike[str],
@@ -47,35 +54,53 @@ def compare(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Comparison:
-    """Measure several schemes on one model with the same data, seed and, if asked for, the same fine-tuning.
+    """Measure several schemes on one model with the same data, seed and, optionally, the same fine-tuning.
 
-    `model` is a folder or a name on the hub. `schemes` are names, `name:option=value,...` or dicts; `factor` goes to
-    all that take one. `lengths` are in tokens (default: the window x 1, 2, 4 and 8). `fine_tune` is a recipe's YAML
-    file, `steps` the steps of its last phase (default recipe: that of `tiny_yarn`, at the greatest length); every
-    contender, the model as it is among them, is then measured before and after. Everything is written under `output`
-    as it is finished; the same call goes on there. `workers` processes run side by side (default: as many as fill the
-    processors at the present number of threads; 0: none but this one).
+    Results are written under `output` as they finish, and a repeated call continues there.
 
-    What cannot work on the model, and what went wrong, is in the result's `unsupported` and `failures`.
+    Args:
+        model: a local folder or a hub name.
+        schemes: names, `name:option=value,...` or dicts.
+        lengths: lengths in tokens; None uses the window x 1, 2, 4 and 8.
+        output: the output folder.
+        factor: factor of all schemes that accept one.
+        tasks: names or instances of evaluation tasks.
+        fine_tune: path of a recipe. Every scheme and the unpatched model are then measured before and after training.
+        steps: steps of the recipe's last phase. Without `fine_tune`, trains with `tiny_yarn` at the greatest length.
+        samples: number of questions at each length.
+        depths: positions of the answer in the text, from 0 to 1.
+        text: text source: stdlib, a folder, a file or a hub data set.
+        seed: random seed for questions, text positions and training.
+        dtype: data type of the weights.
+        device: device of the model; None uses a GPU if available.
+        batch_size: sequences in one forward pass; None chooses it.
+        workers: number of parallel processes. None fills the processors at the current number of threads; 0 uses only
+            this process.
+        progress: show a progress bar.
+        overwrite: write into a folder with other content.
+
+    Returns:
+        The comparison. Its `unsupported` and `failures` name schemes that do not work on the model or failed.
 
     Raises:
-        UnknownNameError, OptionError: a scheme or option that does not exist, before anything is measured.
+        UnknownNameError: a scheme or task does not exist; raised before anything is measured.
+        OptionError: an option does not exist or is out of range; raised before anything is measured.
         PePatchError: `output` holds a comparison with other settings.
-        OutputError: `output` is the model or the text, or holds something else (unless `overwrite=True`).
+        OutputError: `output` is the model or the text, or has other content and `overwrite` is False.
     """
     if not isinstance(model, str | os.PathLike):
         raise OptionError(
-            f"Every process loads the model anew: give a folder or a name, not a {type(model).__name__}. Save it with "
-            "save_pretrained, its tokenizer beside it."
+            f"Every process loads the model: give a folder or a hub name, not a {type(model).__name__}. Save the model "
+            "and its tokenizer with save_pretrained."
         )
     name = os.fspath(model)
-    if Path(name).is_dir():  # the same folder by another path is the same model
+    if Path(name).is_dir():  # so that different paths to one folder are equal
         name = str(Path(name).resolve())
-    window = windows(loading.empty_model(name))[0] or 0
+    window = windows(sources.empty_model(name))[0] or 0
     wanted = _lengths(lengths, window)
     settings = Settings(
         model=name,
-        contenders=contenders(schemes, factor=factor),
+        contenders=parse_schemes(schemes, factor=factor),
         lengths=wanted,
         tasks=tuple(tasks),
         samples=samples,
@@ -99,41 +124,41 @@ def carry_out(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Comparison:
-    """Do what is still to do of a comparison, and give all that is finished."""
+    """Run the unfinished parts of a comparison, and return all finished results."""
     _check(settings)
     folder = Folder(output)
     folder.claim(settings, overwrite=overwrite)
     number = processes.default_workers(settings.device) if workers is None else workers
     if number < 0:
-        raise OptionError(f"workers is a number of processes, or 0 for none but this one; got {workers}.")
+        raise OptionError(f"workers must be at least 0 (0 uses only this process), got {workers}.")
     jobs = [
-        processes.Job(one.label, worker.work, (settings, one, folder), folder.of(one) / "failed.json")
-        for one in settings.contenders
-        if not finished(settings, one, folder)
+        processes.Job(entry.label, worker.work, (settings, entry, folder), folder.of(entry) / "failed.json")
+        for entry in settings.contenders
+        if not finished(settings, entry, folder)
     ]
     clock = processes.Job("timing", timing.time_all, (settings, folder), output / "timing-failed.json")
     with _progress(settings, folder, progress) as tick:
         processes.run(jobs, number, tick)
         if not (output / "timing.json").exists():
-            processes.run([clock], min(number, 1), tick)  # alone: others would take the processors from it
+            processes.run([clock], min(number, 1), tick)  # alone, because other jobs would slow it down
     return load(settings, folder)
 
 
-def finished(settings: Settings, contender: Contender, folder: Folder) -> bool:
-    """Whether nothing is left to do for a contender."""
-    if (folder.of(contender) / "unsupported.json").exists():
+def finished(settings: Settings, compared: ComparedScheme, folder: Folder) -> bool:
+    """Return whether all stages of a scheme are finished."""
+    if (folder.of(compared) / "unsupported.json").exists():
         return True
-    return all((folder.of(contender) / stage / "finished.json").exists() for stage in settings.stages)
+    return all((folder.of(compared) / stage / "finished.json").exists() for stage in settings.stages)
 
 
 def _lengths(given: Sequence[int] | None, window: int) -> tuple[int, ...]:
     if given is None:
         if not window:
-            raise OptionError("The model's configuration names no window: say which lengths to measure.")
+            raise OptionError("The model's configuration states no window; give the lengths to measure.")
         return tuple(window * factor for factor in FACTORS)
     wanted = tuple(sorted(set(given)))
     if not wanted or wanted[0] < 1:
-        raise OptionError(f"lengths are positive numbers of tokens, got {list(given)}.")
+        raise OptionError(f"lengths must be positive numbers of tokens, got {list(given)}.")
     return wanted
 
 
@@ -148,25 +173,25 @@ def _training(recipe: str | os.PathLike[str] | None, steps: int | None, length: 
     if steps is None:
         return training
     if steps < 1:
-        raise OptionError(f"steps is a number of optimiser steps, at least 1; got {steps}.")
-    found = load_recipe(training)
-    last = len(found.phases) - 1
-    warmup = min(found.phases[last].warmup, steps // 2)
+        raise OptionError(f"steps must be at least 1 optimiser step, got {steps}.")
+    content = load_recipe(training)
+    last = len(content.phases) - 1
+    warmup = min(content.phases[last].warmup, steps // 2)
     return Training(training.recipe, (*overrides, f"phases.{last}.steps={steps}", f"phases.{last}.warmup={warmup}"))
 
 
 def _check(settings: Settings) -> None:
-    """Raise for what does not exist or has a value that is none, before anything is loaded.
+    """Raise for unknown names and wrong options before any weights are loaded.
 
-    What a scheme cannot do on this model is no error: the contender's own process finds it, and its line says so.
+    A scheme that cannot work on this model is not an error here: its process reports it in the results.
     """
     from ..evaluation.tasks import find_tasks
 
     find_tasks(settings.tasks)
-    empty = loading.empty_model(settings.model)
-    for contender in settings.contenders:
+    empty = sources.empty_model(settings.model)
+    for compared in settings.contenders:
         try:
-            with quiet(), timing.applied(empty, contender):
+            with quiet(), timing.applied(empty, compared):
                 pass
         except (OptionError, UnknownNameError):
             raise
@@ -176,7 +201,7 @@ def _check(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Callable[[list[str]], None]]:
-    """A bar with the time left, on stderr; how far everybody is, is read off what they have written."""
+    """Show a progress bar on stderr. Progress is read from the files that the processes write."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -196,24 +221,24 @@ def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Calla
 
 
 def done(settings: Settings, folder: Folder) -> float:
-    """The share of the whole work that is on disk, measured lengths and steps of training weighed by their tokens."""
-    shares = [_share(settings, one, folder) for one in settings.contenders]
+    """Return the finished share of the work on disk; lengths and training steps count by their tokens."""
+    shares = [_share(settings, entry, folder) for entry in settings.contenders]
     return sum(shares) / len(shares)
 
 
-def _share(settings: Settings, contender: Contender, folder: Folder) -> float:
-    if finished(settings, contender, folder):
+def _share(settings: Settings, compared: ComparedScheme, folder: Folder) -> float:
+    if finished(settings, compared, folder):
         return 1.0
-    here, parts = folder.of(contender), []
+    here, shares = folder.of(compared), []
     for stage in settings.stages:
         rows = _lines(here / stage / "journal.jsonl")
         lengths = [row["length"] for entry in rows for row in entry.get("rows", ())]
         complete = (here / stage / "finished.json").exists()
-        parts.append(1.0 if complete else sum(set(lengths)) / sum(settings.lengths))
+        shares.append(1.0 if complete else sum(set(lengths)) / sum(settings.lengths))
     if settings.training is not None:
-        # training takes longer than measuring
-        parts += [_step(here / "training" / "log.jsonl") / _steps(settings.training)] * 2
-    return min(1.0, sum(parts) / len(parts))
+        # Training takes longer than measuring.
+        shares += [_step(here / "training" / "log.jsonl") / _steps(settings.training)] * 2
+    return min(1.0, sum(shares) / len(shares))
 
 
 @cache
@@ -222,17 +247,17 @@ def _steps(training: Training) -> int:
 
 
 def _step(log: Path) -> int:
-    """The last step in a log; its end is read alone, since it is looked at all the time while it grows."""
+    """Return the last step in a log. Read only its end, because the log grows and this runs often."""
     if not log.exists():
         return 0
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL))
         whole = file.read().split(b"\n")[1 if file.tell() > TAIL else 0 : -1]
-    return next((found["step"] for line in reversed(whole) if "step" in (found := json.loads(line))), 0)
+    return next((entry["step"] for line in reversed(whole) if "step" in (entry := json.loads(line))), 0)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON that is still being written."""
+    """Parse the complete lines of a JSON-lines file that is still being written."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

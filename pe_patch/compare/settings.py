@@ -1,4 +1,4 @@
-"""What is the same for all contenders, and where on disk everything stands."""
+"""Hold the settings that all compared schemes share, and the files of a comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data.packaged import __version__
 from ..errors import PePatchError
 from ..evaluation.results import write_atomically
 from ..evaluation.run import DEPTHS
-from .contender import TUNED, Contender
+from .compared_scheme import TUNED, ComparedScheme
 
 Task = Any
 """A name from `pe_patch.evaluation.tasks`, or an instance."""
@@ -23,23 +23,23 @@ Task = Any
 
 @dataclass(frozen=True)
 class Training:
-    """The same training for every contender: a recipe of `recipes/`, whose model and scheme are put in."""
+    """The training of every scheme: a recipe in which the model and the scheme are replaced."""
 
     recipe: Path
     overrides: tuple[str, ...] = ()
-    """`key=value` words, as the training script takes them."""
+    """`key=value` words, as for `pe-patch train`."""
     from_scratch: bool = False
-    """The model has fresh weights: there is nothing to measure before it is trained."""
+    """True if the model has fresh weights, so that there is nothing to measure before training."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One comparison. Nothing here may differ between the contenders, or between the parts of one folder."""
+    """The settings of one comparison, equal for all schemes and for all runs in one folder."""
 
     model: str
-    """A folder, or a name on the hub."""
-    contenders: tuple[Contender, ...]
-    """The model as it is comes first."""
+    """A local folder or a hub name."""
+    contenders: tuple[ComparedScheme, ...]
+    """The compared schemes, with the unpatched model first."""
     lengths: tuple[int, ...]
     tasks: tuple[Task, ...] = ("perplexity", "needle")
     samples: int = 50
@@ -51,39 +51,39 @@ class Settings:
     device: str | None = None
     batch_size: int | None = None
     rounds: int = 5
-    """How often each contender is timed."""
+    """Number of timing rounds for each scheme."""
     window: int = 0
-    """Tokens that the model was trained at; what is measured there is the short-context cost."""
+    """The trained window in tokens, at which the short-context cost is measured."""
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """What is measured of each contender: `before` training, `after` it, or both."""
+        """The stages to measure: `before` training, `after` it, or both."""
         if self.training is None:
             return ("before",)
         return ("after",) if self.training.from_scratch else ("before", "after")
 
-    def label(self, contender: Contender, stage: str) -> str:
-        """What a contender is called in the rows of one stage."""
-        return contender.label + (TUNED if stage == "after" and "before" in self.stages else "")
+    def label(self, compared: ComparedScheme, stage: str) -> str:
+        """Return the label of a scheme in the rows of one stage."""
+        return compared.label + (TUNED if stage == "after" and "before" in self.stages else "")
 
     @property
     def short(self) -> int:
-        """The length at which short-context cost is read: the window, or the shortest that is measured."""
+        """The length in tokens for the short-context cost: the window, or the shortest measured length."""
         return self.window if self.window in self.lengths else self.lengths[0]
 
     def record(self) -> dict[str, Any]:
-        """Everything that the numbers depend on (JSON-able)."""
-        found = asdict(replace(self, tasks=(), training=None))
-        found |= {"tasks": [repr(task) for task in self.tasks], "version": __version__}
+        """Return everything that the numbers depend on, as a dict for JSON."""
+        content = asdict(replace(self, tasks=(), training=None))
+        content |= {"tasks": [repr(task) for task in self.tasks], "version": __version__}
         if self.training is not None:
             recipe = asdict(load_recipe(self.training))
-            found["training"] = {"recipe": recipe, "from_scratch": self.training.from_scratch}
-        return json.loads(json.dumps(found, default=str))
+            content["training"] = {"recipe": recipe, "from_scratch": self.training.from_scratch}
+        return json.loads(json.dumps(content, default=str))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warning that a scheme must be trained: whether it must is what is found out here."""
+    """Silence the warning that a scheme needs training, which the comparison measures."""
     logger = logging.getLogger("pe_patch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -94,7 +94,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_recipe(training: Training) -> Any:
-    """The recipe as it stands in its file, with its overrides."""
+    """Load the recipe with its overrides."""
     from ..training.reading import load_recipe
 
     return load_recipe(training.recipe, training.overrides)
@@ -102,20 +102,23 @@ def load_recipe(training: Training) -> Any:
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a comparison stands on disk. What is finished stays; the next run with the same settings goes on."""
+    """The files of a comparison. Finished results stay, and the next run with equal settings continues."""
 
     root: Path
 
-    def of(self, contender: Contender) -> Path:
-        return self.root / "contenders" / contender.folder
+    def of(self, compared: ComparedScheme) -> Path:
+        """Return the folder of one scheme."""
+        return self.root / "contenders" / compared.folder
 
     def claim(self, settings: Settings, *, overwrite: bool = False) -> None:
-        """Make the folder this comparison's; one that holds another raises `PePatchError` and is left as it is.
+        """Reserve the folder for this comparison.
 
-        One that holds anything else raises `OutputError` unless `overwrite=True`.
+        Raises:
+            PePatchError: the folder holds a comparison with other settings. It is left unchanged.
+            OutputError: the folder has other content and `overwrite` is False.
         """
-        own = Path(settings.model) == self.root.resolve() / "start"  # a preset's model, made here
-        inputs = [None if own else settings.model, settings.text]
+        is_preset = Path(settings.model) == self.root.resolve() / "start"  # a model that the preset built here
+        inputs = [None if is_preset else settings.model, settings.text]
         check_output(self.root, COMPARISON, inputs=inputs, overwrite=overwrite)
         file, ours = self.root / "settings.json", settings.record()
         if not file.exists():
@@ -125,40 +128,46 @@ class Folder:
         theirs = read_json(file)
         if different := differences(ours, theirs):
             raise PePatchError(
-                f"{self.root} holds a comparison with another {', '.join(different)}. Numbers of two comparisons are "
-                "not mixed: give a new folder, or the settings of that one (settings.json) to go on with it."
+                f"{self.root} holds a comparison with another {', '.join(different)}. A folder holds one "
+                "comparison: give a new folder, or use that comparison's settings (settings.json) to continue it."
             )
 
-    def failures(self, everyone: Sequence[Contender]) -> dict[str, str]:
-        """What went wrong in the last run, by label; it is tried again in the next."""
-        files = {one.label: self.of(one) / "failed.json" for one in everyone}
+    def failures(self, everyone: Sequence[ComparedScheme]) -> dict[str, str]:
+        """Return the errors of the last run by label. The next run tries again."""
+        files = {entry.label: self.of(entry) / "failed.json" for entry in everyone}
         return {label: read_json(file)["reason"] for label, file in files.items() if file.exists()}
 
-    def unsupported(self, everyone: Sequence[Contender]) -> dict[str, str]:
-        """Why a scheme cannot work on this model, by label."""
-        files = {one.label: self.of(one) / "unsupported.json" for one in everyone}
+    def unsupported(self, everyone: Sequence[ComparedScheme]) -> dict[str, str]:
+        """Return the reasons why schemes cannot work on this model, by label."""
+        files = {entry.label: self.of(entry) / "unsupported.json" for entry in everyone}
         return {label: read_json(file)["reason"] for label, file in files.items() if file.exists()}
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """The dotted names of what differs between two JSON values."""
+    """Return the dotted names of the differences between two JSON values."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = dict.fromkeys([*ours, *theirs])
         return [
-            found
+            different
             for key in keys
-            for found in differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+            for different in differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
         ]
     return [] if ours == theirs else [name]
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        PePatchError: the file cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PePatchError(f"{path} cannot be read: {error}. Remove it to have that part done again.") from error
+        raise PePatchError(f"Cannot read {path}: {error}. Delete it to repeat that part.") from error

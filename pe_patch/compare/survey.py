@@ -1,4 +1,4 @@
-"""The classical comparison: one small model, trained from scratch under each scheme on the same text."""
+"""Compare schemes in one small model that is trained from scratch under each on the same text."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ import torch
 
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.tasks import Needle
-from .contender import Contender
+from .compared_scheme import ComparedScheme
 from .settings import Settings, Training
 
 RECIPE = Path(__file__).with_name("survey.yaml")
 WINDOW, TEXT_TOKENS = 128, 512
-"""Tokens of the window; tokens of the vocabulary beside the keys and values of the questions."""
+"""Window in tokens, and vocabulary size without the keys and values of the questions."""
 LATENT = {"method": "init", "kv_rank": 24, "rope_dim": 8}
-"""Multi-head latent attention from fresh weights: a quarter of the cache of four heads of 16."""
+"""Options of multi-head latent attention with fresh weights: a quarter of the cache of four heads of 16."""
 
 SCHEMES = (
-    Contender("rope"),  # the model as it is
-    Contender("nope", "nope"),
-    Contender("sinusoidal", "sinusoidal"),
-    Contender("learned", "learned"),
-    Contender("shaw", "shaw"),
-    Contender("transformer_xl", "transformer_xl"),
-    Contender("t5", "t5"),
-    Contender("alibi", "alibi"),
-    Contender("rope_alibi", "rope_alibi"),
-    Contender("mla", "mla", LATENT),
+    ComparedScheme("rope"),  # the unpatched model
+    ComparedScheme("nope", "nope"),
+    ComparedScheme("sinusoidal", "sinusoidal"),
+    ComparedScheme("learned", "learned"),
+    ComparedScheme("shaw", "shaw"),
+    ComparedScheme("transformer_xl", "transformer_xl"),
+    ComparedScheme("t5", "t5"),
+    ComparedScheme("alibi", "alibi"),
+    ComparedScheme("rope_alibi", "rope_alibi"),
+    ComparedScheme("mla", "mla", LATENT),
 )
 NOTES = (
-    "Every scheme starts from the same weights and sees the same tokens in the same order, at the same learning rate; "
-    "nothing was tuned for one of them.",
-    "`learned` has a vector for each position of the window and none beyond it.",
-    "Keys and values are single tokens of their own, so a question is harder to misread than one in words.",
-    "The loss is of the same last tokens at every length: a flat line shows harm avoided, not benefit gained.",
+    "Every scheme starts from the same weights and sees the same tokens in the same order, at the same learning rate. "
+    "No scheme was tuned.",
+    "`learned` has a vector for each position of the window and none beyond.",
+    "Keys and values are single special tokens, which makes questions clearer than in words.",
+    "The loss is on the same last tokens at every length: a flat line shows no harm, not a benefit.",
 )
 
 
 def survey(output: Path, *, seed: int = 0, quick: bool = False) -> Settings:
-    """The survey's settings; its untrained model and tokenizer are made in `output/start` if they are not there yet.
+    """Return the survey's settings, and build its untrained model and tokenizer in `output/start` if missing.
 
-    `quick` trains every phase for two steps and asks a few questions: it shows that everything runs, and no more.
+    Args:
+        output: the output folder.
+        seed: random seed of model, questions and training.
+        quick: train each phase for two steps and ask few questions, to test that everything runs.
     """
     start = output.resolve() / "start"
     if not (start / "model.safetensors").exists():
         make_start(start, seed, documents=20 if quick else None)
     overrides = [f"phases.{phase}.{key}={value}" for phase in range(6) for key, value in (("steps", 2), ("warmup", 1))]
     overrides.append("data.limit=20")
-    found = Settings(
+    settings = Settings(
         model=str(start),
         contenders=SCHEMES,
         lengths=tuple(WINDOW * factor for factor in (1, 2, 4, 8)),
@@ -63,12 +66,14 @@ def survey(output: Path, *, seed: int = 0, quick: bool = False) -> Settings:
         window=WINDOW,
     )
     if not quick:
-        return found
-    return replace(found, tasks=(Needle(), Perplexity(measures=("fixed",), targets=64, spots=2)), samples=5, rounds=1)
+        return settings
+    return replace(
+        settings, tasks=(Needle(), Perplexity(measures=("fixed",), targets=64, spots=2)), samples=5, rounds=1
+    )
 
 
 def make_start(folder: Path, seed: int, documents: int | None = None) -> None:
-    """A Llama with fresh weights and its tokenizer, trained on (so many documents of) the survey's training text."""
+    """Save a Llama with fresh weights, and a tokenizer trained on the survey's text or its first documents."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ..data.text import load_documents
@@ -84,4 +89,4 @@ def make_start(folder: Path, seed: int, documents: int | None = None) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)  # last: what is looked for is the model
+    model.save_pretrained(folder)  # last, because `survey` looks for the model

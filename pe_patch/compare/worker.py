@@ -1,4 +1,4 @@
-"""One contender in one process: patched, measured, trained, measured again; what is finished is never done twice."""
+"""Run one scheme in one process: patch, measure, train, measure again. Finished stages are not repeated."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import loading
+from ..checkpoints import sources
 from ..errors import PePatchError
 from ..evaluation.run import evaluate
 from ..patching.api import patch_model
 from . import facts
-from .contender import Contender
+from .compared_scheme import ComparedScheme
 from .settings import Folder, Settings, Training, load_recipe, quiet, write_json
 
 CHECKPOINT_EVERY = 200
-"""Steps of a training that are lost at most when it is killed."""
+"""Maximum number of training steps that a killed run loses."""
 
 
-def work(settings: Settings, contender: Contender, folder: Folder) -> None:
-    """Everything that is still to do for one contender."""
-    here = folder.of(contender)
+def work(settings: Settings, compared: ComparedScheme, folder: Folder) -> None:
+    """Run all unfinished stages of one scheme."""
+    here = folder.of(compared)
     for file in (here / "failed.json", here / "unsupported.json"):
         file.unlink(missing_ok=True)
     steps: dict[str, Callable[[], None]] = {
-        "before": lambda: before(settings, contender, here),
-        "after": lambda: after(settings, contender, here),
+        "before": lambda: before(settings, compared, here),
+        "after": lambda: after(settings, compared, here),
     }
     for stage in settings.stages:
         if not (here / stage / "finished.json").exists():
@@ -40,52 +40,58 @@ def work(settings: Settings, contender: Contender, folder: Folder) -> None:
 
 
 class NotPossible(Exception):
-    """The scheme cannot work on this model: an answer, not a failure."""
+    """Raised if the scheme cannot work on this model. This is a result, not a failure."""
 
 
-def patch(model: Any, contender: Contender) -> None:
-    """Patch the contender in; a scheme that cannot work on the model raises `NotPossible` with the reason."""
-    if contender.scheme is None:
+def patch(model: Any, compared: ComparedScheme) -> None:
+    """Patch the model with the scheme.
+
+    Raises:
+        NotPossible: the scheme cannot work on the model.
+    """
+    if compared.scheme is None:
         return
     try:
-        patch_model(model, **contender.arguments())
+        patch_model(model, **compared.arguments())
     except PePatchError as error:
         raise NotPossible(" ".join(str(error).split())) from error
 
 
-def before(settings: Settings, contender: Contender, here: Path) -> None:
-    model, tokenizer = loading.load(settings.model, settings.dtype, settings.device)
+def before(settings: Settings, compared: ComparedScheme, here: Path) -> None:
+    """Measure the scheme without training."""
+    model, tokenizer = sources.load(settings.model, settings.dtype, settings.device)
     untouched = facts.parameters(model)
-    patch(model, contender)
-    _measure(settings, contender, here, "before", model, tokenizer, untouched)
+    patch(model, compared)
+    _measure(settings, compared, here, "before", model, tokenizer, untouched)
 
 
-def after(settings: Settings, contender: Contender, here: Path) -> None:
+def after(settings: Settings, compared: ComparedScheme, here: Path) -> None:
+    """Train with the scheme, and measure the trained model."""
     assert settings.training is not None
     folder, finished = here / "training", here / "training.json"
     if not finished.exists():
-        _check(settings, contender)
+        _check(settings, compared)
         started = time.perf_counter()
-        train(settings, settings.training, contender, folder)
+        train(settings, settings.training, compared, folder)
         write_json(finished, {"seconds": time.perf_counter() - started})
-    untouched = facts.parameters(loading.empty_model(settings.model))
-    model, tokenizer = loading.load(str(folder / "model"), settings.dtype, settings.device)
-    _measure(settings, contender, here, "after", model, tokenizer, untouched)
+    untouched = facts.parameters(sources.empty_model(settings.model))
+    model, tokenizer = sources.load(str(folder / "model"), settings.dtype, settings.device)
+    _measure(settings, compared, here, "after", model, tokenizer, untouched)
 
 
-def _check(settings: Settings, contender: Contender) -> None:
-    """Patch once outside the training script, so that what is impossible is told from what fails."""
+def _check(settings: Settings, compared: ComparedScheme) -> None:
+    """Patch once before training, to tell an unsupported scheme from a failed run."""
     if settings.stages == ("after",):
-        model, _ = loading.load(settings.model, settings.dtype, settings.device)
-        patch(model, contender)
+        model, _ = sources.load(settings.model, settings.dtype, settings.device)
+        patch(model, compared)
 
 
 def _measure(
-    settings: Settings, contender: Contender, here: Path, stage: str, model: Any, tokenizer: Any, untouched: int
+    settings: Settings, compared: ComparedScheme, here: Path, stage: str, model: Any, tokenizer: Any, untouched: int
 ) -> None:
-    found = here / stage / "facts.json"
-    if not found.exists():
-        write_json(found, facts.measure(model, untouched, settings.lengths))
+    file = here / stage / "facts.json"
+    if not file.exists():
+        write_json(file, facts.measure(model, untouched, settings.lengths))
     lengths = facts.within(settings.lengths, facts.bound(model))
     if lengths:
         evaluate(
@@ -100,24 +106,24 @@ def _measure(
             text=settings.text,
             control_length=max(settings.lengths) if lengths != settings.lengths else settings.short,
             beyond_window=True,
-            label=settings.label(contender, stage),
+            label=settings.label(compared, stage),
             progress=False,
             output=here / stage,
-            overwrite=True,  # the comparison's own folder, which holds facts.json already
+            overwrite=True,  # the folder already holds facts.json
         )
     write_json(here / stage / "finished.json", {"lengths": lengths})
 
 
-def train(settings: Settings, training: Training, contender: Contender, folder: Path) -> Any:
-    """The recipe with this model and this scheme; a training that was killed goes on from its newest checkpoint."""
+def train(settings: Settings, training: Training, compared: ComparedScheme, folder: Path) -> Any:
+    """Train the model with the recipe and the scheme; a killed training resumes from its newest checkpoint."""
     from ..training.reading import check
     from ..training.recipe import Scheme
     from ..training.run import train
 
     recipe = load_recipe(training)
     scheme = None
-    if contender.scheme is not None:
-        scheme = Scheme(name=contender.scheme, options=dict(contender.options))
+    if compared.scheme is not None:
+        scheme = Scheme(name=compared.scheme, options=dict(compared.options))
     recipe = replace(
         recipe,
         output=str(folder),
@@ -132,7 +138,7 @@ def train(settings: Settings, training: Training, contender: Contender, folder: 
     return train(recipe)
 
 
-def rows_of(settings: Settings, contender: Contender, folder: Folder) -> list[tuple[str, Path]]:
-    """The stages of a contender that are finished, with the folders of their rows."""
-    here = folder.of(contender)
+def rows_of(settings: Settings, compared: ComparedScheme, folder: Folder) -> list[tuple[str, Path]]:
+    """Return the finished stages of a scheme and the folders of their rows."""
+    here = folder.of(compared)
     return [(stage, here / stage) for stage in settings.stages if (here / stage / "finished.json").exists()]

@@ -1,1 +1,1 @@
-"""Measuring what a conversion to multi-head latent attention costs."""
+"""Measure what a conversion to multi-head latent attention changes."""

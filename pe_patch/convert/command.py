@@ -1,4 +1,4 @@
-"""`pe-patch convert`: from what was asked for to a converted model, or to a sweep, on disk."""
+"""Run `pe-patch convert`: convert a model, or sweep over methods and sizes, and save the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.folders import MODEL, SWEEP, check_output
-from ..checkpoints.loading import load, parse_options
+from ..checkpoints.sources import load, parse_options
 from ..errors import OptionError
 from .measure import METHODS, Material, check_request, prepare, save, share
 from .sweep import RATIOS, change_table, convert_model, sweep, sweep_table, write
@@ -17,13 +17,13 @@ from .sweep import RATIOS, change_table, convert_model, sweep, sweep_table, writ
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """The conversion that the command line asks for."""
 
     target: str
     methods: Sequence[str]
     sizes: Mapping[str, Any]
     options: Sequence[str] = ()
-    """Further options of the scheme, as `key=value`."""
+    """Further options of the scheme, as `key=value` words."""
     sweep: bool = False
     out: Path | None = None
     output: Path = Path("sweep")
@@ -31,67 +31,82 @@ class Request:
     overwrite: bool = False
 
     def check_folders(self, inputs: Sequence[Any]) -> None:
-        """Raise `OutputError` where the result has no place to go, before it is worked for."""
+        """Raise `OutputError` before the conversion if its result cannot be written."""
         if self.sweep:
             check_output(self.output, SWEEP, inputs=inputs, overwrite=self.overwrite)
         elif self.out is not None:
             check_output(self.out, MODEL, inputs=inputs, overwrite=self.overwrite)
 
     def settings(self) -> dict[str, Any]:
-        """The options of one conversion, or those that all points of a sweep share; wrong usage raises."""
+        """Return the options of one conversion, or the options that all points of a sweep share.
+
+        Raises:
+            UnknownNameError: the target or a method does not exist.
+            OptionError: options are missing or contradict each other.
+        """
         check_request(self.target, self.methods)
         given = {name: value for name, value in self.sizes.items() if value}
         sized = [f"--{name.replace('_', '-')}" for name in given if name != "rope_dim"]
         (self._check_sweep if self.sweep else self._check_single)(sized)
-        own = parse_options(self.options)
-        if double := sorted(own.keys() & {*self.sizes, "method", "calibration", "keep_original"}):
-            raise OptionError(f"{double[0]} has a flag of its own: --{double[0].replace('_', '-')}.")
+        extra = parse_options(self.options)
+        if double := sorted(extra.keys() & {*self.sizes, "method", "calibration", "keep_original"}):
+            raise OptionError(f"--option cannot set {double[0]}; use --{double[0].replace('_', '-')}.")
         shares = given.pop("cache_ratio", [])
         if self.sweep:
-            return {**given, **own}
+            return {**given, **extra}
         single = {"cache_ratio": share(shares[0])} if shares else {}
         method = self.methods[0] if self.methods else METHODS[0]
-        return {**given, **single, **own, "method": method, "keep_original": self.keep_original}
+        return {**given, **single, **extra, "method": method, "keep_original": self.keep_original}
 
     def ratios(self) -> list[float]:
+        """Return the shares of the cache in a sweep."""
         return [share(word) for word in self.sizes["cache_ratio"] or ()] or list(RATIOS)
 
     def _check_single(self, sized: Sequence[str]) -> None:
         if len(self.methods) > 1 or len(self.sizes["cache_ratio"] or ()) > 1:
-            raise OptionError("One conversion has one --method and one --cache-ratio; --sweep compares several.")
+            raise OptionError("A conversion takes one --method and one --cache-ratio; use --sweep to compare several.")
         if len(sized) != 1:
-            told = f"{' and '.join(sized)} exclude each other" if sized else "Say how small the cache is to be"
+            problem = f"{' and '.join(sized)} exclude each other" if sized else "Set the size of the cache"
             raise OptionError(
-                f"{told}: give one of --kv-rank N (width of the latent), --cache-ratio 1/8 (share of the cache to "
-                "keep) and --max-loss 0.02 (share by which the loss may grow)."
+                f"{problem}: give one of --kv-rank N (width of the latent), --cache-ratio 1/8 (share of the cache to "
+                "keep) and --max-loss 0.02 (maximum relative increase of the loss).",
             )
 
     def _check_sweep(self, sized: Sequence[str]) -> None:
         if set(sized) - {"--cache-ratio"}:
-            raise OptionError(f"A sweep compares at equal size: give --cache-ratio once or more, not {sized[-1]}.")
+            raise OptionError(f"A sweep compares methods at equal size: use --cache-ratio instead of {sized[-1]}.")
         if self.out is not None:
-            raise OptionError("A sweep saves no model: leave --out out (--output is its folder of results).")
+            raise OptionError("A sweep saves no model: remove --out (--output is the folder for its results).")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a command has to say: as JSON, and to a reader."""
+class Outcome:
+    """The result of the command, for JSON and for the terminal."""
 
     content: dict[str, Any]
     table: Any
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the result as a dict for JSON."""
         return self.content
 
     def show(self, console: Any) -> None:
+        """Print the table and the notes."""
         console.print(self.table)
         for note in self.notes:
             console.print(note, highlight=False, soft_wrap=True)
 
 
-def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, str | None]) -> Found:
-    """Load the model `name`, and do what is asked; `text` is what `prepare` takes."""
+def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, str | None]) -> Outcome:
+    """Load a model and run the requested conversion or sweep.
+
+    Args:
+        name: a local folder or a hub name.
+        request: the conversion.
+        text: keyword arguments of `prepare`.
+        where: data type and device of the model.
+    """
     settings, ratios = request.settings(), request.ratios()
     request.check_folders([name, text.get("calibration"), text.get("text")])
     model, tokenizer = load(name, *where)
@@ -101,21 +116,21 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
     config |= {"length": material.ruler.length, "seed": text["seed"], "text": material.ruler.corpus.name}
     if request.sweep:
         return _sweep(model, request, material, settings, ratios, config)
-    found = convert_model(model, material, settings)
+    rows = convert_model(model, material, settings)
     notes = [
         f"Calibrated on {material.calibrated_on}.",
-        "What a conversion loses comes back in a short training: recipes/configs/tiny_mla_heal.yaml shows one.",
+        "A short training recovers what a conversion loses; see recipes/configs/tiny_mla_heal.yaml.",
     ]
     if request.out is not None:
         save(model, tokenizer, request.out, overwrite=request.overwrite)
         notes.append(f"Saved to {request.out}; load it with pe_patch.load_patched.")
     saved = {"out": None if request.out is None else str(request.out)}
-    return Found({**config, **found, **saved}, change_table(found), notes)
+    return Outcome({**config, **rows, **saved}, change_table(rows), notes)
 
 
 def _sweep(
     model: Any, request: Request, material: Material, settings: Any, ratios: Sequence[float], config: dict[str, Any]
-) -> Found:
+) -> Outcome:
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -124,8 +139,8 @@ def _sweep(
         rows = sweep(model, material, methods, ratios, settings, lambda what: status.update(f"measuring: {what}"))
     paths = write(rows, json.loads(json.dumps(config, default=str)), request.output, overwrite=request.overwrite)
     files = {name: str(path) for name, path in paths.items()}
-    notes = [f"Calibrated on {material.calibrated_on}.", f"Written to {request.output}: {', '.join(_names(paths))}."]
-    return Found({**config, "rows": rows, "files": files}, sweep_table(rows), notes)
+    notes = [f"Calibrated on {material.calibrated_on}.", f"Wrote {', '.join(_names(paths))} to {request.output}."]
+    return Outcome({**config, "rows": rows, "files": files}, sweep_table(rows), notes)
 
 
 def _names(paths: Mapping[str, Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a conversion changes, measured: the cache on a real cache object, loss and retrieval on held-out text."""
+"""Measure a model before and after a conversion: cache size, and loss and retrieval on held-out text."""
 
 from __future__ import annotations
 
@@ -23,61 +23,64 @@ from ..mla.checks import METHODS
 
 TARGETS = ("mla",)
 ROW = 512
-"""Tokens to a row of calibration, or the model's window where that is less."""
+"""Tokens in a row of calibration; a shorter model window lowers it."""
 LONGEST = 2048
-"""Length at which a model of a longer window is measured unless told otherwise."""
+"""Default length in tokens for measuring a model with a longer window."""
 
 Interval = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model at one length: loss in nats per token, retrieval as the share of questions answered exactly."""
+    """Measurements at one length: loss in nats per token, retrieval as the share of exact answers."""
 
     cache: CacheSize
     loss: float
     loss_interval: Interval
     loss_measured_on: str
     retrieval: float | None = None
-    """None where no questions were asked."""
+    """None if no questions were asked."""
     retrieval_interval: Interval = (None, None)
     questions: int = 0
     retrieval_measured_on: str = ""
 
     @property
     def perplexity(self) -> float:
+        """The exponential of the loss."""
         return math.exp(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything flat, for a table or a line of JSON."""
-        found = asdict(self)
-        cache = found.pop("cache")
+        """Return all fields in one flat dict, for a table or a line of JSON."""
+        fields = asdict(self)
+        cache = fields.pop("cache")
         counted = {
             "cached_numbers_per_token_and_layer": self.cache.numbers_per_layer,
             "cached_bytes_per_token": cache["bytes"],
         }
-        return {**counted, **found, "perplexity": self.perplexity}
+        return {**counted, **fields, "perplexity": self.perplexity}
 
 
 @dataclass(frozen=True)
 class Ruler:
-    """The same held-out text and the same questions for all models that are held against each other."""
+    """Held-out text and questions that are equal for all compared models."""
 
     tokenizer: Any
     corpus: Corpus
     length: int
     questions: int = 0
-    """How many facts are asked for; 0 measures the loss alone."""
+    """Number of questions; 0 measures only the loss."""
     spots: int = 64
+    """Number of places in the text at which the loss is measured."""
     seed: int = 0
 
     def measure(self, model: Any) -> Measured:
+        """Measure a model."""
         tasks = [Perplexity(measures=("fixed",), spots=self.spots), *([Needle()] if self.questions else [])]
-        found = evaluate(
+        results = evaluate(
             model, self.tokenizer, tasks, [self.length], samples=max(1, self.questions), seed=self.seed,
             text=self.corpus, retrieval=False, beyond_window=True, label=type(model).__name__, progress=False,
         )  # fmt: skip
-        loss, answers = found.select(task=Perplexity.name)[0], found.cell(task=Needle.name)
+        loss, answers = results.select(task=Perplexity.name)[0], results.cell(task=Needle.name)
         measured = Measured(cache_size(model), loss.score, (loss.low, loss.high), loss.measured_on)
         if answers is None:
             return measured
@@ -86,16 +89,16 @@ class Ruler:
             retrieval=answers.score,
             retrieval_interval=(answers.low, answers.high),
             questions=answers.samples,
-            retrieval_measured_on=found.select(task=Needle.name)[0].measured_on,
+            retrieval_measured_on=results.select(task=Needle.name)[0].measured_on,
         )
 
 
 @dataclass(frozen=True)
 class Material:
-    """The text of a conversion: what it is calibrated on, and how it is judged."""
+    """The text of a conversion: calibration rows, and the text to measure on."""
 
     rows: list[list[int]]
-    """Token ids to calibrate on."""
+    """Token ids for calibration, in rows."""
     calibrated_on: str
     ruler: Ruler
 
@@ -112,8 +115,19 @@ def prepare(
     spots: int = 64,
     seed: int = 0,
 ) -> Material:
-    """Text to calibrate on, `tokens` of it, and other text to judge by: `text`, or held-out documents of the same
-    source. `length` is by default the model's window, up to 2048 tokens."""
+    """Prepare the calibration text and the text to measure on.
+
+    Args:
+        model: the model to convert.
+        tokenizer: its tokenizer.
+        calibration: calibration text: stdlib, a folder, a file or a hub data set.
+        text: text to measure on; None uses held-out documents of the calibration text.
+        length: length in tokens to measure at; None uses the model's window, at most 2048.
+        tokens: number of calibration tokens.
+        questions: number of retrieval questions; 0 measures only the loss.
+        spots: number of places in the text at which the loss is measured.
+        seed: random seed for calibration, questions and text positions.
+    """
     native = windows(model)[0]
     length = length or min(native or LONGEST, LONGEST)
     same = text is None or text == calibration
@@ -121,12 +135,12 @@ def prepare(
     documents = load_documents(calibration, split="train" if same else None)
     rows = calibration_rows(tokenizer, documents, tokens, min(native or ROW, ROW), seed)
     count = sum(map(len, rows))
-    where = f"{calibration}, documents that were not measured on" if same else calibration
+    where = f"{calibration}, without the measured documents" if same else calibration
     return Material(rows, f"{count:,} tokens of {where}", Ruler(tokenizer, corpus, length, questions, spots, seed))
 
 
 def _held_out(tokenizer: Any, source: str, needed: int) -> Corpus:
-    if source == "stdlib":  # of which the corpus takes the held-out files by itself
+    if source == "stdlib":  # the corpus selects held-out files
         return Corpus.load(tokenizer, source, needed=needed)
     try:
         documents = load_documents(source, split="test")
@@ -134,7 +148,7 @@ def _held_out(tokenizer: Any, source: str, needed: int) -> Corpus:
         if "split" not in str(error):
             raise
         raise PePatchError(
-            f"{source} has too few documents to hold some out for measuring: give other text to measure on (--text)."
+            f"{source} has too few documents to hold some out; give another text to measure on (--text)."
         ) from error
     return replace(Corpus.load(tokenizer, documents, needed=needed), name=f"{source}, held-out documents")
 
@@ -142,7 +156,7 @@ def _held_out(tokenizer: Any, source: str, needed: int) -> Corpus:
 def calibration_rows(
     tokenizer: Any, documents: Sequence[str], tokens: int, length: int, seed: int = 0
 ) -> list[list[int]]:
-    """Rows of `length` ids from documents in random order, `tokens` in all or all there are."""
+    """Return rows of up to `length` ids from documents in random order, with `tokens` ids in total or all there are."""
     rows: list[list[int]] = []
     for index in np.random.default_rng(seed).permutation(len(documents)):
         ids = tokenizer(documents[index], verbose=False)["input_ids"]
@@ -155,29 +169,30 @@ def calibration_rows(
 
 
 def share(word: str) -> float:
-    """`1/8` or `0.125` as a number."""
+    """Convert `1/8` or `0.125` to a number."""
     try:
         return float(Fraction(word))
     except (ValueError, ZeroDivisionError) as error:
-        raise OptionError(f"A share of the cache is written 1/8 or 0.125, got {word!r}.") from error
+        raise OptionError(f"A share of the cache must be a number such as 1/8 or 0.125, got {word!r}.") from error
 
 
 def share_name(value: float) -> str:
-    """`1/8` for 0.125."""
+    """Format a share, such as `1/8` for 0.125."""
     return str(Fraction(value).limit_denominator(256))
 
 
 def check_request(target: str, methods: Sequence[str]) -> None:
-    """Raise where a target or a method does not exist."""
+    """Raise `UnknownNameError` if the target or a method does not exist."""
     for kind, name, known in [("target", target, TARGETS), *(("method", method, METHODS) for method in methods)]:
         if name not in known:
             raise unknown(kind, name, known)
 
 
 def save(model: Any, tokenizer: Any, folder: Path, *, overwrite: bool = False) -> None:
-    """Write model and tokenizer to a folder, whole or not at all.
+    """Write model and tokenizer to a folder, all files or none.
 
-    A folder that holds anything raises `OutputError` unless `overwrite=True`; then weights there are replaced.
+    Raises:
+        OutputError: the folder is not empty and `overwrite` is False. With `overwrite`, weights there are replaced.
     """
     inputs = [getattr(model, "name_or_path", None), getattr(tokenizer, "name_or_path", None)]
     real = check_output(folder, MODEL, inputs=inputs, overwrite=overwrite)

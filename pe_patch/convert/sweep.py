@@ -1,4 +1,4 @@
-"""Conversions held against the original and against each other: one of them, or methods times sizes of the cache."""
+"""Compare conversions with the original model: one conversion, or methods times cache sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Report = Callable[[str], None]
 
 
 def convert_model(model: Any, material: Material, options: Mapping[str, Any]) -> dict[str, Row]:
-    """Convert `model` in place; what was measured `before` and `after`."""
+    """Convert a model in place, and return its measurements `before` and `after`."""
     from ..patching.api import patch_model
 
     check_unquantised(model)
@@ -36,25 +36,33 @@ def convert_model(model: Any, material: Material, options: Mapping[str, Any]) ->
 
 
 def original_row(model: Any, material: Material) -> Row:
+    """Measure the model before a conversion."""
     return {"method": ORIGINAL, "cache_ratio": 1.0, **material.ruler.measure(model).to_dict()}
 
 
 def converted_row(model: Any, material: Material, original: Row, started: float) -> Row:
-    """A converted model, measured, and how it came to be; `started` is when the conversion did."""
+    """Measure a converted model.
+
+    Args:
+        model: the converted model.
+        material: the text of the conversion.
+        original: the row of the original model.
+        started: `time.perf_counter()` at the start of the conversion.
+    """
     from ..patching.api import find_patch
 
     seconds = time.perf_counter() - started
     patch = find_patch(model)
     assert patch is not None
     scheme: Any = patch.scheme
-    found = material.ruler.measure(model).to_dict()
+    measured = material.ruler.measure(model).to_dict()
     return {
         "method": scheme.method,
-        "cache_ratio": found["cached_bytes_per_token"] / original["cached_bytes_per_token"],
+        "cache_ratio": measured["cached_bytes_per_token"] / original["cached_bytes_per_token"],
         "kv_rank": scheme.rank,
         "rope_dim": scheme.rotary_width,
-        **found,
-        "loss_change": found["loss"] / original["loss"] - 1,
+        **measured,
+        "loss_change": measured["loss"] / original["loss"] - 1,
         "seconds": round(seconds, 3),
     }
 
@@ -67,9 +75,9 @@ def sweep(
     options: Mapping[str, Any] | None = None,
     report: Report = lambda what: None,
 ) -> list[Row]:
-    """The original, then every method at every share of its cache; the model is given back as it was.
+    """Measure the original, then each method at each share of its cache, and restore the model.
 
-    A size that a method cannot have is a row with a `note` that says why. If none can be had, the reason is raised.
+    A size that a method does not support gives a row with a `note`. If no size works, the last error is raised.
     """
     check_unquantised(model)
     report(ORIGINAL)
@@ -95,9 +103,10 @@ def _point(model: Any, material: Material, original: Row, options: Mapping[str, 
 
 
 def write(rows: Sequence[Row], config: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> dict[str, Path]:
-    """Write sweep.jsonl with a line for each row, config.json with what another run needs, and the picture sweep.png.
+    """Write the rows to sweep.jsonl, the settings to config.json and the picture to sweep.png, and return their paths.
 
-    A folder that holds something else than a sweep raises `OutputError` unless `overwrite=True`.
+    Raises:
+        OutputError: the folder has content other than a sweep and `overwrite` is False.
     """
     check_output(folder, SWEEP, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ def write(rows: Sequence[Row], config: Mapping[str, Any], folder: Path, *, overw
 
 
 def lines(rows: Sequence[Row]) -> list[CacheLine]:
-    """One line of the picture for each method."""
+    """Return one line of the picture for each method."""
     measured = [row for row in rows[1:] if "note" not in row]
     methods = list(dict.fromkeys(row["method"] for row in measured))
     return [
@@ -120,7 +129,7 @@ def lines(rows: Sequence[Row]) -> list[CacheLine]:
 
 
 def sweep_table(rows: Sequence[Row]) -> Table:
-    """One line for each size and method, those of equal size together."""
+    """Return a table with one line for each size and method, sorted by size."""
     table = Table(title="Conversions at equal size of the cache", title_justify="left", caption_justify="left")
     table.caption = measured_on(rows[0])
     for name in ("cache", "method"):
@@ -128,7 +137,7 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     for name in ("kv_rank", "rope_dim", "numbers", "bytes", "loss", "change", "perplexity", "retrieval", "95 %"):
         table.add_column(name, justify="right")
     if any("note" in row for row in rows):
-        table.add_column("why not", max_width=60)
+        table.add_column("note", max_width=60)
     for row in _by_size(rows):
         size = share_name(row.get("asked_ratio", row.get("cache_ratio", 1.0)))
         if "note" in row:
@@ -149,9 +158,9 @@ def _by_size(rows: Sequence[Row]) -> Iterator[Row]:
     yield from sorted(rows[1:], key=lambda row: -row["asked_ratio"])
 
 
-def change_table(found: Mapping[str, Row]) -> Table:
-    """What one conversion changed."""
-    before, after = found["before"], found["after"]
+def change_table(rows: Mapping[str, Row]) -> Table:
+    """Return a table of the model before and after one conversion."""
+    before, after = rows["before"], rows["after"]
     table = Table(title=f"Converted with {after['method']}", title_justify="left", caption_justify="left")
     table.caption = measured_on(before)
     for name in ("", "before", "after", "change"):
@@ -173,8 +182,9 @@ def change_table(found: Mapping[str, Row]) -> Table:
 
 
 def measured_on(row: Row) -> str:
-    said = f"Cache: what 8 tokens add to the model's own. Loss: {row['loss_measured_on']}."
-    return said if row["retrieval"] is None else f"{said} Retrieval: {row['retrieval_measured_on']}."
+    """Return a sentence on what the numbers were measured on."""
+    sentence = f"Cache: growth over 8 tokens in the model's cache object. Loss: {row['loss_measured_on']}."
+    return sentence if row["retrieval"] is None else f"{sentence} Retrieval: {row['retrieval_measured_on']}."
 
 
 def _plain(value: int | None) -> str:

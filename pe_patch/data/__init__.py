@@ -1,1 +1,1 @@
-"""Reading text, and the files that come with the package."""
+"""Read text, and find the files that come with the package."""

@@ -1,4 +1,4 @@
-"""Files that come with the package: the demo model and the recipes."""
+"""Locate files that come with the package: the demo model and the recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def recipes_folder() -> Path:
     """Return the folder of the shipped recipes: `pe_patch/recipes` in a wheel, `recipes` in a checkout.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: neither folder exists.
     """
     for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes"):
         if (folder / "configs").is_dir():

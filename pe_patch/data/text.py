@@ -1,4 +1,4 @@
-"""Where documents come from: Python's own source, a folder, a file, or a data set of the Hugging Face hub."""
+"""Read documents from Python's standard library, a folder, a file, or a Hugging Face hub data set."""
 
 from __future__ import annotations
 
@@ -16,28 +16,36 @@ from ..errors import PePatchError
 
 Split = Literal["train", "test"]
 Record = tuple[str, str]
-"""A name that does not change from machine to machine, and the text."""
+"""A name that is equal on all machines, and the text."""
 
 TEST_PERCENT = 10
+"""Share of the documents in the test split, in percent."""
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
 STDLIB_SKIPPED |= {"site-packages", "dist-packages", "ensurepip", "__pycache__", "_distutils_hack"}
 STDLIB_CHARACTERS = (2_000, 400_000)
+"""Minimum and maximum length of the standard library's files, in characters."""
 ALLOWED = "'stdlib', a folder, a .txt, .md, .py, .jsonl, .json, .parquet or .csv file, or the name of a hub data set"
 
 
 class TextSourceError(PePatchError, FileNotFoundError):
-    """No text could be read from the source that was named."""
+    """Raised if the source cannot be read as text."""
 
 
 def load_documents(
     source: str | Path, *, split: Split | None = None, text_column: str = "text", limit: int | None = None
 ) -> list[str]:
-    """The documents of `source`, in an order that is the same on every machine.
+    """Return the documents of a source, in an order that is equal on all machines.
 
-    `split` keeps about a tenth of the documents for "test" by a hash of their names, the rest for "train"; a source of
-    one document is cut at nine tenths instead, and a hub data set uses its own splits where it has them. `text_column`
-    names the column of a table. `limit` is the greatest number of documents. A source that does not exist or holds no
-    text raises `TextSourceError`.
+    Args:
+        source: `stdlib`, a folder, a file or the name of a hub data set.
+        split: "test" is about a tenth of the documents, chosen by a hash of their names, and "train" is the rest. A
+            single document is cut at nine tenths instead. A hub data set uses its splits if it has them. None reads
+            everything.
+        text_column: the text column of a table.
+        limit: maximum number of documents; None reads all.
+
+    Raises:
+        TextSourceError: the source does not exist or has no text.
     """
     return list(iter_documents(source, split=split, text_column=text_column, limit=limit))
 
@@ -50,11 +58,17 @@ def iter_documents(
     limit: int | None = None,
     streaming: bool = False,
 ) -> Iterator[str]:
-    """The documents that `load_documents` gives, one by one and read as they are asked for.
+    """Yield the documents of `load_documents` one by one, reading each on demand.
 
-    No more than one document and a batch of a Parquet file's rows are in memory at a time (of a .json file all of it).
-    `streaming` reads a hub data set over the network as it comes, where it would be downloaded as a whole before; with
-    a `limit` it always is. What cannot be read raises at the document that it concerns.
+    At most one document and one batch of Parquet rows are in memory (a .json file is read whole). An unreadable
+    document raises when it is reached.
+
+    Args:
+        source: see `load_documents`, also for `split`, `text_column` and `limit`.
+        streaming: stream a hub data set over the network instead of downloading it. A `limit` always streams.
+
+    Raises:
+        TextSourceError: the source does not exist or has no text.
     """
     _check(split, limit)
     records = _records(str(source), split, text_column, streaming or limit is not None)
@@ -64,9 +78,9 @@ def iter_documents(
 def fingerprint(
     source: str | Path, *, split: Split | None = None, text_column: str = "text", limit: int | None = None
 ) -> str:
-    """A hash of what `iter_documents` would give with these arguments, without reading it as text.
+    """Hash what `iter_documents` would yield with these arguments, without decoding the text.
 
-    It is made of the names and the bytes of the files, or of the name and the revision of a hub data set.
+    The hash covers the names and bytes of the files, or the name and revision of a hub data set.
     """
     _check(split, limit)
     files = _files(str(source))
@@ -80,18 +94,18 @@ def fingerprint(
 
 def _check(split: Any, limit: int | None) -> None:
     if split not in (None, "train", "test"):
-        raise PePatchError(f"split is 'train', 'test' or None, got {split!r}.")
+        raise PePatchError(f"split must be 'train', 'test' or None, got {split!r}.")
     if limit is not None and limit < 1:
-        raise PePatchError(f"limit is the greatest number of documents, at least 1; got {limit}.")
+        raise PePatchError(f"limit must be at least 1 document, got {limit}.")
 
 
 def _some(records: Iterator[Record], source: str | Path, split: Split | None) -> Iterator[str]:
-    """The texts of the records, of which there must be one."""
+    """Yield the texts of the records, and raise `TextSourceError` if there are none."""
     for _, text in records:
         yield text
         break
     else:
-        raise TextSourceError(f"{source!s} holds no text (split {split!r}). A source of text is {ALLOWED}.")
+        raise TextSourceError(f"{source!s} has no text (split {split!r}). Give {ALLOWED}.")
     for _, text in records:
         yield text
 
@@ -106,7 +120,7 @@ def _records(source: str, split: Split | None, text_column: str, streaming: bool
 
 
 def _files(source: str) -> Iterator[tuple[str, Path]] | None:
-    """The names and paths of the files of a source, in order; None where it can only be a data set of the hub."""
+    """Yield the names and paths of a source's files in order; return None if it can only be a hub data set."""
     path = Path(source).expanduser()
     if source == "stdlib":
         return _stdlib_paths()
@@ -115,21 +129,21 @@ def _files(source: str) -> Iterator[tuple[str, Path]] | None:
     if path.is_file():
         return iter([(path.name, path)])
     if path.suffix in READERS or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
-        raise TextSourceError(f"There is no file or folder {path.absolute()}. A source of text is {ALLOWED}.")
+        raise TextSourceError(f"There is no file or folder {path.absolute()}. Give {ALLOWED}.")
     return None
 
 
 def _digest(path: Path) -> str:
-    """The hash of a file's bytes."""
-    found = hashlib.sha256()
+    """Return the hash of a file's bytes."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _split(records: Iterable[Record], split: Split | None) -> Iterator[Record]:
-    """Those of the records that belong to the split."""
+    """Yield the records of a split."""
     if split is None:
         yield from records
         return
@@ -147,6 +161,7 @@ def _split(records: Iterable[Record], split: Split | None) -> Iterator[Record]:
 
 
 def stdlib_files() -> Iterator[Record]:
+    """Yield the standard library's source files of moderate length."""
     shortest, longest = STDLIB_CHARACTERS
     for name, path in _stdlib_paths():
         text = _decode(path)
@@ -163,7 +178,7 @@ def _stdlib_paths() -> Iterator[tuple[str, Path]]:
 
 
 def _decode(path: Path) -> str | None:
-    """The text of a file, or None where it is not UTF-8."""
+    """Return the text of a file, or None if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -173,14 +188,14 @@ def _decode(path: Path) -> str | None:
 def _folder(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
+        hidden = any(component.startswith(".") for component in name.parts)
         if path.is_file() and path.suffix in READERS and not hidden:
             yield name.as_posix(), path
 
 
 def _file(path: Path, name: str, text_column: str) -> Iterator[Record]:
     if path.suffix not in READERS:
-        raise TextSourceError(f"{path} is no text that can be read here. A source of text is {ALLOWED}.")
+        raise TextSourceError(f"{path} is not a supported text file. Give {ALLOWED}.")
     for row, value in enumerate(READERS[path.suffix](path, text_column)):
         yield f"{name}:{row}" if row else name, value
 
@@ -199,7 +214,7 @@ def _json_lines(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _json(path: Path, text_column: str) -> Iterator[str]:
-    """A list of rows or of strings; or one row, whose column may be a list."""
+    """Yield the texts of a list of rows or strings, or of one row, whose column may be a list."""
     value = _parse(path.read_text(encoding="utf-8"), str(path))
     if isinstance(value, dict):
         value = value.get(text_column, value)
@@ -215,7 +230,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _csv(path: Path, text_column: str) -> Iterator[str]:
-    csv.field_size_limit(1 << 30)  # the default refuses a document of more than 128 kB
+    csv.field_size_limit(1 << 30)  # the default limit is 128 kB
     with path.open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             yield _column(row, text_column, str(path))
@@ -236,7 +251,7 @@ def _column(row: Any, text_column: str, where: str) -> str:
     if isinstance(value, str):
         return value
     columns = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else f"holds {type(row).__name__} values"
-    raise TextSourceError(f"{where}: no text in the column {text_column!r}; it {columns}. Give text_column=.")
+    raise TextSourceError(f"{where}: no text in the column {text_column!r}; it {columns}. Set text_column.")
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
@@ -252,20 +267,20 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 
 
 def _from_hub(name: str, split: Split | None, text_column: str, *, streaming: bool) -> Iterator[Record]:
-    """Rows of a hub data set: its own split of that name ("validation" serves as "test"), else a hash of row numbers.
+    """Yield rows of a hub data set, from its split of that name or, without one, by a hash of row numbers.
 
-    `streaming` reads only as many rows as are asked for.
+    "validation" serves as "test". `streaming` reads only the requested rows.
     """
     splits = _hub(name, "load_dataset", streaming=streaming)
-    own = next((key for key in (split or "train", "validation" if split == "test" else None) if key in splits), None)
+    native = next((key for key in (split or "train", "validation" if split == "test" else None) if key in splits), None)
     has_test = "test" in splits or "validation" in splits
-    rows = splits[own or next(iter(splits))]
+    rows = splits[native or next(iter(splits))]
     records = ((f"{name}:{index}", _column(row, text_column, name)) for index, row in enumerate(rows))
-    return iter(records) if own and (split != "train" or has_test) else _split(records, split)
+    return iter(records) if native and (split != "train" or has_test) else _split(records, split)
 
 
 def _revision(name: str) -> str:
-    """The commit of a hub data set, or what `datasets` knows a copy on the disk by."""
+    """Return the commit of a hub data set, or the fingerprint that `datasets` gives a local copy."""
     return _hub(name, "load_dataset_builder").hash
 
 
@@ -274,8 +289,8 @@ def _hub(name: str, function: str, **options: Any) -> Any:
 
     try:
         return getattr(datasets, function)(name, **options)
-    except Exception as error:  # the hub client raises many kinds: offline, no such name, no such config
+    except Exception as error:  # the hub client raises many kinds of errors
         raise TextSourceError(
             f"There is no file or folder {Path(name).absolute()}, and no data set {name!r} could be loaded from the "
-            f"hub ({type(error).__name__}: {error}). A source of text is {ALLOWED}."
+            f"hub ({type(error).__name__}: {error}). Give {ALLOWED}."
         ) from error

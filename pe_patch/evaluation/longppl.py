@@ -62,7 +62,7 @@ class Judge:
         if isinstance(source, Judge):
             return source
         if isinstance(source, str):
-            from ..checkpoints.loading import load
+            from ..checkpoints.sources import load
 
             return cls(*load(source))
         if isinstance(source, tuple) and len(source) == 2:

@@ -1,1 +1,1 @@
-"""Training recipes: one script, one YAML file each."""
+"""Fine-tune a model for a longer context from a YAML recipe."""

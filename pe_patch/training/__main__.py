@@ -1,4 +1,4 @@
-"""`accelerate launch -m pe_patch.training RECIPE`."""
+"""Run `accelerate launch -m pe_patch.training RECIPE`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The model card: what was trained, on what, how it went, and what it scores."""
+"""Write the model card: what was trained, on which data, and the scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VERSIONS = ("pe_patch", "torch", "transformers", "accelerate", "peft")
 RECOVERED = 0.02
-"""A changed scheme has recovered when its loss is within this share of the original's."""
+"""Relative tolerance within which a changed scheme counts as recovered to the original's loss."""
 
 TEMPLATE = """---
 {{ card_data }}
@@ -38,14 +38,14 @@ TEMPLATE = """---
 
 {{ trained }}
 
-{% if steps %}![Loss by step, and what was measured on the way](curve.png)
+{% if steps %}![Loss by step, and held-out results](curve.png)
 {% endif %}
 {% if scores %}
 ## Scores
 
 {{ scores }}
 
-Each row says what it was measured on; *native* is the longest sequence the original model was trained on. \
+Each row says which text it was measured on; *native* is the longest sequence the original model was trained on. \
 {{ recovery }}
 {% endif %}
 ## Data
@@ -62,9 +62,9 @@ Run on {{ machine }} with {{ versions }}.
 
 
 def write(trainer: Trainer) -> None:
-    """Write `README.md` and `curve.png` beside the trained model, from the log of the run.
+    """Write `README.md` and `curve.png` beside the trained model, from the run's log.
 
-    It is written before the last evaluation, and once more after it.
+    A run writes them before the last evaluation and again after it.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -80,7 +80,7 @@ def write(trainer: Trainer) -> None:
     data = ModelCardData(
         base_model=source if on_hub else None, library_name="transformers", tags=["pe_patch", "long-context"]
     )
-    said = ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=trainer.output.name,
@@ -88,18 +88,20 @@ def write(trainer: Trainer) -> None:
         scheme=_scheme(recipe),
         loading=_loading(trainer),
         steps=bool(steps),
-        trained=_trained(trainer, steps) if steps else "None: the scheme works on the model as it was.",
+        trained=_trained(trainer, steps) if steps else "None: the scheme needs no training.",
         scores=_scores(rows, steps[-1]["step"] if steps else 0),
         recovery=_recovery(rows),
-        data=_mix(trainer) if steps else "None was trained on.",
+        data=_mix(trainer) if steps else "No training data.",
         recipe=OmegaConf.to_yaml(OmegaConf.structured(recipe)),
         machine=trainer.engine.describe(),
-        versions=", ".join(f"{one} {version(one)}" for one in VERSIONS) + f" and Python {platform.python_version()}",
+        versions=", ".join(f"{package} {version(package)}" for package in VERSIONS)
+        + f" and Python {platform.python_version()}",
     )
-    write_atomically(folder / "README.md", str(said))
+    write_atomically(folder / "README.md", str(card))
 
 
 def _scheme(recipe: Recipe) -> str:
+    """Return the scheme with its options as the end of a sentence."""
     if recipe.scheme is None:
         return ""
     options = ", ".join(f"{key}: {value}" for key, value in recipe.scheme.options.items())
@@ -107,6 +109,7 @@ def _scheme(recipe: Recipe) -> str:
 
 
 def _loading(trainer: Trainer) -> str:
+    """Return the Python code that loads the saved model."""
     if trainer.recipe.lora is not None and not trainer.recipe.lora.merge:
         return (
             'from pe_patch import load_patched\n\nmodel = load_patched("path/to/this/folder")  # an adapter on its base'
@@ -117,16 +120,18 @@ def _loading(trainer: Trainer) -> str:
 
 
 def _trained(trainer: Trainer, steps: list[dict[str, Any]]) -> str:
+    """Return a sentence with steps, tokens, time and the last loss."""
     seconds = sum(step["seconds"] for step in steps)
     last = steps[-1]
     return (
         f"{last['step']:,} steps, {last['tokens']:,} tokens in {duration(seconds)} "
         f"({last['tokens'] / max(seconds, 1e-9):,.0f} tokens/s); the loss of the last step is {last['loss']:.3f} nats "
-        "a token of the training mixture."
+        "per token of the training mixture."
     )
 
 
 def _mix(trainer: Trainer) -> str:
+    """Return a Markdown table of the sources of each phase."""
     head = "| phase | part | text | documents | tokens | share of the sequences | tokens drawn | each seen |"
     rows = [
         f"| {number} | {row['source']} ({row['kind']}) | {row['text']} | {row['documents']:,} | {row['tokens']:,} | "
@@ -138,7 +143,7 @@ def _mix(trainer: Trainer) -> str:
 
 
 def _scores(rows: list[dict[str, Any]], last: int) -> str:
-    """The measurements of each kind before the first step and after the `last` one, side by side."""
+    """Return a Markdown table of the scores without the scheme, before step 1 and after step `last`."""
     kinds = list(dict.fromkeys((row["task"], row["measure"], row["length"], row["depth"]) for row in rows))
     if not kinds:
         return ""
@@ -147,20 +152,20 @@ def _scores(rows: list[dict[str, Any]], last: int) -> str:
         "| --- | --- | ---: " + "| ---: " * 3 + "| --- |",
     ]
     for kind in kinds:
-        of = [row for row in rows if (row["task"], row["measure"], row["length"], row["depth"]) == kind]
-        original = [row["score"] for row in of if row["original"]]
-        ours = [row for row in of if not row["original"]]
+        of_kind = [row for row in rows if (row["task"], row["measure"], row["length"], row["depth"]) == kind]
+        original = [row["score"] for row in of_kind if row["original"]]
+        ours = [row for row in of_kind if not row["original"]]
         before = [row["score"] for row in ours if row["step"] == 0]
         after = [row["score"] for row in ours if row["step"] == last > 0]
         shown = " | ".join(f"{values[-1]:.3f}" if values else "-" for values in (original, before, after))
         depth = "" if kind[3] is None else f", depth {kind[3]:g}"
-        measured = f"{of[-1]['samples']} samples: {of[-1]['measured_on']}"
+        measured = f"{of_kind[-1]['samples']} samples: {of_kind[-1]['measured_on']}"
         table.append(f"| {kind[0]} | {kind[1]}{depth} | {kind[2]:,} | {shown} | {measured} |")
     return "\n".join(table)
 
 
 def _recovery(rows: list[dict[str, Any]]) -> str:
-    """How long a change of scheme took to come back to the loss that the original model had."""
+    """Return a sentence on the step at which the loss recovered to the original model's, or an empty string."""
     originals = [row for row in rows if row["original"] and row["measure"].startswith("nats")]
     if not originals:
         return ""
@@ -174,5 +179,5 @@ def _recovery(rows: list[dict[str, Any]]) -> str:
     when = f"first at step {reached}" if reached is not None else f"never in {ours[-1]['step']} steps"
     return (
         f"Within {RECOVERED:.0%} of the original's loss at {first['length']:,} tokens ({first['score']:.3f}): {when}, "
-        "of those at which it was measured."
+        "among the measured steps."
     )

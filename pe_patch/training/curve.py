@@ -1,4 +1,4 @@
-"""The picture of a run: its loss, and what was measured on the way."""
+"""Draw the training loss of a run and its held-out results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from ..evaluation.results import is_loss
 
 SMOOTHED = 0.1
-"""Of the steps so far, the share whose mean the line shows."""
+"""Share of the steps so far over which the line averages."""
 
 
 def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
-    """A PNG: the loss of each step, and for each length the losses and scores on held-out text by step."""
+    """Return a PNG with the loss of each step and, for each length, the held-out losses and scores by step."""
     import altair as alt
 
     from ..evaluation.charts.chart import Chart, data
@@ -28,12 +28,12 @@ def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
     mean = base.mark_line().encode(x=x, y=alt.Y("mean:Q", title="nats per token"))
     panels: list[Any] = [alt.layer(dots, mean).properties(width=400, height=230, title="training loss")] * bool(steps)
     for title, losses in (("held-out loss", True), ("held-out score", False)):
-        found = _measured([row for row in rows if is_loss(row["measure"]) is losses])
-        if found:
+        points = _measured([row for row in rows if is_loss(row["measure"]) is losses])
+        if points:
             scale = alt.Scale(zero=False) if losses else alt.Scale(domain=[0, 1])
             panels.append(
                 alt.layer(
-                    alt.Chart(data(found))
+                    alt.Chart(data(points))
                     .mark_line(point=True)
                     .encode(x=x, y=alt.Y("score:Q", title=None, scale=scale), color=alt.Color("kind:N", title=None))
                 ).properties(width=400, height=230, title=title)
@@ -42,7 +42,7 @@ def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
 
 
 def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One point for each step, length and task: its first measure, all depths together."""
+    """Return one point for each step, length and task: the mean over depths of the task's first measure."""
     first: dict[str, str] = {}
     scores: dict[tuple[int, str], list[float]] = {}
     for row in rows:
@@ -50,7 +50,7 @@ def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if first.setdefault(row["task"], measure) == measure:
             kind = f"{row['task']}, {row['length']:,}" + (", original" if row["original"] else "")
             scores.setdefault((row["step"], kind), []).append(row["score"])
-    return [{"step": step, "kind": kind, "score": sum(of) / len(of)} for (step, kind), of in scores.items()]
+    return [{"step": step, "kind": kind, "score": sum(values) / len(values)} for (step, kind), values in scores.items()]
 
 
 def _mean(steps: list[dict[str, Any]]) -> float:

@@ -1,4 +1,4 @@
-"""When a run must stop before its end: a loss that is no number, one that climbs, a signal to leave."""
+"""Stop a run early: a loss that is not finite or climbs, or SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from ..errors import PePatchError
 from .checkpoints import Progress
 from .recipe import Guard
 
-LEFT = 128 + signal.SIGTERM
-"""The exit code of a run that was told to leave, as a shell has it for a process that SIGTERM ended."""
+TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
+"""Exit code of a run that SIGTERM ended, as a shell reports it (143)."""
 
 
 class TrainingError(PePatchError, RuntimeError):
-    """Training cannot go on: the loss is no longer a number or has run away, or a phase missed what it was to reach."""
+    """Raised if training cannot continue: the loss diverged, a phase missed its accuracy, or an evaluation failed."""
 
 
-class Left(PePatchError):
-    """SIGTERM came; the run was saved, and can be gone on with."""
+class Terminated(PePatchError):
+    """Raised after SIGTERM, once a checkpoint is saved. The run can be resumed."""
 
 
 class EvaluationError(PePatchError, RuntimeError):
-    """An evaluation during or before training did not finish."""
+    """Raised if an evaluation before, during or after training fails."""
 
 
-class Unfinished(PePatchError, RuntimeError):
-    """The model is trained and saved, and what follows did not finish; `exit_code` is that of the script."""
+class PostTrainingError(PePatchError, RuntimeError):
+    """Raised if a step after saving the model fails.
+
+    The trained model is saved. `exit_code` is the exit code of the script.
+    """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where it arrives. No handler of ordinary exceptions may take it for a failure of its own."""
+class TerminationSignal(BaseException):
+    """Raised where SIGTERM arrives. It is not an `Exception`, so that ordinary handlers do not catch it."""
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM for as long as the block lasts."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+    """Raise `TerminationSignal` if SIGTERM arrives within the block."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise TerminationSignal
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
@@ -59,37 +62,44 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def fault(loss: float, norm: float, progress: Progress, wanted: Guard) -> str | None:
-    """What is wrong with a step's loss and its gradient's norm, if anything; `progress` keeps what later steps need."""
+def fault(loss: float, norm: float, progress: Progress, limits: Guard) -> str | None:
+    """Return what is wrong with a step, or None.
+
+    Args:
+        loss: the loss of the step, in nats.
+        norm: the norm of its gradient.
+        progress: records the losses that later calls need.
+        limits: the recipe's `guard`.
+    """
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return f"the loss is {loss}, the norm of its gradient {norm}"
-    progress.losses = [*progress.losses, loss][-wanted.window :]
-    if len(progress.losses) < wanted.window:
+    progress.losses = [*progress.losses, loss][-limits.window :]
+    if len(progress.losses) < limits.window:
         return None
-    mean = sum(progress.losses) / wanted.window
+    mean = sum(progress.losses) / limits.window
     progress.lowest = mean if progress.lowest is None else min(progress.lowest, mean)
-    if wanted.rise is None or mean - progress.lowest <= wanted.rise:
+    if limits.rise is None or mean - progress.lowest <= limits.rise:
         return None
     return (
-        f"the loss has climbed: its mean over {wanted.window} steps is {mean:.3f}, {mean - progress.lowest:.3f} nats "
-        f"above the lowest of this phase (guard.rise is {wanted.rise})"
+        f"the loss has climbed: its mean over {limits.window} steps is {mean:.3f}, {mean - progress.lowest:.3f} nats "
+        f"above the lowest of this phase (guard.rise is {limits.rise})"
     )
 
 
 class Signal:
-    """Notes SIGTERM for as long as the block lasts, in place of dying of it."""
+    """Record SIGTERM within the block instead of ending the process."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.received = False
         self.previous: Any = None
 
     def __enter__(self) -> Signal:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self.previous = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
+        self.received = True
 
     def __exit__(self, *error: object) -> None:
         if self.previous is not None:

@@ -1,4 +1,4 @@
-"""What a run tells: lines of JSON in a file, a progress bar, and accelerate's trackers."""
+"""Log a run: JSON lines in a file, a progress bar, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 COLUMNS = ("phase", "loss", "divergence", "accuracy", "gradient_norm", "tokens_per_second")
+"""Values that the progress bar shows."""
 
 
 class Log:
-    """Writes on the main process only. A resumed run first drops the lines beyond the step it goes on from."""
+    """The log of a run, written by the main process. A resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, accelerator: Any, path: Path, *, from_step: int, total_steps: int, progress: bool) -> None:
         self.accelerator, self.path = accelerator, path
@@ -32,8 +33,8 @@ class Log:
         self.task = self.bar.add_task("", total=total_steps, completed=from_step)
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step] if from_step else []
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            earlier = [line for line in self._lines() if json.loads(line)["step"] <= from_step] if from_step else []
+            path.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
 
     def _lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -46,7 +47,7 @@ class Log:
         self.bar.stop()
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
-        """Append one line; it has a `step` among its values."""
+        """Append one line. `values` must include `step`."""
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"event": event, **values}) + "\n")
@@ -54,14 +55,14 @@ class Log:
         self.accelerator.log(numbers, step=values["step"])
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """One optimiser step."""
+        """Log one optimiser step and advance the progress bar."""
         self.write("step", values)
-        said = [f"{name.replace('_', ' ')} {_short(values[name])}" for name in COLUMNS if values.get(name) is not None]
-        said.append(gigabytes(values["memory"]))
-        self.bar.update(self.task, completed=values["step"], description="  ".join(said).replace(" per ", "/"))
+        shown = [f"{name.replace('_', ' ')} {_short(values[name])}" for name in COLUMNS if values.get(name) is not None]
+        shown.append(gigabytes(values["memory"]))
+        self.bar.update(self.task, completed=values["step"], description="  ".join(shown).replace(" per ", "/"))
 
     def skip(self, steps: int) -> None:
-        """A phase ended earlier than it might have."""
+        """Shorten the progress bar by `steps`, after a phase that ended early."""
         task = self.bar.tasks[0]
         self.bar.update(self.task, total=(task.total or 0) - steps)
 
@@ -73,12 +74,12 @@ def _short(value: Any) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes, in GB of 10^9."""
+    """Format bytes as GB of 10^9 bytes, or as MB."""
     return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.2g} MB"
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows with the same keys as a table for the terminal."""
+    """Return a terminal table of rows that share their keys."""
     result = Table(title=title)
     for name in rows[0]:
         result.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")

@@ -1,4 +1,4 @@
-"""What is minimised: sums over the targets of a batch, so that they can be divided by a global count."""
+"""Compute the training loss as sums over the targets of a batch, to be divided by a global count."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from .data import IGNORED
 
 CHUNK = 512
-"""Targets whose two distributions are held in float32 at once."""
+"""Targets whose two distributions are in float32 memory together."""
 
 
 class Score(NamedTuple):
-    """Sums over the targets of a batch, in nats; `correct` is how many were the most likely token."""
+    """Sums over the targets of a batch, in nats; `correct` counts the targets that were the most likely token."""
 
     loss: Tensor
     correct: Tensor
@@ -33,46 +33,55 @@ def next_token_score(
     temperature: float = 1.0,
     shifted: bool = False,
 ) -> Score:
-    """Score `logits` [batch, length, vocabulary] at predicting `labels` [batch, length], each one place ahead.
+    """Score the predictions of the next tokens.
 
-    `vocabulary` (first, one past the last) lets only those tokens compete. `accuracy` counts the hits; otherwise
-    `correct` is zero. `divergence` is from the logits of a `teacher` [batch, length, vocabulary]; zero without one.
-    `shifted` labels already stand where they are predicted.
+    Args:
+        logits: `[batch, length, vocabulary]`.
+        labels: `[batch, length]`, token ids or `IGNORED`.
+        vocabulary: first and one past the last token id in the softmax; None uses all.
+        accuracy: count the correct predictions; otherwise `correct` is 0.
+        teacher: a teacher's logits `[batch, length, vocabulary]`; None makes the divergence 0.
+        temperature: softmax temperature of the divergence.
+        shifted: True if the labels are already aligned with the logits that predict them.
     """
     chosen, wanted = find_targets(labels, shifted)
-    candidates = among(logits[chosen], vocabulary)
-    loss, correct = hits(candidates, wanted - (vocabulary or (0,))[0], accuracy=accuracy)
+    candidates = restrict(logits[chosen], vocabulary)
+    loss, correct = cross_entropy_and_hits(candidates, wanted - (vocabulary or (0,))[0], accuracy=accuracy)
     if teacher is None:
         return Score(loss, correct, torch.zeros_like(loss))
-    return Score(loss, correct, divergence(among(teacher[chosen], vocabulary), candidates, temperature))
+    return Score(loss, correct, divergence(restrict(teacher[chosen], vocabulary), candidates, temperature))
 
 
 def find_targets(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Where `labels` [batch, length] are predicted, [batch, length], bool, and the targets there, [targets]."""
+    """Return a mask of the positions with targets, bool `[batch, length]`, and the targets `[targets]`."""
     if not shifted:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     chosen = labels != IGNORED
     return chosen, labels[chosen]
 
 
-def among(logits: Tensor, vocabulary: tuple[int, int] | None) -> Tensor:
-    """The columns of `logits` that compete."""
+def restrict(logits: Tensor, vocabulary: tuple[int, int] | None) -> Tensor:
+    """Return the columns of `logits` within the vocabulary range."""
     return logits if vocabulary is None else logits[..., slice(*vocabulary)]
 
 
-def hits(candidates: Tensor, wanted: Tensor, *, accuracy: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and hits, summed, of logits [targets, vocabulary] at `wanted` [targets]; in float32 or wider."""
+def cross_entropy_and_hits(candidates: Tensor, wanted: Tensor, *, accuracy: bool) -> tuple[Tensor, Tensor]:
+    """Return summed cross-entropy and hits of logits `[targets, vocabulary]` at `wanted` `[targets]`, in >= float32."""
     loss = F.cross_entropy(_wide(candidates), wanted, reduction="sum")
     return loss, (candidates.argmax(-1) == wanted).sum() if accuracy else torch.zeros_like(wanted[:1]).sum()
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(p || q), summed over the rows of two sets of logits [targets, vocabulary], p the teacher's softmax at
-    temperature T and q the student's: the gradients keep their size whatever T is (Hinton et al. 2015, arXiv
-    1503.02531, section 2). A chunk's distributions are made anew in the backward pass and never kept."""
+    """Return T^2 KL(p || q), summed over the rows of two sets of logits `[targets, vocabulary]`.
+
+    p is the teacher's softmax at temperature T, and q the student's. The factor keeps the size of the gradients
+    independent of T. The backward pass recomputes a chunk's distributions instead of keeping them.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+    """
     chunks = zip(teacher.split(CHUNK), student.split(CHUNK), strict=True)
-    parts = [checkpoint(_divergence, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    return torch.stack(parts).sum() * temperature**2
+    sums = [checkpoint(_divergence, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return torch.stack(sums).sum() * temperature**2
 
 
 def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -85,5 +94,5 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def count_targets(labels: Tensor) -> Tensor:
-    """How many labels [batch, length] are predicted: the first of a row never is."""
+    """Count the labels `[batch, length]` that are predicted; the first of a row never is."""
     return (labels[:, 1:] != IGNORED).sum()

@@ -1,4 +1,4 @@
-"""What is measured on held-out text before, while and after a model is trained."""
+"""Evaluate a model on held-out text before, during and after training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .recipe import Phase, Recipe, RecipeError
 
 
 def longest(phases: list[Phase]) -> int:
-    """The length in tokens whose distances the phases train."""
+    """Return the longest distance in tokens that the phases train."""
     return max(phase.length if phase.pose is None else phase.pose.target for phase in phases)
 
 
 def positions(model: Any) -> int | None:
-    """Return the most tokens that a model can read at all, or None if its positions have no end."""
+    """Return the maximum number of tokens that a model can read, or None if its positions are unlimited."""
     patch, config = find_patch(model), model.config.get_text_config()
     if patch is not None:
         ends = patch.scheme.hard_window or model.config.pe_patch.get("strict")
@@ -35,9 +35,13 @@ def positions(model: Any) -> int | None:
 
 
 class Measure:
-    """The evaluation that a recipe asks for; does nothing where it asks for none.
+    """The evaluation of a recipe; does nothing if the recipe has none.
 
-    `documents` gives the held-out text, which is read once.
+    Args:
+        recipe: the recipe of the run.
+        engine: the engine of the run.
+        tokenizer: the tokenizer of the model.
+        documents: returns the held-out text; called once.
     """
 
     def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], list[str]]) -> None:
@@ -51,14 +55,14 @@ class Measure:
         self.lengths = self.wanted.lengths
         self.corpus: Any = None
 
-    def settle(self, model: Any) -> None:
-        """Choose the lengths where the recipe names none; `model` is as it was loaded."""
+    def choose_lengths(self, model: Any) -> None:
+        """Choose the lengths if the recipe names none; `model` has its original positions."""
         from ..evaluation.model import windows
 
         self.lengths = self.lengths or sorted({windows(model)[0] or self.target, self.target})
 
     def check(self, model: Any) -> None:
-        """Prepare the whole evaluation without running the model, so that it cannot fail for want of something later.
+        """Prepare the whole evaluation without running the model, so that nothing is missing later.
 
         Raises:
             RecipeError: a task does not exist, or a file, text, length or token is missing.
@@ -73,65 +77,67 @@ class Measure:
         from ..evaluation.tasks import find_tasks
 
         try:
-            find_tasks(self.wanted.tasks)  # before the text is read, which takes longer
+            find_tasks(self.wanted.tasks)  # before reading the text, which takes longer
             self.corpus = Corpus.load(self.tokenizer, self.documents(), needed=max(self.lengths))
             self._evaluate(model, self.corpus, dry_run=True)
-        except Exception as error:  # whatever stops it here would stop it after the training
+        except Exception as error:  # whatever fails here would fail after training
             raise RecipeError(
-                f"evaluation: it cannot run: {_said(error)} Correct the evaluation section (tasks: "
+                f"evaluation: cannot run: {_as_sentence(error)} Correct the evaluation section (tasks: "
                 f"{', '.join(self.wanted.tasks)}; lengths: {', '.join(map(str, self.lengths))}; text: the test split "
-                f"of {self.source}), or leave it out with evaluation.every: null."
+                f"of {self.source}), or disable it with evaluation.every: null."
             ) from error
         if not (self.engine.accelerator.is_main_process or self.engine.sharded):
             self.corpus = None  # this process never measures
 
     def check_positions(self, model: Any) -> None:
-        """Raise `RecipeError` where the model, with its scheme, has no positions for a length that is measured."""
+        """Raise `RecipeError` if a measured length exceeds the positions of the model with its scheme."""
         most = positions(model) if self.wanted.every else None
         if most is not None and max(self.lengths) > most:
             raise RecipeError(
-                f"evaluation.lengths: {max(self.lengths):,} tokens are more than the {most:,} positions that the model "
-                "has. Give smaller lengths, or a scheme with more positions (max_positions, factor)."
+                f"evaluation.lengths: {max(self.lengths):,} tokens exceed the model's {most:,} positions. Give smaller "
+                "lengths, or a scheme with more positions (max_positions, factor)."
             )
 
     def original(self, model: Any) -> None:
-        """Measure the model as it was loaded, if so asked; kept until there is a log."""
+        """Measure the original model if the recipe asks for it; the rows wait for the log."""
         if self.wanted.every and self.wanted.original:
             main = self.engine.accelerator.is_main_process
             rows = self._shared(lambda: list(self._rows(model.to(self.engine.accelerator.device))), main)
             self.first = [{"step": 0, "original": True, **row} for row in rows]
 
     def at_the_start(self, model: Any, log: Log) -> None:
+        """Log the original model's rows, and measure the model before step 1 if the recipe asks for it."""
         for row in self.first:
             log.write("evaluation", row)
         if self.wanted.every and self.wanted.before:
             self.during(model, log, 0)
 
     def during(self, model: Any, log: Log, step: int) -> None:
-        """Measure now: on one process, unless each has only a part of the model.
+        """Measure now, on the main process or, if the weights are sharded, on all processes.
 
-        Raises `EvaluationError` on every process if it fails on one.
+        Raises:
+            EvaluationError: the evaluation failed on some process. Every process raises.
         """
-        accelerator, together = self.engine.accelerator, self.engine.sharded
+        accelerator, sharded = self.engine.accelerator, self.engine.sharded
 
         def measure() -> list[dict[str, Any]]:
             return list(self._rows(accelerator.unwrap_model(model, keep_fp32_wrapper=True)))
 
-        for row in self._shared(measure, accelerator.is_main_process or together):
+        for row in self._shared(measure, accelerator.is_main_process or sharded):
             log.write("evaluation", {"step": step, "original": False, **row})
         self.last = step
 
     def at_the_end(self, model: Any, log: Log, step: int) -> None:
-        """Measure what was saved; accelerate's own autocast has been taken off that model."""
+        """Measure the saved model. accelerate's own autocast no longer applies to it, so use ours."""
         self.autocast = self.mixed
         self.during(model, log, step)
 
     def pending(self, step: int) -> bool:
-        """Return whether the recipe wants an evaluation after the last step that has not been made."""
+        """Return whether the evaluation after the last step is still missing."""
         return bool(self.wanted.every) and self.last != step
 
     def command(self, folder: Path) -> str:
-        """Return what a user types to evaluate the saved model as the recipe would have."""
+        """Return the shell command that runs the same evaluation on the saved model."""
         words = ["pe-patch", "evaluate", str(folder), "--task", *self.wanted.tasks]
         words += ["--length", *map(str, self.lengths), "--samples", str(self.wanted.samples), "--beyond-window"]
         if self.source != "stdlib":
@@ -139,23 +145,23 @@ class Measure:
         return shlex.join(words)
 
     def _shared(self, measure: Callable[[], list[dict[str, Any]]], here: bool) -> list[dict[str, Any]]:
-        """Measure on the processes that are to; where one fails all raise."""
+        """Measure on this process if `here`; if one process fails, all raise `EvaluationError`."""
         rows, problem = [], None
         if here:
             try:
                 rows = measure()
-            except Exception as error:  # the other processes wait for this one, and must learn of it
+            except Exception as error:  # the other processes wait for this one and must raise too
                 problem = error
         if self.engine.failed_anywhere(problem is not None):
-            said = "another process failed." if problem is None else _said(problem)
-            raise EvaluationError(said) from problem
+            message = "another process failed." if problem is None else _as_sentence(problem)
+            raise EvaluationError(message) from problem
         return rows
 
     def _rows(self, model: Any) -> Iterator[dict[str, Any]]:
         return (asdict(row) for row in self._evaluate(model, self.corpus).rows)
 
     def _evaluate(self, model: Any, text: Any, *, dry_run: bool = False) -> Any:
-        # Imported late: it brings plotting and metrics along, which a run that never evaluates has no use for.
+        # Import late: this loads plotting and metrics, which a run without evaluation does not need.
         from ..evaluation import evaluate
 
         return evaluate(
@@ -172,8 +178,8 @@ class Measure:
         )
 
 
-def _said(error: BaseException) -> str:
-    """Return an exception as a sentence."""
+def _as_sentence(error: BaseException) -> str:
+    """Format an exception as a sentence."""
     text = " ".join(str(error).split())[:600]
     named = text if isinstance(error, PePatchError) else f"{type(error).__name__}: {text}"
     return named if named.endswith((".", "!", "?")) else f"{named}."

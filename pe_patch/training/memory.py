@@ -1,4 +1,4 @@
-"""Where what the backward pass needs waits for it."""
+"""Offload activations to host memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 LEAST = 2**20
-"""Bytes: less than this is not worth a copy."""
+"""Minimum size in bytes of a tensor that is worth a copy."""
 
 
 def offload_activations(least: int = LEAST) -> saved_tensors_hooks:
-    """A context for a forward pass: what its backward pass needs waits in the host's memory, pinned where a GPU is.
+    """Return a context for a forward pass that keeps activations in host memory, pinned if there is a GPU.
 
-    PyTorch's `save_on_cpu`, without the weights, which stay on the device anyway, and without tensors of fewer than
-    `least` bytes. Under gradient checkpointing the inputs of the layers are all there is to save. On a CPU nothing
-    moves.
+    This is PyTorch's `save_on_cpu` without the weights, which stay on the device anyway, and without small tensors.
+    Under gradient checkpointing, only the inputs of the layers are saved. On a CPU nothing moves.
+
+    Args:
+        least: minimum size in bytes of a tensor to offload.
     """
     hooks: Any = save_on_cpu(pin_memory=torch.cuda.is_available())
 

@@ -1,4 +1,4 @@
-"""From a recipe to a tokenizer and a model ready to train, and from a trained model to a folder."""
+"""Build the tokenizer and the model that a recipe trains."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from .warm_start import warm_start as fit
 
 
 def locate(source: str) -> str:
-    """Where a model's name points: `demo` is the checkpoint inside the package."""
+    """Return the path or hub name of a model; `demo` is the checkpoint inside the package."""
     return str(DEMO_MODEL) if source == "demo" else source
 
 
 def build_tokenizer(recipe: Recipe, texts: Callable[[], Sequence[str]]) -> Any:
-    """The tokenizer the recipe names, or a new one trained on the texts, which are read only then."""
+    """Load the recipe's tokenizer, or train a new one on `texts()`.
+
+    Raises:
+        RecipeError: the tokenizer cannot be loaded, or the text is too small for its size.
+    """
     wanted = recipe.tokenizer
     if wanted.train_size is not None:
         tokenizer = train_tokenizer(texts(), wanted.train_size)
@@ -38,14 +42,21 @@ def build_tokenizer(recipe: Recipe, texts: Callable[[], Sequence[str]]) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"No tokenizer could be loaded from {source!r}: {str(error)[:300]}") from error
+            raise RecipeError(
+                f"tokenizer: cannot load one from {source!r}: {str(error)[:300]} Set tokenizer.source to a local "
+                "folder or a hub name."
+            ) from error
     if wanted.retrieval_tokens:
         add_retrieval_tokens(tokenizer)
     return tokenizer
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `size` tokens that keeps every digit apart; `<pad>` is 0 and `<eos>` is 1."""
+    """Train a byte-level BPE of `size` tokens that keeps digits separate; `<pad>` is 0 and `<eos>` is 1.
+
+    Raises:
+        RecipeError: the text does not give `size` tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -59,7 +70,7 @@ def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != size:
         raise RecipeError(
-            f"tokenizer.train_size is {size}, but the text gives {tokenizer.get_vocab_size()} tokens: take a size "
+            f"tokenizer.train_size is {size}, but the text gives {tokenizer.get_vocab_size()} tokens; use a size "
             f"above {len(alphabet) + 2}, or more text."
         )
     return PreTrainedTokenizerFast(
@@ -68,7 +79,7 @@ def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def add_retrieval_tokens(tokenizer: Any) -> None:
-    """Add `<k0>`.. and `<v0>`.., one token each, which the `tokens` wording of retrieval is made of."""
+    """Add `<k0>`.. and `<v0>`.., one token each, for the `tokens` wording of retrieval."""
     from tokenizers import AddedToken
 
     names = [f"<{kind}{index}>" for kind in "kv" for index in range(TOKEN_KEYS)]
@@ -76,7 +87,7 @@ def add_retrieval_tokens(tokenizer: Any) -> None:
 
 
 def load_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """The model as it is before its scheme."""
+    """Load or create the recipe's model, without its scheme."""
     quantised = quantisation_config(recipe)
     model = _fresh(recipe.model, tokenizer) if recipe.model.config is not None else _pretrained(recipe.model, quantised)
     if recipe.model.gradient_checkpointing:
@@ -87,10 +98,15 @@ def load_model(recipe: Recipe, tokenizer: Any) -> Any:
 def with_scheme(
     model: Any, recipe: Recipe, calibration: list[list[int]], warm_start: list[list[int]], device: Any
 ) -> Any:
-    """The model with its scheme and its adapters; what is to be trained requires gradients, nothing else does.
+    """Return the model with its scheme and adapters; only parameters to train require gradients.
 
-    `calibration` and `warm_start` are rows of token ids for a scheme that converts weights or is fitted to what was
-    there before, or empty; then the model is patched on `device`.
+    Args:
+        model: the model from `load_model`.
+        recipe: the recipe of the run.
+        calibration: rows of token ids for a scheme that converts weights; empty if not needed.
+        warm_start: rows of token ids on which to fit the scheme to the model's original attention; empty if not
+            needed.
+        device: the device on which to calibrate or fit.
     """
     scheme = recipe.scheme
     if scheme is not None:
@@ -106,28 +122,31 @@ def with_scheme(
 
 
 def options_of(scheme: Scheme) -> dict[str, Any]:
-    """The scheme's options, those of its file beneath its own."""
+    """Return the scheme's options: those of its file, overridden by the recipe's."""
     if scheme.options_file is None:
         return scheme.options
     path = Path(scheme.options_file)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"scheme.options_file: {path.absolute()} is no JSON file of options: {error}") from error
-    if not isinstance(found, dict):
-        raise RecipeError(f"scheme.options_file: {path.absolute()} holds no object of options by name.")
-    return {**found, **scheme.options}
+        raise RecipeError(f"scheme.options_file: {path.absolute()} is not a JSON file of options: {error}") from error
+    if not isinstance(options, dict):
+        raise RecipeError(f"scheme.options_file: {path.absolute()} must hold a JSON object of options by name.")
+    return {**options, **scheme.options}
 
 
 def build_teacher(recipe: Recipe, student: Any, device: Any) -> Any:
-    """The frozen model that the recipe distils from: a second copy, without the scheme and the adapters."""
+    """Load the frozen teacher: a second copy of the model, or `distill.source`, without scheme and adapters."""
     assert recipe.distill is not None
     dtype = "bfloat16" if recipe.mixed_precision == "bf16" else recipe.model.dtype
     wanted = replace(recipe.model, source=recipe.distill.source or recipe.model.source, dtype=dtype)
     teacher = _pretrained(wanted).requires_grad_(False).eval().to(device)
     theirs, ours = (model.config.get_text_config().vocab_size for model in (teacher, student))
     if theirs != ours:
-        raise RecipeError(f"distill: the teacher {wanted.source} has {theirs} tokens and the model {ours}.")
+        raise RecipeError(
+            f"distill: the teacher {wanted.source} has {theirs} tokens and the model has {ours}; they must share one "
+            "vocabulary."
+        )
     return teacher
 
 
@@ -143,7 +162,10 @@ def _pretrained(wanted: Model, quantised: Any = None) -> Any:
 def _fresh(wanted: Model, tokenizer: Any) -> Any:
     fields = {"vocab_size": len(tokenizer), **(wanted.config or {})}
     if fields["vocab_size"] < len(tokenizer):
-        raise RecipeError(f"model.config.vocab_size is {fields['vocab_size']}; the tokenizer has {len(tokenizer)}.")
+        raise RecipeError(
+            f"model.config.vocab_size is {fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens; "
+            "give at least as many."
+        )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
     model_type = fields.pop("model_type", None)
@@ -176,7 +198,7 @@ def _with_lora(model: Any, lora: Lora) -> Any:
     )
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
-        if "position_schemes.original." in name:  # PEFT finds what to train in full by the ends of names
+        if "position_schemes.original." in name:  # PEFT matches modules to train in full by the ends of their names
             parameter.requires_grad_(False)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -187,19 +209,19 @@ def _with_lora(model: Any, lora: Lora) -> Any:
 
 
 def _retired(model: nn.Module) -> list[str]:
-    """The names of modules that a patch has put out of use."""
+    """Return the names of modules that a patch has replaced."""
     return [name for name, _ in model.named_modules() if "position_schemes.original." in name]
 
 
 def _norms(model: nn.Module) -> set[str]:
-    """The last parts of the names of the normalisation layers, which PEFT matches by."""
+    """Return the last name components of the normalisation layers, by which PEFT matches them."""
     retired = set(_retired(model))
     named = [(name, module) for name, module in model.named_modules() if name not in retired]
     return {name.rpartition(".")[2] for name, module in named if "norm" in type(module).__name__.lower()}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors without."""
+    """Return optimiser groups: matrices with weight decay, vectors without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},

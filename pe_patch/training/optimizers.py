@@ -1,4 +1,4 @@
-"""The optimisers that a recipe may name."""
+"""Build the optimiser that a recipe names."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .recipe import Optimizer, RecipeError
 
 
 def build_optimizer(groups: list[dict[str, Any]], wanted: Optimizer, *, sharded: bool = False) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, its moments in float32 or in 8 bits; the learning rate is set at every step.
+    """Return AdamW over parameter groups, with moments in float32 or 8 bits. The trainer sets the learning rate.
 
-    `adamw_8bit` is bitsandbytes' (arXiv 2110.02861): blocks of 256 moments share a scale, which makes two bytes a
-    parameter in place of eight, and parameters of fewer than 4096 elements keep float32. It is the library that
-    `model.quantization` needs as well, and it runs on CPU too.
+    `adamw_8bit` is bitsandbytes' AdamW (arXiv 2110.02861): blocks of 256 moments share a scale, so that it needs two
+    bytes per parameter instead of eight. Parameters with fewer than 4096 elements keep float32 moments. It also runs
+    on CPU.
 
     Args:
-        groups: as torch's optimisers take them.
+        groups: parameter groups, as in torch's optimisers.
         wanted: the recipe's `optimizer`.
-        sharded: parameters are, or will be, torch's distributed tensors (FSDP2), which bitsandbytes cannot read.
+        sharded: True if the parameters are or will be distributed tensors (FSDP2), which bitsandbytes cannot read.
 
     Raises:
-        RecipeError: where bitsandbytes is not installed or cannot do it.
+        RecipeError: bitsandbytes is not installed, or the parameters are sharded.
     """
     return OPTIMIZERS[wanted.name](groups, wanted, sharded)
 
@@ -36,8 +36,8 @@ def _adamw(groups: list[dict[str, Any]], wanted: Optimizer, sharded: bool) -> to
 def _adamw_8bit(groups: list[dict[str, Any]], wanted: Optimizer, sharded: bool) -> torch.optim.Optimizer:
     if sharded:
         raise RecipeError(
-            "optimizer.name: adamw_8bit cannot read the sharded parameters of FSDP2; take adamw, whose moments are "
-            "sharded with them, or train with DDP."
+            "optimizer.name: adamw_8bit cannot read FSDP2's sharded parameters; use adamw, whose moments are sharded "
+            "too, or train with DDP."
         )
     if find_spec("bitsandbytes") is None:
         raise RecipeError(f"optimizer.name: adamw_8bit needs bitsandbytes: {INSTALL}.")

@@ -1,4 +1,4 @@
-"""What a run would take: by arithmetic, before anything is allocated, and measured on one step for a dry run."""
+"""Estimate what a run needs, before anything is allocated, and measure one step for a dry run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 LAYER = 17
-"""Numbers that a layer keeps for its backward pass, for each token and each of the hidden dimensions, where attention
-keeps no scores (Korthikanti et al. 2022, arXiv 2205.05198, equation 1: 34 bytes in two-byte numbers)."""
+"""Numbers that a layer keeps for its backward pass, per token and hidden dimension, if attention keeps no scores
+(Korthikanti et al. 2022, arXiv 2205.05198, equation 1: 34 bytes in two-byte numbers)."""
 WIDE = 160
-"""Characters of a line where nothing says how wide the screen is."""
+"""Line width in characters if the output is not a terminal."""
 MOMENTS = {"adamw": 8, "adamw_8bit": 2}
-"""Bytes of the optimiser's state for each trained number."""
+"""Bytes of optimiser state per trained parameter."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that training takes on one device beside the weights, by the usual arithmetic."""
+    """Estimated bytes that training needs on one device, without the weights."""
 
     gradients: int
     optimizer: int
@@ -42,36 +42,44 @@ class Need:
 
 
 def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int, shards: int) -> Need:
-    """What a phase needs of one device, where `groups` see different sequences, each sequence is cut into `parts`, and
-    gradients and optimiser are shared by `shards` processes."""
+    """Estimate the memory that a phase needs on one device.
+
+    Args:
+        model: the model to train.
+        recipe: the recipe of the run.
+        phase: the phase to estimate.
+        groups: number of process groups that see different sequences.
+        parts: number of parts that each sequence is cut into.
+        shards: number of processes that share gradients and optimiser state.
+    """
     config = model.config.get_text_config()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = MOMENTS[recipe.optimizer.name] * sum(parameter.numel() for parameter in trained)
     rows = phase.micro_batch or max(1, phase.batch // groups)
     tokens = rows * math.ceil(phase.length / parts)
     half = recipe.mixed_precision == "bf16" or recipe.model.dtype == "bfloat16"
-    number = 2 if half else 4
-    layers, again = config.num_hidden_layers, recipe.model.gradient_checkpointing
-    kept = layers + LAYER if again else layers * LAYER
+    bytes_per_number = 2 if half else 4
+    layers, checkpointed = config.num_hidden_layers, recipe.model.gradient_checkpointing
+    kept = layers + LAYER if checkpointed else layers * LAYER
     if recipe.model.activation_offload:
         kept = LAYER
     chunk = min(tokens, recipe.loss.chunk) if recipe.loss.chunk else tokens
     return Need(
         gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained) // shards,
         optimizer=state // shards,
-        activations=kept * tokens * config.hidden_size * number,
+        activations=kept * tokens * config.hidden_size * bytes_per_number,
         logits=3 * 4 * chunk * config.vocab_size,  # float32: the logits, their softmax and its gradient
     )
 
 
 def refuse_what_cannot_fit(trainer: Trainer) -> None:
-    """Raise `RecipeError` where a phase cannot fit the memory there is, before anything is trained or written."""
+    """Raise `RecipeError` if the estimated memory of a phase exceeds the free memory."""
     recipe, engine = trainer.recipe, trainer.engine
     if not recipe.guard.memory:
         return
     device, model = engine.accelerator.device, trainer.model
     weights = 0
-    if device.type != next(model.parameters()).device.type:  # they have not been moved there yet
+    if device.type != next(model.parameters()).device.type:  # the weights are not on the device yet
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // engine.shards
     free = free_bytes(device)
     if device.type == "cpu":
@@ -80,10 +88,11 @@ def refuse_what_cannot_fit(trainer: Trainer) -> None:
         need = needed(model, recipe, phase, groups=engine.data_world, parts=engine.parts, shards=engine.shards)
         if need.total + weights > free:
             raise RecipeError(
-                f"phases.{number}: {phase.length:,} tokens do not fit: by arithmetic a step takes "
-                f"{gigabytes(need.total + weights)} beside what is in use (gradients {gigabytes(need.gradients)}, "
-                f"optimiser {gigabytes(need.optimizer)}, activations {gigabytes(need.activations)}, logits "
-                f"{gigabytes(need.logits)}), and {device} has {gigabytes(free)} free for it. {_remedies(recipe, phase)}"
+                f"phases.{number}: {phase.length:,} tokens do not fit in memory. A step needs an estimated "
+                f"{gigabytes(need.total + weights)} in addition to what is in use (gradients "
+                f"{gigabytes(need.gradients)}, optimiser {gigabytes(need.optimizer)}, activations "
+                f"{gigabytes(need.activations)}, logits {gigabytes(need.logits)}); {device} has {gigabytes(free)} "
+                f"free. {_remedies(recipe, phase)}"
             )
 
 
@@ -95,24 +104,26 @@ def _remedies(recipe: Recipe, phase: Phase) -> str:
         (recipe.loss.chunk == 0, "loss.chunk: 1024"),
         (recipe.lora is None, "lora: {rank: 8}"),
         (recipe.optimizer.name == "adamw", "optimizer.name: adamw_8bit"),
-        (True, "a shorter length (with pose: {target: ...} it trains the same distances)"),
+        (True, "a shorter length (pose: {target: ...} still trains the same distances)"),
         (True, "more devices (recipes/accelerate)"),
     ]
-    return f"Try {', '.join(offer for open_, offer in offers if open_)}. guard.memory: false tries it all the same."
+    return f"Try {', '.join(offer for useful, offer in offers if useful)}. guard.memory: false skips this check."
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One micro-batch of a phase, run."""
+    """Measurement of one micro-batch of a phase."""
 
     seconds: float
+    """Time of one micro-batch."""
     steps_seconds: float
-    """By arithmetic, of all steps of the phase."""
+    """Estimated time of all steps of the phase."""
     memory: int
+    """Peak memory in bytes."""
 
 
 def show(trainer: Trainer) -> None:
-    """Print steps, tokens, the mix, the memory of each device and the time, from a step that is run for each phase."""
+    """Run one step of each phase and print steps, tokens, mixture, memory per device and time."""
     recipe, main = trainer.recipe, trainer.accelerator.is_main_process
     console = Console(quiet=not main)
     if not console.is_terminal:
@@ -124,7 +135,7 @@ def show(trainer: Trainer) -> None:
     trainer.prepare()
     rows = []
     for number, phase in enumerate(recipe.phases):
-        found = _run(trainer, number)
+        measured = _run(trainer, number)
         rows.append(
             {
                 "phase": number,
@@ -133,20 +144,20 @@ def show(trainer: Trainer) -> None:
                 "steps": phase.steps,
                 "sequences": phase.steps * phase.batch,
                 "tokens": phase.steps * phase.batch * phase.length,
-                "micro-batch": f"{found.seconds:.2f} s",
-                "time": duration(found.steps_seconds),
-                "memory": gigabytes(found.memory),
+                "micro-batch": f"{measured.seconds:.2f} s",
+                "time": duration(measured.steps_seconds),
+                "memory": gigabytes(measured.memory),
             }
         )
-        seconds = found.steps_seconds
+        seconds = measured.steps_seconds
         rows[-1]["seconds"] = seconds
     total = sum(row.pop("seconds") for row in rows)
     for number in range(len(rows)):
         data = trainer.data(number)
-        console.print(table(f"What phase {number} draws from", mix_table(data)))
+        console.print(table(f"Mixture of phase {number}", mix_table(data)))
         for note in mix_notes(data):
             console.print(note)
-    console.print(table("What would be trained", rows))
+    console.print(table("Training plan", rows))
     console.print(
         f"{sum(row['steps'] for row in rows):,} steps at most, {sum(row['tokens'] for row in rows):,} tokens, "
         f"about {duration(total)}. {trained:,} of {whole:,} parameters are trained."
@@ -154,17 +165,18 @@ def show(trainer: Trainer) -> None:
     if recipe.evaluation.every:
         lengths = ", ".join(f"{length:,}" for length in trainer.measure.lengths)
         console.print(
-            f"The evaluation ({', '.join(recipe.evaluation.tasks)} at {lengths} tokens) was prepared: its text and "
-            "questions are there."
+            f"The evaluation ({', '.join(recipe.evaluation.tasks)} at {lengths} tokens) is ready: its text and "
+            "questions are available."
         )
     console.print(
-        f"Time: the second of two micro-batches of each phase on {trainer.engine.describe()}, times their number; "
-        f"without evaluation, checkpoints and loading. Memory: the peak of {trainer.engine.memory_of} after a step."
+        f"Time: the second of two micro-batches of each phase on {trainer.engine.describe()}, multiplied by the number "
+        "of micro-batches; without evaluation, checkpoints and loading. Memory: the peak of "
+        f"{trainer.engine.memory_of} after a step."
     )
 
 
 def _run(trainer: Trainer, number: int) -> Measured:
-    """Two micro-batches of a phase's first step, the second timed, and a step of the optimiser at a rate of zero."""
+    """Run a phase's first step with two micro-batches at learning rate 0, and time the second micro-batch."""
     phase, accumulation = trainer.recipe.phases[number], 1
     seconds = 0.0
     for batches in trainer.batches(number):
@@ -182,7 +194,7 @@ def _run(trainer: Trainer, number: int) -> Measured:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds as seconds, minutes, hours or days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits under trained adapters (QLoRA, arXiv 2305.14314), by bitsandbytes."""
+"""Train adapters on frozen 4-bit weights (QLoRA, arXiv 2305.14314) with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ INSTALL = 'pip install "pe_patch[qlora]"'
 
 
 def quantisation_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` takes as `quantization_config`; None where the recipe does not quantise.
+    """Return the `quantization_config` for `from_pretrained`, or None if the recipe does not quantise.
 
-    NF4 with doubly quantised scales, as the paper (sections 2 and 3); matrices are multiplied in bfloat16 where the
-    recipe trains in it, else in float32.
+    It uses NF4 with double quantisation, as in the paper (sections 2 and 3). Matrix products run in bfloat16 if the
+    recipe trains in bfloat16, and in float32 otherwise.
 
     Raises:
-        RecipeError: without `lora` or `model.source`, or where bitsandbytes is not installed.
+        RecipeError: `lora` or `model.source` is missing, or bitsandbytes is not installed.
     """
     if recipe.model.quantization is None:
         return None
     if recipe.lora is None:
-        raise RecipeError(
-            "model.quantization freezes the weights in 4 bits, so there must be a lora: section to train."
-        )
+        raise RecipeError("model.quantization freezes the weights in 4 bits; add a lora: section to train adapters.")
     if recipe.model.source is None:
-        raise RecipeError("model.quantization needs model.source: fresh weights in 4 bits are worth nothing.")
+        raise RecipeError("model.quantization needs model.source: it cannot quantise fresh weights.")
     if find_spec("bitsandbytes") is None:
         raise RecipeError(f"model.quantization: {recipe.model.quantization} needs bitsandbytes: {INSTALL}.")
     narrow = recipe.mixed_precision == "bf16" or recipe.model.dtype == "bfloat16"
@@ -45,13 +43,16 @@ def quantisation_config(recipe: Recipe) -> BitsAndBytesConfig | None:
 
 
 def prepare_quantised(model: Any, recipe: Recipe) -> Any:
-    """A quantised model made ready for `get_peft_model`, after it was patched: everything is frozen, norms, embeddings
-    and the scheme's own weights are in float32, and gradients reach the first checkpointed layer."""
+    """Prepare a patched, quantised model for `get_peft_model`.
+
+    Freezes all weights, casts norms, embeddings and the scheme's parameters to float32, and lets gradients reach the
+    first checkpointed layer.
+    """
     from peft import prepare_model_for_kbit_training
 
     for module in model.modules():
-        # On a CPU with bfloat16 instructions the first pass in evaluation mode packs the weights for good, and what is
-        # trained after that gets wrong gradients.
+        # On a CPU with bfloat16 instructions, the first pass in evaluation mode repacks the weights permanently, and
+        # later training gets wrong gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(
@@ -62,9 +63,9 @@ def prepare_quantised(model: Any, recipe: Recipe) -> Any:
 
 
 def merge_saved(adapter: Path, dtype: torch.dtype) -> Any:
-    """The base model as it was before quantisation, under its scheme, with a saved adapter merged into it.
+    """Load the base model unquantised, with its scheme, and merge a saved adapter into it.
 
-    Merging into 4-bit weights would round the update away with them.
+    A merge into 4-bit weights would round the update away.
     """
     if read_record(adapter) is not None:
         return load_patched(adapter, dtype=dtype).merge_and_unload()

@@ -1,4 +1,4 @@
-"""Reading a recipe from one YAML file and dotted overrides, and writing it back."""
+"""Read a recipe from a YAML file and dotted overrides, check it, and write it back."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .recipe import VERSION, Recipe, RecipeError
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read and check a recipe.
 
     Args:
         path: a YAML file, or the name of a shipped recipe such as `tiny_yarn`.
-        overrides: `key=value` or `nested.key=value`; a number counts the items of a list.
+        overrides: `key=value` or `nested.key=value`; a number is the index of a list item.
 
     Raises:
-        RecipeError: there is no such recipe, or it has an unknown key or a value of another type. The error names the
-            key, where it was given and the nearest existing key.
+        RecipeError: the recipe does not exist, a key is unknown, or a value has the wrong type or contradicts another.
+            The error names the key, where it was given and the nearest existing key.
     """
     path = _find(Path(path).expanduser())
     config = OmegaConf.structured(Recipe)
-    said = _checked(str(path), lambda: OmegaConf.load(path))
-    _check_version(said, path)
-    config = _checked(str(path), lambda: cast(DictConfig, OmegaConf.merge(config, said)))
+    content = _checked(str(path), lambda: OmegaConf.load(path))
+    _check_version(content, path)
+    config = _checked(str(path), lambda: cast(DictConfig, OmegaConf.merge(config, content)))
     for override in overrides:
         if "=" not in override:
-            raise RecipeError(f"An override is written key=value, got {override!r}.")
+            raise RecipeError(f"An override must be key=value, got {override!r}.")
         config = _checked(override, lambda config=config, override=override: _overridden(config, override))
     recipe = cast(Recipe, _checked(str(path), lambda: OmegaConf.to_object(config)))
     if recipe.scheme is not None and recipe.scheme.options_file is not None:
@@ -45,10 +45,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _find(path: Path) -> Path:
-    """Return the file of a recipe, which may be given by the name of a shipped one.
+    """Return the file of a recipe, given as a path or as the name of a shipped recipe.
 
     Raises:
-        RecipeError: there is neither such a file nor such a recipe.
+        RecipeError: neither exists.
     """
     if path.is_file():
         return path
@@ -56,45 +56,47 @@ def _find(path: Path) -> Path:
     if path.stem in shipped and path.suffix in ("", ".yaml") and path.parts[:-1] in ((), ("recipes", "configs")):
         return shipped[path.stem]
     raise RecipeError(
-        f"There is no recipe {path.absolute()}.{nearest(path.stem, shipped)} Those that come with pe_patch: "
+        f"The recipe {path.absolute()} does not exist.{nearest(path.stem, shipped)} Recipes that come with pe_patch: "
         f"{', '.join(shipped)}."
     )
 
 
-def _check_version(said: Any, path: Path) -> None:
-    """Raise `RecipeError` unless the file says that it is of the version that is read here."""
-    if not isinstance(said, DictConfig):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, such as `output: runs/mine`.")
-    version = said.get("version")
+def _check_version(content: Any, path: Path) -> None:
+    """Raise `RecipeError` unless the file states the supported version."""
+    if not isinstance(content, DictConfig):
+        raise RecipeError(f"{path}: a recipe must be a mapping of keys, such as `output: runs/mine`.")
+    version = content.get("version")
     if version is None:
         raise RecipeError(
-            f"{path}: say which version of the format this is; the one read here is `version: {VERSION}`."
+            f"{path}: `version` is missing; add `version: {VERSION}`, the format that this pe_patch reads."
         )
     if version != VERSION:
-        raise RecipeError(f"{path}: version {version!r} of the format, and this pe_patch reads version {VERSION}.")
+        raise RecipeError(
+            f"{path}: format version {version!r} is not supported; this pe_patch reads version {VERSION}."
+        )
 
 
 def _overridden(config: DictConfig, override: str) -> DictConfig:
     override = override.removeprefix("--")
     key, _, value = override.partition("=")
-    if not any(part.isdigit() for part in key.split(".")):
+    if not any(component.isdigit() for component in key.split(".")):
         return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
-    # A merge replaces a list as a whole, an update reaches into it.
+    # A merge replaces a whole list; an update changes one item.
     OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
     return config
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe as YAML, every default spelled out."""
+    """Write the recipe as YAML, including all defaults."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
 
 
 def _checked(where: str, action: Any) -> Any:
-    """The action's result; what OmegaConf has to say against it becomes a `RecipeError` that starts with `where`."""
+    """Return the action's result; raise OmegaConf's errors as `RecipeError` that starts with `where`."""
     try:
         return action()
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not YAML, {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{where}: invalid YAML: {' '.join(str(error).split())}") from error
     except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
         message, *details = str(error).splitlines()
         key = next((line.split(":", 1)[1].strip() for line in details if "full_key" in line), "")
@@ -102,19 +104,19 @@ def _checked(where: str, action: Any) -> Any:
 
 
 def check(recipe: Recipe, where: str = "recipe") -> None:
-    """Raise `RecipeError` where the values of a recipe contradict each other."""
+    """Raise `RecipeError` if values of the recipe contradict each other."""
     demands = [
-        ((recipe.model.source is None) != (recipe.model.config is None), "give one of model.source and model.config"),
-        (bool(recipe.phases) or _needs_no_training(recipe), "phases is empty; give at least one (only a scheme that "
-         "needs no training can do without)"),
-        (bool(recipe.phases) or bool(recipe.evaluation.lengths), "without phases, say at which evaluation.lengths to "
-         "measure"),
+        ((recipe.model.source is None) != (recipe.model.config is None), "give either model.source or model.config"),
+        (bool(recipe.phases) or _needs_no_training(recipe), "phases is empty; give at least one (only a training-free "
+         "scheme works without phases)"),
+        (bool(recipe.phases) or bool(recipe.evaluation.lengths), "without phases, give the lengths to measure in "
+         "evaluation.lengths"),
         (recipe.model.dtype == "float32" or recipe.lora is not None or not recipe.phases, "model.dtype bfloat16 would "
-         "train weights that lose every step below 1/256 of them: take float32 with mixed_precision bf16, or lora"),
+         "round away updates below 1/256 of a weight: use float32 with mixed_precision bf16, or lora"),
         (recipe.model.dtype == "float32" or recipe.mixed_precision == "bf16" or not recipe.phases, "model.dtype "
-         "bfloat16 keeps what is trained in float32 and computes in bfloat16: give mixed_precision bf16"),
-        (recipe.lora is None or recipe.lora.merge or not recipe.export, "an adapter that is not merged cannot be "
-         "exported: lora.merge: true, or no export"),
+         "bfloat16 keeps trained weights in float32 and computes in bfloat16: set mixed_precision bf16"),
+        (recipe.lora is None or recipe.lora.merge or not recipe.export, "an unmerged adapter cannot be "
+         "exported: set lora.merge: true, or remove export"),
         (recipe.checkpoints.keep > 0, "checkpoints.keep must be at least 1"),
         (recipe.scheme is None or recipe.scheme.calibration_tokens is None or recipe.scheme.calibration_tokens > 0,
          "scheme.calibration_tokens must be at least 1"),
@@ -123,11 +125,11 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
         (recipe.model.quantization is None or recipe.lora is not None, "model.quantization freezes the weights: give "
          "lora, such as lora: {rank: 8}"),
         ((recipe.model.shifted_groups or 2) > 1, "model.shifted_groups must be at least 2"),
-        (recipe.loss.chunk >= 0, "loss.chunk cannot be negative; 0 makes all logits at once"),
+        (recipe.loss.chunk >= 0, "loss.chunk cannot be negative; 0 computes all logits in one piece"),
         (recipe.guard.rise is None or recipe.guard.rise > 0, "guard.rise must be above 0, or null"),
         (recipe.guard.window > 0, "guard.window must be at least 1"),
         (recipe.scheme is None or not (recipe.scheme.calibration_tokens and "calibration" in recipe.scheme.options),
-         "give one of scheme.calibration_tokens and scheme.options.calibration"),
+         "give either scheme.calibration_tokens or scheme.options.calibration"),
         (recipe.distill is None or bool(recipe.distill.source or recipe.model.source), "a model from a config has no "
          "teacher: give distill.source"),
         (recipe.distill is None or recipe.distill.weight >= 0 < recipe.distill.temperature, "distill.weight cannot be "
@@ -141,7 +143,7 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
             (min(phase.steps, phase.batch, phase.micro_batch or 1) > 0, f"{name}: steps, batch and micro_batch must be "
              "at least 1"),
             (phase.length > 1, f"{name}.length must be at least 2"),
-            (sum(source.share for source in sources) > 0, f"{name}.mixture: the shares add up to nothing"),
+            (sum(source.share for source in sources) > 0, f"{name}.mixture: the shares must add up to more than 0"),
             (all(source.share >= 0 for source in sources), f"{name}.mixture: a share cannot be negative"),
             (all(1 <= source.needles[0] <= source.needles[1] for source in sources), f"{name}.mixture: needles is "
              "[least, greatest], at least 1"),

@@ -1,4 +1,4 @@
-"""What a recipe may say: a tree of dataclasses."""
+"""Define the recipe format as a tree of dataclasses."""
 
 from __future__ import annotations
 
@@ -8,234 +8,239 @@ from typing import Any, Literal
 from ..errors import PePatchError
 
 VERSION = 1
-"""Of what a recipe may say; a file of another version is refused."""
+"""Version of the recipe format. A file with another version raises an error."""
 
 
 class RecipeError(PePatchError, ValueError):
-    """A recipe says something that cannot be trained."""
+    """Raised for a recipe that cannot be trained."""
 
 
 @dataclass
 class Model:
-    """Either `source` or `config`."""
+    """The model to train: give either `source` or `config`."""
 
     source: str | None = None
-    """A local folder or a hub name; `demo` is the small model that comes with pe_patch."""
+    """A local folder or a hub name. `demo` is the small model that comes with pe_patch."""
     config: dict[str, Any] | None = None
-    """The fields of a Transformers config, `model_type` among them: a model with fresh weights."""
+    """The fields of a Transformers config, including `model_type`. Creates a model with fresh weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights. Mixed precision keeps them in float32 and computes in bfloat16."""
+    """Data type of the weights. Mixed precision keeps them in float32 and computes in bfloat16."""
     attention: str | None = None
-    """Transformers' `attn_implementation`; null takes its default."""
+    """Transformers' `attn_implementation`; null uses its default."""
     shifted_groups: int | None = None
-    """LongLoRA's shifted sparse attention while training: attention within this many groups of each sequence, in half
-    of the heads shifted by half a group (arXiv 2309.12307, section 3.2). Evaluation has full attention."""
+    """Number of groups for LongLoRA's shifted sparse attention during training: each token attends in its group, and
+    half of the heads use groups shifted by half a group (arXiv 2309.12307, section 3.2). Evaluation uses full
+    attention. Null trains with full attention."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    """Recompute each layer in the backward pass. Uses less memory and about a third more time."""
     activation_offload: bool = False
-    """What the backward pass needs waits in the host's memory."""
+    """Keep activations for the backward pass in host memory."""
     quantization: Literal["nf4"] | None = None
-    """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); needs `lora` and bitsandbytes."""
+    """Keep the frozen weights in 4 bits (QLoRA, arXiv 2305.14314). Needs `lora` and bitsandbytes."""
 
 
 @dataclass
 class Tokenizer:
-    """By default the model's own."""
+    """The tokenizer; by default the model's."""
 
     source: str | None = None
-    """A local folder or a hub name; null is where the model came from."""
+    """A local folder or a hub name; null uses the model's source."""
     train_size: int | None = None
-    """Train a byte-level BPE of this many tokens on the documents instead, digits apart."""
+    """Train a byte-level BPE of this many tokens on the documents instead. It keeps digits separate."""
     retrieval_tokens: bool = False
-    """Add the tokens `<k0>`.. and `<v0>`.. that the `tokens` wording of retrieval is made of."""
+    """Add the tokens `<k0>`.. and `<v0>`.., which the `tokens` wording of retrieval uses."""
 
 
 @dataclass
 class Scheme:
-    """What is handed to `pe_patch.patch_model`."""
+    """The arguments of `pe_patch.patch_model`."""
 
     name: str
     """A name from `pe_patch.SCHEMES`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Its options, spelled as `patch_model` takes them (`factor: 8`, `on_existing: replace`)."""
+    """The scheme's options, spelled as in `patch_model` (`factor: 8`, `on_existing: replace`)."""
     options_file: str | None = None
-    """A JSON file of options, as `pe-patch search` writes it, from the recipe's folder or where the run starts;
-    those in `options` go before."""
+    """A JSON file of options, as `pe-patch search` writes it. The path is relative to the recipe's folder or to the
+    current folder. `options` override it."""
     calibration_tokens: int | None = None
-    """How many tokens of the first phase's sequences are handed to the scheme as its option `calibration`."""
+    """Number of tokens of the first phase's sequences to pass to the scheme as its option `calibration`."""
     warm_start_tokens: int | None = None
-    """Start the scheme's bias from what the model's own positions do to its scores over so many tokens."""
+    """Number of tokens on which to fit the scheme's bias to the model's original attention before training."""
 
 
 @dataclass
 class Distill:
-    """A teacher, beside the text: the loss adds the divergence from its distribution over the next token."""
+    """Distillation: the loss adds the divergence from a teacher's next-token distribution."""
 
     weight: float = 1.0
-    """Of the divergence; the cross-entropy has weight 1."""
+    """Weight of the divergence; the cross-entropy has weight 1."""
     temperature: float = 1.0
-    """T: both distributions are softmax(logits / T), and the divergence counts T^2 times (Hinton et al. 2015)."""
+    """Temperature T: both distributions are softmax(logits / T), and the divergence is scaled by T^2 (Hinton et al.
+    2015)."""
     source: str | None = None
-    """A local folder or a hub name with the same vocabulary; null is `model.source` as it was before the scheme."""
+    """A local folder or a hub name with the same vocabulary; null uses `model.source` without the scheme."""
 
 
 @dataclass
 class Lora:
-    """Low-rank adapters (PEFT) in place of full fine-tuning."""
+    """Low-rank adapters (PEFT) instead of full fine-tuning."""
 
     rank: int = 8
     alpha: int = 16
     """The update is scaled by alpha / rank."""
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
-    """Names of the linear layers that get an adapter, or `all-linear`."""
+    """Names of the linear layers to adapt, or `all-linear`."""
     norms: bool = True
-    """Train the normalisation layers in full, as LongLoRA does."""
+    """Train the normalisation layers in full, as in LongLoRA."""
     embeddings: bool = True
-    """Train the input embeddings in full, as LongLoRA does."""
+    """Train the input embeddings in full, as in LongLoRA."""
     merge: bool = True
-    """Save one plain model; otherwise save the adapter alone."""
+    """Merge the adapter and save one plain model; false saves the adapter alone."""
 
 
 @dataclass
 class Data:
-    """Which text, and how it becomes training sequences."""
+    """The training text and how it becomes sequences."""
 
     source: str = "stdlib"
-    """`stdlib`, a folder, a file, or a hub name, as `pe_patch.data.text.load_documents` takes them."""
+    """`stdlib`, a folder, a file or a hub name, as `pe_patch.data.text.load_documents` takes them."""
     text_column: str = "text"
     limit: int | None = None
-    """The greatest number of documents."""
+    """Maximum number of documents; null uses all."""
     boundaries: bool = True
-    """Neither attention nor positions cross from one document to the next; false packs contiguous text."""
+    """Keep attention and positions within each document; false packs contiguous text."""
     workers: int = 0
-    """Processes that prepare batches ahead of time."""
+    """Number of processes that prepare batches in advance."""
     cache: str | None = None
-    """A folder for tokenised text, found again by its content; null is `~/.cache/pe_patch`."""
+    """Folder that caches tokenised text by its content; null uses `~/.cache/pe_patch`."""
     streaming: bool = False
-    """Read a data set of the hub as it comes, for what does not fit on the disk."""
+    """Stream a hub data set instead of downloading it, for data that does not fit on the disk."""
 
 
 @dataclass
 class Source:
-    """One part of a phase's mixture."""
+    """One source of a phase's mixture."""
 
     share: float
-    """Weight in the draw of each sequence, relative to the others."""
+    """Sampling weight relative to the other sources."""
     kind: Literal["text", "needles"] = "text"
-    """Plain text; or text with facts hidden in it, asked for at its end."""
+    """`text` is plain text; `needles` hides facts in the text and asks for them at its end."""
     needles: tuple[int, int] = (1, 16)
-    """The least and the greatest number of hidden facts; all of them are asked for."""
+    """Minimum and maximum number of hidden facts. The sequence asks for all of them."""
     targets: Literal["all", "answers"] = "all"
-    """What the loss sees: all that can be predicted, or the answers alone."""
+    """Tokens in the loss: all targets, or only those of the answers."""
     source: str | None = None
-    """Another source of text than `data.source`."""
+    """Text source that replaces `data.source`; null uses `data.source`."""
     text_column: str | None = None
-    """Another column than `data.text_column`."""
+    """Text column that replaces `data.text_column`; null uses `data.text_column`."""
     min_length: int | None = None
-    """Take only documents of at least so many tokens."""
+    """Minimum length in tokens of a document; null takes all documents."""
 
 
 @dataclass
 class Pose:
-    """Positions that skip, so that short sequences train the distances of long ones (PoSE, arXiv 2309.10400)."""
+    """Positions with skips, so that short sequences train long distances (PoSE, arXiv 2309.10400)."""
 
     target: int
-    """Positions go up to here, not included."""
+    """Upper bound of the positions, exclusive."""
     chunks: int = 2
-    """Into how many a sequence is cut; between them positions skip."""
+    """Number of chunks in each sequence; positions skip between chunks."""
 
 
 @dataclass
 class Phase:
-    """A stretch of training with one length, one mixture and one schedule."""
+    """A stretch of training with one sequence length, one mixture and one learning-rate schedule."""
 
     length: int
     """Tokens in a sequence."""
     batch: int
-    """Sequences in an optimiser step, over all processes."""
+    """Sequences in an optimiser step, summed over all processes."""
     micro_batch: int | None = None
-    """Sequences in one forward pass of one process, for what memory allows; null is a process's whole share."""
+    """Sequences in one forward pass of one process; null uses the process's whole share of the batch."""
     steps: int = 1000
-    """Optimiser steps; with `until_accuracy` the most that are allowed."""
+    """Optimiser steps; with `until_accuracy`, the maximum number of steps."""
     mixture: dict[str, Source] = field(default_factory=dict)
-    """What the sequences are drawn from, under names of your own."""
+    """Sources of the sequences, by a name that you choose."""
     until_accuracy: float | None = None
-    """End once this share of the targets was predicted right over the last 25 steps; not reaching it is an error."""
+    """End the phase once the accuracy over the last 25 steps reaches this share; it is an error to miss it. Null trains
+    all `steps`."""
     learning_rate: float = 2e-5
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     warmup: int = 20
     """Steps over which the learning rate rises from zero."""
     decay: float = 0.4
-    """Share of the steps in which `warmup_stable_decay` falls."""
+    """Share of the steps in which `warmup_stable_decay` decays."""
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
-    """How it falls."""
+    """Shape of that decay."""
     floor: float = 0.0
-    """Where `cosine` and `warmup_stable_decay` end, and the latter starts, as a share of the learning rate."""
+    """Final learning rate of `cosine` and `warmup_stable_decay`, and the initial one of the latter, as a share of
+    `learning_rate`."""
     vocabulary: tuple[int, int] | None = None
-    """First and one past the last token id that compete in the softmax; null is all of them."""
+    """First token id and one past the last token id in the softmax; null uses the whole vocabulary."""
     pose: Pose | None = None
-    """Null: positions are consecutive."""
+    """Null uses consecutive positions."""
 
 
 @dataclass
 class Loss:
-    """How the loss is computed; none of this changes its value."""
+    """How the loss is computed. These settings do not change its value."""
 
     chunk: int = 1024
-    """Targets whose logits exist at once; 0 makes them all at once."""
+    """Number of targets whose logits are in memory together; 0 computes all logits in one piece."""
     fused: Literal["auto", "never"] = "auto"
-    """Use Liger's fused kernel on a GPU where it is installed."""
+    """`auto` uses Liger's fused kernel on a GPU if it is installed."""
 
 
 @dataclass
 class Optimizer:
-    """AdamW; vectors (norms, biases) are not decayed."""
+    """AdamW without weight decay on vectors (norms, biases)."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps its state in 8 bits, of bitsandbytes."""
+    """`adamw_8bit` is bitsandbytes' AdamW, which keeps its state in 8 bits."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient."""
 
 
 @dataclass
 class Evaluation:
-    """What is measured on held-out text while training and at its end."""
+    """Measurements on held-out text during and after training."""
 
     every: int | None = None
-    """Steps between evaluations; null evaluates never."""
+    """Steps between evaluations; null never evaluates."""
     tasks: list[str] = field(default_factory=lambda: ["perplexity", "needle"])
     lengths: list[int] = field(default_factory=list)
-    """In tokens; empty is the model's native length and the longest trained one."""
+    """Lengths in tokens; an empty list uses the model's native length and the longest trained one."""
     samples: int = 32
     before: bool = False
-    """Measure the model with its scheme before the first step, too."""
+    """Also measure the model with its scheme before the first step."""
     original: bool = False
-    """Measure it without the scheme first: what a change of scheme has to come back to."""
+    """Also measure the model without the scheme, as a reference for recovery."""
 
 
 @dataclass
 class Checkpoints:
-    """Everything a resumed run needs, in `<output>/checkpoints`."""
+    """Checkpoints for resuming, in `<output>/checkpoints`."""
 
     every: int | None = None
     """Steps between checkpoints; null writes none."""
     keep: int = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints to keep."""
 
 
 @dataclass
 class Guard:
-    """When to stop a run that has gone wrong. A loss that is no number always stops it."""
+    """Conditions that stop a failing run. A loss that is not finite always stops it."""
 
     rise: float | None = 2.0
-    """Stop where the mean loss of the last `window` steps is so many nats above the lowest such mean of the phase; null
+    """Stop if the mean loss of the last `window` steps is this many nats above the lowest such mean of the phase; null
     never does."""
     window: int = 10
+    """Steps in that mean."""
     memory: bool = True
-    """Refuse a run that by arithmetic cannot fit the memory there is."""
+    """Refuse a run whose estimated memory exceeds the free memory."""
 
 
 @dataclass
@@ -243,37 +248,37 @@ class Recipe:
     """One training run."""
 
     output: str
-    """A folder for the log, the checkpoints and the trained model."""
+    """Folder for the log, the checkpoints and the trained model."""
     model: Model = field(default_factory=Model)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     scheme: Scheme | None = None
-    """Null trains the model as it is."""
+    """Null keeps the model's original positions."""
     lora: Lora | None = None
-    """Null trains every weight."""
+    """Null trains all weights."""
     distill: Distill | None = None
-    """Null learns from the text alone."""
+    """Null trains on the text alone."""
     data: Data = field(default_factory=Data)
     phases: list[Phase] = field(default_factory=list)
-    """Run one after the other, on one optimiser."""
+    """Phases run in order with one optimiser."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     loss: Loss = field(default_factory=Loss)
     guard: Guard = field(default_factory=Guard)
     export: list[str] = field(default_factory=list)
-    """Targets of `pe_patch.export`, each written to `<output>/export/<target>`."""
+    """Targets of `pe_patch.export`; each is written to `<output>/export/<target>`."""
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0
     resume: str | None = None
-    """`auto` goes on from the newest checkpoint in `output` if there is one; or the path of a checkpoint."""
+    """`auto` resumes from the newest checkpoint in `output` if there is one. A path resumes from that checkpoint."""
     trackers: list[str] | None = None
-    """Of accelerate: `tensorboard`, `wandb` and others; null is tensorboard where it is installed. `<output>/log.jsonl`
-    is always written."""
+    """Trackers of accelerate: `tensorboard`, `wandb` and others. Null uses tensorboard if it is installed. The run
+    always writes `<output>/log.jsonl`."""
     progress: bool = True
     """Show a progress bar."""
     overwrite: bool = False
-    """Write into an output folder that holds something else than a run."""
+    """Write into an output folder that holds something other than a run."""
     dry_run: bool = False
-    """Print what would be trained and what it would cost, and stop."""
+    """Print the plan and its cost, and exit without training."""
     version: int = VERSION
-    """Of the recipe's format; every file says it."""
+    """Version of the recipe format. Every file must state it."""

@@ -1,4 +1,4 @@
-"""A tensor that remembers what was done to it, so that it can be done to another."""
+"""Record the operations on a tensor, to replay them on another."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from torch.utils._pytree import tree_iter, tree_map
 
 
 class Recorded(Tensor):
-    """`replay(other)` is what came of `other` in the place of the tensor that `of` was given.
+    """A tensor that records the operations applied to it.
 
-    Operations that write into the tensor are remembered too; what is read from it without a tensor coming of it (its
-    shape, its dtype) is not.
+    `replay(other)` applies them to `other`. In-place operations are recorded too. Values that are read without
+    producing a tensor (shape, dtype) are not recorded.
     """
 
     replay: Callable[[Tensor], Tensor]
     constants: list[Tensor]
-    """Other tensors that took part."""
+    """Other tensors that took part in the operations."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Recorded:
+        """Start recording on `tensor`."""
         return cls._with(tensor, lambda other: other, [])
 
     @classmethod
     def _with(cls, tensor: Tensor, replay: Callable[[Tensor], Tensor], constants: list[Tensor]) -> Recorded:
-        made = tensor.as_subclass(cls)
-        made.replay, made.constants = replay, constants
-        return made
+        recorded = tensor.as_subclass(cls)
+        recorded.replay, recorded.constants = replay, constants
+        return recorded
 
     @property
     def plain(self) -> Tensor:
-        """The same without a memory."""
+        """The same tensor without the recording."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor)
 
@@ -44,21 +45,22 @@ class Recorded(Tensor):
             result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
-        given = list(tree_iter((args, kwargs)))
-        sources = [one for one in given if isinstance(one, Recorded)]
-        constants = [one for one in given if isinstance(one, Tensor) and not isinstance(one, Recorded)]
-        constants += [constant for one in sources for constant in one.constants]
-        before = {id(one): one.replay for one in sources}  # as it is now: an operation may write into its argument
+        arguments = list(tree_iter((args, kwargs)))
+        sources = [value for value in arguments if isinstance(value, Recorded)]
+        constants = [value for value in arguments if isinstance(value, Tensor) and not isinstance(value, Recorded)]
+        constants += [constant for source in sources for constant in source.constants]
+        before = {id(source): source.replay for source in sources}  # an in-place operation replaces them below
         written = isinstance(result, Recorded) and id(result) in before
 
         def replay(other: Tensor) -> Tensor:
-            def again(one: Any) -> Any:
-                if not isinstance(one, Recorded):
-                    return one
-                made = before[id(one)](other)
-                return made.clone() if written and one is result else made  # `other` may be needed once more
+            def substitute(value: Any) -> Any:
+                if not isinstance(value, Recorded):
+                    return value
+                replayed = before[id(value)](other)
+                # `other` may be needed again, so do not write into it.
+                return replayed.clone() if written and value is result else replayed
 
-            return func(*tree_map(again, args), **tree_map(again, kwargs))
+            return func(*tree_map(substitute, args), **tree_map(substitute, kwargs))
 
         if isinstance(result, Recorded) and written:
             result.replay, result.constants = replay, constants

@@ -1,4 +1,4 @@
-"""Where a run writes, checked before the first step: that it may, that there is room, that the model can be saved."""
+"""Check the output of a run before the first step: permissions, free space, and that the model can be saved."""
 
 from __future__ import annotations
 
@@ -27,72 +27,77 @@ from .recipe import Recipe, RecipeError
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-PARTS = ("model", "export", "adapter", "checkpoints")
-"""Folders that a run writes below its output."""
+FOLDERS = ("model", "export", "adapter", "checkpoints")
+"""Folders that a run writes in its output."""
 
 
 def check_folders(recipe: Recipe) -> None:
-    """Raise `RecipeError` unless the run may write to its output; nothing is created."""
+    """Raise `RecipeError` unless the run may write to its output. Creates nothing."""
     output = Path(recipe.output).expanduser()
     try:
         check_output(output, TRAINING, overwrite=recipe.overwrite)
-        for part in PARTS:
-            if (output / part).exists() and not (output / part).is_dir():
-                raise OutputError(f"{output / part} is a file, and a folder would be written there; move it away.")
+        for name in FOLDERS:
+            if (output / name).exists() and not (output / name).is_dir():
+                raise OutputError(f"{output / name} is a file, but the run needs a folder there; move the file away.")
     except OutputError as error:
         flag = str(error).replace("--overwrite (overwrite=True in Python)", "overwrite=true")
         raise RecipeError(f"output: {flag}") from error
-    place = _nearest(output)
+    existing = _nearest(output)
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise RecipeError(
-            f"output: {output} cannot be written to ({place}: {error.strerror or error}). Give another output."
+            f"output: cannot write to {output} ({existing}: {error.strerror or error}). Give another output."
         ) from error
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Raise `RecipeError` where the output is, or lies inside, anything that is read, or where a folder that is written
-    below it is the model that the run starts from."""
+    """Raise `RecipeError` if the output would overwrite an input of the run.
+
+    The output must not be an input or lie inside one, and the folders that the run writes in it must not hold the
+    model that the run starts from.
+    """
     output = Path(recipe.output).expanduser()
     models = [recipe.model.source, recipe.tokenizer.source, recipe.distill.source if recipe.distill else None]
-    texts = [recipe.data.source, *(part.source for phase in recipe.phases for part in phase.mixture.values())]
+    texts = [recipe.data.source, *(source.source for phase in recipe.phases for source in phase.mixture.values())]
     inputs = [*(None if source is None else locate(source) for source in models), *texts]
     try:
         refuse_input(output, inputs, above=False)
-        for part in PARTS:
-            refuse_input(output / part, inputs)
+        for name in FOLDERS:
+            refuse_input(output / name, inputs)
     except OutputError as error:
         raise RecipeError(f"output: {error}") from error
 
 
 def check_room(trainer: Trainer) -> None:
-    """Raise `RecipeError` where the disk has less room than the model, its exports and the checkpoints take."""
+    """Raise `RecipeError` if the disk lacks space for the model, its exports and the checkpoints."""
     recipe, output = trainer.recipe, Path(trainer.recipe.output).expanduser()
     model = _saved_bytes(trainer.model, recipe)
     needed = {"the model": model, f"{len(recipe.export)} exports": model * len(recipe.export)}
     if recipe.checkpoints.every:
         parameters = list(trainer.model.parameters())
-        each = sum(one.numel() * one.element_size() for one in parameters)
-        each += MOMENTS[recipe.optimizer.name] * sum(one.numel() for one in parameters if one.requires_grad)
-        count = recipe.checkpoints.keep + 1  # the newest is written before the oldest is dropped
+        each = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        each += MOMENTS[recipe.optimizer.name] * sum(
+            parameter.numel() for parameter in parameters if parameter.requires_grad
+        )
+        count = recipe.checkpoints.keep + 1  # the newest is written before the oldest is deleted
         needed[f"{count} checkpoints"] = count * each
-    present = sum(_size(output / part) for part in PARTS)  # of an earlier run, which are replaced or continued
+    present = sum(_size(output / name) for name in FOLDERS)  # an earlier run's, replaced or continued
     free = shutil.disk_usage(_nearest(output)).free
     if sum(needed.values()) > free + present:
         listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in needed.items() if size)
         raise RecipeError(
-            f"output: {output} has {gigabytes(free)} free, and the run writes {gigabytes(sum(needed.values()))} there "
+            f"output: {output} has {gigabytes(free)} free, but the run needs {gigabytes(sum(needed.values()))} "
             f"({listed}). Free some space, give another output, or lower checkpoints.keep."
         )
 
 
 def check_saved(trainer: Trainer) -> None:
-    """Save everything but the weights into a temporary folder and read it back, on the process that is to save them.
+    """Save everything but the weights to a temporary folder and read it back, on the main process.
 
     Raises:
-        RecipeError: the model could be trained, and then not be saved or not be loaded again. Every process raises.
+        RecipeError: the model could not be saved or loaded after training. Every process raises.
     """
     problem: RecipeError | None = None
     if trainer.accelerator.is_main_process:
@@ -101,7 +106,7 @@ def check_saved(trainer: Trainer) -> None:
         except RecipeError as error:
             problem = error
     if trainer.engine.failed_anywhere(problem is not None):
-        raise problem or RecipeError("The main process found that this model cannot be saved; nothing was trained.")
+        raise problem or RecipeError("The main process cannot save this model; nothing was trained.")
 
 
 def _save_and_read(trainer: Trainer) -> None:
@@ -114,29 +119,32 @@ def _save_and_read(trainer: Trainer) -> None:
             trainer.tokenizer.save_pretrained(folder)
             AutoConfig.from_pretrained(folder) if record is None else _read_record(folder, record)
             AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # a config may check itself on saving, in a way of its own
+        except Exception as error:  # configs run their own checks when they save
             scheme = "" if record is None else f" under the scheme {record['scheme']!r}"
-            said = " ".join(str(error).split())[:400]
+            detail = " ".join(str(error).split())[:400]
             raise RecipeError(
-                f"This {model.config.model_type} model{scheme} could be trained, but not saved and loaded again "
-                f"({type(error).__name__}: {said}). Nothing was trained. Take another scheme; "
-                "`pe-patch advise MODEL --target-length N` names those that fit."
+                f"This {model.config.model_type} model{scheme} can be trained, but cannot be saved and loaded again "
+                f"({type(error).__name__}: {detail}). Nothing was trained. Use another scheme; "
+                "`pe-patch advise MODEL --target-length N` lists schemes that fit."
             ) from error
 
 
 def _read_record(folder: str, record: dict[str, Any]) -> None:
-    """Read the patch back from a config that was saved, and the config of the model before the patch."""
+    """Read the patch record and the original config back from a saved config, and check them."""
     stored = read_config(folder)
-    kept = check_record(stored.get(FOREIGN), stored, folder)
-    if any(kept.get(key) != record[key] for key in record.keys() - {"native", "written"}):  # which saving completes
-        raise ValueError("the record of the patch is not what was saved")
-    native_config(stored, kept["native"])
+    saved = check_record(stored.get(FOREIGN), stored, folder)
+    if any(saved.get(key) != record[key] for key in record.keys() - {"native", "written"}):  # saving fills in these two
+        raise ValueError("the saved patch record differs from the model's")
+    native_config(stored, saved["native"])
 
 
 @contextmanager
 def _unquantised(model: Any) -> Iterator[None]:
-    """Let a quantised model be saved without weights: its quantiser would take all of them, whatever is handed over.
-    In the end the weights are saved as they were before quantisation."""
+    """Let a quantised model be saved without its weights.
+
+    Its quantiser would save all weights, whatever `state_dict` says. At the end of a run, the weights are saved
+    unquantised.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         yield
@@ -149,18 +157,18 @@ def _unquantised(model: Any) -> Iterator[None]:
 
 
 def _saved_bytes(model: Any, recipe: Recipe) -> int:
-    """Return the bytes of the weights as they are saved."""
+    """Return the size of the saved weights in bytes."""
     if recipe.lora is not None and not recipe.lora.merge:
-        return sum(one.numel() * one.element_size() for one in model.parameters() if one.requires_grad)
+        return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters() if tensor.requires_grad)
     if recipe.model.quantization is None:
-        return sum(one.numel() * one.element_size() for one in model.parameters())
+        return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     size = getattr(torch, recipe.model.dtype).itemsize
-    counts = (one.numel() * (2 if type(one).__name__ == "Params4bit" else 1) for one in model.parameters())
-    return size * sum(counts)  # two weights of 4 bits are packed into one number; they are saved unpacked
+    counts = (tensor.numel() * (2 if type(tensor).__name__ == "Params4bit" else 1) for tensor in model.parameters())
+    return size * sum(counts)  # Params4bit packs two weights into each byte
 
 
 def _nearest(folder: Path) -> Path:
-    """Return the folder itself, or the nearest one above it that exists."""
+    """Return the folder, or its nearest existing ancestor."""
     real = Path(os.path.realpath(folder))
     return next(path for path in (real, *real.parents) if path.is_dir())
 

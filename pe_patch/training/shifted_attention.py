@@ -1,4 +1,4 @@
-"""LongLoRA's shifted sparse attention for training, on a patched model."""
+"""Train a patched model with LongLoRA's shifted sparse attention."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..patching.api import find_patch
 from ..patching.build import Patch
 
 SLICED = ("sdpa", "eager")
-"""Backends whose masks are tensors, of which a group takes its part."""
+"""Backends whose masks are tensors that can be sliced by group."""
 REMEDY = "train with full attention (leave shifted_groups out)"
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Stands before the attention of one layer whose positions have already entered; in training alone."""
+    """Shifted attention of one layer, in training mode. Positions must already be in queries and keys."""
 
     groups: int
     heads: int
@@ -32,7 +32,7 @@ class Shift:
         if not engine.module.training:
             return engine.host(query, key, value, mask)
         self._check(engine, query, key, mask)
-        if key.shape[1] % 2:  # the two halves would share a key head
+        if key.shape[1] % 2:  # otherwise the two halves would share a key head
             times = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
             engine = replace(engine, module=cast(Any, _Ungrouped(engine.module)))
@@ -47,27 +47,31 @@ class Shift:
         _check_backend(engine.backend)
         if query.shape[1] != self.heads:
             raise UnsupportedError(
-                f"Shifted attention shifts half of {self.heads} heads, and {name} was handed {query.shape[1]}: heads "
-                f"spread over processes (Ulysses, tensor parallelism) are not supported with it; {REMEDY}."
+                f"Shifted attention shifts half of {self.heads} heads, but {name} received {query.shape[1]}: it does "
+                f"not support heads spread over processes (Ulysses, tensor parallelism); {REMEDY}."
             )
         if key.shape[2] != length:
             raise UnsupportedError(
-                f"Shifted attention trains whole sequences: {name} has {key.shape[2]} keys for {length} queries. Train "
-                "with use_cache=False, or call model.eval()."
+                f"Shifted attention needs whole sequences, but {name} has {key.shape[2]} keys for {length} queries. "
+                "Train with use_cache=False, or call model.eval()."
             )
         if length % (2 * self.groups):
             raise UnsupportedError(
-                f"A sequence of {length} tokens is not made of {self.groups} groups of an even size: give a length "
+                f"A sequence of {length} tokens cannot be cut into {self.groups} groups of an even size; give a length "
                 f"that is a multiple of {2 * self.groups}."
             )
         if engine.extra.get("sliding_window") is not None or engine.extra.get("s_aux") is not None:
-            raise UnsupportedError(f"{name} has a sliding window or sinks, which shifted attention drops; {REMEDY}.")
+            raise UnsupportedError(
+                f"{name} has a sliding window or sinks, which shifted attention would drop; {REMEDY}."
+            )
         if not engine.causal or (mask is not None and mask.shape[1] != 1):
-            raise UnsupportedError(f"{name} looks ahead or masks by head; shifted attention is causal; {REMEDY}.")
+            raise UnsupportedError(
+                f"{name} is not causal or has a mask per head; shifted attention is causal; {REMEDY}."
+            )
 
 
 class _Ungrouped:
-    """A layer as its attention function sees it once every query head has a key head of its own."""
+    """A layer with one key head for each query head, as its attention function sees it."""
 
     num_key_value_groups = 1
 
@@ -79,27 +83,38 @@ class _Ungrouped:
 
 
 def shift_attention(model: Any, groups: int) -> Any:
-    """Let a patched model train with attention within `groups` groups of each sequence, in half of the heads shifted
-    by half a group (LongLoRA, arXiv 2309.12307, section 3.2); in evaluation mode its attention is full. Returns it.
+    """Train a patched model with shifted sparse attention.
 
-    Sequences must be a multiple of 2 `groups` tokens long. Nothing of it is saved with the model; `unshift_attention`
-    and `unpatch_model` take it away, and another `patch_model` starts without it.
+    In training mode each token attends within its group, and half of the heads use groups shifted by half a group. In
+    evaluation mode attention is full. Saving the model does not save this; `unshift_attention` and `unpatch_model`
+    remove it, and another `patch_model` starts without it.
+
+    Args:
+        model: a model patched by `patch_model`; changed in place.
+        groups: number of groups in a sequence, at least 2. Sequences must be a multiple of 2 `groups` tokens long.
+
+    Returns:
+        The model.
 
     Raises:
-        OptionError: for groups that cannot be made.
-        UnsupportedError: where positions act on the scores or attention is not the plain causal one.
+        OptionError: `groups` or the number of heads does not work.
+        UnsupportedError: the scheme acts on the scores, or attention is not plain causal attention.
+
+    Source: LongLoRA, arXiv 2309.12307, section 3.2.
     """
     patch = find_patch(model)
     if patch is None:
         raise PePatchError(
-            "This model carries no patch: patch_model(model, 'linear', factor=...) first, or 'rope' to leave its "
-            "positions as they are."
+            "This model is not patched. Call patch_model(model, 'linear', factor=...) first, or use 'rope' to keep its "
+            "positions."
         )
     heads = patch.shape.num_heads
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 2:
-        raise OptionError(f"groups={quoted(groups)}: give a whole number of at least 2; 1 would be full attention.")
+        raise OptionError(f"groups={quoted(groups)}: give a whole number of at least 2; 1 is full attention.")
     if heads % 2:
-        raise OptionError(f"Half of the heads are shifted, and {patch.base.config.model_type} has {heads}; {REMEDY}.")
+        raise OptionError(
+            f"Shifted attention needs an even number of heads; {patch.base.config.model_type} has {heads}; {REMEDY}."
+        )
     attentions = patch.adapter.attentions(patch.base)
     _check_backend(backend_for(patch.base.config._attn_implementation))
     _check_layers(patch, attentions)
@@ -110,53 +125,59 @@ def shift_attention(model: Any, groups: int) -> Any:
         patch.swaps = [*patch.swaps, *swaps]
         apply_all(swaps)
     except BaseException:
-        _take_away(patch, swaps)
+        _remove(patch, swaps)
         raise
     return model
 
 
 def unshift_attention(model: Any) -> Any:
-    """Take away what `shift_attention` did; the patch stays. Returns the model."""
+    """Undo `shift_attention` and return the model. The patch stays."""
     patch = find_patch(model)
     ours = [] if patch is None else [swap for swap in patch.swaps if swap.attribute == "pe_shift"]
     if patch is None or not ours:
         raise PePatchError("The attention of this model is not shifted.")
-    do_or_repeat(lambda: _take_away(patch, ours))
+    do_or_repeat(lambda: _remove(patch, ours))
     return model
 
 
-def _take_away(patch: Patch, swaps: list[Swap]) -> None:
+def _remove(patch: Patch, swaps: list[Swap]) -> None:
     undo_all(swaps)
-    patch.swaps = [swap for swap in patch.swaps if not any(swap is one for one in swaps)]
+    patch.swaps = [swap for swap in patch.swaps if not any(swap is removed for removed in swaps)]
 
 
 def _check_backend(backend: Backend) -> None:
     if backend.name not in SLICED:
         raise UnsupportedError(
-            f"Shifted attention cuts the mask into groups, and {backend.name} keeps it in another form: "
+            f"Shifted attention slices the mask into groups, which {backend.name} does not allow. Call "
             "model.set_attn_implementation('sdpa'), which without a mask runs the same kernels on a GPU."
         )
 
 
 def _check_layers(patch: Any, attentions: list[Any]) -> None:
-    """Raise where a layer does more at its scores than take queries and keys with their positions in them."""
+    """Raise unless each layer attends plainly to queries and keys that already contain their positions."""
     config, name = patch.base.config, patch.base.config.model_type
     if patch.adapter.tower is not None:
-        raise UnsupportedError(f"{name} reads images; shifted attention is for causal language models.")
+        raise UnsupportedError(f"{name} reads images; shifted attention supports causal language models.")
     if converts(patch.scheme) or patch.shape.latent_rank:
-        raise UnsupportedError(f"The layers of {name} attend to latents; shifted attention is not for them; {REMEDY}.")
+        raise UnsupportedError(
+            f"The layers of {name} attend to latents, which shifted attention does not support; {REMEDY}."
+        )
     for index, attention in enumerate(attentions):
         scheme = attention.__dict__["pe_scheme"]
         if scheme is not None:
             under = "" if scheme.name == patch.scheme.name else f" under {patch.scheme.name!r}"
             raise UnsupportedError(
-                f"{scheme.name!r}{under} acts on the scores of layer {index} of {name}, where "
-                "groups would hide what it needs; shifted attention takes schemes whose positions enter before (a "
-                f"static rotation such as 'linear', 'ntk' or 'yarn', 'nope', absolute positions); or {REMEDY}."
+                f"{scheme.name!r}{under} acts on the scores of layer {index} of {name}, where groups would hide keys "
+                "that it needs. Shifted attention takes schemes that act before the scores (a static rotation such as "
+                f"'linear', 'ntk' or 'yarn'; 'nope'; absolute positions); or {REMEDY}."
             )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [one for one in attentions if getattr(one, "sliding_window", None) is not None]
-    if kinds != {"full_attention"} or windows or any(getattr(one, "sinks", None) is not None for one in attentions):
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [layer for layer in attentions if getattr(layer, "sliding_window", None) is not None]
+    if (
+        layer_types != {"full_attention"}
+        or windows
+        or any(getattr(layer, "sinks", None) is not None for layer in attentions)
+    ):
         raise UnsupportedError(
             f"{name} has layers with a sliding window, chunks or sinks, which shifted attention would drop; {REMEDY}."
         )

@@ -1,4 +1,4 @@
-"""The training loop: phases of steps, each step over all processes and micro-batches as if they were one batch."""
+"""Run the training loop: phases of steps, where each step acts as one batch over all processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
-from ..checkpoints.exporters import check_export
+from ..checkpoints.exporters.export import check_export
 from ..data.text import load_documents
 from . import finish, plan, saving
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from .chunked import Scorer
 from .data import PhaseData, first_tokens, load_corpora, micro_batches
 from .engines import IGNORED, choose_engine
-from .guard import EvaluationError, Left, Signal, TrainingError, fault
+from .guard import EvaluationError, Signal, Terminated, TrainingError, fault
 from .log import Log
 from .loss import Score
 from .measure import Measure
@@ -32,7 +32,7 @@ from .reading import save_recipe
 from .recipe import Phase, Recipe
 
 ACCURACY_STEPS = 25
-"""Over how many steps `until_accuracy` is judged."""
+"""Steps over which `until_accuracy` averages."""
 
 SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
     "constant": lambda phase: ("constant_with_warmup", {}),
@@ -47,9 +47,9 @@ SCHEDULES: dict[str, Callable[[Phase], tuple[str, dict[str, Any]]]] = {
 
 
 def learning_rates(phase: Phase) -> Callable[[int], float]:
-    """The learning rate as a function of the phase's step, counted from zero; Transformers' own schedules."""
+    """Return the learning rate as a function of the phase's step, counted from 0, from Transformers' schedules."""
     name, options = SCHEDULES[phase.schedule](phase)
-    # A stand-in optimiser: the function alone is wanted, so that a rate depends on the step and on nothing else.
+    # This optimiser only gives access to the schedule's function, so that the rate depends on the step alone.
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler: Any = get_scheduler(name, stand_in, phase.warmup, phase.steps, scheduler_specific_kwargs=options)
     multiplier = scheduler.lr_lambdas[0]
@@ -57,11 +57,15 @@ def learning_rates(phase: Phase) -> Callable[[int], float]:
 
 
 def model_inputs(batch: dict[str, Tensor], *, boundaries: bool, skips: bool = False) -> dict[str, Any]:
-    """What a forward pass is given.
+    """Return the keyword arguments of a forward pass.
 
-    Without a mask and a cache Transformers takes positions that do not follow each other for packed documents, and
-    keeps attention from crossing between them. Positions that skip within one document need a mask of ones, or
-    attention would be cut at each skip.
+    Without a mask and a cache, Transformers reads positions that are not consecutive as packed documents, and keeps
+    attention within each document. Positions that skip within one document therefore need a mask of ones.
+
+    Args:
+        batch: `input_ids` and `position_ids`, each `[rows, length]`.
+        boundaries: pass the positions, so that attention stays within each document.
+        skips: the positions skip within a document (PoSE).
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if skips:
@@ -70,7 +74,7 @@ def model_inputs(batch: dict[str, Tensor], *, boundaries: bool, skips: bool = Fa
 
 
 class Sums(NamedTuple):
-    """What the passes of a step add up to over all processes, in nats and in numbers of targets."""
+    """Sums over all processes and passes of one step: losses in nats, and counts of targets."""
 
     loss: Tensor
     correct: Tensor
@@ -79,13 +83,13 @@ class Sums(NamedTuple):
 
 
 class Trainer:
-    """One run of one recipe."""
+    """One run of one recipe: build everything, check it, and train."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.output, self.folder = recipe, Path(recipe.output), Path(recipe.output) / "checkpoints"
         saving.check_folders(recipe)
         self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
-        self.signal, self.leaving = Signal(), False
+        self.signal, self.terminating = Signal(), False
         self.trackers = _trackers(recipe)
         self.engine = choose_engine(
             mixed_precision=recipe.mixed_precision, log_with=self.trackers or None, project_dir=recipe.output
@@ -95,11 +99,11 @@ class Trainer:
         self.tokenizer = build_tokenizer(recipe, lambda: self._documents("train"))
         self.corpora = load_corpora(recipe.data, recipe.phases, self.tokenizer, progress=recipe.progress)
         for number in range(len(recipe.phases)):
-            self.data(number)  # raises where a source has nothing for a phase, before a model is loaded
+            self.data(number)  # raises if a source has no text for a phase, before the model loads
         self.progress = Progress()
         self.measure = Measure(recipe, self.engine, self.tokenizer, lambda: self._documents("test"))
         self.model = load_model(recipe, self.tokenizer)
-        self.measure.settle(self.model)
+        self.measure.choose_lengths(self.model)
         self.measure.check(self.model)
         if self.checkpoint is None and not recipe.dry_run:
             self.measure.original(self.model)
@@ -117,17 +121,17 @@ class Trainer:
         self.teacher = None if recipe.distill is None else build_teacher(recipe, self.model, device)
 
     def tokens(self, count: int | None) -> list[list[int]]:
-        """The first tokens of the first phase, for a scheme that is made or fitted on text; none where none are asked
-        for."""
+        """Return the first `count` tokens of the first phase, in rows, for calibration or a warm start; none for
+        None."""
         return [] if count is None else first_tokens(self.data(0), count)
 
     def show_plan(self) -> Any:
-        """Print what the run would do and cost, measured on one step; returns the untrained model."""
+        """Measure one step, print the plan and cost of the run, and return the untrained model."""
         plan.show(self)
         return self.model
 
     def run(self) -> Any:
-        """Train all phases, from the newest checkpoint if so asked; returns the model as it was saved."""
+        """Train all phases, from a checkpoint if the recipe resumes, and return the model as saved."""
         recipe, checkpoint = self.recipe, self.checkpoint
         if not recipe.phases:
             return self._without_training()
@@ -166,7 +170,7 @@ class Trainer:
         path = self.output / "log.jsonl"
         log = Log(self.accelerator, path, from_step=0, total_steps=0, progress=self.recipe.progress)
         with log as self.log, self.signal:
-            self.log.console.print(f"{self.recipe.scheme.name} needs no training: the model is measured and saved.")
+            self.log.console.print(f"{self.recipe.scheme.name} needs no training: measuring and saving the model.")
             self.model, self.optimizer = self.engine.prepare(self.model, None)
             self.measure.at_the_start(self.model, self.log)
             saved, trained = finish.save(self)
@@ -174,7 +178,7 @@ class Trainer:
         return saved
 
     def prepare(self) -> None:
-        """Build loss and optimiser, and hand model and optimiser to the engine."""
+        """Build the loss and the optimiser, and prepare model and optimiser for the engine."""
         self.scorer = Scorer(self.model, self.recipe.loss, self.recipe.distill, self.teacher)
         groups = parameter_groups(self.model, self.recipe.optimizer.weight_decay)
         optimizer = build_optimizer(groups, self.recipe.optimizer, sharded=self.engine.sharded)
@@ -183,7 +187,7 @@ class Trainer:
         self.scorer.learn(self.model)
 
     def _phase(self, phase: Phase) -> None:
-        """The rest of the phase that `progress` is in."""
+        """Run the remaining steps of a phase."""
         progress, rate, started = self.progress, learning_rates(phase), time.perf_counter()
         for batches in self.batches(progress.phase, progress.phase_step):
             for group in self.optimizer.param_groups:
@@ -200,19 +204,19 @@ class Trainer:
             ended = self._ended(phase)
             if ended:
                 progress.next_phase()
-            self._now_and_then()
+            self._evaluate_and_save()
             if ended:
                 return
             started = time.perf_counter()
 
     def data(self, phase: int) -> PhaseData:
-        """The sequences of a phase."""
+        """Return the sequences of a phase."""
         recipe = self.recipe
         seed, boundaries = (recipe.seed, phase), recipe.data.boundaries
         return PhaseData(self.corpora, self.tokenizer, recipe.phases[phase], seed=seed, boundaries=boundaries)
 
     def batches(self, phase: int, first_step: int = 0) -> Iterator[list[dict[str, Tensor]]]:
-        """For each step of a phase this process's micro-batches."""
+        """Yield this process's micro-batches for each step of a phase."""
         return micro_batches(
             self.data(phase),
             first_step=first_step,
@@ -222,7 +226,7 @@ class Trainer:
         )
 
     def _step(self, batches: list[dict[str, Tensor]], phase: Phase) -> dict[str, Any]:
-        """One optimiser step: the mean loss over the targets of all processes and micro-batches."""
+        """Run one optimiser step on the mean loss over the targets of all processes and micro-batches."""
         sums = self.gradients(batches, phase)
         norm = self.engine.clip(self.recipe.optimizer.clip)
         targets = max(1, int(sums.targets))
@@ -236,33 +240,32 @@ class Trainer:
         return {"loss": loss, **extra, "targets": int(sums.targets), "gradient_norm": norm}
 
     def gradients(self, batches: list[dict[str, Tensor]], phase: Phase) -> Sums:
-        """The forward and backward passes of a step; returns what they add up to over all processes."""
+        """Run the forward and backward passes of a step and return their sums over all processes."""
         engine = self.engine
         inputs = [engine.inputs(batch) for batch in batches]
-        count = torch.stack([(one["shift_labels"] != IGNORED).sum() for one in inputs]).sum().double()
-        told = torch.zeros_like(count) + self.signal.came
-        # One process may be told to leave and another not: they must leave together.
-        targets, told = engine.reduce(torch.stack((count, told)))
+        count = torch.stack([(batch["shift_labels"] != IGNORED).sum() for batch in inputs]).sum().double()
+        terminating = torch.zeros_like(count) + self.signal.received
+        # SIGTERM may reach only one process, but all must stop together.
+        targets, terminating = engine.reduce(torch.stack((count, terminating)))
         sums = torch.zeros(3, dtype=torch.float64, device=count.device)
-        for index, one in enumerate(inputs):
+        for index, micro_batch in enumerate(inputs):
             with engine.micro_step(last=index == len(inputs) - 1):
-                objective, score = self._score(one, phase)
+                objective, score = self._score(micro_batch, phase)
                 engine.backward(objective / targets.clamp(min=1).to(objective.dtype))
             sums += torch.stack([value.double() for value in score])
-        self.leaving = bool(told)  # not the flag itself, which a signal may have set in the meantime
+        self.terminating = bool(terminating)  # not the flag, which a signal may have set since
         loss, correct, divergence = engine.reduce(sums)
         return Sums(loss, correct, divergence, targets)
 
     def _score(self, inputs: dict[str, Tensor], phase: Phase) -> tuple[Tensor, Score]:
-        """What is minimised, and its parts: the model's predictions against the text and, with `distill`, against the
-        teacher's."""
-        # A part of a sequence must know where it stands, even where nothing else asks for positions.
-        placed = self.recipe.data.boundaries or self.engine.parts > 1
-        given = model_inputs(inputs, boundaries=placed, skips=phase.pose is not None)
+        """Return the loss to minimise, and its parts: the cross-entropy and, with `distill`, the divergence."""
+        # A part of a sequence always needs its positions.
+        pass_positions = self.recipe.data.boundaries or self.engine.parts > 1
+        keywords = model_inputs(inputs, boundaries=pass_positions, skips=phase.pose is not None)
         with offload_activations() if self.recipe.model.activation_offload else nullcontext():
             return self.scorer(
                 self.model,
-                given,
+                keywords,
                 inputs["shift_labels"],
                 shifted=True,
                 vocabulary=phase.vocabulary,
@@ -270,18 +273,18 @@ class Trainer:
             )
 
     def _refuse_fault(self, loss: float, norm: float) -> None:
-        found = fault(loss, norm, self.progress, self.recipe.guard)
-        if found is None:
+        problem = fault(loss, norm, self.progress, self.recipe.guard)
+        if problem is None:
             return
         saved = complete_checkpoints(self.folder)
-        kept = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+        hint = f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
         raise TrainingError(
-            f"Step {self.progress.step + 1}: {found}; nothing of it was saved. {kept} Try a smaller learning_rate, a "
+            f"Step {self.progress.step + 1}: {problem}; this step was not saved. {hint} Try a smaller learning_rate, a "
             "longer warmup, or mixed_precision=no."
         )
 
     def _ended(self, phase: Phase) -> bool:
-        """Whether the phase is over; an accuracy that was not reached in time is an error."""
+        """Return whether the phase is over; raise `TrainingError` if it missed its accuracy."""
         progress = self.progress
         if phase.until_accuracy is not None and len(progress.recent) == ACCURACY_STEPS:
             accuracy = sum(progress.recent) / ACCURACY_STEPS
@@ -293,32 +296,35 @@ class Trainer:
         if phase.until_accuracy is not None:
             raise TrainingError(
                 f"Phase {progress.phase} reached an accuracy of {sum(progress.recent) / len(progress.recent):.3f} in "
-                f"{phase.steps} steps, {phase.until_accuracy} was asked for. Allow more steps, or try another seed."
+                f"{phase.steps} steps, below until_accuracy={phase.until_accuracy}. Allow more steps, or try another "
+                "seed."
             )
         return True
 
-    def _now_and_then(self) -> None:
-        """Evaluation and checkpoint, each at its own interval; and leaving, where that was asked for."""
+    def _evaluate_and_save(self) -> None:
+        """Evaluate and save a checkpoint at their intervals, and raise `Terminated` after SIGTERM."""
         step, recipe = self.progress.step, self.recipe
         every = recipe.checkpoints.every
-        # After the last step the model is saved first, and measured then.
-        more = self.progress.phase < len(recipe.phases)
-        if recipe.evaluation.every and step % recipe.evaluation.every == 0 and more:
+        # After the last step the model is saved before it is measured.
+        more_phases = self.progress.phase < len(recipe.phases)
+        if recipe.evaluation.every and step % recipe.evaluation.every == 0 and more_phases:
             self._measure(step)
-        if (every and step % every == 0) or self.leaving:
+        if (every and step % every == 0) or self.terminating:
             saved = save_checkpoint(self.engine, self.folder, self.progress, recipe)
-            if self.leaving:
-                raise Left(f"Told to leave at step {step}, after saving {saved}. Give resume=auto to go on from there.")
+            if self.terminating:
+                raise Terminated(
+                    f"SIGTERM received at step {step}; checkpoint saved to {saved}. Rerun with resume=auto."
+                )
 
     def _measure(self, step: int) -> None:
-        """Measure on the way; if that fails the run ends, after a checkpoint."""
+        """Measure during training; on failure, save a checkpoint and raise `TrainingError`."""
         try:
             self.measure.during(self.model, self.log, step)
         except EvaluationError as error:
             saved = save_checkpoint(self.engine, self.folder, self.progress, self.recipe)
             raise TrainingError(
-                f"The evaluation at step {step} did not finish: {error} The run is saved in {saved}: correct the "
-                "evaluation section, or leave it out with evaluation.every=null, and rerun with resume=auto."
+                f"The evaluation at step {step} failed: {error} Checkpoint saved to {saved}. Correct the evaluation "
+                "section, or disable it with evaluation.every=null, and rerun with resume=auto."
             ) from error
 
     def _documents(self, split: Literal["train", "test"]) -> list[str]:
@@ -327,7 +333,7 @@ class Trainer:
 
 
 def _trackers(recipe: Recipe) -> list[str]:
-    """Those that the recipe names; where it says nothing tensorboard, if that is installed."""
+    """Return the recipe's trackers; by default tensorboard if it is installed."""
     if recipe.trackers is not None:
         return recipe.trackers
     return ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []

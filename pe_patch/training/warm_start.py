@@ -1,15 +1,14 @@
-"""Where the learned biases of a new scheme start: at what the model's own positions do to its attention.
+"""Initialise a new scheme's learned bias from the attention that the model had with its original positions.
 
-A model that is given another family of scheme loses what its positions did, and a bias that starts at zero, or at an
-author's constants, has to be trained to do it again. The scores of one head are known, though: its queries and keys
-without positions, `s_ij`, and the attention `a_ij` that the model had with its own. The bias `b` under which
-`softmax(s + b)` is nearest to `a`, by the mean of KL(a_i || softmax(s_i + b_i)) over queries, is found here before any
-training. For a bias that is linear in its parameters (T5's table, ALiBi's slopes) the problem is convex, as logistic
-regression is. Pairs count by the attention that they have, and a constant for each query counts nothing, which the mean
-difference of the scores at each distance, another way to choose `b`, leaves out of account.
+A model that changes its family of scheme loses the effect of its old positions. A bias that starts at zero, or at an
+author's constants, has to learn that effect again. For each head, the scores without positions, `s_ij`, and the
+original attention, `a_ij`, are known. Before any training, this module finds the bias `b` that minimises the mean of
+KL(a_i || softmax(s_i + b_i)) over queries. For a bias that is linear in its parameters (T5's table, ALiBi's slopes) the
+problem is convex, like logistic regression. The fit weights pairs by their attention and ignores a constant per query.
+The mean difference of the scores at each distance, another way to choose `b`, takes neither into account.
 
-Where layers share one bias and want different ones, what is best for their attention on the average can be worse for
-the text than what is best for one of them; so the loss decides between these.
+Layers may share one bias but need different ones. Then the fit that is best for their mean attention can give a higher
+loss on text than the fit to one layer, so the loss decides between them.
 """
 
 from __future__ import annotations
@@ -38,27 +37,27 @@ from ..schemes.bias import ALiBi
 
 BY = ("loss", "attention")
 LENGTH = 1024
-"""Tokens to a row of calibration, at most; fewer where the model's window is shorter."""
+"""Maximum length in tokens of a calibration row; a shorter model window lowers it."""
 STEPS = 100
-"""Passes over everything that was seen, at most."""
+"""Maximum number of iterations of the optimiser."""
 TINY = 1e-300
-"""What a weight that has underflown counts as, so that its logarithm is a number."""
+"""Lower bound of an attention weight, so that its logarithm is finite."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a fit came to, in nats."""
+    """Result of a fit, in nats."""
 
     before: float
     after: float
-    """Mean of KL(native attention || the scheme's) over queries, heads and layers."""
+    """Mean of KL(original attention || the scheme's) over queries, heads and layers, before and after the fit."""
     loss_before: float | None
     loss_after: float | None
-    """Mean loss per token on the calibration text; None where it was not asked for."""
+    """Mean loss per token on the calibration text, before and after the fit; None for by="attention"."""
     chosen: str
-    """What the parameters are best for: "all layers", "layer 3", or "start" where nothing had a smaller loss."""
+    """The fit that was applied: "all layers", "layer 3", or "start" if no fit lowered the loss."""
     fitted: tuple[str, ...]
-    """Names of the parameters or options that were set."""
+    """Names of the fitted parameters or options."""
 
 
 def warm_start(
@@ -71,34 +70,37 @@ def warm_start(
     least_slope: float = 2.0**-10,
     seed: int = 0,
 ) -> WarmStart:
-    """Fit the scheme that a model was patched with to the attention that the model had before; in place.
+    """Fit the scheme of a patched model to the attention that the model had before the patch, in place.
 
-    What is set are the parameters by which the scheme changes scores (T5's table, KERPLE's a and p, FIRE's network,
+    This sets the parameters by which the scheme changes scores (T5's table, KERPLE's a and p, FIRE's network,
     Transformer-XL's projections, Shaw's vectors on keys), or ALiBi's slopes, which become its option `slopes`.
 
     Args:
-        model: patched with `patch_model` and not trained since.
-        calibration: token ids, `[rows, length]` or rows of any lengths, or texts.
-        by: "attention" takes what is nearest to the attention of all layers. "loss" takes, of this, of what is nearest
-            to one layer where several share their parameters, and of the start, that with the least loss on the text.
-        limit: tokens that are read, at most.
-        queries: of each row so many, spread evenly, are compared. What is held is `tokens x layers x (queries x heads +
-            key_heads x head_dim)` numbers: 3 GB for 16384 tokens, 22 layers and 32 heads.
-        least_slope: ALiBi's slopes may not fall below it: a head without one would see no end.
-        seed: chooses rows where there are more tokens than `limit`.
+        model: a model patched with `patch_model` and not trained since.
+        calibration: token ids, `[rows, length]` or rows of different lengths, or texts.
+        by: "attention" applies the fit to the attention of all layers. "loss" compares this fit, fits to single layers
+            if several layers share their parameters, and the start, and applies the one with the lowest loss.
+        limit: maximum number of calibration tokens.
+        queries: maximum number of evenly spaced queries of each row to compare. Memory is `tokens x layers x (queries x
+            heads + key_heads x head_dim)` numbers: 3 GB for 16384 tokens, 22 layers and 32 heads.
+        least_slope: minimum of ALiBi's slopes; a head with slope 0 would see unlimited distances.
+        seed: random seed for choosing rows if there are more than `limit` tokens.
+
+    Returns:
+        The divergences and losses before and after, and what was fitted.
 
     Raises:
-        OptionError: nothing in the scheme can be fitted, or a value is out of bounds.
-        UnsupportedError: the native attention does not hand out its weights.
+        OptionError: the scheme has nothing to fit, or a value is out of range.
+        UnsupportedError: the original attention does not return its weights.
     """
     patch = find_patch(model)
     if patch is None:
-        raise PePatchError("warm_start fits the scheme of a patched model: call patch_model(model, ...) first.")
+        raise PePatchError("warm_start needs a patched model: call patch_model(model, ...) first.")
     if by not in BY:
-        raise OptionError(f"warm_start got by={quoted(by)}; it is one of {', '.join(BY)}.{nearest(str(by), BY)}")
+        raise OptionError(f"warm_start got by={quoted(by)}; use one of {', '.join(BY)}.{nearest(str(by), BY)}")
     if by == "loss" and patch.head.get_output_embeddings() is None:
         raise OptionError(
-            f"{type(patch.head).__name__} predicts no tokens, so that it has no loss to choose by; give by='attention'."
+            f"{type(patch.head).__name__} predicts no tokens, so it has no loss to choose by; use by='attention'."
         )
     for name, value in (("limit", limit), ("queries", queries)):
         if type(value) is not int or value < 1:
@@ -106,61 +108,63 @@ def warm_start(
     if isinstance(least_slope, bool) or not 0 < least_slope < math.inf:
         raise OptionError(f"warm_start got least_slope={quoted(least_slope)}; give a number above 0.")
     schemes = list(dict.fromkeys(patch.own.values()))
-    start = [_trainable(scheme, patch.base.device) for scheme in schemes]
+    start = [_trainable_copy(scheme, patch.base.device) for scheme in schemes]
     at_scores = any(overrides(patch.scheme, rung) for rung in ("encode", "bias", "attend"))
     if not at_scores or not any(True for scheme in start for _ in scheme.parameters()):
         raise OptionError(
-            f"{patch.scheme.name!r} has nothing to fit, no parameters or slopes that change scores; leave the warm "
-            "start out."
+            f"{patch.scheme.name!r} has nothing to fit: no parameters or slopes that change scores. Remove the warm "
+            "start."
         )
     length = min(patch.shape.trained_length or LENGTH, LENGTH)
     rows = [row for row in tokens(calibration, patch.head, length=length, limit=limit, seed=seed) if len(row) > 1]
     if not rows:
-        raise OptionError("warm_start got no row of at least two tokens to compare attention on.")
-    seen = _observe(patch, rows, queries)
-    parts = [[part for i, own in patch.own.items() if own is scheme for part in seen[i]] for scheme in schemes]
-    found = {"all layers": [_fit(deepcopy(one), own) for one, own in zip(start, parts, strict=True)]}
-    fitted = tuple(name for name, _ in _reached(start[0], parts[0]))
+        raise OptionError("warm_start needs a row of at least two tokens; give longer calibration text.")
+    observed = _observe(patch, rows, queries)
+    samples = [
+        [sample for i, used in patch.own.items() if used is scheme for sample in observed[i]] for scheme in schemes
+    ]
+    fits = {"all layers": [_fit(deepcopy(scheme), given) for scheme, given in zip(start, samples, strict=True)]}
+    fitted = tuple(name for name, _ in _fitted_parameters(start[0], samples[0]))
     losses: dict[str, float] = {}
     if by == "loss":
-        found["start"] = start
+        fits["start"] = start
         if len(schemes) == 1 < len(patch.own):
-            found |= {f"layer {index}": [_fit(deepcopy(start[0]), seen[index])] for index in patch.own}
-        losses = {name: _loss(patch, schemes, made, least_slope, rows) for name, made in found.items()}
+            fits |= {f"layer {index}": [_fit(deepcopy(start[0]), observed[index])] for index in patch.own}
+        losses = {name: _loss(patch, schemes, fit, least_slope, rows) for name, fit in fits.items()}
     chosen = min(losses, key=losses.__getitem__, default="all layers")
-    before, after = (_divergence(made, parts) for made in (start, found[chosen]))
+    before, after = (_divergence(fit, samples) for fit in (start, fits[chosen]))
     if chosen != "start":
-        _put(schemes, found[chosen], least_slope)
-        if isinstance(found[chosen][0], _Slopes):  # an option, which is saved as one
-            given = {name: value for name, value in patch.arguments.items() if name != "restored"}
+        _copy_parameters(schemes, fits[chosen], least_slope)
+        if isinstance(fits[chosen][0], _LearnedSlopes):  # slopes are an option, and are saved as one
+            arguments = {name: value for name, value in patch.arguments.items() if name != "restored"}
             options = {**schemes[0].options, "slopes": cast(ALiBi, schemes[0]).head_slopes}
-            patch_model(model, type(schemes[0]), **{**given, "on_existing": "replace"}, **options)
+            patch_model(model, type(schemes[0]), **{**arguments, "on_existing": "replace"}, **options)
     return WarmStart(before, after, losses.get("start"), losses.get(chosen), chosen, fitted)
 
 
 @dataclass
-class _Seen:
-    """What one attention did with some queries of one row."""
+class _Sample:
+    """Some queries of one row at one attention layer: the original weights, and the inputs of the new scores."""
 
     hidden: Tensor | None
     native: Tensor
-    """The weights of the native attention, `[1, heads, queries, keys]`, float32; all is counted in float64."""
+    """Weights of the original attention, float32 `[1, heads, queries, keys]`; sums are in float64."""
     query: Tensor = field(default_factory=lambda: torch.empty(0))
     key: Tensor = field(default_factory=lambda: torch.empty(0))
     positions: Positions | None = None
     engine: Any = None
 
     def weights(self, scheme: Scheme) -> Tensor:
-        """The scheme's, with its gradient."""
+        """Return the scheme's attention weights, with their gradient."""
         assert self.positions is not None
         positions = self.positions._replace(prepared=scheme.prepare(self.positions))
         query, key = self.query.double(), self.key.double()
-        nothing = key.new_zeros((*key.shape[:-1], 1))  # weights are all that is wanted
-        return scheme("attend", query, key, nothing, positions, self.engine)[1]
+        no_values = key.new_zeros((*key.shape[:-1], 1))  # only the weights are needed
+        return scheme("attend", query, key, no_values, positions, self.engine)[1]
 
 
-class _Slopes(ALiBi):
-    """ALiBi of which the slopes are learned, by their logarithms."""
+class _LearnedSlopes(ALiBi):
+    """ALiBi with trainable slopes, parametrised by their logarithms."""
 
     def setup(self) -> None:
         super().setup()
@@ -170,176 +174,181 @@ class _Slopes(ALiBi):
         return self.logarithms.exp()
 
 
-def _trainable(scheme: Scheme, device: torch.device) -> Scheme:
-    """A copy in float64 that can be fitted."""
+def _trainable_copy(scheme: Scheme, device: torch.device) -> Scheme:
+    """Return a trainable copy in float64."""
     if type(scheme) is ALiBi:
-        return _Slopes(scheme.shape, slopes=scheme.head_slopes).to(device)
+        return _LearnedSlopes(scheme.shape, slopes=scheme.head_slopes).to(device)
     return deepcopy(scheme).double().requires_grad_(True)
 
 
-def _observe(patch: Patch, rows: list[Tensor], queries: int) -> dict[int, list[_Seen]]:
-    """What every attention of the patch did natively, and what it projects from the same hidden states now."""
+def _observe(patch: Patch, rows: list[Tensor], queries: int) -> dict[int, list[_Sample]]:
+    """Return samples of each layer: the original attention, and the patched projections of the same hidden states."""
     base, adapter = patch.base, patch.adapter
     attentions = adapter.attentions(base)
-    seen: dict[int, list[_Seen]] = {index: [] for index in patch.own}
+    samples: dict[int, list[_Sample]] = {index: [] for index in patch.own}
 
-    def watch_eager() -> None:
-        base.set_attn_implementation("eager")  # the only one that makes weights
+    def record_eager() -> None:
+        base.set_attn_implementation("eager")  # the only implementation that returns weights
         with evaluating(base), torch.no_grad():
             for row in rows:
-                with _watching({i: attentions[i] for i in seen}, seen, _chosen(len(row), queries)):
+                with _record_weights({i: attentions[i] for i in samples}, samples, _choose_queries(len(row), queries)):
                     base(input_ids=row[None].to(base.device), use_cache=False)
 
-    def watch_native() -> None:
-        own: Any = base.config._attn_implementation
-        finally_do(lambda: base.set_attn_implementation(own), watch_eager)
+    def record_native() -> None:
+        implementation: Any = base.config._attn_implementation
+        finally_do(lambda: base.set_attn_implementation(implementation), record_eager)
 
-    patch.while_undone(watch_native)
+    patch.while_undone(record_native)
     with evaluating(base), torch.no_grad():
         for number, row in enumerate(rows):
-            with _handing({i: (attentions[i], seen[i][number]) for i in seen}, _chosen(len(row), queries)):
+            with _record_projections(
+                {i: (attentions[i], samples[i][number]) for i in samples}, _choose_queries(len(row), queries)
+            ):
                 base(input_ids=row[None].to(base.device), use_cache=False)
-    return seen
+    return samples
 
 
-def _chosen(length: int, queries: int) -> Tensor:
-    """Which queries are compared: evenly spread, the first left out, which has nothing to choose from."""
+def _choose_queries(length: int, queries: int) -> Tensor:
+    """Return evenly spaced query indices, without the first query, which sees only itself."""
     return torch.linspace(1, length - 1, min(queries, length - 1)).round().long().unique()
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 @contextmanager
-def _watching(attentions: dict[int, nn.Module], seen: dict[int, list[_Seen]], chosen: Tensor) -> Iterator[None]:
-    """Keep what each attention is given, and the weights that it makes."""
+def _record_weights(
+    attentions: dict[int, nn.Module], samples: dict[int, list[_Sample]], chosen: Tensor
+) -> Iterator[None]:
+    """Record the input and the attention weights of each layer."""
 
-    def watch(index: int, attention: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def record(index: int, attention: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if not isinstance(weights, Tensor) or weights.ndim != 4:
             raise UnsupportedError(
-                f"{type(attention).__name__} in layer {index} does not hand out its attention weights, to which the "
-                "new scheme would be fitted; patch this model without a warm start."
+                f"{type(attention).__name__} in layer {index} does not return its attention weights, which the warm "
+                "start needs; patch this model without a warm start."
             )
-        seen[index].append(_Seen(_given(args, kwargs), weights[:, :, chosen.to(weights.device)].float()))
+        samples[index].append(_Sample(_hidden_states(args, kwargs), weights[:, :, chosen.to(weights.device)].float()))
 
     with ExitStack() as stack:
         for index, attention in attentions.items():
-            hook: Any = lambda module, args, kwargs, output, index=index: watch(index, module, args, kwargs, output)  # noqa: E731
+            hook: Any = lambda module, args, kwargs, output, index=index: record(index, module, args, kwargs, output)  # noqa: E731
             stack.callback(attention.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def _handing(attentions: dict[int, tuple[nn.Module, _Seen]], chosen: Tensor) -> Iterator[None]:
-    """Give each attention the hidden states that it had natively, and keep what it projects from them."""
+def _record_projections(attentions: dict[int, tuple[nn.Module, _Sample]], chosen: Tensor) -> Iterator[None]:
+    """Feed each attention its original hidden states, and record the queries and keys that it projects from them."""
     with ExitStack() as stack:
-        for attention, seen in attentions.values():
+        for attention, sample in attentions.values():
 
-            def hand(_: nn.Module, args: Any, kwargs: Any, seen: _Seen = seen) -> Any:
-                hidden, seen.hidden = seen.hidden, None
+            def feed(_: nn.Module, args: Any, kwargs: Any, sample: _Sample = sample) -> Any:
+                hidden, sample.hidden = sample.hidden, None
                 if "hidden_states" in kwargs:
                     return args, {**kwargs, "hidden_states": hidden}
                 return (hidden, *args[1:]), kwargs
 
-            stack.callback(attention.register_forward_pre_hook(hand, with_kwargs=True).remove)
+            stack.callback(attention.register_forward_pre_hook(feed, with_kwargs=True).remove)
             stack.callback(attention.__dict__.__setitem__, "pe_scheme", attention.__dict__["pe_scheme"])
-            attention.__dict__["pe_scheme"] = _Catch(seen, chosen, attention.__dict__["pe_scheme"].shape)
+            attention.__dict__["pe_scheme"] = _Recorder(sample, chosen, attention.__dict__["pe_scheme"].shape)
         yield
-    if any(seen.positions is None for _, seen in attentions.values()):
-        raise NoEffectError("An attention of the patch was not reached by the text that it was to be fitted to.")
+    if any(sample.positions is None for _, sample in attentions.values()):
+        raise NoEffectError("The calibration text did not reach an attention layer of the patch.")
 
 
 @dataclass
-class _Catch:
-    """Stands in the place of the scheme and keeps what it is handed."""
+class _Recorder:
+    """Replaces the scheme and records the arguments that it receives."""
 
-    seen: _Seen
+    sample: _Sample
     chosen: Tensor
     shape: AttentionShape
     name = "warm start"
     calls_modules = False
 
-    def __call__(self, rung: str, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: Any) -> Any:
-        seen, at = self.seen, self.chosen.to(query.device)
-        seen.query, seen.key = query[:, :, at], key
-        seen.positions = positions._replace(query=positions.query[:, at], prepared=())
+    def __call__(self, hook: str, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: Any) -> Any:
+        sample, at = self.sample, self.chosen.to(query.device)
+        sample.query, sample.key = query[:, :, at], key
+        sample.positions = positions._replace(query=positions.query[:, at], prepared=())
         mask = engine.allowed(query, key)[..., at, :]
-        seen.engine = replace(engine, mask=mask, backend=BACKENDS["eager"], dropout=0.0)
+        sample.engine = replace(engine, mask=mask, backend=BACKENDS["eager"], dropout=0.0)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
-def _crossed(scheme: Scheme, part: _Seen) -> Tensor:
-    """Cross-entropy of the scheme's attention to the native one, summed over queries and heads."""
-    return -(part.native.double() * part.weights(scheme).clamp(min=TINY).log()).sum()
+def _cross_entropy(scheme: Scheme, sample: _Sample) -> Tensor:
+    """Return the cross-entropy of the scheme's attention to the original one, summed over queries and heads."""
+    return -(sample.native.double() * sample.weights(scheme).clamp(min=TINY).log()).sum()
 
 
-def _reached(scheme: Scheme, parts: list[_Seen]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that change attention weights."""
+def _fitted_parameters(scheme: Scheme, samples: list[_Sample]) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that change attention weights."""
     named = list(scheme.named_parameters())
-    found = torch.autograd.grad(_crossed(scheme, parts[0]), [one for _, one in named], allow_unused=True)
-    reached = [pair for pair, gradient in zip(named, found, strict=True) if gradient is not None]
-    if not reached:
-        raise OptionError(
-            f"Nothing that {scheme.name!r} learns changes its attention weights, so there is nothing to fit."
-        )
-    return reached
+    objective = _cross_entropy(scheme, samples[0])
+    gradients = torch.autograd.grad(objective, [parameter for _, parameter in named], allow_unused=True)
+    fitted = [pair for pair, gradient in zip(named, gradients, strict=True) if gradient is not None]
+    if not fitted:
+        raise OptionError(f"No parameter of {scheme.name!r} changes its attention weights, so there is nothing to fit.")
+    return fitted
 
 
-def _fit(scheme: Scheme, parts: list[_Seen]) -> Scheme:
-    """The scheme, with the parameters under which its attention is nearest."""
-    count = sum(part.native.shape[1] * part.native.shape[2] for part in parts)
+def _fit(scheme: Scheme, samples: list[_Sample]) -> Scheme:
+    """Fit the scheme's parameters to the original attention, in place, and return the scheme."""
+    count = sum(sample.native.shape[1] * sample.native.shape[2] for sample in samples)
     optimizer = torch.optim.LBFGS(
-        [one for _, one in _reached(scheme, parts)],
+        [parameter for _, parameter in _fitted_parameters(scheme, samples)],
         max_iter=STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-7, tolerance_change=1e-10,
     )  # fmt: skip
 
     def closure() -> float:
         optimizer.zero_grad()
         total = 0.0
-        for part in parts:  # one at a time: what a gradient keeps is as large as all pairs
-            loss = _crossed(scheme, part) / count
+        for sample in samples:  # one at a time, because a graph is as large as all query-key pairs
+            loss = _cross_entropy(scheme, sample) / count
             loss.backward()
             total += loss.item()
         return total
 
     optimizer.step(closure)
-    if not all(bool(one.isfinite().all()) for one in scheme.parameters()):
-        raise PePatchError(f"The fit of {scheme.name!r} gave no numbers; give other text, or leave the warm start out.")
+    if not all(bool(parameter.isfinite().all()) for parameter in scheme.parameters()):
+        raise PePatchError(
+            f"The fit of {scheme.name!r} gave values that are not finite; give other text, or remove the warm start."
+        )
     return scheme
 
 
 @torch.no_grad()
-def _divergence(schemes: list[Scheme], parts: list[list[_Seen]]) -> float:
-    """The mean over all queries."""
+def _divergence(schemes: list[Scheme], samples: list[list[_Sample]]) -> float:
+    """Return the mean divergence over all queries, heads and layers."""
     total, count = 0.0, 0
-    for scheme, own in zip(schemes, parts, strict=True):
-        for part in own:
-            native = part.native.double()
-            total += (torch.xlogy(native, native).sum() + _crossed(scheme, part)).item()
-            count += part.native.shape[1] * part.native.shape[2]
+    for scheme, of_scheme in zip(schemes, samples, strict=True):
+        for sample in of_scheme:
+            native = sample.native.double()
+            total += (torch.xlogy(native, native).sum() + _cross_entropy(scheme, sample)).item()
+            count += sample.native.shape[1] * sample.native.shape[2]
     return total / count
 
 
-def _put(schemes: list[Scheme], found: list[Scheme], least_slope: float) -> None:
-    """Give the model's schemes what was found."""
-    for own, one in zip(schemes, found, strict=True):
-        if isinstance(one, _Slopes):
-            ours = cast(ALiBi, own)
-            ours.head_slopes = one.logarithms.detach().exp().clamp(min=least_slope).tolist()
-            ours._constants.clear()
+def _copy_parameters(schemes: list[Scheme], fits: list[Scheme], least_slope: float) -> None:
+    """Copy the fitted parameters or slopes into the model's schemes."""
+    for scheme, fit in zip(schemes, fits, strict=True):
+        if isinstance(fit, _LearnedSlopes):
+            alibi = cast(ALiBi, scheme)
+            alibi.head_slopes = fit.logarithms.detach().exp().clamp(min=least_slope).tolist()
+            alibi._constants.clear()
             continue
         with torch.no_grad():
-            for parameter, value in zip(own.parameters(), one.parameters(), strict=True):
+            for parameter, value in zip(scheme.parameters(), fit.parameters(), strict=True):
                 parameter.copy_(value)
 
 
 @torch.no_grad()
-def _loss(patch: Patch, schemes: list[Scheme], found: list[Scheme], least_slope: float, rows: list[Tensor]) -> float:
-    """The loss with what was found in the place of what the model has."""
+def _loss(patch: Patch, schemes: list[Scheme], fits: list[Scheme], least_slope: float, rows: list[Tensor]) -> float:
+    """Return the loss of the model with the fitted parameters, and restore its parameters."""
     before = [(getattr(scheme, "head_slopes", None), deepcopy(list(scheme.parameters()))) for scheme in schemes]
-    _put(schemes, found, least_slope)
+    _copy_parameters(schemes, fits, least_slope)
     try:
         return loss(patch.head, rows)
     finally:

@@ -110,19 +110,19 @@ def test_transformers_reads_it_with_the_same_logits(target, case, tmp_path):
 
 REFUSED = [
     *((target, "llama", scheme, options, why) for target in (*SERVERS, "transformers4") for scheme, options, why in (
-        ("alibi", {}, "no rotation"),
-        ("self_extend", {"group": 4, "window": 1024}, "no rotation|group attention"),
-        ("yarn", {"factor": "auto"}, "follow the length"),
-        ("dynamic_yarn", {}, "follow the length"),
+        ("alibi", {}, "can only express a rotation"),
+        ("self_extend", {"group": 4, "window": 1024}, "can only express a rotation|group attention"),
+        ("yarn", {"factor": "auto"}, "depend on the sequence length"),
+        ("dynamic_yarn", {}, "depend on the sequence length"),
         ("yarn", {"factor": 4, "layers": [0]}, "some of the layers"),
         ("alibi", {"keep_native": True}, "native positions"),
         ("resonance", {}, "no rope_type"),
     )),
     *((target, "llama", "dynamic_ntk", {"factor": 2}, why) for target, why in (
-        ("vllm", "by one base.*Use 'ntk'"), ("sglang", "by one base.*Use 'ntk'"), ("llamacpp", "and this is dynamic"),
+        ("vllm", "uses one base.*Use 'ntk'"), ("sglang", "uses one base.*Use 'ntk'"), ("llamacpp", "not dynamic"),
     )),
     *((target, "llama", "longrope", {"long_factor": [2.0] * 8, "factor": 4}, why) for target, why in (
-        ("vllm", "expected_length"), ("sglang", "expected_length"), ("llamacpp", "and this is longrope"),
+        ("vllm", "expected_length"), ("sglang", "expected_length"), ("llamacpp", "not longrope"),
     )),
     ("llamacpp", "phi3", "longrope", {"long_factor": [2.0] * 8, "factor": 4}, "expected_length"),
     ("vllm", "llama", "proportional", {"partial_rotary_factor": 0.5, "factor": 2}, "ignores the factor"),
@@ -133,11 +133,11 @@ REFUSED = [
     ("llamacpp", "gpt_neox", "yarn", {"factor": 4}, "converter"),
     ("sglang", "gpt_neox", "yarn", {"factor": 4}, "no class of this family"),
     ("sglang", "mixtral", "yarn", {"factor": 4}, "no class of this family"),
-    ("vllm", "cohere", "longrope", {"long_factor": [2.0] * 8, "expected_length": 8192}, "neighbours"),
-    ("vllm", "bloom", "alibi", {}, "no rotation"),
+    ("vllm", "cohere", "longrope", {"long_factor": [2.0] * 8, "expected_length": 8192}, "neighbouring"),
+    ("vllm", "bloom", "alibi", {}, "can only express a rotation"),
     ("vllm", "gemma3_text", "linear", {"factor": 4, "layers": [3]}, "by type"),
     ("transformers4", "nemotron", "linear", {"factor": 4}, "do not read rope_scaling"),
-    ("transformers4", "olmo2", "yarn", {"factor": 4}, "takes linear, dynamic and no yarn"),
+    ("transformers4", "olmo2", "yarn", {"factor": 4}, "accepts linear, dynamic, not yarn"),
     ("transformers4", "phi3", "longrope", {"long_factor": [2.0] * 8, "factor": 4, "attention_factor": 1.5}, "windows"),
 ]  # fmt: skip
 

@@ -44,7 +44,7 @@ def test_under_ulysses(recipe, parts, told):
         refuse_under_ulysses(recipe, patched(), parts)
 
 
-def test_models_that_ulysses_would_get_wrong():
+def test_models_that_ulysses_does_not_support():
     with pytest.raises(RecipeError, match=r"scheme: \{name: rope\}"):
         refuse_under_ulysses(RECIPE, build("llama"), 2)
     with pytest.raises(RecipeError, match="interface that Ulysses stands in"):
@@ -69,8 +69,8 @@ CP = replace(RECIPE, data=Data(boundaries=False))
         ("yarn", {"factor": 2.0}, RECIPE, "data.boundaries"),
         ("yarn", {"factor": 2.0}, replace(CP, distill=Distill()), "distill"),
         ("yarn", {"factor": 2.0}, replace(CP, phases=[Phase(length=64, batch=2, pose=Pose(target=128))]), "pose"),
-        ("yarn", {"factor": 2.0}, replace(CP, phases=[Phase(length=66, batch=2)]), "4 equal pieces"),
-        ("yarn", {"factor": 2.0, "backend": "eager"}, CP, "sdpa alone"),
+        ("yarn", {"factor": 2.0}, replace(CP, phases=[Phase(length=66, batch=2)]), "a multiple of 4"),
+        ("yarn", {"factor": 2.0, "backend": "eager"}, CP, "only sdpa"),
     ],
 )
 def test_under_context_parallelism(scheme, options, recipe, told):
@@ -83,7 +83,7 @@ def test_context_parallelism_takes_static_rotations():
     refuse_under_context_parallel(CP, build("llama"), 2)
 
 
-def test_fully_shard_says_what_it_is_and_takes_no_mixed_precision(capsys):
+def test_fully_shard_announces_itself_and_refuses_mixed_precision(capsys):
     engine = FullyShard(SimpleNamespace(print=print, distributed_type=DistributedType.MULTI_CPU, num_processes=2))
     assert "fully_shard" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="mixed_precision=bf16"):
@@ -98,13 +98,13 @@ def deepspeed(**changes: Any) -> Any:
     return SimpleNamespace(**{**told, **changes})
 
 
-def test_deepspeed_that_accelerate_left_out():
+def test_deepspeed_settings_that_are_refused():
     with pytest.raises(RecipeError, match="use_cpu"):
         DeepSpeed(deepspeed(distributed_type=DistributedType.MULTI_CPU))
     plugin = SimpleNamespace(zero3_init_flag=True)
     with pytest.raises(RecipeError, match="zero3_init_flag"):
         DeepSpeed(deepspeed(deepspeed_plugin=plugin))
-    with pytest.raises(RecipeError, match="4 bits"):
+    with pytest.raises(RecipeError, match="4-bit"):
         DeepSpeed(deepspeed()).refuse(replace(RECIPE, model=Model(quantization="nf4")), build("llama"))
     plugin = SimpleNamespace(zero3_init_flag=False, deepspeed_config={"zero_optimization": {"stage": 0}})
     with pytest.raises(RecipeError, match="zero_stage to 1"):
@@ -114,7 +114,7 @@ def test_deepspeed_that_accelerate_left_out():
 def test_rows_are_told_to_ulysses():
     shapes = {f"required_{name}_shape": torch.Size([1, 1, 4, 8]) for name in ("query", "key_value", "context")}
     ulysses = SimpleNamespace(batch_size=1, **shapes)
-    deep_speed.tell_rows(ulysses, 3)
+    deep_speed.set_rows(ulysses, 3)
     assert ulysses.batch_size == 3 and ulysses.required_key_value_shape == (1, 3, 4, 8)
 
 
@@ -156,7 +156,7 @@ def by_itself() -> str:
     return launched()
 
 
-def test_what_was_launched():
+def test_launches_are_recognised():
     # Plain torchrun, where accelerate would see no processes.
     assert all("2 x cpu" in one for one in on_processes(2, launched, {"ACCELERATE_USE_CPU": "false"}))
     assert "one process" in on_processes(1, by_itself, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})[0]

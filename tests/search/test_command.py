@@ -47,7 +47,7 @@ def test_it_gives_the_result_of_the_function(command, tmp_path):
 
 def test_a_baseline_that_is_better_is_named(command):
     code, out, _ = command("--attention-factor", "0.2")
-    assert code == 0 and "scores lower than anything found" in out
+    assert code == 0 and "scores lower than the best candidate" in out
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_wrong_usage_is_an_error(command, tmp_path, words, code, message):
 def test_a_start_without_factors_is_an_error(command, tmp_path, content):
     (tmp_path / "start.json").write_text(content)
     code, _, err = command("--start", tmp_path / "start.json")
-    assert code == 2 and "holds no list of numbers" in err
+    assert code == 2 and "must hold a list of numbers" in err

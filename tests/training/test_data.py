@@ -189,5 +189,5 @@ def test_what_cannot_be_drawn_is_refused_with_what_there_is(corpus: tuple[Corpus
         assert said in str(caught.value)
     with pytest.raises(RecipeError, match=r"mixture\.n\.min_length"):
         made(*corpus, phase(mixture={"n": Source(share=1, kind="needles", min_length=9)}))
-    with pytest.raises(RecipeError, match=rf"{sum(lengths):,} tokens, less than one sequence of 100,000"):
+    with pytest.raises(RecipeError, match=rf"{sum(lengths):,} tokens, fewer than one sequence of 100,000"):
         made(*corpus, phase(length=100_000), boundaries=False)

@@ -142,7 +142,7 @@ def test_what_cannot_be_distilled_or_calibrated_is_named(recipe_file: Path) -> N
     ):
         with pytest.raises(RecipeError, match=said):
             load_recipe(recipe_file, options)
-    with pytest.raises(RecipeError, match="1152 tokens and the model 408"):
+    with pytest.raises(RecipeError, match="1152 tokens and the model has 408"):
         train(load_recipe(recipe_file, ["distill={source: demo}"]))
 
 

@@ -1,4 +1,4 @@
-"""What a run says beforehand and leaves behind: its plan, its model, its card, its exports."""
+"""A run prints a plan, and writes its model, card and exports."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_scheme_that_needs_no_training_is_measured_and_saved(
 
 def test_a_recipe_of_another_version_is_refused(recipe_file: Path, tmp_path: Path) -> None:
     content = recipe_file.read_text()
-    for line, said in (("version: 2", "version 2 of the format"), ("", "say which version")):
+    for line, said in (("version: 2", "format version 2"), ("", "`version` is missing")):
         recipe_file.write_text(content.replace("version: 1", line))
         with pytest.raises(RecipeError, match=said):
             load_recipe(recipe_file)

@@ -1,4 +1,4 @@
-"""The model is saved before it is measured for the last time, and whatever could stop either is found beforehand."""
+"""The model is saved before its last evaluation, and problems with either are found before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pe_patch
 from pe_patch import cli
 from pe_patch import evaluation as measuring
 from pe_patch.training import saving
-from pe_patch.training.guard import LEFT, Unfinished
+from pe_patch.training.guard import TERMINATED_EXIT_CODE, PostTrainingError
 from pe_patch.training.measure import Measure
 from pe_patch.training.recipe import RecipeError
 from pe_patch.training.run import load_recipe, main, train
@@ -69,7 +69,7 @@ def test_an_evaluation_that_cannot_run_is_found_before_the_first_step(
 def test_an_empty_test_split_is_found_before_the_first_step(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files, both of which belong to the training half."""
+    """Both files belong to the training split."""
     monkeypatch.setattr(Trainer, "_step", no_step)
     folder = tmp_path / "two"
     folder.mkdir()
@@ -87,7 +87,7 @@ def test_an_empty_test_split_is_found_before_the_first_step(
         shutil.rmtree(folder)
         folder.mkdir()
     for dry in ("true", "false"):
-        with pytest.raises(RecipeError, match=r"evaluation: it cannot run: .*split"):
+        with pytest.raises(RecipeError, match=r"evaluation: cannot run: .*split"):
             train(load_recipe(recipe_file, [*SHORT, f"data.source={folder}", f"dry_run={dry}"]))
 
 
@@ -146,11 +146,12 @@ def wrong() -> None:
 
 
 STOPS = {"memory": (out_of_memory, 1, "out of memory"), "error": (wrong, 1, "max() arg"),
-         "Ctrl-C": (interrupted, 130, "interrupted"), "SIGTERM": (terminated, LEFT, "SIGTERM")}  # fmt: skip
+         "Ctrl-C": (interrupted, 130, "interrupted"),
+         "SIGTERM": (terminated, TERMINATED_EXIT_CODE, "SIGTERM")}  # fmt: skip
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, stop: Callable[[], None]) -> list[bool]:
-    """Let the evaluation of this number fail when it starts; gives whether the model was there each time."""
+    """Make the evaluation with this number fail, and record whether the model was saved at each evaluation."""
     inner, calls = Measure._evaluate, []
 
     def evaluate(self: Any, model: Any, text: Any, *, dry_run: bool = False) -> Any:
@@ -198,7 +199,7 @@ def test_a_last_evaluation_that_fails_leaves_the_saved_model_and_says_so(
 def test_the_model_is_on_disk_when_it_is_measured_and_the_card_has_the_scores(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With evaluations on the way: that after the last step comes after the model, though its step is a multiple."""
+    """Evaluations run during training, but the one after the last step runs after the model is saved."""
     there: list[bool] = []
     inner = Measure._evaluate
 
@@ -261,7 +262,7 @@ def test_a_scheme_without_training_is_saved_before_it_is_measured(
     recipe_file.write_text(before + "phases: []\n")
     stop_at(monkeypatch, 1, out_of_memory)
     scheme = "scheme={name: self_extend, options: {factor: 4}}"
-    with pytest.raises(Unfinished, match="saved in"):
+    with pytest.raises(PostTrainingError, match="saved in"):
         train(load_recipe(recipe_file, [scheme, SMALL]))
     assert pe_patch.load_patched(tmp_path / "run/model").config.pe_patch["scheme"] == "self_extend"
 
@@ -279,7 +280,7 @@ def test_sigterm_while_the_model_is_saved_waits_until_it_is(
         return inner(self, folder, **given)
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
-    assert main([str(recipe_file), *SHORT]) == LEFT
+    assert main([str(recipe_file), *SHORT]) == TERMINATED_EXIT_CODE
     assert "saved in" in capsys.readouterr().err
     assert (tmp_path / "run/model/model.safetensors").is_file() and not logged(tmp_path / "run", "evaluation")
 
@@ -291,7 +292,7 @@ def test_sigterm_while_the_model_is_saved_waits_until_it_is(
 def test_a_model_that_cannot_be_saved_is_not_trained(
     dry: str, recipe_file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """As Phi-3 is under schemes whose rotary type its config refuses on saving."""
+    """Phi-3 is an example: its config rejects some rotary types on saving."""
     monkeypatch.setattr(Trainer, "_step", no_step)
     from transformers import LlamaConfig
 
@@ -305,7 +306,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     monkeypatch.setattr(LlamaConfig, "save_pretrained", strict)
     assert main([str(recipe_file), "phases.0.steps=2", YARN, f"dry_run={dry}"]) == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "could be trained, but not saved" in err and "rope_type must be longrope" in err and "'yarn'" in err
+    assert "can be trained, but cannot be saved" in err and "rope_type must be longrope" in err and "'yarn'" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -324,9 +325,9 @@ def test_output_that_cannot_be_written_is_refused_before_the_first_step(
         str(file / "deeper"): "is a file",
         str(tmp_path / "half"): "is a file",
         str(foreign): "overwrite=true",
-        "/proc/nothing/run": "cannot be written",
+        "/proc/nothing/run": "cannot write to",
         str(model): "overwrite=true",
-        str(text / "run"): "An input is never written to",
+        str(text / "run"): "Inputs are never overwritten",
     }
     for output, said in cases.items():
         for dry in ("true", "false"):
@@ -339,7 +340,7 @@ def test_the_model_that_training_starts_from_is_not_replaced(recipe_file: Path, 
     train(load_recipe(recipe_file, ["phases.0.steps=2"]))
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     for output in (tmp_path / "run", tmp_path / "run/model"):
-        with pytest.raises(RecipeError, match=r"An input is never written to|not an empty folder"):
+        with pytest.raises(RecipeError, match=r"Inputs are never overwritten|not an empty folder"):
             train(
                 load_recipe(recipe_file, ["phases.0.steps=2", f"model.source={tmp_path}/run/model", f"output={output}"])
             )
@@ -357,7 +358,7 @@ def test_a_full_disk_is_found_before_the_first_step(
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(10 * weights, 5 * weights, 5 * weights))
     train(load_recipe(recipe_file, ["phases.0.steps=1", f"dry_run={dry}", "export=[]"]))
     told = ["phases.0.steps=1", "checkpoints={every: 1, keep: 1}", f"dry_run={dry}", f"output={recipe_file.parent}/b"]
-    with pytest.raises(RecipeError, match=r"free, and the run writes .*2 checkpoints"):  # 1 + 2 * 3 copies
+    with pytest.raises(RecipeError, match=r"free, but the run needs .*2 checkpoints"):  # 1 + 2 * 3 copies
         train(load_recipe(recipe_file, told))
 
 

@@ -1,4 +1,4 @@
-"""A run that is stopped, whatever stops it, goes on as if nothing had happened."""
+"""A stopped run resumes exactly where it stopped, whatever stopped it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pe_patch.training.checkpoints import Progress
-from pe_patch.training.guard import LEFT, TrainingError, fault
+from pe_patch.training.guard import TERMINATED_EXIT_CODE, TrainingError, fault
 from pe_patch.training.recipe import Guard
 from pe_patch.training.run import load_recipe, main, train
 
@@ -47,7 +47,7 @@ def curve(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in logged(output)]
 
 
-def test_killed_and_told_to_leave_it_ends_bit_for_bit_where_an_uninterrupted_run_does(
+def test_a_killed_and_a_terminated_run_end_bit_for_bit_like_an_uninterrupted_one(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -57,10 +57,10 @@ def test_killed_and_told_to_leave_it_ends_bit_for_bit_where_an_uninterrupted_run
     with started(recipe_file, cut) as second:
         wait_for_steps(cut, random.randint(16, 24), second)
         second.send_signal(signal.SIGTERM)
-        assert second.wait(120) == LEFT
+        assert second.wait(120) == TERMINATED_EXIT_CODE
         assert second.stderr is not None
         said = second.stderr.read().decode()
-    assert "Told to leave at step" in said and "resume=auto" in said
+    assert "SIGTERM received at step" in said and "resume=auto" in said
     step = len(logged(cut))
     assert (cut / f"checkpoints/step-{step:06d}/progress.json").is_file() and step < 160
     for output in (cut, whole):
@@ -88,7 +88,7 @@ def test_a_loss_that_climbs_stops_the_run(recipe_file: Path, tmp_path: Path) -> 
     assert (tmp_path / f"run/checkpoints/step-{len(losses):06d}/progress.json").is_file()
 
 
-def test_a_high_loss_is_no_climb() -> None:
+def test_a_high_loss_that_does_not_climb_is_allowed() -> None:
     progress, wanted = Progress(), Guard(rise=1.0, window=3)
     assert all(fault(loss, 1.0, progress, wanted) is None for loss in (9.0, 8.0, 9.5, 3.0, 2.0, 5.0, 2.0, 2.0))
     assert progress.lowest == 3.0  # the mean of 2, 5 and 2
@@ -101,7 +101,7 @@ def test_a_high_loss_is_no_climb() -> None:
     assert "nan" in str(fault(2.0, float("nan"), Progress(), Guard(rise=None)))
 
 
-def test_another_schemes_checkpoint_is_refused_and_nothing_is_touched(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_scheme_is_refused_and_nothing_changes(recipe_file: Path, tmp_path: Path) -> None:
     scheme = "scheme={name: yarn, options: {factor: 4}}"
     short = ["phases.0.steps=2", "checkpoints.every=1", "progress=false"]
     assert main([str(recipe_file), scheme, *short]) == 0

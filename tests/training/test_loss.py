@@ -243,10 +243,10 @@ def strange(change: Callable[[Any, Tensor], Any]) -> Any:
 
 def test_a_family_whose_logits_are_more_than_rows_of_its_output_layer_is_refused_by_name() -> None:
     mixing = (lambda model, logits: logits.cumsum(1), "other logits for a chunk")
-    trained = (lambda model, logits: logits * model.gain, "trains what stands behind")
+    trained = (lambda model, logits: logits * model.gain, "trains parameters behind")
     elsewhere = (
         lambda model, logits: torch.zeros(logits.shape),
-        "output layer alone",
+        "more than its output layer",
     )
     for change, said in (mixing, trained, elsewhere):
         model = strange(change)
@@ -256,7 +256,7 @@ def test_a_family_whose_logits_are_more_than_rows_of_its_output_layer_is_refused
     assert_same(scored(fine)[2], scored(fine, WHOLE)[2])
     model = build("llama")
     model.get_output_embeddings = lambda: None  # type: ignore[method-assign]
-    with pytest.raises(RecipeError, match="names no output layer"):
+    with pytest.raises(RecipeError, match="has no output layer"):
         Scorer(model, CHUNKED)
 
 

@@ -1,4 +1,4 @@
-"""Text is tokenised once: found again by its content, whole or not there, and never all of it in memory."""
+"""Text is tokenised once, found again by its content, cached completely or not at all, and never fully in memory."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_of_two_processes_one_tokenises(
     assert {(tokens, documents) for _, tokens, documents in found} == {(sum(map(sum, ids)), len(ids))}
 
 
-def test_damage_and_folders_that_cannot_be_used_are_said(tmp_path: Path, cache: Path, tokenizer: Any) -> None:
+def test_damaged_entries_and_unusable_folders_are_reported(tmp_path: Path, cache: Path, tokenizer: Any) -> None:
     source = str(write(tmp_path / "folder"))
     folder = open_store(source, tokenizer, cache=cache).folder
     with (folder / "tokens.bin").open("r+b") as tokens:
@@ -240,7 +240,7 @@ def test_damage_and_folders_that_cannot_be_used_are_said(tmp_path: Path, cache: 
     assert entries(cache) == [folder.name]
 
 
-def test_progress_is_told_while_tokenising_and_not_when_found(
+def test_progress_is_shown_while_tokenising_and_not_for_a_cached_entry(
     tmp_path: Path, cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(write(tmp_path / "f"))
@@ -270,9 +270,7 @@ class OneEach:
         return {"input_ids": [[7]] * len(texts)}
 
 
-def test_documents_are_read_as_they_are_asked_for(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documents_are_read_on_demand(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read, given = 0, 0
 
     def rows(path: Path, text_column: str) -> Iterator[str]:

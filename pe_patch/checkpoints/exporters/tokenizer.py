@@ -1,4 +1,4 @@
-"""The tokenizer beside an exported model."""
+"""Save the tokenizer with an exported model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from ..folders import EXPORT, EXPORT_RECORD, refuse_input, replaced_content
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path, target: str = "transformers") -> None:
-    """Save a tokenizer into an exported folder, with the window of the model there as its `model_max_length`.
+    """Save a tokenizer into an exported folder, with the model's window as its `model_max_length`.
 
-    vLLM takes the smaller of the two for its own limit, and pipelines truncate at it.
+    vLLM limits the length to the smaller of the two, and pipelines truncate at it.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        folder: a folder that `pe_patch.export` wrote.
+        target: the target of that export.
 
     Raises:
-        OutputError: where the folder holds no export, or is the one that the tokenizer was loaded from.
+        OutputError: the folder is not an export, or the tokenizer was loaded from it.
     """
     refuse_input(folder, [getattr(tokenizer, "name_or_path", None)])
     folder = Path(folder).expanduser()
     if not EXPORT.wrote(folder):
         raise OutputError(
-            f"{folder} holds no export of pe_patch; write the model first: pe_patch.export(model, {str(folder)!r})."
+            f"{folder} is not an export of pe_patch; export the model first: pe_patch.export(model, {str(folder)!r})."
         )
     with replaced_content(folder) as content:
         for name in READ:
@@ -44,7 +49,7 @@ READ = ("config.json", "serve.json")
 
 
 def add_tokenizer(tokenizer: Any, folder: Path, target: str) -> None:
-    """Write the tokenizer's files into a folder that holds the exported config."""
+    """Write the tokenizer's files into a folder with the exported config."""
     window = _window(folder)
     tokenizer = copy.copy(tokenizer)
     if window is not None:
@@ -53,11 +58,12 @@ def add_tokenizer(tokenizer: Any, folder: Path, target: str) -> None:
     file = folder / "tokenizer_config.json"
     if target == "transformers4" and file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("tokenizer_class") == "TokenizersBackend":  # the name is Transformers 5's
+        if content.get("tokenizer_class") == "TokenizersBackend":  # a name that only Transformers 5 knows
             write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _window(folder: Path) -> int | None:
+    """Return the window of an exported model in tokens."""
     serving = folder / "serve.json"
     if serving.is_file():
         return json.loads(serving.read_text(encoding="utf-8"))["window"]

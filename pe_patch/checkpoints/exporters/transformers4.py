@@ -1,4 +1,4 @@
-"""Transformers 4: `rope_scaling` and the base beside it. Facts read in, and checked against, 4.57.6."""
+"""Export for Transformers 4: `rope_scaling` and the base. Facts from 4.57.6, and tested against it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...patching.build import Patch
 from ...patching.config import write_json
 from .checkpoint import Writer, save_model
-from .native import Exported, config_with, refuse, rotary_parameters, text_config_name
+from .native import RotaryExport, config_with, refuse, rotary_parameters, text_config_name
 
 TOOL = "Transformers 4"
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -20,29 +20,30 @@ FAMILIES = frozenset(
     "arcee cohere exaone4 gemma gemma2 glm glm4 gpt_neox granite granitemoe hunyuan_v1_dense llama mistral mixtral "
     "olmo olmo2 olmoe persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2".split()
 )
-"""Whose 4.57.6 class reads `rope_scaling`, with the same logits as here in a tiny model of each."""
+"""Families whose 4.57.6 class reads `rope_scaling` and gives the same logits in a tiny model."""
 THETA = {"gpt_neox": "rotary_emb_base"}
 PART = {"gpt_neox": "rotary_pct"}
-"""What a family's 4.x config calls the base and the part of the head that rotates, if not as the others do."""
+"""Names of the base and of the rotary share of the head in a family's 4.x config, if they differ."""
 ALSO = {"qwen3_moe": {"num_experts": "num_local_experts"}}
-"""Keys of a 4.x config that have another name in v5's."""
+"""Keys of a 4.x config that have another name in 5.x."""
 FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     **{family: {"linear": ("type", "factor"), "dynamic": ("type", "factor")} for family in ("olmo", "olmo2")},
     "phi3": {"longrope": ("type", "short_factor", "long_factor")},
 }
-"""Families whose config takes a `rope_scaling` of some types only, with exactly these keys."""
+"""Families whose config accepts `rope_scaling` of some types only, with exactly these keys."""
 
 
 def writer(model: PreTrainedModel, patch: Patch) -> Writer:
-    found = rotary_parameters(patch, TOOL)
-    if found.parameters["rope_type"] not in TYPES:
-        refuse(patch, TOOL, f"it has no rope_type {found.parameters['rope_type']!r}", "Export for 'transformers'")
+    """Check that Transformers 4 can express the model, and return the function that writes the export."""
+    rotary = rotary_parameters(patch, TOOL)
+    if rotary.parameters["rope_type"] not in TYPES:
+        refuse(patch, TOOL, f"it has no rope_type {rotary.parameters['rope_type']!r}", "Export for 'transformers'")
     family = patch.base.config.model_type
     if family not in FAMILIES:
         refuse(patch, TOOL, "its classes of this family do not read rope_scaling", "Export for 'transformers'")
-    _check_fields(patch, found, family)
-    config = config_with(patch, found.parameters, patch.scheme.native_window)
-    entries = v4_entries(found, family)
+    _check_fields(patch, rotary, family)
+    config = config_with(patch, rotary.parameters, patch.scheme.native_window)
+    entries = v4_entries(rotary, family)
     name = text_config_name(patch)
 
     def write(folder: Path, final: Path) -> None:
@@ -59,18 +60,18 @@ def writer(model: PreTrainedModel, patch: Patch) -> Writer:
     return write
 
 
-def v4_entries(found: Exported, family: str) -> dict[str, Any]:
-    """The keys of a 4.x config that say what v5's `rope_parameters` says."""
-    scaling = dict(found.parameters)
+def v4_entries(rotary: RotaryExport, family: str) -> dict[str, Any]:
+    """Return the keys of a 4.x config that equal 5.x's `rope_parameters`."""
+    scaling = dict(rotary.parameters)
     entries = {THETA.get(family, "rope_theta"): scaling.pop("rope_theta"), "rope_scaling": None}
-    part = scaling.pop("partial_rotary_factor", None)
-    if part is not None:
-        entries[PART.get(family, "partial_rotary_factor")] = part
+    share = scaling.pop("partial_rotary_factor", None)
+    if share is not None:
+        entries[PART.get(family, "partial_rotary_factor")] = share
     if scaling["rope_type"] == "default":
         return entries
-    scaling.setdefault("original_max_position_embeddings", found.trained)
+    scaling.setdefault("original_max_position_embeddings", rotary.trained)
     if scaling["rope_type"] == "longrope":
-        entries["original_max_position_embeddings"] = found.trained  # where its rotary module looks for it
+        entries["original_max_position_embeddings"] = rotary.trained  # read by its rotary module
     scaling = {"type": scaling["rope_type"], **scaling}
     if family in FIELDS:
         scaling = {name: scaling[name] for name in FIELDS[family][scaling["rope_type"]]}
@@ -78,16 +79,16 @@ def v4_entries(found: Exported, family: str) -> dict[str, Any]:
     return entries
 
 
-def _check_fields(patch: Patch, found: Exported, family: str) -> None:
-    """Families with a fixed set of keys take some types only, and LongRoPE's attention factor from the windows."""
-    kind = found.parameters["rope_type"]
+def _check_fields(patch: Patch, rotary: RotaryExport, family: str) -> None:
+    """Raise unless a family with fixed keys accepts the type and, for LongRoPE, derives the same attention factor."""
+    kind = rotary.parameters["rope_type"]
     if family not in FIELDS or kind == "default":
         return
     if kind not in FIELDS[family]:
         takes = ", ".join(FIELDS[family])
-        refuse(patch, TOOL, f"its config of this family takes {takes} and no {kind}", "Export for 'transformers'")
+        refuse(patch, TOOL, f"its config of this family accepts {takes}, not {kind}", "Export for 'transformers'")
     if kind == "longrope":
-        derived = math.sqrt(1 + math.log(max(found.window / found.trained, 1)) / math.log(found.trained))
-        if not math.isclose(derived, found.parameters["attention_factor"], rel_tol=1e-6):
-            why = f"its class of this family takes {derived:.4f} from the two windows as attention factor"
+        derived = math.sqrt(1 + math.log(max(rotary.window / rotary.trained, 1)) / math.log(rotary.trained))
+        if not math.isclose(derived, rotary.parameters["attention_factor"], rel_tol=1e-6):
+            why = f"its class of this family derives the attention factor {derived:.4f} from the two windows"
             refuse(patch, TOOL, why, "Leave attention_factor out")

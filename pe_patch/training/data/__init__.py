@@ -1,4 +1,4 @@
-"""Which tokens are trained on at which step: documents, tokenised once on disk, packed, and text with hidden facts."""
+"""Turn documents into training sequences: tokenise once, pack, hide facts, and batch."""
 
 from .batches import first_tokens, micro_batches
 from .corpus import Corpus

@@ -1,4 +1,4 @@
-"""From the numbers of sequences to the micro-batches of one process."""
+"""Group the sequences of a phase into the micro-batches of one process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .sequences import IGNORED, Item
 
 
 def first_tokens(data: PhaseData, count: int) -> list[list[int]]:
-    """The first `count` token ids of a phase's sequences, in rows of at most its length and without padding."""
+    """Return the first `count` token ids of a phase, in rows of at most its length, without padding."""
     rows: list[list[int]] = []
     for number in count_up():
         item = data[number]
-        stop = 1 + int(np.flatnonzero(item["labels"] != IGNORED)[-1])  # padding comes last and is no target
+        stop = 1 + int(np.flatnonzero(item["labels"] != IGNORED)[-1])  # padding comes last and has no targets
         rows.append(item["input_ids"][: min(stop, count)].tolist())
         count -= len(rows[-1])
         if count == 0:
@@ -31,23 +31,36 @@ def first_tokens(data: PhaseData, count: int) -> list[list[int]]:
 def micro_batches(
     data: PhaseData, *, first_step: int, rank: int, world: int, workers: int = 0
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """For each step from `first_step` on, this process's share of the step's sequences, as micro-batches.
+    """Yield this process's share of each step's sequences, as micro-batches.
 
-    Sequence `i` of step `s` has the number `s * batch + i`, however many processes there are.
+    Sequence `i` of step `s` has the number `s * batch + i`, independent of the number of processes.
+
+    Args:
+        data: the sequences of the phase.
+        first_step: the step to start from.
+        rank: the index of this process, or of its group, among those that see different sequences.
+        world: the number of such processes or groups.
+        workers: processes that prepare batches in advance.
+
+    Yields:
+        Batches with `input_ids`, `labels` and `position_ids`, each `[rows, length]`.
+
+    Raises:
+        RecipeError: the batch cannot be divided evenly.
     """
     phase = data.phase
     micro_batch = phase.micro_batch or max(1, phase.batch // world)
-    accumulation, left = divmod(phase.batch, micro_batch * world)
-    if left:
+    accumulation, remainder = divmod(phase.batch, micro_batch * world)
+    if remainder:
         raise RecipeError(
-            f"A batch of {phase.batch} sequences cannot be shared by {world} processes in micro-batches of "
-            f"{micro_batch}: {phase.batch} is no multiple of {micro_batch * world}."
+            f"phase.batch is {phase.batch}, but {world} processes with micro-batches of {micro_batch} need a "
+            f"multiple of {micro_batch * world}. Change batch or micro_batch."
         )
     numbers = [
         list(range(start + rank * micro_batch, start + (rank + 1) * micro_batch))
         for start in range(first_step * phase.batch, phase.steps * phase.batch, micro_batch * world)
     ]
-    # A generator of its own: the loader would take its seed from the global one, and a resumed run would differ.
+    # Use a separate generator: the loader would seed itself from the global one, and a resumed run would differ.
     loader = DataLoader(
         data,
         batch_sampler=numbers,

@@ -1,4 +1,4 @@
-"""The tokens of a set of documents, end to end in one array."""
+"""Hold the tokens of a set of documents, end to end in one array."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import numpy as np
 from ..recipe import RecipeError
 
 BATCH = (256, 1 << 20)
-"""The most documents and characters that are tokenised at once."""
+"""Maximum number of documents and of characters per tokeniser call."""
 
 TOKENS, OFFSETS, FACTS = "tokens.bin", "offsets.bin", "facts.json"
-"""The files of a corpus on disk: int32 ids, int64 offsets of the documents in them, and what it was made of."""
+"""Files of a corpus on disk: int32 ids, int64 document offsets, and a description."""
 
 
 class Corpus:
-    """Documents in memory: `stream` [tokens], int32, and in it their bounds, `offsets` [documents + 1].
+    """Documents in memory.
 
-    `name` is what messages call the text by.
+    `stream` holds the tokens end to end, int32 `[tokens]`, and `offsets` the bounds of the documents in it,
+    `[documents + 1]`. `name` is the name of the text in messages.
     """
 
     stream: np.ndarray
@@ -35,17 +36,17 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """The tokens of each document [documents], int64."""
+        """Tokens in each document, int64 `[documents]`."""
         return np.diff(self.offsets)
 
     @property
     def documents(self) -> Sequence[np.ndarray]:
-        """The tokens of each document, read when it is asked for."""
+        """The token ids of each document, read on access."""
         return _Documents(self)
 
 
 class StoredCorpus(Corpus):
-    """Documents on disk: the arrays are maps of the files, and nothing is read before it is used."""
+    """Documents on disk. The arrays are memory-mapped files."""
 
     def __init__(self, folder: Path, name: str) -> None:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -54,7 +55,7 @@ class StoredCorpus(Corpus):
         self.offsets = _mapped(folder / OFFSETS, np.int64, facts["documents"] + 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A map would be pickled as the numbers in it, and go to every worker whole.
+        # Pickling a memory map would copy all its data to every worker.
         return StoredCorpus, (self.folder, self.name)
 
 
@@ -73,20 +74,20 @@ class _Documents(Sequence[np.ndarray]):
 
 
 def _mapped(path: Path, kind: Any, count: int) -> np.ndarray:
-    there = path.stat().st_size if path.exists() else 0
-    if there != count * np.dtype(kind).itemsize:
+    size = path.stat().st_size if path.exists() else 0
+    if size != count * np.dtype(kind).itemsize:
         raise RecipeError(
-            f"The tokenised text in {path.parent} is damaged: {path.name} has {there:,} bytes, "
-            f"{count * np.dtype(kind).itemsize:,} were written. Delete the folder; it is made again."
+            f"The tokenised text in {path.parent} is damaged: {path.name} has {size:,} bytes instead of "
+            f"{count * np.dtype(kind).itemsize:,}. Delete the folder, and rerun to build it again."
         )
     return np.memmap(path, dtype=kind, mode="r", shape=(count,))
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[np.ndarray]]:
-    """The ids of each text [n], int32, in batches, with the start token the tokenizer sets and an end token."""
+    """Yield batches of each text's token ids, int32 `[n]`, with the tokenizer's start token and an end token."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for batch in _batches(texts):
-        # verbose=False: a document is meant to be longer than the tokenizer's own limit
+        # verbose=False: documents may exceed the tokenizer's length limit
         rows = tokenizer(batch, verbose=False, return_attention_mask=False)["input_ids"]
         yield [np.array(ids if end and ids[-1:] == end else ids + end, dtype=np.int32) for ids in rows]
 

@@ -1,4 +1,4 @@
-"""Which source a sequence comes from, and what that makes of the documents there are."""
+"""Draw the source of each sequence, and summarise the mixture."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     from .phase import PhaseData
 
 BLOCK = 1 << 14
-"""Numbers whose sources are drawn at once."""
+"""Sequences whose sources are drawn together."""
 
 FEW = 0.5
-"""The share of tokens in long documents below which the plan says something."""
+"""Share of tokens in long documents below which the plan prints a note."""
 
 
-class Turns:
-    """For the number of a sequence: its source, and how many sequences of that source come before it.
+class SourceDraw:
+    """Maps the number of a sequence to its source and to the count of earlier sequences of that source.
 
-    So the rows of a source are gone through in order, however small its share.
+    This way each source's rows are read in order, however small its share.
     """
 
     def __init__(self, shares: np.ndarray, seed: tuple[int, ...]) -> None:
-        """`shares` [sources] sum to 1."""
+        """`shares` `[sources]` sum to 1."""
         self.shares, self.seed = shares, seed
         self.before = [np.zeros(len(shares), dtype=np.int64)]
-        """How many of each source there are before each block."""
+        """Number of sequences of each source before each block."""
         self.latest: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __getitem__(self, number: int) -> tuple[int, int]:
@@ -38,7 +38,7 @@ class Turns:
         return source, int(self._counts_before(block)[source] + np.count_nonzero(chosen[:place] == source))
 
     def counts(self, total: int) -> list[int]:
-        """How many of the first `total` sequences are of each source."""
+        """Return how many of the first `total` sequences belong to each source."""
         if len(self.shares) == 1:
             return [total]
         block, place = divmod(total, BLOCK)
@@ -60,7 +60,7 @@ class Turns:
 
 
 class Order:
-    """The rows of a source in an order that is drawn anew for each epoch: which row comes at which turn."""
+    """Maps a turn to a row of a source, in a new random order for each epoch."""
 
     def __init__(self, rows: int, seed: tuple[int, ...]) -> None:
         self.rows, self.seed = rows, seed
@@ -78,12 +78,12 @@ class Order:
 
 
 def mix_table(data: PhaseData) -> list[dict[str, Any]]:
-    """One row for each source of a phase: what it has, and what the phase takes of it.
+    """Return one row for each source of a phase, with its size and its share of the phase.
 
-    `documents` and `tokens` are those that `min_length` leaves; `long_documents` have at least the phase's length, and
-    `long_share` of the tokens are in them. Of the whole phase the source gives `sequences` and `drawn` tokens, each of
-    its own `times_seen` on average. Needles are hidden in a sequence as a whole, so that its documents do not bound
-    what they train.
+    `documents` and `tokens` count the documents that pass `min_length`. `long_documents` have at least the phase's
+    length, and `long_share` is their share of the tokens. `sequences` and `drawn` count what the phase takes from the
+    source, and `times_seen` is how often it sees each token on average. Needles are hidden in the whole sequence, so
+    the length of documents does not limit the distances that they train.
     """
     phase, rows = data.phase, []
     counts = data.turns.counts(phase.steps * phase.batch)
@@ -112,13 +112,13 @@ def mix_table(data: PhaseData) -> list[dict[str, Any]]:
 
 
 def mix_notes(data: PhaseData) -> list[str]:
-    """What the table means where little of a text is as long as the sequences that are made of it."""
+    """Return notes for sources with few documents as long as the sequences."""
     length, notes = data.phase.length, []
     for row in mix_table(data):
         if row["kind"] == "text" and row["share"] > 0 and row["long_share"] < FEW:
             notes.append(
                 f"mixture.{row['source']}: {100 * row['long_share']:.1f} % of its tokens are in documents of at least "
-                f"{length:,} tokens; a sequence of shorter ones holds no dependency that long. "
-                f"mixture.{row['source']}.min_length={length} takes the long ones alone."
+                f"{length:,} tokens. A sequence of shorter documents has no dependencies of that length. "
+                f"mixture.{row['source']}.min_length={length} uses only long documents."
             )
     return notes

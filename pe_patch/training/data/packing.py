@@ -1,4 +1,4 @@
-"""Which pieces of which documents share a row."""
+"""Pack documents into rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 
 class Rows(Sequence[np.ndarray]):
-    """Packed rows: each an array [pieces, 3] of document, start and stop, int64."""
+    """Packed rows; each is an int64 array `[pieces, 3]` of document, start and stop."""
 
     def __init__(self, pieces: np.ndarray, row_of: np.ndarray, count: int) -> None:
-        """`pieces` [n, 3] in the order in which they stand in their rows, and the row of each [n]."""
+        """Take `pieces` `[n, 3]`, in their order within rows, and the row of each, `[n]`."""
         order = np.argsort(row_of, kind="stable")
         self.pieces = pieces[order]
         self.offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])
@@ -29,15 +29,19 @@ class Rows(Sequence[np.ndarray]):
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Rows:
-    """Rows of at most `capacity` tokens; best-fit decreasing, so that a document is cut only where it must be.
+    """Pack documents into rows by best-fit decreasing, and cut a document only if it exceeds a row.
 
-    A document of more than `capacity` tokens fills whole rows, and its rest is packed as a document of its own. Of two
-    rows with the same room the earlier is taken.
+    A document of more than `capacity` tokens fills whole rows, and its rest is packed like another document. Among rows
+    with the same free space, the earliest is used.
+
+    Args:
+        lengths: tokens in each document, `[documents]`.
+        capacity: tokens in a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     whole = _whole_rows(sizes, capacity)
     rest = sizes % capacity
-    # By falling size, and documents of one size in their order.
+    # Sort by decreasing size; documents of one size keep their order.
     order = np.argsort(-rest, kind="stable")[: np.count_nonzero(rest)]
     rows = _best_fit(rest[order], capacity) + len(whole)
     start = sizes[order] - rest[order]
@@ -47,7 +51,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Rows:
 
 
 def _whole_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """The pieces [n, 3] that fill a row by themselves."""
+    """Return the pieces `[n, 3]` that fill a row alone."""
     times = sizes // capacity
     document = np.repeat(np.arange(len(sizes)), times)
     first = np.repeat(np.cumsum(times) - times, times)
@@ -56,13 +60,13 @@ def _whole_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """The row [n] of each piece, of sizes [n] that fall, each put where it leaves the least room.
+    """Return the row `[n]` of each piece, for sizes `[n]` in decreasing order, with the least free space left.
 
-    Pieces of one size are placed together. A row that was just filled is the fullest that may still hold the next one,
-    so it takes as many of them as fit before another row is touched.
+    Pieces of one size are placed together. A row that was just filled is the fullest that may still hold the next
+    piece, so it takes as many of them as fit before the next row.
     """
     rows = np.empty(len(sizes), dtype=np.int64)
-    free: dict[int, list[np.ndarray]] = {}  # the rows that have this much room
+    free: dict[int, list[np.ndarray]] = {}  # rows by their free space
     rooms: list[int] = []  # the keys of `free`, sorted
     opened = at = 0
 
@@ -75,24 +79,24 @@ def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     bounds = np.append(np.flatnonzero(np.diff(sizes, prepend=capacity + 1)), len(sizes)).tolist()
     for size, stop in zip(sizes[bounds[:-1]].tolist(), bounds[1:], strict=True):
         while at < stop:
-            place = bisect_left(rooms, size)
-            if place < len(rooms):
-                room = rooms.pop(place)
-                there = np.sort(np.concatenate(free.pop(room)))
+            index = bisect_left(rooms, size)
+            if index < len(rooms):
+                room = rooms.pop(index)
+                open_rows = np.sort(np.concatenate(free.pop(room)))
             else:
                 room = capacity
-                there = np.arange(opened, opened + -(-(stop - at) // (capacity // size)))
-                opened += len(there)
+                open_rows = np.arange(opened, opened + -(-(stop - at) // (capacity // size)))
+                opened += len(open_rows)
             fit = room // size
             full, more = divmod(stop - at, fit)
-            full = min(full, len(there))
-            rows[at : at + full * fit] = np.repeat(there[:full], fit)
+            full = min(full, len(open_rows))
+            rows[at : at + full * fit] = np.repeat(open_rows[:full], fit)
             at += full * fit
-            keep(room - fit * size, there[:full])
-            if full < len(there):
+            keep(room - fit * size, open_rows[:full])
+            if full < len(open_rows):
                 more = more if at < stop else 0
-                rows[at : at + more] = there[full]
+                rows[at : at + more] = open_rows[full]
                 at += more
-                keep(room - more * size, there[full : full + 1])
-                keep(room, there[full + 1 :])
+                keep(room - more * size, open_rows[full : full + 1])
+                keep(room, open_rows[full + 1 :])
     return rows

@@ -1,4 +1,4 @@
-"""The sequences of one phase, by number."""
+"""Build the sequences of one phase, by number."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from torch.utils.data import Dataset
 from ..recipe import Phase
 from . import pose
 from .corpus import Corpus
-from .mixture import Order, Turns
+from .mixture import Order, SourceDraw
 from .sequences import Item, Text, kind_of
 from .store import Corpora
 
 
 class PhaseData(Dataset[Item]):
-    """The sequences of one phase; number `i` is the same whenever and wherever it is asked for.
+    """The sequences of one phase. Sequence `i` does not depend on when or where it is read.
 
-    An item has `input_ids`, `labels` and `position_ids`, each [length]. Positions start again at every document, and a
-    label is `IGNORED` at a document's first token, where it cannot be predicted, and in the padding. `corpora` is what
-    `load_corpora` gives, or one corpus for all sources.
+    An item has `input_ids`, `labels` and `position_ids`, each `[length]`. Positions restart at each document. A label
+    is `IGNORED` at a document's first token, which cannot be predicted, and in the padding.
+
+    Args:
+        corpora: the result of `load_corpora`, or one corpus for all sources.
+        tokenizer: the tokenizer of the model.
+        phase: the recipe's phase.
+        seed: seeds the draws; one number for each level, such as run and phase.
+        boundaries: keep positions within each document.
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class PhaseData(Dataset[Item]):
             for name, source in phase.mixture.items()
         ]
         shares = np.array([source.share for source in phase.mixture.values()])
-        self.turns = Turns(shares / shares.sum(), self.seed)
+        self.turns = SourceDraw(shares / shares.sum(), self.seed)
         self.orders = [Order(len(source), self.seed) for source in self.sources]
 
     def __getitem__(self, number: int) -> Item:

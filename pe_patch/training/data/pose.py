@@ -1,4 +1,4 @@
-"""Positions that skip, so that short sequences train the distances of long ones (PoSE, arXiv 2309.10400)."""
+"""Draw positions that skip, so that short sequences train long distances (PoSE, arXiv 2309.10400)."""
 
 from __future__ import annotations
 
@@ -10,52 +10,61 @@ import numpy as np
 from ..recipe import RecipeError
 
 Draw = Callable[[int, int], int]
-"""A whole number from the first argument to the second, both included."""
+"""Draws an integer from the first argument to the second, both inclusive."""
 
 
 class Chunks(NamedTuple):
-    """A sequence in chunks: which tokens of its document it has, at which positions, and where chunks start."""
+    """A sequence cut into chunks."""
 
     tokens: np.ndarray
-    """[length], from 0, rising."""
+    """Index of each token in its document, `[length]`, from 0, increasing."""
     positions: np.ndarray
-    """[length], from 0, rising, below the target."""
+    """Position of each token, `[length]`, from 0, increasing, below the target."""
     torn: np.ndarray
-    """Boolean [length]: what stands before this token in the sequence is not what stands before it in the document."""
+    """True where the previous token of the sequence is not the previous token of the document, `[length]`."""
 
 
 def check(length: int, target: int, chunks: int) -> None:
-    """Raise `RecipeError` unless `length` tokens can be cut and spread so."""
+    """Raise `RecipeError` unless `length` tokens can be cut into `chunks` and spread up to `target`."""
     if length < chunks * chunks or chunks < 2:
         raise RecipeError(
-            f"pose.chunks is {chunks}: it must be at least 2, and a sequence of {length} tokens can be cut into "
-            f"{int(length**0.5)} chunks at most."
+            f"pose.chunks is {chunks}; it must be at least 2, and a sequence of {length} tokens allows at most "
+            f"{int(length**0.5)} chunks."
         )
     if target < length:
-        raise RecipeError(f"pose.target is {target}, below the phase's length of {length}: no position could skip.")
+        raise RecipeError(
+            f"pose.target is {target}, below the phase's length of {length}: give a target above the length."
+        )
 
 
 def draw_chunks(length: int, document: int, target: int, chunks: int, draw: Draw) -> Chunks:
-    """Cut `length` tokens of a document of `document` tokens into chunks that lie apart in it and in their positions.
+    """Cut `length` tokens of a document into chunks with gaps in the text and in the positions.
 
-    As in the paper (section 3.2) the first chunk starts at token 0 and position 0, and each further one is moved on by
-    as much as the one before or more: in the document by up to `document - length` tokens, in positions by up to
-    `target - length`, each drawn uniformly. The sizes are drawn as in the authors' code, which has two chunks: the
-    first has 1 to half of the tokens, rounded up; with more chunks, each but the last 1 to its equal part.
+    As in the paper (section 3.2), the first chunk starts at token 0 and position 0. Each later chunk is shifted by at
+    least the shift of the previous one: in the document by up to `document - length` tokens, in positions by up to
+    `target - length`, each drawn uniformly. Sizes follow the authors' code, which has two chunks: the first has 1 to
+    half of the tokens, rounded up. With more chunks, each but the last has 1 to `length / chunks` tokens, rounded up.
+
+    Args:
+        length: tokens of the sequence.
+        document: tokens of the document.
+        target: upper bound of the positions, exclusive.
+        chunks: number of chunks.
+        draw: draws integers.
     """
     check(length, target, chunks)
     most = -(-length // chunks)
     sizes = [draw(1, most) for _ in range(chunks - 1)]
     sizes.append(length - sum(sizes))
-    texts, skips = (_rising(room - length, chunks, draw) for room in (document, target))
+    texts, skips = (_draw_increasing(room - length, chunks, draw) for room in (document, target))
     place = np.arange(length)
     moved = np.diff(np.repeat(texts, sizes), prepend=0) > 0
     return Chunks(place + np.repeat(texts, sizes), place + np.repeat(skips, sizes), moved)
 
 
-def _rising(most: int, count: int, draw: Draw) -> list[int]:
-    """0, and then each at least the one before and at most `most`."""
-    found = [0]
-    while len(found) < count:
-        found.append(draw(found[-1], most))
-    return found
+def _draw_increasing(most: int, count: int, draw: Draw) -> list[int]:
+    """Draw `count` integers: 0, and then each from the previous one to `most`."""
+    drawn = [0]
+    while len(drawn) < count:
+        drawn.append(draw(drawn[-1], most))
+    return drawn

@@ -1,4 +1,4 @@
-"""What a sequence of one source is: packed documents, contiguous text, text in chunks, or text with hidden facts."""
+"""Build the sequences of a source: packed documents, contiguous text, text in chunks, or text with hidden facts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .packing import pack
 from .pose import draw_chunks
 
 IGNORED = -100
-"""The label of a token that is no target, as PyTorch and Transformers have it."""
+"""Label of a token that is not a target, as in PyTorch and Transformers."""
 
 STRETCH = 5
-"""With PoSE a document is used in stretches of so many sequences' length; the authors read one at its start."""
+"""With PoSE, a document is split into stretches of this many sequence lengths; the authors use one at its start."""
 
 Item = dict[str, np.ndarray]
 """`input_ids`, `labels` and `position_ids`, each [length], int64."""
 
 
 class Text:
-    """The documents of one source that are long enough, in rows that are each read once an epoch.
+    """Sequences from the documents of one source that are long enough. Each row appears once per epoch.
 
-    `documents` are their numbers in the corpus, `tokens` how many tokens they have.
+    `documents` holds their numbers in the corpus, and `tokens` is their total length.
     """
 
     def __init__(self, name: str, source: Source, phase: Phase, corpus: Corpus, tokenizer: Any) -> None:
@@ -34,10 +34,10 @@ class Text:
         self.documents = self._long_enough(self.least(source))
         self.tokens = int(self.lengths.sum())
         if not self.tokens:
-            raise RecipeError(f"mixture.{name}: {corpus.name} has no token.")
+            raise RecipeError(f"mixture.{name}: {corpus.name} has no tokens.")
 
     def least(self, source: Source) -> int:
-        """The fewest tokens of a document that can be used."""
+        """Return the minimum length in tokens of a usable document."""
         return source.min_length or 0
 
     @property
@@ -46,11 +46,11 @@ class Text:
 
     @property
     def trained_tokens(self) -> float:
-        """Tokens of documents in a sequence, on average."""
+        """Mean number of document tokens in a sequence."""
         return self.phase.length
 
     def __len__(self) -> int:
-        """How many sequences an epoch has."""
+        """Return the number of sequences in an epoch."""
         raise NotImplementedError
 
     def item(self, row: int, rng: np.random.Generator) -> Item:
@@ -61,16 +61,16 @@ class Text:
         chosen = np.flatnonzero(lengths >= least)
         if len(chosen):
             return chosen
-        knob = f"mixture.{self.name}.min_length" if least > self.phase.length or not self.phase.pose else "length"
+        key = f"mixture.{self.name}.min_length" if least > self.phase.length or not self.phase.pose else "length"
         raise RecipeError(
             f"mixture.{self.name}: no document of {self.corpus.name} has {least:,} tokens. The longest has "
-            f"{lengths.max():,}; there are {len(lengths):,} documents with {lengths.sum():,} tokens. Lower {knob}, or "
-            f"name longer documents with mixture.{self.name}.source."
+            f"{lengths.max():,}; there are {len(lengths):,} documents with {lengths.sum():,} tokens. Lower {key}, or "
+            f"give longer documents with mixture.{self.name}.source."
         )
 
 
 class Packed(Text):
-    """Whole documents side by side, best-fit; positions start again at each."""
+    """Whole documents, packed best-fit. Positions restart at each document."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -86,12 +86,12 @@ class Packed(Text):
     def item(self, row: int, rng: np.random.Generator) -> Item:
         offsets, stream = self.corpus.offsets, self.corpus.stream
         pieces = [(offsets[self.documents[number]], start, stop) for number, start, stop in self.rows[row]]
-        parts = [stream[at + start : at + stop] for at, start, stop in pieces]
-        sizes = [len(part) for part in parts]
+        texts = [stream[at + start : at + stop] for at, start, stop in pieces]
+        sizes = [len(text) for text in texts]
         padding = self.phase.length - sum(sizes)
         if padding:
-            parts, sizes = [*parts, np.full(padding, self.pad)], [*sizes, padding]
-        ids = np.concatenate(parts).astype(np.int64)
+            texts, sizes = [*texts, np.full(padding, self.pad)], [*sizes, padding]
+        ids = np.concatenate(texts).astype(np.int64)
         labels = ids.copy()
         labels[np.cumsum([0, *sizes[:-1]])] = IGNORED
         labels[len(ids) - padding :] = IGNORED
@@ -99,14 +99,14 @@ class Packed(Text):
 
 
 class Contiguous(Text):
-    """The documents end to end, cut at every `length` tokens; the rest of less than that is left out."""
+    """Documents end to end, cut every `length` tokens; an incomplete last sequence is dropped."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.ends = np.cumsum(self.lengths)
         if not len(self):
             raise RecipeError(
-                f"mixture.{self.name}: {self.corpus.name} has {self.tokens:,} tokens, less than one sequence of "
+                f"mixture.{self.name}: {self.corpus.name} has {self.tokens:,} tokens, fewer than one sequence of "
                 f"{self.phase.length:,}."
             )
 
@@ -115,31 +115,31 @@ class Contiguous(Text):
 
     def item(self, row: int, rng: np.random.Generator) -> Item:
         start, length = row * self.phase.length, self.phase.length
-        parts, at = [], start
+        texts, at = [], start
         while at < start + length:
             index = int(np.searchsorted(self.ends, at, side="right"))
             stop = min(int(self.ends[index]), start + length)
             end = int(self.corpus.offsets[self.documents[index] + 1])
-            parts.append(self.corpus.stream[end - int(self.ends[index]) + at :][: stop - at])
+            texts.append(self.corpus.stream[end - int(self.ends[index]) + at :][: stop - at])
             at = stop
-        ids = np.concatenate(parts).astype(np.int64)
+        ids = np.concatenate(texts).astype(np.int64)
         labels = ids.copy()
         labels[0] = IGNORED
         return {"input_ids": ids, "labels": labels, "position_ids": np.arange(length)}
 
 
 class Skipping(Text):
-    """One document in chunks, between which text and positions skip (PoSE).
+    """Chunks of one document, with gaps in text and positions between them (PoSE).
 
-    The label of a chunk's first token is ignored where text was skipped before it: nothing in the sequence tells what
-    comes there. The authors' code trains it.
+    The label of a chunk's first token is ignored if text was skipped before it, because the sequence does not predict
+    that token. The authors' code trains it.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         length = self.phase.length
         whole, rest = np.divmod(self.lengths, STRETCH * length)
-        # A rest that is too short for a sequence belongs to the stretch before it.
+        # A rest that is too short for a sequence belongs to the previous stretch.
         counts = np.where((rest >= length) | (whole == 0), whole + 1, whole)
         self.document = np.repeat(np.arange(len(counts)), counts)
         self.start = (np.arange(len(self.document)) - np.repeat(np.cumsum(counts) - counts, counts)) * STRETCH * length
@@ -164,7 +164,7 @@ class Skipping(Text):
 
 
 class Needles(Text):
-    """A piece of the stream with facts hidden in it that are asked for at its end; with PoSE, positions skip."""
+    """Text with hidden facts, and questions about them at its end. With PoSE, positions skip."""
 
     def __init__(self, name: str, source: Source, phase: Phase, corpus: Corpus, tokenizer: Any) -> None:
         super().__init__(name, source, phase, corpus, tokenizer)
@@ -173,13 +173,13 @@ class Needles(Text):
     def least(self, source: Source) -> int:
         if source.min_length is not None:
             raise RecipeError(
-                f"mixture.{self.name}.min_length: needles are hidden anywhere in the text, so it changes nothing here. "
-                "Leave it out."
+                f"mixture.{self.name}.min_length has no effect on needles, which are hidden anywhere in the text. "
+                "Remove it."
             )
         return 0
 
     def __len__(self) -> int:
-        return 1  # every sequence is drawn afresh
+        return 1  # each sequence is drawn independently
 
     def item(self, row: int, rng: np.random.Generator) -> Item:
         source, length = self.source, self.phase.length
@@ -211,16 +211,16 @@ def _chunks(phase: Phase, room: int, rng: np.random.Generator) -> Any:
 
 
 def _shuffled_pairs(length: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """The order [length] that shuffles the last `count` pairs of tokens: in the `tokens` wording, question and answer.
+    """Return the order `[length]` that shuffles the last `count` pairs of tokens: question and answer, for `tokens`.
 
-    `make_sample` asks in the order in which it drew the facts, which is also the order they stand in where there is
-    no text between them: a model would learn to copy from a fixed distance instead of looking for the key.
+    `make_sample` asks in the order in which it drew the facts. If there is no text between them, this is also their
+    order in the sequence, and a model would learn to copy from a fixed distance instead of finding the key.
     """
     pairs = np.arange(length - 2 * count, length).reshape(count, 2)
     return np.concatenate([np.arange(length - 2 * count), pairs[rng.permutation(count)].ravel()])
 
 
 def kind_of(source: Source, phase: Phase, boundaries: bool) -> type[Text]:
-    """How the sequences of a source are made."""
+    """Return the class that builds the sequences of a source."""
     text = Skipping if phase.pose is not None else Packed if boundaries else Contiguous
     return {"text": text, "needles": Needles}[source.kind]

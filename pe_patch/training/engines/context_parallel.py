@@ -1,6 +1,6 @@
-"""torch's context parallelism through accelerate: sequences cut over GPUs, keys passed round in a ring.
+"""Train with torch's context parallelism through accelerate: sequences are cut over GPUs, and keys pass in a ring.
 
-It needs several GPUs, on which these recipes have not been run with it.
+This needs several GPUs. The recipes have not been run on such a machine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from ...patching.api import find_patch
 from ..recipe import RecipeError
 from .engine import Engine
 
-INSTEAD = "Use Ulysses (sp_size in place of cp_size), which works with it."
+INSTEAD = "Use Ulysses (sp_size instead of cp_size), which supports it."
 
 
 class ContextParallel(Engine):
-    """FSDP2 in which a sequence lies on several processes. The ring computes plain causal attention, and drops masks
-    and biases without a word."""
+    """FSDP2 with each sequence on several processes. The ring computes plain causal attention and drops masks and
+    biases.
+    """
 
     name = "context parallelism"
     sharded = True
@@ -35,7 +36,7 @@ class ContextParallel(Engine):
         refuse_under_context_parallel(recipe, model, self.parts)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole sequences: their tensors hold this process's part while `micro_step` lasts."""
+        """Return whole sequences. Within `micro_step`, their tensors hold this process's part."""
         whole = super().inputs(batch)
         self.waiting.append(whole)
         return whole
@@ -55,27 +56,27 @@ class ContextParallel(Engine):
 
 
 def refuse_under_context_parallel(recipe: Any, model: nn.Module, parts: int) -> None:
-    """Raise `RecipeError` for all but plain causal attention of queries and keys that come rotated."""
+    """Raise `RecipeError` unless attention is plain and causal, and queries and keys arrive rotated."""
     patch = find_patch(model)
     if patch is not None:
-        acting = [each for each in patch.adapter.attentions(patch.base) if each.__dict__["pe_scheme"] is not None]
-        if acting:
+        acts_at_scores = any(layer.__dict__["pe_scheme"] is not None for layer in patch.adapter.attentions(patch.base))
+        if acts_at_scores:
             raise RecipeError(
                 f"scheme {patch.scheme.name} acts at the scores, and context parallelism would drop it. {INSTEAD}"
             )
         if patch.base.config._attn_implementation != "pe_sdpa":
-            raise RecipeError("model.attention: context parallelism works with sdpa alone.")
+            raise RecipeError("model.attention: context parallelism supports only sdpa.")
     if recipe.data.boundaries:
         raise RecipeError(
-            "data.boundaries: context parallelism drops the masks that keep packed documents apart. Set it to false, "
-            "or use Ulysses (sp_size in place of cp_size)."
+            "data.boundaries: context parallelism drops the masks that separate packed documents. Set it to false, "
+            "or use Ulysses (sp_size instead of cp_size)."
         )
     if recipe.distill is not None:
-        raise RecipeError("distill: under context parallelism a teacher would see parts of sequences.")
+        raise RecipeError("distill: under context parallelism a teacher would see only parts of sequences.")
     for number, phase in enumerate(recipe.phases):
         if phase.pose is not None:
             raise RecipeError(f"phases[{number}].pose needs a mask of ones, which context parallelism drops.")
         if phase.length % (2 * parts):
             raise RecipeError(
-                f"phases[{number}].length={phase.length}: context parallelism cuts it into {2 * parts} equal pieces."
+                f"phases[{number}].length={phase.length}: context parallelism needs a multiple of {2 * parts}."
             )

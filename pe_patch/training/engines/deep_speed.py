@@ -1,4 +1,4 @@
-"""DeepSpeed through accelerate: ZeRO, which shards weights and optimiser, and Ulysses, which cuts sequences."""
+"""Train with DeepSpeed through accelerate: ZeRO shards weights and optimiser, and Ulysses cuts sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .engine import Engine
 
 
 class DeepSpeed(Engine):
-    """ZeRO of any stage; with `sp_size` above 1, sequences are cut and attention is shared by its heads (Ulysses)."""
+    """ZeRO of any stage. With `sp_size` above 1, Ulysses cuts sequences and shares attention by heads."""
 
     name = "DeepSpeed"
 
@@ -25,15 +25,15 @@ class DeepSpeed(Engine):
         super().__init__(accelerator)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             raise RecipeError(
-                "DeepSpeed was asked for, and accelerate leaves it out on a CPU: take use_cpu out of its configuration "
-                "(ACCELERATE_USE_CPU), with which it would run DDP."
+                "DeepSpeed does not run on a CPU if accelerate's use_cpu is set, which runs DDP instead: remove "
+                "use_cpu from accelerate's configuration (ACCELERATE_USE_CPU)."
             )
         if accelerator.deepspeed_plugin.zero3_init_flag:
             raise RecipeError(
-                "zero3_init_flag: a model that is loaded in parts cannot be patched, warm started or converted; set it "
-                "to false in accelerate's configuration (ACCELERATE_DEEPSPEED_ZERO3_INIT)."
+                "zero3_init_flag: a model loaded in parts cannot be patched, warm started or converted; set it to "
+                "false in accelerate's configuration (ACCELERATE_DEEPSPEED_ZERO3_INIT)."
             )
-        unset_hf_deepspeed_config()  # by which Transformers would load models in parts all the same
+        unset_hf_deepspeed_config()  # otherwise Transformers still loads models in parts
         self.config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
         self.stage = int(self.config["zero_optimization"]["stage"])
         self.sharded = self.stage == 3
@@ -51,25 +51,25 @@ class DeepSpeed(Engine):
 
     def refuse(self, recipe: Any, model: nn.Module) -> None:
         if recipe.model.quantization is not None and self.stage == 3:
-            raise RecipeError("model.quantization: ZeRO-3 shards numbers, and weights of 4 bits are none; use DDP.")
+            raise RecipeError("model.quantization: ZeRO-3 cannot shard 4-bit weights; use DDP.")
         if recipe.mixed_precision == "bf16" and self.stage == 0:
             raise RecipeError(
-                "mixed_precision=bf16: DeepSpeed's optimiser for zero_stage 0 leads elsewhere than those of its other "
-                "stages, which agree with DDP; set zero_stage to 1 or more."
+                "mixed_precision=bf16: DeepSpeed's optimiser for zero_stage 0 gives other results than its "
+                "other stages, which agree with DDP; set zero_stage to 1 or more."
             )
         if self.parts > 1:
             refuse_under_ulysses(recipe, model, self.parts)
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-        # Rows are told pass by pass, and how many passes make a step is told at the last of them.
+        # `inputs` sets the number of rows in each pass, and `micro_step` marks the last pass of a step.
         self.config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
-        if self.stage == 3:  # of its two ways, which divide gradients by different numbers, the usual one
+        if self.stage == 3:  # its two modes divide gradients by different numbers; use the default
             self.config["zero_optimization"]["reduce_scatter"] = True
-        if self.accelerator.device.type == "cpu":  # else DeepSpeed would compile an optimiser of its own
+        if self.accelerator.device.type == "cpu":  # otherwise DeepSpeed compiles its CPU optimiser
             self.config["zero_force_ds_cpu_optimizer"] = False
         if self.parts > 1:
             parallelism = self.accelerator.parallelism_config
-            # accelerate takes only Transformers' own names here, and counts sequences by sizes that nobody need give.
+            # accelerate accepts only Transformers' names here, and counts sequences by sizes that are optional.
             parallelism.sp_handler.sp_attn_implementation = attention_of(model)
             parallelism.dp_replicate_size, parallelism.dp_shard_size = 1, self.data_world
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -81,13 +81,13 @@ class DeepSpeed(Engine):
         if length % self.parts:
             raise RecipeError(f"A sequence of {length} tokens cannot be cut into {self.parts} equal parts.")
         if self.parts > 1:
-            tell_rows(self.ulysses, rows)
-        part = self.accelerator.process_index % self.parts
-        return {name: tensor.chunk(self.parts, 1)[part].contiguous() for name, tensor in whole.items()}
+            set_rows(self.ulysses, rows)
+        index = self.accelerator.process_index % self.parts
+        return {name: tensor.chunk(self.parts, 1)[index].contiguous() for name, tensor in whole.items()}
 
     @property
     def ulysses(self) -> Any:
-        """What stands in the place of the attention function."""
+        """The Ulysses wrapper of the attention function."""
         return ulysses_of(self.accelerator.parallelism_config.sp_handler.sp_attn_implementation)
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
@@ -96,32 +96,35 @@ class DeepSpeed(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed's gradient is the mean over groups that see different sequences, and the sum over parts of one;
-        where it reduces and scatters at once (ZeRO-3), it is the mean over all processes."""
+        """Scale the loss and run DeepSpeed's backward pass.
+
+        DeepSpeed's gradient is the mean over groups that see different sequences, and the sum over parts of a sequence.
+        Where it reduces and scatters in one operation (ZeRO-3), the gradient is the mean over all processes.
+        """
         means = self.accelerator.num_processes if self.stage == 3 else self.data_world
         self.model.backward(loss * means, scale_wrt_gas=False)
         if not self.last:
-            self.model.step()  # which only counts
+            self.model.step()  # this only counts the micro-batch
 
     def clip(self, norm: float) -> float:
-        """With sharded gradients it takes the step too: DeepSpeed knows their norm only when it has used it."""
-        if self.plain:
-            self._clipping(0.0)
+        """Clip the gradient. With sharded gradients this also takes the step, because their norm is known only then."""
+        if self.is_unmodified:
+            self._set_clipping(0.0)
             return float(nn.utils.clip_grad_norm_(self.model.parameters(), norm))
-        self._clipping(norm)
+        self._set_clipping(norm)
         self.model.step()
         return float(self.model.get_global_grad_norm())
 
     def step(self) -> None:
-        if self.plain:
+        if self.is_unmodified:
             self.model.step()
 
     @property
-    def plain(self) -> bool:
-        """Whether DeepSpeed left optimiser and gradients as they were."""
+    def is_unmodified(self) -> bool:
+        """True if DeepSpeed left optimiser and gradients unchanged."""
         return isinstance(self.model.optimizer, torch.optim.Optimizer)
 
-    def _clipping(self, norm: float) -> None:
+    def _set_clipping(self, norm: float) -> None:
         self.model._config.gradient_clipping = norm
         if hasattr(self.model.optimizer, "clip_grad"):
             self.model.optimizer.clip_grad = norm
@@ -129,7 +132,7 @@ class DeepSpeed(Engine):
     def full_state_dict(self) -> dict[str, Tensor] | None:
         if not self.sharded:
             return None
-        return self.model._zero3_consolidated_16bit_state_dict()  # of whatever dtype, whatever its name says
+        return self.model._zero3_consolidated_16bit_state_dict()  # of any dtype, despite its name
 
     def reduce(self, values: Tensor) -> Tensor:
         values = values.clone()
@@ -138,18 +141,18 @@ class DeepSpeed(Engine):
 
 
 def attention_of(model: nn.Module) -> Any:
-    """The name of the attention function that Ulysses is to stand before: ours, which knows what it drops."""
+    """Return the name of the attention function that Ulysses wraps. It is ours, which restores what Ulysses drops."""
     patch = find_patch(model)
     if patch is None:
         raise RecipeError(
-            "Ulysses drops the masks that keep packed documents apart, and without a scheme nothing puts them back: "
-            "give scheme: {name: rope}, which changes nothing else."
+            "Ulysses drops the masks that separate packed documents, and without a scheme nothing restores them: set "
+            "scheme: {name: rope}, which changes nothing else."
         )
     return patch.base.config._attn_implementation
 
 
-def tell_rows(ulysses: Any, rows: int) -> None:
-    """Ulysses was made for a fixed number of rows."""
+def set_rows(ulysses: Any, rows: int) -> None:
+    """Set the number of rows, which Ulysses fixes at construction."""
     if ulysses.batch_size == rows:
         return
     ulysses.batch_size = rows
@@ -159,21 +162,21 @@ def tell_rows(ulysses: Any, rows: int) -> None:
 
 
 def refuse_under_ulysses(recipe: Any, model: nn.Module, parts: int) -> None:
-    """Raise `RecipeError` for what Ulysses would drop, or could not cut."""
+    """Raise `RecipeError` for what Ulysses would drop or cannot cut."""
     attention_of(model)
     patch: Any = find_patch(model)
     config = patch.base.config
     heads, key_heads = patch.shape.num_heads, patch.shape.num_key_value_heads
     if heads % parts:
-        raise RecipeError(f"Ulysses shares {heads} heads among {parts} processes; take an sp_size that divides them.")
+        raise RecipeError(f"Ulysses shares {heads} heads among {parts} processes; use an sp_size that divides them.")
     if key_heads % parts and parts % key_heads:
         raise RecipeError(f"Ulysses cannot share {key_heads} key heads among {parts} processes.")
     if recipe.distill is not None:
-        raise RecipeError("distill: under Ulysses a teacher would see a part of each sequence and not what is before.")
+        raise RecipeError("distill: under Ulysses a teacher would see only a part of each sequence.")
     if getattr(recipe.model, "shifted_groups", None):
-        raise RecipeError("model.shifted_groups shifts tokens along a whole sequence, and under Ulysses none is whole.")
+        raise RecipeError("model.shifted_groups needs whole sequences, which Ulysses cuts; remove one of them.")
     if config._attn_implementation in ("pe_eager", "pe_flex_attention"):
-        raise RecipeError("model.attention: Ulysses takes neither eager nor flex; use sdpa or flash, or leave it out.")
+        raise RecipeError("model.attention: Ulysses supports neither eager nor flex; use sdpa or flash, or remove it.")
     if patch.base.pe_runtime.whole is not None:
         raise RecipeError(f"scheme {patch.scheme.name}: Ulysses cannot cut sequences: {patch.base.pe_runtime.whole}.")
     for number, phase in enumerate(recipe.phases):

@@ -1,4 +1,4 @@
-"""torch's `fully_shard` over gloo: what stands for FSDP2 on a CPU, where accelerate leaves its plugin out."""
+"""Train with torch's `fully_shard` over gloo: FSDP2 on CPUs, where accelerate ignores its plugin."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ..recipe import RecipeError
 from .engine import Engine
 
 NOTE = (
-    "FSDP was asked for on CPUs, where accelerate would run DDP without a word: torch's fully_shard is used instead, "
+    "FSDP on CPUs: accelerate would run DDP instead without a warning. Using torch's fully_shard, "
     "without mixed precision."
 )
 
 
 class FullyShard(Engine):
-    """Every process holds a part of every weight."""
+    """FSDP2 on CPUs: each process holds a shard of every weight."""
 
     name = "fully_shard"
     sharded = True
@@ -43,9 +43,9 @@ class FullyShard(Engine):
 
     def refuse(self, recipe: Any, model: nn.Module) -> None:
         if recipe.mixed_precision != "no":
-            raise RecipeError(f"mixed_precision={recipe.mixed_precision} would be dropped by fully_shard here; set no.")
+            raise RecipeError(f"mixed_precision={recipe.mixed_precision} has no effect with FSDP on CPUs; set no.")
         if recipe.model.quantization is not None:
-            raise RecipeError("model.quantization: weights of 4 bits cannot be shared out; run it on one process.")
+            raise RecipeError("model.quantization: 4-bit weights cannot be sharded; use one process.")
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
         mesh = init_device_mesh("cpu", (self.accelerator.num_processes,), mesh_dim_names=("fsdp",))
@@ -67,8 +67,8 @@ class FullyShard(Engine):
         (loss * self.accelerator.num_processes).backward()
 
     def clip(self, norm: float) -> float:
-        found: Any = nn.utils.clip_grad_norm_(self.model.parameters(), norm)
-        return float(found.full_tensor())
+        before: Any = nn.utils.clip_grad_norm_(self.model.parameters(), norm)
+        return float(before.full_tensor())
 
     def unwrapped(self) -> Any:
         return self.model
@@ -97,7 +97,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered one at a time: those that the family does not want split."""
+    """Return the layers to gather individually, which the family does not want to split."""
     whole = unwrap(model)
     wanted = set(whole._no_split_modules or ())
     return [module for module in whole.modules() if type(module).__name__ in wanted]
