@@ -28,6 +28,7 @@ from pe_patch import patched
 from pe_patch.compare.demo import BASE, load_base
 from pe_patch.convert.measure import Ruler, share_name
 from pe_patch.convert.sweep import converted_row, original_row
+from pe_patch.data.packaged import shipped_recipes
 from pe_patch.data.text import load_documents
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.corpus import Corpus
@@ -38,7 +39,7 @@ from pe_patch.training import trainer as training
 from pe_patch.training.reading import load_recipe
 from pe_patch.training.recipe import Recipe
 
-RECIPE = Path(training.__file__).parent / "configs" / "tiny_mla_heal.yaml"
+RECIPE = shipped_recipes()["tiny_mla_heal"]
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 KINDS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
