@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..compat import require_extra
 from ..errors import OptionError
 from .application import app
 from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
@@ -82,6 +83,7 @@ def evaluate(
     if not harness and (limit is not None or max_length is not None):
         raise OptionError("--limit and --max-length apply to lm-eval's tasks: give --harness with them.")
     if output is not None:
+        require_extra("report")  # before anything is measured
         check_results_folder(output, inputs=[model, text], overwrite=overwrite)
     loaded, tokenizer = sources.load(model, dtype, device)
     sources.apply(loaded, scheme, factor, option, on_existing)

@@ -95,7 +95,7 @@ def quiet() -> Iterator[None]:
 
 def load_recipe(training: Training) -> Any:
     """Load the recipe with its overrides."""
-    from ..training.reading import load_recipe
+    from ..training.run import load_recipe
 
     return load_recipe(training.recipe, training.overrides)
 

@@ -19,6 +19,7 @@ from .result import SearchResult, write_best
 from .scoring import Scorer
 from .space import KNOWN, known_factors, make_space
 from .target import make_target
+from ..compat import require_extra
 
 
 def search(
@@ -77,6 +78,7 @@ def search(
     """
     if output is not None:
         output = Path(output).expanduser()
+        require_extra("report")  # the picture comes last, and nothing may be lost then
         check_output(output, SEARCH, inputs=[model.config._name_or_path, text], overwrite=overwrite)
     schedule = schedule or Schedule()
     check_samples(samples, needles)

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from ..errors import PePatchError
+from . import requires as requires  # before what imports the packages of the extra
 from .guard import TERMINATED_EXIT_CODE, PostTrainingError, Terminated
 from .reading import load_recipe
 from .recipe import Recipe, RecipeError

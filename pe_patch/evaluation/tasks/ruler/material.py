@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ....compat import require_extra
 from ....errors import PePatchError
 
 DEPTHS = tuple(int(depth) for depth in np.round(np.linspace(0, 100, 40)))
@@ -155,6 +156,7 @@ def digest(text: str) -> str:
 @cache
 def word_list(kind: str) -> tuple[str, ...]:
     """Return the nouns, adjectives or verbs of the package wonderwords."""
+    require_extra("eval")
     path = files("wonderwords") / "assets" / f"{kind}list.txt"
     return tuple(line.rstrip() for line in path.read_text(encoding="utf-8").splitlines())
 
