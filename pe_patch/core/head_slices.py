@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 SHARED: Mapping[str, int] = MappingProxyType({})
 """What a scheme has for each head where heads share everything."""
 
-RUNGS = ("attend", "encode", "bias", "of", "features", "fall", "tile")
+RUNGS = ("attend", "encode", "bias", "of", "features", "fall", "bias_block")
 """What is handed queries and keys, and may know of heads."""
 
 

@@ -72,7 +72,7 @@ class FIRE(Scheme):
         hidden = torch.relu(relative[..., None] * wide(self.weight_in) + wide(self.bias_in))
         return (hidden @ wide(self.weight_out).T + wide(self.bias_out)).permute(0, 3, 1, 2)
 
-    def tile(self, query: Tensor, key: Tensor) -> Tensor:
+    def bias_block(self, query: Tensor, key: Tensor) -> Tensor:
         """`bias` for queries at positions `[q]` and keys at positions `[k]`, `[heads, q, k]`, in little memory."""
         layers = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
         result = Network.apply(query, key, wide(self.c), self._denominator(query), *(wide(one) for one in layers))
