@@ -105,10 +105,8 @@ class MLA(ProjectionScheme):
             self.idle |= {"replace"}
             return
         self.method = _checked_choice("method", self.method, (*METHODS, FRESH))
-        self.select, self.svd = (
-            _checked_choice("select", self.select, SELECTIONS),
-            _checked_choice("svd", self.svd, DECOMPOSITIONS),
-        )
+        self.select = _checked_choice("select", self.select, SELECTIONS)
+        self.svd = _checked_choice("svd", self.svd, DECOMPOSITIONS)
         self.latent_norm = check_flag(self.name, "latent_norm", self.latent_norm)
         self.balance_kv_ratio = check_number(self.name, "balance_kv_ratio", self.balance_kv_ratio, 0.0, exclusive=True)
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
