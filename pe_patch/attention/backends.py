@@ -22,16 +22,16 @@ class NativeView:
     Transformers' flash function looks up the kernel by the name in the config, and does not know ours.
     """
 
-    def __init__(self, module: nn.Module, host: str) -> None:
-        self._module, self.config = module, _ConfigView(getattr(module, "config", None), host)
+    def __init__(self, module: nn.Module, native_name: str) -> None:
+        self._module, self.config = module, _ConfigView(getattr(module, "config", None), native_name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
 class _ConfigView:
-    def __init__(self, config: Any, host: str) -> None:
-        self._config, self._attn_implementation = config, host
+    def __init__(self, config: Any, native_name: str) -> None:
+        self._config, self._attn_implementation = config, native_name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
