@@ -96,7 +96,7 @@ def test_an_attention_put_in_behind_the_patch_is_an_error(name):
     attention: Any = LlamaAttention(LlamaConfig(**build("llama").config.to_dict()), 1)
     attention.load_state_dict(layer.self_attn.state_dict())
     attention.config, layer.self_attn = model.config, attention.eval()
-    with pytest.raises(NoEffectError, match="LlamaAttention was put into the model behind the patch"):
+    with pytest.raises(NoEffectError, match="LlamaAttention was added to the model after patching"):
         logits(model, tokens(1, 20))
 
 

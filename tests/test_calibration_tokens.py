@@ -70,7 +70,7 @@ def test_held_out_rows():
         ("", "number 0 is ''"),
         (["words", " \n"], "number 1 is"),
         (["words", [1, 2]], "number 1 is [1, 2]"),
-        ([[1, 2], [3, 97]], "row 1 has the id 97, and this model reads 0 to 96"),
+        ([[1, 2], [3, 97]], "row 1 has the id 97, and the ids of this model are 0 to 96"),
         ([[1, -100]], "the id -100"),
         ([1, 2, 3], "row 0 is a int"),
         (torch.arange(4), "[rows, length], not [4]"),

@@ -1,4 +1,4 @@
-"""What reaches the core in ways of its own: autocast, float64, rows with offsets, masks of other kinds."""
+"""Test the attention engine under autocast, in float64, with position offsets and with unusual masks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", SCORES)
 def test_autocast(model, name, padded):
-    """As far from float32 as plain rotation under autocast is, with and without a cache, and in training."""
+    """Check that the error is that of plain RoPE under autocast, with and without a cache, and that training works."""
     ids = tokens(2, LENGTH)
     mask = torch.ones_like(ids)
     if padded:
@@ -63,12 +63,12 @@ def test_float64(name):
             found[backend] = logits(model.double(), ids)
     assert error(found["sdpa"], found["eager"]) < (
         1e-4 if name in ("transformer_xl", "sandwich") else 1e-6
-    )  # those go by float32 angles
+    )  # these two compute angles in float32
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_rows_that_begin_elsewhere(model, name):
-    """As in training with random offsets."""
+def test_rows_with_position_offsets(model, name):
+    """Check rows whose positions begin at different offsets, as in training with random offsets."""
     ids, at = tokens(2, 48), torch.arange(48) + torch.tensor([[0], [500]])
     mask, found = torch.ones_like(ids), {}
     for backend in ("eager", "sdpa"):
@@ -103,7 +103,7 @@ def test_masks_of_four_dimensions(model, name, kind):
 
 @pytest.mark.parametrize("name", ["t5", "rerope", "cope"])
 def test_one_row_of_a_mask_for_all_queries(model, name):
-    """The last rows of such a mask are those of the whole one."""
+    """Check that a mask with one row applies to all queries."""
     ids = tokens(1, LENGTH)
     open_mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
     with wearing(model, name):
@@ -113,7 +113,7 @@ def test_one_row_of_a_mask_for_all_queries(model, name):
         )
 
 
-def test_attention_that_is_made_to_look_ahead(model):
+def test_bidirectional_attention(model):
     ids = tokens(1, 40)
     with wearing(model, "t5"):
         assert error(logits(model, ids, is_causal=False), logits(model, ids)) > 1e-3
@@ -127,8 +127,8 @@ def test_shaw_in_half_precision_on_eager(dtype):
     assert logits(model, tokens(1, 40)).dtype == dtype
 
 
-def test_what_is_added_to_embeddings_that_the_model_multiplies():
-    """The layers see the paper's sinusoids, of norm sqrt(D / 2), whatever the model multiplies its embeddings by."""
+def test_sinusoids_are_added_at_the_scale_of_the_multiplied_embeddings():
+    """Check that the layers see the paper's sinusoids, of norm sqrt(D / 2), for any embedding multiplier."""
     model = build_family("granite")
     model.model.embedding_multiplier = 12.0
     seen = []
@@ -156,7 +156,7 @@ def test_there_is_no_second_derivative():
     ("sinusoidal", {"theta": -5.0}), ("integer", {"original_max_position_embeddings": 0.5}),
     ("rope", {"original_max_position_embeddings": 100.9}),
 ])  # fmt: skip
-def test_options_that_would_be_bent(name, options):
+def test_options_of_the_wrong_type_are_refused(name, options):
     shape = AttentionShape(64, 4, 2, 16, 16, 0, 10000.0, 64, 1)
     with pytest.raises(TypeError, match=next(iter(options))):
         SCHEMES[name](shape, **options)

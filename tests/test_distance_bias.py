@@ -143,7 +143,7 @@ def test_fire_is_the_authors():
         parameter = getattr(scheme, name)
         parameter.data = torch.tensor(case[key], dtype=torch.float64).reshape(parameter.shape)
     at = torch.arange(6)
-    for found in (dense(scheme, 6), scheme.tile(at, at).detach()):
+    for found in (dense(scheme, 6), scheme.bias_block(at, at).detach()):
         expected = torch.tensor(case["bias_mcleish"], dtype=torch.float64).reshape(3, 6, 6)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
         expected = torch.tensor(case["bias_dape"], dtype=torch.float64).reshape(3, 6, 6)
@@ -151,7 +151,7 @@ def test_fire_is_the_authors():
 
 
 @pytest.mark.parametrize("queries", [(0, 300), (270, 300), (299, 300)])
-def test_a_tile_of_fire_is_its_formula(queries):
+def test_a_bias_block_of_fire_is_its_formula(queries):
     """Forward and every gradient, over more than one block of pairs, with units that bend in some of them."""
     scheme = filled("fire")
     at, seen = torch.arange(*queries), torch.arange(0, LENGTH)
@@ -160,7 +160,7 @@ def test_a_tile_of_fire_is_its_formula(queries):
     w = {key: one.detach().clone().requires_grad_() for key, one in scheme.named_parameters()}
     expected = oracle.fire(w, LENGTH, 70)[:, at]
     (expected * probe).sum().backward()
-    found = scheme.tile(at, seen)
+    found = scheme.bias_block(at, seen)
     (found * probe).sum().backward()
     behind = at[:, None] >= seen
     torch.testing.assert_close(found.detach()[:, behind], expected.detach()[:, behind], rtol=0, atol=1e-9)
@@ -175,7 +175,7 @@ def test_fire_of_a_bfloat16_model_keeps_its_distances():
     scheme = filled("fire").to(torch.bfloat16)
     exact = {key: one.detach().double() for key, one in scheme.named_parameters()}
     expected = oracle.fire(exact, LENGTH, 70)
-    for found in (dense(scheme, LENGTH), scheme.tile(torch.arange(LENGTH), torch.arange(LENGTH)).detach()):
+    for found in (dense(scheme, LENGTH), scheme.bias_block(torch.arange(LENGTH), torch.arange(LENGTH)).detach()):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 

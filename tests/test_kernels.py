@@ -258,16 +258,16 @@ def test_an_empty_slot_is_no_key():
 
 def test_kernels_stand_aside_where_they_would_change_the_result():
     query, _, value = states(8, 8)
-    assert cpu.suits(core(), query, value)
+    assert cpu.is_supported(core(), query, value)
     training = core()
     training.dropout = 0.1
-    assert not cpu.suits(training, query, value) and training.module.training
+    assert not cpu.is_supported(training, query, value) and training.module.training
     for extra in ({"softcap": 30.0}, {"s_aux": torch.zeros(HEADS)}):
         changed = core()
         changed.extra = extra
-        assert not cpu.suits(changed, query, value)
-    assert not cpu.suits(core("eager"), query, value)
-    assert not cpu.suits(core(), query, torch.cat((value, value), -1))
+        assert not cpu.is_supported(changed, query, value)
+    assert not cpu.is_supported(core("eager"), query, value)
+    assert not cpu.is_supported(core(), query, torch.cat((value, value), -1))
 
 
 @pytest.mark.parametrize("name", ["self_extend", "dca", "lm_infinite"])

@@ -144,12 +144,15 @@ def test_few_tokens_take_nothing_from_full_rank(name, method):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"method": "transmlb"}, "Did you mean 'transmla'.* There are: 'transmla', 'svd', 'mha2mla'"),
+        ({"method": "transmlb"}, "Did you mean 'transmla'.* Use one of 'transmla', 'svd', 'mha2mla'"),
         ({"kv_rank": 0}, "rank of 0; give a whole number from 1 to 28, which is the full rank at rope_dim=4"),
         ({"kv_rank": 29}, "from 1 to 28"),
         ({"kv_rank": True}, "a whole number from 1"),
         ({"method": "mha2mla", "kv_rank": 25}, "from 1 to 24"),
-        ({"rope_dim": 6}, "can have 2, 4, or a multiple of 8 up to 16 dims, as the trained heads rotate 8"),
+        (
+            {"rope_dim": 6},
+            "can have 2, 4, or a multiple of 8 up to 16 dims, since the rotary width of the trained heads is 8",
+        ),
         ({"rope_dim": 24}, "up to 16"),
         ({"method": "svd", "rope_dim": 0}, "'svd' got rope_dim=0"),
         ({"method": "mha2mla", "rope_dim": 3}, "even number of dims for each key-value head, from 2 to 8"),
@@ -162,15 +165,18 @@ def test_few_tokens_take_nothing_from_full_rank(name, method):
         ({"select": "high"}, "'transmla' has no use for select='high'; it is an option of 'mha2mla'. Leave it out"),
         ({"method": "mha2mla", "select": "hihg"}, "Did you mean 'high'"),
         ({"svd": "split"}, "option of 'mha2mla'"),
-        ({"method": "mha2mla", "svd": "both"}, "svd='both' does not exist. There are: 'joint', 'split'"),
+        ({"method": "mha2mla", "svd": "both"}, "svd='both' does not exist. Use one of 'joint', 'split'"),
         ({"method": "mha2mla", "svd": "split", "rope_dim": 8}, "none are left for a latent of keys; use svd='joint'"),
         ({"method": "mha2mla", "freqfold": 2}, "option of 'transmla' and 'svd'"),
         ({"method": "svd", "balance_kv_ratio": 2.0}, "option of 'transmla'"),
-        ({"method": "mha2mla", "svd": "split", "latent_norm": True}, "one norm, and svd='split' makes two latents"),
+        (
+            {"method": "mha2mla", "svd": "split", "latent_norm": True},
+            "adds one norm, and svd='split' makes two latents",
+        ),
         ({"statistics": None}, "'transmla' needs the statistics"),
         ({"statistics": None, "method": "mha2mla"}, "select='2-norm' needs the statistics"),
         ({"statistics": None, "method": "mha2mla", "select": "low", "latent_norm": True}, "latent_norm=True needs"),
-        ({"statistics": "empty"}, "of no tokens"),
+        ({"statistics": "empty"}, "cover no tokens"),
     ],
 )
 def test_what_cannot_be_is_said(given, said):

@@ -1,1 +1,1 @@
-"""What runs in each layer: attention functions, backends and kernels."""
+"""Attention: the functions, backends and kernels that run in each patched layer."""

@@ -1,4 +1,4 @@
-"""The ways to compute attention, and which of them can carry a scheme."""
+"""Attention backends (eager, SDPA, FlexAttention, flash), and the schemes that each of them supports."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..core.scheme import Scheme, overrides
 from ..errors import OptionValueError, UnsupportedError, quoted, unknown
 
 
-class HostView:
-    """An attention as Transformers' flash function sees it: with Transformers' name for the implementation.
+class NativeView:
+    """A view of an attention module whose config names Transformers' own implementation.
 
-    That function takes the kernel that the config names, and ours is none that it knows.
+    Transformers' flash function looks up the kernel by the name in the config, and does not know ours.
     """
 
-    def __init__(self, module: nn.Module, host: str) -> None:
-        self._module, self.config = module, _ConfigView(getattr(module, "config", None), host)
+    def __init__(self, module: nn.Module, native_name: str) -> None:
+        self._module, self.config = module, _ConfigView(getattr(module, "config", None), native_name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
 class _ConfigView:
-    def __init__(self, config: Any, host: str) -> None:
-        self._config, self._attn_implementation = config, host
+    def __init__(self, config: Any, native_name: str) -> None:
+        self._config, self._attn_implementation = config, native_name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
@@ -43,36 +43,42 @@ Output = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute attention: Transformers' name for it, and the mask function that goes with it."""
+    """An attention backend: its name, Transformers' name for it, and its mask function."""
 
     name: str
-    host: str
+    """The name in `backend=`."""
+    native_name: str
+    """The name of Transformers' attention implementation."""
     mask: Callable
+    """Transformers' function that builds the mask for this implementation."""
     dense: bool = False
-    """Builds the scores, and with them any bias, in full."""
-    widens: bool = False
-    """Takes heads of any width, so that a bias may ride on extra dimensions of them."""
+    """It materializes the scores, and therefore adds any bias."""
+    supports_bias_as_head_dims: bool = False
+    """It accepts any head width, so extra head dimensions can express a bias."""
 
     @property
     def implementation(self) -> str:
-        """The name under which ours is registered beside Transformers' own."""
-        return f"pe_{self.host}"
+        """Return the name under which our attention function is registered with Transformers."""
+        return f"pe_{self.native_name}"
 
     def function(self, module: nn.Module) -> Callable[..., Output] | None:
-        """Transformers' own attention function. Each family has an eager one of its own (soft cap, sinks), or none if
-        it does not speak the attention interface."""
+        """Return Transformers' own attention function for a module.
+
+        Each family defines its eager function (soft cap, sinks) in its modeling file. None if the family does not use
+        the attention interface.
+        """
         if self.dense:
             return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS[self.host]
+        return ALL_ATTENTION_FUNCTIONS[self.native_name]
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("eager", "eager", eager_mask, dense=True),
-        Backend("sdpa", "sdpa", sdpa_mask, widens=True),
+        Backend("sdpa", "sdpa", sdpa_mask, supports_bias_as_head_dims=True),
         Backend("flex", "flex_attention", flex_attention_mask),
-        Backend("flash", "flash_attention_2", flash_attention_mask, widens=True),
+        Backend("flash", "flash_attention_2", flash_attention_mask, supports_bias_as_head_dims=True),
     )
 }
 NO_PAGING = (
@@ -80,15 +86,23 @@ NO_PAGING = (
     "unpatch_model(model) first."
 )
 BY_IMPLEMENTATION = {backend.implementation: backend for backend in BACKENDS.values()}
-BY_HOST = {backend.host: backend for backend in BACKENDS.values()}
+BY_NATIVE_NAME = {backend.native_name: backend for backend in BACKENDS.values()}
 
 
 def backend_for(implementation: str | None) -> Backend:
-    """Our backend for an attention implementation by any of its names."""
+    """Return the backend with this name: ours, Transformers', or the name under which ours is registered.
+
+    Args:
+        implementation: the name; None or an empty string for SDPA.
+
+    Raises:
+        OptionValueError: the name is not a string, or unknown.
+        UnsupportedError: the name is that of a paged implementation.
+    """
     name = implementation or "sdpa"
     if not isinstance(name, str):
-        raise OptionValueError(f"backend={quoted(name)} is not a name; give one of {', '.join(BACKENDS)}.")
-    for table in (BACKENDS, BY_HOST, BY_IMPLEMENTATION):
+        raise OptionValueError(f"backend={quoted(name)} must be a string; use one of {', '.join(BACKENDS)}.")
+    for table in (BACKENDS, BY_NATIVE_NAME, BY_IMPLEMENTATION):
         if name in table:
             return table[name]
     if name.startswith("paged|"):
@@ -97,12 +111,12 @@ def backend_for(implementation: str | None) -> Backend:
 
 
 def check_backend(backend: Backend, scheme: Scheme) -> None:
-    """Raise `UnsupportedError` where this backend would drop what the scheme does to the scores."""
+    """Raise `UnsupportedError` if the backend cannot apply what the scheme does to the scores."""
     biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "of")
     if scheme.own_scores and (backend.name == "flash" or (backend.name == "flex" and not scheme.ranged)):
         others = "'sdpa', 'flex' or 'eager'" if scheme.ranged else "'sdpa' or 'eager'"
         raise UnsupportedError(
-            f"{scheme.name!r} makes its own scores, which the {backend.name} kernel does not take; use {others}."
+            f"{scheme.name!r} computes its own scores, which backend={backend.name!r} does not support; use {others}."
         )
     if backend.name == "flash" and biased and not scheme.widens_heads:
         others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"
@@ -116,9 +130,9 @@ def check_backend(backend: Backend, scheme: Scheme) -> None:
 
 
 def _check_flash() -> None:
-    """Raise `UnsupportedError` where no flash attention is installed for this machine."""
+    """Raise `UnsupportedError` if no flash attention is installed for this machine."""
     if not (is_flash_attn_2_available(kernels_fallback_ok=True) or is_torch_npu_available()):
         raise UnsupportedError(
-            "backend='flash' needs the package flash-attn, and a GPU that it runs on: pip install flash-attn "
-            "--no-build-isolation. 'sdpa' needs no package and uses the flash kernels of PyTorch where it can."
+            "backend='flash' requires the package flash-attn and a GPU that it supports: pip install flash-attn "
+            "--no-build-isolation. backend='sdpa' needs no package and uses PyTorch's flash kernels where possible."
         )

@@ -1,4 +1,4 @@
-"""What a scheme may ask for once queries, keys and values are projected."""
+"""The attention engine of one layer. `core/engine.py` declares the part of it that schemes use."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ..core.positions import Positions
 from ..core.ranges import Range
 from ..core.scheme import DistanceBias, Scheme
 from ..errors import UnsupportedError
-from .backends import Backend, HostView, Output
-from .kernels import chunked, cpu
+from . import chunked
+from .backends import Backend, NativeView, Output
+from .kernels import cpu
 from .kernels import ranges as cpu_ranges
 from .kernels.band import LONG, attention_by_distance, reaches
 from .kernels.clipped import Clipped
@@ -27,7 +28,7 @@ from .kernels.relative import Relative, distances
 
 @dataclass
 class Engine(AttentionEngine):
-    """What a scheme may ask for once queries, keys and values are projected. It never sees Transformers."""
+    """The attention of one layer in one forward pass, in the backend that the model uses."""
 
     module: nn.Module
     mask: Tensor | None
@@ -36,78 +37,97 @@ class Engine(AttentionEngine):
     backend: Backend
     extra: dict[str, Any]
     heads: Heads | None = None
-    """Which heads of the model these are; None for all of them."""
+    """The range of the model's heads that this process holds; None for all of them."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme | None = None
     ) -> Output:
-        """Attention of query `[batch, heads, query, head]` over key and value `[batch, key_heads, key, head]`.
+        """Compute attention, and add a bias to the scaled scores if a scheme is given.
 
-        `bias` is the scheme whose `bias` (or pointwise `of`) is added to the scaled scores.
+        Args:
+            query: `[batch, heads, query, head]`.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            positions: positions of the queries and keys.
+            bias: the scheme whose `bias` (or pointwise `of`) is added; None for no bias.
+
+        Returns:
+            The output `[batch, query, heads, head]`, and the weights `[batch, heads, query, key]` or None.
+
+        Raises:
+            UnsupportedError: the backend cannot add this bias.
         """
         if bias is None:
-            return self.host(query, key, value, self.mask)
+            return self.native_attention(query, key, value, self.mask)
         if self.backend.dense:
             additive = self.additive(bias, query, key, positions)
-            return self.mix(self.scores(query, key) + additive, value)
+            return self.softmax_and_mix(self.scores(query, key) + additive, value)
         fast = self._fast_bias(query, key, value, positions, bias)
         if fast is not None:
             return fast, None
-        # One query's row of a bias is small; otherwise a bias is better carried than built.
-        row = query.shape[2] == 1 and query.device.type == "cpu" and self.backend.name == "sdpa"
-        exact = query.device.type != "mps"  # which has no float64, and limbs are cut in that
-        if isinstance(bias, DistanceBias) and self.backend.widens and exact and not row and not self.has_sinks:
+        # For a single query on a CPU, a row of the bias is small and cheaper to build than extra head dimensions.
+        is_row = query.shape[2] == 1 and query.device.type == "cpu" and self.backend.name == "sdpa"
+        has_float64 = query.device.type != "mps"  # `features` splits positions into limbs in float64
+        if (
+            isinstance(bias, DistanceBias)
+            and self.backend.supports_bias_as_head_dims
+            and has_float64
+            and not is_row
+            and not self.has_sinks
+        ):
             features = bias.features(positions, self.scaling, query.dtype)
             if features is not None:
-                return self._widened(query, key, value, *features)
+                return self._with_extra_head_dims(query, key, value, *features)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
 
     @property
     def has_sinks(self) -> bool:
-        """Whether the family has a learned sink for each head (gpt-oss)."""
+        """Return whether the family has a learned attention sink for each head (gpt-oss)."""
         return self.extra.get("s_aux") is not None
 
     def additive(self, bias: Scheme, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
-        """Return what a bias adds to the scaled scores, broadcastable to `[batch, heads, query, key]`.
+        """Return the bias to add to the scaled scores, broadcastable to `[batch, heads, query, key]`.
 
-        A learned sink competes with the scores, so there the bias must not be off by a constant for each query, which
-        a softmax over keys alone does not see (ALiBi by the key's position).
+        Softmax over the keys ignores a constant for each query, so ALiBi may use the key's position alone. A learned
+        sink competes with the scores and makes such a constant matter, so there the bias uses the exact distance.
         """
         query = query * self.scaling
         if isinstance(bias, DistanceBias) and self.has_sinks:
-            made = DistanceBias.bias(bias, query, key, positions)
+            additive = DistanceBias.bias(bias, query, key, positions)
         else:
-            made = bias.bias(query, key, positions)
-        assert made is not None
-        return made
+            additive = bias.bias(query, key, positions)
+        assert additive is not None
+        return additive
 
     @property
     def causal(self) -> bool:
-        """Whether a query sees no key ahead of it where no mask says so."""
-        given = self.extra.get("is_causal")
-        return getattr(self.module, "is_causal", True) if given is None else given
+        """Return whether attention without a mask is causal."""
+        is_causal = self.extra.get("is_causal")
+        return getattr(self.module, "is_causal", True) if is_causal is None else is_causal
 
     def after_rotation(self, x: Tensor) -> Tensor:
-        """Normalise queries or keys that were rotated at the scores, where the family does so after its rotation."""
+        """Normalize rotated queries or keys if the family does so after its rotation; else return them unchanged."""
         norm = self.module.__dict__.get("pe_norm_after_rotation")
         return x if norm is None else norm(x)
 
     @property
     def layer(self) -> int:
-        """Which of the model's layers this is, from 0."""
+        """Return the index of the layer, counted from 0."""
         return self.module.__dict__["pe_layer"]
 
-    def part(self, start: int, stop: int, end: int) -> Engine:
-        """The same for the queries `start` to `stop` and the keys up to `end`; without a mask `end` is where the
-        causal view of the last of them ends."""
+    def slice_queries(self, start: int, stop: int, end: int) -> Engine:
+        """Return the engine for the queries `start` to `stop` and the keys up to `end`.
+
+        Without a mask, the same engine serves: causal attention aligns the last query with the last key.
+        """
         return self if self.mask is None else replace(self, mask=self.mask[:, :, start:stop, :end])
 
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
-        """Which keys each query may see, `[batch | 1, 1, query, key]`, bool."""
+        """Return the boolean mask of the keys that each query attends to, `[batch | 1, 1, query, key]`."""
         rows, columns = query.shape[2], key.shape[2]
         if self.mask is None:
-            every = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
-            return every.tril(columns - rows) if self.causal and rows > 1 else every
+            all_pairs = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
+            return all_pairs.tril(columns - rows) if self.causal and rows > 1 else all_pairs
         mask = self.mask[..., :columns]
         return mask if mask.dtype == torch.bool else mask > HIDDEN
 
@@ -120,80 +140,96 @@ class Engine(AttentionEngine):
         scores: Callable[[Tensor, Tensor, Positions, Engine], Tensor],
         also: Callable[[Tensor, Positions], Tensor] | None = None,
     ) -> Output:
-        """Attention by scores of one's own, for what needs to see whole rows of them.
+        """Compute attention from scores that the scheme computes row by row.
 
-        `scores(query, key, positions, engine)` gives `[batch, heads, query, key]`, float32, for some of the queries and
-        all the keys that they may see (`engine.scores` and `engine.allowed` help); `also(weights, positions)` gives
-        what is added to the output, `[batch, heads, query, head]`.
+        Args:
+            query: `[batch, heads, query, head]`.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            positions: positions of the queries and keys.
+            scores: `scores(query, key, positions, engine)` returns float32 scores `[batch, heads, query, key]` for a
+                chunk of the queries and all keys that they attend to. `engine.scores` and `engine.allowed` help.
+            also: `also(weights, positions)` returns a term `[batch, heads, query, head]` that is added to the output.
         """
 
         if self.backend.dense:
-            output, weights = self.mix(scores(query, key, positions, self), value)
+            output, weights = self.softmax_and_mix(scores(query, key, positions, self), value)
             assert weights is not None
-            more = 0 if also is None else also(weights, positions).transpose(1, 2).to(output.dtype)
-            return output + more, weights
+            term = 0 if also is None else also(weights, positions).transpose(1, 2).to(output.dtype)
+            return output + term, weights
 
-        def made(chunk: Tensor, keys: Tensor, seen: Positions, part: Engine, _: Any) -> Tensor:
-            return scores(chunk, keys, seen, part)
+        def chunk_scores(chunk: Tensor, keys: Tensor, chunk_positions: Positions, engine: Engine, _: Any) -> Tensor:
+            return scores(chunk, keys, chunk_positions, engine)
 
-        return chunked.by_rows(self, query, key, value, positions, made, also), None
+        return chunked.by_rows(self, query, key, value, positions, chunk_scores, also), None
 
     def ranges(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, ranges: Sequence[Range]
     ) -> Output:
-        """Attention in which pairs of a query and a key differ in their encoding: one softmax over all ranges."""
+        """Compute one softmax over ranges of distance, each with its own encoding of queries and keys."""
 
-        def scores(chunk: Tensor, keys: Tensor, seen: Positions, part: Engine, place: tuple[int, int, int]) -> Tensor:
-            total: Tensor | None = None
-            for whole in ranges:
-                one = whole.part(*place)
-                own = part.scores(*one.turned(chunk, keys))
-                rest = torch.full_like(own, torch.finfo(own.dtype).min) if total is None else total
-                total = torch.where(one.covers(seen)[:, None], own, rest)
-            assert total is not None
-            return total
+        def scores(
+            chunk: Tensor, keys: Tensor, chunk_positions: Positions, engine: Engine, bounds: tuple[int, int, int]
+        ) -> Tensor:
+            merged: Tensor | None = None
+            for whole_range in ranges:
+                chunk_range = whole_range.part(*bounds)
+                range_scores = engine.scores(*chunk_range.turned(chunk, keys))
+                if merged is None:
+                    merged = torch.full_like(range_scores, torch.finfo(range_scores.dtype).min)
+                merged = torch.where(chunk_range.covers(chunk_positions)[:, None], range_scores, merged)
+            assert merged is not None
+            return merged
 
         count, total = query.shape[2], key.shape[2]
         if self.backend.dense:
-            return self.mix(scores(query, key, positions, self, (0, count, total)), value)
+            return self.softmax_and_mix(scores(query, key, positions, self, (0, count, total)), value)
         if self.backend.name == "flex":
             from .kernels import flex
 
             self._check_flex()
             return flex.ranges(query, key, value, positions, ranges, cast(Any, self.mask), self.scaling), None
-        if cpu.suits(self, query, value):
+        if cpu.is_supported(self, query, value):
             (key, value), positions = chunked.first_pass(self, count, (key, value), positions)
-            cut = [one.part(0, count, key.shape[2]) for one in ranges]
-            return cpu_ranges.attention(query, key, value, positions, cut, self.mask, self.scaling), None
+            sliced = [whole_range.part(0, count, key.shape[2]) for whole_range in ranges]
+            return cpu_ranges.attention(query, key, value, positions, sliced, self.mask, self.scaling), None
         return chunked.by_rows(self, query, key, value, positions, scores), None
 
     @staticmethod
     def _precise(query: Tensor) -> torch.dtype:
-        """Float32, or float64 where the queries are that."""
+        """Return the dtype to compute in: float64 for float64 queries, otherwise float32."""
         return torch.promote_types(query.dtype, torch.float32)
 
     def _check_flex(self) -> None:
-        dropout = self.dropout and self.module.training
-        if self.extra.get("softcap") is not None or self.extra.get("s_aux") is not None or dropout:
-            raise UnsupportedError("FlexAttention here takes no soft cap, sinks or dropout; use 'sdpa' or 'eager'.")
+        """Raise `UnsupportedError` if the layer needs what the FlexAttention backend does not compute."""
+        features = {
+            "a soft cap": self.extra.get("softcap") is not None,
+            "attention sinks": self.extra.get("s_aux") is not None,
+            "dropout": bool(self.dropout and self.module.training),
+        }
+        unsupported = [feature for feature, is_used in features.items() if is_used]
+        if unsupported:
+            raise UnsupportedError(
+                f"backend='flex' does not support {' or '.join(unsupported)}; use backend='sdpa' or 'eager'."
+            )
 
     def _consecutive(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor, Positions] | None:
-        """Key, value and positions for the kernels that go by distance along the sequence; None where they do not do.
+        """Return key, value and positions for the kernels that index by distance; None if these do not apply.
 
-        They need every token to stand right behind the one before, and to see all of those. Reading that would break a
-        compiled graph.
+        The kernels require consecutive positions in every row and a plain causal mask. The check reads tensor values,
+        which would break a compiled graph, so they are not used in one.
         """
-        if query.shape[2] == 1 or not cpu.suits(self, query, value):
+        if query.shape[2] == 1 or not cpu.is_supported(self, query, value):
             return None
         if self.mask is None:
             (key, value), positions = chunked.first_pass(self, query.shape[2], (key, value), positions)
-        steady = cpu.consecutive(positions.query, positions.key)
-        return (key, value, positions) if steady and self._sees_all_behind(query, key) else None
+        applies = cpu.are_consecutive(positions.query, positions.key) and self._has_causal_mask(query, key)
+        return (key, value, positions) if applies else None
 
-    def _sees_all_behind(self, query: Tensor, key: Tensor) -> bool:
-        """Whether the mask is the plain causal one, as it is for a prompt that is read in several passes."""
+    def _has_causal_mask(self, query: Tensor, key: Tensor) -> bool:
+        """Return whether the mask is the plain causal one, as it is in chunked prefill."""
         if self.mask is None:
             return True
         rows, columns = query.shape[2], key.shape[2]
@@ -203,26 +239,27 @@ class Engine(AttentionEngine):
         return bool((self.mask == causal).all())
 
     def _fast_bias(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Any:
-        """Attention with a bias in the form that its structure allows, `[batch, query, heads, head]`, or None."""
-        build = getattr(bias, "tile", None)
-        if (
-            not (isinstance(bias, DistanceBias) or build)
-            or (fit := self._consecutive(query, key, value, positions)) is None
-        ):
+        """Compute attention with a bias in a CPU kernel, `[batch, query, heads, head]`; None if no kernel applies."""
+        bias_block = getattr(bias, "bias_block", None)
+        if not (isinstance(bias, DistanceBias) or bias_block):
             return None
-        key, value, positions = fit
+        inputs = self._consecutive(query, key, value, positions)
+        if inputs is None:
+            return None
+        key, value, positions = inputs
         if not isinstance(bias, DistanceBias):
-            if any(bool((one != one[:1]).any()) for one in (positions.query, positions.key)):
-                return None  # built once, for rows that stand at the same places
+            if any(bool((rows != rows[:1]).any()) for rows in (positions.query, positions.key)):
+                return None  # the kernel builds one bias for all rows of the batch
             at = (positions.query[0], positions.key[0])
             parameters = tuple(bias.parameters())
-            return Dense.apply(query, key, value, at, build, self.scaling, *parameters).transpose(1, 2)  # pyright: ignore
+            output: Any = Dense.apply(query, key, value, at, bias_block, self.scaling, *parameters)
+            return output.transpose(1, 2)
         heads = torch.arange(query.shape[1], device=query.device)
         table = bias.of(torch.arange(key.shape[2], device=query.device), heads[:, None])
         table = table.to(self._precise(query))
-        reach, fall = None, bias.fall(query.device)
-        if fall is not None and query.shape[2] == key.shape[2] >= LONG:
-            reach = reaches(query, key, self.scaling, fall)
+        reach, min_slope = None, bias.fall(query.device)
+        if min_slope is not None and query.shape[2] == key.shape[2] >= LONG:
+            reach = reaches(query, key, self.scaling, min_slope)
         return attention_by_distance(query, key, value, table, self.scaling, reach)
 
     def relative(
@@ -235,15 +272,25 @@ class Engine(AttentionEngine):
         v: Tensor,
         vectors: Callable[[Tensor], Tensor],
     ) -> Output | None:
-        """Attention with the scores `scaling ((q_i + u) k_j + (q_i + v) r)`; None where no kernel serves.
+        """Compute attention with scores `scaling ((q_i + u) k_j + (q_i + v) r)`; return None if no kernel supports it.
 
-        u and v are `[heads, head]`, `vectors(distance)` gives r for i - j, `[heads, distances, head]`, all float32.
+        Args:
+            query: `[batch, heads, query, head]`.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            positions: positions of the queries and keys.
+            u: `[heads, head]`, float32.
+            v: `[heads, head]`, float32.
+            vectors: returns r `[heads, distances, head]`, float32, for the distances i - j.
+
+        Source: Dai et al. 2019 (Transformer-XL), arXiv 1901.02860, section 3.3.
         """
-        fit = self._consecutive(query, key, value, positions)
-        if fit is None:
+        inputs = self._consecutive(query, key, value, positions)
+        if inputs is None:
             return None
-        u, v, strip = (one.to(self._precise(query)) for one in (u, v, vectors(distances(fit[0].shape[2]))))
-        output: Any = Relative.apply(query, fit[0], fit[1], u, v, strip, self.scaling)
+        key, value, _ = inputs
+        u, v, strip = (tensor.to(self._precise(query)) for tensor in (u, v, vectors(distances(key.shape[2]))))
+        output: Any = Relative.apply(query, key, value, u, v, strip, self.scaling)
         return output.transpose(1, 2), None
 
     def blocks(
@@ -255,26 +302,39 @@ class Engine(AttentionEngine):
         size: int,
         change: Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor]],
     ) -> Output | None:
-        """Attention in which every `size` queries see queries and keys as `change` makes them; None where no kernel
-        serves."""
-        fit = self._consecutive(query, key, value, positions)
-        if fit is None:
+        """Compute attention in blocks of `size` queries, each with the queries and keys that `change` returns.
+
+        Args:
+            query: `[batch, heads, query, head]`.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            positions: positions of the queries and keys.
+            size: queries in a block.
+            change: returns the encoded queries of a block and the encoded keys that they attend to.
+
+        Returns:
+            The output, or None if no kernel supports it.
+        """
+        inputs = self._consecutive(query, key, value, positions)
+        if inputs is None:
             return None
-        key, value, positions = fit
+        key, value, positions = inputs
         count, total = query.shape[2], key.shape[2]
 
         def compute(start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             end = total - count + stop
-            seen = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
-            changed = change(query[:, :, start:stop], key[:, :, :end], seen)
-            nothing = torch.zeros(query.shape[1], end, dtype=self._precise(query))
-            return attention_by_distance(*changed, value[:, :, :end], nothing, self.scaling)
+            block_positions = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
+            encoded = change(query[:, :, start:stop], key[:, :, :end], block_positions)
+            zero_bias = torch.zeros(query.shape[1], end, dtype=self._precise(query))
+            return attention_by_distance(*encoded, value[:, :, :end], zero_bias, self.scaling)
 
         outputs = []
         for start in range(0, count, size):
             arguments = (start, min(start + size, count), query, key, value)
-            again = torch.is_grad_enabled() and count > size  # else every block keeps keys of its own
-            outputs.append(chunked.again(self, compute, *arguments) if again else compute(*arguments))
+            if torch.is_grad_enabled() and count > size:  # otherwise autograd keeps a copy of the keys for each block
+                outputs.append(chunked.checkpointed(self, compute, *arguments))
+            else:
+                outputs.append(compute(*arguments))
         return torch.cat(outputs, 1), None
 
     def clipped(
@@ -286,45 +346,61 @@ class Engine(AttentionEngine):
         on_keys: Tensor,
         on_values: Tensor | None,
     ) -> Output | None:
-        """Attention with vectors `[bound + 1, head]`, float32, on keys and values, by a distance that stops at the
-        bound; None where no kernel serves."""
-        fit = self._consecutive(query, key, value, positions)
-        if fit is None:
+        """Compute attention with vectors added to keys and values, indexed by the distance clipped at a bound.
+
+        Args:
+            query: `[batch, heads, query, head]`.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            positions: positions of the queries and keys.
+            on_keys: `[bound + 1, head]`, float32.
+            on_values: `[bound + 1, head]`, float32; None to leave the values unchanged.
+
+        Returns:
+            The output, or None if no kernel supports it.
+
+        Source: Shaw et al. 2018, arXiv 1803.02155, section 3.2.
+        """
+        inputs = self._consecutive(query, key, value, positions)
+        if inputs is None:
             return None
+        key, value, _ = inputs
         on_keys = on_keys.to(self._precise(query))
         on_values = None if on_values is None else on_values.to(self._precise(query))
-        output: Any = Clipped.apply(query, fit[0], fit[1], on_keys, on_values, self.scaling)
+        output: Any = Clipped.apply(query, key, value, on_keys, on_values, self.scaling)
         return output.transpose(1, 2), None
 
-    def _widened(
-        self, query: Tensor, key: Tensor, value: Tensor, more_query: Tensor, more_key: Tensor
+    def _with_extra_head_dims(
+        self, query: Tensor, key: Tensor, value: Tensor, extra_query: Tensor, extra_key: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention with extra dimensions on query and key.
+        """Compute attention with extra head dimensions on query and key, whose products are the bias.
 
-        The narrower of key and value is padded, since unequal heads leave fast kernels.
+        The narrower of key and value is padded, because fast kernels require equal widths.
         """
         width = value.shape[-1]
         if self.backend.name == "flash" and self.extra.get("softcap") is not None:
-            raise UnsupportedError("Flash attention would cap scores and bias together; use backend='sdpa' or 'eager'.")
-        more_query = more_query.expand(query.shape[0], query.shape[1], -1, -1)
-        more_key = more_key.expand(key.shape[0], key.shape[1], -1, -1)
-        # Before the head's own dimensions: large terms that cancel must meet before anything small is added to them.
-        query, key = torch.cat((more_query, query), -1), torch.cat((more_key, key), -1)
+            raise UnsupportedError(
+                "backend='flash' would apply the soft cap to the sum of scores and bias; use backend='sdpa' or 'eager'."
+            )
+        extra_query = extra_query.expand(query.shape[0], query.shape[1], -1, -1)
+        extra_key = extra_key.expand(key.shape[0], key.shape[1], -1, -1)
+        # The extra dimensions come first: large terms that cancel must be summed before small ones are added.
+        query, key = torch.cat((extra_query, query), -1), torch.cat((extra_key, key), -1)
         missing = query.shape[-1] - width
         value = nn.functional.pad(value, (0, max(0, missing)))
-        query, key = (nn.functional.pad(one, (0, max(0, -missing))) for one in (query, key))
-        output, weights = self.host(query, key, value, self.mask)
+        query, key = (nn.functional.pad(tensor, (0, max(0, -missing))) for tensor in (query, key))
+        output, weights = self.native_attention(query, key, value, self.mask)
         return output[..., :width], weights
 
     def where(self, condition: Tensor, first: Output, second: Output) -> Output:
-        """The one or the other output for each query; condition `[batch, query, 1, 1]`."""
+        """Select `first` or `second` for each query by `condition` `[batch, query, 1, 1]`."""
         weights = None
         if first[1] is not None and second[1] is not None:
             weights = torch.where(condition.transpose(1, 2), first[1], second[1])
         return torch.where(condition, first[0], second[0]), weights
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scaled scores in float32 or wider, `[batch, heads, query, key]`, soft-capped where the family does so."""
+        """Return scaled scores `[batch, heads, query, key]` in float32 or wider, soft-capped if the family does so."""
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         scores = torch.matmul(query, key.transpose(2, 3))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
@@ -332,7 +408,7 @@ class Engine(AttentionEngine):
         return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
     def weights(self, scores: Tensor) -> Tensor:
-        """Scores masked and normalised, `[batch, heads, query, key]`, in their own dtype."""
+        """Mask the scores and apply softmax; return weights `[batch, heads, query, key]` in the dtype of the scores."""
         lowest = torch.finfo(scores.dtype).min
         if self.mask is None and self.causal and scores.shape[2] > 1:
             rows, columns = scores.shape[-2:]
@@ -347,24 +423,25 @@ class Engine(AttentionEngine):
         sinks = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
-    def mix(self, scores: Tensor, value: Tensor) -> Output:
-        """Mask and normalise scores, and mix the values by them."""
+    def softmax_and_mix(self, scores: Tensor, value: Tensor) -> Output:
+        """Mask the scores, apply softmax and dropout, and multiply the weights by the values."""
         weights = self.weights(scores).to(value.dtype)
         weights = nn.functional.dropout(weights, self.dropout, self.module.training)
         value = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
-    def host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
-        seen = self.module.__dict__.get("pe_seen")
-        if seen is not None:
-            seen(query, key)
+    def native_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+        """Call the attention function of Transformers with `mask` in place of the engine's mask."""
+        observe = self.module.__dict__.get("pe_seen")
+        if observe is not None:
+            observe(query, key)
         function = self.backend.function(self.module)
         if function is None:
-            return self.mix(self.scores(query, key), value)
-        if self.backend.name == "sdpa" and self.has_sinks:  # which Transformers' function for SDPA leaves out
-            own = replace(self, mask=mask)
-            return own.mix(own.scores(query, key), value)[0], None
-        module: Any = HostView(self.module, self.backend.host) if self.backend.name == "flash" else self.module
+            return self.softmax_and_mix(self.scores(query, key), value)
+        if self.backend.name == "sdpa" and self.has_sinks:  # Transformers' SDPA function ignores sinks
+            masked = replace(self, mask=mask)
+            return masked.softmax_and_mix(masked.scores(query, key), value)[0], None
+        module: Any = NativeView(self.module, self.backend.native_name) if self.backend.name == "flash" else self.module
         return function(module, query, key, value, mask, scaling=self.scaling, dropout=self.dropout, **self.extra)
 
 
@@ -375,12 +452,15 @@ def _biased_by_chunks(
 
 
 def _flex(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
-    """A distance bias as FlexAttention's score modification."""
+    """Compute attention with a distance bias as the `score_mod` of FlexAttention."""
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
     of = getattr(bias, "of", None)
     if of is None:
-        raise UnsupportedError(f"{bias.name!r} has no pointwise form for FlexAttention; use backend='sdpa' or 'eager'.")
+        raise UnsupportedError(
+            f"backend='flex' needs a bias that is a function of distance and head, and {bias.name!r} has no such "
+            "`of`; use backend='sdpa' or 'eager'."
+        )
     engine._check_flex()
     at_query = positions.query.expand(query.shape[0], -1)
     at_key = positions.key.expand(query.shape[0], -1)
@@ -396,10 +476,12 @@ def _flex(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: 
 
 
 def _no_flash(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme) -> Output:
+    """Raise `UnsupportedError`: the flash kernel takes no bias."""
     raise UnsupportedError(
-        f"Flash attention would drop the bias of {bias.name!r} in {type(engine.module).__name__}; use backend='sdpa', "
+        f"backend='flash' would drop the bias of {bias.name!r} in {type(engine.module).__name__}; use backend='sdpa', "
         "'flex' or 'eager'."
     )
 
 
 BIASED: dict[str, Callable[..., Output]] = {"sdpa": _biased_by_chunks, "flex": _flex, "flash": _no_flash}
+"""How each backend adds a bias to the scores when no faster form applies."""

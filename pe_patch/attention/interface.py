@@ -1,4 +1,4 @@
-"""The attention function that every patched layer ends in, registered beside Transformers' own."""
+"""The attention function that every patched layer calls, registered with Transformers' `AttentionInterface`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,36 @@ def attend(
     cached: bool | None = None,
     **extra: Any,
 ) -> Output:
-    """Attention of one layer under the scheme that was bound to it; Transformers' own where none was."""
+    """Compute the attention of one layer with the scheme that is bound to it, or natively if there is none.
+
+    Args:
+        module: the attention module.
+        query: `[batch, heads, query, head]`.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        mask: `[batch | 1, 1, query | 1, key]`, boolean or additive, or a `BlockMask`; None for a plain causal pass.
+        backend: the backend that computes the attention.
+        scaling: factor on the dot products; None for `head ** -0.5`.
+        dropout: dropout probability of the attention weights in training.
+        positions: positions of the queries and keys; None if the patched model did not pass any.
+        cached: whether this pass uses a cache; None if unknown.
+        extra: further keyword arguments of the family's attention: soft cap, sinks, sliding window.
+
+    Returns:
+        The output `[batch, query, heads, head]`, and the weights `[batch, heads, query, key]` or None.
+
+    Raises:
+        NoEffectError: the scheme would have no effect, or would see wrong positions.
+        UnsupportedError: the backend, or the way heads are split, cannot run this scheme.
+    """
     probe = module.__dict__.get("pe_probe")
     if probe is not None:
         probe.append((module, positions))
-    sequence = sequence_of(backend.implementation, backend.host)
+    sequence = sequence_of(backend.implementation, backend.native_name)
     if sequence is not None:
         masks = None if positions is None else positions.masks
         mask = mask_of_layer(module, masks, extra.get("sliding_window"))
-        # DeepSpeed changes it where it repeats key heads, and does not change it back.
+        # DeepSpeed changes this attribute when it repeats key heads, and does not restore it.
         module.__dict__["num_key_value_groups"] = query.shape[1] // key.shape[1]
         if "s_aux" in extra:
             extra["s_aux"] = local_sinks(extra["s_aux"], query, sequence)
@@ -48,37 +69,43 @@ def attend(
     scheme = module.__dict__.get("pe_scheme")
     if cached is False and key.shape[2] > query.shape[2]:
         raise NoEffectError(
-            f"{type(module).__name__} got {key.shape[2]} keys in a pass over {query.shape[2]} tokens without a cache: "
-            "Transformers handed it a cache that the patched model did not see, so positions would be wrong. Run "
+            f"{type(module).__name__} got {key.shape[2]} keys in a pass over {query.shape[2]} tokens without a cache. "
+            "Transformers passed it a cache that the patched model did not receive, so positions would be wrong. Run "
             "`pe-patch selftest`."
         )
     if positions is not None and "pe_layer" not in module.__dict__:
         raise NoEffectError(
-            f"This {type(module).__name__} was put into the model behind the patch, so the scheme would have no effect "
-            "there. Call unpatch_model(model), change the model, and patch it again."
+            f"This {type(module).__name__} was added to the model after patching, so the scheme would have no effect "
+            "in it. Call unpatch_model(model), change the model, and patch it again."
         )
     if scheme is None:
         shift = module.__dict__.get("pe_shift")
-        return engine.host(query, key, value, mask) if shift is None else shift(engine, query, key, value, mask)
+        return (
+            engine.native_attention(query, key, value, mask)
+            if shift is None
+            else shift(engine, query, key, value, mask)
+        )
     check_masks(module, scheme.name)
     if positions is None:
         raise NoEffectError(
             f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "
-            "model or its base model rather than a layer of it; unpatch_model(model) to use layers alone."
+            "model or its base model instead of a layer, or call unpatch_model(model) to run layers alone."
         )
-    if isinstance(mask, Tensor) and mask.shape[2] == 1:  # one row for all queries
+    if isinstance(mask, Tensor) and mask.shape[2] == 1:  # one row of the mask for all queries
         engine.mask = mask.expand(-1, -1, query.shape[2], -1)
     engine.heads = local_heads(module, query, key, scheme, sequence)
-    positions, kind = positions.fit(key.shape[2]), query.device.type
-    if scheme.calls_modules or not torch.is_autocast_enabled(kind):
+    positions, device_type = positions.fit(key.shape[2]), query.device.type
+    if scheme.calls_modules or not torch.is_autocast_enabled(device_type):
         return scheme("attend", query, key, value, positions, engine)
-    # Autocast leaves queries and values in dtypes of their own, and would round positions inside the schemes' products.
-    query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
-    with torch.autocast(kind, enabled=False):
+    # Autocast leaves queries and values in different dtypes, and would round positions inside a scheme's products.
+    query, key, value = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (query, key, value))
+    with torch.autocast(device_type, enabled=False):
         return scheme("attend", query, key, value, positions, engine)
 
 
 def _register(backend: Backend) -> None:
+    """Register the attention and mask functions of a backend with Transformers."""
+
     def interface(
         module: nn.Module,
         query: Tensor,
@@ -96,7 +123,7 @@ def _register(backend: Backend) -> None:
             positions=pe_positions, cached=pe_cached, **extra,
         )  # fmt: skip
 
-    interface.pe_backend = backend  # by which what takes its place is told from it
+    interface.pe_backend = backend  # `sequence_of` detects by its absence that another function replaced this one
     AttentionInterface.register(backend.implementation, interface)
     AttentionMaskInterface.register(backend.implementation, backend.mask)
 

@@ -1,4 +1,4 @@
-"""What a scheme may ask for once queries, keys and values are projected."""
+"""The attention engine: the operations that a scheme can use once queries, keys and values are projected."""
 
 from __future__ import annotations
 
@@ -15,62 +15,64 @@ if TYPE_CHECKING:
     from .scheme import Scheme
 
 Output = tuple[Tensor, Tensor | None]
-"""Of an attention: `[batch, query, heads, head]`, and the weights `[batch, heads, query, key]` where they exist."""
+"""Attention output `[batch, query, heads, head]`, and the weights `[batch, heads, query, key]` or None."""
 
 
 class AttentionEngine(Protocol):
-    """The attention of one layer in one pass, as `Scheme.attend` gets it. A scheme never sees Transformers.
+    """The attention of one layer in one forward pass. `Scheme.attend` receives it; schemes never import Transformers.
 
-    Tensors are query `[batch, heads, query, head]`, key and value `[batch, key_heads, key, head]`.
+    Shapes: query `[batch, heads, query, head]`, key and value `[batch, key_heads, key, head]`.
     """
 
     module: Any
-    """The attention module that called."""
+    """The attention module that runs."""
     mask: Tensor | None
-    """`[batch | 1, 1, query, key]`, boolean or additive; None for a plain causal pass."""
+    """Attention mask `[batch | 1, 1, query, key]`, boolean or additive; None for a plain causal pass."""
     scaling: float
-    """Factor on the products of queries and keys."""
+    """Factor on the dot products of queries and keys."""
     dropout: float
+    """Dropout probability of the attention weights in training."""
     backend: Any
+    """The `Backend` that computes the attention."""
     extra: dict[str, Any]
-    """What the family hands to its attention beside the tensors: soft cap, sinks, sliding window."""
+    """Further keyword arguments of the family's attention: soft cap, sinks, sliding window."""
     heads: Heads | None
-    """Which heads of the model these are; None for all of them."""
+    """The range of the model's heads that this process holds; None for all of them."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, bias: Scheme | None = None
     ) -> Output:
-        """Compute attention with the bias of a scheme, if one is given, added to the scaled scores."""
+        """Compute attention, and add the bias of the scheme `bias`, if given, to the scaled scores."""
         ...
 
     @property
     def causal(self) -> bool:
-        """Return whether a query sees no key ahead of it where no mask says so."""
+        """Return whether attention without a mask is causal."""
         ...
 
     @property
     def layer(self) -> int:
-        """Return the index of the layer, from 0."""
+        """Return the index of the layer, counted from 0."""
         ...
 
     def after_rotation(self, x: Tensor) -> Tensor:
-        """Normalise queries or keys that were rotated at the scores, where the family does so after its rotation."""
+        """Normalize rotated queries or keys if the family does so after its rotation; else return them unchanged."""
         ...
 
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return which keys each query may see, `[batch | 1, 1, query, key]`, bool."""
+        """Return the boolean mask of the keys that each query attends to, `[batch | 1, 1, query, key]`."""
         ...
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return scaled scores in float32 or wider, `[batch, heads, query, key]`, soft-capped where the family is."""
+        """Return scaled scores `[batch, heads, query, key]` in float32 or wider, soft-capped if the family does so."""
         ...
 
     def weights(self, scores: Tensor) -> Tensor:
-        """Mask and normalise scores, `[batch, heads, query, key]`."""
+        """Mask the scores and apply softmax; return weights `[batch, heads, query, key]`."""
         ...
 
-    def mix(self, scores: Tensor, value: Tensor) -> Output:
-        """Mask and normalise scores, and mix the values by them."""
+    def softmax_and_mix(self, scores: Tensor, value: Tensor) -> Output:
+        """Mask the scores, apply softmax and dropout, and multiply the weights by the values."""
         ...
 
     def rows(
@@ -82,19 +84,19 @@ class AttentionEngine(Protocol):
         scores: Callable[[Tensor, Tensor, Positions, Any], Tensor],
         also: Callable[[Tensor, Positions], Tensor] | None = None,
     ) -> Output:
-        """Compute attention by the scheme's own scores, for what needs whole rows of them.
+        """Compute attention from scores that the scheme computes row by row.
 
         Args:
-            scores: `scores(query, key, positions, engine)` returns `[batch, heads, query, key]`, float32, for some of
-                the queries and all keys that they may see.
-            also: `also(weights, positions)` returns what is added to the output, `[batch, heads, query, head]`.
+            scores: `scores(query, key, positions, engine)` returns float32 scores `[batch, heads, query, key]` for a
+                chunk of the queries and all keys that they attend to.
+            also: `also(weights, positions)` returns a term `[batch, heads, query, head]` that is added to the output.
         """
         ...
 
     def ranges(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, ranges: Sequence[Range]
     ) -> Output:
-        """Compute one softmax over ranges of distance that differ in how they encode queries and keys."""
+        """Compute one softmax over ranges of distance, each with its own encoding of queries and keys."""
         ...
 
     def relative(
@@ -107,12 +109,12 @@ class AttentionEngine(Protocol):
         v: Tensor,
         vectors: Callable[[Tensor], Tensor],
     ) -> Output | None:
-        """Compute attention with scores `scaling ((q_i + u) k_j + (q_i + v) r)`; return None if no kernel can.
+        """Compute attention with scores `scaling ((q_i + u) k_j + (q_i + v) r)`; return None if no kernel supports it.
 
         Args:
             u: `[heads, head]`, float32.
             v: `[heads, head]`, float32.
-            vectors: returns r for distances i - j, `[heads, distances, head]`, float32.
+            vectors: returns r `[heads, distances, head]`, float32, for the distances i - j.
         """
         ...
 
@@ -125,8 +127,11 @@ class AttentionEngine(Protocol):
         size: int,
         change: Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor]],
     ) -> Output | None:
-        """Compute attention in which each block of `size` queries sees queries and keys as `change` returns them;
-        return None if no kernel can."""
+        """Compute attention in blocks of `size` queries, each with the queries and keys that `change` returns.
+
+        Returns:
+            The output, or None if no kernel supports it.
+        """
         ...
 
     def clipped(
@@ -138,14 +143,21 @@ class AttentionEngine(Protocol):
         on_keys: Tensor,
         on_values: Tensor | None,
     ) -> Output | None:
-        """Compute attention with vectors `[bound + 1, head]`, float32, added to keys and values by a distance that
-        stops at the bound; return None if no kernel can."""
+        """Compute attention with vectors added to keys and values, indexed by the distance clipped at a bound.
+
+        Args:
+            on_keys: `[bound + 1, head]`, float32.
+            on_values: `[bound + 1, head]`, float32; None to leave the values unchanged.
+
+        Returns:
+            The output, or None if no kernel supports it.
+        """
         ...
 
     def where(self, condition: Tensor, first: Output, second: Output) -> Output:
-        """Return one or the other output for each query; condition `[batch, query, 1, 1]`."""
+        """Select `first` or `second` for each query by `condition` `[batch, query, 1, 1]`."""
         ...
 
-    def host(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
-        """Call Transformers' own attention function."""
+    def native_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
+        """Call the attention function of Transformers."""
         ...

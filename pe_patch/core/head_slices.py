@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 SHARED: Mapping[str, int] = MappingProxyType({})
 """`Scheme.per_head` of a scheme whose heads share everything."""
 
-RUNGS = ("attend", "encode", "bias", "of", "features", "fall", "tile")
+RUNGS = ("attend", "encode", "bias", "of", "features", "fall", "bias_block")
 """Hooks that get queries and keys, and so may depend on the index of a head."""
 
 

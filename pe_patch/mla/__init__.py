@@ -1,1 +1,1 @@
-"""Multi-head latent attention: how trained projections become latents, and how attention over latents is computed."""
+"""Multi-head latent attention (MLA): conversion of trained projections to latents, and attention over latents."""

@@ -1,4 +1,4 @@
-"""Attention over latents, expanded to keys and values or absorbed into queries and outputs."""
+"""Attention over latents: expanded to keys and values, or absorbed into queries and outputs."""
 
 from __future__ import annotations
 
@@ -13,67 +13,88 @@ from ..core.projections import Latents, Projections
 from .folding import Folding
 
 MOST_QUERIES = 256
-"""Beyond this many queries in a pass, keys and values are expanded and the fast kernels used, whatever the sizes."""
+"""Maximum number of queries for absorbed attention; larger passes expand the latents and use the fast kernels."""
 MOST_SCORES = 2**25
-"""Numbers that absorbed attention holds as scores at a time."""
+"""Maximum number of scores that absorbed attention materializes at a time."""
 
 
 class LatentHeads(Protocol):
-    """What attention over latents needs to know of a layer."""
+    """The sizes and projections of a layer that attention over latents uses."""
 
     nope: int
-    """Numbers of a query or key that do not rotate."""
+    """Dimensions of a head's query and key without rotation."""
     rope: int
+    """Rotary dimensions of a head's query and key."""
     value_dim: int
+    """Dimensions of a head's value."""
     rank: int
+    """Width of the latent, or of each latent if `split`."""
     rope_heads: int
-    """Heads of the rotary key that is cached; one in DeepSeek's models."""
+    """Number of rotary keys cached for each token; one in DeepSeek's models."""
     split: bool
-    """The latent is one for keys and one for values, side by side."""
+    """Keys and values have one latent each, concatenated, rather than a joint one."""
 
     def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The matrices from latents to keys `[up_heads, nope, rank]` and values `[up_heads, value_dim, rank]`, and what
-        is added to the values, `[up_heads, value_dim]`. What an adapter adds to the keys adds the same to all scores of
-        a query, which softmax ignores."""
+        """Return the effective up-projections in the dtype and on the device of `like`.
+
+        A constant that an adapter adds to the keys is left out: it adds the same to all scores of a query, and softmax
+        ignores it.
+
+        Returns:
+            Up-projections of keys `[up_heads, nope, rank]` and values `[up_heads, value_dim, rank]`, and the bias of
+            the values `[up_heads, value_dim]` or None.
+        """
         ...
 
     def expand(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[batch, up_heads, length, nope + rope]` and values `[batch, up_heads, length, value_dim]` from latents
-        `[batch, 1, length, rank or twice that]` and rotated keys `[batch, 1, length, rope_heads * rope]`."""
+        """Compute keys and values from the cached tensors.
+
+        Args:
+            latent: latents `[batch, 1, length, rank]`, or twice the rank if `split`.
+            shared: rotated keys `[batch, 1, length, rope_heads * rope]`.
+
+        Returns:
+            Keys `[batch, up_heads, length, nope + rope]` and values `[batch, up_heads, length, value_dim]`.
+        """
         ...
 
     def drop(self) -> None:
-        """Forget weights that were prepared for decoding."""
+        """Discard the weights that were prepared for decoding."""
         ...
 
 
 def absorbs(heads: LatentHeads, query: Tensor, latent: Tensor, engine: Any) -> bool:
-    """Whether it takes less work to bring the queries to the latents than the latents to the queries.
+    """Return whether absorbed attention takes fewer multiplications than expanding the latents.
 
-    For each cached token and head, absorbing costs 2 rank - nope - value_dim more products for every query, and saves
-    the rank (nope + value_dim) of expanding the token once.
+    For each cached token and head, absorbing costs 2 rank - nope - value_dim more multiplications for every query, and
+    saves the rank (nope + value_dim) of expanding the token once.
     """
-    count, expanded = query.shape[2], heads.nope + heads.value_dim
+    count, expanded_width = query.shape[2], heads.nope + heads.value_dim
     if count >= latent.shape[2] or count > MOST_QUERIES or (engine.dropout and engine.module.training):
         return False
-    if count > 1 and engine.mask is None:  # the host says so in a first pass into a static cache
+    if count > 1 and engine.mask is None:  # Transformers passes no mask in a first pass into a static cache
         return False
-    return count * (2 * heads.rank - expanded) <= heads.rank * expanded
+    return count * (2 * heads.rank - expanded_width) <= heads.rank * expanded_width
 
 
 def absorbed(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, engine: Any) -> tuple[Tensor, Tensor]:
-    """Attention with W_UK brought to the queries and W_UV to the output (DeepSeek-V2, arXiv 2405.04434, section 2.1.2):
+    """Compute attention with W_UK absorbed into the queries and W_UV into the output.
+
     logit = (W_UK^T q_nope) c + q_rope k_rope, output = W_UV sum a c.
 
     Args:
+        heads: the sizes and projections of the layer.
         query: `[batch, heads, query, nope + rope]`.
-        latent: `[batch, 1, key, rank]`, or twice the rank where split.
+        latent: `[batch, 1, key, rank]`, or twice the rank if `split`.
         shared: rotated keys, `[batch, 1, key, rope_heads * rope]`.
+        engine: the attention engine of the layer.
 
     Returns:
-        the output of the heads `[batch, query, heads, value_dim]`, and the weights `[batch, heads, query, key]`.
+        The output of the heads `[batch, query, heads, value_dim]`, and the weights `[batch, heads, query, key]`.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
     """
-    up_key, up_value, added = heads.folded(query)
+    up_key, up_value, value_bias = heads.folded(query)
     batch, count, rows = query.shape[0], query.shape[1], query.shape[2]
     latent = latent.squeeze(1)
     on_keys, on_values = latent.chunk(2, -1) if heads.split else (latent, latent)
@@ -82,20 +103,31 @@ def absorbed(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, 
     scores = torch.matmul(rope.reshape(batch, heads.rope_heads, -1, heads.rope), shared)
     scores = scores.view(batch, count * rows, -1)
     if heads.nope:
-        brought = torch.matmul(nope.reshape(batch, len(up_key), -1, heads.nope), up_key)
-        scores = torch.baddbmm(scores, brought.view(batch, count * rows, heads.rank), on_keys.transpose(1, 2))
+        latent_query = torch.matmul(nope.reshape(batch, len(up_key), -1, heads.nope), up_key)
+        scores = torch.baddbmm(scores, latent_query.view(batch, count * rows, heads.rank), on_keys.transpose(1, 2))
     scores = scores.view(batch, count, rows, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * engine.scaling
     weights = engine.weights(scores).to(query.dtype)
-    mixed = torch.matmul(weights.view(batch, count * rows, -1), on_values)
-    output = torch.matmul(mixed.view(batch, len(up_value), -1, heads.rank), up_value.transpose(1, 2))
-    if added is not None:
-        output = output + added[:, None]
+    latent_output = torch.matmul(weights.view(batch, count * rows, -1), on_values)
+    output = torch.matmul(latent_output.view(batch, len(up_value), -1, heads.rank), up_value.transpose(1, 2))
+    if value_bias is not None:
+        output = output + value_bias[:, None]
     return output.view(batch, count, rows, heads.value_dim).transpose(1, 2), weights
 
 
 def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, engine: Any) -> tuple[Tensor, Any]:
-    """Attention over latents in whichever of the two ways takes less work; returns what `engine` returns."""
+    """Compute attention over latents, absorbed or expanded, whichever takes fewer multiplications.
+
+    Args:
+        heads: the sizes and projections of the layer.
+        query: `[batch, heads, query, nope + rope]`.
+        latent: `[batch, 1, key, rank]`, or twice the rank if `split`.
+        shared: rotated keys, `[batch, 1, key, rope_heads * rope]`.
+        engine: the attention engine of the layer.
+
+    Returns:
+        The output `[batch, query, heads, value_dim]`, and the weights `[batch, heads, query, key]` or None.
+    """
     if query.shape[2] > 1 or query.shape[2] == latent.shape[2]:
         heads.drop()
     if absorbs(heads, query, latent, engine):
@@ -104,12 +136,13 @@ def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor,
         if size >= total:
             output, weights = absorbed(heads, query, latent, shared, engine)
         else:
-            parts = [
-                absorbed(heads, query[:, :, i : i + size], latent, shared, engine.part(i, min(i + size, total), end))
-                for i in range(0, total, size)
-            ]
-            output = torch.cat([part[0] for part in parts], 1)
-            weights = torch.cat([part[1] for part in parts], 2) if engine.backend.dense else None
+            chunks = []
+            for start in range(0, total, size):
+                stop = min(start + size, total)
+                sliced = engine.slice_queries(start, stop, end)
+                chunks.append(absorbed(heads, query[:, :, start:stop], latent, shared, sliced))
+            output = torch.cat([chunk_output for chunk_output, _ in chunks], 1)
+            weights = torch.cat([chunk_weights for _, chunk_weights in chunks], 2) if engine.backend.dense else None
         weights = weights if engine.backend.dense else None
     else:
         output, weights = expanded(heads, query, latent, shared, engine)
@@ -117,14 +150,16 @@ def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor,
 
 
 def expanded(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, engine: Any) -> tuple[Tensor, Any]:
-    """The same by the ordinary kernels over keys and values made from the latents; all heads get one width, since
-    kernels leave their fast path where keys and values differ."""
+    """Compute attention by Transformers' kernels over keys and values expanded from the latents.
+
+    The narrower of key and value is padded, because fast kernels require equal widths.
+    """
     key, value = heads.expand(latent, shared)
-    width, wide = heads.value_dim, query.shape[-1]
+    width, key_width = heads.value_dim, query.shape[-1]
     if not engine.backend.dense:
-        value = nn.functional.pad(value, (0, max(wide - width, 0)))
-        query, key = (nn.functional.pad(one, (0, max(width - wide, 0))) for one in (query, key))
-    output, weights = engine.host(query, key, value, engine.mask)
+        value = nn.functional.pad(value, (0, max(key_width - width, 0)))
+        query, key = (nn.functional.pad(tensor, (0, max(width - key_width, 0))) for tensor in (query, key))
+    output, weights = engine.native_attention(query, key, value, engine.mask)
     return output[..., :width], weights
 
 
@@ -133,34 +168,50 @@ class LatentSizes:
     """Sizes of a `LatentAttention`."""
 
     hidden: int
+    """Width of the hidden states."""
     heads: int
+    """Number of query heads."""
     up_heads: int
+    """Number of heads of the expanded keys and values."""
     kv_heads: int
+    """Number of key-value heads of the trained attention."""
     head_dim: int
-    """Of the trained attention, and of the values."""
+    """Head width of the trained attention, and of the values."""
     nope: int
+    """Dimensions of a head's query and key without rotation."""
     rope: int
+    """Rotary dimensions of a head's query and key."""
     rope_heads: int
+    """Number of rotary keys cached for each token."""
     rank: int
+    """Width of the latent, or of each latent if `split`."""
     split: bool = False
+    """Keys and values have one latent each, rather than a joint one."""
     query_bias: bool = False
+    """The query projection has a bias."""
     rope_bias: bool = False
+    """The projection to latent and rotary key has a bias."""
     value_bias: bool = False
+    """The up-projection of values has a bias."""
     norm: bool = False
+    """The latent is normalized (RMSNorm)."""
 
     @property
     def latent(self) -> int:
-        """Numbers of the latent that a token leaves in the cache."""
+        """Return the number of latent dimensions cached for each token."""
         return self.rank * (2 if self.split else 1)
 
     @property
     def cached(self) -> int:
-        """Numbers that a token leaves in the cache of one layer."""
+        """Return the number of values cached for each token in one layer."""
         return self.latent + self.rope_heads * self.rope
 
 
 class Features(nn.Module):
-    """Queries, keys and values of a family that normalises each head's query and key, which no single matrix makes."""
+    """The trained projections of a family that normalizes the query and key of each head.
+
+    Such a norm is not linear, so no single matrix can replace projection and norm.
+    """
 
     def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module, query_norm: nn.Module, key_norm: nn.Module):
         super().__init__()
@@ -168,21 +219,27 @@ class Features(nn.Module):
         self.q_norm, self.k_norm = query_norm, key_norm
 
     @classmethod
-    def copy(cls, of: Projections) -> Features:
-        """The same modules with weights of their own. The bias of the values is left out: it is added to the output."""
-        pairs = ((of.query, of.query_bias), (of.key, of.key_bias), (of.value, None))
-        assert of.query_norm is not None and of.key_norm is not None
-        query, key, value = (_linear(*pair) for pair in pairs)
-        return cls(query, key, value, copy.deepcopy(of.query_norm), copy.deepcopy(of.key_norm))
+    def copy(cls, projections: Projections) -> Features:
+        """Copy the projections and norms of a layer. The value bias is left out, because it is added to the output."""
+        query = _linear(projections.query, projections.query_bias)
+        key = _linear(projections.key, projections.key_bias)
+        value = _linear(projections.value, None)
+        assert projections.query_norm is not None and projections.key_norm is not None
+        return cls(query, key, value, copy.deepcopy(projections.query_norm), copy.deepcopy(projections.key_norm))
 
     def forward(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Normalised queries `[batch, length, heads, head_dim]`, and normalised keys and values side by side
-        `[batch, length, 2 * kv_heads * head_dim]`."""
+        """Project and normalize hidden states `[batch, length, hidden]`.
+
+        Returns:
+            Normalized queries `[batch, length, heads, head_dim]`, and normalized keys concatenated with values
+            `[batch, length, 2 * kv_heads * head_dim]`.
+        """
         query, key = (linear(hidden).unflatten(-1, (-1, head_dim)) for linear in (self.q_proj, self.k_proj))
         return self.q_norm(query), torch.cat((self.k_norm(key).flatten(-2), self.v_proj(hidden)), -1)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear layer with copies of a weight and a bias."""
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.clone())
@@ -192,10 +249,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class LatentAttention(nn.Module):
-    """What stands in the place of an attention's query, key and value projections once it holds latents.
+    """The projections of latent attention, which replace the query, key and value projections of a layer.
 
-    The names are DeepSeek's where DeepSeek has them. `forward` gives the queries and what is to be cached; `attention`
-    does the rest.
+    Parameters have DeepSeek's names where DeepSeek has them. `forward` returns the queries and the tensors to cache;
+    the function `attention` computes the attention over them.
     """
 
     frequency: Tensor
@@ -226,15 +283,16 @@ class LatentAttention(nn.Module):
         self.register_buffer("frequency", index)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, latents and rotated keys of new tokens.
+        """Compute queries, latents and rotated keys of new tokens.
 
         Args:
             hidden: `[batch, length, hidden]`.
-            cos, sin: of every trained frequency, `[batch | 1, length, rotary_dim / 2]`.
+            cos: cosines of every trained frequency, `[batch | 1, length, rotary_dim / 2]`.
+            sin: sines of every trained frequency, `[batch | 1, length, rotary_dim / 2]`.
 
         Returns:
-            queries `[batch, heads, length, nope + rope]`, and what is cached: latents `[batch, 1, length, rank]` (twice
-            the rank where split) and keys `[batch, 1, length, rope_heads * rope]`.
+            Queries `[batch, heads, length, nope + rope]`, and the tensors to cache: latents `[batch, 1, length, rank]`
+            (twice the rank if `split`) and keys `[batch, 1, length, rope_heads * rope]`.
         """
         if self.features is None:
             query = self.q_proj(hidden).unflatten(-1, (self.sizes.heads, -1))
@@ -247,37 +305,40 @@ class LatentAttention(nn.Module):
         if self.kv_a_layernorm is not None:
             latent = self.kv_a_layernorm(latent)
         cos, sin = cos[..., self.frequency], sin[..., self.frequency]  # [batch | 1, length, rope_heads, rope / 2]
-        shared = turned(shared.unflatten(-1, (self.rope_heads, self.rope)), cos, sin).flatten(-2)
+        shared = rotate(shared.unflatten(-1, (self.rope_heads, self.rope)), cos, sin).flatten(-2)
         group = self.sizes.heads // self.rope_heads
         if self.rope_heads > 1:
             cos, sin = cos.repeat_interleave(group, -2), sin.repeat_interleave(group, -2)
         nope, rope = query.split((self.nope, self.rope), -1)
-        query = torch.cat((nope, turned(rope, cos, sin)), -1)
+        query = torch.cat((nope, rotate(rope, cos, sin)), -1)
         return query.transpose(1, 2), latent.unsqueeze(1), shared.unsqueeze(1)
 
     @property
     def value_bias(self) -> Tensor | None:
-        """`[up_heads * head_dim]`; it stands in a module that is called, since hooks offload what does not."""
+        """Return the bias of the values, `[up_heads * head_dim]`, or None.
+
+        It belongs to a submodule whose forward runs: hooks would not load an offloaded parameter of this module.
+        """
         return self.v_b_proj.bias
 
     @property
     def groups(self) -> int:
-        """Query heads to each head of the expanded keys and values."""
+        """Return the number of query heads for each head of the expanded keys and values."""
         return self.sizes.heads // self.sizes.up_heads
 
     def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices of `folded` alone."""
+        """Return the up-projections of keys and values, without the value bias."""
         key, value, _ = self.folded(like)
         return key, value
 
     def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         value, bias = self.folding.weight("value", self.v_b_proj, self.rank, like)
         value = value.view(-1, self.value_dim, self.rank)
-        added = None if bias is None else bias.view(-1, self.value_dim)
+        value_bias = None if bias is None else bias.view(-1, self.value_dim)
         if self.k_b_proj is None:
-            return value.new_zeros(len(value), 0, self.rank), value, added
+            return value.new_zeros(len(value), 0, self.rank), value, value_bias
         key, _ = self.folding.weight("key", self.k_b_proj, self.rank, like)
-        return key.view(-1, self.nope, self.rank), value, added
+        return key.view(-1, self.nope, self.rank), value, value_bias
 
     def expand(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
         latent = latent.squeeze(1)
@@ -296,11 +357,12 @@ class LatentAttention(nn.Module):
 
     @torch.no_grad()
     def take(self, latents: Latents, projections: Projections) -> LatentAttention:
-        """Fill in the weights of a conversion; returns itself."""
+        """Copy the weights of a conversion into this module, and return it."""
         work, heads = projections.work_dtype, self.sizes.heads
         key, value = projections.key.to(work), projections.value.to(work)
         query = latents.query.to(work, copy=True)
-        # Where the model multiplies cos and sin, dims that no longer meet them are multiplied here, for both sides.
+        # The model may scale cos and sin. Dimensions that lose their rotation lose this factor on both query and key,
+        # so its square goes into the query.
         query[:, : self.nope, : projections.rotary_dim] *= projections.rotation_scale**2
         if self.features is None:
             by_head = projections.query.to(work).unflatten(0, (heads, -1))
@@ -317,8 +379,8 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa.weight.copy_(down)
         if projections.key_bias is not None and self.features is None:
             self.kv_a_proj_with_mqa.bias.zero_()
-            turned_bias = latents.rope_key.to(work) @ projections.key_bias.to(work)
-            self.kv_a_proj_with_mqa.bias[self.sizes.latent :] = turned_bias.to(self.kv_a_proj_with_mqa.bias.dtype)
+            rope_bias = latents.rope_key.to(work) @ projections.key_bias.to(work)
+            self.kv_a_proj_with_mqa.bias[self.sizes.latent :] = rope_bias.to(self.kv_a_proj_with_mqa.bias.dtype)
         if projections.value_bias is not None:
             bias = projections.value_bias.view(projections.kv_heads, 1, -1)
             self.v_b_proj.bias.copy_(bias.expand(-1, self.sizes.up_heads // projections.kv_heads, -1).flatten())
@@ -331,8 +393,8 @@ class LatentAttention(nn.Module):
         return self
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` `[..., rope]`, whose pairs are (i, i + rope / 2), by angles given as cos and sin `[..., rope / 2]`."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + rope / 2) of `x` `[..., rope]` by angles given as cos and sin `[..., rope / 2]`."""
     first, second = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -1,4 +1,4 @@
-"""Trained projections turned into the modules of a scheme that takes their place; the model stays as it is."""
+"""Conversion of a model's trained projections to the modules of a scheme. The model itself is not modified."""
 
 from __future__ import annotations
 
@@ -24,137 +24,159 @@ from .streaming import batches, evaluating, stream
 logger = logging.getLogger("pe_patch")
 
 SCALE = "attention_scaling"
-"""What a host's rotary module calls the factor on cos and sin."""
+"""The attribute of Transformers' rotary modules with the factor on cos and sin."""
 ROUNDING = 1e-5
-"""By how much a loss may exceed its bound for float32's sake."""
+"""Relative tolerance of the loss bound, for rounding in float32."""
 LENGTH, LIMIT, SHARE = 512, 65536, 0.25
-"""Tokens to a row of calibration, tokens in all, and the share of rows on which a loss is measured."""
+"""Tokens in a row of calibration, tokens in all, and the share of rows held out to measure the loss."""
 
 
 @dataclass
 class Conversion:
-    """The modules of the chosen layers; and, where their rank is still to be found, what narrower ones are made of."""
+    """The modules of the converted layers, or the latents to build them from once their rank is known."""
 
     modules: dict[int, nn.Module]
+    """The new module of each layer; empty if the rank is still unknown."""
     rows: list[Tensor] = field(default_factory=list)
-    """Calibration tokens that no layer has seen, to measure the loss on."""
+    """Calibration rows that no layer has seen, to measure the loss on."""
     latents: dict[int, tuple[Projections, Latents, Statistics | None]] = field(default_factory=dict)
+    """Weights, latents at full rank and statistics of each layer, if the rank is still unknown."""
 
-    def at(self, own: dict[int, Any], rank: int) -> dict[int, nn.Module]:
-        """Modules of the same conversion with this rank, which becomes the schemes' own."""
+    def at(self, scheme_by_layer: dict[int, Any], rank: int) -> dict[int, nn.Module]:
+        """Build the modules at a rank, and set the rank of the schemes."""
         modules = {}
-        for index, (projections, latents, seen) in self.latents.items():
-            own[index].rank = rank
-            modules[index] = own[index].filled(projections, own[index].narrowed(latents, rank, seen))
+        for index, (projections, latents, statistics) in self.latents.items():
+            scheme = scheme_by_layer[index]
+            scheme.rank = rank
+            modules[index] = scheme.filled(projections, scheme.narrowed(latents, rank, statistics))
         return modules
 
 
-def convert(head: PreTrainedModel, base: Any, adapter: Adapter, own: dict[int, Any]) -> Conversion:
-    """The modules that take the place of projections, one for each layer of `own`."""
-    first = next(iter(own.values()))
+def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer: dict[int, Any]) -> Conversion:
+    """Build the modules that replace the projections of the chosen layers.
+
+    Args:
+        model: the whole model.
+        base: the base model inside it.
+        adapter: the adapter of the family.
+        scheme_by_layer: the scheme of each layer to convert.
+
+    Raises:
+        OptionError: the options do not fit the model, or calibration tokens are missing.
+        UnsupportedError: the projections of this family cannot be converted.
+    """
+    first = next(iter(scheme_by_layer.values()))
     if adapter.rotary is None:
         raise UnsupportedError(
             f"{first.name!r} converts attention that rotates queries and keys (RoPE), and this family does not."
         )
     if adapter.projections is None:
         raise UnsupportedError(
-            f"{first.name!r} takes the place of query, key and value projections, and nothing says how "
-            f"{base.config.model_type} projects: give its adapter `projections=` (pe_patch.adapters.projections)."
+            f"{first.name!r} replaces query, key and value projections, and it is unknown how {base.config.model_type} "
+            "projects: give its adapter `projections=` (pe_patch.adapters.projections)."
         )
     attentions = adapter.attentions(base)
-    empty = all(p.is_meta for p in head.parameters()) and not any(hasattr(m, "_hf_hook") for m in head.modules())
+    empty = all(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules())
     scale = 1.0 if overrides(first, "angles") else float(getattr(base.get_submodule(adapter.rotary), SCALE, 1.0))
-    read = {
-        i: replace(
-            adapter.projections.read(attentions[i], adapter.shape(base, base.config, i), empty), rotation_scale=scale
+    projections = {
+        index: replace(
+            adapter.projections.read(attentions[index], adapter.shape(base, base.config, index), empty),
+            rotation_scale=scale,
         )
-        for i in own
+        for index in scheme_by_layer
     }
-    for index, scheme in own.items():
-        scheme.check(read[index])
-    if empty:  # a model without any weights, to look at what would be swapped
-        for scheme in own.values():
+    for index, scheme in scheme_by_layer.items():
+        scheme.check(projections[index])
+    if empty:  # a model on the meta device, patched to inspect the swaps
+        for scheme in scheme_by_layer.values():
             scheme.restored = True
     if first.calibration is not None and not first.needs_calibration:
-        logger.warning("%r with these options does not look at the calibration tokens that it was given", first.name)
+        logger.warning("%r ignores calibration= with these options; leave it out.", first.name)
     if first.restored or not first.needs_calibration:
-        modules = _all(own, read)
+        modules = {index: _replace(scheme, projections[index], None) for index, scheme in scheme_by_layer.items()}
         if first.starts_fresh:
             for module in modules.values():
-                module.apply(head._init_weights)
+                module.apply(model._init_weights)
         return Conversion(modules)
     if first.calibration is None:
         raise OptionError(
-            f"{first.name!r} with these options is calibrated on text: give calibration=<token ids or texts> of the "
-            "kind that the model is for, some ten thousand tokens."
+            f"{first.name!r} with these options needs calibration: give calibration=<token ids or texts>, about ten "
+            "thousand tokens of the kind of text that the model is for."
         )
-    rows, kept = tokens(first.calibration, head, length=LENGTH, limit=LIMIT, seed=first.seed), []
+    rows, held_out_rows = tokens(first.calibration, model, length=LENGTH, limit=LIMIT, seed=first.seed), []
     if first.loss_bound is not None:
-        rows, kept = held_out([row for row in rows if len(row) > 1], SHARE, first.seed)
+        rows, held_out_rows = held_out([row for row in rows if len(row) > 1], SHARE, first.seed)
     if (count := sum(map(len, rows))) < first.rank:
         logger.warning(
-            "%d calibration tokens are fewer than the rank of %d, so the rest of it is left to chance; give more text.",
+            "%d calibration tokens are fewer than the rank of %d, so the remaining directions are arbitrary; give more "
+            "text.",
             count, first.rank,
         )  # fmt: skip
-    found = Conversion({}, kept)
-    seen: dict[int, Any] = {}
+    conversion = Conversion({}, held_out_rows)
+    statistics: dict[int, Any] = {}
 
     def each(index: int, hidden: Tensor) -> None:
-        if index in own:
-            seen[index] = own[index].observe(read[index], hidden, seen.get(index))
+        if index in scheme_by_layer:
+            statistics[index] = scheme_by_layer[index].observe(projections[index], hidden, statistics.get(index))
 
     def done(index: int) -> None:
-        if index not in own:
+        if index not in scheme_by_layer:
             return
-        statistics, scheme = seen.pop(index), own[index]
+        layer_statistics, scheme = statistics.pop(index), scheme_by_layer[index]
         if scheme.loss_bound is None:
-            found.modules[index] = _filled(scheme, read[index], statistics)
+            conversion.modules[index] = _replace(scheme, projections[index], layer_statistics)
         else:
-            latents = scheme.convert(read[index], statistics)
-            found.latents[index] = (read[index], latents, statistics if scheme.latent_norm else None)
+            latents = scheme.convert(projections[index], layer_statistics)
+            kept_statistics = layer_statistics if scheme.latent_norm else None
+            conversion.latents[index] = (projections[index], latents, kept_statistics)
 
     stream(base, adapter.blocks(base), attentions, rows, each, done=done)
-    return found
+    return conversion
 
 
-def _filled(scheme: ProjectionScheme, projections: Projections, statistics: Any) -> nn.Module:
+def _replace(scheme: ProjectionScheme, projections: Projections, statistics: Any) -> nn.Module:
+    """Return the module with which a scheme replaces the projections of one layer."""
     module = scheme.replace(projections, statistics)
     assert module is not None
     return module
 
 
-def _all(own: dict[int, Any], read: dict[int, Projections]) -> dict[int, nn.Module]:
-    return {index: _filled(scheme, read[index], None) for index, scheme in own.items()}
-
-
 @torch.no_grad()
-def loss(head: Any, rows: list[Tensor]) -> float:
-    """Mean loss of the next token, in nats."""
-    if head.get_output_embeddings() is None:
-        raise OptionError(f"max_loss needs a model that predicts tokens, and {type(head).__name__} has no such head.")
+def loss(model: Any, rows: list[Tensor]) -> float:
+    """Return the mean next-token loss over rows of token ids, in nats."""
+    if model.get_output_embeddings() is None:
+        raise OptionError(f"max_loss needs a model that predicts tokens, and {type(model).__name__} has no such head.")
     total, count = 0.0, 0
-    with evaluating(head):
+    with evaluating(model):
         for ids in batches(rows, 2048):
-            ids = ids.to(head.device)
-            logits = head(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            ids = ids.to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()
     return total / count
 
 
 def smallest_rank(most: int, bound: float, loss_at: Callable[[int], float]) -> int:
-    """The smallest rank whose loss is within the bound, by halving; ranks above 64 in steps of 8.
+    """Return the smallest rank whose loss is within the bound, by binary search; ranks above 64 in steps of 8.
 
-    Taken to fall as the rank grows, which holds but for noise.
+    The search assumes that the loss falls as the rank grows, which is true up to noise.
+
+    Args:
+        most: the full rank.
+        bound: the largest allowed loss, in nats.
+        loss_at: returns the loss at a rank, in nats.
+
+    Raises:
+        OptionError: the loss at full rank exceeds the bound.
     """
     ranks = [*range(1, min(most, 64) + 1), *range(72, most, 8)]
     ranks += [most] if ranks[-1] != most else []
     low, high = 0, len(ranks) - 1
-    reached, bound = loss_at(ranks[high]), bound * (1 + ROUNDING)
-    if not reached <= bound:
+    full_rank_loss, bound = loss_at(ranks[high]), bound * (1 + ROUNDING)
+    if not full_rank_loss <= bound:
         raise OptionError(
-            f"max_loss cannot be kept: with the full rank of {most} the loss is {reached:.6f} and was to be at most "
-            f"{bound:.6f}. What is missing is rotation: give a larger rope_dim."
+            f"max_loss cannot be kept: at the full rank of {most} the loss is {full_rank_loss:.6f}, and the bound is "
+            f"{bound:.6f}. The lost rotation causes the difference; give a larger rope_dim."
         )
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""The weights in effect of a projection, for decoding that multiplies by them the other way round."""
+"""Effective weights of projections, which absorbed decoding multiplies in transposed order."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
-"""Subclasses of these are quantised, or spread over processes."""
+"""The types of an ordinary weight; subclasses are quantized, or distributed over processes."""
 
 
 def _version(tensor: Tensor) -> int:
+    """Return autograd's version counter of a tensor; inference tensors have none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _signature(linear: nn.Module) -> tuple[Any, ...]:
-    """What changes whenever the weights in effect may have: those of the layer and of whatever PEFT put round it."""
+    """Return a key that changes when the effective weights of a layer, with its PEFT adapters, may have changed."""
     tensors = [*linear.parameters(), *linear.buffers()]
     adapters = ("merged_adapters", "active_adapters", "disable_adapters", "scaling")
     state = tuple(repr(getattr(linear, name, None)) for name in adapters)
@@ -24,45 +25,53 @@ def _signature(linear: nn.Module) -> tuple[Any, ...]:
 
 
 class Folding:
-    """What linear layers in effect multiply by and add, where something is wrapped round them: LoRA, quantisation,
-    offloading.
+    """A cache of the effective weights and biases of linear layers that LoRA, quantization or offloading wraps.
 
-    A plain layer's weight is used as it is, so that nothing can be out of date. What a wrapped layer does is found by
-    sending the identity through it, once; that is dropped at every pass over several new tokens, in training, and
-    whenever the choice of adapters or a tensor inside the layer has changed (but for changes in place behind
-    autograd's back, `.data.mul_()`, which show from the next such pass on). A compiled graph cannot keep it, and finds
-    it anew in each pass.
+    A plain layer's weight is used directly. The effective weight of a wrapped layer is computed by applying the layer
+    to the identity matrix, and cached. The cache is dropped in each pass over several new tokens, and an entry is
+    recomputed when the active adapters or a tensor of the layer change. Changes that bypass autograd's version counter,
+    such as `.data.mul_()`, show after the next pass over several new tokens. Nothing is cached in training or in a
+    compiled graph.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
+        self._cache: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def __setstate__(self, _: dict[str, Any]) -> None:
-        self._known = {}
+        self._cache = {}
 
     def drop(self) -> None:
-        """Forget what was prepared."""
-        if self._known:
-            self._known.clear()
+        """Discard all cached weights."""
+        if self._cache:
+            self._cache.clear()
 
     def weight(self, name: str, linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[out, width]` and `[out]`: by what `linear` multiplies and what it adds, in the dtype of `like` and on its
-        device."""
-        plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook")
-        if plain and isinstance(linear, nn.Linear) and type(linear.weight) in PLAIN and not linear.weight.is_meta:
+        """Return the effective weight and bias of a linear layer.
+
+        Args:
+            name: key of the layer in the cache.
+            linear: the layer, possibly wrapped.
+            width: number of input dimensions.
+            like: a tensor with the dtype of the result, and the device that a wrapped layer computes on.
+
+        Returns:
+            The weight `[out, width]`, and the bias `[out]` or None.
+        """
+        is_plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook")
+        if is_plain and isinstance(linear, nn.Linear) and type(linear.weight) in PLAIN and not linear.weight.is_meta:
             return linear.weight.to(like.dtype), None if linear.bias is None else linear.bias.to(like.dtype)
-        kept = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or linear.training)
-        signature = _signature(linear) if kept else ()
-        known = self._known.get(name)
-        if kept and known is not None and known[0] == signature:
-            return known[1].to(like.dtype), known[2].to(like.dtype)
+        use_cache = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or linear.training)
+        signature = _signature(linear) if use_cache else ()
+        cached = self._cache.get(name)
+        if use_cache and cached is not None and cached[0] == signature:
+            return cached[1].to(like.dtype), cached[2].to(like.dtype)
         identity = torch.eye(width, dtype=like.dtype, device=like.device)
-        found = linear(torch.cat((identity, identity.new_zeros(1, width))))
-        bias = found[-1]
-        weight = (found[:-1] - bias).T
-        if kept:
-            self._known[name] = (signature, weight, bias)
+        output = linear(torch.cat((identity, identity.new_zeros(1, width))))
+        bias = output[-1]
+        weight = (output[:-1] - bias).T
+        if use_cache:
+            self._cache[name] = (signature, weight, bias)
         return weight.to(like.dtype), bias.to(like.dtype)

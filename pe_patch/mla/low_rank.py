@@ -1,4 +1,4 @@
-"""The few directions that keys and values are cached in."""
+"""Low-rank decomposition of keys and values: second moments, spans and balancing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from torch import Tensor
 
 from ..core.projections import Projections, Statistics
 from .rotary_keys import RotaryKeys
-from .statistics import normalised
+from .statistics import normalized
 
 
 def full_ranks(projections: Projections, rows: int) -> tuple[int, int, int]:
-    """Ranks that lose nothing of `rows` key rows without position, of the values, and of both together.
+    """Return the lossless ranks of the keys without position, of the values, and of both together.
 
-    What is linear in the hidden state has no more directions than that; keys under a norm are not linear.
+    A linear function of the hidden state has at most as many directions as the hidden state. Normalized keys are not
+    linear, so this bound does not apply to them.
+
+    Args:
+        projections: the weights of the attention.
+        rows: number of key dimensions without position, over all heads.
     """
     hidden, values = projections.hidden, projections.kv_heads * projections.head_dim
     if projections.key_norm is not None:
@@ -22,58 +27,61 @@ def full_ranks(projections: Projections, rows: int) -> tuple[int, int, int]:
 
 
 def weights(projections: Projections) -> tuple[Tensor, Tensor]:
-    """What makes keys and values of hidden states, each `[kv_heads * head_dim, hidden]`.
+    """Return the weights of keys and values, each `[kv_heads * head_dim, hidden]`.
 
-    Keys under a norm are taken as this norm would make them on average if the hidden state was white: each head's rows
-    as a whole have norm 1 for each dim, times what the norm multiplies the dim with.
+    If the family normalizes keys, their weights are scaled as the norm would scale them on average for a white hidden
+    state: the rows of each head get a mean square norm of 1, times the norm's factor for each dimension.
     """
     of, dtype = projections, projections.work_dtype
     key, value = of.key.to(dtype), of.value.to(dtype)
     if of.key_norm is None:
         return key, value
-    # A norm's factors whatever it calls them: what it makes of a vector with mean 0 and mean square 1.
+    # Families name the weights of a norm differently, so measure them: apply it to a vector of mean 0, mean square 1.
     probe = torch.ones(of.kv_heads, of.head_dim, dtype=dtype, device=key.device)
     probe[:, 1::2] = -1
     with torch.no_grad():
-        factors = (normalised(of.key_norm, probe) - normalised(of.key_norm, -probe)) / 2 * probe
+        factors = (normalized(of.key_norm, probe) - normalized(of.key_norm, -probe)) / 2 * probe
     heads = key.unflatten(0, (of.kv_heads, of.head_dim))
     scale = of.head_dim**0.5 / heads.flatten(1).norm(dim=1).clamp(min=torch.finfo(dtype).tiny)
     return (heads * (factors * scale[:, None])[..., None]).flatten(0, 1), value
 
 
 def balance_of(projections: Projections, keys: RotaryKeys, statistics: Statistics, ratio: float) -> float:
-    """By what to divide the keys without position, that their mean norm is `ratio` times that of values (TransMLA).
+    """Return the divisor of the keys without position that makes their mean norm `ratio` times that of the values.
 
-    Left alone, the larger of the two would take all the rank.
+    Without it, the larger of the two would take all the rank.
+
+    Source: TransMLA, Meng et al. 2025, arXiv 2502.07864.
     """
     if not keys.rest.shape[0]:
         return 1.0
     width = projections.kv_heads * projections.head_dim
     of_key = statistics.moment[:width, :width]
     key = ((keys.rest @ of_key) * keys.rest).sum(1).clamp(min=0).sqrt().mean()
-    # Values from the width of the rotary key on, as in the authors' code, whose numbers this reproduces.
+    # Leave out as many values as the rotary key is wide, as the authors' code does, to reproduce its results.
     value = statistics.moment.diagonal()[width + keys.rope_key.shape[0] :].clamp(min=0).sqrt().mean()
     balance = float(key / (value * ratio))
     return balance if 0 < balance < float("inf") else 1.0
 
 
 def second_moment(projections: Projections, rest: Tensor, statistics: Statistics | None) -> Tensor:
-    """Second moment of [rest k | v]: over the tokens of `statistics`, or without those for white hidden states."""
+    """Return the second moment of [rest k | v] over the tokens of `statistics`; None assumes white hidden states."""
     if statistics is None:
         key, value = weights(projections)
         white = torch.cat((rest @ key, value))
         return white @ white.T
     width = rest.shape[1]
-    of_key, both = statistics.moment[:width].split(width, 1)
+    of_key, cross = statistics.moment[:width].split(width, 1)
     of_value = statistics.moment[width:, width:]
-    both = rest @ both
-    return torch.cat((torch.cat((rest @ of_key @ rest.T, both), 1), torch.cat((both.T, of_value), 1)))
+    cross = rest @ cross
+    return torch.cat((torch.cat((rest @ of_key @ rest.T, cross), 1), torch.cat((cross.T, of_value), 1)))
 
 
 def spans(projections: Projections, rest: Tensor, svd: str) -> list[Tensor | None]:
-    """Orthonormal columns that hold all that a latent's keys and values can be, None where that is everything.
+    """Return orthonormal bases of the space of each latent's keys and values; None if it is the whole space.
 
-    Calibration tokens may be fewer than these directions, and directions that no text can take are not worth a rank.
+    With fewer calibration tokens than dimensions, the principal axes are arbitrary beyond the rank of the tokens. The
+    basis keeps these axes within directions that keys and values can take.
     """
     value = projections.value.to(rest.dtype)
     key = None if projections.key_norm is not None else rest @ projections.key.to(rest.dtype)
@@ -87,4 +95,5 @@ def spans(projections: Projections, rest: Tensor, svd: str) -> list[Tensor | Non
 
 
 def _span(linear: Tensor) -> Tensor | None:
+    """Return an orthonormal basis of the column space of a matrix; None if it may be the whole space."""
     return torch.linalg.qr(linear).Q if linear.shape[0] > linear.shape[1] else None

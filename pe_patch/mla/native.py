@@ -1,4 +1,4 @@
-"""Models that hold latents by themselves (DeepSeek-V2, V3 and their kin)."""
+"""Models with native latent attention (DeepSeek-V2, DeepSeek-V3 and relatives)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .folding import Folding
 
 
 class NativeHeads(nn.Module):
-    """What attention over latents needs to know of a layer that was built with them; it has no weights of its own.
+    """The `LatentHeads` of a layer with native latent attention, a view without parameters.
 
-    `attention` carries DeepSeek's names: `kv_b_proj` makes for each head `qk_nope_head_dim` numbers of the key and
-    `v_head_dim` of the value out of `kv_lora_rank`, and `expand_kv` makes keys and values of what is cached.
+    The layer has DeepSeek's names: `kv_b_proj` projects `kv_lora_rank` latent dimensions to `qk_nope_head_dim` key and
+    `v_head_dim` value dimensions for each head, and `expand_kv` computes keys and values from the cached tensors.
     """
 
     rope_heads = 1
@@ -22,7 +22,7 @@ class NativeHeads(nn.Module):
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.__dict__["attention"] = attention  # which holds this module in turn
+        self.__dict__["attention"] = attention  # not a submodule: the layer contains this module
         self.nope, self.rope = attention.qk_nope_head_dim, attention.qk_rope_head_dim
         self.value_dim, self.rank = attention.v_head_dim, attention.kv_lora_rank
         self.folding = Folding()
@@ -41,5 +41,5 @@ class NativeHeads(nn.Module):
 
 
 def keep_latents(attention: nn.Module, inner: Callable[..., Any], latent: Tensor, shared: Tensor) -> Any:
-    """Stands where a layer expands what is cached, and hands it to the attention function as it is."""
+    """Return the cached tensors unchanged, in place of the layer's `expand_kv`."""
     return latent, shared

@@ -1,4 +1,4 @@
-"""The part of a scheme that replaces an attention's projections, and the questions that patching asks about it."""
+"""The protocol of schemes that replace an attention's projections, and predicates that patching uses."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ..core.scheme import Scheme
 
 
 class ProjectionScheme(Scheme):
-    """A scheme that puts other modules in the place of an attention's query, key and value projections.
+    """A scheme that replaces the query, key and value projections of an attention by another module.
 
-    It overrides `replace`, which makes such a module, and `attend`, which gets what the module cached.
+    It overrides `replace`, which builds the module, and `attend`, which receives the tensors that the module cached.
     """
 
     converts: ClassVar[bool] = False
-    """Make the new weights out of the trained ones."""
+    """The weights of the new modules are computed from the trained ones."""
     keep_original = True
-    """Keep the replaced weights with the model, for undoing."""
+    """Keep the replaced weights with the model, so that the patch can be undone."""
     calibration = cast(Any, None)
-    """Token ids or texts, for `observe`."""
+    """Token ids or texts for `observe`; None without calibration."""
     seed = 0
-    """Chooses among the rows of calibration if there are more than are read."""
+    """Random seed that selects rows of calibration if there are too many tokens."""
     restored = False
-    """Weights of the new modules come from a checkpoint."""
+    """The weights of the new modules come from a checkpoint, so none are computed."""
 
     def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
         """Return a module that replaces one layer's query, key and value projections.
 
         The module is called as `module(hidden, cos, sin)` with hidden `[batch, length, hidden]` and the rotation of the
         positions `[batch | 1, length, rotary_dim / 2]`. It returns queries `[batch, heads, length, ...]` and two
-        tensors `[batch, ..., length, ...]` to cache, which `attend` gets as the cache holds them.
+        tensors `[batch, ..., length, ...]` to cache. `attend` receives these tensors from the cache.
 
         Args:
             projections: the weights of the layer.
@@ -41,11 +41,17 @@ class ProjectionScheme(Scheme):
         return None
 
     def observe(self, projections: Projections, hidden: Tensor, seen: Any) -> Any:
-        """Add statistics of calibration tokens to `seen` and return it; hidden `[tokens, hidden]`."""
+        """Add statistics of calibration tokens to `seen`, and return it.
+
+        Args:
+            projections: the weights of the layer.
+            hidden: inputs of the attention, `[tokens, hidden]`.
+            seen: the statistics of earlier tokens; None at the first call.
+        """
         return None
 
     def check(self, projections: Projections) -> None:
-        """Raise if `replace` cannot work with a layer's projections."""
+        """Raise an error if `replace` does not support the projections of a layer."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -54,7 +60,7 @@ class ProjectionScheme(Scheme):
 
     @property
     def starts_fresh(self) -> bool:
-        """Return whether the new modules are initialised like the model's own untrained weights."""
+        """Return whether the new modules start from random weights, initialized by the model's own `_init_weights`."""
         return False
 
     @property
@@ -74,13 +80,13 @@ class ProjectionScheme(Scheme):
 
 
 def converts(scheme: Scheme | type[Scheme]) -> bool:
-    """Return whether a scheme makes new weights out of the trained ones."""
+    """Return whether a scheme computes new weights from the trained ones."""
     cls = scheme if isinstance(scheme, type) else type(scheme)
     return issubclass(cls, ProjectionScheme) and cls.converts
 
 
 def replaces_projections(scheme: Scheme) -> bool:
-    """Return whether a scheme puts modules in the place of projections."""
+    """Return whether a scheme replaces projections, with the options that it has."""
     overridden = isinstance(scheme, ProjectionScheme) and type(scheme).replace is not ProjectionScheme.replace
     return overridden and "replace" not in scheme.idle
 

@@ -1,4 +1,4 @@
-"""An attention whose projections a scheme replaces: what is swapped, and the forward that stands there then."""
+"""The swaps that replace an attention's projections by a scheme's module, and the forward that calls this module."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ from .protocol import ProjectionScheme
 
 @dataclass(frozen=True)
 class ReplacedForward:
-    """The forward of an attention that projects through the module a scheme has put in: `module(hidden, cos, sin)`
-    gives queries and the two tensors to cache, and the scheme's `attend` what follows."""
+    """The forward of an attention whose projections a scheme replaces.
+
+    The scheme's module is called as `module(hidden, cos, sin)`, and returns queries and the two tensors to cache. The
+    scheme's `attend` computes the attention.
+    """
 
     child: str
+    """Attribute of the scheme's module."""
     output: str
+    """Attribute of the output projection."""
     layout: str
+    """How the family lays out cos and sin: "halves" or "interleaved"."""
     scale: float
-    """What the softmax scale is multiplied by."""
+    """Factor on the softmax scale."""
     residual_dropout: str | None
+    """Attribute of the attention with the dropout probability of its output; None if the family has none."""
     arguments: tuple[str, ...]
     """Names of the native forward's positional arguments."""
     __name__ = "latent forward"
@@ -36,7 +43,7 @@ class ReplacedForward:
     def __call__(self, attention: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         kwargs |= dict(zip(self.arguments, args, strict=False))
         hidden, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
-        cos, sin = (HALF[self.layout](one) for one in kwargs.pop("position_embeddings"))
+        cos, sin = (HALF[self.layout](table) for table in kwargs.pop("position_embeddings"))
         cache = compat.take_cache(kwargs, "cache", f"{type(attention).__name__}.forward")
         kwargs.pop("cache", None)
         query, key, value = getattr(attention, self.child)(hidden, cos, sin)
@@ -49,8 +56,8 @@ class ReplacedForward:
         )
         output = getattr(attention, self.output)(output.reshape(*hidden.shape[:-1], -1).contiguous())
         if self.residual_dropout is not None:
-            share = getattr(attention, self.residual_dropout)
-            output = nn.functional.dropout(output, share, attention.training)
+            probability = getattr(attention, self.residual_dropout)
+            output = nn.functional.dropout(output, probability, attention.training)
         return output, weights
 
 
@@ -58,24 +65,27 @@ HALF: dict[str, Callable[[Tensor], Tensor]] = {
     "halves": lambda table: table[..., : table.shape[-1] // 2],
     "interleaved": lambda table: table[..., ::2],
 }
-"""One number for each frequency, out of cos or sin as a family lays them out."""
+"""Functions that reduce cos or sin in each layout to one value for each frequency, `[..., rotary_dim / 2]`."""
 
 
-class Kept(nn.Module):
-    """The weights of a module that is out of use, by their names; not itself, so that nothing takes it for a layer."""
+class FrozenOriginal(nn.Module):
+    """The weights of a replaced module, under their names.
 
-    def __init__(self, of: nn.Module) -> None:
+    It has no forward and another class than the module, so that other libraries do not treat it as a layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        for name, parameter in of.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        for name, buffer in of.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in of._non_persistent_buffers_set)
-        for name, child in of.named_children():
-            self.add_module(name, Kept(child))
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        for name, child in module.named_children():
+            self.add_module(name, FrozenOriginal(child))
 
 
-def taken_names(attention: nn.Module, adapter: Adapter) -> list[str]:
-    """The modules of an attention whose work a replacement does."""
+def replaced_names(attention: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the names of the submodules of an attention that a scheme's module replaces."""
     assert adapter.projections is not None
     names = [*adapter.projections.taken, *(adapter.projections.norms or ())]
     return [name for name in names if isinstance(getattr(attention, name, None), nn.Module)]
@@ -84,17 +94,25 @@ def taken_names(attention: nn.Module, adapter: Adapter) -> list[str]:
 def replacement_swaps(
     attentions: list[Any], adapter: Adapter, scheme: Scheme, modules: dict[int, nn.Module], arguments: tuple[str, ...]
 ) -> tuple[list[Swap], dict[str, nn.Module]]:
-    """The swaps that put `modules` in the place of projections, and what they replace, by name."""
+    """Return the swaps that replace projections by `modules`, and the replaced weights by name.
+
+    Args:
+        attentions: the attention module of every layer.
+        adapter: the adapter of the family.
+        scheme: the scheme, which names the attribute of the new module.
+        modules: the new module of each converted layer.
+        arguments: names of the native forward's positional arguments.
+    """
     swaps: list[Swap] = []
     original: dict[str, nn.Module] = {}
     assert adapter.projections is not None
     for index, module in modules.items():
         attention, names = attentions[index], adapter.projections
-        old = {name: getattr(attention, name) for name in taken_names(attention, adapter)}
+        replaced = {name: getattr(attention, name) for name in replaced_names(attention, adapter)}
         module.train(attention.training)
-        module.requires_grad_(any(p.requires_grad for one in old.values() for p in one.parameters()))
-        for name, one in old.items():
-            original[f"layers_{index}_{name}"] = Kept(one)
+        module.requires_grad_(any(p.requires_grad for child in replaced.values() for p in child.parameters()))
+        for name, child in replaced.items():
+            original[f"layers_{index}_{name}"] = FrozenOriginal(child)
             swaps.append(Removal.of(attention, name))
         swaps.append(Swap.of(attention, scheme.name, module))
         groups = getattr(module, "groups", None)
@@ -113,19 +131,25 @@ def replacement_swaps(
 
 
 def no_early_cache(head: Any, inner: Callable[..., Any], *_: Any, **__: Any) -> None:
-    """Stands before what `generate` sizes a static cache by, which are the config's heads: the cache finds its shape in
-    the first pass instead."""
+    """Do nothing, in place of the method by which `generate` allocates a static cache early.
+
+    That method takes the shape from the config's heads. Without it, the cache takes its shape from the first pass.
+    """
     return None
 
 
 def native_latent_swaps(attentions: dict[int, Any], scheme: Scheme) -> list[Swap]:
-    """The swaps by which layers that hold latents hand them to the attention function as they are cached."""
+    """Return the swaps by which natively latent layers pass their cached tensors on without expanding them.
+
+    Raises:
+        UnsupportedError: a layer has no `expand_kv`.
+    """
     swaps = []
     for index, attention in attentions.items():
         if not hasattr(type(attention), "expand_kv"):
             raise UnsupportedError(
-                f"Layer {index} ({type(attention).__name__}) holds latents but has no expand_kv to take over, so "
-                f"{scheme.name!r} would have no effect there."
+                f"Layer {index} ({type(attention).__name__}) has latent attention without an expand_kv method to "
+                f"replace, so {scheme.name!r} would have no effect there."
             )
         swaps.append(Swap.of(attention, scheme.name, NativeHeads(attention).train(attention.training)))
         swaps.append(bind(attention, "expand_kv", keep_latents))

@@ -1,4 +1,4 @@
-"""Which part of the keys keeps its rotation, and what becomes of the part that loses it."""
+"""Decomposition of keys into a part that keeps its rotation and a part without position."""
 
 from __future__ import annotations
 
@@ -13,45 +13,51 @@ from ..core.projections import Projections, Statistics
 
 @dataclass(frozen=True)
 class RotaryKeys:
-    """Keys k `[kv_heads * head_dim]` in two parts: scores are those of the trained attention, without the rotation of
-    the second part."""
+    """A decomposition of the keys k `[kv_heads * head_dim]` into a rotary part and a part without position.
+
+    Scores equal those of the trained attention, except that the second part does not rotate.
+    """
 
     query: Tensor
-    """`[kv_heads, nope + rope, head_dim]`: what makes a query of the group meet the two parts, as in `Latents`"""
+    """Matrix from a query of each group to its two parts, as in `Latents`, `[kv_heads, nope + rope, head_dim]`."""
     rope_key: Tensor
-    """`[rope_heads * rope, kv_heads * head_dim]`: the first part, which rotates"""
+    """Matrix from k to the rotary part, `[rope_heads * rope, kv_heads * head_dim]`."""
     frequency: Tensor
-    """`[rope_heads, rope / 2]`"""
+    """Index of the trained frequency of each rotary pair, `[rope_heads, rope / 2]`."""
     rest: Tensor
-    """`[rows, kv_heads * head_dim]`: the second part, orthonormal rows"""
+    """Matrix from k to the part without position, `[rows, kv_heads * head_dim]`, with orthonormal rows."""
     expand: Tensor
-    """`[kv_heads, nope, rows]`: the part of each head's key that does not rotate, from `rest k`"""
+    """Matrix from `rest k` to the part of each head's key without position, `[kv_heads, nope, rows]`."""
 
 
 def selected(projections: Projections, statistics: Statistics | None, rope_dim: int, select: str) -> RotaryKeys:
-    """Each key-value head keeps `rope_dim` of its own dims (MHA2MLA, Ji et al. 2025, arXiv 2502.14837)."""
+    """Select `rope_dim` dimensions of each key-value head that keep their rotation.
+
+    Source: MHA2MLA, Ji et al. 2025, arXiv 2502.14837.
+    """
     of, kept = projections, rope_dim // 2
     width, device = of.kv_heads * of.head_dim, projections.key.device
     order = SELECTIONS[select](of.rotary_dim // 2, kept, of, statistics)
     frequency = order.sort(-1).values.expand(of.kv_heads, kept)
-    turning = of.pairs[frequency].transpose(1, 2).flatten(1)  # [kv_heads, rope_dim]: first dims of the pairs, second
-    still = torch.ones(of.kv_heads, of.head_dim, dtype=torch.bool, device="cpu").scatter_(1, turning, False)
-    resting = still.nonzero()[:, 1].view(of.kv_heads, of.head_dim - rope_dim)
-    turning, resting = turning.to(device), resting.to(device)
+    # [kv_heads, rope_dim]: the first dimensions of all pairs, then the second ones.
+    rotary = of.pairs[frequency].transpose(1, 2).flatten(1)
+    has_no_position = torch.ones(of.kv_heads, of.head_dim, dtype=torch.bool, device="cpu").scatter_(1, rotary, False)
+    nope = has_no_position.nonzero()[:, 1].view(of.kv_heads, of.head_dim - rope_dim)
+    rotary, nope = rotary.to(device), nope.to(device)
     first = torch.arange(of.kv_heads, device=device)[:, None] * of.head_dim
-    own, every = torch.eye(of.head_dim, **_like(of)), torch.eye(width, **_like(of))
-    rows = resting.numel()
+    head_eye, eye = torch.eye(of.head_dim, **_like(of)), torch.eye(width, **_like(of))
+    rows = nope.numel()
     return RotaryKeys(
-        query=own[torch.cat((resting, turning), 1)],
-        rope_key=every[(first + turning).flatten()],
+        query=head_eye[torch.cat((nope, rotary), 1)],
+        rope_key=eye[(first + rotary).flatten()],
         frequency=frequency.contiguous().to(device),
-        rest=every[(first + resting).flatten()],
+        rest=eye[(first + nope).flatten()],
         expand=torch.eye(rows, **_like(of)).view(of.kv_heads, of.head_dim - rope_dim, rows),
     )
 
 
 def _by_norms(count: int, kept: int, of: Projections, statistics: Statistics | None) -> Tensor:
-    """The pairs that score most: mean norm of a query's pair times that of the key's, summed over a group."""
+    """Select the pairs with the largest product of mean query norm and mean key norm, summed over a query group."""
     assert statistics is not None
     query, key = statistics.pair_norms / statistics.tokens
     score = (query * key).view(of.kv_heads, of.group, count).sum(1)
@@ -59,21 +65,31 @@ def _by_norms(count: int, kept: int, of: Projections, statistics: Statistics | N
 
 
 Selection = Callable[[int, int, Projections, "Statistics | None"], Tensor]
-SELECTIONS: dict[str, Selection] = {  # (pairs, how many to keep, ...) -> which, [kv_heads | 1, kept], on the processor
+SELECTIONS: dict[str, Selection] = {
     "2-norm": _by_norms,
     "high": lambda count, kept, *_: torch.arange(kept, device="cpu")[None],
     "low": lambda count, kept, *_: torch.arange(count - kept, count, device="cpu")[None],
     "uniform": lambda count, kept, *_: (torch.arange(kept, device="cpu") * count // kept)[None],
 }
+"""Functions of (number of pairs, number to keep, projections, statistics) that return the indices of the pairs to keep,
+`[kv_heads | 1, kept]`, on the CPU."""
 
 
 def shared(projections: Projections, statistics: Statistics, rope_dim: int, freqfold: int) -> RotaryKeys:
-    """One rotary key for all heads (RoRoPE, FreqFold and collapse of TransMLA, Meng et al. 2025, arXiv 2502.07864).
+    """Concentrate the rotary part of all heads in one shared rotary key.
 
-    For every frequency the pairs of all heads are numbers on one circle: turning heads into one another by the same
-    orthogonal matrix for both dims of a pair commutes with rotation. By the principal axes of the keys the first slots
-    then hold most of a frequency. `freqfold` takes so many neighbouring frequencies for one, which is not exact; with a
-    rope_dim below the trained width every (rotary_dim / rope_dim)-th of these stays, for as many slots.
+    At each frequency, mixing the heads by one orthogonal matrix for both dimensions of a pair commutes with rotation.
+    With the principal axes of the keys as this matrix, the first slots hold most of the energy of a frequency.
+    `freqfold` treats that many neighboring frequencies as one, which is an approximation. With a `rope_dim` below the
+    trained width, every (rotary_dim / rope_dim)-th frequency of a group remains, each with one slot.
+
+    Args:
+        projections: the weights of the attention.
+        statistics: the statistics of calibration tokens.
+        rope_dim: width of the shared rotary key.
+        freqfold: number of neighboring frequencies in a group.
+
+    Source: RoRoPE, FreqFold and collapse of TransMLA, Meng et al. 2025, arXiv 2502.07864.
     """
     of, width = projections, projections.kv_heads * projections.head_dim
     slots = _slots(of, statistics.key_moment, freqfold)
@@ -94,41 +110,48 @@ def shared(projections: Projections, statistics: Statistics, rope_dim: int, freq
 
 
 def _slots(of: Projections, key_moment: Tensor, freqfold: int) -> Tensor:
-    """All rotating key dims along their principal axes, `[groups, kv_heads * freqfold, 2, kv_heads * head_dim]`."""
+    """Return the principal axes of the rotary key dimensions, `[groups, kv_heads * freqfold, 2, kv_heads * head_dim]`.
+
+    Both dimensions of a pair have the same axes.
+    """
     width, groups = of.kv_heads * of.head_dim, of.rotary_dim // 2 // freqfold
     first = torch.arange(of.kv_heads, device="cpu")[:, None, None] * of.head_dim
     dims = (first + of.pairs).view(of.kv_heads, groups, freqfold, 2).permute(1, 3, 0, 2).flatten(2)
-    dims = dims.to(key_moment.device)  # [groups, 2, kv_heads * freqfold]: where in k both dims of a group's pairs are
+    dims = dims.to(key_moment.device)  # [groups, 2, kv_heads * freqfold]: indices in k of both dimensions of the pairs
     axes = principal(key_moment[dims[..., None], dims[:, :, None]].sum(1)).mT
     count = axes.shape[1]
     slots = torch.zeros(groups, count, 2, width, **_like(of))
-    where, what = dims[:, None].expand(-1, count, -1, -1), axes[:, :, None].expand(-1, -1, 2, -1)
-    return slots.scatter_(-1, where, what)
+    index, values = dims[:, None].expand(-1, count, -1, -1), axes[:, :, None].expand(-1, -1, 2, -1)
+    return slots.scatter_(-1, index, values)
 
 
-def _without_position(of: Projections, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`query` of `nope` rows, `rest` and `expand` for the slots `left` `[slots, kv_heads * head_dim]` and the dims that
-    have never rotated.
+def _without_position(of: Projections, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `query` (its `nope` rows), `rest` and `expand` of the part of the keys without position.
 
-    A head's query meets its key in the head's own dims, or in slots where these are fewer.
+    The part consists of the slots that lose their rotation, `[slots, kv_heads * head_dim]`, and the dimensions that
+    never rotated. Scores are computed in the head's own dimensions, or in the slots if these are fewer.
     """
-    width, count, never = of.kv_heads * of.head_dim, left.shape[0], of.head_dim - of.rotary_dim
+    width, count, never_rotated = of.kv_heads * of.head_dim, slots.shape[0], of.head_dim - of.rotary_dim
     eye = torch.eye(width, **_like(of))
-    rest = torch.cat((left, eye.view(of.kv_heads, of.head_dim, width)[:, of.rotary_dim :].flatten(0, 1)))
+    rest = torch.cat((slots, eye.view(of.kv_heads, of.head_dim, width)[:, of.rotary_dim :].flatten(0, 1)))
     by_head = rest.view(rest.shape[0], of.kv_heads, of.head_dim).transpose(0, 1)
-    own = eye[: of.head_dim, : of.head_dim].expand(of.kv_heads, -1, -1)
+    head_eye = eye[: of.head_dim, : of.head_dim].expand(of.kv_heads, -1, -1)
     if count >= of.rotary_dim:
-        return own, rest, by_head.mT
-    every = torch.eye(rest.shape[0], **_like(of))
-    unturned = every[count:].view(of.kv_heads, never, rest.shape[0])
-    expand = torch.cat((every[:count].expand(of.kv_heads, -1, -1), unturned), 1)
-    return torch.cat((by_head[:, :count], own[:, of.rotary_dim :]), 1), rest, expand
+        return head_eye, rest, by_head.mT
+    rest_eye = torch.eye(rest.shape[0], **_like(of))
+    tail = rest_eye[count:].view(of.kv_heads, never_rotated, rest.shape[0])
+    expand = torch.cat((rest_eye[:count].expand(of.kv_heads, -1, -1), tail), 1)
+    return torch.cat((by_head[:, :count], head_eye[:, of.rotary_dim :]), 1), rest, expand
 
 
 def principal(moment: Tensor, within: Tensor | None = None) -> Tensor:
-    """Principal axes of `moment` `[..., n, n]`, most first; the largest entry of each is positive.
+    """Return the principal axes of `moment` `[..., n, n]` as columns, sorted by decreasing variance.
 
-    With `within`, orthonormal columns `[n, m]`, the m axes in their span.
+    The sign of each axis makes its largest entry positive.
+
+    Args:
+        moment: second moment, `[..., n, n]`.
+        within: orthonormal columns `[n, m]`, to whose span the m axes are restricted; None for no restriction.
     """
     inside = moment if within is None else within.T @ moment @ within
     axes = torch.linalg.eigh((inside + inside.mT) / 2).eigenvectors.flip(-1)
@@ -138,4 +161,5 @@ def principal(moment: Tensor, within: Tensor | None = None) -> Tensor:
 
 
 def _like(projections: Projections) -> dict:
+    """Return the dtype and device of a conversion, as keyword arguments."""
     return {"dtype": projections.work_dtype, "device": projections.key.device}

@@ -1,4 +1,4 @@
-"""DeepSeek's multi-head latent attention: of models that have it, and of trained models converted to it."""
+"""Multi-head latent attention as a scheme: for models that have it, and for models converted to it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ CONVERSION = (
     "kv_rank", "cache_ratio", "max_loss", "rope_dim", "method", "calibration", "seed", "latent_norm", "select", "svd",
     "freqfold", "balance_kv_ratio",
 )  # fmt: skip
-"""Options that say how a model is converted; a model that holds latents has no use for them."""
+"""Options of the conversion, which do not apply to a model with native latent attention."""
 
 
 @register_scheme
 class MLA(ProjectionScheme):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): the cache holds one latent vector for
-    each token, out of which every head's key and value are made, and a rotary key of its own ("decoupled").
+    """Multi-head latent attention (MLA): the cache holds a latent vector and a decoupled rotary key for each token.
 
-    On a model that has it (DeepSeek-V2, V3), decoding is absorbed: queries are brought to the latents instead of the
-    latents to keys and values. On others, the trained projections are converted.
+    The keys and values of all heads are linear functions of the latent. On a model that has MLA (DeepSeek-V2, V3), the
+    scheme makes decoding absorbed: queries are projected to the latent space, and latents are not expanded to keys and
+    values. On other models, the scheme converts the trained projections.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
     """
 
     name = "mla"
@@ -52,40 +54,43 @@ class MLA(ProjectionScheme):
     converts: ClassVar[bool] = True
 
     kv_rank: int | None = None
-    """Width of the latent. Give one of `kv_rank`, `cache_ratio` and `max_loss`."""
+    """Width of the latent. Give exactly one of `kv_rank`, `cache_ratio` and `max_loss`."""
     cache_ratio: float | None = None
-    """Share of the present cache that the latent may take, in (0, 1)."""
+    """Size of the new cache relative to the present one, in (0, 1)."""
     max_loss: float | None = None
-    """Share by which the loss on held-out calibration tokens may grow; the smallest such rank is searched."""
+    """Relative increase of the loss on held-out calibration tokens that is allowed; the smallest such rank is used."""
     rope_dim: int | None = None
-    """Rotary dimensions that are kept. For "transmla" and "svd" of the one key that all heads share: a divisor of the
-    trained rotary width, or a multiple of it up to that of all key-value heads; for "mha2mla" of each key-value head.
-    None for as many as possible up to 64, or what `cache_ratio` allows."""
+    """Rotary dimensions to keep. For "transmla" and "svd" those of the key that all heads share: a divisor of the
+    trained rotary width, or a multiple of it up to that of all key-value heads. For "mha2mla" those of each key-value
+    head. None for as many as possible up to 64, or as many as `cache_ratio` allows."""
     method: str = "transmla"
-    """"transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy gathered in few dimensions, principal components of
-    the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: a choice of rotary dimensions, singular values of the
-    weights), "svd" (the rotary step of the first, the weights of the second) or "init" (fresh weights, to be trained
-    from scratch)."""
+    """"transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy concentrated in few dimensions, principal
+    components of the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: a selection of rotary dimensions,
+    singular vectors of the weights), "svd" (the rotary step of "transmla", the singular vectors of "mha2mla") or "init"
+    (random weights, to train from scratch)."""
     calibration: Any = None
-    """Token ids (`[rows, length]`, or lists of them) or texts. "mha2mla" needs them only for select="2-norm"."""
+    """Token ids (`[rows, length]`, or lists of them) or texts. "mha2mla" needs them only for select="2-norm",
+    `latent_norm` or `max_loss`."""
     seed: int = 0
-    """Chooses among the rows of calibration if they have more than 65,536 tokens in all."""
+    """Random seed that selects rows of calibration if they have more than 65,536 tokens in all."""
     latent_norm: bool = False
-    """Normalise the latent, as DeepSeek's classes do."""
+    """Normalize the latent (RMSNorm), as DeepSeek's classes do."""
     keep_original: bool = True
-    """Keep the weights that are replaced, for `unpatch_model`. They are saved with the model."""
+    """Keep the replaced weights for `unpatch_model`. They are saved with the model."""
     select: str = "2-norm"
-    """Which rotary dimensions "mha2mla" keeps: "2-norm", "high", "low" or "uniform"."""
+    """The rotary dimensions that "mha2mla" keeps: "2-norm", "high", "low" or "uniform"."""
     svd: str = "joint"
     """One latent for keys and values ("joint"), or one for each ("split", for "mha2mla" only)."""
     freqfold: int | None = None
-    """How many neighbouring frequencies "transmla" and "svd" treat as one; None for the least possible."""
+    """Number of neighboring frequencies that "transmla" and "svd" treat as one; None for the smallest that spans a
+    sixteenth of the frequencies, or 1 if `rope_dim` exceeds the trained rotary width."""
     balance_kv_ratio: float = 1.0
-    """Factor that balances the norms of keys and values before "transmla" finds components."""
+    """Norm of the keys without position relative to the values before "transmla" computes principal components."""
     factor: float | None = None
-    """Extend the window with YaRN on the rotary dimensions, with DeepSeek's factor on the softmax scale."""
+    """Extend the window by this factor with YaRN on the rotary dimensions, with DeepSeek's factor on the softmax
+    scale."""
     over: str | Mapping[str, Any] | None = None
-    """Any other static rotary scheme for the rotary dimensions, a name or a dict."""
+    """Another static rotary scheme for the rotary dimensions, as a name or a dict."""
 
     def setup(self) -> None:
         super().setup()
@@ -99,78 +104,94 @@ class MLA(ProjectionScheme):
             self._refuse_conversion()
             self.idle |= {"replace"}
             return
-        self.method = _one_of("method", self.method, (*METHODS, FRESH))
-        self.select, self.svd = _one_of("select", self.select, SELECTIONS), _one_of("svd", self.svd, DECOMPOSITIONS)
+        self.method = _checked_choice("method", self.method, (*METHODS, FRESH))
+        self.select = _checked_choice("select", self.select, SELECTIONS)
+        self.svd = _checked_choice("svd", self.svd, DECOMPOSITIONS)
         self.latent_norm = check_flag(self.name, "latent_norm", self.latent_norm)
         self.balance_kv_ratio = check_number(self.name, "balance_kv_ratio", self.balance_kv_ratio, 0.0, exclusive=True)
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
-            raise OptionValueError(f"'mla' got seed={quoted(self.seed)}; give a whole number.")
+            raise OptionValueError(f"'mla' got seed={quoted(self.seed)}; it must be a whole number.")
         refuse_unused(self.method, select=self.select, freqfold=self.freqfold, balance_kv_ratio=self.balance_kv_ratio)
-        self._settle_sizes(self.kv_rank, self.cache_ratio, self.max_loss, self.rope_dim)
+        self._resolve_sizes(self.kv_rank, self.cache_ratio, self.max_loss, self.rope_dim)
 
     # ---- options
 
     def _rotation(self, factor: float | None, over: Any) -> Rotary | None:
+        """Return the scheme that rotates the rotary dimensions; None for the model's own rotation."""
         if factor is None and over is None:
             return None
         if factor is not None and over is not None:
-            raise OptionValueError("'mla' got factor and over; factor is YaRN, so give the factor inside over.")
+            raise OptionValueError(
+                "'mla' got factor and over. factor= alone means YaRN; put the factor of another scheme into over, for "
+                "example over={'rope_type': 'linear', 'factor': 4}."
+            )
         if factor is not None:
             over = {"rope_type": "yarn", "factor": factor, "mscale": 1.0, "mscale_all_dim": 1.0}
         inner, _ = build_inner(self.name, over, self.shape, None, None)
         if inner.length_dependent:
             raise UnsupportedError(
-                f"'mla' caches its rotary key rotated, and {inner.name!r} changes frequencies with the length: use a "
-                "static scheme ('yarn', 'ntk', 'linear', 'llama3')."
+                f"'mla' caches its rotary key after rotation, and the frequencies of {inner.name!r} change with the "
+                "length. Use a static scheme ('yarn', 'ntk', 'linear', 'llama3')."
             )
         return inner
 
     def _refuse_conversion(self) -> None:
-        given = [option for option in self.options if option in CONVERSION or option == "keep_original"]
-        if given:
+        """Raise `OptionValueError` for an option of the conversion on a model with native latent attention."""
+        unused = [option for option in self.options if option in CONVERSION or option == "keep_original"]
+        if unused:
             raise OptionValueError(
                 f"This model holds latents already (rank {self.shape.latent_rank}), so there is nothing to convert: "
-                f"leave {given[0]} out. Without it 'mla' makes it decode without expanding them."
+                f"leave {unused[0]} out. 'mla' then makes the model decode without expanding its latents."
             )
 
-    def _settle_sizes(self, kv_rank: Any, cache_ratio: Any, max_loss: Any, rope_dim: Any) -> None:
-        given = {"kv_rank": kv_rank, "cache_ratio": cache_ratio, "max_loss": max_loss}
-        chosen = [name for name, value in given.items() if value is not None]
+    def _resolve_sizes(self, kv_rank: Any, cache_ratio: Any, max_loss: Any, rope_dim: Any) -> None:
+        """Check the options of size, and set `rank`, `rotary_width` and `loss_bound`."""
+        sizes = {"kv_rank": kv_rank, "cache_ratio": cache_ratio, "max_loss": max_loss}
+        chosen = [name for name, value in sizes.items() if value is not None]
         if len(chosen) != 1:
-            told = f"got {' and '.join(chosen)}" if chosen else "was not told how small the cache is to be"
+            problem = f"got {' and '.join(chosen)}" if chosen else "needs the size of the latent"
             raise OptionValueError(
-                f"'mla' {told}: give one of kv_rank=<width of the latent>, cache_ratio=<share of the cache to keep, "
-                "such as 1/8> or max_loss=<share by which the loss may grow, such as 0.02>."
+                f"'mla' {problem}: give exactly one of kv_rank=<width of the latent>, cache_ratio=<size of the new "
+                "cache relative to the present one, such as 1/8> or max_loss=<allowed relative increase of the loss, "
+                "such as 0.02>."
             )
         for name, value in (("kv_rank", kv_rank), ("rope_dim", rope_dim)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise OptionValueError(f"'mla' got {name}={quoted(value)}; give a whole number of dimensions.")
         if self.method == FRESH and max_loss is not None:
-            raise OptionValueError("method='init' has no loss to keep to; give kv_rank or cache_ratio.")
+            raise OptionValueError(
+                "method='init' starts from random weights, so max_loss has no meaning; give kv_rank or cache_ratio."
+            )
         if max_loss is not None:
             self.loss_bound = check_number(self.name, "max_loss", max_loss, 0.0)
         split = self.split
         if split and self.method != "mha2mla":
-            raise OptionValueError(f"svd='split' is of method='mha2mla'; {self.method!r} has one latent for both.")
+            raise OptionValueError(
+                f"svd='split' is an option of method='mha2mla'; {self.method!r} uses one latent for keys and values."
+            )
         if split and self.latent_norm:
             raise OptionValueError("latent_norm=True needs one latent for keys and values: leave svd='split' out.")
         if cache_ratio is not None:
             ratio = check_number(self.name, "cache_ratio", cache_ratio, 0.0, 1.0, exclusive=True)
-            of, latents = self.shape, 2 if split else 1
+            shape, latents = self.shape, 2 if split else 1
             kv_rank, rope_dim = fit_ratio(
-                of.num_key_value_heads, of.head_dim, of.rotary_dim, self.method, latents, ratio, rope_dim
+                shape.num_key_value_heads, shape.head_dim, shape.rotary_dim, self.method, latents, ratio, rope_dim
             )
         self.rotary_width = self._default_rope_dim() if rope_dim is None else int(rope_dim)
         self.rank = 0 if kv_rank is None else int(kv_rank)
 
     def _default_rope_dim(self) -> int:
+        """Return the largest allowed number of rotary dimensions up to 64."""
         rotary = self.shape.rotary_dim
-        one_key = self.method != "mha2mla"  # which has to divide the trained width
-        return max(n for n in range(2, min(64, rotary) + 1, 2) if not one_key or rotary % n == 0)
+        must_divide = self.method != "mha2mla"  # a shared rotary key must divide the trained width
+        return max(n for n in range(2, min(64, rotary) + 1, 2) if not must_divide or rotary % n == 0)
 
     def check(self, projections: Projections) -> None:
-        """Raise where the sizes do not fit what a layer projects; a rank that is still to be searched becomes the
-        largest."""
+        """Raise `OptionValueError` if the sizes do not fit a layer's projections.
+
+        With `max_loss` this also sets the rank to the full rank, from which the search starts; with `cache_ratio` it
+        limits the rank to the full rank.
+        """
         if self.method == FRESH:
             self._check_fresh()
             return
@@ -183,18 +204,19 @@ class MLA(ProjectionScheme):
             self.rank = min(self.rank, most)
         widest = widest_rank(projections, self.method, self.rotary_width, self.svd)
         if not 1 <= self.rank <= widest:
-            lossless = f" ({most} lose nothing)" if most < widest else ""
+            lossless = f" ({most} is lossless)" if most < widest else ""
             raise OptionValueError(
-                f"'mla' got kv_rank={self.rank}; with rope_dim={self.rotary_width} the keys that do not rotate and the "
-                f"values have {widest} dimensions here, so give 1 to {widest}{lossless}."
+                f"'mla' got kv_rank={self.rank}; with rope_dim={self.rotary_width} the keys without rotation and the "
+                f"values have {widest} dimensions, so give 1 to {widest}{lossless}."
             )
 
     def _check_fresh(self) -> None:
+        """Raise `OptionValueError` if the sizes of randomly initialized layers do not fit the model."""
         rotary = self.shape.rotary_dim
         widths = [width for width in range(2, rotary + 1, 2) if rotary % width == 0]
         if self.rotary_width not in widths:
             raise OptionValueError(
-                f"'mla' got rope_dim={self.rotary_width}; fresh layers take their frequencies from the {rotary} rotary "
+                f"'mla' got rope_dim={self.rotary_width}; method='init' takes frequencies from the {rotary} rotary "
                 f"dimensions of this model: give one of {', '.join(map(str, widths))}."
             )
         if self.rank < 1:
@@ -202,11 +224,12 @@ class MLA(ProjectionScheme):
 
     @property
     def split(self) -> bool:
+        """Return whether keys and values have one latent each."""
         return self.svd == "split"
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether tokens must be seen before weights can be made."""
+        """Return whether the conversion needs calibration tokens."""
         if not self.converting or self.method == FRESH:
             return False
         by_norms = self.method == "mha2mla" and self.select == "2-norm"
@@ -214,12 +237,12 @@ class MLA(ProjectionScheme):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The options as they are saved with the model: sizes as they came out, and no calibration text."""
+        """Return the options to save with the model: with the resulting sizes, without calibration text."""
         if not self.converting:
             return dict(self.options)
-        left_out = ("calibration", "seed", "cache_ratio", "max_loss")
-        kept = {name: value for name, value in self.options.items() if name not in left_out}
-        return {**kept, "kv_rank": self.rank, "rope_dim": self.rotary_width}
+        excluded = ("calibration", "seed", "cache_ratio", "max_loss")
+        saved = {name: value for name, value in self.options.items() if name not in excluded}
+        return {**saved, "kv_rank": self.rank, "rope_dim": self.rotary_width}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
@@ -238,19 +261,19 @@ class MLA(ProjectionScheme):
 
     @property
     def rope_cached(self) -> int:
-        """Numbers of a token's rotary keys."""
+        """Return the number of rotary key dimensions cached for each token in one layer."""
         return rope_heads(self.method, self.shape.num_key_value_heads) * self.rotary_width
 
     @property
     def cached(self) -> int:
-        """Numbers that a token leaves in the cache of one layer."""
+        """Return the number of values cached for each token in one layer."""
         if not self.converting:
             return self.rank + self.shape.rotary_dim
         return self.rank * (2 if self.split else 1) + self.rope_cached
 
     @property
     def cached_before(self) -> int:
-        """The same of the model as it was."""
+        """Return the number of values that the unconverted model caches for each token in one layer."""
         return 2 * self.shape.num_key_value_heads * self.shape.head_dim if self.converting else self.cached
 
     # ---- rotation
@@ -269,12 +292,14 @@ class MLA(ProjectionScheme):
 
     @property
     def softmax_factor(self) -> float:
-        """DeepSeek's place for YaRN's temperature. After a conversion only some dimensions rotate any more, so that
-        what was meant for cos and sin of all of them goes here too."""
+        """Return the factor on queries and on keys, whose square DeepSeek applies to the softmax scale (YaRN).
+
+        After a conversion only some dimensions rotate, so this factor includes the scale of cos and sin.
+        """
         if self.inner is None:
             return 1.0
-        whole = self.inner.attention_scaling if self.converting else 1.0
-        return whole * self.inner.softmax_factor
+        rotation_scale = self.inner.attention_scaling if self.converting else 1.0
+        return rotation_scale * self.inner.softmax_factor
 
     def angles(self, positions: Tensor) -> tuple[Tensor, float] | None:
         assert self.inner is not None
@@ -283,10 +308,10 @@ class MLA(ProjectionScheme):
 
     @property
     def rescaling(self) -> float:
-        fresh = (
-            (self.shape.head_dim / (self.shape.head_dim + self.rotary_width)) ** 0.5 if self.method == FRESH else 1.0
-        )
-        return fresh * self.softmax_factor**2
+        width_factor = 1.0
+        if self.method == FRESH:  # heads are wider than the trained ones by the rotary dimensions
+            width_factor = (self.shape.head_dim / (self.shape.head_dim + self.rotary_width)) ** 0.5
+        return width_factor * self.softmax_factor**2
 
     @property
     def starts_fresh(self) -> bool:
@@ -317,28 +342,36 @@ class MLA(ProjectionScheme):
         return gather(projections, hidden, seen)
 
     def convert(self, projections: Projections, seen: Statistics | None) -> Latents:
-        """The latents of one layer."""
+        """Convert one layer at the scheme's rank."""
         return convert(
             projections, seen, method=self.method, kv_rank=self.rank, rope_dim=self.rotary_width, select=self.select,
             svd=self.svd, freqfold=self.freqfold, balance_kv_ratio=self.balance_kv_ratio, latent_norm=self.latent_norm,
         )  # fmt: skip
 
     def narrowed(self, latents: Latents, rank: int, seen: Statistics | None) -> Latents:
-        """The same conversion at a smaller rank."""
+        """Truncate a conversion to a smaller rank."""
         return truncated(latents, rank, seen)
 
-    def sizes(self, of: Projections) -> LatentSizes:
-        """What the module that takes a layer's place is made of."""
-        heads = rope_heads(self.method, of.kv_heads)
+    def sizes(self, projections: Projections) -> LatentSizes:
+        """Return the sizes of the module that replaces the projections of a layer."""
         return LatentSizes(
-            hidden=of.hidden, heads=of.heads, up_heads=of.heads if self.method == FRESH else of.kv_heads,
-            kv_heads=of.kv_heads, head_dim=of.head_dim,
-            nope=nope_dim(self.method, of.kv_heads, of.head_dim, of.rotary_dim, self.rotary_width),
+            hidden=projections.hidden,
+            heads=projections.heads,
+            up_heads=projections.heads if self.method == FRESH else projections.kv_heads,
+            kv_heads=projections.kv_heads,
+            head_dim=projections.head_dim,
+            nope=nope_dim(
+                self.method, projections.kv_heads, projections.head_dim, projections.rotary_dim, self.rotary_width
+            ),
             rope=self.rotary_width,
-            rope_heads=heads, rank=self.rank, split=self.split, query_bias=of.query_bias is not None,
-            rope_bias=of.key_bias is not None and of.key_norm is None, value_bias=of.value_bias is not None,
+            rope_heads=rope_heads(self.method, projections.kv_heads),
+            rank=self.rank,
+            split=self.split,
+            query_bias=projections.query_bias is not None,
+            rope_bias=projections.key_bias is not None and projections.key_norm is None,
+            value_bias=projections.value_bias is not None,
             norm=self.latent_norm,
-        )  # fmt: skip
+        )
 
     def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
         if self.restored or self.method == FRESH:
@@ -346,30 +379,31 @@ class MLA(ProjectionScheme):
         return self.filled(projections, self.convert(projections, seen))
 
     def filled(self, projections: Projections, latents: Latents) -> LatentAttention:
-        """A module for one layer, converted."""
+        """Return the module of one layer with the weights of a conversion."""
         return self.fresh(projections).take(latents, projections)
 
     def fresh(self, projections: Projections) -> LatentAttention:
-        """A module for one layer, its weights not yet filled in."""
+        """Return the module of one layer with the weights of PyTorch's default initialization."""
         factory = {"dtype": projections.query.dtype, "device": projections.query.device}
         features = None if projections.key_norm is None else Features.copy(projections)
         module = LatentAttention(self.sizes(projections), features, **factory)
         if self.method == FRESH:
-            every = self.shape.rotary_dim // self.rotary_width
-            module.frequency.copy_(torch.arange(0, self.shape.rotary_dim // 2, every)[None])
+            step = self.shape.rotary_dim // self.rotary_width
+            module.frequency.copy_(torch.arange(0, self.shape.rotary_dim // 2, step)[None])
         return module
 
     # ---- attention
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        """key and value are what is cached: latents `[batch, 1, key, rank]` and rotated keys."""
+        """Compute attention over the cached tensors: `key` is latents `[batch, 1, key, rank]`, `value` rotated keys."""
         heads: Any = engine.module.mla
         return over_latents.attention(heads, query, key, value, engine)
 
 
-def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> str:
+def _checked_choice(option: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return the value; raise `OptionValueError` if it is not one of `allowed`."""
     if value in allowed:
         return value
     raise OptionValueError(
-        f"'mla' got {option}={quoted(value)}.{nearest(str(value), allowed)} There are: {', '.join(allowed)}."
+        f"'mla' got {option}={quoted(value)}.{nearest(str(value), allowed)} Use one of {', '.join(allowed)}."
     )

@@ -1,4 +1,4 @@
-"""What calibration tokens tell about one attention."""
+"""Statistics of one attention over calibration tokens."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from torch import Tensor, nn
 from ..core.projections import Projections, Statistics
 
 SLICE = 1024
-"""Tokens that are projected at once."""
+"""Tokens that are projected at a time."""
 
 
-def normalised(norm: nn.Module | None, heads: Tensor) -> Tensor:
-    """`heads` `[..., heads, head_dim]` after `norm`, whose parameters are taken in their dtype."""
+def normalized(norm: nn.Module | None, heads: Tensor) -> Tensor:
+    """Apply a norm to `heads` `[..., heads, head_dim]` with its parameters cast to the dtype of `heads`."""
     if norm is None:
         return heads
-    own = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
-    return torch.func.functional_call(norm, {name: tensor.to(heads.dtype) for name, tensor in own.items()}, (heads,))
+    tensors = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    cast = {name: tensor.to(heads.dtype) for name, tensor in tensors.items()}
+    return torch.func.functional_call(norm, cast, (heads,))
 
 
 @torch.no_grad()
 def gather(projections: Projections, hidden: Tensor, into: Statistics | None = None) -> Statistics:
-    """Add what `hidden` `[tokens, hidden]`, inputs of this attention, tells to `into`, which is changed and returned.
+    """Accumulate the statistics of calibration tokens.
 
-    Computed and summed in `projections.work_dtype`, on the device of the weights. A key under a norm is what the norm
-    makes of it, bias included: there is nothing to leave out afterwards.
+    They are computed in `projections.work_dtype` on the device of the weights. If the family normalizes keys, the keys
+    are those after the norm, and include their bias.
+
+    Args:
+        projections: the weights of the attention.
+        hidden: inputs of the attention, `[tokens, hidden]`.
+        into: the statistics to add to, in place; None to start new ones.
     """
     of, dtype, device = projections, projections.work_dtype, projections.key.device
     width = of.kv_heads * of.head_dim
@@ -38,18 +44,18 @@ def gather(projections: Projections, hidden: Tensor, into: Statistics | None = N
     query_weight, key_weight, value_weight = (weight.to(dtype) for weight in (of.query, of.key, of.value))
     query_bias, key_bias = (None if bias is None else bias.to(dtype) for bias in (of.query_bias, of.key_bias))
     pairs = of.pairs.to(device)
-    for part in hidden.split(SLICE):
-        part = part.to(device, dtype)
-        query = nn.functional.linear(part, query_weight, query_bias).unflatten(1, (of.heads, of.head_dim))
-        key = nn.functional.linear(part, key_weight, key_bias).unflatten(1, (of.kv_heads, of.head_dim))
-        query, key = normalised(of.query_norm, query), normalised(of.key_norm, key)
+    for chunk in hidden.split(SLICE):
+        chunk = chunk.to(device, dtype)
+        query = nn.functional.linear(chunk, query_weight, query_bias).unflatten(1, (of.heads, of.head_dim))
+        key = nn.functional.linear(chunk, key_weight, key_bias).unflatten(1, (of.kv_heads, of.head_dim))
+        query, key = normalized(of.query_norm, query), normalized(of.key_norm, key)
         biased = key.flatten(1)
         plain = biased - key_bias if key_bias is not None and of.key_norm is None else biased
-        both = torch.cat((plain, part @ value_weight.T), 1)
-        products = both.T @ both
+        key_and_value = torch.cat((plain, chunk @ value_weight.T), 1)
+        products = key_and_value.T @ key_and_value
         into.moment += products
         into.key_moment += products[:width, :width] if plain is biased else biased.T @ biased
         into.pair_norms[0] += query[..., pairs].norm(dim=-1).sum(0)
         into.pair_norms[1] += key[..., pairs].norm(dim=-1).sum(0).repeat_interleave(of.group, 0)
-        into.tokens += part.shape[0]
+        into.tokens += chunk.shape[0]
     return into

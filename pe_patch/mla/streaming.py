@@ -1,4 +1,4 @@
-"""What each attention is given when a model reads text, one layer after the other."""
+"""The inputs of each attention over calibration text, computed layer by layer in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..core.swaps import Swap, with_swaps
 from ..errors import NoEffectError
 
 Each = Callable[[int, Tensor], None]
+"""A callback with the index of a layer and the inputs of its attention, `[tokens, hidden]`."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What the base model hands a layer besides the hidden states."""
+"""The arguments of a layer other than the hidden states."""
 
 BATCH_TOKENS = 4096
-"""Tokens that go through a layer at once, unless a single row has more."""
+"""Tokens in a batch, unless a single row has more."""
 
 
 @torch.no_grad()
@@ -34,18 +35,29 @@ def stream(
     progress: bool | None = None,
     budget: int = BATCH_TOKENS,
 ) -> None:
-    """Read `rows` with every layer in turn, and hand `each(index, hidden)` what the projections of its attention see.
+    """Run `rows` through the layers one after the other, and pass the inputs of each attention to a callback.
 
-    `hidden` is `[tokens, hidden]`, of one batch: `each` is called several times for a layer, and `done(index)` after
-    the last. The model is read as it is: a layer is given what the one before it made. What exists at a time are the
-    hidden states between two layers, of all rows, and the work of one layer on one batch. `layers` are all that the
-    forward of `base` calls. The bar is shown on terminals, or as `progress` says.
+    The model runs unmodified: each layer receives the output of the one before. Memory holds the hidden states of all
+    rows between two layers, and the activations of one layer for one batch.
+
+    Args:
+        base: the base model.
+        layers: all layers that the forward of `base` calls, in order.
+        attentions: the attention module of each layer.
+        rows: rows of token ids.
+        each: `each(index, hidden)`, called for each layer and batch with `[tokens, hidden]`.
+        done: `done(index)`, called after the last batch of a layer.
+        progress: whether to show a progress bar; None for only on a terminal.
+        budget: tokens in a batch.
+
+    Raises:
+        NoEffectError: a layer or its attention does not run exactly once in a forward pass.
     """
     with evaluating(base), _bar(len(layers), progress) as advance:
-        work = _rehearse(base, layers, batches(rows, budget))
+        work = _record_arguments(base, layers, batches(rows, budget))
         for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
             for batch in work:
-                batch.go_through(index, layer, attention, each)
+                batch.run_layer(index, layer, attention, each)
                 advance(1 / len(work))
             if done is not None:
                 done(index)
@@ -53,130 +65,147 @@ def stream(
 
 @dataclass
 class _Batch:
-    """Some rows on their way through the layers."""
+    """A batch of rows on its way through the layers."""
 
     hidden: Tensor
-    """Before the next layer, `[rows, length, hidden]`."""
+    """Input of the next layer, `[rows, length, hidden]`."""
     arguments: list[Arguments]
-    """What each layer is told of them."""
+    """The other arguments of each layer."""
 
-    def go_through(self, index: int, layer: nn.Module, attention: Any, each: Each) -> None:
+    def run_layer(self, index: int, layer: nn.Module, attention: Any, each: Each) -> None:
+        """Run one layer, and pass the inputs of its attention to `each`."""
         calls, forward = 0, attention.forward
         args, kwargs = self.arguments[index]
 
-        def catch(*args: Any, **kwargs: Any) -> Any:
+        def observed(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            given = args[0] if args else kwargs["hidden_states"]
-            each(index, given.reshape(-1, given.shape[-1]))
+            hidden = args[0] if args else kwargs["hidden_states"]
+            each(index, hidden.reshape(-1, hidden.shape[-1]))
             return forward(*args, **kwargs)
 
-        output = with_swaps([Swap.of(attention, "forward", catch)], lambda: layer(self.hidden, *args, **kwargs))
+        output = with_swaps([Swap.of(attention, "forward", observed)], lambda: layer(self.hidden, *args, **kwargs))
         if calls != 1:
             raise NoEffectError(
-                f"Layer {index} ({type(layer).__name__}) called its {type(attention).__name__} {calls} times, where "
-                "calibration reads what it is given once."
+                f"Layer {index} ({type(layer).__name__}) called its {type(attention).__name__} {calls} times. "
+                "Calibration supports layers that call it once."
             )
         self.hidden = output[0] if isinstance(output, tuple) else output
 
 
-def _rehearse(base: nn.Module, layers: Sequence[nn.Module], parts: list[Tensor]) -> list[_Batch]:
-    """Every batch before the first layer, with what the family's own forward hands each layer.
+def _record_arguments(base: nn.Module, layers: Sequence[nn.Module], id_batches: list[Tensor]) -> list[_Batch]:
+    """Return the input of the first layer and the other arguments of every layer, for each batch of token ids.
 
-    The base model is called, so that masks, rotations and the scale of embeddings are its own, with layers that do
-    nothing. Hooks on their forwards, which may load offloaded weights, rest meanwhile.
+    This calls the base model with layers that do nothing, so that masks, rotations and scaled embeddings come from the
+    family's own code. Hooks on the layers' forwards, which may load offloaded weights, do not run.
     """
-    rehearsal = _Rehearsal()
-    swaps = [Swap.of(layer, "forward", rehearsal.record) for layer in layers]
-    # One token through the first layer shows what a layer returns.
-    noting = Swap.of(layers[0], "forward", rehearsal.noting(layers[0].forward))
-    rehearsal.call(base, parts[0][:1, :1], [noting, *swaps[1:]])
+    recorder = _Recorder()
+    swaps = [Swap.of(layer, "forward", recorder.record) for layer in layers]
+    # Run one token through the real first layer, to learn what a layer returns.
+    observing = Swap.of(layers[0], "forward", recorder.observing(layers[0].forward))
+    recorder.call(base, id_batches[0][:1, :1], [observing, *swaps[1:]])
     work = []
-    for part in parts:
-        rehearsal.call(base, part, swaps)
-        if rehearsal.hidden is None or len(rehearsal.arguments) != len(layers):
+    for ids in id_batches:
+        recorder.call(base, ids, swaps)
+        if recorder.hidden is None or len(recorder.arguments) != len(layers):
             raise NoEffectError(
-                f"The forward of {type(base).__name__} called {len(rehearsal.arguments)} of {len(layers)} layers, where"
-                " calibration needs each once."
+                f"The forward of {type(base).__name__} called {len(recorder.arguments)} of {len(layers)} layers. "
+                "Calibration supports models that call each layer once."
             )
-        work.append(_Batch(rehearsal.hidden, rehearsal.arguments))
+        work.append(_Batch(recorder.hidden, recorder.arguments))
     return work
 
 
 @dataclass
-class _Rehearsal:
-    """Stands in the place of the layers' forwards: notes what each is given, and gives the hidden states back."""
+class _Recorder:
+    """A replacement of the layers' forwards that records their arguments and returns the hidden states unchanged."""
 
-    after: tuple[Any, ...] | None = None
-    """What a layer returns after the hidden states; None where it returns them alone."""
+    extra_outputs: tuple[Any, ...] | None = None
+    """The outputs of a layer after the hidden states; None if it returns a tensor rather than a tuple."""
     hidden: Tensor | None = None
+    """Input of the first layer in the last call."""
     arguments: list[Arguments] = field(default_factory=list)
-    known: list[Tensor] = field(default_factory=list)
-    """The tensors among the arguments of all batches, each once."""
+    """The other arguments of each layer in the last call."""
+    unique: list[Tensor] = field(default_factory=list)
+    """The distinct tensors among the arguments of all batches."""
     aliases: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Those of the batch at hand, and which known ones they equal."""
+    """Pairs of a tensor of the current batch and the equal tensor in `unique`."""
 
     def call(self, base: Any, ids: Tensor, swaps: list[Swap]) -> None:
+        """Call the base model with the swaps in place."""
         self.hidden, self.arguments = None, []
         weight = base.get_input_embeddings().weight
-        ids = ids.to("cpu" if weight.is_meta else weight.device)  # where weights are offloaded, hooks move the ids
+        ids = ids.to("cpu" if weight.is_meta else weight.device)  # with offloaded weights, hooks move the ids
         with_swaps(swaps, lambda: base(input_ids=ids, use_cache=False))
         self.aliases.clear()
 
-    def noting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the forward of a layer that also notes what a layer returns after the hidden states."""
+    def observing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward of a layer that also records the outputs after the hidden states."""
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
+        def observed(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            self.after = output[1:] if isinstance(output, tuple) else None
+            self.extra_outputs = output[1:] if isinstance(output, tuple) else None
             return output
 
-        return noted
+        return observed
 
     def record(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the arguments of a layer, and return its input as its output."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.hidden = hidden if self.hidden is None else self.hidden
-        self.arguments.append((self.shared(args[1:]), self.shared(kwargs)))
-        return hidden if self.after is None else (hidden, *self.after)
+        self.arguments.append((self.deduplicated(args[1:]), self.deduplicated(kwargs)))
+        return hidden if self.extra_outputs is None else (hidden, *self.extra_outputs)
 
-    def shared(self, value: Any) -> Any:
-        """The same, with tensors of earlier batches where they are equal: masks of long rows would fill the memory."""
+    def deduplicated(self, value: Any) -> Any:
+        """Return the value with each tensor replaced by an equal one of an earlier batch, if there is one.
+
+        The masks of long rows would fill the memory otherwise.
+        """
         if type(value) in (tuple, list):
-            return type(value)(self.shared(one) for one in value)
+            return type(value)(self.deduplicated(each) for each in value)
         if type(value) is dict:
-            return {name: self.shared(one) for name, one in value.items()}
+            return {name: self.deduplicated(each) for name, each in value.items()}
         if not isinstance(value, Tensor):
             return value
-        for seen, one in self.aliases:
-            if seen is value:
-                return one
-        found = next((one for one in self.known if _equal(one, value)), None)
-        if found is None:
-            self.known.append(found := value)
-        self.aliases.append((value, found))
-        return found
+        for tensor, equal in self.aliases:
+            if tensor is value:
+                return equal
+        match = next((tensor for tensor in self.unique if _equal(tensor, value)), None)
+        if match is None:
+            self.unique.append(match := value)
+        self.aliases.append((value, match))
+        return match
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    return alike and torch.equal(one, other)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have the same shape, dtype, device and values."""
+    comparable = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    return comparable and torch.equal(first, second)
 
 
 def batches(rows: Sequence[Tensor], budget: int = BATCH_TOKENS) -> list[Tensor]:
-    """Rows of one length together, `[rows, length]`, as many as make `budget` tokens; so that none is padded."""
+    """Batch rows of equal length, so that none is padded.
+
+    Args:
+        rows: rows of token ids.
+        budget: tokens in a batch; a single longer row is a batch.
+
+    Returns:
+        Batches `[rows, length]`.
+    """
     by_length: dict[int, list[Tensor]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)
-    return [
-        torch.stack(part)
-        for length, same in by_length.items()
-        for part in (same[at : at + max(1, budget // length)] for at in range(0, len(same), max(1, budget // length)))
-    ]
+    stacked = []
+    for length, same_length in by_length.items():
+        size = max(1, budget // length)
+        stacked += [torch.stack(same_length[start : start + size]) for start in range(0, len(same_length), size)]
+    return stacked
 
 
 @contextmanager
 def evaluating(base: nn.Module) -> Iterator[None]:
-    """No dropout for as long as this lasts, and each module's own mode after it."""
+    """Put a model into evaluation mode, and restore the mode of each module on exit."""
     modes = [(module, module.training) for module in base.modules()]
 
     def restore() -> None:
@@ -189,13 +218,13 @@ def evaluating(base: nn.Module) -> Iterator[None]:
             yield
         finally:
             restore()
-    except BaseException:  # an interrupt on the way back
+    except BaseException:  # an interrupt during `restore`
         restore()
         raise
 
 
 def _bar(layers: int, progress: bool | None) -> Any:
-    """A bar over the layers with the time left, on stderr; the block is given what moves it on."""
+    """Return a context manager that shows a progress bar over the layers, and yields the function to advance it."""
     if not (sys.stderr.isatty() if progress is None else progress):
         return nullcontext(lambda _: None)
     return _shown_bar(layers)
@@ -203,6 +232,7 @@ def _bar(layers: int, progress: bool | None) -> Any:
 
 @contextmanager
 def _shown_bar(layers: int) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar with the remaining time on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

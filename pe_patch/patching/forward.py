@@ -84,7 +84,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
         return inner(**kwargs)  # the family's own error says it best
     if sequence is not None and runtime.whole is not None:
         raise UnsupportedError(f"Ulysses cannot split sequences under {runtime.scheme.name!r} here: {runtime.whole}.")
-    if sequence is not None and sequence.splits(base):
+    if sequence is not None and sequence.is_split(base):
         return inner(**_before_ulysses(base, runtime, sequence, shown, past, kwargs))
     past = _open_cache(base, runtime, past, kwargs)
     past_length = 0 if past is None else past.get_seq_length()
@@ -122,8 +122,8 @@ def _before_ulysses(
         raise UnsupportedError("Under Ulysses position_ids and attention_mask are those of the part, [rows, part].")
     if past is not None and past.get_seq_length() > 0:
         raise UnsupportedError("Under Ulysses a sequence is read at once: leave the cache out.")
-    whole = sequence.whole(explicit.to(shown.device).expand(shown.shape[0], -1))
-    padding = None if mask is None else sequence.whole(mask.to(shown.device))
+    whole = sequence.gather(explicit.to(shown.device).expand(shown.shape[0], -1))
+    padding = None if mask is None else sequence.gather(mask.to(shown.device))
     _check_window(runtime, whole.shape[1], 0, whole)
     if runtime.embeds:
         kwargs = _embedded(base, runtime, explicit.to(shown.device), kwargs)
@@ -179,7 +179,7 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
             f"which drops {runtime.scheme.name!r}. Call unpatch_model(model), which puts the original back, change the "
             "model, and patch it again."
         )
-    return sequence_of(backend.implementation, backend.host)
+    return sequence_of(backend.implementation, backend.native_name)
 
 
 def _with_positions(

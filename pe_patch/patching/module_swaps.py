@@ -12,7 +12,7 @@ from ..adapters import Adapter
 from ..adapters.adapter import NoTable, RotaryJoint, TypedJoint
 from ..adapters.trained_window import table_window
 from ..adapters.vision import no_table
-from ..attention.parallel import agree
+from ..attention.parallel import broadcast_parameters
 from ..core.scheme import Scheme
 from ..core.swaps import Chain, Swap, bind
 from ..errors import OptionError, UnsupportedError
@@ -185,7 +185,7 @@ def forward_swaps(
             None,
         ),
     )
-    agree({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
+    broadcast_parameters({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
     forward: Callable[..., Any] = base_forward if adapter.tower is None else tower_forward
     if adapter.keep_positions is not None:
         forward = Chain(forward, adapter.keep_positions)

@@ -72,7 +72,7 @@ class FIRE(Scheme):
         hidden = torch.relu(relative[..., None] * wide(self.weight_in) + wide(self.bias_in))
         return (hidden @ wide(self.weight_out).T + wide(self.bias_out)).permute(0, 3, 1, 2)
 
-    def tile(self, query: Tensor, key: Tensor) -> Tensor:
+    def bias_block(self, query: Tensor, key: Tensor) -> Tensor:
         """Return `bias` for query positions `[q]` and key positions `[k]`, `[heads, q, k]`, without a hidden layer in
         memory."""
         layers = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)

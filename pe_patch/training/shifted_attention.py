@@ -30,7 +30,7 @@ class Shift:
 
     def __call__(self, engine: Engine, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Output:
         if not engine.module.training:
-            return engine.host(query, key, value, mask)
+            return engine.native_attention(query, key, value, mask)
         self._check(engine, query, key, mask)
         if key.shape[1] % 2:  # otherwise the two halves would share a key head
             times = query.shape[1] // key.shape[1]
@@ -38,7 +38,7 @@ class Shift:
             engine = replace(engine, module=cast(Any, _Ungrouped(engine.module)))
 
         def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return replace(engine, mask=mask).host(query, key, value, mask)[0]
+            return replace(engine, mask=mask).native_attention(query, key, value, mask)[0]
 
         return shifted(attention, query, key, value, mask, self.groups), None
 

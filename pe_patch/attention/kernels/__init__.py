@@ -1,1 +1,1 @@
-"""Attention that never holds a whole `[heads, query, key]` tensor."""
+"""Attention kernels that never materialize a `[heads, query, key]` tensor."""

@@ -1,4 +1,4 @@
-"""Heads whose bias falls so fast that far keys carry no weight need not look at them."""
+"""Causal attention with a bias by distance, in which heads with a steep bias skip keys of negligible weight."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from . import cpu
 from .toeplitz import Toeplitz
 
 LONG = 2048
-"""Below this many tokens looking everywhere costs no more."""
+"""Minimum number of tokens; skipping keys saves no time in shorter sequences."""
 NEGLIGIBLE = 25 * math.log(2)
-"""All the weight left out of a row together stays below half a rounding step of float32, 2^-25."""
+"""Minus the log of the weight that a row may lose: 2^-25, half a unit of rounding in float32."""
 
 
 def reaches(query: Tensor, key: Tensor, scaling: float, slopes: Tensor) -> list[int]:
-    """For each query head, how many tokens back a key can still carry weight under a bias of -slope x distance.
+    """Return the distance in tokens at which keys stop carrying weight, for each head with bias -slope x distance.
 
-    Scores lie within +-b, b = max |q| max |k| scaling, and a token sees itself. So the keys beyond distance w weigh
-    together at most e^(2b) e^(-slope w) / slope of it, which solves for w.
+    Scores lie within +-b, with b = max |q| max |k| scaling, and each token attends to itself. The keys beyond distance
+    w therefore have at most e^(2b) e^(-slope w) / slope times the weight of the token itself; this is solved for w.
+
+    Args:
+        query: `[batch, heads, query, head]`.
+        key: `[batch, key_heads, key, head]`.
+        scaling: factor on the dot products.
+        slopes: `[heads]`, a lower bound of the slope of each head's bias.
     """
     group = query.shape[1] // key.shape[1]
-    longest_query = query.detach().float().norm(dim=-1).amax((0, 2))
-    longest_key = key.detach().float().norm(dim=-1).amax((0, 2)).repeat_interleave(group)
-    bound = longest_query * longest_key * scaling
+    max_query_norm = query.detach().float().norm(dim=-1).amax((0, 2))
+    max_key_norm = key.detach().float().norm(dim=-1).amax((0, 2)).repeat_interleave(group)
+    bound = max_query_norm * max_key_norm * scaling
     slopes = slopes.to(bound.device)
     return ((2 * bound + NEGLIGIBLE - slopes.log()) / slopes).ceil().clamp(max=2**30).long().tolist()
 
@@ -33,15 +39,23 @@ def reaches(query: Tensor, key: Tensor, scaling: float, slopes: Tensor) -> list[
 def attention_by_distance(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, scaling: float, reach: list[int] | None = None
 ) -> Tensor:
-    """Causal attention with a bias by distance, `[batch, query, heads, head]`; the queries are the last of the keys.
+    """Compute causal attention with a bias by distance, `[batch, query, heads, head]`.
 
-    `table` is `[heads, keys]`, float32. With `reach`, head h looks `reach[h]` tokens back or a little farther. Heads of
-    equal reach share their kernel calls; those that reach over half the sequence look everywhere.
+    Heads whose reach rounds to the same band share their kernel calls. A head that reaches over half of the sequence
+    attends to all of it.
+
+    Args:
+        query: `[batch, heads, query, head]`; the queries are the last of the keys.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        table: the bias by distance `[heads, keys]`, float32 or wider.
+        scaling: factor on the dot products.
+        reach: distance in tokens that each head must cover at least; None for all keys.
     """
     total, group = key.shape[2], query.shape[1] // key.shape[1]
     bands: dict[int, list[int]] = {}
-    for head, far in enumerate(reach or []):
-        width = cpu.CHUNK * max(1, math.ceil(far / cpu.CHUNK))
+    for head, distance in enumerate(reach or []):
+        width = cpu.CHUNK * max(1, math.ceil(distance / cpu.CHUNK))
         bands.setdefault(width if 2 * width <= total else total, []).append(head)
     if set(bands) <= {total}:
         return _apply(query, key, value, table, scaling, total)
@@ -50,11 +64,12 @@ def attention_by_distance(
         shared = [head // group for head in heads]
         outputs.append(_apply(query[:, heads], key[:, shared], value[:, shared], table[heads], scaling, width))
         order += heads
-    back = torch.tensor(order, device=query.device).argsort()
-    return torch.cat(outputs, 2)[:, :, back]
+    inverse = torch.tensor(order, device=query.device).argsort()
+    return torch.cat(outputs, 2)[:, :, inverse]
 
 
 def _apply(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scaling: float, width: int) -> Tensor:
+    """Call the kernel, and return `[batch, query, heads, head]`."""
     output = Toeplitz.apply(query, key, value, table, scaling, width)
     assert isinstance(output, Tensor)
     return output.transpose(1, 2)

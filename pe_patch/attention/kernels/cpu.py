@@ -1,6 +1,6 @@
-"""PyTorch's fused attention on a CPU, with the log-sum-exp of every row and a gradient that can be given one.
+"""PyTorch's fused attention on a CPU, whose forward returns the log-sum-exp (LSE) and whose backward accepts one.
 
-The masks that it takes may be views with overlapping rows, and their values are added to the scaled scores.
+It adds the mask to the scaled scores. A mask may be a view with overlapping rows.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ import torch
 from torch import Tensor
 
 CHUNK = 256
-"""Queries at a time: wide enough for the kernel, narrow enough that what they cannot see costs little."""
+"""Queries in a chunk: enough for the kernel to be fast, few enough that masked pairs cost little."""
 HIDDEN = -5e3
-"""What an additive mask has where a key is hidden lies below this, by every convention."""
+"""An additive mask hides a key where it is below this value; every convention in use is far below."""
 SPAN = 1024
-"""Keys at a time in backward, which bounds the memory for what they add to their gradients."""
+"""Keys that backward processes per kernel call, which bounds the memory of their partial gradients."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes that the kernel supports."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def suits(engine: Any, query: Tensor, value: Tensor) -> bool:
-    """Whether these kernels can stand in for the host's: same result, and no compiler looks on."""
+def is_supported(engine: Any, query: Tensor, value: Tensor) -> bool:
+    """Return whether these kernels compute what Transformers' SDPA function would, outside a compiled graph.
+
+    Args:
+        engine: the attention engine of the layer.
+        query: `[batch, heads, query, head]`.
+        value: `[batch, key_heads, key, head]`.
+    """
     return (
         engine.backend.name == "sdpa"
         and query.device.type == "cpu"
@@ -44,19 +51,34 @@ def suits(engine: Any, query: Tensor, value: Tensor) -> bool:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Output `[batch, heads, query, head]` and log-sum-exp `[batch, heads, query]`, float32.
+    """Compute attention with the LSE of each row.
 
-    mask `[batch, heads, query, key]`, float. A row that sees nothing has a log-sum-exp of 0 here (PyTorch's choice).
+    Args:
+        query: `[batch, heads, query, head]`.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        mask: `[batch, heads, query, key]`, float, added to the scaled scores; None for no mask.
+        scaling: factor on the dot products.
+        causal: whether to apply a causal mask.
+
+    Returns:
+        The output `[batch, heads, query, head]`, and the LSE `[batch, heads, query]` in float32 or wider. PyTorch
+        returns an LSE of 0 for a fully masked row.
     """
     _check_mask(query, mask)
     return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)
 
 
 def _check_mask(query: Tensor, mask: Tensor | None) -> None:
-    """The kernel reads a mask of another dtype as if it were its own; only float32 beside half precision is meant."""
+    """Raise `TypeError` for a mask whose dtype the kernel would misread as its own.
+
+    The kernel supports a mask in the dtype of the queries, and a float32 mask with queries in half precision.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     if mask is not None and mask.dtype not in (query.dtype, wide):
-        raise TypeError(f"A mask of {mask.dtype} does not go with queries of {query.dtype}.")
+        raise TypeError(
+            f"The mask has dtype {mask.dtype}, and queries of {query.dtype} need a mask of {query.dtype} or {wide}."
+        )
 
 
 def gradients(
@@ -69,65 +91,76 @@ def gradients(
     mask: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, all at `output` and `lse` of the whole row.
+    """Compute the gradients of query, key and value from the output and LSE of the forward pass.
 
-    They may be those of an attention over more keys than these: what these keys contribute is then exact, as in ring
-    attention.
+    `output` and `lse` may come from an attention over more keys than `key` holds. The contribution of these keys is
+    then exact, as in ring attention.
     """
     _check_mask(query, mask)
     return _backward(grad, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling)
 
 
-def consecutive(query: Tensor, key: Tensor) -> bool:
-    """Whether all rows hold consecutive positions, the queries the last of the keys'."""
+def are_consecutive(query: Tensor, key: Tensor) -> bool:
+    """Return whether the positions of each row are consecutive, and the queries are the last of the keys."""
     if query.shape[1] > key.shape[1]:
         return False
-    steady = all(bool((at.diff(dim=-1) == 1).all()) for at in (query, key))
-    return steady and bool((query[:, -1:] == key[:, -1:]).all())
+    consecutive = all(bool((positions.diff(dim=-1) == 1).all()) for positions in (query, key))
+    return consecutive and bool((query[:, -1:] == key[:, -1:]).all())
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One softmax over two sets of keys, from the output and log-sum-exp over each."""
+    """Merge the outputs and LSEs of attention over two sets of keys into those of one softmax over both."""
     lse = torch.logaddexp(first[1], second[1])
-    whole = lse.masked_fill(lse == -math.inf, 0.0)
-    weight = [(one[1] - whole).exp()[..., None] for one in (first, second)]
-    return (first[0] * weight[0] + second[0] * weight[1]).to(first[0].dtype), lse
+    finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
+    first_weight, second_weight = ((part_lse - finite_lse).exp()[..., None] for part_lse in (first[1], second[1]))
+    return (first[0] * first_weight + second[0] * second_weight).to(first[0].dtype), lse
 
 
 class Chunk(NamedTuple):
-    """Some queries, and the keys that they may see."""
+    """A chunk of queries, and the keys that they attend to."""
 
     start: int
+    """First query."""
     stop: int
+    """End of the queries, exclusive."""
     first: int
-    place: int
+    """First key."""
+    end: int
+    """End of the keys, exclusive; the last query is at the same position as key `end - 1`."""
 
     @property
     def rows(self) -> int:
-        """How many queries."""
+        """Return the number of queries."""
         return self.stop - self.start
 
     @property
     def queries(self) -> slice:
-        """Which of the queries."""
+        """Return the slice of the queries."""
         return slice(self.start, self.stop)
 
     @property
     def keys(self) -> slice:
-        """Which of the keys; the last query stands at the last of them."""
-        return slice(self.first, self.place)
+        """Return the slice of the keys."""
+        return slice(self.first, self.end)
 
 
 def chunks(count: int, total: int, width: int, rows: int = CHUNK) -> Iterator[Chunk]:
-    """Chunks of `count` queries, the last of `total` keys, each of which looks `width` keys back or a little more."""
+    """Yield chunks of `rows` queries for causal attention.
+
+    Args:
+        count: number of queries, which are the last of the keys.
+        total: number of keys.
+        width: how many keys back each query must reach. Chunks are rectangles, so most queries reach farther.
+        rows: queries in a chunk.
+    """
     for start in range(0, count, rows):
         stop = min(start + rows, count)
-        place = total - count + stop
-        yield Chunk(start, stop, max(0, place - (stop - start) - width), place)
+        end = total - count + stop
+        yield Chunk(start, stop, max(0, end - (stop - start) - width), end)
 
 
 def empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for output and log-sum-exp, laid out query before heads, as what follows attention wants it."""
+    """Allocate output and LSE in the memory layout `[batch, query, heads, ...]`, which the output projection needs."""
     batch, heads, count, width = query.shape
     output = query.new_empty(batch, count, heads, width).transpose(1, 2)
     precise = torch.promote_types(query.dtype, torch.float32)
@@ -135,12 +168,13 @@ def empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Gradients:
-    """Gradients of query, key and value, summed over chunks in float32 or wider."""
+    """Gradients of query, key and value, accumulated over chunks in float32 or wider."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.dtypes = [one.dtype for one in (query, key, value)]
+        self.dtypes = [tensor.dtype for tensor in (query, key, value)]
         self.sums = [
-            torch.zeros(one.shape, dtype=torch.promote_types(one.dtype, torch.float32)) for one in (query, key, value)
+            torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            for tensor in (query, key, value)
         ]
 
     def add(
@@ -148,34 +182,48 @@ class Gradients:
         grad: Tensor, mask: Tensor | None, scaling: float, finish: Callable[[Tensor], Tensor] | None = None,
         to_keys: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Add the `gradients` of some queries over some keys; all tensors but key and value are of those queries alone.
+        """Add the gradients of a chunk of queries over a range of keys.
 
-        `finish` makes the queries' gradient out of that of `query`; `to_keys` take the keys' and values' in the place
-        of their sums.
+        Args:
+            queries: slice of the queries in the whole sequence.
+            keys: slice of the keys in `key` and `value`.
+            query: the queries of the chunk; `output`, `lse`, `grad` and `mask` are of these queries too.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            output: output of the whole rows.
+            lse: LSE of the whole rows.
+            grad: gradient of the output.
+            mask: additive mask of these queries and keys; None for no mask.
+            scaling: factor on the dot products.
+            finish: maps the gradient of `query` to that of the original queries; None if they are the same.
+            to_keys: tensors that receive the gradients of keys and values; None for `self.sums`.
         """
         to_key, to_value = self.sums[1:] if to_keys is None else to_keys
-        into = None
+        to_query = None
         for low in range(keys.start, keys.stop, SPAN):
-            there = slice(low, min(low + SPAN, keys.stop))
-            seen = None if mask is None else mask[..., low - keys.start : there.stop - keys.start]
-            found = gradients(grad, query, key[:, :, there], value[:, :, there], output, lse, seen, scaling)
-            part = found[0].to(self.sums[0].dtype)
-            into = part if into is None else into + part
-            to_key[:, :, there] += found[1]
-            to_value[:, :, there] += found[2]
-        if into is not None:
-            self.sums[0][:, :, queries] += into if finish is None else finish(into)
+            span = slice(low, min(low + SPAN, keys.stop))
+            span_mask = None if mask is None else mask[..., low - keys.start : span.stop - keys.start]
+            query_grad, key_grad, value_grad = gradients(
+                grad, query, key[:, :, span], value[:, :, span], output, lse, span_mask, scaling
+            )
+            query_grad = query_grad.to(self.sums[0].dtype)
+            to_query = query_grad if to_query is None else to_query + query_grad
+            to_key[:, :, span] += key_grad
+            to_value[:, :, span] += value_grad
+        if to_query is not None:
+            self.sums[0][:, :, queries] += to_query if finish is None else finish(to_query)
 
     def add_reversed(
         self, chunk: Chunk, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
         mask: Tensor, scaling: float,
     ) -> None:  # fmt: skip
-        """The same for a chunk whose mask has the queries in reversed order."""
-        above, own, made, norm = (one[:, :, chunk.queries].flip(2) for one in (grad, query, output, lse))
+        """Add the gradients of a chunk whose mask has the queries in reversed order; other tensors have all queries."""
+        grad, query, output, lse = (tensor[:, :, chunk.queries].flip(2) for tensor in (grad, query, output, lse))
         self.add(
-            chunk.queries, chunk.keys, own, key, value, made, norm, above, mask, scaling, lambda into: into.flip(2)
-        )
+            chunk.queries, chunk.keys, query, key, value, output, lse, grad, mask, scaling,
+            lambda query_grad: query_grad.flip(2),
+        )  # fmt: skip
 
     def finished(self) -> tuple[Tensor, ...]:
-        """The gradients in the dtypes of what they belong to."""
+        """Return the gradients in the dtypes of query, key and value."""
         return tuple(total.to(dtype) for total, dtype in zip(self.sums, self.dtypes, strict=True))

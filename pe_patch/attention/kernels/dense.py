@@ -1,5 +1,7 @@
-"""A bias that goes by the positions of query and key and not by their distance alone, built for a few queries at a
-time."""
+"""Causal attention with a bias that depends on both positions, not on their distance alone.
+
+The bias is built in blocks of `ROWS` queries.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +14,52 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .tiles import Tile, TileBias, materialised_gradients
+from .tiles import Tile, TileBias, materialized_gradients
 
 ROWS = 64
-"""Queries for which the bias of all heads is held at a time."""
+"""Queries in a block of the bias, which covers all heads."""
 
-Build = Callable[[Tensor, Tensor], Tensor]
-"""The bias `[heads, query, key]` for positions `[query]` and `[key]`."""
+BiasBlock = Callable[[Tensor, Tensor], Tensor]
+"""A function of positions `[query]` and `[key]` that returns the bias `[heads, query, key]`."""
 
 
-def _reversed(build: Build, at: tuple[Tensor, Tensor], queries: slice, place: int) -> Tensor:
-    """The bias of some queries, the last one first, -inf ahead of them."""
-    made = build(at[0][queries].flip(0), at[1][:place])
-    ahead = torch.ones(made.shape[1:], dtype=torch.bool).tril(place - made.shape[1]).logical_not_().flip(0)
-    return made.masked_fill_(ahead, -math.inf)
+def _reversed_block(bias_block: BiasBlock, at: tuple[Tensor, Tensor], queries: slice, end: int) -> Tensor:
+    """Return the bias of some queries over the keys up to `end`, the last query first, with -inf for future keys."""
+    block = bias_block(at[0][queries].flip(0), at[1][:end])
+    future = torch.ones(block.shape[1:], dtype=torch.bool).tril(end - block.shape[1]).logical_not_().flip(0)
+    return block.masked_fill_(future, -math.inf)
 
 
 class Dense(torch.autograd.Function):
-    """Causal attention with a bias by positions, `[batch, heads, query, head]`; the queries are the last of the keys.
+    """Causal attention with a bias that depends on both positions; the queries are the last of the keys.
 
-    `at` are the positions `[query]` and `[key]`. `parameters` are all that `build` takes a gradient to.
+    Args:
+        query: `[batch, heads, query, head]`.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        at: the positions `[query]` and `[key]`.
+        bias_block: returns the bias for positions.
+        scaling: factor on the dot products.
+        parameters: every tensor used by `bias_block` that may need a gradient.
+
+    Returns:
+        The output `[batch, heads, query, head]`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, at: Any, build: Build, scaling: float, *parameters: Tensor
-    ) -> Any:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, at: Any, bias_block: BiasBlock, scaling: float,
+        *parameters: Tensor,
+    ) -> Any:  # fmt: skip
         output, lse = cpu.empty_outputs(query)
         for chunk in cpu.chunks(query.shape[2], key.shape[2], key.shape[2], ROWS):
-            mask = _reversed(build, at, chunk.queries, chunk.place)[None].expand(query.shape[0], -1, -1, -1)
-            made, norm = cpu.attention(
-                query[:, :, chunk.queries].flip(2), key[:, :, : chunk.place], value[:, :, : chunk.place], mask, scaling
+            mask = _reversed_block(bias_block, at, chunk.queries, chunk.end)[None].expand(query.shape[0], -1, -1, -1)
+            chunk_output, chunk_lse = cpu.attention(
+                query[:, :, chunk.queries].flip(2), key[:, :, : chunk.end], value[:, :, : chunk.end], mask, scaling
             )
-            output[:, :, chunk.queries], lse[:, :, chunk.queries] = made.flip(2), norm.flip(2)
+            output[:, :, chunk.queries], lse[:, :, chunk.queries] = chunk_output.flip(2), chunk_lse.flip(2)
         ctx.save_for_backward(query, key, value, *parameters, output, lse)
-        ctx.at, ctx.build, ctx.scaling = at, build, scaling
+        ctx.at, ctx.bias_block, ctx.scaling = at, bias_block, scaling
         return output
 
     @staticmethod
@@ -54,38 +67,44 @@ class Dense(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, *parameters, output, lse = ctx.saved_tensors
         if any(ctx.needs_input_grad[6:]):
-            bias = _Built(ctx.at, ctx.build, [one for one in parameters if one.requires_grad])
-            found = materialised_gradients(grads[0], query, key, value, output, lse, ctx.scaling, bias)
-            learned = (total.to(one.dtype) for total, one in zip(bias.found, bias.parameters, strict=True))
-            return *found, None, None, None, *(next(learned) if one.requires_grad else None for one in parameters)
-        into = cpu.Gradients(query, key, value)
+            bias = _BlockBias(ctx.at, ctx.bias_block, [tensor for tensor in parameters if tensor.requires_grad])
+            input_grads = materialized_gradients(grads[0], query, key, value, output, lse, ctx.scaling, bias)
+            learned = (total.to(tensor.dtype) for total, tensor in zip(bias.sums, bias.parameters, strict=True))
+            parameter_grads = (next(learned) if tensor.requires_grad else None for tensor in parameters)
+            return *input_grads, None, None, None, *parameter_grads
+        sums = cpu.Gradients(query, key, value)
         for chunk in cpu.chunks(query.shape[2], key.shape[2], key.shape[2], ROWS):
-            mask = _reversed(ctx.build, ctx.at, chunk.queries, chunk.place)[None].expand(query.shape[0], -1, -1, -1)
-            into.add_reversed(chunk, grads[0], query, key, value, output, lse, mask, ctx.scaling)
-        return *into.finished(), None, None, None, *(None for _ in parameters)
+            block = _reversed_block(ctx.bias_block, ctx.at, chunk.queries, chunk.end)
+            mask = block[None].expand(query.shape[0], -1, -1, -1)
+            sums.add_reversed(chunk, grads[0], query, key, value, output, lse, mask, ctx.scaling)
+        return *sums.finished(), None, None, None, *(None for _ in parameters)
 
 
-class _Built(TileBias):
+class _BlockBias(TileBias):
+    """Add blocks of the bias, and accumulate the gradients of its parameters."""
+
     rows = ROWS
 
-    def __init__(self, at: Any, build: Build, parameters: list[Tensor]) -> None:
-        self.at, self.build, self.parameters = at, build, parameters
-        self.found = [torch.zeros(one.shape, dtype=torch.promote_types(one.dtype, torch.float32)) for one in parameters]
+    def __init__(self, at: Any, bias_block: BiasBlock, parameters: list[Tensor]) -> None:
+        self.at, self.bias_block, self.parameters = at, bias_block, parameters
+        self.sums = [
+            torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in parameters
+        ]
 
-    def begin(self, queries: slice, place: int) -> None:
+    def begin(self, queries: slice, end: int) -> None:
         with torch.enable_grad():
-            self.made = _reversed(self.build, self.at, queries, place)
-        self.grad = torch.zeros_like(self.made)
+            self.block = _reversed_block(self.bias_block, self.at, queries, end)
+        self.grad = torch.zeros_like(self.block)
 
     def add(self, scores: Tensor, tile: Tile) -> None:
-        scores += self.made.detach()[tile.head, :, tile.keys]
+        scores += self.block.detach()[tile.head, :, tile.keys]
 
-    def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> None:
-        self.grad[tile.head, :, tile.keys] += slope.sum(0)
+    def accumulate(self, skewed: Tensor, score_grad: Tensor, tile: Tile) -> None:
+        self.grad[tile.head, :, tile.keys] += score_grad.sum(0)
 
-    def end(self, queries: slice, place: int) -> None:
-        found = torch.autograd.grad(self.made, self.parameters, self.grad, allow_unused=True)
-        self.made = self.grad = torch.empty(0)
-        for total, part in zip(self.found, found, strict=True):
-            if part is not None:
-                total += part
+    def finish(self, queries: slice, end: int) -> None:
+        block_grads = torch.autograd.grad(self.block, self.parameters, self.grad, allow_unused=True)
+        self.block = self.grad = torch.empty(0)
+        for total, block_grad in zip(self.sums, block_grads, strict=True):
+            if block_grad is not None:
+                total += block_grad

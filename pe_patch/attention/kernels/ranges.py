@@ -1,6 +1,6 @@
-"""Several encodings under one softmax: a fused kernel for each range of pairs, joined by their log-sum-exps.
+"""Attention over ranges of distance that differ in encoding: a fused kernel per range, merged by log-sum-exp (LSE).
 
-The gradient is exact because each range's backward is given output and log-sum-exp of the whole row, as in ring
+The gradient is exact, because the backward of each range uses the output and LSE of the whole row, as in ring
 attention.
 """
 
@@ -19,108 +19,122 @@ from ...core.ranges import Range, Turn
 from . import cpu
 
 
-class Part(NamedTuple):
-    """What one range has of one chunk of queries."""
+class Block(NamedTuple):
+    """The keys of one range that one chunk of queries attends to."""
 
     keys: slice
+    """The smallest slice that contains these keys."""
     mask: Tensor | None
-    """`[batch | 1, 1, queries, keys]`, float; None where every query sees every key."""
-    blind: Tensor | None
-    """Queries that see no key, `[batch | 1, 1, queries]`; None where there are none."""
+    """Additive mask `[batch | 1, 1, queries, keys]`; None if every query attends to every key of the slice."""
+    empty_rows: Tensor | None
+    """True for queries without any key, `[batch | 1, 1, queries]`; None if there are none."""
 
 
 class Layout:
-    """Which keys each chunk of queries meets in each range."""
+    """The keys that each chunk of queries attends to in each range."""
 
     def __init__(self, ranges: list[Range], positions: Positions, mask: Tensor | None, dtype: torch.dtype) -> None:
         self.ranges, self.positions, self.mask, self.dtype = ranges, positions, mask, dtype
         self.count, self.total = positions.query.shape[1], positions.key.shape[1]
-        self.bounds = [self._bounds(one) for one in ranges] if self._in_order() else None
+        self.bounds = [self._bounds(each) for each in ranges] if self._is_sorted() else None
 
-    def _in_order(self) -> bool:
-        """Whether the keys of a range lie side by side: one row of positions for all, rising, and no mask."""
-        at = [self.positions.key, *(one.step_key for one in self.ranges if one.step_key is not None)]
-        rows = [*at, self.positions.query, *(one.step_query for one in self.ranges if one.step_query is not None)]
+    def _is_sorted(self) -> bool:
+        """Return whether the keys of a range are contiguous: no mask, the same sorted positions in all rows."""
+        keys = [self.positions.key, *(each.step_key for each in self.ranges if each.step_key is not None)]
+        queries = [self.positions.query, *(each.step_query for each in self.ranges if each.step_query is not None)]
         return (
             self.mask is None
-            and all(bool((one == one[:1]).all()) for one in rows)
-            and all(bool((one[0].diff() >= 0).all()) for one in at)
+            and all(bool((rows == rows[:1]).all()) for rows in (*keys, *queries))
+            and all(bool((rows[0].diff() >= 0).all()) for rows in keys)
         )
 
-    def _bounds(self, one: Range) -> tuple[Tensor, Tensor]:
-        """First key and end of the keys of each query, `[query]` each."""
-        query, key = (steps[0].contiguous() for steps in one.steps(self.positions))
+    def _bounds(self, each: Range) -> tuple[Tensor, Tensor]:
+        """Return the first key and the exclusive end of the keys of each query in a range, `[query]` each."""
+        query, key = (steps[0].contiguous() for steps in each.steps(self.positions))
         first = torch.zeros_like(query)
         end = torch.arange(self.total - self.count + 1, self.total + 1)
-        if one.high is not None:
-            first = torch.searchsorted(key, query - one.high, right=True)
-        if one.low is not None:
-            end = torch.minimum(end, torch.searchsorted(key, query - one.low, right=True))
-        if one.below is not None:
-            limit = torch.searchsorted(self.positions.key[0].contiguous(), torch.tensor([one.below]))
+        if each.high is not None:
+            first = torch.searchsorted(key, query - each.high, right=True)
+        if each.low is not None:
+            end = torch.minimum(end, torch.searchsorted(key, query - each.low, right=True))
+        if each.below is not None:
+            limit = torch.searchsorted(self.positions.key[0].contiguous(), torch.tensor([each.below]))
             end = torch.minimum(end, limit)
         return first, torch.maximum(first, end)
 
     def reach(self, index: int) -> slice:
-        """From which key to which any query looks in a range."""
+        """Return the slice of keys that any query attends to in a range."""
         if self.bounds is None:
             return slice(0, self.total)
         first, end = self.bounds[index]
-        seeing = first < end
-        return slice(int(first[seeing].min()), int(end[seeing].max())) if bool(seeing.any()) else slice(0, 0)
+        has_keys = first < end
+        return slice(int(first[has_keys].min()), int(end[has_keys].max())) if bool(has_keys.any()) else slice(0, 0)
 
-    def chunks(self, index: int) -> Iterator[tuple[slice, Part]]:
-        """Chunks of queries that meet any key in a range, and what they have of it."""
+    def chunks(self, index: int) -> Iterator[tuple[slice, Block]]:
+        """Yield the chunks of queries that attend to any key in a range, with the block of these keys."""
         for start in range(0, self.count, cpu.CHUNK):
-            here = slice(start, min(start + cpu.CHUNK, self.count))
+            queries = slice(start, min(start + cpu.CHUNK, self.count))
             if self.bounds is None:
-                part = self._searched(self.ranges[index], here.start, here.stop)
+                block = self._block_from_pairs(self.ranges[index], queries.start, queries.stop)
             else:
-                part = self._bounded(*(bound[here] for bound in self.bounds[index]))
-            if part is not None:
-                yield here, part
+                block = self._block_from_bounds(*(bound[queries] for bound in self.bounds[index]))
+            if block is not None:
+                yield queries, block
 
-    def _bounded(self, first: Tensor, end: Tensor) -> Part | None:
-        seeing = first < end
-        if not bool(seeing.any()):
+    def _block_from_bounds(self, first: Tensor, end: Tensor) -> Block | None:
+        """Return the block of a chunk from the bounds of its queries; None if no query attends to any key."""
+        has_keys = first < end
+        if not bool(has_keys.any()):
             return None
-        low, high = int(first[seeing].min()), int(end[seeing].max())
-        blind = None if bool(seeing.all()) else ~seeing[None, None]
-        if blind is None and int(first.max()) == low and int(end.min()) == high:
-            return Part(slice(low, high), None, None)
-        place = torch.arange(low, high)
-        inside = (place >= first[:, None]) & (place < end[:, None])
-        return Part(slice(low, high), self._additive(inside)[None, None], blind)
+        low, high = int(first[has_keys].min()), int(end[has_keys].max())
+        empty_rows = None if bool(has_keys.all()) else ~has_keys[None, None]
+        if empty_rows is None and int(first.max()) == low and int(end.min()) == high:
+            return Block(slice(low, high), None, None)
+        index = torch.arange(low, high)
+        inside = (index >= first[:, None]) & (index < end[:, None])
+        return Block(slice(low, high), self._additive(inside)[None, None], empty_rows)
 
-    def _searched(self, one: Range, start: int, stop: int) -> Part | None:
+    def _block_from_pairs(self, each: Range, start: int, stop: int) -> Block | None:
+        """Return the block of a chunk by testing all pairs; None if no query attends to any key."""
         end = self.total if self.mask is not None else self.total - self.count + stop
-        seen = self.positions._replace(query=self.positions.query[:, start:stop], key=self.positions.key[:, :end])
-        inside, more = one.part(start, stop, end).covers(seen)[:, None], None
+        chunk_positions = self.positions._replace(
+            query=self.positions.query[:, start:stop], key=self.positions.key[:, :end]
+        )
+        inside, mask_values = each.part(start, stop, end).covers(chunk_positions)[:, None], None
         if self.mask is None:
             inside = inside & torch.ones(stop - start, end, dtype=torch.bool).tril(end - (stop - start))
         elif self.mask.dtype == torch.bool:
             inside = inside & self.mask[:, :, start:stop, :end]
         else:
-            more = self.mask[:, :, start:stop, :end]
-            inside = inside & (more > cpu.HIDDEN)
-        met = inside.flatten(0, 2).any(0).nonzero()
-        if not len(met):
+            mask_values = self.mask[:, :, start:stop, :end]
+            inside = inside & (mask_values > cpu.HIDDEN)
+        attended = inside.flatten(0, 2).any(0).nonzero()
+        if not len(attended):
             return None
-        low, high = int(met[0]), int(met[-1]) + 1
+        low, high = int(attended[0]), int(attended[-1]) + 1
         inside = inside[..., low:high]
-        seeing, additive = inside.any(-1), self._additive(inside)
-        if more is not None:
-            additive = additive + more[..., low:high].to(additive.dtype)
-        return Part(slice(low, high), additive, None if bool(seeing.all()) else ~seeing)
+        has_keys, additive = inside.any(-1), self._additive(inside)
+        if mask_values is not None:
+            additive = additive + mask_values[..., low:high].to(additive.dtype)
+        return Block(slice(low, high), additive, None if bool(has_keys.all()) else ~has_keys)
 
     def _additive(self, inside: Tensor) -> Tensor:
+        """Return the additive form of a boolean mask."""
         return torch.zeros(inside.shape, dtype=self.dtype).masked_fill_(~inside, -math.inf)
 
 
 class Ranges(torch.autograd.Function):
-    """Attention over ranges, `[batch, heads, query, head]`, laid out query before heads.
+    """Causal attention over ranges. Ranges run one after the other, so only one encoded copy of the keys is in memory.
 
-    One range after the other, so that no more than one turned copy of the keys is held.
+    Args:
+        query: `[batch, heads, query, head]`.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        layout: the keys of each chunk of queries in each range.
+        scaling: factor on the dot products.
+
+    Returns:
+        The output `[batch, heads, query, head]`, in the memory layout `[batch, query, heads, head]`.
     """
 
     @staticmethod
@@ -128,19 +142,21 @@ class Ranges(torch.autograd.Function):
         output, lse = cpu.empty_outputs(query)
         output.zero_()
         lse.fill_(-math.inf)
-        for index, one in enumerate(layout.ranges):
+        for index, each in enumerate(layout.ranges):
             reach = layout.reach(index)
-            turned, origin = _turned_keys(one, key, reach), reach.start
-            for here, part in layout.chunks(index):
-                made, norm = cpu.attention(
-                    _turned(_part(one, here), query[:, :, here]),
-                    turned[:, :, part.keys.start - origin : part.keys.stop - origin],
-                    value[:, :, part.keys], _spread(part.mask, query), scaling,
+            encoded_key, origin = _encode_keys(each, key, reach), reach.start
+            for queries, block in layout.chunks(index):
+                block_output, block_lse = cpu.attention(
+                    _encode(_query_encoding(each, queries), query[:, :, queries]),
+                    encoded_key[:, :, block.keys.start - origin : block.keys.stop - origin],
+                    value[:, :, block.keys], _expand_mask(block.mask, query), scaling,
                 )  # fmt: skip
-                if part.blind is not None:
-                    norm = norm.masked_fill(part.blind, -math.inf)
-                output[:, :, here], lse[:, :, here] = cpu.merge((output[:, :, here], lse[:, :, here]), (made, norm))
-        lse.masked_fill_(lse == -math.inf, 0)  # padding, which sees nothing at all
+                if block.empty_rows is not None:
+                    block_lse = block_lse.masked_fill(block.empty_rows, -math.inf)
+                output[:, :, queries], lse[:, :, queries] = cpu.merge(
+                    (output[:, :, queries], lse[:, :, queries]), (block_output, block_lse)
+                )
+        lse.masked_fill_(lse == -math.inf, 0)  # padding, which attends to no key
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scaling = layout, scaling
         return output
@@ -149,55 +165,58 @@ class Ranges(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, output, lse = ctx.saved_tensors
-        into = cpu.Gradients(query, key, value)
-        for index, one in enumerate(ctx.layout.ranges):
+        sums = cpu.Gradients(query, key, value)
+        for index, each in enumerate(ctx.layout.ranges):
             reach = ctx.layout.reach(index)
-            turned, values = _turned_keys(one, key, reach), value[:, :, reach]
-            to_key = into.sums[1][:, :, reach]
-            to_turned = to_key if one.turn_key is None else torch.zeros_like(to_key)
-            for here, part in ctx.layout.chunks(index):
-                turn = _part(one, here)
-                into.add(
-                    here, slice(part.keys.start - reach.start, part.keys.stop - reach.start),
-                    _turned(turn, query[:, :, here]), turned, values, output[:, :, here], lse[:, :, here],
-                    grads[0][:, :, here], _spread(part.mask, query), ctx.scaling, None if turn is None else turn.back,
-                    (to_turned, into.sums[2][:, :, reach]),
+            encoded_key, values = _encode_keys(each, key, reach), value[:, :, reach]
+            to_key = sums.sums[1][:, :, reach]
+            to_encoded = to_key if each.turn_key is None else torch.zeros_like(to_key)
+            for queries, block in ctx.layout.chunks(index):
+                encoding = _query_encoding(each, queries)
+                sums.add(
+                    queries, slice(block.keys.start - reach.start, block.keys.stop - reach.start),
+                    _encode(encoding, query[:, :, queries]), encoded_key, values, output[:, :, queries],
+                    lse[:, :, queries], grads[0][:, :, queries], _expand_mask(block.mask, query), ctx.scaling,
+                    None if encoding is None else encoding.back, (to_encoded, sums.sums[2][:, :, reach]),
                 )  # fmt: skip
-            if one.turn_key is not None:
-                for there in _blocks(reach):
-                    back = one.turn_key.part(there.start, there.stop).back
-                    into.sums[1][:, :, there] += back(
-                        to_turned[:, :, there.start - reach.start : there.stop - reach.start]
+            if each.turn_key is not None:
+                for keys in _spans(reach):
+                    back = each.turn_key.part(keys.start, keys.stop).back
+                    sums.sums[1][:, :, keys] += back(
+                        to_encoded[:, :, keys.start - reach.start : keys.stop - reach.start]
                     )
-        return *into.finished(), None, None
+        return *sums.finished(), None, None
 
 
-def _part(one: Range, here: slice) -> Turn | None:
-    return None if one.turn_query is None else one.turn_query.part(here.start, here.stop)
+def _query_encoding(each: Range, queries: slice) -> Turn | None:
+    """Return the encoding of a slice of queries in a range; None if it leaves them unchanged."""
+    return None if each.turn_query is None else each.turn_query.part(queries.start, queries.stop)
 
 
-def _turned(turn: Turn | None, x: Tensor) -> Tensor:
-    return x if turn is None else turn(x)
+def _encode(encoding: Turn | None, x: Tensor) -> Tensor:
+    """Apply an encoding to queries or keys."""
+    return x if encoding is None else encoding(x)
 
 
-def _blocks(reach: slice) -> Iterator[slice]:
+def _spans(reach: slice) -> Iterator[slice]:
+    """Yield consecutive spans of at most `cpu.SPAN` keys."""
     for start in range(reach.start, reach.stop, cpu.SPAN):
         yield slice(start, min(start + cpu.SPAN, reach.stop))
 
 
-def _turned_keys(one: Range, key: Tensor, reach: slice) -> Tensor:
-    """The keys that a range reaches, as it sees them; turned a few at a time, since turning takes several times their
-    room."""
-    if one.turn_key is None:
+def _encode_keys(each: Range, key: Tensor, reach: slice) -> Tensor:
+    """Return the encoded keys that a range reaches, encoded span by span to bound the memory of temporary copies."""
+    if each.turn_key is None:
         return key[:, :, reach]
-    turned = torch.empty_like(key[:, :, reach])
-    for here in _blocks(reach):
-        there = slice(here.start - reach.start, here.stop - reach.start)
-        turned[:, :, there] = one.turn_key.part(here.start, here.stop)(key[:, :, here])
-    return turned
+    encoded = torch.empty_like(key[:, :, reach])
+    for keys in _spans(reach):
+        local = slice(keys.start - reach.start, keys.stop - reach.start)
+        encoded[:, :, local] = each.turn_key.part(keys.start, keys.stop)(key[:, :, keys])
+    return encoded
 
 
-def _spread(mask: Tensor | None, query: Tensor) -> Tensor | None:
+def _expand_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Expand a mask to `[batch, heads, queries, keys]` without copying."""
     return None if mask is None else mask.expand(query.shape[0], query.shape[1], -1, -1)
 
 
@@ -210,7 +229,17 @@ def attention(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Causal attention over ranges, `[batch, query, heads, head]`."""
+    """Compute causal attention over ranges, `[batch, query, heads, head]`.
+
+    Args:
+        query: `[batch, heads, query, head]`.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        positions: positions of the queries and keys.
+        ranges: disjoint ranges of distance with their encodings.
+        mask: `[batch | 1, 1, query, key]`, boolean or additive; None for a causal mask.
+        scaling: factor on the dot products.
+    """
     layout = Layout(ranges, positions, mask, value.dtype)
     output: Any = Ranges.apply(query, key, value, layout, scaling)
     return output.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Attention within groups of a sequence, in half of the heads shifted by half a group (S2-Attn)."""
+"""Shifted sparse attention (S2-Attn): attention within groups of tokens, shifted by half a group in half the heads."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ import torch
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Of query, key, value `[batch, heads, length, head]` and a mask `[batch | 1, 1, length, length]` or, for causal
-attention, None; gives `[batch, length, heads, head]`."""
+"""A function that computes attention, `[batch, length, heads, head]`, from query, key and value
+`[batch, heads, length, head]` and a mask `[batch | 1, 1, length, length]`, or None for causal attention."""
 
 
 def shifted(
     attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, groups: int
 ) -> Tensor:
-    """`attention` in the first half of the heads within `groups` equal groups, in the second within groups that begin
-    half a group later: `[batch, length, heads, head]` (Chen et al. 2023, LongLoRA, arXiv 2309.12307, section 3.2).
+    """Compute attention within groups of tokens, which begin half a group later in the second half of the heads.
 
-    The shift does not wrap around. Rolled over, the first tokens would stand in one group with the last and see them;
-    here the two ends are half groups of their own, as in the authors' code for variable lengths.
+    The shift does not wrap around, since the first tokens would then share a group with the last ones. The two ends
+    are groups of half the size, as in the authors' code for variable lengths.
+
+    Args:
+        attention: computes attention within one group.
+        query: `[batch, heads, length, head]`.
+        key: `[batch, key_heads, length, head]`.
+        value: `[batch, key_heads, length, head]`.
+        mask: `[batch | 1, 1, length, length]`; None for causal attention.
+        groups: number of groups, which divides the length.
+
+    Returns:
+        The output `[batch, length, heads, head]`.
+
+    Source: Chen et al. 2023, LongLoRA, arXiv 2309.12307, section 3.2.
     """
     length, heads, size = query.shape[2], query.shape[1], query.shape[2] // groups
-    times, half = heads // key.shape[1], heads // 2
-    assert half % times == 0  # no key head serves both halves
+    queries_per_key, half = heads // key.shape[1], heads // 2
+    assert half % queries_per_key == 0  # no key head may serve both halves
     first, last = size // 2, length - size // 2
-    parts = [
+    halves = [
         (0, half, [(0, length, size)]),
         (half, heads, [(0, first, size // 2), (first, last, size), (last, length, size // 2)]),
     ]
     outputs = []
-    for start, stop, cuts in parts:
-        keys = slice(start // times, stop // times)
-        own = query[:, start:stop], key[:, keys], value[:, keys]
-        outputs.append(torch.cat([_within(attention, *own, mask, *cut) for cut in cuts], 1))
+    for start, stop, spans in halves:
+        keys = slice(start // queries_per_key, stop // queries_per_key)
+        tensors = query[:, start:stop], key[:, keys], value[:, keys]
+        outputs.append(torch.cat([_within(attention, *tensors, mask, *span) for span in spans], 1))
     return torch.cat(outputs, 2)
 
 
@@ -47,14 +59,15 @@ def _within(
     stop: int,
     size: int,
 ) -> Tensor:
-    """Attention of the tokens from `start` to `stop`, every `size` of them by themselves."""
+    """Compute attention of the tokens from `start` to `stop` within groups of `size` tokens."""
     batch, count = query.shape[0], (stop - start) // size
 
-    def cut(tensor: Tensor) -> Tensor:
+    def grouped(tensor: Tensor) -> Tensor:
+        """Move the groups into the batch dimension."""
         return tensor[:, :, start:stop].unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
 
     if mask is not None:
         blocks = mask[:, :, start:stop, start:stop].unflatten(3, (count, size)).unflatten(2, (count, size))
         mask = blocks.diagonal(0, 2, 4).movedim(-1, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    output = attention(cut(query), cut(key), cut(value), mask)
+    output = attention(grouped(query), grouped(key), grouped(value), mask)
     return output.unflatten(0, (batch, count)).flatten(1, 2)

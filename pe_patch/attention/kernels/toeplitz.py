@@ -1,7 +1,7 @@
-"""A bias by distance: every chunk of it is a view of one strip for each head, causal part included.
+"""Causal attention with a bias by distance, whose mask is a view of one strip for each head.
 
-The strip holds the bias by falling distance, then -inf for what lies ahead. With the queries of a chunk in reversed
-order, the slice of it that begins where the last query meets the first key, seen through `unfold`, is the whole mask.
+The strip holds the bias by decreasing distance, then -inf for future keys. With the queries of a chunk in reversed
+order, the mask of the chunk is `unfold` of the slice that begins at the distance of the last query and the first key.
 """
 
 from __future__ import annotations
@@ -14,26 +14,44 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .tiles import Tile, TileBias, materialised_gradients
+from .tiles import Tile, TileBias, materialized_gradients
 
 
 def strip_of(table: Tensor, ahead: int = cpu.CHUNK) -> Tensor:
-    """`[heads, count + ahead]` from a bias by distance `[heads, count]`."""
+    """Return the strip `[heads, count + ahead]` of a bias by distance `[heads, count]`."""
     return torch.cat((table.flip(1), table.new_full((table.shape[0], ahead), -math.inf)), 1)
 
 
-def mask_of(strip: Tensor, total: int, rows: int, first: int, place: int) -> Tensor:
-    """The additive mask `[heads, rows, place - first]` of the queries at `place - 1` and before, the last one first,
-    over the keys from `first`, out of `total` keys; a view."""
-    begin, keys = total - place + first, place - first
+def mask_of(strip: Tensor, total: int, rows: int, first: int, end: int) -> Tensor:
+    """Return the additive mask of a chunk as a view of the strip, the last query first.
+
+    Args:
+        strip: the strip of `total` distances.
+        total: number of keys in the sequence.
+        rows: number of queries, of which the last is at key `end - 1`.
+        first: first key.
+        end: end of the keys, exclusive.
+
+    Returns:
+        `[heads, rows, end - first]`.
+    """
+    begin, keys = total - end + first, end - first
     return strip[:, begin : begin + keys + rows - 1].unfold(1, keys, 1)
 
 
 class Toeplitz(torch.autograd.Function):
-    """Causal attention with a bias by distance, `[batch, heads, query, head]`, laid out query before heads.
+    """Causal attention with a bias by distance.
 
-    The queries are the last of the keys. `table` is `[heads, keys]` by distance, float32; a query looks `width` keys
-    back or a little farther.
+    Args:
+        query: `[batch, heads, query, head]`; the queries are the last of the keys.
+        key: `[batch, key_heads, key, head]`.
+        value: `[batch, key_heads, key, head]`.
+        table: the bias by distance `[heads, keys]`, float32 or wider.
+        scaling: factor on the dot products.
+        width: how many keys back each query attends to at least.
+
+    Returns:
+        The output `[batch, heads, query, head]`, in the memory layout `[batch, query, heads, head]`.
     """
 
     @staticmethod
@@ -41,12 +59,12 @@ class Toeplitz(torch.autograd.Function):
         output, lse = cpu.empty_outputs(query)
         strip, total = strip_of(table.detach()), key.shape[2]
         for chunk in cpu.chunks(query.shape[2], total, width):
-            mask = mask_of(strip, total, chunk.rows, chunk.first, chunk.place)[None]
-            made, own = cpu.attention(
+            mask = mask_of(strip, total, chunk.rows, chunk.first, chunk.end)[None]
+            chunk_output, chunk_lse = cpu.attention(
                 query[:, :, chunk.queries].flip(2), key[:, :, chunk.keys], value[:, :, chunk.keys],
                 mask.expand(query.shape[0], -1, -1, -1), scaling,
             )  # fmt: skip
-            output[:, :, chunk.queries], lse[:, :, chunk.queries] = made.flip(2), own.flip(2)
+            output[:, :, chunk.queries], lse[:, :, chunk.queries] = chunk_output.flip(2), chunk_lse.flip(2)
         ctx.save_for_backward(query, key, value, table, output, lse)
         ctx.scaling, ctx.width = scaling, width
         return output
@@ -57,20 +75,20 @@ class Toeplitz(torch.autograd.Function):
         query, key, value, table, output, lse = ctx.saved_tensors
         grad, strip, total = grads[0], strip_of(table.detach()), key.shape[2]
         if ctx.needs_input_grad[3]:
-            learned = _Learned(strip)
-            found = materialised_gradients(grad, query, key, value, output, lse, ctx.scaling, learned)
-            return *found, learned.grad[:, :total].flip(1), None, None
-        into = cpu.Gradients(query, key, value)
+            bias = _StripBias(strip)
+            input_grads = materialized_gradients(grad, query, key, value, output, lse, ctx.scaling, bias)
+            return *input_grads, bias.grad[:, :total].flip(1), None, None
+        sums = cpu.Gradients(query, key, value)
         for chunk in cpu.chunks(query.shape[2], total, ctx.width):
-            mask = mask_of(strip, total, chunk.rows, chunk.first, chunk.place)[None]
-            into.add_reversed(
+            mask = mask_of(strip, total, chunk.rows, chunk.first, chunk.end)[None]
+            sums.add_reversed(
                 chunk, grad, query, key, value, output, lse, mask.expand(query.shape[0], -1, -1, -1), ctx.scaling
             )
-        return *into.finished(), None, None, None
+        return *sums.finished(), None, None, None
 
 
-class _Learned(TileBias):
-    """The gradient of the strip: sums of the scores' gradient along its diagonals."""
+class _StripBias(TileBias):
+    """Add the strip, and accumulate its gradient: the sums of the scores' gradient along the diagonals."""
 
     def __init__(self, strip: Tensor) -> None:
         self.strip, self.grad = strip, torch.zeros_like(strip)
@@ -78,5 +96,5 @@ class _Learned(TileBias):
     def add(self, scores: Tensor, tile: Tile) -> None:
         scores += self.strip[tile.head, tile.begin : tile.begin + tile.width].unfold(0, scores.shape[2], 1)
 
-    def take(self, skewed: Tensor, slope: Tensor, tile: Tile) -> None:
+    def accumulate(self, skewed: Tensor, score_grad: Tensor, tile: Tile) -> None:
         self.grad[tile.head, tile.begin : tile.begin + tile.width] += skewed.sum((0, 1))
