@@ -109,10 +109,10 @@ class TrainedWindow:
         return self.choices or ((self.length or 0, self.scaled_length or 0),)
 
 
-def native_parameters(config: Any, kind: str | None = None) -> dict[str, Any]:
+def native_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
     """Return the config's own rotary parameters, those of one layer type where it has several, or an empty dict."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
-    return parameters if kind is None else dict(parameters[kind] or {})
+    return parameters if layer_type is None else dict(parameters[layer_type] or {})
 
 
 def trained_window(base: Any, config: Any, layer_type: str | None = None) -> TrainedWindow:
@@ -248,7 +248,7 @@ def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     parameters = native_parameters(config, layer_type)
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     if nested and not parameters.get("rope_type"):
-        return max(nested, key=lambda kind: float(kind.get("rope_theta") or 0))
+        return max(nested, key=lambda layer_type: float(layer_type.get("rope_theta") or 0))
     return parameters
 
 

@@ -177,7 +177,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         shape=shape,
         parameters=_parameters(model, config, adapter, base),
         cache=_cache(
-            model, [adapter.rotary is not None and not adapter.rests(one) for one in adapter.attentions(base)]
+            model, [adapter.rotary is not None and not adapter.skips_rope(one) for one in adapter.attentions(base)]
         ),
         vocabulary=config.vocab_size,
         config_window=config_window,
@@ -193,7 +193,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
 
 def _farthest(adapter: Adapter, base: nn.Module) -> tuple[str | None, tuple[int, ...]]:
     """Of several types of layers the one that turns most slowly, and its layers."""
-    kinds: list[Any] = adapter.kinds(base, base.config)
+    kinds: list[Any] = adapter.layer_types(base, base.config)
     if len(set(kinds)) < 2:
         return kinds[0], ()
     farthest = max(set(kinds), key=lambda kind: adapter.shape(base, base.config, kinds.index(kind)).rope_theta)

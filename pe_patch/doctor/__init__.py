@@ -11,7 +11,7 @@ import transformers
 
 from ..errors import PePatchError, UnsupportedError
 from ..patching.api import find_patch
-from ..patching.config import FOREIGN
+from ..patching.config import RECORD_KEY
 from ..schemes.config_formats import TYPES, Reading
 from .claims import TYPES_OF_TRANSFORMERS, read_claim, rope_dicts
 from .effect import compare, effective
@@ -124,8 +124,8 @@ def _does_not_load(subject: Subject, in_effect: str) -> Finding:
 
 def _same_scheme(kind: str) -> str:
     """What to write in the place of a type that Transformers does not know."""
-    if kind == FOREIGN:
-        return f"Restore config.{FOREIGN}, the record of the patch, as it was saved, and use pe_patch.load_patched."
+    if kind == RECORD_KEY:
+        return f"Restore config.{RECORD_KEY}, the record of the patch, as it was saved, and use pe_patch.load_patched."
     types = sorted(TYPES_OF_TRANSFORMERS)
     same = [name for name in types if TYPES.get(name) == TYPES.get(kind) is not None]
     return f'Write "rope_type": "{same[0]}", its name in Transformers.' if same else f"Write one of {', '.join(types)}."

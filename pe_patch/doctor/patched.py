@@ -14,7 +14,7 @@ from ..errors import OptionError, PePatchError, nearest
 from ..mla.protocol import keeps_rotation
 from ..patching.api import find_patch, restore_patch
 from ..patching.build import Patch
-from ..patching.config import FOREIGN, VERSION
+from ..patching.config import RECORD_KEY, VERSION
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotation
 from .effect import numbers_told, plain_base
@@ -63,12 +63,12 @@ def _fault(record: Any) -> Finding | None:
 
 
 def _faulty(part: str, claimed: str, in_effect: str, remedy: str = REMEDY) -> Finding:
-    return Finding("record_faulty", "error", f"config.{FOREIGN}{part}", claimed, in_effect, remedy)
+    return Finding("record_faulty", "error", f"config.{RECORD_KEY}{part}", claimed, in_effect, remedy)
 
 
 def _turnings_without_record(subject: Subject) -> list[Turning]:
     """What plain Transformers, which does not read the record, would turn by; nothing where it refuses to load."""
-    said = {key: value for key, value in subject.said.items() if key != FOREIGN}
+    said = {key: value for key, value in subject.said.items() if key != RECORD_KEY}
     plain = Subject(subject.name, said)
     try:
         with quiet():
@@ -80,7 +80,7 @@ def _turnings_without_record(subject: Subject) -> list[Turning]:
 
 
 def _disagrees(patch: Patch, turning: Turning) -> Iterator[Finding]:
-    scheme = patch.kinds.get(turning.kind)
+    scheme = patch.scheme_by_layer_type.get(turning.kind)
     if not isinstance(scheme, Rotation) or keeps_rotation(scheme) or patch.arguments.get("layers") is not None:
         return
     expected, factor = scheme.frequencies(None)
@@ -88,7 +88,7 @@ def _disagrees(patch: Patch, turning: Turning) -> Iterator[Finding]:
     if not same or not math.isclose(factor, turning.attention_factor, rel_tol=1e-5):
         plain = "plain RoPE" if plain_base(turning.inv_freq) else "other numbers"
         yield Finding(
-            "record_disagrees", "error", f"config.{FOREIGN}, rope_parameters",
+            "record_disagrees", "error", f"config.{RECORD_KEY}, rope_parameters",
             f"{scheme.name}({scheme.extra_repr()}) in the record",
             f"load_patched turns by it, and Transformers without pe_patch by {plain}: "
             + numbers_told(turning.inv_freq, turning.attention_factor),
@@ -108,10 +108,10 @@ def _window(subject: Subject, patch: Patch) -> Iterator[Finding]:
 def check_live(subject: Subject, patch: Patch) -> list[Finding]:
     """Whether everything that a patch put in place is still there."""
     findings = []
-    names = {id(module): name for name, module in patch.head.named_modules()}
+    names = {id(module): name for name, module in patch.model.named_modules()}
     for swap in patch.swaps:
         if _matters(swap) and not _same(current := _current(swap), swap.replacement):
-            owner = names.get(id(swap.owner), "config") or type(patch.head).__name__
+            owner = names.get(id(swap.owner), "config") or type(patch.model).__name__
             findings.append(Finding(
                 "patch_overwritten", "error", f"{owner}.{swap.attribute}",
                 f"{patch.scheme.name!r}: {_told(swap.replacement)}", _told(current),
@@ -148,6 +148,6 @@ def check_missing(subject: Subject) -> list[Finding]:
     record = subject.record
     name = record.get("scheme") if isinstance(record, dict) else record
     return [Finding(
-        "record_faulty", "error", f"config.{FOREIGN}", f"a patch with {name!r}", "the model carries no patch",
+        "record_faulty", "error", f"config.{RECORD_KEY}", f"a patch with {name!r}", "the model carries no patch",
         "Load the checkpoint with pe_patch.load_patched instead of from_pretrained.",
     )]  # fmt: skip

@@ -22,7 +22,7 @@ from ..adapters.adapter import frequencies_of
 from ..checkpoints.load import native_config, read_config
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, UnsupportedError, nearest
-from ..patching.config import FOREIGN
+from ..patching.config import RECORD_KEY
 from ..patching.targets import unwrap
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
@@ -68,7 +68,7 @@ class Subject:
     @property
     def record(self) -> Any:
         """The record of a patch, None where there is none."""
-        return self.said.get(FOREIGN)
+        return self.said.get(RECORD_KEY)
 
     @property
     def text(self) -> dict[str, Any]:
@@ -205,9 +205,9 @@ def _build(subject: Subject) -> None:
 
 def _config(subject: Subject) -> PreTrainedConfig:
     values = copy.deepcopy(subject.said)
-    record = values.get(FOREIGN)
+    record = values.get(RECORD_KEY)
     if isinstance(record, dict) and isinstance(record.get("native"), dict):
-        del values[FOREIGN]
+        del values[RECORD_KEY]
         return native_config(values, record["native"])
     family = values.get("model_type")
     if family not in CONFIG_MAPPING:

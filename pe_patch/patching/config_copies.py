@@ -42,20 +42,20 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and bool(one == other))
 
 
-def models_around(head: Any) -> list[nn.Module]:
+def models_around(model: Any) -> list[nn.Module]:
     """Return the modules that contain `head`, outermost last.
 
     A module does not know what contains it, so they are found among all live modules. That takes a tenth of a second,
     and is left out for a model that predicts tokens by itself and carries no adapter.
     """
-    if head.get_output_embeddings() is not None and "peft_config" not in vars(head):
+    if model.get_output_embeddings() is not None and "peft_config" not in vars(model):
         return []
     parents: dict[int, list[nn.Module]] = {}
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
         for child in list(vars(module).get("_modules", {}).values()):
             parents.setdefault(id(child), []).append(module)
     around: dict[int, nn.Module] = {}
-    inner = [head]
+    inner = [model]
     while inner:
         found = [module for module in parents.get(id(inner.pop(0)), ()) if id(module) not in around]
         around |= {id(module): module for module in found}

@@ -45,20 +45,20 @@ def settle_existing(
         UnsupportedError: the scheme does not compose, or the config was changed after the model was built.
     """
     config = base.config
-    kinds = adapter.kinds(base, config)
-    layer = next((index for index in chosen if _scaled(native_parameters(config, kinds[index]))), chosen[0])
-    window, parameters = adapter.window(base, config, layer), native_parameters(config, kinds[layer])
+    layer_types = adapter.layer_types(base, config)
+    layer = next((index for index in chosen if _scaled(native_parameters(config, layer_types[index]))), chosen[0])
+    window, parameters = adapter.window(base, config, layer), native_parameters(config, layer_types[layer])
     composed = on_existing == "compose" and _scaled(parameters) and adapter.rotary is not None
     if options.get(OPTION) is not None and OPTION in scheme.option_names():
         window = window.settle(options[OPTION], composed)
     if _scaled(parameters) and adapter.rotary is not None:
         if on_existing == "error":
-            raise _already(window, parameters, native_theta(getattr(base, adapter.rotary), config, kinds[layer]))
+            raise _already(window, parameters, native_theta(getattr(base, adapter.rotary), config, layer_types[layer]))
         if composed:
-            _check_composes(scheme, options, parameters, {kinds[index] for index in chosen}, kinds[layer])
+            _check_composes(scheme, options, parameters, {layer_types[index] for index in chosen}, layer_types[layer])
             options = {"over": existing_scheme(base, adapter, layer, window), **options}
         elif "theta" not in options:
-            _check_built(base, adapter, kinds[layer])
+            _check_built(base, adapter, layer_types[layer])
     if OPTION not in scheme.option_names():
         return options, window
     number = window.scaled_length if composed else window.length
@@ -93,8 +93,8 @@ def _check_composes(
     scheme: type[Scheme],
     options: dict[str, Any],
     parameters: dict[str, Any],
-    kinds: set[str | None],
-    kind: str | None,
+    layer_types: set[str | None],
+    layer_type: str | None,
 ) -> None:
     if "over" not in scheme.option_names():
         able = [name for name, known in SCHEMES.items() if "over" in known.option_names()]
@@ -102,8 +102,8 @@ def _check_composes(
             f"{scheme.name!r} over an existing {parameters['rope_type']!r} has no meaning; only {', '.join(able)} "
             "compose. Use on_existing='replace'."
         )
-    if len(kinds) > 1:
-        raise UnsupportedError(f"Only the {kind} layers of this model are scaled; choose them with layers=.")
+    if len(layer_types) > 1:
+        raise UnsupportedError(f"Only the {layer_type} layers of this model are scaled; choose them with layers=.")
     if options.get("over") is not None:
         raise OptionError(
             f"on_existing='compose' puts {scheme.name!r} over the config's {parameters['rope_type']!r}, and "
@@ -117,8 +117,8 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     Raises:
         UnsupportedError: the module does not turn by what the config says.
     """
-    kind = adapter.kinds(base, base.config)[layer]
-    parameters = native_parameters(base.config, kind)
+    layer_type = adapter.layer_types(base, base.config)[layer]
+    parameters = native_parameters(base.config, layer_type)
     if window.factor is not None and parameters["rope_type"] in config_formats.FACTOR_IS_RATIO:
         parameters = {**parameters, "factor": window.factor}
     if window.length is not None:
@@ -133,7 +133,7 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     scheme = cls(adapter.shape(base, base.config, layer), **given)
     if not isinstance(scheme, Rotary):
         raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
-    inv_freq, factor = built_rotation(base, adapter, kind)
+    inv_freq, factor = built_rotation(base, adapter, layer_type)
     norm = adapter.norm_after_rotation
     if norm and any(hasattr(each, norm) for each in adapter.attentions(base)):
         factor = 1.0
@@ -150,33 +150,33 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     return options
 
 
-def built_rotation(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> tuple[Tensor, float]:
+def built_rotation(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> tuple[Tensor, float]:
     """Return the frequencies that a built rotary module turns short sequences by, `[rotary_dim / 2]`, and the factor on
     cos and sin, measured at position zero on a copy."""
     assert adapter.rotary is not None
     rotary: Any = getattr(base, adapter.rotary)
-    if frequencies_of(rotary, kind)[1].is_meta:  # no numbers there: build what its config asks for
+    if frequencies_of(rotary, layer_type)[1].is_meta:  # no numbers there: build what its config asks for
         rotary = type(rotary)(rotary.config)
-    inv_freq = frequencies_of(rotary, kind)[1].detach().cpu()
+    inv_freq = frequencies_of(rotary, layer_type)[1].detach().cpu()
     with torch.no_grad():
-        origin = torch.zeros(1, 1, dtype=torch.long, device=frequencies_of(rotary, kind)[0].device)
+        origin = torch.zeros(1, 1, dtype=torch.long, device=frequencies_of(rotary, layer_type)[0].device)
         hidden = torch.zeros(1, 1, 1, 1, device=origin.device)
-        made = copy.deepcopy(rotary)(hidden, origin, *([] if kind is None else [kind]))
+        made = copy.deepcopy(rotary)(hidden, origin, *([] if layer_type is None else [layer_type]))
     cos = made[0] if isinstance(made, tuple) else made.abs()
     factor = float(cos.flatten()[0])
-    exact = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", factor)
+    exact = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", factor)
     return inv_freq, float(exact) if math.isclose(exact, factor, rel_tol=1e-5) else factor
 
 
-def _check_built(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> None:
+def _check_built(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> None:
     """Raise where the module was built from another config than the model has now: base and window would be wrong."""
     rotary: Any = getattr(base, str(adapter.rotary))
-    inv_freq = frequencies_of(rotary, kind)[1]
+    inv_freq = frequencies_of(rotary, layer_type)[1]
     if inv_freq.is_meta or base.config.model_type not in ADAPTERS:
         return
-    again = frequencies_of(type(rotary)(copy.deepcopy(base.config)), kind)[1]
+    again = frequencies_of(type(rotary)(copy.deepcopy(base.config)), layer_type)[1]
     if not _same(again, inv_freq):
-        raise _changed(base, adapter, native_parameters(base.config, kind), again, inv_freq)
+        raise _changed(base, adapter, native_parameters(base.config, layer_type), again, inv_freq)
 
 
 def _same(expected: Tensor, built: Tensor) -> bool:

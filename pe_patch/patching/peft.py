@@ -26,7 +26,7 @@ from .. import compat
 from ..core.swaps import Bound, Swap, apply_all, bind
 from ..errors import CheckpointError, OptionError, PePatchError
 from .cache_record import PREFIX
-from .config import FOREIGN
+from .config import RECORD_KEY
 from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
 from .saved_config import write_back
 from .targets import unwrap
@@ -43,11 +43,11 @@ class RecordedConfig:
     def __new__(cls, **fields: Any) -> Any:
         from peft import PeftConfig
 
-        record = checked(fields.pop(FOREIGN, None), fields.get("base_model_name_or_path"))
+        record = checked(fields.pop(RECORD_KEY, None), fields.get("base_model_name_or_path"))
         if record is None:
             raise CheckpointError(f"An adapter config of peft_type {TYPE} holds no record of its scheme.")
         config = PeftConfig.from_peft_type(**{**fields, "peft_type": record["peft_type"]})
-        config.__dict__[FOREIGN] = record
+        config.__dict__[RECORD_KEY] = record
         return config
 
     @classmethod
@@ -65,7 +65,7 @@ def inject_adapter(
     """PEFT's own, unless the adapter, or what it would train, does not fit the model's scheme."""
     config, host = tuner.peft_config[adapter_name], _host(model)
     if host is not None:
-        if (record := config.__dict__.get(FOREIGN)) is not None:
+        if (record := config.__dict__.get(RECORD_KEY)) is not None:
             require(record, host, config.__dict__.get(SOURCE))
         _refuse_copies(host, config)
     return inner(model, adapter_name, *args, **kwargs)
@@ -103,14 +103,14 @@ def load_into_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwa
     return _load(wrapper, inner, given["model_id"], given["adapter_name"], given, args, kwargs)
 
 
-def load_into_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def load_into_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.load_adapter`, in the same way."""
-    given = _given(head, "load_adapter", args, kwargs)
+    given = _given(model, "load_adapter", args, kwargs)
     given |= given.get("adapter_kwargs") or {}
     source, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
     if source is None:  # tensors, which say nothing about where they come from
         return inner(*args, **kwargs)
-    return _load(head, inner, source, name, given, args, kwargs)
+    return _load(model, inner, source, name, given, args, kwargs)
 
 
 def _load(
@@ -146,19 +146,19 @@ def save_base(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     return inner(*args, **kwargs)
 
 
-def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def save_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, which saves an adapter alone where `add_adapter` put one on."""
-    _settle(head)
-    result, given = inner(*args, **kwargs), _given(head, "save_pretrained", args, kwargs)
-    if getattr(head, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
-        write_record(head, Path(given["save_directory"]), given.get("state_dict"))
+    _settle(model)
+    result, given = inner(*args, **kwargs), _given(model, "save_pretrained", args, kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
+        write_record(model, Path(given["save_directory"]), given.get("state_dict"))
     return result
 
 
-def head_swaps(head: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
+def saving_swaps(model: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
     """Saving, and loading of adapters without a PEFT wrapper."""
-    swaps = [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
-    return swaps if base is head else [*swaps, bind(base, "save_pretrained", save_base)]
+    swaps = [bind(model, "save_pretrained", save_model), bind(model, "load_adapter", load_into_model)]
+    return swaps if base is model else [*swaps, bind(base, "save_pretrained", save_base)]
 
 
 def wrapper_swaps(model: Any) -> list[Swap]:

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, MismatchError, OptionError, PePatchError
 from .config import write_json
-from .record import FOREIGN, check_scheme
+from .record import RECORD_KEY, check_scheme
 from .targets import unwrap
 
 logger = logging.getLogger("pe_patch")
@@ -36,7 +36,7 @@ HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force
 
 def record_on(model: Any) -> dict[str, Any] | None:
     """The record of the scheme a model stands under: its patch, or the native parameters that a patch was saved as."""
-    return getattr(unwrap(model).config, FOREIGN, None)
+    return getattr(unwrap(model).config, RECORD_KEY, None)
 
 
 def scheme_modules(model: Any) -> nn.Module | None:
@@ -113,7 +113,7 @@ def read_record(source: Any, **hub: Any) -> dict[str, Any] | None:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {content!r}, not the object that an adapter's config is.")
-    return checked(content.get(FOREIGN), source)
+    return checked(content.get(RECORD_KEY), source)
 
 
 def checked(record: Any, source: Any) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ def checked(record: Any, source: Any) -> dict[str, Any] | None:
     ):
         if not isinstance(record.get(key), kind) and (key in record or key in ("digest", "peft_type")):
             raise CheckpointError(
-                f"{file}: the record of the scheme is damaged: {FOREIGN}.{key} is {record.get(key)!r}; expected "
+                f"{file}: the record of the scheme is damaged: {RECORD_KEY}.{key} is {record.get(key)!r}; expected "
                 f"{words}. Save the adapter again, or restore the file as it was saved."
             )
     if (found := digest(record)) != record["digest"]:
@@ -197,7 +197,7 @@ def write_record(model: Any, folder: Path, state_dict: dict[str, Any] | None = N
     if weights:
         save_file(weights, tensors, metadata={"format": "pt"})
     record = {**current, "peft_type": config["peft_type"], "trained": trained}
-    write_json(file, {**config, "peft_type": TYPE, FOREIGN: {**record, "digest": digest(record)}})
+    write_json(file, {**config, "peft_type": TYPE, RECORD_KEY: {**record, "digest": digest(record)}})
 
 
 def _weights(modules: nn.Module | None, state_dict: dict[str, Any] | None) -> dict[str, Tensor]:

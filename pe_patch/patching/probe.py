@@ -64,7 +64,7 @@ class Native(Rotary):
         return self.folded
 
 
-def prove(patch: Patch) -> None:
+def check_rotation(patch: Patch) -> None:
     """Raise `OptionValueError` unless queries and keys rotated as the given adapter says equal the model's own.
 
     The model's own rotation is made by this library in the place of the rotary module, where `layout` must be right;
@@ -87,7 +87,7 @@ def prove(patch: Patch) -> None:
     else:
         return
     fitting = trial.fitting()
-    if not late or any(_rotates_late(scheme) for scheme in patch.own.values()):
+    if not late or any(_rotates_late(scheme) for scheme in patch.scheme_by_layer.values()):
         raise OptionValueError(trial.message(wrong, error, late, fitting)) from error
     if fitting is not None:
         logger.warning(
@@ -113,15 +113,15 @@ class Trial:
         if late and (adapter.late_norm or not adapter.carries):
             return [], None
         base = self.patch.base
-        kinds, attentions = adapter.kinds(base, base.config), adapter.attentions(base)
+        layer_types, attentions = adapter.layer_types(base, base.config), adapter.attentions(base)
         wrong: list[int] = []
-        for kind in dict.fromkeys(kinds):
-            layers = [i for i, other in enumerate(kinds) if other == kind and i in self.native]
-            if all(adapter.rests(attentions[i]) for i in layers):
+        for layer_type in dict.fromkeys(layer_types):
+            layers = [i for i, other in enumerate(layer_types) if other == layer_type and i in self.native]
+            if all(adapter.skips_rope(attentions[i]) for i in layers):
                 continue
-            scheme = _native(base, adapter, kind, late, attentions[layers[0]])
+            scheme = _native(base, adapter, layer_type, late, attentions[layers[0]])
             try:
-                found = self._under(scheme, adapter, None if len(set(kinds)) == 1 else layers)
+                found = self._under(scheme, adapter, None if len(set(layer_types)) == 1 else layers)
             except PePatchError:
                 raise
             except Exception as error:  # a layout of another shape fails somewhere in the family's own code
@@ -133,7 +133,7 @@ class Trial:
         """The layers whose queries and keys are the same with every frequency at zero."""
         base, adapter = self.patch.base, self.patch.adapter
         still = type(
-            "Still", (_native(base, adapter, adapter.kinds(base, base.config)[0], False, None),), {"still": True}
+            "Still", (_native(base, adapter, adapter.layer_types(base, base.config)[0], False, None),), {"still": True}
         )
         found = self._under(still, adapter, None)
         return [i for i, native in self.native.items() if i in found and _close(found[i], native)]
@@ -181,7 +181,7 @@ class Trial:
         defaults = {"on_existing": "replace", "keep_native": False, "strict": False, "layers": layers}
         given = {**self.patch.arguments, **defaults, "adapter": adapter}
         options = {"theta": 10000.0, "original_max_position_embeddings": LENGTH}
-        trial = collect(self.patch.head, scheme, options, given)
+        trial = collect(self.patch.model, scheme, options, given)
         trial.apply()
         try:
             return _run(self.patch.base, adapter, self.inputs)[0]
@@ -194,13 +194,13 @@ def _ours(base: Any, given: dict[str, Any]) -> str:
     return backend_for(given["backend"] or base.config._attn_implementation).implementation
 
 
-def _native(base: Any, adapter: Adapter, kind: str | None, late: bool, attention: Any) -> type[Native]:
+def _native(base: Any, adapter: Adapter, layer_type: str | None, late: bool, attention: Any) -> type[Native]:
     """A scheme that turns by the frequencies of the model's own rotary module."""
     rotary = getattr(base, str(adapter.rotary))
-    prefix = "" if kind is None else f"{kind}_"
+    prefix = "" if layer_type is None else f"{layer_type}_"
     width = getattr(attention, "qk_head_dim", None) if adapter.folds_scale else None  # None of no attention
     members = {
-        "inverse": frequencies_of(rotary, kind)[0].detach().float().cpu(),
+        "inverse": frequencies_of(rotary, layer_type)[0].detach().float().cpu(),
         "factor": float(getattr(rotary, f"{prefix}attention_scaling", 1.0)),
         "folded": 1.0 if width is None else float(attention.scaling * width**0.5) ** 0.5,
         "late": late,

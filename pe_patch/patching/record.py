@@ -15,7 +15,7 @@ from ..errors import CheckpointError, OptionError, nearest, quoted
 from ..schemes.registry import ALIASES, SCHEMES
 
 VERSION = 1
-FOREIGN = "pe_patch"
+RECORD_KEY = "pe_patch"
 """The key of the record in a config, and the `rope_type` of rotary parameters that Transformers cannot express."""
 BESIDE = ("max_position_embeddings", "rope_parameters")
 """Keys of a config that a patch writes, or whose values it starts from."""
@@ -138,7 +138,7 @@ def check_scheme(record: Any, source: str) -> dict[str, Any]:
         SCHEMES[ALIASES.get(name, name)].check_options(record["options"])
     except OptionError as error:
         raise CheckpointError(
-            f"{source}: {FOREIGN}.options is {_shown(record['options'])}. {error} {REMEDY}."
+            f"{source}: {RECORD_KEY}.options is {_shown(record['options'])}. {error} {REMEDY}."
         ) from error
     return record
 
@@ -161,11 +161,11 @@ def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, 
     part = native.get("config")
     if part is not None and not isinstance(stored.get(part), dict):
         raise CheckpointError(
-            f"{source}: {FOREIGN}.native.config is {_shown(part)}, and the config has no such part ({part} is "
+            f"{source}: {RECORD_KEY}.native.config is {_shown(part)}, and the config has no such part ({part} is "
             f"{_shown(stored.get(part))}). {REMEDY}."
         )
     family = stored.get("model_type")
-    if family != native["model_type"] and not str(family).startswith(FOREIGN):
+    if family != native["model_type"] and not str(family).startswith(RECORD_KEY):
         raise _contradiction(source, [("model_type", native["model_type"], family)])
     beside = stored if part is None else stored[part]
     apart = [
@@ -182,10 +182,10 @@ def _contradiction(source: str, apart: list[tuple[str, Any, Any]], part: str = "
         for key, ours, theirs in apart[:4]
     )
     return CheckpointError(
-        f"{source} contradicts itself: {found}. The record ({FOREIGN}) decides how the model computes, so an edit of "
-        f"the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to change "
-        "the positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and save "
-        "it again."
+        f"{source} contradicts itself: {found}. The record ({RECORD_KEY}) decides how the model computes, so an edit "
+        f"of the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to "
+        "change the positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and "
+        "save it again."
     )
 
 
@@ -226,18 +226,18 @@ def _check(
 ) -> None:
     if not isinstance(values, dict):
         raise CheckpointError(
-            f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)}; expected {expected}. "
-            f"{REMEDY}."
+            f"{source}: the record of the patch is damaged: {RECORD_KEY}{where} is {_shown(values)}; expected "
+            f"{expected}. {REMEDY}."
         )
     for key in required:
         if key not in values:
             raise CheckpointError(
-                f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)} and lacks "
+                f"{source}: the record of the patch is damaged: {RECORD_KEY}{where} is {_shown(values)} and lacks "
                 f"{quoted(key)}, {tests[key][1]}. {REMEDY}."
             )
     for key, (allowed, words) in tests.items():
         if key in values and not allowed(values[key]):
             raise CheckpointError(
-                f"{source}: the record of the patch is damaged: {FOREIGN}{where}.{key} is {_shown(values[key])}; "
+                f"{source}: the record of the patch is damaged: {RECORD_KEY}{where}.{key} is {_shown(values[key])}; "
                 f"expected {words}. {REMEDY}."
             )

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..core.swaps import Swap
 from ..errors import CheckpointError, PePatchError, UnsupportedError, quoted
-from .record import BESIDE, FOREIGN, check_record, differences
+from .record import BESIDE, RECORD_KEY, check_record, differences
 
 MODEL_TYPE = "pe_patch (import pe_patch before loading)"
 """The model type of such a config in its file. Transformers quotes it in its error."""
@@ -51,7 +51,7 @@ class Marked:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a file of its own kind, as PEFT does to compare a model with the base it came from."""
-        if str(config_dict.get("model_type")).startswith(FOREIGN):
+        if str(config_dict.get("model_type")).startswith(RECORD_KEY):
             return read_marked(config_dict, **kwargs)
         return cls.native_class.from_dict(config_dict, **kwargs)
 
@@ -74,7 +74,7 @@ class Marked:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == ATTENTION:
-            scheme = vars(self)[FOREIGN]["scheme"]
+            scheme = vars(self)[RECORD_KEY]["scheme"]
             raise UnsupportedError(
                 f"This {type(self).__name__} is of a model that pe_patch patched with {scheme!r}, and the class of a "
                 "model alone cannot apply the scheme, so its positions would be wrong. Use "
@@ -160,7 +160,7 @@ def write_back(config: Any) -> list[str]:
 
     The model computes by its patch, whatever the config says: a file with other values would contradict itself.
     """
-    record = config.__dict__.get(FOREIGN)
+    record = config.__dict__.get(RECORD_KEY)
     if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
         return []
     inner = record["native"].get("config")
@@ -177,11 +177,11 @@ def write_back(config: Any) -> list[str]:
 
 
 def _record_of(values: dict[str, Any]) -> dict[str, Any]:
-    record = values.get(FOREIGN)
+    record = values.get(RECORD_KEY)
     if not isinstance(record, dict) or not isinstance(record.get("native"), dict):
         raise PePatchError(
-            f"config.{FOREIGN}, the record of the patch, is {quoted(record)}: it was changed after patch_model, and a "
-            "model saved without it cannot be loaded. Call unpatch_model(model) and patch it again."
+            f"config.{RECORD_KEY}, the record of the patch, is {quoted(record)}: it was changed after patch_model, and "
+            "a model saved without it cannot be loaded. Call unpatch_model(model) and patch it again."
         )
     return record
 
@@ -189,7 +189,7 @@ def _record_of(values: dict[str, Any]) -> dict[str, Any]:
 def unmarked(config: Any) -> Any:
     """Take the record and the mark off a config and off its parts, in place; returns it."""
     for each in (config, *(value for value in config.__dict__.values() if isinstance(value, PreTrainedConfig))):
-        each.__dict__.pop(FOREIGN, None)
+        each.__dict__.pop(RECORD_KEY, None)
         each.__class__ = native_class_of(each)
     return config
 
@@ -200,24 +200,24 @@ def marked_values(values: dict[str, Any], native_class: type[PreTrainedConfig]) 
     native = record["native"]
     part, part_class = values, native_class
     if (name := native.get("config")) is not None:
-        part = values[name] = {key: value for key, value in values[name].items() if key != FOREIGN}
+        part = values[name] = {key: value for key, value in values[name].items() if key != RECORD_KEY}
         part_class = CONFIG_MAPPING[part["model_type"]] if part.get("model_type") in CONFIG_MAPPING else native_class
     native["architectures"] = values.get("architectures")
     fields = getattr(part_class, "__dataclass_fields__", {})
     field = next((field for field in TYPED if field in fields or field in part), TYPED[0])
     native["hidden"] = {field: part[field]} if field in part else {}
     part[field] = NOTE
-    return {**values, "architectures": NOTE, "model_type": MODEL_TYPE, FOREIGN: record}
+    return {**values, "architectures": NOTE, "model_type": MODEL_TYPE, RECORD_KEY: record}
 
 
 def native_values(stored: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a config as they were before the patch, from those in its file and a record that holds."""
-    native, values = record["native"], {key: value for key, value in stored.items() if key != FOREIGN}
+    native, values = record["native"], {key: value for key, value in stored.items() if key != RECORD_KEY}
     part = values
     if "config" in native:
-        part = {key: value for key, value in values[native["config"]].items() if key != FOREIGN}
+        part = {key: value for key, value in values[native["config"]].items() if key != RECORD_KEY}
         values[native["config"]] = part
-    for field in (field for field in TYPED if str(part.get(field)).startswith(FOREIGN)):
+    for field in (field for field in TYPED if str(part.get(field)).startswith(RECORD_KEY)):
         del part[field]
     part |= native.get("hidden", {})
     if "architectures" in native:
@@ -238,7 +238,7 @@ def mark(config: Any, stored: dict[str, Any], record: dict[str, Any]) -> Any:
     for key in BESIDE:
         if (written := part.attribute_map.get(key, key)) in values:
             setattr(part, key, copy.deepcopy(values[written]))
-    setattr(config, FOREIGN, record)
+    setattr(config, RECORD_KEY, record)
     for each in (config, part):
         each.__class__ = marked_class(type(each))
     return config
@@ -265,7 +265,7 @@ def read_marked(config_dict: dict[str, Any], **kwargs: Any) -> Any:
         CheckpointError: the record is damaged or contradicts the config.
     """
     source = f"{kwargs.get('name_or_path') or '.'}/config.json"
-    record = check_record(config_dict.get(FOREIGN), config_dict, source)
+    record = check_record(config_dict.get(RECORD_KEY), config_dict, source)
     unused = kwargs.pop("return_unused_kwargs", False)
     values = native_values(config_dict, record)
     native_class = CONFIG_MAPPING[record["native"]["model_type"]]

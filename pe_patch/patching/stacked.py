@@ -43,8 +43,8 @@ class Stacked:
         """Those of both."""
         return chain(self.encoder.parameters(), self.scorer.parameters())
 
-    def __call__(self, rung: str, *arguments: Any) -> Any:
-        return getattr(self, rung)(*arguments)
+    def __call__(self, hook: str, *arguments: Any) -> Any:
+        return getattr(self, hook)(*arguments)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
         """The encoder's attention, through the scorer's."""

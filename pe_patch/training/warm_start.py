@@ -96,16 +96,17 @@ def warm_start(
         raise PePatchError("warm_start fits the scheme of a patched model: call patch_model(model, ...) first.")
     if by not in BY:
         raise OptionError(f"warm_start got by={quoted(by)}; it is one of {', '.join(BY)}.{nearest(str(by), BY)}")
-    if by == "loss" and patch.head.get_output_embeddings() is None:
+    if by == "loss" and patch.model.get_output_embeddings() is None:
         raise OptionError(
-            f"{type(patch.head).__name__} predicts no tokens, so that it has no loss to choose by; give by='attention'."
+            f"{type(patch.model).__name__} predicts no tokens, so that it has no loss to choose by; give "
+            "by='attention'."
         )
     for name, value in (("limit", limit), ("queries", queries)):
         if type(value) is not int or value < 1:
             raise OptionError(f"warm_start got {name}={quoted(value)}; give a whole number of at least 1.")
     if isinstance(least_slope, bool) or not 0 < least_slope < math.inf:
         raise OptionError(f"warm_start got least_slope={quoted(least_slope)}; give a number above 0.")
-    schemes = list(dict.fromkeys(patch.own.values()))
+    schemes = list(dict.fromkeys(patch.scheme_by_layer.values()))
     start = [_trainable(scheme, patch.base.device) for scheme in schemes]
     at_scores = any(overrides(patch.scheme, rung) for rung in ("encode", "bias", "attend"))
     if not at_scores or not any(True for scheme in start for _ in scheme.parameters()):
@@ -114,18 +115,20 @@ def warm_start(
             "start out."
         )
     length = min(patch.shape.trained_length or LENGTH, LENGTH)
-    rows = [row for row in tokens(calibration, patch.head, length=length, limit=limit, seed=seed) if len(row) > 1]
+    rows = [row for row in tokens(calibration, patch.model, length=length, limit=limit, seed=seed) if len(row) > 1]
     if not rows:
         raise OptionError("warm_start got no row of at least two tokens to compare attention on.")
     seen = _observe(patch, rows, queries)
-    parts = [[part for i, own in patch.own.items() if own is scheme for part in seen[i]] for scheme in schemes]
+    parts = [
+        [part for i, own in patch.scheme_by_layer.items() if own is scheme for part in seen[i]] for scheme in schemes
+    ]
     found = {"all layers": [_fit(deepcopy(one), own) for one, own in zip(start, parts, strict=True)]}
     fitted = tuple(name for name, _ in _reached(start[0], parts[0]))
     losses: dict[str, float] = {}
     if by == "loss":
         found["start"] = start
-        if len(schemes) == 1 < len(patch.own):
-            found |= {f"layer {index}": [_fit(deepcopy(start[0]), seen[index])] for index in patch.own}
+        if len(schemes) == 1 < len(patch.scheme_by_layer):
+            found |= {f"layer {index}": [_fit(deepcopy(start[0]), seen[index])] for index in patch.scheme_by_layer}
         losses = {name: _loss(patch, schemes, made, least_slope, rows) for name, made in found.items()}
     chosen = min(losses, key=losses.__getitem__, default="all layers")
     before, after = (_divergence(made, parts) for made in (start, found[chosen]))
@@ -181,7 +184,7 @@ def _observe(patch: Patch, rows: list[Tensor], queries: int) -> dict[int, list[_
     """What every attention of the patch did natively, and what it projects from the same hidden states now."""
     base, adapter = patch.base, patch.adapter
     attentions = adapter.attentions(base)
-    seen: dict[int, list[_Seen]] = {index: [] for index in patch.own}
+    seen: dict[int, list[_Seen]] = {index: [] for index in patch.scheme_by_layer}
 
     def watch_eager() -> None:
         base.set_attn_implementation("eager")  # the only one that makes weights
@@ -341,7 +344,7 @@ def _loss(patch: Patch, schemes: list[Scheme], found: list[Scheme], least_slope:
     before = [(getattr(scheme, "head_slopes", None), deepcopy(list(scheme.parameters()))) for scheme in schemes]
     _put(schemes, found, least_slope)
     try:
-        return loss(patch.head, rows)
+        return loss(patch.model, rows)
     finally:
         for scheme, (slopes, parameters) in zip(schemes, before, strict=True):
             if isinstance(scheme, ALiBi):

@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from ...errors import UnsupportedError
 from ...patching.build import Patch
-from ...patching.config import FOREIGN
+from ...patching.config import RECORD_KEY
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Whose layers, apart from the attention, are those of DeepSeek's dense layers; what differs is looked for in each."""
@@ -52,7 +52,7 @@ def deepseek_writer(model: Any, patch: Patch) -> Callable[[Path], None]:
 
 def _refuse(patch: Patch, why: str) -> None:
     raise UnsupportedError(
-        f"{type(patch.head).__name__} with {patch.scheme.name!r} cannot be written as DeepseekV3ForCausalLM: {why}. "
+        f"{type(patch.model).__name__} with {patch.scheme.name!r} cannot be written as DeepseekV3ForCausalLM: {why}. "
         "save_pretrained keeps the patch for pe_patch.load_patched; nothing was written."
     )
 
@@ -64,7 +64,7 @@ def _check(patch: Patch) -> None:
         _refuse(patch, "it holds no converted latents; patch_model(model, 'mla', kv_rank=..., latent_norm=True) first")
     reasons = (
         (config.model_type not in FAMILIES, f"its family is {config.model_type}, and only {', '.join(FAMILIES)} fit"),
-        (patch.head is patch.base, "it has no language-model head"),
+        (patch.model is patch.base, "it has no language-model head"),
         (len(patch.layers) < patch.shape.num_layers, "only some of its layers are converted"),
         (scheme.method == "mha2mla", "'mha2mla' keeps a rotary key for each head, and DeepSeek has one for all"),
         (not scheme.latent_norm, "DeepSeek's class always normalises the latent: convert with latent_norm=True"),
@@ -97,7 +97,7 @@ def _config(patch: Patch) -> DeepseekV3Config:
     config, sizes = patch.base.config, first.mla.sizes
     inner = scheme.inner
     settings: dict[str, Any] = {name: getattr(config, name) for name in COPIED} | DENSE
-    rotation = getattr(patch.head.config, FOREIGN)["native"]["rope_parameters"] if inner is None else inner.native()
+    rotation = getattr(patch.model.config, RECORD_KEY)["native"]["rope_parameters"] if inner is None else inner.native()
     if inner is not None and rotation is None:
         _refuse(patch, f"its rotation is {inner.name!r}, which Transformers' config cannot say")
     return DeepseekV3Config(
@@ -105,7 +105,7 @@ def _config(patch: Patch) -> DeepseekV3Config:
         first_k_dense_replace=config.num_hidden_layers, moe_intermediate_size=config.intermediate_size,
         kv_lora_rank=sizes.rank, q_lora_rank=None, qk_nope_head_dim=sizes.nope, qk_rope_head_dim=sizes.rope,
         v_head_dim=sizes.head_dim, attention_bias=False, attention_dropout=config.attention_dropout,
-        rope_interleave=True, rope_parameters=rotation, dtype=patch.head.dtype,
+        rope_interleave=True, rope_parameters=rotation, dtype=patch.model.dtype,
     )  # fmt: skip
 
 
