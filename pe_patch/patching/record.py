@@ -1,4 +1,4 @@
-"""The record of a patch, as a config keeps it: what it holds, how it is written and how it is checked when read."""
+"""Write the record of a patch for a config, and check a record that was read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ VERSION = 1
 RECORD_KEY = "pe_patch"
 """The key of the record in a config, and the `rope_type` of rotary parameters that Transformers cannot express."""
 BESIDE = ("max_position_embeddings", "rope_parameters")
-"""Keys of a config that a patch writes, or whose values it starts from."""
+"""Keys of a config that a patch writes or starts from."""
 
 
 def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what it takes to apply the same patch again, as `config.pe_patch` keeps it.
+    """Return the values for `config.pe_patch` that are needed to apply the same patch again.
+
+    Args:
+        scheme: the scheme of the patch.
+        layers: indices of the patched layers; None for all.
+        given: the arguments of `patch_model` except the scheme and its options.
 
     Raises:
-        OptionError: an option is not JSON.
+        OptionError: an option cannot be written as JSON.
     """
     record: dict[str, Any] = {"version": VERSION, "scheme": scheme.name, "options": scheme.recorded}
     if layers is not None:
@@ -43,12 +48,12 @@ def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -
 
 
 def framework_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a record gives to `patch_model` beside the scheme and its options."""
+    """Return the arguments of `patch_model` in a record, without the scheme and its options."""
     return {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
 
 
 Test = tuple[Callable[[Any], bool], str]
-"""Whether a value is allowed, and what is allowed in words."""
+"""A predicate for allowed values, and the allowed values in words."""
 
 
 def _whole(value: Any) -> bool:
@@ -68,7 +73,7 @@ def _texts(value: Any) -> bool:
 
 
 def _rotary(value: Any) -> bool:
-    """Whether it may be rotary parameters: flat, or of each layer type."""
+    """Return whether a value can be rotary parameters, flat or nested by layer type."""
     if not isinstance(value, dict):
         return value is None
     theta = value.get("rope_theta", 1.0)
@@ -111,14 +116,14 @@ REMEDY = "Save the patched model again with save_pretrained, or restore the file
 
 
 def check_scheme(record: Any, source: str) -> dict[str, Any]:
-    """Return the record of a scheme as it was read from a file, once its types, its version and its names hold.
+    """Return the record of a scheme from a file, after a check of its types, version and names.
 
     Args:
-        record: the value that was read.
-        source: the file it was read from, for messages.
+        record: the value in the file.
+        source: the file, for messages.
 
     Raises:
-        CheckpointError: it is damaged or of a newer version. The message names the file, the key and the value.
+        CheckpointError: the record is damaged or newer. The message names the file, the key and the value.
     """
     _check("", record, {}, (), source, "an object, the record of a patch")
     _check("", record, {"version": SCHEME["version"]}, ("version",), source)
@@ -144,15 +149,15 @@ def check_scheme(record: Any, source: str) -> dict[str, Any]:
 
 
 def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the record of a patch in a model's config, once it holds and agrees with the config around it.
+    """Return the record of a patch in a model's config, after a check of its values and of the config around it.
 
     Args:
         record: the value of `pe_patch` in the config.
-        stored: the whole config as it was read.
+        stored: the whole config in the file.
         source: the file, for messages.
 
     Raises:
-        CheckpointError: it is damaged, of a newer version, or contradicts the config.
+        CheckpointError: the record is damaged, has a newer version, or contradicts the config.
     """
     check_scheme(record, source)
     _check("", record, CONFIG, ("native",), source)
@@ -193,7 +198,7 @@ MISSING = "missing"
 
 
 def differences(key: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
-    """Return the entries in which two values of a config differ: name, first value, second value."""
+    """Return the entries in which two values of a config differ, as tuples of name, first value and second value."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [
             difference
