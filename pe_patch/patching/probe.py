@@ -143,7 +143,7 @@ class RotationTrial:
         """Return the layers whose queries and keys do not change if every frequency is zero."""
         base, adapter = self.patch.base, self.patch.adapter
         unrotated = type(
-            "Still",
+            "Unrotated",
             (_native(base, adapter, adapter.layer_types(base, base.config)[0], False, None),),
             {"unrotated": True},
         )
