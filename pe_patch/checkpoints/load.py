@@ -216,7 +216,7 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
     if not base:
         raise CheckpointError(
             f"The adapter {path} does not say which model it belongs to: load that, patch it with "
-            f"{peft_record.told(record)}, and hand it to PeftModel.from_pretrained."
+            f"{peft_record.format_record(record)}, and hand it to PeftModel.from_pretrained."
         )
     if config.revision is not None:
         from_pretrained_kwargs.setdefault("revision", config.revision)

@@ -48,6 +48,7 @@ class Stacked:
         return chain(self.encoder.parameters(), self.scorer.parameters())
 
     def __call__(self, hook: str, *arguments: Any) -> Any:
+        """Call a hook by its name."""
         return getattr(self, hook)(*arguments)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
