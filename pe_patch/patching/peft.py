@@ -64,21 +64,21 @@ def inject_adapter(
     tuner: Any, inner: Callable[..., Any], model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Call PEFT's `inject_adapter` after a check that the adapter fits the model's scheme."""
-    config, host = tuner.peft_config[adapter_name], _patched_model(model)
-    if host is not None:
+    config, target = tuner.peft_config[adapter_name], _patched_model(model)
+    if target is not None:
         if (record := config.__dict__.get(RECORD_KEY)) is not None:
-            check_compatible(record, host, config.__dict__.get(SOURCE))
-        _refuse_copies(host, config)
+            check_compatible(record, target, config.__dict__.get(SOURCE))
+        _refuse_copies(target, config)
     return inner(model, adapter_name, *args, **kwargs)
 
 
-def _refuse_copies(host: PreTrainedModel, config: Any) -> None:
+def _refuse_copies(target: PreTrainedModel, config: Any) -> None:
     """Raise `OptionError` if `modules_to_save` names the scheme: PEFT would train a copy that nothing reads."""
-    schemes = scheme_modules(host)
+    schemes = scheme_modules(target)
     if schemes is None:
         return
     whole = {schemes, *schemes.children()}
-    names = [name for name, module in host.named_modules() if module in whole or schemes in module.children()]
+    names = [name for name, module in target.named_modules() if module in whole or schemes in module.children()]
     for wanted in getattr(config, "modules_to_save", None) or ():
         if any(f".{name}".endswith(f".{wanted}") for name in names):
             raise OptionError(
@@ -90,15 +90,15 @@ def _refuse_copies(host: PreTrainedModel, config: Any) -> None:
 
 def save_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `PeftModel.save_pretrained`, and write the record of each adapter."""
-    result, given, host = (
+    result, given, target = (
         inner(*args, **kwargs),
         _given(wrapper, "save_pretrained", args, kwargs),
         _patched_model(wrapper),
     )
-    if host is not None and given.get("is_main_process", True):
+    if target is not None and given.get("is_main_process", True):
         folder, selected = Path(given["save_directory"]), given.get("selected_adapters")
         for name in wrapper.peft_config if selected is None else selected:
-            write_record(host, folder if name == "default" else folder / name, given.get("state_dict"))
+            write_record(target, folder if name == "default" else folder / name, given.get("state_dict"))
     return result
 
 
@@ -121,13 +121,13 @@ def load_into_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs:
 def _load(
     model: Any, inner: Callable[..., Any], source: Any, name: str, given: dict[str, Any], args: Any, kwargs: Any
 ) -> Any:
-    host = _patched_model(model)
-    if host is None:
+    target = _patched_model(model)
+    if target is None:
         return inner(*args, **kwargs)
     record = read_record(source, **given)
-    check_compatible(record, host, source)
+    check_compatible(record, target, source)
     others = bool(set(getattr(model, "peft_config", None) or {}) - {name})
-    weights = SchemeWeights(host, record, source, others, **given)
+    weights = SchemeWeights(target, record, source, others, **given)
     result = inner(*args, **kwargs)
     weights.load(trainable=given.get("is_trainable", False))
     return result

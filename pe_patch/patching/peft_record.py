@@ -152,10 +152,10 @@ def checked(record: Any, source: Any) -> dict[str, Any] | None:
                 f"{file}: the record of the scheme is damaged: {RECORD_KEY}.{key} is {record.get(key)!r}; expected "
                 f"{words}. Save the adapter again, or restore the file as it was saved."
             )
-    if (found := digest(record)) != record["digest"]:
+    if (actual := digest(record)) != record["digest"]:
         raise CheckpointError(
             f"{file}: the record of the scheme, {format_record(record)}, was changed by hand: its digest is "
-            f"{found[:12]}..., not {record['digest'][:12]}... Restore the file as it was saved."
+            f"{actual[:12]}..., not {record['digest'][:12]}... Restore the file as it was saved."
         )
     return record
 
@@ -294,11 +294,11 @@ class SchemeWeights:
 def _file(source: Any, name: str, hub: dict[str, Any]) -> Path | None:
     """Return the path of a file in an adapter's folder or repository, or None if there is no such file."""
     options = {key: hub[key] for key in HUB if hub.get(key) is not None}
-    found = cached_file(
+    path = cached_file(
         str(source),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         **options,
     )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)

@@ -131,12 +131,12 @@ class RotationTrial:
                 continue
             scheme = _native(base, adapter, layer_type, at_scores, attentions[layers[0]])
             try:
-                found = self._under(scheme, adapter, None if len(set(layer_types)) == 1 else layers)
+                rotated = self._under(scheme, adapter, None if len(set(layer_types)) == 1 else layers)
             except PePatchError:
                 raise
             except Exception as error:  # a layout of another shape raises somewhere in the family's code
                 return layers, error
-            wrong += [i for i in layers if i not in found or not _close(found[i], self.native[i])]
+            wrong += [i for i in layers if i not in rotated or not _close(rotated[i], self.native[i])]
         return sorted(wrong), None
 
     def unrotated(self) -> list[int]:
@@ -147,8 +147,8 @@ class RotationTrial:
             (_native(base, adapter, adapter.layer_types(base, base.config)[0], False, None),),
             {"unrotated": True},
         )
-        found = self._under(unrotated, adapter, None)
-        return [i for i, native in self.native.items() if i in found and _close(found[i], native)]
+        rotated = self._under(unrotated, adapter, None)
+        return [i for i, native in self.native.items() if i in rotated and _close(rotated[i], native)]
 
     def fitting(self) -> str | None:
         """Return the adapter fields with which its rotation equals the model's, or None if no layout and pairing "

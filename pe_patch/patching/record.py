@@ -182,13 +182,13 @@ def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, 
 
 
 def _contradiction(source: str, apart: list[tuple[str, Any, Any]], part: str = "") -> CheckpointError:
-    found = "; ".join(
+    conflicts = "; ".join(
         f"{part}{key} is {_shown(theirs)}, and the record of the patch was written beside {_shown(ours)}"
         for key, ours, theirs in apart[:4]
     )
     return CheckpointError(
-        f"{source} contradicts itself: {found}. The record ({RECORD_KEY}) decides how the model computes, so an edit "
-        f"of the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to "
+        f"{source} contradicts itself: {conflicts}. The record ({RECORD_KEY}) decides how the model computes, so an "
+        f"edit of the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to "
         "change the positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and "
         "save it again."
     )

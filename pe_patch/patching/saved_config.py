@@ -106,10 +106,10 @@ def marked_class(native_class: type[PreTrainedConfig]) -> type:
         return native_class
     if native_class not in _classes:
         names = {name: getattr(native_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-        made = type(native_class.__name__, (Marked, native_class), {**names, "native_class": native_class})
-        _classes[native_class] = made
+        marked_family = type(native_class.__name__, (Marked, native_class), {**names, "native_class": native_class})
+        _classes[native_class] = marked_family
         for call in when_made:
-            call(made)
+            call(marked_family)
     return _classes[native_class]
 
 
@@ -173,8 +173,8 @@ def write_back(config: Any) -> list[str]:
     changed = []
     for stored, value in record.get("written", {}).items():
         key: Any = names.get(stored, stored)
-        found = json.loads(json.dumps(getattr(patched, key, None), default=str))
-        if apart := differences(key, value, found):
+        current = json.loads(json.dumps(getattr(patched, key, None), default=str))
+        if apart := differences(key, value, current):
             vars(patched)[stored] = copy.deepcopy(value)
             changed += [f"{where}={quoted(theirs)} (it is {quoted(ours)})" for where, ours, theirs in apart]
     return changed
