@@ -174,7 +174,7 @@ def refuse_under_ulysses(recipe: Any, model: nn.Module, parts: int) -> None:
         raise RecipeError("model.shifted_groups shifts tokens along a whole sequence, and under Ulysses none is whole.")
     if config._attn_implementation in ("pe_eager", "pe_flex_attention"):
         raise RecipeError("model.attention: Ulysses takes neither eager nor flex; use sdpa or flash, or leave it out.")
-    if patch.base.pe_runtime.whole is not None:
+    if patch.base.pe_runtime.unsplittable is not None:
         raise RecipeError(f"scheme {patch.scheme.name}: Ulysses cannot cut sequences: {patch.base.pe_runtime.whole}.")
     for number, phase in enumerate(recipe.phases):
         if phase.length % parts:
