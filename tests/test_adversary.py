@@ -83,7 +83,7 @@ def test_a_module_put_in_behind_the_patch_is_an_error(name):
     model, ids = put(build("llama"), name), tokens(1, 20)
     expected = logits(build("llama"), ids)
     model.model.rotary_emb = LlamaRotaryEmbedding(LlamaConfig(**build("llama").config.to_dict()))
-    with pytest.raises(NoEffectError, match="rotary_emb is a LlamaRotaryEmbedding that was put in behind the patch"):
+    with pytest.raises(NoEffectError, match="rotary_emb is a LlamaRotaryEmbedding that was assigned after the patch"):
         logits(model, ids)
     unpatch_model(model)
     assert torch.equal(logits(model, ids), expected)
@@ -209,7 +209,7 @@ def test_a_mask_of_this_pass_alone_is_an_error(name):
     model, ids = put(build("llama"), name), tokens(2, 20)
     with torch.no_grad():
         cache = model(ids[:, :12], use_cache=True).past_key_values
-        with pytest.raises(UnsupportedError, match=r"covers 8 tokens, and 20 are read: 12 in the cache and 8"):
+        with pytest.raises(UnsupportedError, match=r"covers 8 tokens, but 20 are read: 12 in the cache and 8"):
             model(ids[:, 12:], past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long))
 
 

@@ -213,7 +213,7 @@ def test_a_patch_on_a_half_state_begins_from_the_native_model():
     sweep.is_native("after both")
 
 
-@pytest.mark.parametrize("step", ["_verify", "_announce", "logger", "settle", "wrapper_swaps"])
+@pytest.mark.parametrize("step", ["_verify", "_announce", "logger", "release_originals", "wrapper_swaps"])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replaces):
     sweep = Sweep("llama", "alibi")
@@ -231,7 +231,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replace
             for level in ("info", "warning"):
                 context.setattr(patching.logger, level, fail)
         else:
-            context.setattr(Patch if step == "settle" else patching, step, fail)
+            context.setattr(Patch if step == "release_originals" else patching, step, fail)
         with pytest.raises(ZeroDivisionError):
             sweep.patch(on_existing="replace")
     assert find_patch(sweep.model) is earlier

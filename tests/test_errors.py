@@ -38,7 +38,7 @@ BAD = {
     "no table size known": ("bloom", "learned", {}, TypeError, "max_positions=<tokens>"),
     "layer that is not there": ("llama", "nope", {"layers": [2]}, TypeError, "this model has layers 0 to 1"),
     "no layer at all": ("llama", "nope", {"layers": []}, TypeError, "none of the 2 layers"),
-    "layers of an embedding": ("llama", "sinusoidal", {"layers": [0]}, TypeError, "layers= has no meaning"),
+    "layers of an embedding": ("llama", "sinusoidal", {"layers": [0]}, TypeError, "layers= does not apply"),
     "unknown backend": ("llama", "yarn", {"factor": 2, "backend": "spda"}, ValueError, "Did you mean 'sdpa'?"),
     "unknown submodule": ("llama", "rope", {"submodule": "modle"}, ValueError, "Did you mean 'model'?"),
     "unknown on_existing": ("llama", "rope", {"on_existing": "ignore"}, TypeError, "error, replace, compose"),

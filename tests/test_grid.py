@@ -364,7 +364,7 @@ def test_what_is_for_text_and_what_is_for_images():
     model = tower("vit")
     patch_model(model, "rope_2d")
     model.config._attn_implementation = "sdpa"
-    with pytest.raises(NoEffectError, match="behind the patch"):
+    with pytest.raises(NoEffectError, match="after the patch"):
         features(model, (32, 32))
 
 

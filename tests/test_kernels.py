@@ -114,7 +114,7 @@ SMALL = {"relative": ("two chunks", "continued"), "clipped": ("two chunks", "con
 CASES = [(name, length) for name in KERNELS for length in SMALL.get(name, LENGTHS)]
 
 
-def agree(found: Tensor, expected: Tensor, ours: list[Tensor], theirs: list[Tensor]) -> None:
+def broadcast_parameters(found: Tensor, expected: Tensor, ours: list[Tensor], theirs: list[Tensor]) -> None:
     """The same values, and the same gradients of all inputs."""
     assert float((found - expected).detach().abs().max()) < 1e-5
     weight = torch.randn(expected.shape)
@@ -133,7 +133,7 @@ def test_values_and_gradients(name, length):
     ours = [one.clone().requires_grad_() for one in (*sides, *parameters)]
     theirs = [one.double().requires_grad_() for one in (*sides, *parameters)]
     found, expected = fast(*ours), slow(*theirs)
-    agree(found, expected, ours, theirs)
+    broadcast_parameters(found, expected, ours, theirs)
 
 
 WINDOW = 40
@@ -189,7 +189,7 @@ def test_ranges(kind):
     theirs = [one.double().requires_grad_() for one in (query, key, value)]
     found = attention_over_ranges(*ours, Positions(at, at), ranges, mask, SCALING).transpose(1, 2)
     expected = slow(*theirs)
-    agree(found, expected, ours, theirs)
+    broadcast_parameters(found, expected, ours, theirs)
 
 
 SHAPE = AttentionShape(HEADS * WIDTH, HEADS, SHARED, WIDTH, WIDTH, 0, 10000.0, 512, 1)

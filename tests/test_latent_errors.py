@@ -61,7 +61,7 @@ WRONG = [
     ({"method": "init", "kv_rank": None, "max_loss": 1.0}, OptionError, "max_loss has no meaning"),
     ({"kv_rank": None, "max_loss": 0.0, "rope_dim": 2}, OptionError, "max_loss cannot be kept.*larger rope_dim"),
     ({"latent_norm": 1}, OptionError, "latent_norm"),
-    ({"keep_native": True}, OptionError, "keep_native=True has no meaning for 'mla'"),
+    ({"keep_native": True}, OptionError, "keep_native=True does not apply to 'mla'"),
     ({"factor": 2.0, "over": "yarn"}, OptionError, "got factor and over"),
     ({"over": "dynamic_ntk"}, PePatchError, "dynamic_ntk"),
     ({"backend": "flex"}, PePatchError, "flex"),

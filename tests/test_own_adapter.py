@@ -120,7 +120,7 @@ WRONG = {
     "no list": ({"layers": "norm"}, "is a LlamaRMSNorm and not a list of layers"),
     "rotary": ({"rotary": "rotary"}, "has no 'rotary'. Did you mean 'rotary_emb'?"),
     "not rotary": ({"rotary": "norm"}, "lacks frequencies under the name inv_freq"),
-    "no rotary": ({"rotary": None}, "give Adapter(rotary='rotary_emb')"),
+    "no rotary": ({"rotary": None}, "Give Adapter(rotary='rotary_emb')"),
     "layout": ({"layout": "half"}, "not one of halves, interleaved, single, complex"),
     "rotates": ({"rotates": "use_rope"}, "has no 'use_rope'"),
     "learned": ({"learned": "wpe"}, "has no 'wpe'"),

@@ -27,7 +27,7 @@ EXPORTED = [
     ("llama", "proportional"),
     ("bloom", "alibi"),
 ]
-FOREIGN = [
+RECORD_KEY = [
     ("llama", "alibi"),
     ("llama", "sinusoidal"),
     ("llama", "dynamic_yarn"),
@@ -74,7 +74,7 @@ def written(tmp_path_factory):
     root, expected = tmp_path_factory.mktemp("saved"), {}
     ids = tokens(2, max(LENGTHS))
     torch.save(ids, root / "ids.pt")
-    for kind, cells in (("save", SAVED), ("save", FOREIGN), ("save", ALSO_NATIVE), ("export", EXPORTED)):
+    for kind, cells in (("save", SAVED), ("save", RECORD_KEY), ("save", ALSO_NATIVE), ("export", EXPORTED)):
         for family, name in dict.fromkeys(cells):
             model, folder = put(build(family), name), folder_of(kind, family, name)
             expected[folder] = [logits(model, ids[:, :length]) for length in LENGTHS]
@@ -86,7 +86,7 @@ def written(tmp_path_factory):
         "ours": [folder_of("save", *cell) for cell in SAVED],
         "plain": [
             *(folder_of("export", *cell) for cell in EXPORTED),
-            *(folder_of("save", *cell) for cell in (*FOREIGN, *ALSO_NATIVE)),
+            *(folder_of("save", *cell) for cell in (*RECORD_KEY, *ALSO_NATIVE)),
         ],
     }
     for reader, folders in readers.items():
@@ -119,7 +119,7 @@ def test_transformers_alone_computes_the_same(kind, family, name, written):
     assert ("pe_patch" in stored) == (kind == "save") and stored["model_type"] == family
 
 
-@pytest.mark.parametrize(("family", "name"), FOREIGN)
+@pytest.mark.parametrize(("family", "name"), RECORD_KEY)
 def test_transformers_alone_refuses_what_it_cannot_express(family, name, written):
     found = written[2]["plain"][folder_of("save", family, name)]
     assert isinstance(found, str) and "pe_patch" in found
@@ -212,7 +212,7 @@ def test_a_plain_checkpoint_is_no_patched_one(tmp_path):
         load_patched(tmp_path)
 
 
-@pytest.mark.parametrize(("family", "name"), [*FOREIGN, ("llama", "resonance"), ("bloom", "sinusoidal")])
+@pytest.mark.parametrize(("family", "name"), [*RECORD_KEY, ("llama", "resonance"), ("bloom", "sinusoidal")])
 def test_an_export_that_cannot_be_writes_nothing(family, name, tmp_path):
     model = put(build(family), name)
     before = snapshot(model)

@@ -75,7 +75,7 @@ def check(family, model, compare=True):
             continue
         patch_model(model, name, **given)
         base = next(module for module in model.modules() if "pe_patch" in module.__dict__)
-        scheme = base.pe_patch.own[0]
+        scheme = base.pe_patch.scheme_by_layer[0]
         generator = torch.Generator().manual_seed(2)
         for parameter in base.position_schemes.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator).abs() * 0.3 + 0.1)

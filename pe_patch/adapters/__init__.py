@@ -1,4 +1,4 @@
-"""Every supported model family by its `model_type`, each supported only because its adapter test passes."""
+"""Describe every supported model family: one `Adapter` for each `model_type`, each with a passing adapter test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from .vision import Tower
 
 
 def slides_or_all_do(attention: Any) -> bool:
-    """EXAONE 4 rotates where it slides, or everywhere where no layer slides. A function with a name can be pickled."""
+    """Return whether an attention of EXAONE 4 rotates: in sliding layers, or in all layers if none slides.
+
+    This is a named function, since a lambda cannot be pickled.
+    """
     return attention.sliding_window is None or attention.is_sliding
 
 
@@ -46,7 +49,10 @@ PROJECTIONS: dict[str, ProjectionNames] = {
     **dict.fromkeys(("starcoder2", "seed_oss"), Separate(residual_dropout="residual_dropout")),
     "phi": Separate(output="dense", norms=("q_layernorm", "k_layernorm")),
 }
-"""Those of `PLAIN` whose attention does nothing but project, normalise each head, rotate, attend and project."""
+"""Projection names of the families in `PLAIN` that can be converted to latents.
+
+    Their attention only projects, normalises each head, rotates, attends and projects.
+    """
 
 LATENT = {
     "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
@@ -55,7 +61,7 @@ LATENT = {
     "minicpm3": "MiniCPM3 4B",
     "axk1": "A.X K1",
 }
-"""Families whose attention caches latents; they fold YaRN's factor over all dimensions into the softmax scale."""
+"""Families whose attention caches latents. They multiply YaRN's `mscale_all_dim` factor into the softmax scale."""
 
 ADAPTERS: Registry[Adapter] = Registry("pe_patch.adapters")
 """The adapter of every supported model family, by its `model_type`."""
@@ -126,21 +132,20 @@ ADAPTERS.seal()
 
 
 def register_adapter(model_type: str, adapter: Adapter) -> Adapter:
-    """Register a model family, so that every function that takes a model knows it.
+    """Register a model family, so that every function that takes a model accepts it.
 
-    The first patch of a model of this family checks what the adapter says against the model. A package registers a
-    family for everyone who installs it by an entry point of the group `pe_patch.adapters` that names a module which
-    calls this function.
+    The first patch of a model of this family checks the adapter against the model. A package can register a family at
+    installation: an entry point of the group `pe_patch.adapters` names a module that calls this function.
 
     Args:
         model_type: `config.model_type` of the family.
-        adapter: where the family keeps its layers, attentions and rotary module.
+        adapter: the description of the family.
 
     Returns:
         The adapter.
 
     Raises:
-        OptionValueError: `model_type` is no name or that of a family of this library, or `adapter` is no `Adapter`.
+        OptionValueError: `model_type` is not a string or names a built-in family, or `adapter` is not an `Adapter`.
     """
     if not isinstance(model_type, str) or not model_type:
         raise OptionValueError(f"register_adapter takes config.model_type as a string first, got {quoted(model_type)}.")

@@ -1,4 +1,4 @@
-"""What a model family must declare so that a scheme can take over its joints."""
+"""Declare where a model family keeps what positions touch, and the modules that replace its native positions."""
 
 from __future__ import annotations
 
@@ -18,79 +18,82 @@ from .trained_window import TrainedWindow, native_parameters, trained_window
 from .vision import Tower
 
 DEFAULT_THETA = 10000.0
-"""Base of the frequencies where a family has no rotation of its own."""
+"""Base of the rotary frequencies for a family that does not rotate."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where a family keeps what positions touch. Every path is an attribute of the base model or of one layer.
+    """A description of where a model family keeps its layers, attentions and native positions.
 
-    Llama is `Adapter()`; a plain rotary family is one row.
+    Every path is an attribute of the base model or of one layer. Llama is `Adapter()`.
     """
 
     layers: str = "layers"
-    """The list of decoder layers on the base model."""
+    """Attribute of the base model: the list of its layers. May be a dotted path."""
     attention: str = "self_attn"
-    """The attention on a layer."""
+    """Attribute of a layer: its attention module."""
     rotary: str | None = "rotary_emb"
-    """The module on the base model that makes cos and sin for all layers."""
+    """Attribute of the base model: the module that computes cos and sin for all layers. None if the family does not "
+    "rotate."""
     layout: str = "halves"
-    """How that module lays cos and sin out: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...], "single" [c], or
-    "complex" c + i s in one tensor."""
+    """Layout of the cos and sin that this module returns: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...],
+    "single" [c], or "complex" c + i s in one tensor."""
     full_precision: bool = False
-    """cos and sin stay float32, whatever the dtype of the model, and so do their products with queries and keys."""
+    """cos and sin are float32 in a model of any dtype, and so are their products with queries and keys."""
     full_precision_product: bool = False
-    """Queries and keys are cast to float32 before they are multiplied by cos and sin, which are in the dtype of the
+    """Queries and keys are cast to float32 before the multiplication by cos and sin, which have the dtype of the
     model."""
     typed: bool = False
-    """That module is called for each of `config.layer_types`, each with frequencies of its own."""
+    """The rotary module is called once for each of `config.layer_types`, with separate frequencies for each."""
     interleaved_pairs: bool = False
-    """Rotated pairs are neighbours rather than halves of the head."""
+    """The two dimensions of a rotated pair are neighbours; otherwise they are half a head apart."""
     embedding_multiplier: str | None = None
-    """Attribute of the base model by which it multiplies input embeddings that it is given."""
+    """Attribute of the base model: the factor that it multiplies `inputs_embeds` by. None if there is no factor."""
     rotates: str | Callable[[Any], bool] | None = None
-    """Whether an attention rotates: an attribute of it, or a function; None where all do."""
+    """Attribute of an attention, or function of it, that is true if this layer rotates. None if all layers do."""
     late_norm: bool = False
-    """Queries and keys are normalised, weight by weight, after the rotation, which therefore cannot be done later."""
+    """A norm with weights follows the rotation of queries and keys, so that the rotation cannot move to the scores."""
     norm_after_rotation: str | None = None
-    """A module without weights on an attention that normalises queries and keys after the rotation, which cancels any
-    factor on cos and sin. It waits for a rotation that a scheme makes at the scores. Attentions that lack it do not
-    normalise."""
+    """Attribute of an attention: a norm without weights that follows the rotation of queries and keys. None if there is
+    none. The norm cancels any factor on cos and sin. If a scheme rotates at the scores, the norm runs after that
+    rotation. Attentions without the attribute do not normalise."""
     carries: bool = True
-    """Keywords given to the base model reach the attention function."""
+    """The base model forwards extra keyword arguments to the attention function."""
     drops_cache_at_window: bool = False
-    """Generation drops the cache and reads the whole sequence again when it crosses the trained window."""
+    """Generation drops the cache and processes the whole sequence again when it crosses the trained window."""
     folds_scale: bool = False
-    """YaRN's factor over all dimensions is multiplied into `attention.scaling` when the model is built."""
+    """The model multiplies the `mscale_all_dim` factor of YaRN into `attention.scaling` when it is built."""
     learned: str | None = None
-    """The module on the base model that holds learned positions."""
+    """Attribute of the base model: its table of learned positions. None if it has none."""
     learned_offset: int = 0
-    """Rows of that table before the one of position zero."""
+    """Number of rows of that table before the row of position zero."""
     alibi: bool = False
-    """The family adds ALiBi to its scores."""
+    """The family adds an ALiBi bias to its scores."""
     forward: Callable[..., Any] | None = None
-    """The attention's forward, only for families that do not call the attention interface."""
+    """Replacement for the forward of the attention, for a family that does not call the attention interface; else
+    None."""
     carry: Callable[..., dict[str, Any]] | None = None
-    """How positions reach the attention where the base model carries no extra keywords (with `forward`)."""
+    """Function that passes positions to the attention of a base model that drops keyword arguments; else None. Use with
+    `forward`."""
     keep_positions: Callable[..., Any] | None = None
-    """Wraps the base model's own forward and holds what `carry` added (with `build_bias`)."""
+    """Wrapper of the base model's forward that stores what `carry` added; else None. Use with `build_bias`."""
     build_bias: tuple[str, Callable[..., Any]] | None = None
-    """A method of the base model that makes the native bias, and what takes its place (with `carry`)."""
+    """Name of the base model's method that builds the native bias, and its replacement; else None. Use with `carry`."""
     projections: ProjectionNames | None = None
-    """What the attention calls its projections, where latents may take their place; None where that is not known."""
+    """Names of the projections of an attention that can be converted to latents. None if it cannot."""
     tower: Tower | None = None
-    """How images become tokens, for a tower that reads them."""
+    """How a vision encoder turns images into tokens. None for a text model."""
     summary: str = ""
-    """Models of this family that people know."""
+    """Well-known models of this family."""
 
     @property
     def native(self) -> str:
-        """The scheme that the family has by itself."""
+        """The name of the native scheme: "alibi", "learned" or "rope"."""
         return "alibi" if self.alibi else "learned" if self.learned or self.tower else "rope"
 
     @property
     def arithmetic(self) -> str:
-        """The dtypes in which the family rotates, one of `scheme.ARITHMETIC`."""
+        """The dtypes in which the family rotates, a member of `scheme.ARITHMETIC`."""
         if self.layout == "complex":
             return "complex"
         if self.full_precision:
@@ -98,47 +101,57 @@ class Adapter:
         return "float32" if self.full_precision_product else "model"
 
     def blocks(self, base: nn.Module) -> Any:
-        """The list of layers."""
+        """Return the list of layers."""
         return attrgetter(self.layers)(base)
 
     def attentions(self, base: nn.Module) -> list[nn.Module]:
-        """The attention module of each layer, in order."""
+        """Return the attention module of each layer, in order."""
         return [getattr(layer, self.attention) for layer in self.blocks(base)]
 
-    def kinds(self, base: nn.Module, config: Any) -> list[str | None]:
-        """The layer type of each layer where types rotate by frequencies of their own; else None for each."""
+    def layer_types(self, base: nn.Module, config: Any) -> list[str | None]:
+        """Return the type of each layer, or None for each if all layers share their frequencies."""
         count = len(self.blocks(base))
         return list(config.layer_types)[:count] if self.typed else [None] * count
 
-    def rests(self, attention: nn.Module) -> bool:
-        """Whether this layer leaves queries and keys alone though the family rotates."""
+    def skips_rope(self, attention: nn.Module) -> bool:
+        """Return whether this attention does not rotate, in a family whose other layers do."""
         if self.rotates is None:
             return False
         return not (self.rotates(attention) if callable(self.rotates) else getattr(attention, self.rotates))
 
     def softmax_scale(self, attention: Any, scheme: Scheme) -> float:
-        """What this attention multiplies its scores by under a scheme: d^-1/2 M^2 for heads of d dimensions, in the
-        order of operations of Transformers."""
+        """Return the factor on the scores of this attention under a scheme: d^-1/2 M^2 for heads of d dimensions.
+
+        The order of operations is that of Transformers, so that the result is equal bit for bit.
+        """
         return attention.qk_head_dim**-0.5 * scheme.softmax_factor * scheme.softmax_factor
 
-    def joint(self, base: nn.Module, scheme: Scheme | None, kind: str | None = None) -> RotaryJoint:
-        """What stands in the place of the rotary module, for one layer type where it serves several."""
+    def rotary_embedding(
+        self, base: nn.Module, scheme: Scheme | None, layer_type: str | None = None
+    ) -> PatchedRotaryEmbedding:
+        """Return the replacement of the rotary module for one scheme, and for one layer type if it has several.
+
+        Args:
+            base: the model that holds the layers.
+            scheme: the scheme that gives cos and sin; None for no rotation.
+            layer_type: the layer type; None if all layers share their frequencies.
+        """
         assert self.rotary is not None
-        width = 2 * frequencies_of(getattr(base, self.rotary), kind)[0].shape[-1]
-        return RotaryJoint(scheme, self.layout, width, self.full_precision)
+        width = 2 * frequencies_of(getattr(base, self.rotary), layer_type)[0].shape[-1]
+        return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision)
 
     def window(self, base: nn.Module, config: Any, layer: int = 0) -> TrainedWindow:
-        """Return the window that the model was trained for, as the scaling of this layer has it."""
-        return trained_window(base, config, self.kinds(base, config)[layer])
+        """Return the window that the model was trained for, according to the scaling of this layer."""
+        return trained_window(base, config, self.layer_types(base, config)[layer])
 
     def shape(self, base: nn.Module, config: Any, layer: int = 0) -> AttentionShape:
-        """Sizes of one layer, read from the modules that were built; the config serves where no module knows."""
+        """Return the sizes of one layer, from the built modules, or from the config if no module has them."""
         attention = self.attentions(base)[layer]
-        kind = self.kinds(base, config)[layer]
+        layer_type = self.layer_types(base, config)[layer]
         heads = config.num_attention_heads
         head_dim = _first(attention, "qk_head_dim", "head_dim", "head_size") or config.hidden_size // heads
         rotary = getattr(base, self.rotary) if self.rotary else None
-        rotary_dim = 2 * frequencies_of(rotary, kind)[0].shape[-1] if rotary is not None else head_dim
+        rotary_dim = 2 * frequencies_of(rotary, layer_type)[0].shape[-1] if rotary is not None else head_dim
         return AttentionShape(
             hidden_size=config.hidden_size,
             num_heads=heads,
@@ -146,7 +159,7 @@ class Adapter:
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rotary_start=_first(attention, "qk_nope_head_dim") or 0,
-            rope_theta=native_theta(rotary, config, kind) if rotary is not None else DEFAULT_THETA,
+            rope_theta=native_theta(rotary, config, layer_type) if rotary is not None else DEFAULT_THETA,
             trained_length=self.window(base, config, layer).length or 0,
             num_layers=len(self.blocks(base)),
             interleaved=self.interleaved_pairs,
@@ -162,25 +175,28 @@ def _first(owner: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
 
 
-def frequencies_of(rotary: Any, kind: str | None) -> tuple[Tensor, Tensor]:
-    """The frequencies that a native rotary module turns by, `[rotary_dim / 2]`, and those it was built with."""
-    prefix = "" if kind is None else f"{kind}_"
+def frequencies_of(rotary: Any, layer_type: str | None) -> tuple[Tensor, Tensor]:
+    """Return the frequencies of a native rotary module, current and as built, each `[rotary_dim / 2]`."""
+    prefix = "" if layer_type is None else f"{layer_type}_"
     inv_freq = getattr(rotary, f"{prefix}inv_freq")
     return inv_freq, getattr(rotary, f"{prefix}original_inv_freq", inv_freq)
 
 
-def native_theta(rotary: Any, config: Any, kind: str | None = None) -> float:
-    """The base of the frequencies that the built module turns by.
+def native_theta(rotary: Any, config: Any, layer_type: str | None = None) -> float:
+    """Return the base of the frequencies of a built rotary module.
 
-    The config's number where it gives the module's frequencies; else the one that the module's frequencies tell, since
-    a config that was changed after building says nothing about the model.
+    If the base in the config does not give the module's frequencies, compute the base from the frequencies: a config
+    that was changed after the model was built does not describe the model.
+
+    Raises:
+        UnsupportedError: the frequencies follow no single base.
     """
-    parameters = native_parameters(config, kind)
+    parameters = native_parameters(config, layer_type)
     theta = float(parameters.get("rope_theta") or DEFAULT_THETA)
-    inv_freq = frequencies_of(rotary, kind)[1]
+    inv_freq = frequencies_of(rotary, layer_type)[1]
     width = 2 * inv_freq.shape[-1]
     if parameters.get("rope_type") == "dynamic" and (alpha := parameters.get("alpha")):
-        theta *= float(alpha) ** (width / (width - 2))  # HunYuan's: a larger base at every length, trained with
+        theta *= float(alpha) ** (width / (width - 2))  # HunYuan trains with a larger base, at every length
     elif parameters.get("rope_type", "default") != "default":
         return theta
     if inv_freq.is_meta:
@@ -190,17 +206,26 @@ def native_theta(rotary: Any, config: Any, kind: str | None = None) -> float:
     tolerance = 1e-5 if inv_freq.dtype == torch.float32 else 1e-2
     if width < 4 or torch.allclose(built, theta**-exponent, rtol=tolerance, atol=0):
         return theta
-    told = float(built[1]) ** (-1 / float(exponent[1]))
-    if torch.allclose(built, told**-exponent, rtol=tolerance, atol=0):
-        return told
+    fitted = float(built[1]) ** (-1 / float(exponent[1]))
+    if torch.allclose(built, fitted**-exponent, rtol=tolerance, atol=0):
+        return fitted
     raise UnsupportedError(
         f"The frequencies of {type(rotary).__name__} follow neither the config's rope_theta={theta} nor any other "
-        "single base; give theta=<base> for a scheme of your own, or reload the model."
+        "single base. Give theta=<base> to the scheme, or reload the model."
     )
 
 
-class RotaryJoint(nn.Module):
-    """Stands where the family's rotary module stood: cos and sin of the scheme, or of no rotation at all."""
+class PatchedRotaryEmbedding(nn.Module):
+    """Return the cos and sin of a scheme in place of the family's rotary module.
+
+    The family's own code multiplies them with queries and keys (`apply_rotary_pos_emb`).
+
+    Args:
+        scheme: the scheme; None for no rotation, which is cos 1 and sin 0.
+        layout: as for `Adapter.layout`.
+        width: number of rotated dimensions of a head.
+        full_precision: as for `Adapter.full_precision`.
+    """
 
     def __init__(self, scheme: Scheme | None, layout: str, width: int, full_precision: bool = False) -> None:
         super().__init__()
@@ -209,18 +234,24 @@ class RotaryJoint(nn.Module):
 
     @property
     def inv_freq(self) -> Tensor:
-        """The frequencies in effect, `[rotary_dim / 2]`, float32."""
+        """Inverse frequencies of the scheme, `[rotary_dim / 2]`, float32; zeros without a scheme."""
         scheme = self.__dict__["scheme"]
         return torch.zeros(self.width // 2, device="cpu") if scheme is None else scheme.inv_freq
 
     @property
     def attention_scaling(self) -> float:
-        """What cos and sin are multiplied by."""
+        """Factor of the scheme on cos and sin; 1 without a scheme."""
         scheme = self.__dict__["scheme"]
         return 1.0 if scheme is None else scheme.attention_scaling
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Return cos and sin, each `[batch | 1, tokens, width]`; width / 2 if "single", one tensor if "complex".
+
+        Args:
+            x: a tensor with the dtype and the device of the result.
+            position_ids: positions of the tokens, `[batch | 1, tokens]`.
+        """
         scheme = self.__dict__["scheme"]
         dtype = torch.float32 if self.full_precision or self.layout == "complex" else x.dtype
         if scheme is None:
@@ -241,28 +272,39 @@ class RotaryJoint(nn.Module):
         return f"scheme={scheme.name if scheme is not None else None}, layout={self.layout!r}"
 
 
-class TypedJoint(nn.Module):
-    """Stands where the rotary module of several layer types stood: joints for some types, the native one for others."""
+class PerLayerTypeRotary(nn.Module):
+    """A replacement of a rotary module that serves several layer types.
 
-    def __init__(self, joints: dict[str, RotaryJoint], native: nn.Module) -> None:
+    Args:
+        by_type: the replacement for each patched layer type.
+        native: the family's rotary module, which serves the other types.
+    """
+
+    def __init__(self, by_type: dict[str, PatchedRotaryEmbedding], native: nn.Module) -> None:
         super().__init__()
-        self.joints = nn.ModuleDict(joints)
+        self.by_type = nn.ModuleDict(by_type)
         self.__dict__["native"] = native  # registered once, on the base model
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> Any:
-        joint = self.joints[layer_type] if layer_type in self.joints else self.__dict__["native"]
-        return joint(x, position_ids, layer_type)
+        """Return the cos and sin of one layer type, as its module does."""
+        module = self.by_type[layer_type] if layer_type in self.by_type else self.__dict__["native"]
+        return module(x, position_ids, layer_type)
 
 
-class NoTable(nn.Module):
-    """Stands where a table of learned positions stood and adds nothing."""
+class ZeroPositionEmbedding(nn.Module):
+    """Return zeros in place of a table of learned positions.
+
+    Args:
+        width: size of an embedding.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, ids: Tensor, *_: Any, position_ids: Tensor | None = None, **__: Any) -> Tensor:
+        """Return zeros, `[batch, tokens, width]`, for position ids `[batch, tokens]`."""
         ids = ids if position_ids is None else position_ids
-        # Whole numbers, which leave the dtype of the embeddings that they are added to as it is.
+        # The zeros are integers, so that adding them keeps the dtype of the embeddings.
         zeros = torch.zeros((1, 1, self.width), dtype=torch.int8, device=ids.device)
         return zeros.expand(ids.shape[0], ids.shape[1], -1)

@@ -1,4 +1,4 @@
-"""List the windows that authors state for their models where the config states another one, or none."""
+"""List the windows that authors state for their models if the config states another one, or none."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ class AuthorsWord:
     """Facts that a model's authors state besides its config."""
 
     said: str
-    """A sentence: what the config says, and who says otherwise."""
+    """A sentence with the value in the config and the value that the authors state."""
     source: str
-    """The same in a few words, for a table or a log line."""
+    """A short form of the sentence, for a table or a log line."""
     trained_length: int | None = None
-    """The window before any scaling, in tokens; None if it follows from the config's arithmetic."""
+    """The window before any scaling, in tokens; None if it can be computed from the config."""
     maximum_is_scaled: bool = False
-    """`max_position_embeddings` is the window after the scaling, so that it counts the factor already."""
+    """`max_position_embeddings` is the window after the scaling, so that it includes the factor."""
     recommended: str | None = None
-    """The scheme that its authors recommend without training."""
+    """Name of the scheme that the authors recommend without training; None if they recommend none."""
     recommended_length: int = 0
-    """The length up to which they do."""
+    """The length in tokens up to which they recommend it."""
 
 
 Maximum = int | None
-"""The `max_position_embeddings` of the model as it was built."""
+"""The `max_position_embeddings` that the model was built with."""
 Parameters = dict[str, Any]
 """The rotary parameters of the layers in question."""
 
@@ -58,7 +58,7 @@ def _is_qwen25(config: Any, maximum: Maximum, parameters: Parameters) -> bool:
 
 
 def _is_bloom(config: Any, maximum: Maximum, parameters: Parameters) -> bool:
-    # The released models, BLOOM and BLOOMZ, share one vocabulary; another one is somebody else's model.
+    # The released models, BLOOM and BLOOMZ, share one vocabulary; another vocabulary means another model.
     return config.model_type == "bloom" and config.vocab_size == 250880 and maximum is None
 
 
@@ -118,11 +118,11 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
 
 
 def authors_word(config: Any, maximum: Maximum, parameters: Parameters) -> AuthorsWord | None:
-    """Return what the authors say of this model, or None if its config is all that is known.
+    """Return the facts that the authors state about this model, or None if they state nothing beyond its config.
 
     Args:
-        config: of the language model.
-        maximum: the `max_position_embeddings` that the model was built with, None where there is none.
+        config: the config of the language model.
+        maximum: the `max_position_embeddings` that the model was built with; None if it has none.
         parameters: the rotary parameters of the layers in question.
     """
     return next((word for fits, word in KNOWN if fits(config, maximum, parameters)), None)

@@ -1,4 +1,7 @@
-"""BLOOM: carries no keywords to its layers and builds its bias itself, so its attention is bound to the instance."""
+"""Adapt BLOOM, which drops keyword arguments on the way to its layers and builds its bias in its own forward.
+
+The functions here are bound to the instance by swaps.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ def bloom_attention(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """BLOOM's attention through the common core; its `alibi` argument carries the positions."""
+    """Compute BLOOM's attention through this library's attention function.
+
+    `alibi` holds the positions of the pass. The other arguments are those of BLOOM's attention.
+    """
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
@@ -41,10 +47,13 @@ def bloom_attention(
 
 
 def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_ids: Tensor | None) -> dict[str, Any]:
-    """Add the positions for `keep_positions`, and own the mask.
+    """Return the keywords of a pass with positions for `keep_positions`, and with a mask.
 
-    Without a mask BLOOM builds its bias inline, so it is given one. Position ids that restart are packed documents,
-    which BLOOM itself does not know; they are kept apart by a mask of all four dimensions.
+    Without a mask BLOOM builds its bias inline, so this adds one. Position ids that restart mean packed documents,
+    which BLOOM itself does not support; a 4-D mask separates them.
+
+    Raises:
+        UnsupportedError: `slow_but_exact=True`.
     """
     if getattr(base.config, "pretraining_tp", 1) > 1 and getattr(base.config, "slow_but_exact", False):
         raise UnsupportedError("slow_but_exact=True splits the projection after attention; set it to False to patch.")
@@ -67,10 +76,10 @@ def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_
 
 
 def keep_positions(base: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
-    """Hold the positions of this pass while BLOOM's own forward runs, which takes no such argument."""
+    """Store the positions of this pass while BLOOM's own forward runs, which has no argument for them."""
     return hand_down("positions", base, kwargs.pop("pe_positions", None), inner, **kwargs)
 
 
 def build_alibi_tensor(base: Any, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Any:
-    """Hand the positions of this pass to the layers in the place of a bias."""
+    """Return the positions of this pass, which BLOOM passes to its layers in place of a bias."""
     return handed_down("positions", base)

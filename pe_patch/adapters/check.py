@@ -1,4 +1,4 @@
-"""Check that an adapter which a user wrote names modules that the model has."""
+"""Check the names in a user's adapter against the modules of a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ FREQUENCIES = "inv_freq"
 
 
 def check_adapter(base: Any, adapter: Adapter) -> None:
-    """Raise `OptionValueError` for a name in the adapter that leads nowhere on this model.
+    """Check that every name in the adapter exists on the model.
+
+    Args:
+        base: the model that holds the layers.
+        adapter: the user's adapter.
 
     Raises:
-        UnsupportedError: the model has a rotary module and the adapter says that it has none.
+        OptionValueError: a name in the adapter does not exist on the model.
+        UnsupportedError: the rotary module is not of the kind that the adapter describes, or a layer has no attention.
     """
     for name in ("layers", "attention", "rotary", "learned", "embedding_multiplier"):
         value = getattr(adapter, name)
@@ -52,13 +57,13 @@ def check_adapter(base: Any, adapter: Adapter) -> None:
 
 
 def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
-    """Raise where the rotary module is not of the kind that the adapter says."""
+    """Raise `UnsupportedError` if the rotary module is not of the kind that the adapter describes."""
     if adapter.rotary is None:
-        turning = [name for name, module in base.named_children() if hasattr(module, FREQUENCIES)]
-        if turning and adapter.forward is None:
+        rotary_modules = [name for name, module in base.named_children() if hasattr(module, FREQUENCIES)]
+        if rotary_modules and adapter.forward is None:
             raise UnsupportedError(
-                f"The adapter says rotary=None, and {type(base).__name__} rotates by its module {turning[0]!r}: give "
-                f"Adapter(rotary={turning[0]!r}), or the model's own rotation would stay beside the scheme."
+                f"The adapter says rotary=None, but {type(base).__name__} rotates by its module {rotary_modules[0]!r}, "
+                f"and that rotation would remain beside the scheme. Give Adapter(rotary={rotary_modules[0]!r})."
             )
         return
     types = getattr(base.config, "layer_types", None) or ()
@@ -66,27 +71,27 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
         raise _wrong(adapter, "typed", f"and the config of {type(base).__name__} has no layer_types for {count} layers")
     rotary = getattr(base, adapter.rotary)
     if adapter.typed:
-        wanted = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[:count])]
+        expected = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[:count])]
     else:
-        wanted = [FREQUENCIES]
-    if all(isinstance(getattr(rotary, name, None), Tensor) for name in wanted):
+        expected = [FREQUENCIES]
+    if all(isinstance(getattr(rotary, name, None), Tensor) for name in expected):
         return
-    kept = sorted(name for name in dir(rotary) if name.endswith(FREQUENCIES) and "original" not in name)
+    present = sorted(name for name in dir(rotary) if name.endswith(FREQUENCIES) and "original" not in name)
     by_type = {f"{kind}_{FREQUENCIES}" for kind in types}
-    if adapter.typed and FREQUENCIES in kept:
+    if adapter.typed and FREQUENCIES in present:
         remedy = "leave typed out"
-    elif not adapter.typed and kept and set(kept) <= by_type:
+    elif not adapter.typed and present and set(present) <= by_type:
         remedy = "give typed=True"
     else:
-        remedy = "a family that keeps them so is not supported"
+        remedy = "this format is not supported"
     raise UnsupportedError(
         f"The module {adapter.rotary!r} of {type(base).__name__} lacks frequencies under the name "
-        f"{' and '.join(wanted)}; it has {', '.join(kept) or 'none'}: {remedy}."
+        f"{' and '.join(expected)}; it has {', '.join(present) or 'none'}: {remedy}."
     )
 
 
 def _reach(base: Any, adapter: Adapter, field: str, where: str) -> Any:
-    """Return what a field of the adapter names on the base model."""
+    """Return the attribute of the base model that a field of the adapter names."""
     owner: Any = base
     for name in getattr(adapter, field).split("."):
         if not hasattr(owner, name):
@@ -98,7 +103,7 @@ def _reach(base: Any, adapter: Adapter, field: str, where: str) -> Any:
 def _missing(
     adapter: Adapter, field: str, owner: Any, where: str, kind: type = object, name: str = ""
 ) -> OptionValueError:
-    """The error for a name that `owner` does not have, with those that it has."""
+    """Return the error for a name that `owner` does not have; the message lists the names that it has."""
     names: Iterable[str] = [name for name, _ in owner.named_children()]
     if kind is object:
         names = [*names, *(name for name in vars(owner) if not name.startswith("_"))]

@@ -1,4 +1,4 @@
-"""How every family rotates, and whether a rotation at the scores rounds as its own does.
+"""List the dtypes in which every family rotates, and whether a rotation at the scores rounds like its own.
 
 `python -m pe_patch.adapters.precision` prints the table of docs/precision.md.
 """
@@ -14,7 +14,7 @@ ARITHMETIC = {
     "float32": "float32, by cos and sin in the dtype of the model",
     "complex": "float32, as one complex product",
 }
-"""In which dtype queries and keys meet cos and sin, for each of `scheme.ARITHMETIC`."""
+"""The dtype of the product of queries and keys with cos and sin, for each of `scheme.ARITHMETIC`."""
 OUTCOMES = {
     "equal": "equal bit for bit",
     "refused": "refused",
@@ -22,20 +22,23 @@ OUTCOMES = {
 
 
 def outcome(adapter: Adapter) -> str:
-    """How schemes that rotate at the scores compare with the unpatched model within the window; a key of `OUTCOMES`."""
+    """Return how schemes that rotate at the scores compare with the unpatched model within the window.
+
+    The result is a key of `OUTCOMES`.
+    """
     return "refused" if adapter.late_norm or not adapter.carries else "equal"
 
 
 def table() -> dict[str, str]:
-    """For each family that rotates, a key of `OUTCOMES`."""
+    """Return the outcome of each family that rotates, a key of `OUTCOMES`."""
     return {name: outcome(adapter) for name, adapter in sorted(ADAPTERS.items()) if adapter.native == "rope"}
 
 
 def markdown() -> str:
-    """The table of the documentation."""
+    """Return the table of docs/precision.md."""
     lines = ['| family | rotates in | `dynamic_*`, `factor="auto"` within the window |', "| --- | --- | --- |"]
-    for name, found in table().items():
-        lines.append(f"| `{name}` | {ARITHMETIC[ADAPTERS[name].arithmetic]} | {OUTCOMES[found]} |")
+    for name, result in table().items():
+        lines.append(f"| `{name}` | {ARITHMETIC[ADAPTERS[name].arithmetic]} | {OUTCOMES[result]} |")
     return "\n".join(lines)
 
 

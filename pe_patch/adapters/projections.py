@@ -1,4 +1,4 @@
-"""How the attention of a family projects queries, keys and values, and the weights it does that with."""
+"""Name the query, key, value and output projections of a family's attention, and read their weights."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ from ..core.scheme import AttentionShape
 from ..errors import UnsupportedError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes of weights that can be read."""
 LoadedLinear = tuple[Tensor, Tensor | None]
 """Weight `[rows, hidden]` and bias `[rows]`."""
 
 
 @dataclass(frozen=True)
 class ProjectionNames:
-    """What an attention calls its modules, all of which compute what Llama's do."""
+    """The names of an attention's modules, which compute the same as those of Llama."""
 
     output: str = "o_proj"
-    """The linear layer after the attention, which stays as it is."""
+    """The linear layer after the attention, which a conversion keeps."""
     norms: tuple[str, str] | None = None
-    """Modules that normalise each head of the queries and of the keys before they rotate; where they are not there, the
-    model does not normalise."""
+    """Modules that normalise each head of the queries and of the keys before the rotation. None if the family has none.
+    An attention without these attributes does not normalise."""
     residual_dropout: str | None = None
-    """Attribute of the attention with the share of its output that training drops."""
+    """Attribute of the attention: the dropout rate of its output. None if the family has none."""
 
     @property
     def taken(self) -> tuple[str, ...]:
-        """The modules whose place latents take, without the norms."""
+        """The names of the modules that latents replace, without the norms."""
         raise NotImplementedError
 
     def parts(self, attention: nn.Module, shape: AttentionShape, empty: bool) -> list[LoadedLinear]:
-        """Weight and bias of the queries, the keys and the values."""
+        """Return weight and bias of the query, key and value projections, in this order."""
         raise NotImplementedError
 
     def read(self, attention: nn.Module, shape: AttentionShape, empty: bool = False) -> Projections:
-        """The weights of one attention, as views where the family keeps each projection in one piece; of an `empty`
-        model, sizes are all there is to read."""
+        """Return the weights of one attention, as views if the family stores each projection contiguously.
+
+        Args:
+            attention: the attention module.
+            shape: sizes of the layer.
+            empty: the model is on the meta device, so that only sizes are read.
+
+        Raises:
+            UnsupportedError: the weights are quantised, adapted, offloaded or sharded.
+        """
         check_unquantised(attention)
         (query, query_bias), (key, key_bias), (value, value_bias) = self.parts(attention, shape, empty)
         query_norm, key_norm = (getattr(attention, name, None) for name in self.norms or ("", ""))
@@ -64,7 +73,7 @@ class ProjectionNames:
 
 @dataclass(frozen=True)
 class Separate(ProjectionNames):
-    """A linear layer for each of queries, keys and values, whose rows are head after head."""
+    """One linear layer each for queries, keys and values, with rows ordered by head."""
 
     query: str = "q_proj"
     key: str = "k_proj"
@@ -82,11 +91,11 @@ class Separate(ProjectionNames):
 
 @dataclass(frozen=True)
 class Fused(ProjectionNames):
-    """One linear layer for all three, whose rows are [all queries | all keys | all values]."""
+    """One linear layer for queries, keys and values, with rows [all queries | all keys | all values]."""
 
     module: str = "qkv_proj"
     per_head: bool = False
-    """The rows are [query | key | value] of the first head, then of the second."""
+    """The rows are [query | key | value] of the first head, then those of the second head, and so on."""
 
     @property
     def taken(self) -> tuple[str, ...]:
@@ -110,11 +119,12 @@ UNQUANTISED = "load the model unquantised, convert it, and quantise the result"
 
 
 def check_unquantised(module: Any) -> None:
-    """Raise where the config of a model or of one of its attentions says that it was loaded quantised."""
-    found = getattr(getattr(module, "config", None), "quantization_config", None)
-    if found is None:
+    """Raise `UnsupportedError` if the config of a model or of an attention says that it was loaded quantised."""
+    quantisation = getattr(getattr(module, "config", None), "quantization_config", None)
+    if quantisation is None:
         return
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    is_dict = isinstance(quantisation, dict)
+    method = quantisation.get("quant_method") if is_dict else getattr(quantisation, "quant_method", None)
     raise UnsupportedError(
         f"{type(module).__name__} belongs to a model that was loaded quantised ({getattr(method, 'value', method)}), "
         f"whose weights cannot be read as numbers: {UNQUANTISED}."
@@ -122,7 +132,17 @@ def check_unquantised(module: Any) -> None:
 
 
 def linear(attention: nn.Module, name: str, rows: int, empty: bool = False) -> LoadedLinear:
-    """Weight and bias of one projection, detached; an error that names it where it is not a plain linear layer."""
+    """Return weight and bias of one projection, detached.
+
+    Args:
+        attention: the attention module.
+        name: its attribute with the projection.
+        rows: the expected number of rows.
+        empty: accept weights on the meta device.
+
+    Raises:
+        UnsupportedError: the projection is not a plain linear layer with this number of rows.
+    """
     module = getattr(attention, name, None)
     layer = getattr(attention, "layer_idx", None)
     place = f"{name} of {type(attention).__name__}" + (f" in layer {layer}" if layer is not None else "")
@@ -149,13 +169,16 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Subclasses of nn.Linear hold quantised weights (bitsandbytes, fp8) or compute something else."""
+    """Return whether a layer is not a plain nn.Linear in floating point.
+
+    Subclasses hold quantised weights (bitsandbytes, fp8) or compute something else.
+    """
     weight = getattr(module, "weight", None)
     return type(module) is not nn.Linear or not isinstance(weight, Tensor) or weight.dtype not in DTYPES
 
 
 def _is_wrapped(module: nn.Module) -> bool:
-    """torchao keeps nn.Linear and quantises in a subclass of Tensor; a tensor spread over processes is one too."""
+    """Return whether the weight is a subclass of Tensor: quantised by torchao, or sharded over processes."""
     return type(module.weight) not in (nn.Parameter, Tensor)
 
 
@@ -186,4 +209,4 @@ OBSTACLES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
         ),
     ),
 )
-"""What keeps a layer's weights from being read, and what to do about it; the first that applies is told."""
+"""The reasons why a layer's weights cannot be read, each with its remedy; the first that applies is reported."""

@@ -1,4 +1,4 @@
-"""The length that a model was trained for, and where the number comes from. Every part of the library asks here."""
+"""Find the length that a model was trained for, and the source of the number."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ OPTION = "original_max_position_embeddings"
 OTHER_NAMES = ("seq_length", "max_sequence_length", "max_seq_len", "model_max_length")
 """Keys beside `max_position_embeddings` in which configs state a length."""
 TOLERANCE = 0.01
-"""By what share a window may differ from the factor times the other one."""
+"""Largest relative difference between a window and the factor times the other window."""
 NOT_A_RATIO = ("longrope", "llama3")
 """Types whose factor is not the ratio of the two windows (Llama 3.1: factor 8, windows 16 apart)."""
 
 
 @dataclass(frozen=True)
 class TrainedWindow:
-    """How many tokens a model was trained for, before and with the scaling that its config carries."""
+    """The window that a model was trained for, before and after the scaling in its config."""
 
     length: int | None = None
-    """Before any scaling, in tokens: what a scheme that replaces the rotation extends from. None where nothing says."""
+    """The window before any scaling, in tokens, from which a scheme that replaces the rotation extends. None if "
+    "unknown."""
     scaled_length: int | None = None
-    """As the model is, with its scaling: what a scheme over that rotation extends from. `length` without a scaling."""
+    """The window with the scaling, in tokens, from which a scheme over that rotation extends. `length` without a
+    scaling; None if unknown."""
     source: str = "nothing names it"
-    """Where `length` comes from, in words; why it is unknown where it is None."""
+    """The source of `length` in words, or the reason why it is unknown."""
     scaled_source: str = ""
-    """Where `scaled_length` comes from, in words; empty without a scaling."""
+    """The source of `scaled_length` in words, or the reason why it is unknown; empty without a scaling."""
     rope_type: str = "default"
-    """The scaling that the config carries."""
+    """The type of the scaling in the config; "default" for none."""
     factor: float | None = None
-    """The factor of that scaling; derived from the two windows where the config names none."""
+    """The factor of that scaling, or the ratio of the two windows if the config has no factor; None if unknown."""
     choices: tuple[tuple[int, int], ...] = ()
-    """The (`length`, `scaled_length`) that the config leaves open, where it does."""
+    """The possible pairs (`length`, `scaled_length`) if the config is ambiguous; else empty."""
     maximum: int | None = None
-    """The `max_position_embeddings` that the model was built with."""
+    """The `max_position_embeddings` that the model was built with; None if unknown."""
     config_maximum: int | None = None
     """The `max_position_embeddings` of the config, which may have been changed since."""
     word: AuthorsWord | None = None
-    """The window that the model's authors state, if they do."""
+    """The facts that the model's authors state; None if there are none."""
 
     @property
     def scaled(self) -> bool:
-        """Return whether the config carries a scaling."""
+        """Return whether the config contains a scaling."""
         return self.rope_type != "default"
 
     @property
@@ -61,13 +63,14 @@ class TrainedWindow:
         return (self.config_maximum or 0) > (self.maximum or self.config_maximum or 0)
 
     def in_words(self, composed: bool = False) -> str:
-        """Return one of the two numbers with its source, for example `32,768 tokens (...)`."""
+        """Return the window with its source, for example `32,768 tokens (...)`; under `composed` the one with the "
+        "scaling."""
         number = self.scaled_length if composed else self.length
         source = (self.scaled_source or self.source) if composed else self.source
         return f"unknown ({source})" if number is None else f"{number:,} tokens ({source})"
 
     def question(self, composed: bool = False, option: str = OPTION) -> str:
-        """Return why the number is unknown and what to type, with an example for each reading of the config."""
+        """Return why the window is unknown and what to type, with an example for each reading of the config."""
         reason = (self.scaled_source or self.source) if composed else self.source
         numbers = dict.fromkeys(pair[composed] for pair in self.choices)
         example = f"for example {option}=4096"
@@ -76,12 +79,15 @@ class TrainedWindow:
         return f"{reason}: give {option}=<tokens>, {example}."
 
     def settle(self, given: Any, composed: bool) -> TrainedWindow:
-        """Return the window with the number that a user gives for it.
+        """Return a copy with the window that the user gives.
 
         Args:
             given: the window that the scheme extends from, in tokens. Under `composed` it may also be the window before
                 the scaling, for which configs use the same name; then it confirms `length`.
-            composed: whether the scheme builds on the config's scaling rather than replace it.
+            composed: the scheme builds on the scaling in the config instead of replacing it.
+
+        Raises:
+            OptionValueError: `given` is not a whole number of tokens.
         """
         number = _count(given, OPTION)
         if not (composed and self.scaled):
@@ -97,7 +103,7 @@ class TrainedWindow:
         return self.settle_scaled(number)
 
     def settle_scaled(self, given: Any, option: str = OPTION) -> TrainedWindow:
-        """Return the window with the number that a user gives for the model as it is, with its scaling."""
+        """Return a copy with the window that the user gives for the model with its scaling."""
         number, source = _count(given, option), f"the option {option}"
         if not self.scaled:
             return replace(self, length=number, scaled_length=number, source=source)
@@ -109,23 +115,22 @@ class TrainedWindow:
         return self.choices or ((self.length or 0, self.scaled_length or 0),)
 
 
-def native_parameters(config: Any, kind: str | None = None) -> dict[str, Any]:
-    """Return the config's own rotary parameters, those of one layer type where it has several, or an empty dict."""
+def native_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
+    """Return the rotary parameters in a config, or those of one layer type; an empty dict if it has none."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
-    return parameters if kind is None else dict(parameters[kind] or {})
+    return parameters if layer_type is None else dict(parameters[layer_type] or {})
 
 
 def trained_window(base: Any, config: Any, layer_type: str | None = None) -> TrainedWindow:
-    """Return the window that a model was trained for, and say where the number comes from.
+    """Return the window that a model was trained for, with its source.
 
-    In the order of trust: what the model's authors say (`authors.KNOWN`), the config's scaling, what the modules were
-    built with, and `max_position_embeddings`. What a user gives goes before all of them: see `TrainedWindow.settle`.
+    The sources in order of trust: the model's authors (`authors.KNOWN`), the scaling in the config, the built modules,
+    and `max_position_embeddings`. A value from the user overrides all of them: see `TrainedWindow.settle`.
 
     Args:
-        base: the model, whose modules know what they were built with; None where there is only a config.
-        config: of the language model.
-        layer_type: which layers, where layer types have their own rotary parameters; those with the largest base
-            when None.
+        base: the model, for the window that its modules were built with; None if there is only a config.
+        config: the config of the language model.
+        layer_type: the layer type, if types have separate rotary parameters; None for the type with the largest base.
     """
     parameters = _parameters(config, layer_type)
     maximum, source = _maximum(base, config)
@@ -248,7 +253,7 @@ def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     parameters = native_parameters(config, layer_type)
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     if nested and not parameters.get("rope_type"):
-        return max(nested, key=lambda kind: float(kind.get("rope_theta") or 0))
+        return max(nested, key=lambda each: float(each.get("rope_theta") or 0))
     return parameters
 
 

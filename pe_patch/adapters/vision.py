@@ -1,4 +1,4 @@
-"""Towers that read images: where their table of positions is, and what stands in its place."""
+"""Describe vision encoders: their patches and their table of positions, and the function that replaces it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ def _pair(size: Any) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Tower:
-    """How a tower turns an image into tokens: patches row by row, after its leading tokens."""
+    """How a vision encoder turns an image into tokens: leading tokens first, then patches row by row."""
 
     table: str
-    """The learned positions, a parameter below the embeddings."""
+    """Path of the parameter with the learned positions, from the embeddings module."""
     leading_tokens: int = 1
-    """Tokens before the patches: the class token, and registers."""
+    """Number of tokens before the patches: the class token, and registers."""
     embeddings: str = "embeddings"
-    """The module on the base model that makes tokens of an image and adds the table to them.
+    """Attribute of the base model: the module that turns an image into tokens and adds the table to them.
 
-    It looks the table up with `interpolate_pos_encoding` for images of a size that it was not trained on.
+    Its method `interpolate_pos_encoding` gives the table for an image of another size than the trained one.
     """
 
     def patch(self, config: Any) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
+        """Return the height and width of a patch in pixels."""
         return _pair(config.patch_size)
 
     def grid(self, config: Any) -> tuple[int, int]:
-        """Rows and columns of patches of an image of the trained size."""
+        """Return the rows and columns of patches of an image of the trained size."""
         (height, width), (down, across) = _pair(config.image_size), self.patch(config)
         return height // down, width // across
 
     def native_table(self, base: nn.Module) -> nn.Parameter:
-        """The learned positions themselves."""
+        """Return the parameter with the learned positions."""
         return attrgetter(f"{self.embeddings}.{self.table}")(base)
 
 
-def no_table(embeddings: Any, inner: Callable[..., Tensor], tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stands where the table was looked up, and adds nothing."""
+def zero_positions(embeddings: Any, inner: Callable[..., Tensor], tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return a zero in place of the looked-up table, `[1, 1, 1]`."""
     return tokens.new_zeros(1, 1, 1)

@@ -194,7 +194,10 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         parameters=_parameters(model, config, adapter, base),
         cache=_cache(
             model,
-            [adapter.rotary is not None and not adapter.rests(attention) for attention in adapter.attentions(base)],
+            [
+                adapter.rotary is not None and not adapter.skips_rope(attention)
+                for attention in adapter.attentions(base)
+            ],
         ),
         vocabulary=config.vocab_size,
         config_window=config_window,
@@ -210,7 +213,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
 
 def _slowest_layers(adapter: Adapter, base: nn.Module) -> tuple[str | None, tuple[int, ...]]:
     """Return the layer type with the largest base and its layers; no layers if there is only one type."""
-    layer_types: list[Any] = adapter.kinds(base, base.config)
+    layer_types: list[Any] = adapter.layer_types(base, base.config)
     if len(set(layer_types)) < 2:
         return layer_types[0], ()
     slowest = max(

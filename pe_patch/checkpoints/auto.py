@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..errors import UnsupportedError
 from ..mla.protocol import converts
 from ..patching import saved_config
-from ..patching.record import FOREIGN
+from ..patching.record import RECORD_KEY
 from ..patching.saved_config import MODEL_TYPE, native_of, read_marked
 from ..schemes.registry import find_scheme
 from .load import apply_record, config_file, load_restored
@@ -34,7 +34,7 @@ class SavedConfig(PreTrainedConfig):
 class EarlierConfig(SavedConfig):
     """Config class of models that earlier versions saved."""
 
-    model_type = FOREIGN
+    model_type = RECORD_KEY
 
 
 class _Loader:
@@ -44,7 +44,7 @@ class _Loader:
 
     @classmethod
     def from_pretrained(cls, path: Any, *model_args: Any, config: Any, **kwargs: Any) -> Any:
-        record = getattr(config, FOREIGN)
+        record = getattr(config, RECORD_KEY)
         native = native_of(config)
         if config._attn_implementation is not None and not config._attn_implementation.startswith("pe_"):
             kwargs.setdefault("attn_implementation", config._attn_implementation)
@@ -53,7 +53,7 @@ class _Loader:
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """Build a patched model with new weights."""
-        record = getattr(config, FOREIGN)
+        record = getattr(config, RECORD_KEY)
         model = cls.auto.from_config(native_of(config), **kwargs)
         if converts(find_scheme(record["scheme"], record["options"])[0]) and model.device.type != "meta":
             raise UnsupportedError(

@@ -30,7 +30,7 @@ from ..errors import CheckpointError, OptionError, PePatchError, UnknownNameErro
 from ..mla.protocol import converts
 from ..patching import peft_record
 from ..patching.api import find_patch, restore_patch
-from ..patching.record import FOREIGN, check_record, framework_of
+from ..patching.record import RECORD_KEY, check_record, framework_of
 from ..patching.saved_config import configured, native_values
 from ..patching.targets import unwrap
 from ..schemes.registry import find_scheme
@@ -73,14 +73,14 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         return _load_adapted(path, **from_pretrained_kwargs)
     hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
     stored, source = read_config(path, **hub), config_file(path)
-    if FOREIGN not in stored:
-        if str(stored.get("model_type")).startswith(FOREIGN):
+    if RECORD_KEY not in stored:
+        if str(stored.get("model_type")).startswith(RECORD_KEY):
             raise CheckpointError(
-                f"{source} lacks {FOREIGN!r}, the record of its patch (model_type is {stored['model_type']!r}). "
+                f"{source} lacks {RECORD_KEY!r}, the record of its patch (model_type is {stored['model_type']!r}). "
                 "Restore the file as it was saved."
             )
         raise CheckpointError(f"{path} was not saved from a patched model; load it with AutoModelForCausalLM instead.")
-    record = check_record(stored[FOREIGN], stored, source)
+    record = check_record(stored[RECORD_KEY], stored, source)
     config = native_config(stored, record["native"], source)
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
@@ -149,8 +149,8 @@ def apply_record(model: Any, record: dict[str, Any], source: str) -> None:
         raise type(error)(f"{source}: {error}") from error
     except (OptionError, UnknownNameError) as error:
         raise CheckpointError(
-            f"{source}: the record of the patch ({', '.join((FOREIGN + '.options', *framework_of(record)))}) does not "
-            f"fit its model: {error}"
+            f"{source}: the record of the patch ({', '.join((RECORD_KEY + '.options', *framework_of(record)))}) does "
+            f"not fit its model: {error}"
         ) from error
     except PePatchError:
         raise
@@ -183,11 +183,11 @@ def build_empty(path: str | Path) -> Any:
         CheckpointError: the model does not exist, or its patch record is damaged.
     """
     stored, source = read_config(path), config_file(path)
-    if FOREIGN not in stored:
+    if RECORD_KEY not in stored:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    record = check_record(stored[FOREIGN], stored, source)
+    record = check_record(stored[RECORD_KEY], stored, source)
     config = native_config(stored, record["native"], source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -221,11 +221,11 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
     if not base:
         raise CheckpointError(
             f"The adapter {path} does not name its base model: load the base, patch it with "
-            f"{peft_record.told(record)}, and pass it to PeftModel.from_pretrained."
+            f"{peft_record.format_record(record)}, and pass it to PeftModel.from_pretrained."
         )
     if config.revision is not None:
         from_pretrained_kwargs.setdefault("revision", config.revision)
-    if FOREIGN in read_config(base):
+    if RECORD_KEY in read_config(base):
         model = load_patched(base, **from_pretrained_kwargs)
     elif converts(find_scheme(record["scheme"], record["options"])[0]):
         raise CheckpointError(

@@ -11,7 +11,7 @@ import transformers
 
 from ..errors import PePatchError, UnsupportedError
 from ..patching.api import find_patch
-from ..patching.config import FOREIGN
+from ..patching.config import RECORD_KEY
 from ..schemes.config_formats import TYPES, Reading
 from .claims import TYPES_OF_TRANSFORMERS, read_claim, rope_dicts
 from .effect import compare, effective
@@ -135,8 +135,8 @@ def _does_not_load(examined: ExaminedModel, in_effect: str) -> Finding:
 
 def _replace_type(rope_type: str) -> str:
     """Return the remedy for a rope_type that Transformers does not know."""
-    if rope_type == FOREIGN:
-        return f"Restore config.{FOREIGN}, the saved record of the patch, and load with pe_patch.load_patched."
+    if rope_type == RECORD_KEY:
+        return f"Restore config.{RECORD_KEY}, the saved record of the patch, and load with pe_patch.load_patched."
     types = sorted(TYPES_OF_TRANSFORMERS)
     same = [name for name in types if TYPES.get(name) == TYPES.get(rope_type) is not None]
     return f'Write "rope_type": "{same[0]}", its name in Transformers.' if same else f"Write one of {', '.join(types)}."

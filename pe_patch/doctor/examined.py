@@ -22,7 +22,7 @@ from ..adapters.adapter import frequencies_of
 from ..checkpoints.load import native_config, read_config
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, UnsupportedError, nearest
-from ..patching.config import FOREIGN
+from ..patching.config import RECORD_KEY
 from ..patching.targets import unwrap
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
@@ -69,7 +69,7 @@ class ExaminedModel:
     @property
     def record(self) -> Any:
         """The record of a patch; None without a patch."""
-        return self.raw_config.get(FOREIGN)
+        return self.raw_config.get(RECORD_KEY)
 
     @property
     def raw_text_config(self) -> dict[str, Any]:
@@ -217,9 +217,9 @@ def _build(examined: ExaminedModel) -> None:
 
 def _config(examined: ExaminedModel) -> PreTrainedConfig:
     values = copy.deepcopy(examined.raw_config)
-    record = values.get(FOREIGN)
+    record = values.get(RECORD_KEY)
     if isinstance(record, dict) and isinstance(record.get("native"), dict):
-        del values[FOREIGN]
+        del values[RECORD_KEY]
         return native_config(values, record["native"])
     family = values.get("model_type")
     if family not in CONFIG_MAPPING:

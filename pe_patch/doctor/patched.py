@@ -14,7 +14,7 @@ from ..errors import OptionError, PePatchError, nearest
 from ..mla.protocol import keeps_rotation
 from ..patching.api import find_patch, restore_patch
 from ..patching.build import Patch
-from ..patching.config import FOREIGN, VERSION
+from ..patching.config import RECORD_KEY, VERSION
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotation
 from .effect import format_frequencies, plain_base
@@ -68,12 +68,12 @@ def _check_syntax(record: Any) -> Finding | None:
 
 
 def _faulty(key: str, claimed: str, in_effect: str, remedy: str = REMEDY) -> Finding:
-    return Finding("record_faulty", "error", f"config.{FOREIGN}{key}", claimed, in_effect, remedy)
+    return Finding("record_faulty", "error", f"config.{RECORD_KEY}{key}", claimed, in_effect, remedy)
 
 
 def _rotations_without_record(examined: ExaminedModel) -> list[BuiltRotation]:
     """Return the rotations that plain Transformers builds, which ignores the record; empty if it refuses to load."""
-    raw_config = {key: value for key, value in examined.raw_config.items() if key != FOREIGN}
+    raw_config = {key: value for key, value in examined.raw_config.items() if key != RECORD_KEY}
     native = ExaminedModel(examined.name, raw_config)
     try:
         with quiet():
@@ -85,7 +85,7 @@ def _rotations_without_record(examined: ExaminedModel) -> list[BuiltRotation]:
 
 
 def _disagrees(patch: Patch, rotation: BuiltRotation) -> Iterator[Finding]:
-    scheme = patch.kinds.get(rotation.layer_type)
+    scheme = patch.scheme_by_layer_type.get(rotation.layer_type)
     if not isinstance(scheme, Rotation) or keeps_rotation(scheme) or patch.arguments.get("layers") is not None:
         return
     expected, factor = scheme.frequencies(None)
@@ -93,7 +93,7 @@ def _disagrees(patch: Patch, rotation: BuiltRotation) -> Iterator[Finding]:
     if not same or not math.isclose(factor, rotation.attention_factor, rel_tol=1e-5):
         native = "plain RoPE" if plain_base(rotation.inv_freq) else "other frequencies"
         yield Finding(
-            "record_disagrees", "error", f"config.{FOREIGN}, rope_parameters",
+            "record_disagrees", "error", f"config.{RECORD_KEY}, rope_parameters",
             f"{scheme.name}({scheme.extra_repr()}) in the record",
             f"load_patched uses the record, but Transformers without pe_patch uses {native}: "
             + format_frequencies(rotation.inv_freq, rotation.attention_factor),
@@ -113,10 +113,10 @@ def _window(examined: ExaminedModel, patch: Patch) -> Iterator[Finding]:
 def check_live(examined: ExaminedModel, patch: Patch) -> list[Finding]:
     """Check that every swap of a patch is still in place."""
     findings = []
-    names = {id(module): name for name, module in patch.head.named_modules()}
+    names = {id(module): name for name, module in patch.model.named_modules()}
     for swap in patch.swaps:
         if _is_checked(swap) and not _same(current := _current(swap), swap.replacement):
-            owner = names.get(id(swap.owner), "config") or type(patch.head).__name__
+            owner = names.get(id(swap.owner), "config") or type(patch.model).__name__
             findings.append(Finding(
                 "patch_overwritten", "error", f"{owner}.{swap.attribute}",
                 f"{patch.scheme.name!r}: {_format_value(swap.replacement)}", _format_value(current),
@@ -154,6 +154,6 @@ def check_missing(examined: ExaminedModel) -> list[Finding]:
     record = examined.record
     name = record.get("scheme") if isinstance(record, dict) else record
     return [Finding(
-        "record_faulty", "error", f"config.{FOREIGN}", f"a patch with {name!r}", "the model has no patch",
+        "record_faulty", "error", f"config.{RECORD_KEY}", f"a patch with {name!r}", "the model has no patch",
         "Load the checkpoint with pe_patch.load_patched instead of from_pretrained.",
     )]  # fmt: skip

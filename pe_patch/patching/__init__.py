@@ -1,1 +1,1 @@
-"""How a scheme is put into a model and taken out."""
+"""Put a scheme into a model, and take it out again."""

@@ -1,4 +1,10 @@
-"""The verbs: patch a model, undo it, do both for the length of a block."""
+"""Patch a model, undo the patch, or do both around a `with` block.
+
+Where a static rotary scheme acts: the patch replaces the model's rotary module by a `PatchedRotaryEmbedding`
+(`adapters/adapter.py`), which returns the scheme's cos and sin. They meet queries and keys in Transformers' own
+`apply_rotary_pos_emb`, which the family's attention calls before the keys enter the cache. No code of this library
+runs there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
-from ..adapters.adapter import RotaryJoint, TypedJoint, frequencies_of
+from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary, frequencies_of
 from ..core.checks import check_choice, check_flag
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import Swap, with_swaps
@@ -21,10 +27,10 @@ from ..schemes.rope import Rotation
 from . import targets
 from .build import Patch, collect
 from .existing import EXISTING
+from .locks import ModelLock
 from .peft import wrapper_swaps
-from .probe import prove
+from .probe import check_rotation
 from .targets import Layers
-from .turns import Turn
 
 logger = logging.getLogger("pe_patch")
 
@@ -32,9 +38,12 @@ Model = TypeVar("Model")
 
 
 def find_patch(model: Any) -> Patch | None:
-    """The patch that a model (or whatever wraps it) carries, or None; one that was interrupted is not `whole`."""
-    head = targets.unwrap(model)
-    return next((m.__dict__["pe_patch"] for m in head.modules() if "pe_patch" in m.__dict__), None)
+    """Return the patch of a model, or None; the model may be wrapped.
+
+    An interrupted patch has `whole=False`.
+    """
+    unwrapped = targets.unwrap(model)
+    return next((m.__dict__["pe_patch"] for m in unwrapped.modules() if "pe_patch" in m.__dict__), None)
 
 
 def patch_model(
@@ -50,25 +59,29 @@ def patch_model(
     strict: bool = False,
     **options: Any,
 ) -> Model:
-    """Replace the positional logic of a loaded model, in place, and return it.
+    """Replace the positional logic of a loaded model in place, and return the model.
 
     Args:
-        model: a PreTrainedModel, or a PEFT, accelerate or torch.compile wrapper round one.
+        model: a PreTrainedModel, or a PEFT, accelerate or torch.compile wrapper around one.
         scheme: a scheme with its options such as `YaRN(factor=4)`, a name in `SCHEMES` or `ALIASES`, a `Scheme` class,
             or a dict in any known config format.
-        on_existing: what to do about a scaling in the config or an earlier patch: "error", "replace" (start again from
-            the original window and theta) or "compose" (only where that means something).
-        backend: "eager", "sdpa", "flex" or "flash"; None follows the model's own attention, and where the family has
-            only an eager one, takes "sdpa".
-        adapter: how to reach into a family that is not in `ADAPTERS`.
-        layers: indices, a slice or a predicate of the layers to patch; the others keep their native positions.
-        submodule: which attention stack of a model that has several.
-        keep_native: add to the native positions rather than replace them.
-        strict: make a sequence beyond the effective window an error rather than a warning.
-        **options: the scheme's own.
+        on_existing: how to treat a scaling in the config or an earlier patch. "error" raises, "replace" starts from
+            the original window and theta, "compose" builds on the scaling if the scheme supports that.
+        backend: "eager", "sdpa", "flex" or "flash". None keeps the model's attention implementation, or uses "sdpa" if
+            the family only has an eager one.
+        adapter: the description of a family that is not in `ADAPTERS`.
+        layers: the layers to patch, as indices, a slice or a predicate of the index; None for all. The other layers
+            keep their native positions.
+        submodule: path of the attention stack to patch, for a model that has several; None for the only one.
+        keep_native: add to the native positions instead of replacing them.
+        strict: raise instead of warning when a sequence is longer than the effective window.
+        **options: options of the scheme.
+
+    Returns:
+        The same object.
 
     Raises:
-        PePatchError: in one of its kinds, before anything was changed.
+        PePatchError: the patch is not possible. The model is unchanged.
     """
     check_choice("patch_model", "on_existing", on_existing, EXISTING)
     check_flag("patch_model", "keep_native", keep_native)
@@ -80,34 +93,47 @@ def patch_model(
 
 
 def restore_patch(model: Any, scheme: str, options: dict[str, Any], given: dict[str, Any]) -> None:
-    """`patch_model` for a model that was saved with this patch: what its weights were made of is not there any more."""
+    """Apply a saved patch to a model that is being loaded.
+
+    A scheme that converts projections does not read the original ones, since the checkpoint may not have them.
+
+    Args:
+        model: the model.
+        scheme: name of the scheme in the record.
+        options: its options in the record.
+        given: the other arguments of `patch_model`; missing ones get its defaults, with `on_existing="replace"`.
+    """
     defaults = {"backend": None, "adapter": None, "layers": None, "submodule": None, "keep_native": False}
     given = {"on_existing": "replace", **defaults, "strict": False, **given, "restored": True}
     _apply(model, scheme, options, given)
 
 
 def _apply(model: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
-    """Patch the model as a whole, or leave it as it was: native or under the earlier patch."""
-    head = targets.unwrap(model)
-    with Turn(head):
-        earlier = _earlier(head, given["on_existing"])
+    """Patch the model completely, or leave it as it was: native or under the earlier patch."""
+    unwrapped = targets.unwrap(model)
+    with ModelLock(unwrapped):
+        earlier = _earlier_patch(unwrapped, given["on_existing"])
         if earlier is None:
-            _apply_to_native(model, head, scheme, options, given)
+            _apply_to_native(model, unwrapped, scheme, options, given)
             return
         state = earlier.current()
         try:
             earlier.undo()
-            _apply_to_native(model, head, scheme, options, given)
+            _apply_to_native(model, unwrapped, scheme, options, given)
         except BaseException:
-            found = find_patch(head)
-            if found is None or found is earlier:
+            current = find_patch(unwrapped)
+            if current is None or current is earlier:
                 earlier.put(*state)
             raise
 
 
-def _earlier(head: Any, on_existing: str) -> Patch | None:
-    """The patch to be replaced, or None. One that was interrupted is taken out first."""
-    earlier = find_patch(head)
+def _earlier_patch(model: Any, on_existing: str) -> Patch | None:
+    """Return the patch to replace, or None. Undo an interrupted one first.
+
+    Raises:
+        AlreadyPatchedError: the model is patched and `on_existing` is not "replace".
+    """
+    earlier = find_patch(model)
     if earlier is None:
         return None
     if not earlier.whole:
@@ -121,32 +147,36 @@ def _earlier(head: Any, on_existing: str) -> Patch | None:
     return earlier
 
 
-def _apply_to_native(model: Any, head: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
+def _apply_to_native(model: Any, unwrapped: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Patch an unpatched model completely, or leave it unpatched."""
     try:
-        patch = collect(head, scheme, options, given)
-        users_adapter = targets.must_prove(patch.base, given["adapter"])
+        patch = collect(unwrapped, scheme, options, given)
+        users_adapter = targets.is_users_adapter(patch.base, given["adapter"])
         if users_adapter:
-            prove(patch)
+            check_rotation(patch)
         patch.swaps += wrapper_swaps(model)
         patch.apply()
         _verify(patch, probe=users_adapter)
         _announce(patch)
-        patch.settle()
+        patch.release_originals()
     except BaseException:
-        found = find_patch(head)
-        if found is not None and found.undoable:  # else the interrupt came after the last step
-            found.undo()
+        current = find_patch(unwrapped)
+        if current is not None and current.undoable:  # else the interrupt came after the last step
+            current.undo()
         raise
 
 
 def unpatch_model(model: Any) -> Any:
-    """Give the model back, bit for bit, what it had; returns the same object.
+    """Undo the patch of a model bit for bit, and return the same object.
 
-    Where an earlier call was interrupted, this one finishes its work.
+    If an earlier call was interrupted, this call finishes its work.
+
+    Raises:
+        PePatchError: the model is not patched, or `keep_original=False` discarded its original weights.
     """
-    head = targets.unwrap(model)
-    with Turn(head):
-        patch = find_patch(head)
+    unwrapped = targets.unwrap(model)
+    with ModelLock(unwrapped):
+        patch = find_patch(unwrapped)
         if patch is None:
             raise PePatchError("This model carries no patch.")
         patch.undo()
@@ -155,23 +185,32 @@ def unpatch_model(model: Any) -> Any:
 
 @contextmanager
 def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments: Any) -> Iterator[Any]:
-    """`patch_model` for the length of a `with` block, undone also after an exception.
+    """Patch a model for a `with` block, and undo the patch at its end, also after an exception.
 
-    Under `on_existing="replace"` a patch that the model carried before is back afterwards.
+    With `on_existing="replace"` the earlier patch of the model, if any, is restored at the end.
+
+    Args:
+        model: as for `patch_model`.
+        scheme: as for `patch_model`.
+        **arguments: the keyword arguments of `patch_model`.
+
+    Raises:
+        OptionError: `keep_original=False`, which cannot be undone.
+        PePatchError: the patch is not possible. The model is unchanged.
     """
     if arguments.get("keep_original") is False:
         raise OptionError(
-            "keep_original=False cannot be undone, and patched() undoes: leave it out, or use patch_model."
+            "keep_original=False cannot be undone, but patched() undoes the patch: leave it out, or use patch_model."
         )
     before, failed = find_patch(model), False
     state = before.current() if before is not None and before.whole else None
 
     def undo() -> None:
-        head = targets.unwrap(model)
-        if failed or find_patch(head) is before:
+        unwrapped = targets.unwrap(model)
+        if failed or find_patch(unwrapped) is before:
             return
-        with Turn(head):
-            patch = find_patch(head)
+        with ModelLock(unwrapped):
+            patch = find_patch(unwrapped)
             if patch is not None:
                 patch.undo()
             if before is not None and state is not None:
@@ -181,32 +220,37 @@ def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments
         try:
             try:
                 patch_model(model, scheme, **arguments)
-            except Exception:  # the model is as it was, or another thread has patched it since
+            except Exception:  # the model is unchanged, or another thread has patched it since
                 failed = True
                 raise
             yield model
         finally:
             undo()
-    except BaseException:  # an interrupt on the way back
+    except BaseException:  # an interrupt may have cut the undo short
         undo()
         raise
 
 
 def _verify(patch: Patch, probe: bool) -> None:
-    """Raise `NoEffectError` unless every chosen layer is under the scheme; with a new adapter, by running it once."""
+    """Raise `NoEffectError` unless the scheme reaches every chosen layer.
+
+    Args:
+        patch: a patch that has been applied.
+        probe: also run the model once, to check that each layer calls the attention interface.
+    """
     base, adapter, converted = patch.base, patch.adapter, converts(patch.scheme)
     for index in patch.layers if converted else ():
         if not hasattr(adapter.attentions(base)[index], patch.scheme.name):
             raise NoEffectError(f"Layer {index} of {type(base).__name__} was not replaced by {patch.scheme.name!r}.")
     rotary = overrides(patch.scheme, "angles") or not converted
     if adapter.rotary is not None and not patch.keep_native and rotary:
-        kinds, layers = adapter.kinds(base, base.config), adapter.blocks(base)
+        layer_types, layers = adapter.layer_types(base, base.config), adapter.blocks(base)
         for index in patch.layers:
-            joint = layers[index].__dict__.get("pe_joint", getattr(base, adapter.rotary))
-            joint = joint.joints[str(kinds[index])] if isinstance(joint, TypedJoint) else joint
-            own = patch.own[index] if patch.own[index].rotates_early else None
-            if not isinstance(joint, RotaryJoint) or joint.__dict__["scheme"] is not own:
-                raise NoEffectError(f"Layer {index} of {type(base).__name__} does not turn by {patch.scheme.name!r}.")
+            module = layers[index].__dict__.get("pe_rotary", getattr(base, adapter.rotary))
+            module = module.by_type[str(layer_types[index])] if isinstance(module, PerLayerTypeRotary) else module
+            scheme = patch.scheme_by_layer[index] if patch.scheme_by_layer[index].rotates_early else None
+            if not isinstance(module, PatchedRotaryEmbedding) or module.__dict__["scheme"] is not scheme:
+                raise NoEffectError(f"Layer {index} of {type(base).__name__} does not rotate by {patch.scheme.name!r}.")
     if not probe:
         return
     attentions = adapter.attentions(base)
@@ -222,39 +266,40 @@ def _verify(patch: Patch, probe: bool) -> None:
         if not any(module is attentions[index] for module, _ in reached):
             raise NoEffectError(
                 f"Layer {index} ({type(attentions[index]).__name__}) does not call the attention interface, so "
-                f"{patch.scheme.name!r} would have no effect there; the adapter needs a `forward` for this family."
+                f"{patch.scheme.name!r} would have no effect there. Give the adapter a `forward` for this family."
             )
 
 
 def _is_native(patch: Patch, index: int) -> bool:
-    """Whether a layer turns as it did before the patch."""
-    base, adapter, scheme = patch.base, patch.adapter, patch.own[index]
+    """Return whether a layer rotates exactly as it did before the patch."""
+    base, adapter, scheme = patch.base, patch.adapter, patch.scheme_by_layer[index]
     if adapter.rotary is None or not isinstance(scheme, Rotation) or not scheme.changes_nothing:
         return False
     native: Any = base.get_submodule("position_schemes").original
     rotary: Any = native[adapter.rotary] if adapter.rotary in native else getattr(base, adapter.rotary)
-    kind = adapter.kinds(base, base.config)[index]
-    factor = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", 1.0)
-    return factor == 1 and torch.equal(frequencies_of(rotary, kind)[0].cpu(), scheme.inv_freq)
+    layer_type = adapter.layer_types(base, base.config)[index]
+    factor = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", 1.0)
+    return factor == 1 and torch.equal(frequencies_of(rotary, layer_type)[0].cpu(), scheme.inv_freq)
 
 
 def _announce(patch: Patch) -> None:
+    """Log what was patched, and warn if the patch changes nothing or needs training."""
     scheme, adapter = patch.scheme, patch.adapter
     options = ", ".join(f"{key}={value}" for key, value in scheme.recorded.items() if not isinstance(value, list))
     logger.info(
         "patched %d of %d layers of %s with %s(%s); trained window: %s",
-        len(patch.layers), patch.shape.num_layers, type(patch.head).__name__, scheme.name, options,
+        len(patch.layers), patch.shape.num_layers, type(patch.model).__name__, scheme.name, options,
         patch.window.in_words(patch.composed),
     )  # fmt: skip
     if patch.window.raised:
         logger.warning(
-            "max_position_embeddings=%s was written into the config after the model was built for %s tokens, which "
-            "changes nothing in it: the trained window is taken to be %s.",
+            "max_position_embeddings=%s was written into the config after the model was built for %s tokens. That does "
+            "not change the model: its trained window is taken to be %s.",
             patch.window.config_maximum, patch.window.maximum, patch.window.in_words(patch.composed),
         )  # fmt: skip
     if scheme.name != adapter.native and all(_is_native(patch, index) for index in patch.layers):
         logger.warning(
-            "%r with these options is what %s does already, so no logit changes.",
+            "%r with these options is what %s already does, so no logit changes.",
             scheme.name,
             type(patch.base).__name__,
         )

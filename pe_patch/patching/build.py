@@ -1,4 +1,7 @@
-"""What changes when a scheme meets a model: the only file that knows both sides."""
+"""Build a patch: the schemes of all layers, and every swap that puts them into the model.
+
+This is the only file that knows both schemes and models.
+"""
 
 from __future__ import annotations
 
@@ -24,62 +27,78 @@ from ..mla.replacement import native_latent_swaps, no_early_cache, replacement_s
 from ..schemes.registry import find_scheme
 from ..schemes.rope import Rotation
 from . import targets
-from .compatibility import Plan, check_kinds, check_tower, make_plan
-from .config import Kinds, cache_specification, config_swaps, record_of
+from .compatibility import Plan, check_layer_types, check_modality, make_plan
+from .config import SchemeByLayerType, cache_specification, config_swaps, record_of
 from .config_copies import ConfigCopy, config_references, copy_configs, models_around, redirect
 from .existing import check_effect, settle_existing
 from .module_swaps import WithoutInner, at_scores, forward_swaps, native_swaps
-from .peft import head_swaps
-from .record import FOREIGN
+from .peft import saving_swaps
+from .record import RECORD_KEY
 
 SHAPE_OF_CACHE = "_get_static_cache_init_shape"
 
 
 @dataclass
 class Patch:
-    """What one call of `patch_model` did to one model; lives on the base model."""
+    """The changes of one `patch_model` call to one model, stored on the base model."""
 
-    head: PreTrainedModel
+    model: PreTrainedModel
+    """The outer model, unwrapped; the same as `base` for a bare base model."""
     base: PreTrainedModel
+    """The model that holds the layers."""
     path: str
+    """Path of `base` inside `model`."""
     adapter: Adapter
     shape: AttentionShape
-    own: dict[int, Scheme]
-    """The scheme of each chosen layer."""
-    kinds: Kinds
+    """Sizes of the first chosen layer."""
+    scheme_by_layer: dict[int, Scheme]
+    """The scheme of each chosen layer, by layer index."""
+    scheme_by_layer_type: SchemeByLayerType
     keep_native: bool
+    """Keep the native positions and add the scheme to them."""
     arguments: dict[str, Any]
+    """The arguments of `patch_model` except the scheme and its options."""
     swaps: list[Swap]
+    """Every attribute that the patch replaces."""
     frozen: list[nn.Parameter]
-    """Native parameters that a scheme has put out of use."""
+    """Native parameters that the patched model does not use; the patch sets `requires_grad=False` on them."""
     configs: list[ConfigCopy]
+    """Copies of the configs that the patch changes."""
     window: TrainedWindow = field(default_factory=TrainedWindow)
     """The window that the model was trained for."""
     whole: bool = False
-    """Whether every swap is in place. A patch that the base model carries and that is not whole was interrupted."""
+    """All swaps are in place. A patch on a base model with `whole=False` was interrupted."""
 
     @property
     def layers(self) -> list[int]:
-        return list(self.own)
+        """Indices of the patched layers."""
+        return list(self.scheme_by_layer)
 
     @property
     def composed(self) -> bool:
-        """Whether the scheme builds on a scaling that the model's config carries."""
+        """Return whether the scheme builds on a scaling in the model's config."""
         return self.window.scaled and self.arguments["on_existing"] == "compose"
 
     @property
     def scheme(self) -> Scheme:
-        return self.own[self.layers[0]]
+        """The scheme of the first patched layer."""
+        return self.scheme_by_layer[self.layers[0]]
 
     def apply(self) -> None:
-        """Make every swap, or none if one fails."""
+        """Apply every swap, or none if one fails."""
         self.put([swap.replacement for swap in self.swaps], [False for _ in self.frozen])
 
     def put(self, values: list[Any], trainable: list[bool]) -> None:
-        """Write the values of all swaps; the base model carries the patch from before the first to after the last."""
+        """Write a value for each swap and a `requires_grad` for each frozen parameter; undo the patch if that fails.
+
+        The base model refers to the patch before the first write, so that an interrupted patch can be found and undone.
+
+        Raises:
+            AlreadyPatchedError: another thread has patched the model.
+        """
         try:
             if self.base.__dict__.setdefault("pe_patch", self) is not self:
-                raise AlreadyPatchedError("Another patch reached this model first: unpatch_model(model) takes it out.")
+                raise AlreadyPatchedError("Another patch reached this model first: call unpatch_model(model).")
             for swap, value in zip(self.swaps, values, strict=True):
                 swap.put(value)
             for parameter, flag in zip(self.frozen, trainable, strict=True):
@@ -90,16 +109,22 @@ class Patch:
             raise
 
     def undo(self) -> None:
-        """Put everything back, however much of it was done; what fails is raised once all else is back."""
+        """Restore all originals, however many swaps were applied.
+
+        A step that fails does not stop the others; its error is raised at the end.
+
+        Raises:
+            PePatchError: `keep_original=False` discarded the original weights.
+        """
         if not self.undoable:
             raise PePatchError(
-                f"The weights that {self.scheme.name!r} was made of were not kept (keep_original=False), so this patch "
-                "cannot be undone; load the original model."
+                f"The original weights that {self.scheme.name!r} was computed from were not kept "
+                "(keep_original=False), so this patch cannot be undone; load the original model."
             )
         if self.base.__dict__.get("pe_patch") is self:  # else nothing of this patch is in place
-            do_or_repeat(self._take_out)
+            do_or_repeat(self._restore)
 
-    def _take_out(self) -> None:
+    def _restore(self) -> None:
         self.whole = False
         steps = [*(swap.undo for swap in reversed(self.swaps)), *(config.carry_back for config in self.configs)]
         steps += [partial(parameter.requires_grad_, True) for parameter in self.frozen]
@@ -107,57 +132,67 @@ class Patch:
         self.base.__dict__.pop("pe_patch", None)
 
     def renumber(self) -> None:
-        """Follow layers that were taken out of the model since, so that what is saved fits the layers that remain.
+        """Renumber the patch after layers were removed from the model, so that a save fits the remaining layers.
 
         Raises:
-            UnsupportedError: layers were put in, or copied.
+            UnsupportedError: layers were added or copied.
         """
         attentions = self.adapter.attentions(self.base)
         numbers = [attention.__dict__.get("pe_layer") for attention in attentions]
-        if numbers == list(range(len(numbers))) and self.own.keys() <= set(numbers):
+        if numbers == list(range(len(numbers))) and self.scheme_by_layer.keys() <= set(numbers):
             return
         if None in numbers or len(set(numbers)) < len(numbers):
             raise UnsupportedError(
-                f"Layers were added to this model after {self.scheme.name!r} was patched in, so it cannot be saved "
-                "with its patch: unpatch_model(model), and patch it again."
+                f"Layers were added to this model after it was patched with {self.scheme.name!r}, so it cannot be "
+                "saved with its patch. Call unpatch_model(model), and patch it again."
             )
-        self.own = {index: self.own[number] for index, number in enumerate(numbers) if number in self.own}
+        self.scheme_by_layer = {
+            index: self.scheme_by_layer[number]
+            for index, number in enumerate(numbers)
+            if number in self.scheme_by_layer
+        }
         for index, attention in enumerate(attentions):
             attention.__dict__["pe_layer"] = index
         module: Any = self.base.get_submodule("position_schemes")
-        module.scheme = nn.ModuleList(dict.fromkeys(self.own.values()))
-        for config in (self.head.config, self.base.config):
-            record = config.__dict__.get(FOREIGN)
-            if record is not None and (len(self.own) < len(numbers) or "layers" in record):
-                setattr(config, FOREIGN, {**record, "layers": list(self.own)})
+        module.scheme = nn.ModuleList(dict.fromkeys(self.scheme_by_layer.values()))
+        for config in (self.model.config, self.base.config):
+            record = config.__dict__.get(RECORD_KEY)
+            if record is not None and (len(self.scheme_by_layer) < len(numbers) or "layers" in record):
+                setattr(config, RECORD_KEY, {**record, "layers": list(self.scheme_by_layer)})
 
     def while_undone(self, work: Callable[[], Result]) -> Result:
-        """Return `work()` of the native model; afterwards everything is as it was under the patch."""
+        """Call `work()` on the native model, restore the patch, and return the result."""
         values, trainable = self.current()
         return finally_do(lambda: self.put(values, trainable), lambda: (self.undo(), work())[1])
 
     def current(self) -> tuple[list[Any], list[bool]]:
-        """What the swapped attributes hold now, and which of the frozen parameters are trainable."""
+        """Return the current values of the swapped attributes, and `requires_grad` of each frozen parameter."""
         return [swap.current() for swap in self.swaps], [parameter.requires_grad for parameter in self.frozen]
 
     @property
     def undoable(self) -> bool:
-        """Whether everything that was replaced is still there."""
+        """Return whether all originals were kept."""
         return not any(swap.original is GIVEN_UP for swap in self.swaps)
 
-    def settle(self) -> None:
-        """Discard what was not to be kept; afterwards there may be no way back."""
-        for scheme in self.own.values():
-            if isinstance(scheme, ProjectionScheme):  # else the text would travel with every copy of the model
+    def release_originals(self) -> None:
+        """Discard the calibration text and, with `keep_original=False`, the original weights.
+
+        Without the original weights the patch cannot be undone.
+        """
+        for scheme in self.scheme_by_layer.values():
+            if isinstance(scheme, ProjectionScheme):  # else every copy of the model would hold the text
                 scheme.calibration = None
                 scheme.options.pop("calibration", None)
         if isinstance(self.scheme, ProjectionScheme) and not self.scheme.keep_original:
-            given_up = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
-            self.swaps = given_up  # in one step: an interrupt leaves all originals or none
+            swaps = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
+            self.swaps = swaps  # in one step: an interrupt leaves all originals or none
 
 
 class PositionSchemes(nn.Module):
-    """The schemes of a patched model, and the native modules that they replaced, registered once on the base model."""
+    """The schemes of a patched model and the native modules that they replaced.
+
+    The base model registers it, so that each scheme is registered once.
+    """
 
     def __init__(self, schemes: list[Scheme], original: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -168,138 +203,170 @@ class PositionSchemes(nn.Module):
 def _build(
     cls: type[Scheme], base: PreTrainedModel, adapter: Adapter, chosen: list[int], options: dict[str, Any]
 ) -> dict[int, Scheme]:
-    """The scheme of each chosen layer: one for all of them, one for each base of rotation, or one for each layer."""
-    kinds = adapter.kinds(base, base.config)
+    """Return the scheme of each chosen layer.
+
+    Layers share one scheme, except that a rotary scheme needs one for each shape and a `per_layer`
+    scheme one for each layer.
+    """
+    layer_types = adapter.layer_types(base, base.config)
     shapes: dict[str | None, AttentionShape] = {}
-    made: dict[Any, Scheme] = {}
-    own: dict[int, Scheme] = {}
+    schemes: dict[Any, Scheme] = {}
+    scheme_by_layer: dict[int, Scheme] = {}
     for index in chosen:
-        kind = kinds[index]
-        if kind not in shapes:
-            shapes[kind] = adapter.shape(base, base.config, index)
-        key = index if cls.per_layer else shapes[kind] if issubclass(cls, Rotation) else None
-        if key not in made:
-            made[key] = cls(shapes[kind], **options).to(*targets.home(base)).train(base.training)
-        own[index] = made[key]
-    return own
+        layer_type = layer_types[index]
+        if layer_type not in shapes:
+            shapes[layer_type] = adapter.shape(base, base.config, index)
+        key = index if cls.per_layer else shapes[layer_type] if issubclass(cls, Rotation) else None
+        if key not in schemes:
+            schemes[key] = cls(shapes[layer_type], **options).to(*targets.device_and_dtype(base)).train(base.training)
+        scheme_by_layer[index] = schemes[key]
+    return scheme_by_layer
 
 
-def collect(head: PreTrainedModel, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> Patch:
-    """Everything that will change, with nothing changed yet; every error is raised here."""
-    path, base = targets.find_stack(head, given["submodule"], given["adapter"])
+def collect(model: PreTrainedModel, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> Patch:
+    """Return the patch of a model, without applying it. Every check runs here.
+
+    Args:
+        model: the unwrapped model.
+        scheme: as for `patch_model`.
+        options: options of the scheme.
+        given: the other arguments of `patch_model`.
+
+    Raises:
+        PePatchError: the patch is not possible.
+    """
+    path, base = targets.find_stack(model, given["submodule"], given["adapter"])
     config = base.config
     adapter = targets.find_adapter(base, given["adapter"])
-    attentions, kinds = adapter.attentions(base), adapter.kinds(base, config)
+    attentions, layer_types = adapter.attentions(base), adapter.layer_types(base, config)
     chosen = targets.find_layers(given["layers"], len(attentions))
     shape = adapter.shape(base, config, chosen[0])
     cls, options = find_scheme(scheme, options, shape)
-    check_tower(adapter, cls, config)
+    check_modality(adapter, cls, config)
     if converts(cls):
         check_conversion(attentions[chosen[0]], cls.name)
     window = adapter.window(base, config, chosen[0])
     if touches_rotation(cls, options):
         options, window = settle_existing(base, adapter, cls, options, given["on_existing"], chosen)
-    own = _build(cls, base, adapter, chosen, options)
+    scheme_by_layer = _build(cls, base, adapter, chosen, options)
     if given["on_existing"] == "compose" and window.scaled:
-        check_effect(own.values(), window)
-    schemes, by_kind = list(dict.fromkeys(own.values())), {kinds[index]: own[index] for index in chosen}
+        check_effect(scheme_by_layer.values(), window)
+    schemes, scheme_by_layer_type = (
+        list(dict.fromkeys(scheme_by_layer.values())),
+        {layer_types[index]: scheme_by_layer[index] for index in chosen},
+    )
     for scheme in schemes:
         if isinstance(scheme, ProjectionScheme):
             scheme.restored = given.get("restored", False)
     plan = make_plan(adapter, schemes[0], given["keep_native"], chosen, len(attentions))
-    check_kinds(by_kind, plan, given["layers"] is None)
+    check_layer_types(scheme_by_layer_type, plan, given["layers"] is None)
     backend = _backend(given["backend"], base, adapter, schemes[0])
-    found = Conversion({})
+    conversion = Conversion({})
     if replaces_projections(schemes[0]):
-        found = convert(head, base, adapter, own)
+        conversion = convert(model, base, adapter, scheme_by_layer)
 
     def assemble(modules: dict[int, nn.Module]) -> Patch:
-        patch = _assemble(head, path, adapter, own, plan, backend, modules, given)
+        patch = _assemble(model, path, adapter, scheme_by_layer, plan, backend, modules, given)
         patch.window = window
         return patch
 
-    if not found.latents:
-        return assemble(found.modules)
-    return _narrowest(head, adapter, own, found, assemble)
+    if not conversion.latents:
+        return assemble(conversion.modules)
+    return _narrowest(model, scheme_by_layer, conversion, assemble)
 
 
 def _narrowest(
-    head: PreTrainedModel, adapter: Adapter, own: dict[int, Any], found: Conversion, assemble: Callable[..., Patch]
+    model: PreTrainedModel, scheme_by_layer: dict[int, Any], conversion: Conversion, assemble: Callable[..., Patch]
 ) -> Patch:
-    """The patch whose latents are as narrow as the loss on held-out tokens allows."""
-    scheme = next(iter(own.values()))
-    before = loss(head, found.rows)
+    """Return the patch with the smallest latent rank that keeps the loss on held-out tokens within `loss_bound`."""
+    scheme = next(iter(scheme_by_layer.values()))
+    before = loss(model, conversion.rows)
 
     def loss_at(rank: int) -> float:
-        patch = assemble(found.at(own, rank))
+        patch = assemble(conversion.at(scheme_by_layer, rank))
 
         def patched_loss() -> float:
             patch.apply()
-            return loss(head, found.rows)
+            return loss(model, conversion.rows)
 
         return finally_do(patch.undo, patched_loss)
 
     rank = smallest_rank(scheme.rank, before * (1 + scheme.loss_bound), loss_at)
-    return assemble(found.at(own, rank))
+    return assemble(conversion.at(scheme_by_layer, rank))
 
 
 def _assemble(
-    head: PreTrainedModel,
+    model: PreTrainedModel,
     path: str,
     adapter: Adapter,
-    own: dict[int, Scheme],
+    scheme_by_layer: dict[int, Scheme],
     plan: Plan,
     backend: Backend,
     modules: dict[int, nn.Module],
     given: dict[str, Any],
 ) -> Patch:
-    """The patch of schemes that were built, with the modules that some of them put in."""
-    base = head.get_submodule(path)
+    """Return the patch for built schemes; `modules` replace the attention of a layer, for schemes that convert it."""
+    base = model.get_submodule(path)
     assert isinstance(base, PreTrainedModel)
-    config, attentions, kinds = base.config, adapter.attentions(base), adapter.kinds(base, base.config)
-    models = [head, *models_around(head)]
+    config, attentions, layer_types = base.config, adapter.attentions(base), adapter.layer_types(base, base.config)
+    models = [model, *models_around(model)]
     configs = copy_configs(base, models)
-    schemes, chosen = list(dict.fromkeys(own.values())), list(own)
-    by_kind: Kinds = {kinds[index]: own[index] for index in chosen}
+    schemes, chosen = list(dict.fromkeys(scheme_by_layer.values())), list(scheme_by_layer)
+    scheme_by_layer_type: SchemeByLayerType = {layer_types[index]: scheme_by_layer[index] for index in chosen}
     shape = adapter.shape(base, config, chosen[0])
-    native, original = native_swaps(base, adapter, own, plan, given["keep_native"])
+    native, original = native_swaps(base, adapter, scheme_by_layer, plan, given["keep_native"])
     swaps = list(native)
     if modules:
         arguments = compat.argument_names(type(attentions[chosen[0]]).forward)
         replacing, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
         original |= replaced if cast(ProjectionScheme, schemes[0]).keep_original else {}
         swaps += replacing
-        if hasattr(head, SHAPE_OF_CACHE):
-            swaps.append(bind(head, SHAPE_OF_CACHE, no_early_cache))
+        if hasattr(model, SHAPE_OF_CACHE):
+            swaps.append(bind(model, SHAPE_OF_CACHE, no_early_cache))
     elif converts(schemes[0]):
-        swaps += native_latent_swaps({index: attentions[index] for index in own}, schemes[0])
-    scores = at_scores(adapter, own, plan, given["keep_native"], attentions)
+        swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, schemes[0])
+    scores = at_scores(adapter, scheme_by_layer, plan, given["keep_native"], attentions)
     for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):
         swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
         swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
         if adapter.forward is not None:
-            own_config = next(each.copy for each in configs if each.original is config)
-            swaps.append(Swap.of(attention, "pe_config", own_config, direct=True))
+            config_copy = next(each.copy for each in configs if each.original is config)
+            swaps.append(Swap.of(attention, "pe_config", config_copy, direct=True))
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
     record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
     swaps += forward_swaps(
-        head, base, adapter, own, plan, scores, given["strict"], given["keep_native"],
-        cache_specification(config, record, by_kind), native,
+        model, base, adapter, scheme_by_layer, plan, scores, given["strict"], given["keep_native"],
+        cache_specification(config, record, scheme_by_layer_type), native,
     )  # fmt: skip
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
-    swaps += redirect(config_swaps(head, base, adapter, by_kind, record, backend.implementation), configs)
-    taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules are given another config on purpose
+    swaps += redirect(config_swaps(model, base, adapter, scheme_by_layer_type, record, backend.implementation), configs)
+    taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules get a different config on purpose
     swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
-    swaps += head_swaps(head, base)
+    swaps += saving_swaps(model, base)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
     if adapter.tower is not None and not given["keep_native"]:
         table = adapter.tower.native_table(base)
         frozen += [table] if table.requires_grad else []
-    return Patch(head, base, path, adapter, shape, own, by_kind, given["keep_native"], given, swaps, frozen, configs)
+    return Patch(
+        model,
+        base,
+        path,
+        adapter,
+        shape,
+        scheme_by_layer,
+        scheme_by_layer_type,
+        given["keep_native"],
+        given,
+        swaps,
+        frozen,
+        configs,
+    )
 
 
 def _backend(name: str | None, base: PreTrainedModel, adapter: Adapter, scheme: Scheme) -> Backend:
-    own = base.config._attn_implementation if adapter.forward is None else "sdpa"  # ours lifts BLOOM's limit to eager
-    backend = backend_for(name or own)
+    """Return the backend with this name, or the default one, once it supports the scheme."""
+    # A family with a `forward` (BLOOM) has only an eager attention in Transformers; this library's has SDPA too.
+    native = base.config._attn_implementation if adapter.forward is None else "sdpa"
+    backend = backend_for(name or native)
     check_backend(backend, scheme)
     return backend

@@ -27,32 +27,33 @@ HASHED = 8
 
 @dataclass
 class CacheRecord:
-    """What a patched model knows about a cache that it fills."""
+    """The facts that a patched model stores about a cache that it fills."""
 
     scheme: str
     """Name of the scheme, for messages."""
     specification: str
     """The scheme, its options and what it read from the model, as JSON. Equal specifications give equal keys."""
     positions: Tensor | None = None
-    """Position of each key, `[batch | 1, keys]`, int64; None where the scheme needs none at the scores."""
+    """Position of each key, `[batch | 1, keys]`, int64; None if the scheme needs none at the scores."""
     tokens: int | None = 0
     """Number of tokens that the last pass left in the cache; None if that pass was compiled."""
     finished: bool = True
-    """Whether the last pass came to its end."""
+    """The last pass completed without an error."""
     layer: int = -1
-    """The layer whose keys are compared."""
+    """Index of the layer whose keys are compared."""
     keys: Tensor | None = None
-    """Its keys as the last pass left them; None where the cache shows no plain keys."""
+    """Its keys after the last pass; None if the cache has no plain key tensors."""
     version: tuple[int, int] = (0, 0)
-    """Identity of these keys and their version counter, which every change in place moves."""
+    """Identity of these keys, and their version counter, which every in-place change increments."""
     least: int = 0
-    """Number of tokens below which the cache cannot be cropped, since their encoding followed a longer first pass."""
+    """Smallest length to which the cache can be cropped, since its first tokens were encoded for this length."""
     open: bool = False
-    """Whether a pass of the patched model is running."""
+    """A pass of the patched model is running."""
 
 
 class GuardedUpdate:
-    """`cache.update` of a recorded cache: raise if a model without the patch appends to keys that a scheme encoded."""
+    """A replacement of `cache.update` that raises if a model without the patch appends to keys that a scheme "
+    "encoded."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -123,7 +124,7 @@ def open_record(
 
 
 def _separate(cache: Any) -> None:
-    """Give a shallow copy (`copy.copy`) of a cache a record for itself; it was made with the original's."""
+    """Give a shallow copy (`copy.copy`) of a cache its own record instead of the one that it shares."""
     guard = cache.__dict__.get("update")
     if isinstance(guard, GuardedUpdate) and guard.cache is not cache:
         del cache.__dict__["update"]
@@ -167,7 +168,7 @@ def key_positions(cache: Any, record: CacheRecord, query: Tensor, past_length: i
     if known is None or past_length == 0:
         known = query[:, :0]
     elif known.shape[0] != rows:
-        if rows == 1:  # position ids given before and left to the model now
+        if rows == 1:  # the user gave position ids before, and gives none now
             query = query.expand(known.shape[0], -1)
         elif known.shape[0] == 1:
             known = known.expand(rows, -1)
@@ -178,7 +179,7 @@ def key_positions(cache: Any, record: CacheRecord, query: Tensor, past_length: i
 
 
 def slots_of(cache: Any) -> int | None:
-    """Return the capacity of a static cache in tokens; None for one that grows, and where every layer slides."""
+    """Return the capacity of a static cache in tokens; None if the cache grows or every layer slides."""
     if not getattr(cache, "is_compileable", False):
         return None
     whole = [layer.get_max_length() for layer in cache.layers if not layer.is_sliding]
@@ -186,12 +187,12 @@ def slots_of(cache: Any) -> int | None:
 
 
 def close_record(cache: Any, record: CacheRecord, total: int | Tensor) -> None:
-    """Note what a finished pass left in the cache.
+    """Record the contents of the cache after a finished pass.
 
     Args:
         cache: the cache of this pass.
         record: its record.
-        total: number of tokens that were read into the cache, those of this pass included.
+        total: number of tokens that were read into the cache, including those of this pass.
     """
     if record.positions is None:
         return
@@ -199,8 +200,7 @@ def close_record(cache: Any, record: CacheRecord, total: int | Tensor) -> None:
         record.tokens = None
         return
     record.tokens = int(total)
-    found = _plain_keys(cache)
-    record.layer, record.keys = (-1, None) if found is None else found
+    record.layer, record.keys = _plain_keys(cache) or (-1, None)
     record.version = _version(record)
 
 
@@ -233,7 +233,7 @@ def _plain_keys(cache: Any) -> tuple[int, Tensor] | None:
 
 
 def _held(keys: Tensor, tokens: int, static: bool) -> tuple[int, Tensor]:
-    """Return which of the first `tokens` tokens the keys of a layer begin with, and the keys of those that it holds.
+    """Return the index of the first token whose key a layer holds, and its keys of the first `tokens` tokens.
 
     A static layer fills its slots from the left; one that slides then rolls, its newest token at the right.
     """
@@ -242,7 +242,11 @@ def _held(keys: Tensor, tokens: int, static: bool) -> tuple[int, Tensor]:
 
 
 def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> None:
-    """Follow changes of a cache since the last pass: rows selected, repeated or reordered, newest tokens dropped."""
+    """Update a record after changes of its cache: rows selected, repeated or reordered, newest tokens dropped.
+
+    Raises:
+        CacheError: the cache was changed in another way.
+    """
     changed = f"This cache was changed since {record.scheme!r} filled it"
     tokens = length if record.tokens is None else record.tokens
     if not record.finished and (record.keys is None or length > tokens):

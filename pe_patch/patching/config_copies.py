@@ -1,8 +1,8 @@
-"""Config objects that belong to one patched model alone.
+"""Give a patched model its own copies of its configs.
 
-Two models built from one config share the object, and what a patch writes there would change what the other one saves.
-So a patched model refers to copies, and to the original objects again after the undo. Models around it (one that has it
-as its language model, a PEFT wrapper) hold the same configs, save them, and refer to the copies too.
+Two models built from one config share the object, so a value that a patch writes there would change what the other
+model saves. A patched model therefore refers to copies, and after the undo to the originals again. Models around it (a
+multimodal model, a PEFT wrapper) hold and save the same configs, so they refer to the copies too.
 """
 
 from __future__ import annotations
@@ -20,51 +20,54 @@ from ..core.swaps import Swap
 
 @dataclass
 class ConfigCopy:
-    """A copy of a config, and the way back for what the user writes there while the model is patched."""
+    """A copy of a config, whose changes by the user are written back to the original when the patch is undone."""
 
     original: Any
+    """The config before the patch."""
     copy: Any
+    """The config of the patched model."""
     known: dict[str, Any]
-    """The attributes of the copy when it was made; all else was written by the user."""
+    """The attributes of the copy when it was created. Differences from them were written by the user."""
 
     def carry_back(self) -> None:
-        """Write to the original what the user changed in the copy; to be called when the patch has left the copy."""
-        before, now, target = self.known, dict(vars(self.copy)), vars(self.original)
-        for name in now.keys() | before.keys():
-            if name not in now:
+        """Write the user's changes of the copy to the original. Call this after the patch's own values are undone."""
+        known, current, target = self.known, dict(vars(self.copy)), vars(self.original)
+        for name in current.keys() | known.keys():
+            if name not in current:
                 target.pop(name, None)
-            elif name not in before or not _same(before[name], now[name]):
-                target[name] = now[name]
-        self.known = now
+            elif name not in known or not _same(known[name], current[name]):
+                target[name] = current[name]
+        self.known = current
 
 
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and bool(one == other))
+def _same(first: Any, second: Any) -> bool:
+    return first is second or (type(first) is type(second) and bool(first == second))
 
 
-def models_around(head: Any) -> list[nn.Module]:
-    """Return the modules that contain `head`, outermost last.
+def models_around(model: Any) -> list[nn.Module]:
+    """Return the modules that contain `model`, outermost last.
 
-    A module does not know what contains it, so they are found among all live modules. That takes a tenth of a second,
-    and is left out for a model that predicts tokens by itself and carries no adapter.
+    A module has no reference to its parents, so this searches all live modules. The search takes a tenth of a second.
+    It is skipped for a model that has output embeddings and no PEFT adapter.
     """
-    if head.get_output_embeddings() is not None and "peft_config" not in vars(head):
+    if model.get_output_embeddings() is not None and "peft_config" not in vars(model):
         return []
     parents: dict[int, list[nn.Module]] = {}
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
         for child in list(vars(module).get("_modules", {}).values()):
             parents.setdefault(id(child), []).append(module)
     around: dict[int, nn.Module] = {}
-    inner = [head]
+    inner = [model]
     while inner:
-        found = [module for module in parents.get(id(inner.pop(0)), ()) if id(module) not in around]
-        around |= {id(module): module for module in found}
-        inner += found
+        outer = [module for module in parents.get(id(inner.pop(0)), ()) if id(module) not in around]
+        around |= {id(module): module for module in outer}
+        inner += outer
     return list(around.values())
 
 
 def copy_configs(base: Any, models: list[Any]) -> list[ConfigCopy]:
-    """Copy the configs of `base` and of the first of `models`, and those of the others that hold one of these."""
+    """Copy the configs of `base` and of the first of `models`, and every config of `models` that contains one of "
+    "these."""
     copies: dict[int, ConfigCopy] = {}
 
     def visit(config: Any, wanted: bool) -> None:
@@ -73,9 +76,9 @@ def copy_configs(base: Any, models: list[Any]) -> list[ConfigCopy]:
             visit(value, value is base.config)
         inside = {name: copies[id(value)].copy for name, value in nested.items() if id(value) in copies}
         if id(config) not in copies and (wanted or inside):
-            twin = copy.copy(config)
-            vars(twin).update(inside)
-            copies[id(config)] = ConfigCopy(config, twin, dict(vars(twin)))
+            duplicate = copy.copy(config)
+            vars(duplicate).update(inside)
+            copies[id(config)] = ConfigCopy(config, duplicate, dict(vars(duplicate)))
 
     visit(base.config, True)
     for model in models:
@@ -85,20 +88,20 @@ def copy_configs(base: Any, models: list[Any]) -> list[ConfigCopy]:
 
 
 def config_references(models: list[Any], copies: list[ConfigCopy]) -> list[Swap]:
-    """Return the swaps that lead all modules of `models` from the originals to the copies."""
-    twins = {id(each.original): each.copy for each in copies}
+    """Return the swaps that make all modules of `models` refer to the copies instead of the originals."""
+    copy_of = {id(each.original): each.copy for each in copies}
     modules = {id(module): module for model in models for module in model.modules()}
     return [
-        Swap.of(module, name, twins[id(value)])
+        Swap.of(module, name, copy_of[id(value)])
         for module in modules.values()
         for name, value in vars(module).items()
-        if id(value) in twins
+        if id(value) in copy_of
     ]
 
 
 def redirect(swaps: list[Swap], copies: list[ConfigCopy]) -> list[Swap]:
-    """Turn swaps of attributes of the originals into swaps of the copies."""
-    twins = {id(each.original): each.copy for each in copies}
+    """Change swaps on the originals, in place, into swaps on the copies; return them."""
+    copy_of = {id(each.original): each.copy for each in copies}
     for swap in swaps:
-        swap.owner = twins.get(id(swap.owner), swap.owner)
+        swap.owner = copy_of.get(id(swap.owner), swap.owner)
     return swaps

@@ -1,4 +1,4 @@
-"""What a patched model is: what was swapped for what, and the numbers in effect."""
+"""Describe a patched model: the attributes that were replaced, and the numbers in effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.adapter import RotaryJoint, TypedJoint
+from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
 from ..errors import PePatchError
@@ -22,28 +22,40 @@ class Replaced:
     """One attribute that a patch replaced."""
 
     where: str
+    """Path of the attribute in the model."""
     old: str
+    """The original, in words."""
     new: str
+    """The replacement, in words."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A patch in words and numbers; `str()` is a table for people, `to_dict()` is for machines."""
+    """A patch in words and numbers; `str()` gives a table, `to_dict()` gives plain values."""
 
     model: str
+    """Class name of the model."""
     family: str
+    """`config.model_type` of the patched stack."""
     scheme: str
+    """Name of the scheme."""
     options: dict[str, Any]
+    """Options of the scheme."""
     layers: list[int]
+    """Indices of the patched layers."""
     num_layers: int
+    """Number of layers of the model."""
     backend: str
+    """Name of the attention implementation."""
     keep_native: bool
+    """The native positions remain beside the scheme."""
     effective: dict[str, Any]
-    """Theta, trained and effective window, attention factor, wavelengths: what the scheme really uses."""
+    """The numbers in effect: theta, trained and effective window in tokens, attention factor, wavelengths."""
     replaced: list[Replaced] = field(default_factory=list)
+    """The attributes that the patch replaced."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists, dicts, numbers and strings."""
+        """Return the description as plain lists, dicts, numbers and strings."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -72,21 +84,24 @@ class Description:
 
 
 def describe(model: Any) -> Description:
-    """Describe the patch that a model carries.
+    """Return a description of the patch of a model.
+
+    Args:
+        model: a patched model, which may be wrapped.
 
     Raises:
-        PePatchError: where it carries none, or one that was interrupted half way.
+        PePatchError: the model is not patched, or its patch was interrupted.
     """
     patch = find_patch(model)
     if patch is None:
         raise PePatchError("This model carries no patch; patch_model(model, scheme, ...) first.")
     if not patch.whole:
         raise PePatchError(
-            f"Patching this model with {patch.scheme.name!r}, or undoing it, was interrupted half way: "
-            "unpatch_model(model) finishes the undo."
+            f"Patching this model with {patch.scheme.name!r}, or undoing it, was interrupted half way. "
+            "Call unpatch_model(model) to finish the undo."
         )
     return Description(
-        model=type(patch.head).__name__,
+        model=type(patch.model).__name__,
         family=patch.base.config.model_type,
         scheme=patch.scheme.name,
         options=dict(patch.scheme.recorded),
@@ -105,11 +120,11 @@ EFFECTIVE = {
     "trained_window": ("trained_window", "window"),
     "attention_factor": ("attention_scaling",),
 }
-"""Attributes of schemes that hold the number in effect, after defaults and the model's config."""
+"""For each number in effect, the attributes of schemes that may hold it, in order of preference."""
 
 
 def effective(scheme: Scheme) -> dict[str, Any]:
-    """The numbers that a scheme really uses, by name."""
+    """Return the numbers that a scheme uses, by name."""
     numbers: dict[str, Any] = {}
     for name, attributes in EFFECTIVE.items():
         values = (getattr(scheme, attribute, None) for attribute in attributes)
@@ -117,7 +132,7 @@ def effective(scheme: Scheme) -> dict[str, Any]:
         if value is not None:
             numbers[name] = value
     inner: Any = getattr(scheme, "inner", None)
-    if getattr(inner, "trained_window", None) is not None:  # the model was trained with the rotation underneath
+    if getattr(inner, "trained_window", None) is not None:  # the model was trained with the inner scheme
         numbers["trained_window"] = getattr(scheme, "reads", None) or inner.trained_window
     numbers |= scheme.settled
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
@@ -134,7 +149,7 @@ def effective(scheme: Scheme) -> dict[str, Any]:
 
 
 def _window_source(patch: Patch) -> dict[str, Any]:
-    """Return where the trained window in use comes from."""
+    """Return the source of the trained window that the scheme uses."""
     used, window = effective(patch.scheme).get("trained_window"), patch.window
     if used is None:
         return {}
@@ -145,7 +160,7 @@ def _window_source(patch: Patch) -> dict[str, Any]:
 
 
 def _cache(patch: Patch) -> dict[str, Any]:
-    """What a token leaves in the cache under a scheme that changes that, and the window of a rotation that it keeps."""
+    """Return the cache size of a token, and the window of a kept rotation, for a scheme that converts projections."""
     scheme: Any = patch.scheme
     if not converts(scheme):
         return {}
@@ -154,9 +169,9 @@ def _cache(patch: Patch) -> dict[str, Any]:
     if cached is not None and before is not None:
         size = len(patch.layers) * patch.base.dtype.itemsize
         numbers["cache_bytes_per_token"] = f"{size * cached:,} (was {size * before:,})"
-    own = getattr(patch.base.config, "max_position_embeddings", None)
-    if scheme.effective_window is None and own is not None:
-        numbers["effective_window"] = own
+    window = getattr(patch.base.config, "max_position_embeddings", None)
+    if scheme.effective_window is None and window is not None:
+        numbers["effective_window"] = window
     return numbers
 
 
@@ -164,11 +179,12 @@ INTERNAL = (
     "pe_", "config", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained",
     "_get_static_cache_init_shape",
 )  # fmt: skip
+"""Beginnings of the names of attributes that a description leaves out: bookkeeping, configs and saving."""
 
 
 def _replaced(patch: Patch) -> list[Replaced]:
-    names = {id(module): name for name, module in patch.head.named_modules()}
-    configs = {id(patch.head.config): "config", id(patch.base.config): "config"}
+    names = {id(module): name for name, module in patch.model.named_modules()}
+    configs = {id(patch.model.config): "config", id(patch.base.config): "config"}
     rows = []
     for swap in patch.swaps:
         is_scheme = swap.attribute == "pe_scheme"
@@ -191,11 +207,11 @@ def _name(value: Any) -> str:
         return "the class's own"
     if value is GIVEN_UP:
         return "not kept"
-    if isinstance(value, RotaryJoint):
+    if isinstance(value, PatchedRotaryEmbedding):
         scheme = value.__dict__["scheme"]
-        return f"RotaryJoint({scheme.name if scheme is not None else 'no rotation'})"
-    if isinstance(value, TypedJoint):
-        return ", ".join(f"{kind}: {_name(joint)}" for kind, joint in value.joints.items())
+        return f"PatchedRotaryEmbedding({scheme.name if scheme is not None else 'no rotation'})"
+    if isinstance(value, PerLayerTypeRotary):
+        return ", ".join(f"{layer_type}: {_name(module)}" for layer_type, module in value.by_type.items())
     if isinstance(value, nn.Module):
         return type(value).__name__
     if hasattr(value, "function"):

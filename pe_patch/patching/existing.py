@@ -1,5 +1,7 @@
-"""What becomes of a scaling that a model's own config carries when a scheme is patched in: an error, replaced, or kept
-underneath. The built rotary module decides what that scaling is; the config only describes it."""
+"""Treat a scaling in the model's config when a scheme is patched in: raise, replace it, or build on it.
+
+The built rotary module decides what that scaling is; the config only describes it.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,7 @@ from ..schemes.remapped_base import Remapped
 from ..schemes.rope import Rotary
 
 EXISTING = ("error", "replace", "compose")
+"""The values of `on_existing`."""
 
 
 def settle_existing(
@@ -37,7 +40,12 @@ def settle_existing(
     """Return the options to use and the trained window that the scheme extends from.
 
     Args:
-        chosen: indices of the layers to be patched.
+        base: the model that holds the layers.
+        adapter: the description of its family.
+        scheme: the class of the scheme.
+        options: its options.
+        on_existing: one of `EXISTING`.
+        chosen: indices of the layers to patch.
 
     Raises:
         AlreadyPatchedError: the config carries a scaling and `on_existing` is "error".
@@ -45,20 +53,22 @@ def settle_existing(
         UnsupportedError: the scheme does not compose, or the config was changed after the model was built.
     """
     config = base.config
-    kinds = adapter.kinds(base, config)
-    layer = next((index for index in chosen if _scaled(native_parameters(config, kinds[index]))), chosen[0])
-    window, parameters = adapter.window(base, config, layer), native_parameters(config, kinds[layer])
+    layer_types = adapter.layer_types(base, config)
+    layer = next((index for index in chosen if _scaled(native_parameters(config, layer_types[index]))), chosen[0])
+    window, parameters = adapter.window(base, config, layer), native_parameters(config, layer_types[layer])
     composed = on_existing == "compose" and _scaled(parameters) and adapter.rotary is not None
     if options.get(OPTION) is not None and OPTION in scheme.option_names():
         window = window.settle(options[OPTION], composed)
     if _scaled(parameters) and adapter.rotary is not None:
         if on_existing == "error":
-            raise _already(window, parameters, native_theta(getattr(base, adapter.rotary), config, kinds[layer]))
+            raise _already_scaled(
+                window, parameters, native_theta(getattr(base, adapter.rotary), config, layer_types[layer])
+            )
         if composed:
-            _check_composes(scheme, options, parameters, {kinds[index] for index in chosen}, kinds[layer])
+            _check_composes(scheme, options, parameters, {layer_types[index] for index in chosen}, layer_types[layer])
             options = {"over": existing_scheme(base, adapter, layer, window), **options}
         elif "theta" not in options:
-            _check_built(base, adapter, kinds[layer])
+            _check_built(base, adapter, layer_types[layer])
     if OPTION not in scheme.option_names():
         return options, window
     number = window.scaled_length if composed else window.length
@@ -70,18 +80,20 @@ def settle_existing(
 
 
 def _scaled(parameters: dict[str, Any]) -> bool:
+    """Return whether rotary parameters contain a scaling."""
     return parameters.get("rope_type", "default") not in ("default", None)
 
 
-def _already(window: TrainedWindow, parameters: dict[str, Any], theta: float) -> AlreadyPatchedError:
+def _already_scaled(window: TrainedWindow, parameters: dict[str, Any], theta: float) -> AlreadyPatchedError:
+    """Return the error for a model whose config has a scaling, with both remedies."""
     start = f"its window of {window.length} tokens and theta {theta} ({window.source})"
     if window.length is None:
         start = f"theta {theta} and the unscaled window, which you must state: {window.source}"
     over = "" if window.scaled_length is None else f" from {window.scaled_length} tokens"
     return AlreadyPatchedError(
-        f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second one on "
-        f"top would not mean what it says. on_existing='replace' starts again from {start}; on_existing='compose' "
-        f"builds on it{over} where that has a meaning."
+        f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second scaling "
+        f"on top would not extend by the factor that it states. on_existing='replace' starts again from {start}; "
+        f"on_existing='compose' builds on it{over}, for schemes that support it."
     )
 
 
@@ -93,32 +105,44 @@ def _check_composes(
     scheme: type[Scheme],
     options: dict[str, Any],
     parameters: dict[str, Any],
-    kinds: set[str | None],
-    kind: str | None,
+    layer_types: set[str | None],
+    layer_type: str | None,
 ) -> None:
+    """Raise if a scheme cannot build on the scaling in the config.
+
+    Raises:
+        UnsupportedError: the scheme does not compose, or only some of the chosen layer types are scaled.
+        OptionError: the user gives `over` too.
+    """
     if "over" not in scheme.option_names():
         able = [name for name, known in SCHEMES.items() if "over" in known.option_names()]
         raise UnsupportedError(
-            f"{scheme.name!r} over an existing {parameters['rope_type']!r} has no meaning; only {', '.join(able)} "
+            f"{scheme.name!r} cannot build on an existing {parameters['rope_type']!r}; only {', '.join(able)} "
             "compose. Use on_existing='replace'."
         )
-    if len(kinds) > 1:
-        raise UnsupportedError(f"Only the {kind} layers of this model are scaled; choose them with layers=.")
+    if len(layer_types) > 1:
+        raise UnsupportedError(f"Only the {layer_type} layers of this model are scaled; choose them with layers=.")
     if options.get("over") is not None:
         raise OptionError(
             f"on_existing='compose' puts {scheme.name!r} over the config's {parameters['rope_type']!r}, and "
-            f"over={quoted(options['over'])} names another scheme; leave one of the two out."
+            f"over={quoted(options['over'])} names another scheme. Leave one of the two out."
         )
 
 
 def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window: TrainedWindow) -> dict[str, Any]:
-    """Return the scaling that a model carries, in our own words, with the numbers that its rotary module turns by.
+    """Return the scaling of a model as a scheme specification of this library, with the numbers of its rotary module.
+
+    Args:
+        base: the model that holds the layers.
+        adapter: the description of its family.
+        layer: index of a layer that has the scaling.
+        window: the trained window.
 
     Raises:
-        UnsupportedError: the module does not turn by what the config says.
+        UnsupportedError: the module does not rotate by what the config says.
     """
-    kind = adapter.kinds(base, base.config)[layer]
-    parameters = native_parameters(base.config, kind)
+    layer_type = adapter.layer_types(base, base.config)[layer]
+    parameters = native_parameters(base.config, layer_type)
     if window.factor is not None and parameters["rope_type"] in config_formats.FACTOR_IS_RATIO:
         parameters = {**parameters, "factor": window.factor}
     if window.length is not None:
@@ -128,12 +152,12 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
         raise UnsupportedError(f"This config has different parameters for {', '.join(read)}, which do not compose.")
     options = {"scheme": read.scheme, **read.options}
     if window.length is None and OPTION not in options:
-        options[OPTION] = window.maximum or 1  # which has no part in its frequencies
+        options[OPTION] = window.maximum or 1  # the frequencies do not depend on it
     cls, given = find_scheme(options, {}, None)
     scheme = cls(adapter.shape(base, base.config, layer), **given)
     if not isinstance(scheme, Rotary):
         raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
-    inv_freq, factor = built_rotation(base, adapter, kind)
+    inv_freq, factor = built_rotation(base, adapter, layer_type)
     norm = adapter.norm_after_rotation
     if norm and any(hasattr(each, norm) for each in adapter.attentions(base)):
         factor = 1.0
@@ -150,33 +174,35 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     return options
 
 
-def built_rotation(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> tuple[Tensor, float]:
-    """Return the frequencies that a built rotary module turns short sequences by, `[rotary_dim / 2]`, and the factor on
-    cos and sin, measured at position zero on a copy."""
+def built_rotation(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> tuple[Tensor, float]:
+    """Return the frequencies of a built rotary module for short sequences, and its factor on cos and sin.
+
+    The frequencies have the shape `[rotary_dim / 2]`. The factor is measured at position zero, on a copy.
+    """
     assert adapter.rotary is not None
     rotary: Any = getattr(base, adapter.rotary)
-    if frequencies_of(rotary, kind)[1].is_meta:  # no numbers there: build what its config asks for
+    if frequencies_of(rotary, layer_type)[1].is_meta:  # meta tensors have no values: build the module from its config
         rotary = type(rotary)(rotary.config)
-    inv_freq = frequencies_of(rotary, kind)[1].detach().cpu()
+    inv_freq = frequencies_of(rotary, layer_type)[1].detach().cpu()
     with torch.no_grad():
-        origin = torch.zeros(1, 1, dtype=torch.long, device=frequencies_of(rotary, kind)[0].device)
+        origin = torch.zeros(1, 1, dtype=torch.long, device=frequencies_of(rotary, layer_type)[0].device)
         hidden = torch.zeros(1, 1, 1, 1, device=origin.device)
-        made = copy.deepcopy(rotary)(hidden, origin, *([] if kind is None else [kind]))
-    cos = made[0] if isinstance(made, tuple) else made.abs()
+        output = copy.deepcopy(rotary)(hidden, origin, *([] if layer_type is None else [layer_type]))
+    cos = output[0] if isinstance(output, tuple) else output.abs()
     factor = float(cos.flatten()[0])
-    exact = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", factor)
+    exact = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", factor)
     return inv_freq, float(exact) if math.isclose(exact, factor, rel_tol=1e-5) else factor
 
 
-def _check_built(base: PreTrainedModel, adapter: Adapter, kind: str | None) -> None:
-    """Raise where the module was built from another config than the model has now: base and window would be wrong."""
+def _check_built(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> None:
+    """Raise if the config was changed after the rotary module was built, so that its base and window would be wrong."""
     rotary: Any = getattr(base, str(adapter.rotary))
-    inv_freq = frequencies_of(rotary, kind)[1]
+    inv_freq = frequencies_of(rotary, layer_type)[1]
     if inv_freq.is_meta or base.config.model_type not in ADAPTERS:
         return
-    again = frequencies_of(type(rotary)(copy.deepcopy(base.config)), kind)[1]
-    if not _same(again, inv_freq):
-        raise _changed(base, adapter, native_parameters(base.config, kind), again, inv_freq)
+    rebuilt = frequencies_of(type(rotary)(copy.deepcopy(base.config)), layer_type)[1]
+    if not _same(rebuilt, inv_freq):
+        raise _changed(base, adapter, native_parameters(base.config, layer_type), rebuilt, inv_freq)
 
 
 def _same(expected: Tensor, built: Tensor) -> bool:
@@ -193,17 +219,19 @@ def _changed(
     if expected.shape == built.shape:
         pair = int((expected - built).abs().div(expected.clamp(min=1e-12)).argmax())
         numbers = (
-            f": pair {pair} turns by {float(built[pair]):.6g} radians per token, not by {float(expected[pair]):.6g}"
+            f": pair {pair} rotates by {float(built[pair]):.6g} radians per token, not by {float(expected[pair]):.6g}"
         )
     return UnsupportedError(
-        f"The built {module} does not turn by the {parameters['rope_type']!r} that the config names{numbers}. The "
-        "config was changed after the model was built, which changes nothing in it: load the model again."
+        f"The built {module} does not rotate by the {parameters['rope_type']!r} of the config{numbers}. The config was "
+        "changed after the model was built, which does not change the model: load the model again."
     )
 
 
 def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
-    """Raise `NoEffectError` for a scheme over a model's own scaling that leaves everything as it was, up to the length
-    that it reaches and twice the window at most."""
+    """Raise `NoEffectError` if a scheme over the model's scaling changes nothing.
+
+    The check covers lengths up to the effective window, and up to twice the trained window at most.
+    """
     for scheme in schemes:
         if not isinstance(scheme, Over | Remapped):
             continue
@@ -213,6 +241,6 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
             given = ", ".join(f"{key}={value}" for key, value in scheme.settled.items())
             named = f"{scheme.name!r}{f' with {given}' if given else ''}"
             raise NoEffectError(
-                f"{named} over this model's own {window.rope_type!r} scaling changes nothing up to {reach} tokens: its "
-                f"window is {window.in_words(composed=True)}. Give a larger factor or a smaller window."
+                f"{named} over the {window.rope_type!r} scaling of this model changes nothing up to {reach} tokens: "
+                f"its window is {window.in_words(composed=True)}. Give a larger factor or a smaller window."
             )

@@ -1,4 +1,4 @@
-"""The joints of a model that a scheme takes over, as swaps."""
+"""Return the swaps that put a scheme into the modules of a model: rotary module, tables, scores and forwards."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 from .. import compat
 from ..adapters import Adapter
-from ..adapters.adapter import NoTable, RotaryJoint, TypedJoint
+from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary, ZeroPositionEmbedding
 from ..adapters.trained_window import table_window
-from ..adapters.vision import no_table
+from ..adapters.vision import zero_positions
 from ..attention.parallel import broadcast_parameters
 from ..core.scheme import Scheme
 from ..core.swaps import Chain, Swap, bind
@@ -23,24 +23,24 @@ from .compatibility import Plan
 from .forward import (
     Runtime,
     base_forward,
-    hand_over_positions,
+    hand_down_position_ids,
     keep_cache,
     layer_rotation,
     read_prompt_first,
     refuse_paging,
     refuse_prefill_chunks,
     set_attn_implementation,
-    tower_forward,
+    vision_forward,
 )
 from .stacked import Stacked
 
 LayerSchemes = list[Scheme | Stacked | None]
-"""What acts on the scores of each layer."""
-JOINTS = (RotaryJoint, TypedJoint)
+"""The scheme that acts on the scores of each layer; None for Transformers' own attention."""
+ROTARY_MODULES = (PatchedRotaryEmbedding, PerLayerTypeRotary)
 
 
 class WithoutInner:
-    """A family's attention forward, which replaces the native one rather than calling it."""
+    """Wrap a function so that `Bound` calls it without the native forward, which it replaces."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -50,87 +50,112 @@ class WithoutInner:
 
 
 def native_swaps(
-    base: Any, adapter: Adapter, own: dict[int, Scheme], plan: Plan, keep_native: bool
+    base: Any, adapter: Adapter, scheme_by_layer: dict[int, Scheme], plan: Plan, keep_native: bool
 ) -> tuple[list[Swap], dict[str, nn.Module]]:
-    """Take over, or silence, the rotation or the learned table that the family has."""
+    """Return the swaps that replace or switch off the native positions, and the modules that they replace.
+
+    Args:
+        base: the model that holds the layers.
+        adapter: the description of its family.
+        scheme_by_layer: the scheme of each chosen layer.
+        plan: the places at which the scheme acts.
+        keep_native: leave the native positions in place.
+    """
     swaps: list[Swap] = []
     original: dict[str, nn.Module] = {}
-    stays = converts(next(iter(own.values()))) and not plan.turns
-    if adapter.rotary is not None and not keep_native and not stays:
-        swaps = _rotary_swaps(base, adapter, own, plan, original)
-    if adapter.folds_scale and not keep_native and not stays:
-        chosen = [(attention, own[i]) for i, attention in enumerate(adapter.attentions(base)) if i in own]
-        swaps += [Swap.of(each, "scaling", adapter.softmax_scale(each, scheme), direct=True) for each, scheme in chosen]
+    attentions = adapter.attentions(base)
+    keeps_native_rotation = converts(next(iter(scheme_by_layer.values()))) and not plan.rotates
+    if adapter.rotary is not None and not keep_native and not keeps_native_rotation:
+        swaps = _rotary_swaps(base, adapter, scheme_by_layer, plan, original)
+    if adapter.folds_scale and not keep_native and not keeps_native_rotation:
+        for index, scheme in scheme_by_layer.items():
+            attention: Any = attentions[index]
+            swaps.append(Swap.of(attention, "scaling", adapter.softmax_scale(attention, scheme), direct=True))
     if adapter.norm_after_rotation is not None and plan.at_scores and not keep_native:
-        swaps += _norm_swaps(adapter, {i: each for i, each in enumerate(adapter.attentions(base)) if i in own}, own)
+        swaps += _norm_swaps(adapter, {index: attentions[index] for index in scheme_by_layer}, scheme_by_layer)
     if adapter.learned is not None and not keep_native:
         table = getattr(base, adapter.learned)
-        own[0].adopt(table.weight[adapter.learned_offset :])
-        swaps.append(Swap.of(base, adapter.learned, NoTable(table.weight.shape[1])))
+        scheme_by_layer[0].adopt(table.weight[adapter.learned_offset :])
+        swaps.append(Swap.of(base, adapter.learned, ZeroPositionEmbedding(table.weight.shape[1])))
         original[adapter.learned] = table
     if adapter.tower is not None and not keep_native:
-        swaps.append(bind(getattr(base, adapter.tower.embeddings), "interpolate_pos_encoding", no_table))
+        swaps.append(bind(getattr(base, adapter.tower.embeddings), "interpolate_pos_encoding", zero_positions))
     return swaps, original
 
 
-def _norm_swaps(adapter: Adapter, attentions: dict[int, Any], own: dict[int, Scheme]) -> list[Swap]:
-    """Hold the norm that follows the rotation back until `Rotary` has rotated at the scores.
+def _norm_swaps(adapter: Adapter, attentions: dict[int, Any], scheme_by_layer: dict[int, Scheme]) -> list[Swap]:
+    """Delay the norm that follows the rotation until `Rotary` has rotated at the scores.
 
-    Schemes that rotate pairs by several positions do without: a norm without weights and a rotation may change places.
+    Schemes that rotate each pair by several positions do not need this: a norm without weights and a rotation commute.
     """
     name, swaps = str(adapter.norm_after_rotation), []
     for index, attention in attentions.items():
         norm = getattr(attention, name, None)
-        if norm is not None and type(own[index]).attend is Rotary.attend:
+        if norm is not None and type(scheme_by_layer[index]).attend is Rotary.attend:
             swaps.append(Swap.of(attention, name, nn.Identity()))
             swaps.append(Swap.of(attention, "pe_norm_after_rotation", norm, direct=True))
     return swaps
 
 
 def _rotary_swaps(
-    base: Any, adapter: Adapter, own: dict[int, Scheme], plan: Plan, original: dict[str, nn.Module]
+    base: Any, adapter: Adapter, scheme_by_layer: dict[int, Scheme], plan: Plan, original: dict[str, nn.Module]
 ) -> list[Swap]:
-    """One joint in the place of the rotary module where the layers that share it are all chosen and turn alike; else
-    one before each chosen layer."""
+    """Return the swaps that make chosen layers rotate by their schemes, and add replaced modules to `original`.
+
+    If all layers that share the rotary module are chosen and rotate alike, one module replaces it. Otherwise each
+    chosen layer gets a rotary module of its scheme.
+    """
     assert adapter.rotary is not None
-    native, kinds = getattr(base, adapter.rotary), adapter.kinds(base, base.config)
-    turning = {index: (scheme if plan.at_joint else None, kinds[index]) for index, scheme in own.items()}
-    joints = {key: adapter.joint(base, *key) for key in dict.fromkeys(turning.values())}
-    touched = {kind for _, kind in joints}
-    if len(touched) == len(joints) and all(i in own for i, kind in enumerate(kinds) if kind in touched):
-        by_kind = {kind: joint for (_, kind), joint in joints.items()}
+    native, layer_types = getattr(base, adapter.rotary), adapter.layer_types(base, base.config)
+    key_by_layer = {
+        index: (scheme if plan.at_rotary_module else None, layer_types[index])
+        for index, scheme in scheme_by_layer.items()
+    }
+    modules = {key: adapter.rotary_embedding(base, *key) for key in dict.fromkeys(key_by_layer.values())}
+    touched = {layer_type for _, layer_type in modules}
+    if len(touched) == len(modules) and all(
+        i in scheme_by_layer for i, layer_type in enumerate(layer_types) if layer_type in touched
+    ):
+        by_type = {layer_type: module for (_, layer_type), module in modules.items()}
         original[adapter.rotary] = native
-        whole = TypedJoint({str(kind): joint for kind, joint in by_kind.items()}, native)
-        return [Swap.of(base, adapter.rotary, whole if adapter.typed else by_kind[None])]
+        whole = PerLayerTypeRotary({str(layer_type): module for layer_type, module in by_type.items()}, native)
+        return [Swap.of(base, adapter.rotary, whole if adapter.typed else by_type[None])]
     swaps, layers = [], adapter.blocks(base)
-    for index, key in turning.items():
-        swaps.append(Swap.of(layers[index], "pe_joint", joints[key], direct=True))
+    for index, key in key_by_layer.items():
+        swaps.append(Swap.of(layers[index], "pe_rotary", modules[key], direct=True))
         swaps.append(bind(layers[index], "forward", layer_rotation))
     return swaps
 
 
 def at_scores(
-    adapter: Adapter, own: dict[int, Scheme], plan: Plan, keep_native: bool, attentions: list[Any]
+    adapter: Adapter, scheme_by_layer: dict[int, Scheme], plan: Plan, keep_native: bool, attentions: list[Any]
 ) -> LayerSchemes:
-    """For each layer what acts on its scores, or None where Transformers' own attention is all there is."""
-    first = next(iter(own.values()))
-    if plan.turns and all(adapter.rests(attentions[index]) for index in own):
+    """Return for each layer the scheme that acts on its scores, or None for Transformers' own attention.
+
+    Raises:
+        OptionError: the scheme rotates, and the chosen layers of this family do not.
+        UnsupportedError: `keep_native` would add a second bias to the family's ALiBi.
+    """
+    first = next(iter(scheme_by_layer.values()))
+    if plan.rotates and all(adapter.skips_rope(attentions[index]) for index in scheme_by_layer):
         raise OptionError(
-            f"layers= chooses layers that do not rotate in this family ({list(own)}), so {first.name!r} would have no "
-            "effect there."
+            f"layers= chooses layers that do not rotate in this family ({list(scheme_by_layer)}), so {first.name!r} "
+            "would have no effect there."
         )
     native = SCHEMES["alibi"](first.shape) if adapter.alibi else None
     result: LayerSchemes = []
     for index, attention in enumerate(attentions):
-        if index not in own:
+        if index not in scheme_by_layer:
             result.append(native)
             continue
-        scheme = own[index] if plan.at_scores and not (plan.turns and adapter.rests(attention)) else None
-        scorer = own[index].scorer
+        scheme = (
+            scheme_by_layer[index] if plan.at_scores and not (plan.rotates and adapter.skips_rope(attention)) else None
+        )
+        scorer = scheme_by_layer[index].scorer
         if native is not None and keep_native:
-            if scorer is not None or (scheme is not None and (scheme.own_scores or not plan.turns)):
+            if scorer is not None or (scheme is not None and (scheme.own_scores or not plan.rotates)):
                 raise UnsupportedError(
-                    f"{first.name!r} cannot be added to this family's own ALiBi; leave keep_native out."
+                    f"{first.name!r} cannot be added to the ALiBi of this family; leave keep_native out."
                 )
             scorer = native
         result.append(Stacked(scheme, scorer) if scheme is not None and scorer is not None else scheme or scorer)
@@ -138,10 +163,10 @@ def at_scores(
 
 
 def forward_swaps(
-    head: Any,
+    model: Any,
     base: Any,
     adapter: Adapter,
-    own: dict[int, Scheme],
+    scheme_by_layer: dict[int, Scheme],
     plan: Plan,
     scores: list[Scheme | Stacked | None],
     strict: bool,
@@ -149,8 +174,11 @@ def forward_swaps(
     specification: str,
     native: list[Swap],
 ) -> list[Swap]:
-    """Bind the forward that finds the positions, and what hands them down where the family drops keywords."""
-    scheme = next(iter(own.values()))
+    """Return the swaps of the forwards, which compute positions and pass them to the layers.
+
+    They also guard features of generation that would bypass the scheme.
+    """
+    scheme = next(iter(scheme_by_layer.values()))
     cache_argument = None
     if adapter.tower is None:
         cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.rotary is not None)
@@ -159,12 +187,12 @@ def forward_swaps(
         embeds=plan.embeds,
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores),
-        rotates_at_scores=plan.turns and plan.at_scores,
-        carry=adapter.carry,
+        rotates_at_scores=plan.rotates and plan.at_scores,
+        pass_positions=adapter.carry,
         arguments=compat.argument_names(type(base).forward),
         cache_argument=cache_argument,
-        head_arguments=compat.argument_names(type(head).forward),
-        head_cache_argument=compat.cache_argument(type(head).forward),
+        model_arguments=compat.argument_names(type(model).forward),
+        model_cache_argument=compat.cache_argument(type(model).forward),
         specification=specification,
         window=scheme.effective_window,
         strict=strict,
@@ -172,41 +200,41 @@ def forward_swaps(
         keep_native=keep_native,
         native_table=table_window(base) if keep_native and adapter.tower is None else None,
         layers=len(adapter.attentions(base)),
-        carries=adapter.carries,
-        whole=_why_whole(adapter, scheme),
+        forwards_kwargs=adapter.carries,
+        unsplittable=_why_unsplittable(adapter, scheme),
         sliding_window=_window(base.config, "sliding_attention", "sliding_window"),
         chunk=_window(base.config, "chunked_attention", "attention_chunk_size"),
         rotary=next(
             (
                 (swap.attribute, type(swap.replacement))
                 for swap in native
-                if swap.owner is base and isinstance(swap.replacement, JOINTS)
+                if swap.owner is base and isinstance(swap.replacement, ROTARY_MODULES)
             ),
             None,
         ),
     )
-    broadcast_parameters({id(one): one for one in scores if one is not None}.values(), adapter.attentions(base)[0])
-    forward: Callable[..., Any] = base_forward if adapter.tower is None else tower_forward
+    broadcast_parameters({id(each): each for each in scores if each is not None}.values(), adapter.attentions(base)[0])
+    forward: Callable[..., Any] = base_forward if adapter.tower is None else vision_forward
     if adapter.keep_positions is not None:
         forward = Chain(forward, adapter.keep_positions)
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
-    for owner in {id(head): head, id(base): base}.values():
+    for owner in {id(model): model, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
         swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
-    everywhere = len(own) == len(adapter.attentions(base))
+    everywhere = len(scheme_by_layer) == len(adapter.attentions(base))
     if adapter.drops_cache_at_window and everywhere and not keep_native and not keeps_rotation(scheme):
-        swaps.append(bind(head, "prepare_inputs_for_generation", keep_cache))
-    if hasattr(head, "init_continuous_batching"):
-        swaps.append(bind(head, "init_continuous_batching", refuse_paging))
+        swaps.append(bind(model, "prepare_inputs_for_generation", keep_cache))
+    if hasattr(model, "init_continuous_batching"):
+        swaps.append(bind(model, "init_continuous_batching", refuse_paging))
     if adapter.build_bias is not None:
         swaps.append(bind(base, adapter.build_bias[0], WithoutInner(adapter.build_bias[1])))
-    if scheme.length_dependent and hasattr(head, compat.PREFILL):
-        swaps.append(bind(head, compat.PREFILL, refuse_prefill_chunks))
-    before_head = [read_prompt_first] if scheme.length_dependent else []
-    if adapter.carry is not None and head is not base:
-        before_head.append(hand_over_positions)
-    if before_head and head is not base:
-        swaps.append(bind(head, "forward", Chain(*before_head)))
+    if scheme.length_dependent and hasattr(model, compat.PREFILL):
+        swaps.append(bind(model, compat.PREFILL, refuse_prefill_chunks))
+    before_model = [read_prompt_first] if scheme.length_dependent else []
+    if adapter.carry is not None and model is not base:
+        before_model.append(hand_down_position_ids)
+    if before_model and model is not base:
+        swaps.append(bind(model, "forward", Chain(*before_model)))
     return swaps
 
 
@@ -216,12 +244,12 @@ def _window(config: Any, layer_type: str, attribute: str) -> int | None:
     return size if isinstance(size, int) and (layer_types is None or layer_type in layer_types) else None
 
 
-def _why_whole(adapter: Adapter, scheme: Scheme) -> str | None:
-    """Why the sequences of this family cannot be split over processes by Ulysses, or None."""
+def _why_unsplittable(adapter: Adapter, scheme: Scheme) -> str | None:
+    """Return why Ulysses cannot split sequences of this family over processes, or None if it can."""
     if adapter.tower is not None:
-        return "a tower that reads images has no sequence to split"
+        return "a vision encoder has no sequence to split"
     if converts(scheme) or scheme.shape.latent_rank:
         return "it moves heads between processes, and this attention has latents that all heads share"
     if adapter.forward is not None:
-        return "this family does not call its attention through the interface that Ulysses stands in"
+        return "this family does not call the attention interface, which Ulysses replaces"
     return None if adapter.carries else "this family drops the keywords that carry positions and masks to its layers"

@@ -1,8 +1,8 @@
-"""How PEFT comes to write and to heed the record of `peft_record`, with nothing of PEFT itself replaced.
+"""Make PEFT write and check the record of `peft_record`, without replacing any function of PEFT.
 
-Three additions, made when PEFT is imported and not before: its table of adapter types gets the entry `PE_PATCH`; torch
-says when a PEFT model is built; and that one instance then saves and loads through here. None of them does anything to
-a model without a patch and an adapter without a record.
+Three additions take effect when PEFT is imported: its table of adapter types gets the entry `PE_PATCH`, a torch hook
+runs when a PEFT model is built, and that instance then saves and loads through this module. They have no effect on a
+model without a patch and an adapter without a record.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ from .. import compat
 from ..core.swaps import Bound, Swap, apply_all, bind
 from ..errors import CheckpointError, OptionError, PePatchError
 from .cache_record import PREFIX
-from .config import FOREIGN
-from .peft_record import TYPE, SchemeWeights, checked, read_record, require, scheme_modules, write_record
+from .config import RECORD_KEY
+from .peft_record import TYPE, SchemeWeights, check_compatible, checked, read_record, scheme_modules, write_record
 from .saved_config import write_back
 from .targets import unwrap
 
 logger = logging.getLogger("pe_patch")
 
 SOURCE = "pe_source"
-"""Where a config remembers the folder that it came from, for messages."""
+"""Attribute of a config with the folder that it was read from, for messages."""
 
 
 class RecordedConfig:
-    """What stands under `PE_PATCH` in PEFT's table: a config's own class is found, and the record kept on it."""
+    """The entry `PE_PATCH` in PEFT's table: create a config of the recorded type, with the record as an attribute."""
 
     def __new__(cls, **fields: Any) -> Any:
         from peft import PeftConfig
 
-        record = checked(fields.pop(FOREIGN, None), fields.get("base_model_name_or_path"))
+        record = checked(fields.pop(RECORD_KEY, None), fields.get("base_model_name_or_path"))
         if record is None:
             raise CheckpointError(f"An adapter config of peft_type {TYPE} holds no record of its scheme.")
         config = PeftConfig.from_peft_type(**{**fields, "peft_type": record["peft_type"]})
-        config.__dict__[FOREIGN] = record
+        config.__dict__[RECORD_KEY] = record
         return config
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the config of a saved adapter, with the name of its source."""
         from peft import PeftConfig
 
         config = PeftConfig.from_pretrained(*args, **kwargs)
@@ -62,22 +63,22 @@ class RecordedConfig:
 def inject_adapter(
     tuner: Any, inner: Callable[..., Any], model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """PEFT's own, unless the adapter, or what it would train, does not fit the model's scheme."""
-    config, host = tuner.peft_config[adapter_name], _host(model)
-    if host is not None:
-        if (record := config.__dict__.get(FOREIGN)) is not None:
-            require(record, host, config.__dict__.get(SOURCE))
-        _refuse_copies(host, config)
+    """Call PEFT's `inject_adapter` after a check that the adapter fits the model's scheme."""
+    config, target = tuner.peft_config[adapter_name], _patched_model(model)
+    if target is not None:
+        if (record := config.__dict__.get(RECORD_KEY)) is not None:
+            check_compatible(record, target, config.__dict__.get(SOURCE))
+        _refuse_copies(target, config)
     return inner(model, adapter_name, *args, **kwargs)
 
 
-def _refuse_copies(host: PreTrainedModel, config: Any) -> None:
-    """`modules_to_save` would train a copy of the scheme that nothing reads."""
-    schemes = scheme_modules(host)
+def _refuse_copies(target: PreTrainedModel, config: Any) -> None:
+    """Raise `OptionError` if `modules_to_save` names the scheme: PEFT would train a copy that nothing reads."""
+    schemes = scheme_modules(target)
     if schemes is None:
         return
     whole = {schemes, *schemes.children()}
-    names = [name for name, module in host.named_modules() if module in whole or schemes in module.children()]
+    names = [name for name, module in target.named_modules() if module in whole or schemes in module.children()]
     for wanted in getattr(config, "modules_to_save", None) or ():
         if any(f".{name}".endswith(f".{wanted}") for name in names):
             raise OptionError(
@@ -88,48 +89,55 @@ def _refuse_copies(host: PreTrainedModel, config: Any) -> None:
 
 
 def save_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.save_pretrained`, and each adapter's record."""
-    result, given, host = inner(*args, **kwargs), _given(wrapper, "save_pretrained", args, kwargs), _host(wrapper)
-    if host is not None and given.get("is_main_process", True):
+    """Call `PeftModel.save_pretrained`, and write the record of each adapter."""
+    result, given, target = (
+        inner(*args, **kwargs),
+        _given(wrapper, "save_pretrained", args, kwargs),
+        _patched_model(wrapper),
+    )
+    if target is not None and given.get("is_main_process", True):
         folder, selected = Path(given["save_directory"]), given.get("selected_adapters")
         for name in wrapper.peft_config if selected is None else selected:
-            write_record(host, folder if name == "default" else folder / name, given.get("state_dict"))
+            write_record(target, folder if name == "default" else folder / name, given.get("state_dict"))
     return result
 
 
 def load_into_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.load_adapter` of an adapter that fits, with the weights it brings for the scheme."""
+    """Call `PeftModel.load_adapter` for an adapter that fits, and load its weights of the scheme."""
     given = _given(wrapper, "load_adapter", args, kwargs)
     return _load(wrapper, inner, given["model_id"], given["adapter_name"], given, args, kwargs)
 
 
-def load_into_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.load_adapter`, in the same way."""
-    given = _given(head, "load_adapter", args, kwargs)
+def load_into_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `PreTrainedModel.load_adapter` for an adapter that fits, and load its weights of the scheme."""
+    given = _given(model, "load_adapter", args, kwargs)
     given |= given.get("adapter_kwargs") or {}
     source, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
-    if source is None:  # tensors, which say nothing about where they come from
+    if source is None:  # tensors have no record
         return inner(*args, **kwargs)
-    return _load(head, inner, source, name, given, args, kwargs)
+    return _load(model, inner, source, name, given, args, kwargs)
 
 
 def _load(
     model: Any, inner: Callable[..., Any], source: Any, name: str, given: dict[str, Any], args: Any, kwargs: Any
 ) -> Any:
-    host = _host(model)
-    if host is None:
+    target = _patched_model(model)
+    if target is None:
         return inner(*args, **kwargs)
     record = read_record(source, **given)
-    require(record, host, source)
+    check_compatible(record, target, source)
     others = bool(set(getattr(model, "peft_config", None) or {}) - {name})
-    weights = SchemeWeights(host, record, source, others, **given)
+    weights = SchemeWeights(target, record, source, others, **given)
     result = inner(*args, **kwargs)
     weights.load(trainable=given.get("is_trainable", False))
     return result
 
 
-def _settle(model: Any) -> None:
-    """Have what is about to be saved say what the model computes, also where it was changed after the patch."""
+def _sync_before_saving(model: Any) -> None:
+    """Make the patch and the config of a model agree with what it computes, before they are saved.
+
+    Layers may have been removed, and the config changed, after the patch.
+    """
     for patch in [module.__dict__["pe_patch"] for module in model.modules() if "pe_patch" in module.__dict__]:
         patch.renumber()
     if changed := write_back(model.config):
@@ -141,33 +149,33 @@ def _settle(model: Any) -> None:
 
 
 def save_base(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.save_pretrained` of the base model alone."""
-    _settle(base)
+    """Call `PreTrainedModel.save_pretrained` of a base model."""
+    _sync_before_saving(base)
     return inner(*args, **kwargs)
 
 
-def save_head(head: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.save_pretrained`, which saves an adapter alone where `add_adapter` put one on."""
-    _settle(head)
-    result, given = inner(*args, **kwargs), _given(head, "save_pretrained", args, kwargs)
-    if getattr(head, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
-        write_record(head, Path(given["save_directory"]), given.get("state_dict"))
+def save_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `PreTrainedModel.save_pretrained`, and write the record if it saved an adapter from `add_adapter`."""
+    _sync_before_saving(model)
+    result, given = inner(*args, **kwargs), _given(model, "save_pretrained", args, kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
+        write_record(model, Path(given["save_directory"]), given.get("state_dict"))
     return result
 
 
-def head_swaps(head: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
-    """Saving, and loading of adapters without a PEFT wrapper."""
-    swaps = [bind(head, "save_pretrained", save_head), bind(head, "load_adapter", load_into_head)]
-    return swaps if base is head else [*swaps, bind(base, "save_pretrained", save_base)]
+def saving_swaps(model: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
+    """Return the swaps for saving a model, and for loading adapters without a PEFT wrapper."""
+    swaps = [bind(model, "save_pretrained", save_model), bind(model, "load_adapter", load_into_model)]
+    return swaps if base is model else [*swaps, bind(base, "save_pretrained", save_base)]
 
 
 def wrapper_swaps(model: Any) -> list[Swap]:
-    """Return the swaps by which the PEFT wrappers round a model, if there are any, save and load adapters here."""
+    """Return the swaps by which PEFT wrappers around a model save and load adapters through this module."""
     if "peft" not in sys.modules or not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
         return []
     from peft import PeftModel
 
-    return [swap for module in model.modules() if isinstance(module, PeftModel) for swap in _watching(module)]
+    return [swap for module in model.modules() if isinstance(module, PeftModel) for swap in _wrapper_hooks(module)]
 
 
 def mark_prompt(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,14 +186,14 @@ def mark_prompt(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: A
     return prompt
 
 
-def _watching(wrapper: Any) -> list[Swap]:
-    """Return the swaps that lead a PEFT wrapper here, except those that are in place."""
+def _wrapper_hooks(wrapper: Any) -> list[Swap]:
+    """Return the swaps for one PEFT wrapper, except those that are in place."""
     functions = {"save_pretrained": save_wrapper, "load_adapter": load_into_wrapper, "get_prompt": mark_prompt}
-    return [bind(wrapper, name, one) for name, one in functions.items() if name not in vars(wrapper)]
+    return [bind(wrapper, name, function) for name, function in functions.items() if name not in vars(wrapper)]
 
 
-def _host(model: Any) -> PreTrainedModel | None:
-    """The Transformers model in there, if it is one: PEFT adapts other modules too."""
+def _patched_model(model: Any) -> PreTrainedModel | None:
+    """Return the Transformers model inside, or None: PEFT also adapts other modules."""
     try:
         return unwrap(model)
     except PePatchError:
@@ -193,7 +201,7 @@ def _host(model: Any) -> PreTrainedModel | None:
 
 
 def _given(module: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, those of `**kwargs` among them."""
+    """Return the arguments of a call by name, including those of `**kwargs`."""
     bound = inspect.signature(getattr(type(module), name)).bind(module, *args, **kwargs).arguments
     del bound["self"]
     return {**bound, **bound.pop("kwargs", {})}
@@ -206,7 +214,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     from peft.tuners.tuners_utils import BaseTuner
 
     if name == "base_model" and isinstance(module, PeftModel):
-        apply_all(_watching(module))
+        apply_all(_wrapper_hooks(module))
     elif name == "model" and isinstance(module, BaseTuner):
         setattr(module, "inject_adapter", Bound(module, "inject_adapter", inject_adapter))  # noqa: B010
 
@@ -220,8 +228,8 @@ def _register() -> None:
         register_module_module_registration_hook(_on_registration)
 
 
-class _Then(Loader):
-    """A module's own loader, and `_register` afterwards."""
+class _RegisteringLoader(Loader):
+    """A loader that runs a module's own loader and then `_register`."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -242,7 +250,7 @@ class _Then(Loader):
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds nothing itself; has `_register` called once PEFT is there."""
+    """A finder that finds no module itself, but makes PEFT's import call `_register`."""
 
     def __init__(self) -> None:
         self.asking = False
@@ -258,12 +266,12 @@ class _WhenImported(MetaPathFinder):
         finally:
             self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader)
         return spec
 
 
 def listen() -> None:
-    """Called once, when pe_patch is imported."""
+    """Register with PEFT now or when it is imported. pe_patch calls this once, at import."""
     if "peft" in sys.modules:
         _register()
     else:

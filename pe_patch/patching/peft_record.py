@@ -1,7 +1,7 @@
-"""What a PEFT adapter says about the positions it was trained under, and whether a model fits that.
+"""Record in a PEFT adapter the scheme that it was trained under, and check that a model has the same scheme.
 
-It stands in the adapter's `adapter_config.json`, whose `peft_type` becomes `PE_PATCH`: plain PEFT, which would put the
-adapter on a model without the scheme, knows no such type and raises. PEFT itself is never imported here.
+The record is part of the adapter's `adapter_config.json`, whose `peft_type` becomes `PE_PATCH`. Plain PEFT, which would
+load the adapter into a model without the scheme, does not know this type and raises. This module never imports PEFT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, MismatchError, OptionError, PePatchError
 from .config import write_json
-from .record import FOREIGN, check_scheme
+from .record import RECORD_KEY, check_scheme
 from .targets import unwrap
 
 logger = logging.getLogger("pe_patch")
@@ -27,58 +27,69 @@ logger = logging.getLogger("pe_patch")
 TYPE = "PE_PATCH"
 """The `peft_type` of an adapter that only works under a scheme."""
 CONFIG, TENSORS = "adapter_config.json", "position_schemes.safetensors"
-MATTERS = ("scheme", "options", "layers", "submodule", "keep_native")
-OPTION, OWN = "option ", "own "
+"""Files of an adapter: its config, and the weights of the scheme."""
+FINGERPRINTED = ("scheme", "options", "layers", "submodule", "keep_native")
+OPTION_PREFIX, NATIVE_PREFIX = "option ", "own "
+"""Prefixes of keys in a fingerprint. They enter the digests of saved adapters, so they must not change."""
 LEFT_OUT = ("keep_original",)
-"""Options that change nothing that is computed."""
+"""Options that do not affect logits."""
 HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def record_on(model: Any) -> dict[str, Any] | None:
-    """The record of the scheme a model stands under: its patch, or the native parameters that a patch was saved as."""
-    return getattr(unwrap(model).config, FOREIGN, None)
+    """Return the record of the scheme in a model's config, or None.
+
+    It is there for a patched model, and for a model that was saved with native parameters of its scheme.
+    """
+    return getattr(unwrap(model).config, RECORD_KEY, None)
 
 
 def scheme_modules(model: Any) -> nn.Module | None:
-    """The schemes of a patched model, for the weights they may have."""
+    """Return the module that holds the schemes of a patched model, or None without a patch."""
     bases = (module for module in unwrap(model).modules() if "pe_patch" in module.__dict__)
     base = next(bases, None)
     return None if base is None else base.get_submodule("position_schemes.scheme")
 
 
 def train_scheme(model: Any) -> list[str]:
-    """Let the scheme's own weights train beside an adapter, which PEFT has frozen with the rest of the model.
+    """Unfreeze the scheme's weights, which PEFT freezes with the rest of the model, and return their names.
 
-    To be called once the last adapter is on, since PEFT freezes all else with each. The weights are saved with the
-    adapter and come back with it. Returns their names.
+    Call this after the last adapter was added, since PEFT freezes all other weights with each adapter. The weights are
+    saved and loaded with the adapter.
+
+    Args:
+        model: a patched model with a PEFT adapter.
 
     Raises:
-        PePatchError: where the model carries no patch.
-        OptionError: where its scheme has no weights.
+        PePatchError: the model is not patched.
+        OptionError: its scheme has no weights.
     """
     modules = scheme_modules(model)
     if modules is None:
         raise PePatchError("This model carries no patch, so there are no weights of a scheme to train.")
     named = dict(modules.named_parameters())
     if not named:
-        raise OptionError(f"{record_on(model)['scheme']!r} has no weights of its own to train.")  # type: ignore[index]
+        raise OptionError(f"{record_on(model)['scheme']!r} has no weights to train.")  # type: ignore[index]
     for parameter in named.values():
         parameter.requires_grad_(True)
     return list(named)
 
 
-def matter(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a record on which logits depend, flat: scheme, options, layers and the base's own rotation."""
-    flat: dict[str, Any] = {key: record[key] for key in MATTERS if record.get(key) not in (None, False)}
+def fingerprint(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a record on which logits depend, as a flat dict.
+
+    They are the scheme, its options, the layers and the native rotation of the base model.
+    """
+    flat: dict[str, Any] = {key: record[key] for key in FINGERPRINTED if record.get(key) not in (None, False)}
     options = flat.pop("options", {})
-    flat |= {OPTION + key: value for key, value in options.items() if key not in LEFT_OUT}
+    flat |= {OPTION_PREFIX + key: value for key, value in options.items() if key not in LEFT_OUT}
     for key, value in ((record.get("native") or {}).get("rope_parameters") or {}).items():
-        flat[OWN + key] = value
+        flat[NATIVE_PREFIX + key] = value
     return {key: _plain(value) for key, value in flat.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
-    """The same with every number a float, so that 8 and 8.0 are one."""
+    """Return the value with every number as a float, so that 8 and 8.0 are equal."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -87,22 +98,26 @@ def _plain(value: Any) -> Any:
 
 
 def digest(record: dict[str, Any]) -> str:
-    """SHA-256 of what matters in a record, in hexadecimal."""
-    return hashlib.sha256(json.dumps(matter(record), sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of a record's fingerprint, in hexadecimal."""
+    return hashlib.sha256(json.dumps(fingerprint(record), sort_keys=True).encode()).hexdigest()
 
 
-def told(record: dict[str, Any]) -> str:
-    """`yarn(factor=8)`."""
+def format_record(record: dict[str, Any]) -> str:
+    """Return a record in words, for example `yarn(factor=8)`."""
     options = [f"{key}={value}" for key, value in record["options"].items() if not isinstance(value, list | dict)]
-    rest = [f"{key}={record[key]}" for key in MATTERS[2:] if record.get(key)]
+    rest = [f"{key}={record[key]}" for key in FINGERPRINTED[2:] if record.get(key)]
     return f"{record['scheme']}({', '.join(options + rest)})"
 
 
 def read_record(source: Any, **hub: Any) -> dict[str, Any] | None:
-    """The record in an adapter's folder or hub repository, or None where it carries none.
+    """Return the record in an adapter's folder or hub repository, or None if it has none.
+
+    Args:
+        source: the folder, or the name of a repository on the hub.
+        **hub: `revision`, `token` and other options of a download; unknown ones are ignored.
 
     Raises:
-        CheckpointError: where the record is damaged, or of a later version than this one reads.
+        CheckpointError: the record is damaged, or newer than this version can read.
     """
     file = _file(source, CONFIG, hub)
     if file is None:
@@ -113,11 +128,15 @@ def read_record(source: Any, **hub: Any) -> dict[str, Any] | None:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {content!r}, not the object that an adapter's config is.")
-    return checked(content.get(FOREIGN), source)
+    return checked(content.get(RECORD_KEY), source)
 
 
 def checked(record: Any, source: Any) -> dict[str, Any] | None:
-    """A record as it was found in an adapter's config, or a clear error."""
+    """Return a record from an adapter's config after a check; None stays None.
+
+    Raises:
+        CheckpointError: the record is damaged or was changed by hand.
+    """
     if record is None:
         return None
     file = f"{source}/{CONFIG}"
@@ -130,30 +149,37 @@ def checked(record: Any, source: Any) -> dict[str, Any] | None:
     ):
         if not isinstance(record.get(key), kind) and (key in record or key in ("digest", "peft_type")):
             raise CheckpointError(
-                f"{file}: the record of the scheme is damaged: {FOREIGN}.{key} is {record.get(key)!r}; expected "
+                f"{file}: the record of the scheme is damaged: {RECORD_KEY}.{key} is {record.get(key)!r}; expected "
                 f"{words}. Save the adapter again, or restore the file as it was saved."
             )
-    if (found := digest(record)) != record["digest"]:
+    if (actual := digest(record)) != record["digest"]:
         raise CheckpointError(
-            f"{file}: the record of the scheme, {told(record)}, was changed by hand: its digest is {found[:12]}..., "
-            f"not {record['digest'][:12]}... Restore the file as it was saved."
+            f"{file}: the record of the scheme, {format_record(record)}, was changed by hand: its digest is "
+            f"{actual[:12]}..., not {record['digest'][:12]}... Restore the file as it was saved."
         )
     return record
 
 
-def require(record: dict[str, Any] | None, model: Any, source: Any | None) -> None:
-    """Raise `MismatchError` unless the model stands under the scheme that the adapter was trained under.
+def check_compatible(record: dict[str, Any] | None, model: Any, source: Any | None) -> None:
+    """Check that a model has the scheme that an adapter was trained under.
 
-    `source` is where the adapter came from, where that is known.
-    An adapter without a record is taken, with a warning where the model carries a scheme: a scheme that needs no
-    training goes with adapters of the original model.
+    An adapter without a record is accepted, with a warning if the model has a scheme: adapters of the original model
+    can work under a scheme that needs no training.
+
+    Args:
+        record: the record of the adapter, or None.
+        model: the model that loads it.
+        source: the folder or repository of the adapter; None if unknown.
+
+    Raises:
+        MismatchError: the model has another scheme, or another native rotation.
     """
     current = record_on(model)
     if record is None:
         if current is not None:
             logger.warning(
-                "%s says nothing about positions, so it was probably trained on the original model; here it runs "
-                "under %s.", source, told(current),
+                "%s has no record of a scheme, so it was probably trained on the original model; here it runs "
+                "under %s.", source, format_record(current),
             )  # fmt: skip
         return
     adapter = "This adapter" if source is None else f"The adapter {source}"
@@ -163,29 +189,40 @@ def require(record: dict[str, Any] | None, model: Any, source: Any | None) -> No
     patch = f"pe_patch.patch_model(model, {record['scheme']!r}, ...) with those options makes this one fit"
     if current is None:
         raise MismatchError(
-            f"{adapter} was trained under {told(record)}, and this model is not patched. {build}; {patch}."
+            f"{adapter} was trained under {format_record(record)}, and this model is not patched. {build}; {patch}."
         )
-    theirs, ours = matter(record), matter(current)
+    theirs, ours = fingerprint(record), fingerprint(current)
     apart = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if not apart:
         return
     named = ", ".join(f"{_named(key)} {theirs.get(key)} against {ours.get(key)}" for key in apart[:3])
-    if all(key.startswith(OWN) for key in apart):
-        patch = "this is another base model, which no patch makes fit"
+    if all(key.startswith(NATIVE_PREFIX) for key in apart):
+        patch = "this is another base model, and no patch makes it fit"
     else:
         patch = f"after pe_patch.unpatch_model(model), {patch}"
     raise MismatchError(
-        f"{adapter} was trained under {told(record)}, and this model stands under {told(current)} "
+        f"{adapter} was trained under {format_record(record)}, and this model has {format_record(current)} "
         f"({named}). {build}; {patch}."
     )
 
 
 def _named(key: str) -> str:
-    return f"the model's own {key.removeprefix(OWN)}" if key.startswith(OWN) else key.removeprefix(OPTION)
+    """Return a key of a fingerprint in words."""
+    return (
+        f"the model's own {key.removeprefix(NATIVE_PREFIX)}"
+        if key.startswith(NATIVE_PREFIX)
+        else key.removeprefix(OPTION_PREFIX)
+    )
 
 
 def write_record(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Put the record, and the weights of the scheme, beside an adapter that was just saved."""
+    """Write the record and the weights of the scheme into the folder of an adapter that was just saved.
+
+    Args:
+        model: the model that was saved.
+        folder: the folder of the adapter.
+        state_dict: gathered weights, if the model only holds shards; else None.
+    """
     tensors = folder / TENSORS
     tensors.unlink(missing_ok=True)
     current, file = record_on(model), folder / CONFIG
@@ -197,11 +234,11 @@ def write_record(model: Any, folder: Path, state_dict: dict[str, Any] | None = N
     if weights:
         save_file(weights, tensors, metadata={"format": "pt"})
     record = {**current, "peft_type": config["peft_type"], "trained": trained}
-    write_json(file, {**config, "peft_type": TYPE, FOREIGN: {**record, "digest": digest(record)}})
+    write_json(file, {**config, "peft_type": TYPE, RECORD_KEY: {**record, "digest": digest(record)}})
 
 
 def _weights(modules: nn.Module | None, state_dict: dict[str, Any] | None) -> dict[str, Tensor]:
-    """The weights of the schemes, from the gathered ones where the model itself holds only shards."""
+    """Return the weights of the schemes, from the gathered `state_dict` if the model only holds shards."""
     if modules is None:
         return {}
     weights = modules.state_dict()
@@ -210,11 +247,18 @@ def _weights(modules: nn.Module | None, state_dict: dict[str, Any] | None) -> di
 
 
 class SchemeWeights:
-    """The weights that an adapter brings for the scheme; checked when made, put in place by `load`.
+    """The weights of the scheme in an adapter, checked by the constructor and loaded by `load`.
+
+    Args:
+        model: the model that loads the adapter.
+        record: the record of the adapter, or None.
+        source: its folder or repository.
+        others: the model has other adapters.
+        **hub: as for `read_record`.
 
     Raises:
-        MismatchError: where the model's scheme has other weights, or holds those that another adapter brought.
-        CheckpointError: where the adapter lacks the weights that its scheme has.
+        MismatchError: the weights do not fit the model's scheme, or another adapter brought different ones.
+        CheckpointError: the adapter lacks the weights of its scheme.
     """
 
     def __init__(self, model: Any, record: dict[str, Any] | None, source: Any, others: bool, **hub: Any) -> None:
@@ -233,11 +277,12 @@ class SchemeWeights:
         same = all(weight.to(current[name]).equal(current[name]) for name, weight in self.weights.items())
         if others and not same:
             raise MismatchError(
-                f"{source} brings other weights for the scheme than the adapter that is here already, and a model "
-                "has one set of them: load it on a model of its own, or merge one of the two."
+                f"{source} has other weights for the scheme than the adapter that is already loaded, and a model has "
+                "only one set of them: load it into a separate model, or merge one of the two adapters."
             )
 
     def load(self, trainable: bool) -> None:
+        """Copy the weights into the model's schemes; with `trainable`, unfreeze those that were trained."""
         if self.modules is None or not self.weights:
             return
         self.modules.load_state_dict(self.weights)
@@ -247,13 +292,13 @@ class SchemeWeights:
 
 
 def _file(source: Any, name: str, hub: dict[str, Any]) -> Path | None:
-    """A file of an adapter's folder or repository, or None."""
+    """Return the path of a file in an adapter's folder or repository, or None if there is no such file."""
     options = {key: hub[key] for key in HUB if hub.get(key) is not None}
-    found = cached_file(
+    path = cached_file(
         str(source),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         **options,
     )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)

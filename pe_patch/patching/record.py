@@ -1,4 +1,4 @@
-"""The record of a patch, as a config keeps it: what it holds, how it is written and how it is checked when read."""
+"""Write the record of a patch for a config, and check a record that was read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from ..errors import CheckpointError, OptionError, nearest, quoted
 from ..schemes.registry import ALIASES, SCHEMES
 
 VERSION = 1
-FOREIGN = "pe_patch"
+RECORD_KEY = "pe_patch"
 """The key of the record in a config, and the `rope_type` of rotary parameters that Transformers cannot express."""
 BESIDE = ("max_position_embeddings", "rope_parameters")
-"""Keys of a config that a patch writes, or whose values it starts from."""
+"""Keys of a config that a patch writes or starts from."""
 
 
 def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what it takes to apply the same patch again, as `config.pe_patch` keeps it.
+    """Return the values for `config.pe_patch` that are needed to apply the same patch again.
+
+    Args:
+        scheme: the scheme of the patch.
+        layers: indices of the patched layers; None for all.
+        given: the arguments of `patch_model` except the scheme and its options.
 
     Raises:
-        OptionError: an option is not JSON.
+        OptionError: an option cannot be written as JSON.
     """
     record: dict[str, Any] = {"version": VERSION, "scheme": scheme.name, "options": scheme.recorded}
     if layers is not None:
@@ -43,12 +48,12 @@ def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -
 
 
 def framework_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a record gives to `patch_model` beside the scheme and its options."""
+    """Return the arguments of `patch_model` in a record, without the scheme and its options."""
     return {key: record[key] for key in ("layers", "submodule", "keep_native", "strict") if key in record}
 
 
 Test = tuple[Callable[[Any], bool], str]
-"""Whether a value is allowed, and what is allowed in words."""
+"""A predicate for allowed values, and the allowed values in words."""
 
 
 def _whole(value: Any) -> bool:
@@ -68,7 +73,7 @@ def _texts(value: Any) -> bool:
 
 
 def _rotary(value: Any) -> bool:
-    """Whether it may be rotary parameters: flat, or of each layer type."""
+    """Return whether a value can be rotary parameters, flat or nested by layer type."""
     if not isinstance(value, dict):
         return value is None
     theta = value.get("rope_theta", 1.0)
@@ -111,14 +116,14 @@ REMEDY = "Save the patched model again with save_pretrained, or restore the file
 
 
 def check_scheme(record: Any, source: str) -> dict[str, Any]:
-    """Return the record of a scheme as it was read from a file, once its types, its version and its names hold.
+    """Return the record of a scheme from a file, after a check of its types, version and names.
 
     Args:
-        record: the value that was read.
-        source: the file it was read from, for messages.
+        record: the value in the file.
+        source: the file, for messages.
 
     Raises:
-        CheckpointError: it is damaged or of a newer version. The message names the file, the key and the value.
+        CheckpointError: the record is damaged or newer. The message names the file, the key and the value.
     """
     _check("", record, {}, (), source, "an object, the record of a patch")
     _check("", record, {"version": SCHEME["version"]}, ("version",), source)
@@ -138,21 +143,21 @@ def check_scheme(record: Any, source: str) -> dict[str, Any]:
         SCHEMES[ALIASES.get(name, name)].check_options(record["options"])
     except OptionError as error:
         raise CheckpointError(
-            f"{source}: {FOREIGN}.options is {_shown(record['options'])}. {error} {REMEDY}."
+            f"{source}: {RECORD_KEY}.options is {_shown(record['options'])}. {error} {REMEDY}."
         ) from error
     return record
 
 
 def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the record of a patch in a model's config, once it holds and agrees with the config around it.
+    """Return the record of a patch in a model's config, after a check of its values and of the config around it.
 
     Args:
         record: the value of `pe_patch` in the config.
-        stored: the whole config as it was read.
+        stored: the whole config in the file.
         source: the file, for messages.
 
     Raises:
-        CheckpointError: it is damaged, of a newer version, or contradicts the config.
+        CheckpointError: the record is damaged, has a newer version, or contradicts the config.
     """
     check_scheme(record, source)
     _check("", record, CONFIG, ("native",), source)
@@ -161,11 +166,11 @@ def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, 
     part = native.get("config")
     if part is not None and not isinstance(stored.get(part), dict):
         raise CheckpointError(
-            f"{source}: {FOREIGN}.native.config is {_shown(part)}, and the config has no such part ({part} is "
+            f"{source}: {RECORD_KEY}.native.config is {_shown(part)}, and the config has no such part ({part} is "
             f"{_shown(stored.get(part))}). {REMEDY}."
         )
     family = stored.get("model_type")
-    if family != native["model_type"] and not str(family).startswith(FOREIGN):
+    if family != native["model_type"] and not str(family).startswith(RECORD_KEY):
         raise _contradiction(source, [("model_type", native["model_type"], family)])
     beside = stored if part is None else stored[part]
     apart = [
@@ -177,15 +182,15 @@ def check_record(record: Any, stored: dict[str, Any], source: str) -> dict[str, 
 
 
 def _contradiction(source: str, apart: list[tuple[str, Any, Any]], part: str = "") -> CheckpointError:
-    found = "; ".join(
+    conflicts = "; ".join(
         f"{part}{key} is {_shown(theirs)}, and the record of the patch was written beside {_shown(ours)}"
         for key, ours, theirs in apart[:4]
     )
     return CheckpointError(
-        f"{source} contradicts itself: {found}. The record ({FOREIGN}) decides how the model computes, so an edit of "
-        f"the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to change "
-        "the positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and save "
-        "it again."
+        f"{source} contradicts itself: {conflicts}. The record ({RECORD_KEY}) decides how the model computes, so an "
+        f"edit of the config alone has no effect. Write {', '.join(_shown(ours) for _, ours, _ in apart[:4])} back; to "
+        "change the positions, load the model as it was saved, call patch_model(model, ..., on_existing='replace') and "
+        "save it again."
     )
 
 
@@ -193,7 +198,7 @@ MISSING = "missing"
 
 
 def differences(key: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
-    """Return the entries in which two values of a config differ: name, first value, second value."""
+    """Return the entries in which two values of a config differ, as tuples of name, first value and second value."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [
             difference
@@ -226,18 +231,18 @@ def _check(
 ) -> None:
     if not isinstance(values, dict):
         raise CheckpointError(
-            f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)}; expected {expected}. "
-            f"{REMEDY}."
+            f"{source}: the record of the patch is damaged: {RECORD_KEY}{where} is {_shown(values)}; expected "
+            f"{expected}. {REMEDY}."
         )
     for key in required:
         if key not in values:
             raise CheckpointError(
-                f"{source}: the record of the patch is damaged: {FOREIGN}{where} is {_shown(values)} and lacks "
+                f"{source}: the record of the patch is damaged: {RECORD_KEY}{where} is {_shown(values)} and lacks "
                 f"{quoted(key)}, {tests[key][1]}. {REMEDY}."
             )
     for key, (allowed, words) in tests.items():
         if key in values and not allowed(values[key]):
             raise CheckpointError(
-                f"{source}: the record of the patch is damaged: {FOREIGN}{where}.{key} is {_shown(values[key])}; "
+                f"{source}: the record of the patch is damaged: {RECORD_KEY}{where}.{key} is {_shown(values[key])}; "
                 f"expected {words}. {REMEDY}."
             )

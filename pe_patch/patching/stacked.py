@@ -1,4 +1,4 @@
-"""Two schemes on the scores of one layer."""
+"""Apply two schemes at the scores of one layer."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stacked:
-    """One scheme that encodes queries and keys before another that works on the scores.
+    """Two schemes in one layer: the first encodes queries and keys, the second acts on their scores.
 
-    It is how a rotation is added to a family's own ALiBi; nothing else stacks.
+    A rotation is added to a family's native ALiBi in this way. No other schemes stack.
     """
 
     encoder: Scheme
+    """The scheme that encodes queries and keys."""
     scorer: Scheme
+    """The scheme that acts on their scores."""
     calls_modules: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
+        """The names of both schemes, for messages."""
         return f"{self.encoder.name} + {self.scorer.name}"
 
     @property
     def shape(self) -> AttentionShape:
+        """Sizes of the layer."""
         return self.encoder.shape
 
     @property
@@ -40,21 +44,22 @@ class Stacked:
         return self.encoder.shares_heads and self.scorer.shares_heads
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of both."""
+        """Return the parameters of both schemes."""
         return chain(self.encoder.parameters(), self.scorer.parameters())
 
-    def __call__(self, rung: str, *arguments: Any) -> Any:
-        return getattr(self, rung)(*arguments)
+    def __call__(self, hook: str, *arguments: Any) -> Any:
+        """Call a hook by its name."""
+        return getattr(self, hook)(*arguments)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        """The encoder's attention, through the scorer's."""
-        through = cast("AttentionEngine", _Through(engine, self.scorer))
+        """Return the attention of the encoder, which calls that of the scorer."""
+        through = cast("AttentionEngine", _SchemeEngine(engine, self.scorer))
         return self.encoder("attend", query, key, value, positions, through)
 
 
 @dataclass
-class _Through:
-    """A engine whose attention is that of a further scheme."""
+class _SchemeEngine:
+    """An engine that computes attention by the `attend` of another scheme."""
 
     engine: AttentionEngine
     scorer: Scheme

@@ -1,4 +1,4 @@
-"""From what the user said to what it means: which stack, which adapter, which scheme with which options."""
+"""Resolve the arguments of a user: the attention stack, its adapter and the layers to patch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from ..adapters.check import check_adapter
 from ..errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, quoted, unknown
 
 WRAPPERS = ("_orig_mod", "module")
-"""Where torch.compile and data parallelism keep the model that they wrap."""
+"""Attributes in which torch.compile and data parallelism keep the wrapped model."""
 
 Layers = Iterable[int] | slice | Callable[[int], bool] | None
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The PreTrainedModel inside whatever PEFT, accelerate or torch.compile have put round it."""
+    """Return the PreTrainedModel inside PEFT, accelerate or torch.compile wrappers.
+
+    Raises:
+        PePatchError: there is no Transformers model inside.
+    """
     inner = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model"):
@@ -34,70 +38,87 @@ def unwrap(model: Any) -> PreTrainedModel:
         if inner is None:
             raise PePatchError(
                 f"{type(model).__name__} is not a Transformers model, nor a PEFT, accelerate or torch.compile wrapper "
-                "round one."
+                "around one."
             )
     return inner
 
 
-def home(base: nn.Module) -> tuple[Any, torch.dtype]:
-    """Device and dtype of a scheme's own weights: those of the model's, which may be offloaded to the meta device while
-    accelerate's hooks know where they are used."""
+def device_and_dtype(base: nn.Module) -> tuple[Any, torch.dtype]:
+    """Return the device and dtype for the parameters of a scheme: those of the model's weights.
+
+    Offloaded weights are on the meta device; then the device is the one on which accelerate's hooks run the model.
+    """
     weight = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     hooks = (module.__dict__.get("_hf_hook") for module in base.modules() if weight.is_meta)
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), weight.device), weight.dtype
 
 
-def stacks(head: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The innermost models inside `head` by their path: those that hold layers and no other model."""
-    models = {name: module for name, module in head.named_modules() if isinstance(module, PreTrainedModel)}
-    inner = {
+def stacks(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Return the innermost models inside `model`, those that contain no other model, by their path."""
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    return {
         name: module
         for name, module in models.items()
         if not any(child is not module and isinstance(child, PreTrainedModel) for child in module.modules())
     }
-    return inner
 
 
 def find_stack(
-    head: PreTrainedModel, submodule: str | None, adapter: Adapter | None = None
+    model: PreTrainedModel, submodule: str | None, adapter: Adapter | None = None
 ) -> tuple[str, PreTrainedModel]:
-    """The attention stack to patch, and its path; an error naming the candidates where that is not clear.
+    """Return the path of the attention stack to patch, and the stack.
 
-    Without an adapter only stacks of supported families are candidates.
+    Args:
+        model: the unwrapped model.
+        submodule: the user's choice, a path or a part of one; None for the only stack.
+        adapter: the user's adapter. Without one, only stacks of supported families are candidates.
+
+    Raises:
+        UnsupportedError: several stacks match; the message lists them.
+        UnknownFamilyError: the model has several stacks and none of them is supported.
+        UnknownNameError: no stack matches `submodule`.
+        OptionValueError: `submodule` is not a string.
     """
-    found = stacks(head)
+    all_stacks = stacks(model)
     if submodule is not None and not isinstance(submodule, str):
         raise OptionValueError(
-            f"submodule={quoted(submodule)} is not the name of a module; give one of {', '.join(sorted(found))}."
+            f"submodule={quoted(submodule)} is not the name of a module; give one of {', '.join(sorted(all_stacks))}."
         )
-    known = found if adapter is not None else {n: m for n, m in found.items() if m.config.model_type in ADAPTERS}
+    supported = (
+        all_stacks if adapter is not None else {n: m for n, m in all_stacks.items() if m.config.model_type in ADAPTERS}
+    )
     if submodule is None:
-        if len(found) == 1:
-            return next(iter(found.items()))
-        if not known:
-            raise _unknown_stacks(head, found)
-        unknown_ones = [_labelled(name, model) for name, model in sorted(found.items()) if name not in known]
-        rest = f" Not supported: {', '.join(unknown_ones)}." if unknown_ones else ""
-        each = ", ".join(_labelled(name, model) for name, model in sorted(known.items()))
+        if len(all_stacks) == 1:
+            return next(iter(all_stacks.items()))
+        if not supported:
+            raise _unknown_stacks(model, all_stacks)
+        others = [_labelled(name, stack) for name, stack in sorted(all_stacks.items()) if name not in supported]
+        rest = f" Not supported: {', '.join(others)}." if others else ""
+        each = ", ".join(_labelled(name, stack) for name, stack in sorted(supported.items()))
         raise UnsupportedError(
-            f"{type(head).__name__} has several attention stacks; say which with submodule: {each}.{rest} Example: "
-            f"submodule={sorted(known)[0]!r}."
+            f"{type(model).__name__} has several attention stacks; choose one with submodule=<path>: {each}.{rest} "
+            f"Example: submodule={sorted(supported)[0]!r}."
         )
-    matching = {n: m for n, m in found.items() if n == submodule or submodule in n.split(".")}
+    matching = {n: m for n, m in all_stacks.items() if n == submodule or submodule in n.split(".")}
     if len(matching) == 1:
         return next(iter(matching.items()))
     if not matching:
-        raise unknown("submodule", submodule, found)
+        raise unknown("submodule", submodule, all_stacks)
     raise UnsupportedError(f"submodule={quoted(submodule)} fits several: {', '.join(sorted(matching))}.")
 
 
-def _labelled(name: str, model: PreTrainedModel) -> str:
-    return f"{name or type(model).__name__} ({model.config.model_type})"
+def _labelled(name: str, stack: PreTrainedModel) -> str:
+    return f"{name or type(stack).__name__} ({stack.config.model_type})"
 
 
 def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
-    """The given adapter, checked against the model, or the row of this family."""
+    """Return the given adapter, or else the one of the model's family.
+
+    Raises:
+        OptionValueError: a user's adapter does not fit the model.
+        UnknownFamilyError: there is no adapter for the family.
+    """
     if adapter is not None:
         if not isinstance(adapter, Adapter):
             raise OptionValueError(
@@ -114,17 +135,17 @@ def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
     return ADAPTERS[family]
 
 
-def must_prove(base: PreTrainedModel, adapter: Adapter | None) -> bool:
-    """Return whether an adapter is a user's, given or registered, so that it must be checked against the model."""
+def is_users_adapter(base: PreTrainedModel, adapter: Adapter | None) -> bool:
+    """Return whether the adapter comes from a user, given or registered, so that it must be checked by a run."""
     return adapter is not None or not ADAPTERS.is_builtin(base.config.model_type)
 
 
 class UnknownFamilyError(UnsupportedError, UnknownNameError):
-    """A model family without a row in the table of adapters."""
+    """A model family without an adapter."""
 
 
 def _unknown_family(family: str) -> UnknownFamilyError:
-    # A type that Transformers knows is no misspelling of another, however near its name.
+    # A model type that Transformers knows is not a misspelling of a similar one.
     near = "" if family in CONFIG_MAPPING else nearest(family, ADAPTERS)
     return UnknownFamilyError(
         f"The family {family!r} has no adapter.{near} If its forward calls `rotary_emb` once and "
@@ -133,18 +154,26 @@ def _unknown_family(family: str) -> UnknownFamilyError:
     )
 
 
-def _unknown_stacks(head: PreTrainedModel, found: dict[str, PreTrainedModel]) -> UnknownFamilyError:
-    """The error for a model of several stacks, none of which is supported, so that there is nothing to choose from."""
-    each = ", ".join(_labelled(name, model) for name, model in sorted(found.items()))
+def _unknown_stacks(model: PreTrainedModel, all_stacks: dict[str, PreTrainedModel]) -> UnknownFamilyError:
+    """Return the error for a model with several stacks, none of which is supported."""
+    each = ", ".join(_labelled(name, stack) for name, stack in sorted(all_stacks.items()))
     return UnknownFamilyError(
-        f"{type(head).__name__} is not supported: none of its attention stacks has an adapter: {each}. For one that "
+        f"{type(model).__name__} is not supported: none of its attention stacks has an adapter: {each}. For one that "
         "calls the attention interface in each layer, give submodule=<its path> and adapter=pe_patch.Adapter(...) "
         f"(CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
     )
 
 
 def find_layers(layers: Layers, count: int) -> list[int]:
-    """Indices of the layers to patch, in order; all where nothing is said."""
+    """Return the indices of the layers to patch, in order.
+
+    Args:
+        layers: indices, a slice or a predicate of the index; None for all layers. Negative indices count from the end.
+        count: number of layers of the model.
+
+    Raises:
+        OptionValueError: `layers` is none of these, chooses no layer, or names one that does not exist.
+    """
     if layers is None:
         return list(range(count))
     if isinstance(layers, slice):
@@ -167,18 +196,18 @@ def _sliced(layers: slice, count: int) -> list[int]:
     try:
         return list(range(count))[layers]
     except (TypeError, ValueError) as error:
-        raise OptionValueError(f"layers={quoted(layers)} is no slice of {count} layers: {error}.") from error
+        raise OptionValueError(f"layers={quoted(layers)} is not a valid slice of {count} layers: {error}.") from error
 
 
 def _entries(layers: Iterable[Any], count: int) -> list[Any]:
     try:
         return list(layers)
-    except TypeError as error:  # a tensor of no dimension
+    except TypeError as error:  # a tensor without dimensions
         raise _not_layers(layers, count) from error
 
 
 def _layer(index: Any, layers: Any, count: int) -> int:
-    """One entry of `layers` as an index; numpy's integers and integer tensors count as such."""
+    """Return one entry of `layers` as an index; NumPy integers and integer tensors are allowed."""
     try:
         if not isinstance(index, bool) and getattr(index, "dtype", None) not in (torch.bool, np.bool_):
             return operator.index(index)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.folders import SEARCH, check_output
+from ..compat import require_extra
 from ..evaluation.corpus import Corpus
 from ..evaluation.model import EvaluatedModel, model_fingerprint
 from .evolution import Schedule, evolve
@@ -19,7 +20,6 @@ from .result import SearchResult, write_best
 from .scoring import Scorer
 from .space import KNOWN, known_factors, make_space
 from .target import make_target
-from ..compat import require_extra
 
 
 def search(

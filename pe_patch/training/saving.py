@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..checkpoints.folders import TRAINING, check_output, refuse_input
 from ..checkpoints.load import native_config, read_config
 from ..errors import OutputError
-from ..patching.config import FOREIGN
+from ..patching.config import RECORD_KEY
 from ..patching.record import check_record
 from ..patching.targets import unwrap
 from .log import gigabytes
@@ -111,7 +111,7 @@ def check_saved(trainer: Trainer) -> None:
 
 def _save_and_read(trainer: Trainer) -> None:
     model: Any = unwrap(trainer.model)
-    record = getattr(model.config, FOREIGN, None)
+    record = getattr(model.config, RECORD_KEY, None)
     with tempfile.TemporaryDirectory(prefix="pe-patch-") as folder:
         try:
             with _unquantised(model):
@@ -132,7 +132,7 @@ def _save_and_read(trainer: Trainer) -> None:
 def _read_record(folder: str, record: dict[str, Any]) -> None:
     """Read the patch record and the original config back from a saved config, and check them."""
     stored = read_config(folder)
-    saved = check_record(stored.get(FOREIGN), stored, folder)
+    saved = check_record(stored.get(RECORD_KEY), stored, folder)
     if any(saved.get(key) != record[key] for key in record.keys() - {"native", "written"}):  # saving fills in these two
         raise ValueError("the saved patch record differs from the model's")
     native_config(stored, saved["native"])

@@ -98,16 +98,16 @@ def warm_start(
         raise PePatchError("warm_start needs a patched model: call patch_model(model, ...) first.")
     if by not in BY:
         raise OptionError(f"warm_start got by={quoted(by)}; use one of {', '.join(BY)}.{nearest(str(by), BY)}")
-    if by == "loss" and patch.head.get_output_embeddings() is None:
+    if by == "loss" and patch.model.get_output_embeddings() is None:
         raise OptionError(
-            f"{type(patch.head).__name__} predicts no tokens, so it has no loss to choose by; use by='attention'."
+            f"{type(patch.model).__name__} predicts no tokens, so it has no loss to choose by; use by='attention'."
         )
     for name, value in (("limit", limit), ("queries", queries)):
         if type(value) is not int or value < 1:
             raise OptionError(f"warm_start got {name}={quoted(value)}; give a whole number of at least 1.")
     if isinstance(least_slope, bool) or not 0 < least_slope < math.inf:
         raise OptionError(f"warm_start got least_slope={quoted(least_slope)}; give a number above 0.")
-    schemes = list(dict.fromkeys(patch.own.values()))
+    schemes = list(dict.fromkeys(patch.scheme_by_layer.values()))
     start = [_trainable_copy(scheme, patch.base.device) for scheme in schemes]
     at_scores = any(overrides(patch.scheme, rung) for rung in ("encode", "bias", "attend"))
     if not at_scores or not any(True for scheme in start for _ in scheme.parameters()):
@@ -116,20 +116,21 @@ def warm_start(
             "start."
         )
     length = min(patch.shape.trained_length or LENGTH, LENGTH)
-    rows = [row for row in tokens(calibration, patch.head, length=length, limit=limit, seed=seed) if len(row) > 1]
+    rows = [row for row in tokens(calibration, patch.model, length=length, limit=limit, seed=seed) if len(row) > 1]
     if not rows:
         raise OptionError("warm_start needs a row of at least two tokens; give longer calibration text.")
     observed = _observe(patch, rows, queries)
     samples = [
-        [sample for i, used in patch.own.items() if used is scheme for sample in observed[i]] for scheme in schemes
+        [sample for i, used in patch.scheme_by_layer.items() if used is scheme for sample in observed[i]]
+        for scheme in schemes
     ]
     fits = {"all layers": [_fit(deepcopy(scheme), given) for scheme, given in zip(start, samples, strict=True)]}
     fitted = tuple(name for name, _ in _fitted_parameters(start[0], samples[0]))
     losses: dict[str, float] = {}
     if by == "loss":
         fits["start"] = start
-        if len(schemes) == 1 < len(patch.own):
-            fits |= {f"layer {index}": [_fit(deepcopy(start[0]), observed[index])] for index in patch.own}
+        if len(schemes) == 1 < len(patch.scheme_by_layer):
+            fits |= {f"layer {index}": [_fit(deepcopy(start[0]), observed[index])] for index in patch.scheme_by_layer}
         losses = {name: _loss(patch, schemes, fit, least_slope, rows) for name, fit in fits.items()}
     chosen = min(losses, key=losses.__getitem__, default="all layers")
     before, after = (_divergence(fit, samples) for fit in (start, fits[chosen]))
@@ -185,7 +186,7 @@ def _observe(patch: Patch, rows: list[Tensor], queries: int) -> dict[int, list[_
     """Return samples of each layer: the original attention, and the patched projections of the same hidden states."""
     base, adapter = patch.base, patch.adapter
     attentions = adapter.attentions(base)
-    samples: dict[int, list[_Sample]] = {index: [] for index in patch.own}
+    samples: dict[int, list[_Sample]] = {index: [] for index in patch.scheme_by_layer}
 
     def record_eager() -> None:
         base.set_attn_implementation("eager")  # the only implementation that returns weights
@@ -350,7 +351,7 @@ def _loss(patch: Patch, schemes: list[Scheme], fits: list[Scheme], least_slope: 
     before = [(getattr(scheme, "head_slopes", None), deepcopy(list(scheme.parameters()))) for scheme in schemes]
     _copy_parameters(schemes, fits, least_slope)
     try:
-        return loss(patch.head, rows)
+        return loss(patch.model, rows)
     finally:
         for scheme, (slopes, parameters) in zip(schemes, before, strict=True):
             if isinstance(scheme, ALiBi):

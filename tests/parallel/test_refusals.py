@@ -47,7 +47,7 @@ def test_under_ulysses(recipe, parts, told):
 def test_models_that_ulysses_does_not_support():
     with pytest.raises(RecipeError, match=r"scheme: \{name: rope\}"):
         refuse_under_ulysses(RECIPE, build("llama"), 2)
-    with pytest.raises(RecipeError, match="interface that Ulysses stands in"):
+    with pytest.raises(RecipeError, match="interface, which Ulysses replaces"):
         refuse_under_ulysses(RECIPE, patched("alibi", "bloom"), 2)
     with pytest.raises(RecipeError, match="neither eager nor flex"):
         refuse_under_ulysses(RECIPE, patched("alibi", backend="eager"), 2)

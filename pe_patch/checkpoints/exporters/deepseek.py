@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from ...errors import UnsupportedError
 from ...patching.build import Patch
-from ...patching.config import FOREIGN
+from ...patching.config import RECORD_KEY
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers match DeepSeek's dense layers apart from the attention; `_check` looks for differences."""
@@ -56,7 +56,7 @@ def deepseek_writer(model: Any, patch: Patch) -> Callable[[Path], None]:
 
 def _refuse(patch: Patch, why: str) -> None:
     raise UnsupportedError(
-        f"{type(patch.head).__name__} with {patch.scheme.name!r} cannot be exported as DeepseekV3ForCausalLM: {why}. "
+        f"{type(patch.model).__name__} with {patch.scheme.name!r} cannot be exported as DeepseekV3ForCausalLM: {why}. "
         "save_pretrained keeps the patch for pe_patch.load_patched; nothing was written."
     )
 
@@ -71,7 +71,7 @@ def _check(patch: Patch) -> None:
         )
     reasons = (
         (config.model_type not in FAMILIES, f"its family is {config.model_type}; supported are {', '.join(FAMILIES)}"),
-        (patch.head is patch.base, "it has no language-model head"),
+        (patch.model is patch.base, "it has no language-model head"),
         (len(patch.layers) < patch.shape.num_layers, "only some of its layers are converted"),
         (scheme.method == "mha2mla", "'mha2mla' keeps a rotary key for each head, but DeepSeek shares one"),
         (not scheme.latent_norm, "DeepSeek's class always normalises the latent: convert with latent_norm=True"),
@@ -105,7 +105,7 @@ def _config(patch: Patch) -> DeepseekV3Config:
     config, sizes = patch.base.config, first.mla.sizes
     inner = scheme.inner
     settings: dict[str, Any] = {name: getattr(config, name) for name in COPIED} | DENSE
-    rotation = getattr(patch.head.config, FOREIGN)["native"]["rope_parameters"] if inner is None else inner.native()
+    rotation = getattr(patch.model.config, RECORD_KEY)["native"]["rope_parameters"] if inner is None else inner.native()
     if inner is not None and rotation is None:
         _refuse(patch, f"its rotation is {inner.name!r}, which Transformers' config cannot express")
     return DeepseekV3Config(
@@ -113,7 +113,7 @@ def _config(patch: Patch) -> DeepseekV3Config:
         first_k_dense_replace=config.num_hidden_layers, moe_intermediate_size=config.intermediate_size,
         kv_lora_rank=sizes.rank, q_lora_rank=None, qk_nope_head_dim=sizes.nope, qk_rope_head_dim=sizes.rope,
         v_head_dim=sizes.head_dim, attention_bias=False, attention_dropout=config.attention_dropout,
-        rope_interleave=True, rope_parameters=rotation, dtype=patch.head.dtype,
+        rope_interleave=True, rope_parameters=rotation, dtype=patch.model.dtype,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedError
 from ...mla.protocol import keeps_rotation
 from ...patching.build import Patch
-from ...patching.config import FOREIGN, expressible, native_of_kinds, refusal
+from ...patching.config import RECORD_KEY, expressible, native_rope_parameters, refusal
 from ...patching.saved_config import unmarked
 from ...schemes.rope import Rotary
 from .checkpoint import Writer, save_model
@@ -31,7 +31,7 @@ def transformers_config(patch: Patch) -> Any:
     """
     parameters = _expressed(patch)
     if parameters is None:
-        record = getattr(patch.head.config, FOREIGN)
+        record = getattr(patch.model.config, RECORD_KEY)
         where = (
             " on some of the layers" if "layers" in record else " beside native positions" if patch.keep_native else ""
         )
@@ -45,7 +45,7 @@ def transformers_config(patch: Patch) -> Any:
 
 def config_with(patch: Patch, parameters: dict[str, Any], window: int | None) -> Any:
     """Return a copy of the model's config without the patch record, with these rotary parameters and this window."""
-    config = unmarked(copy.deepcopy(patch.head.config))
+    config = unmarked(copy.deepcopy(patch.model.config))
     inner = text_config(patch, config)
     if parameters:
         inner.rope_parameters = parameters
@@ -62,7 +62,7 @@ def text_config(patch: Patch, config: Any) -> Any:
 
 def text_config_name(patch: Patch) -> str | None:
     """Return the attribute of that part in the model's config, or None if the config has no parts."""
-    return getattr(patch.head.config, FOREIGN)["native"].get("config")
+    return getattr(patch.model.config, RECORD_KEY)["native"].get("config")
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ LONG_THROUGHOUT = (
 
 def _expressed(patch: Patch) -> dict[str, Any] | None:
     """Return Transformers' rotary parameters for the patch, or None if there are none."""
-    record = getattr(patch.head.config, FOREIGN)
-    return expressible(patch.adapter, patch.base.config, patch.kinds, record)
+    record = getattr(patch.model.config, RECORD_KEY)
+    return expressible(patch.adapter, patch.base.config, patch.scheme_by_layer_type, record)
 
 
 def _why(patch: Patch) -> str:
     """Return why the patch has no rotary parameters."""
-    if "layers" in getattr(patch.head.config, FOREIGN):
+    if "layers" in getattr(patch.model.config, RECORD_KEY):
         return "it applies to some of the layers, but a config applies to all"
     if patch.keep_native:
         return "it keeps the model's native positions, but a config holds one kind"
@@ -149,6 +149,6 @@ def _refused(patch: Patch) -> str:
     if patch.adapter.rotary is None or keeps_rotation(patch.scheme):
         return ""
     config = unmarked(copy.deepcopy(patch.base.config))
-    parameters = native_of_kinds(config, patch.kinds)
+    parameters = native_rope_parameters(config, patch.scheme_by_layer_type)
     reason = "" if parameters is None else refusal(config, parameters)
     return f"the config class of this family, {type(config).__name__}, rejects it ({reason})" if reason else ""

@@ -17,7 +17,7 @@ from ...checkpoints.load import load_patched, read_config
 from ...data.packaged import DEMO_MODEL
 from ...errors import CheckpointError, OptionError, UnsupportedError, nearest
 from ...patching.api import find_patch, unpatch_model
-from ...patching.config import FOREIGN
+from ...patching.config import RECORD_KEY
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 74
@@ -116,7 +116,7 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
     name = str(Path(name).expanduser()) if looks_local else name
     if looks_local and not Path(name).is_dir():
         raise CheckpointError(f"There is no folder {name}; give a model folder or a hub name.")
-    load = load_patched if FOREIGN in read_config(name) else AutoModelForCausalLM.from_pretrained
+    load = load_patched if RECORD_KEY in read_config(name) else AutoModelForCausalLM.from_pretrained
     model: Any = load(name, dtype=getattr(torch, dtype))
     if find_patch(model) is not None:
         unpatch_model(model)

@@ -177,8 +177,10 @@ def refuse_under_ulysses(recipe: Any, model: nn.Module, parts: int) -> None:
         raise RecipeError("model.shifted_groups needs whole sequences, which Ulysses cuts; remove one of them.")
     if config._attn_implementation in ("pe_eager", "pe_flex_attention"):
         raise RecipeError("model.attention: Ulysses supports neither eager nor flex; use sdpa or flash, or remove it.")
-    if patch.base.pe_runtime.whole is not None:
-        raise RecipeError(f"scheme {patch.scheme.name}: Ulysses cannot cut sequences: {patch.base.pe_runtime.whole}.")
+    if patch.base.pe_runtime.unsplittable is not None:
+        raise RecipeError(
+            f"scheme {patch.scheme.name}: Ulysses cannot cut sequences: {patch.base.pe_runtime.unsplittable}."
+        )
     for number, phase in enumerate(recipe.phases):
         if phase.length % parts:
             raise RecipeError(f"phases[{number}].length={phase.length} cannot be cut into {parts} equal parts.")
