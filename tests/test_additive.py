@@ -39,7 +39,7 @@ def test_bias_is_that_of_gpt_neox():
     expected = torch.tensor(golden("alibi/gpt_neox_matrix")["value"], dtype=torch.float64).reshape(4, 5, 5)
     scheme = SCHEMES["alibi"](shape(num_heads=4))
     place = torch.arange(5)
-    ours = scheme.of(place[:, None] - place[None, :], torch.arange(4)[:, None, None]).double()
+    ours = scheme.score_bias(place[:, None] - place[None, :], torch.arange(4)[:, None, None]).double()
     lower = torch.ones(5, 5, dtype=torch.bool).tril()
     constant = (ours - expected).masked_fill(~lower, 0)[..., :1]  # a constant for each row means nothing to the softmax
     torch.testing.assert_close(ours.masked_fill(~lower, 0), (expected + constant).masked_fill(~lower, 0))
@@ -65,7 +65,7 @@ def test_widened_heads_are_exact(dtype, heads, scaling):
     length = 100_000
     at_key = torch.cat((torch.arange(0, length, 997), torch.arange(length - 300, length)))[None]
     at_query = at_key[:, ::7]
-    of_query, of_key = scheme.features(Positions(at_query, at_key), scaling, dtype)
+    of_query, of_key = scheme.bias_as_head_dims(Positions(at_query, at_key), scaling, dtype)
     assert of_query.dtype == dtype and of_query.shape[-1] == of_key.shape[-1] and of_query.shape[-1] % 8 == 0
     ours = torch.einsum("bhqe,bxke->bhqk", of_query.double(), of_key.double()) * scaling
     power = 2 ** math.floor(math.log2(heads))
@@ -122,7 +122,7 @@ def test_hierarchical_extension_is_the_authors():
     table = torch.tensor(case["embeddings"])
     expected = torch.tensor(case["value"])
     scheme = SCHEMES["learned"](shape(hidden_size=table.shape[1]), max_positions=len(expected), extend="hierarchical")
-    scheme.adopt(table)
+    scheme.init_from_table(table)
     torch.testing.assert_close(scheme.table.detach(), expected.float(), rtol=0, atol=2e-5)
     assert torch.equal(scheme.table[: len(table)].detach(), table)
 
@@ -130,7 +130,7 @@ def test_hierarchical_extension_is_the_authors():
 def test_interpolated_extension_keeps_both_ends():
     table = torch.randn(5, 3, dtype=torch.float64)
     scheme = SCHEMES["learned"](shape(hidden_size=3), max_positions=9, extend="interpolate")
-    scheme.adopt(table)
+    scheme.init_from_table(table)
     for row in range(9):
         place = row * 4 / 8
         low = min(int(place), 3)
@@ -145,4 +145,4 @@ def test_learned_positions_are_checked():
         SCHEMES["learned"](SHAPE, alpha=0.5)
     scheme = SCHEMES["learned"](SHAPE, max_positions=64)
     with pytest.raises(PePatchError, match="extend="):
-        scheme.adopt(torch.zeros(32, 64))
+        scheme.init_from_table(torch.zeros(32, 64))

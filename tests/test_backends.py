@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from pe_patch import Positions, Scheme, UnsupportedError, patch_model, unpatch_model
+from pe_patch.mla.protocol import ProjectionScheme
 
 from .models import BACKENDS, FAMILIES, build, cached_logits, error, logits, put, snapshot, tokens, unchanged
 
@@ -188,9 +189,10 @@ def test_a_rotation_said_as_angles_alone_turns_where_there_is_a_joint():
 
 
 def test_a_rung_that_would_never_be_called_is_refused():
-    replacing = type("Replacing", (Scheme,), {"name": "replacing", "replace": lambda self, projections: projections})
+    body = {"name": "replacing", "replace": lambda self, projections, seen: projections}
     for family, scheme, said in (
-        ("llama", replacing, "replaces"),
+        ("llama", type("Replacing", (ProjectionScheme,), body), "replaces"),
+        ("llama", type("Plain", (Scheme,), body), "derive it from"),
         ("bloom", Steady, "Rotary"),
     ):
         with pytest.raises(UnsupportedError, match=said):

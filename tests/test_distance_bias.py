@@ -37,7 +37,7 @@ def dense(scheme: Any, n: int) -> Tensor:
 def pointwise(scheme: Any, n: int) -> Tensor:
     """The same by `of`."""
     at, heads = torch.arange(n), torch.arange(scheme.shape.num_heads)
-    return scheme.of(at[:, None] - at, heads[:, None, None]).detach()
+    return scheme.score_bias(at[:, None] - at, heads[:, None, None]).detach()
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
@@ -47,7 +47,7 @@ def test_t5_buckets_are_the_authors(both_ways):
     scheme: Any = SCHEMES["t5"](SHAPE)
     scheme.table.data = torch.arange(32.0)[:, None] + 100 * torch.arange(4)
     distance = torch.arange(300, -301, -1)
-    found = scheme.of(distance, torch.arange(4)[:, None], both_ways=both_ways)
+    found = scheme.score_bias(distance, torch.arange(4)[:, None], both_ways=both_ways)
     expected = torch.tensor(case["buckets_hf"]) + 100 * torch.arange(4)[:, None]
     assert torch.equal(found, expected.float())
 
@@ -74,7 +74,7 @@ def test_kerple_is_the_authors():
     expected = torch.tensor(case["bias"]).reshape(3, 6, 6)
     for found in (dense(scheme, 6), pointwise(scheme, 6)):
         torch.testing.assert_close(found.tril(), expected, rtol=0, atol=2e-5)
-    last = scheme.of(torch.arange(5, -1, -1), torch.arange(3)[:, None]).detach()
+    last = scheme.score_bias(torch.arange(5, -1, -1), torch.arange(3)[:, None]).detach()
     torch.testing.assert_close(last, torch.tensor(case["bias_decode_last_row"]).reshape(3, 6), rtol=0, atol=2e-5)
 
 
@@ -91,7 +91,7 @@ def test_kerple_power_is_cut_and_learns_on():
     """A weight out of bounds counts as the bound, is left alone, and has the gradient there."""
     scheme: Any = SCHEMES["kerple"](SHAPE, kind="power")
     scheme.a.data, scheme.p.data = torch.tensor([-3.0, 0.5, 0.5, 0.5]), torch.tensor([1.0, 5.0, -1.0, 2.0])
-    bias = scheme.of(torch.tensor([0, 1, 7]), torch.arange(4)[:, None])
+    bias = scheme.score_bias(torch.tensor([0, 1, 7]), torch.arange(4)[:, None])
     expected = [[0, -a, -a * 7**p] for a, p in ((0.01, 1), (0.5, 2), (0.5, 0.01), (0.5, 2))]
     torch.testing.assert_close(bias.detach(), torch.tensor(expected))
     bias.sum().backward()
@@ -119,13 +119,13 @@ def test_sandwich_keeps_its_digits_far_out(dtype):
     for k in range(48):
         expected += torch.cos(distance.double() / 10000 ** (2 * k / 96))
     expected = expected / torch.tensor([2.0, 4.0, 6.0, 8.0])[:, None, None]
-    of_query, of_key = scheme.features(Positions(at_query, at_key), 0.25, dtype)
+    of_query, of_key = scheme.bias_as_head_dims(Positions(at_query, at_key), 0.25, dtype)
     assert of_query.dtype == of_key.dtype == dtype
     widened = (of_query.double() @ of_key.double().transpose(2, 3))[0] * 0.25
     assert float((widened - expected).abs().max()) < (1e-5 if dtype == torch.float32 else 1e-9)
     if dtype == torch.float32:
-        assert float((scheme.of(distance, torch.arange(4)[:, None, None]) - expected).abs().max()) < 2e-4
-    assert scheme.features(along(4), 0.25, torch.bfloat16) is None
+        assert float((scheme.score_bias(distance, torch.arange(4)[:, None, None]) - expected).abs().max()) < 2e-4
+    assert scheme.bias_as_head_dims(along(4), 0.25, torch.bfloat16) is None
 
 
 def test_fire_is_the_authors():
@@ -185,6 +185,6 @@ def test_a_bfloat16_table_by_distance_is_float32(name):
     scheme = filled(name).to(torch.bfloat16)
     w = {key: one.detach().double() for key, one in scheme.named_parameters()}
     expected = oracle.kerple_log(w, LENGTH) if name == "kerple log" else oracle.t5(w, LENGTH, 32, 128)
-    table = scheme.of(torch.arange(LENGTH), torch.arange(4)[:, None])
+    table = scheme.score_bias(torch.arange(LENGTH), torch.arange(4)[:, None])
     assert table.dtype == torch.float32 and table.requires_grad
     torch.testing.assert_close(table.double(), expected[:, -1].flip(-1), rtol=0, atol=1e-5)

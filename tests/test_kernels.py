@@ -17,7 +17,7 @@ from pe_patch.attention.kernels.ranges import attention as attention_over_ranges
 from pe_patch.attention.kernels.relative import Relative, distances
 from pe_patch.attention.kernels.toeplitz import Toeplitz
 from pe_patch.core.ranges import Range
-from pe_patch.schemes.rope import Turned, cos_sin
+from pe_patch.schemes.rope import RotaryTransform, cos_sin
 
 from .models import build, error, logits, tokens, wearing
 
@@ -139,9 +139,9 @@ def test_values_and_gradients(name, length):
 WINDOW = 40
 
 
-def turned_by(positions: Tensor) -> Turned:
+def turned_by(positions: Tensor) -> RotaryTransform:
     inv_freq = 100.0 ** -(torch.arange(0, WIDTH, 2) / WIDTH)
-    return Turned(*cos_sin(positions[..., None] * inv_freq, 1.1, torch.float32, False))
+    return RotaryTransform(*cos_sin(positions[..., None] * inv_freq, 1.1, torch.float32, False))
 
 
 def mask_of(kind: str, count: int) -> tuple[Tensor | None, Tensor]:

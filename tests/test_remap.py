@@ -214,7 +214,7 @@ RULES: list[tuple[int, dict[str, Any], int, int, int]] = [
 @pytest.mark.parametrize(("window", "options", "group", "near", "reach"), RULES)
 def test_self_extend_follows_the_factor(window, options, group, near, reach):
     scheme = SCHEMES["self_extend"](shape(window=window), **options)
-    assert scheme.settled == {"group": group, "near_window": near} and scheme.effective_window == reach
+    assert scheme.resolved_options == {"group": group, "near_window": near} and scheme.effective_window == reach
 
 
 def test_the_windows_of_the_others():
@@ -223,11 +223,11 @@ def test_the_windows_of_the_others():
         ("leaky_rerope", {"window": 1024, "k": 4}, 13312),
     ):  # fmt: skip
         assert SCHEMES[name](shape(), **options).effective_window == window
-    assert SCHEMES["rerope"](shape()).settled == {"near_window": 512}
-    assert SCHEMES["dca"](shape()).settled == {"chunk_size": 3072, "local_window": 512}
-    assert SCHEMES["string"](shape(window=6144)).settled == {"shift": 2048, "near_window": 128}
-    assert SCHEMES["string"](shape(window=32)).settled == {"shift": 10, "near_window": 5}
-    assert SCHEMES["lm_infinite"](shape()).settled == {"near_window": 4096}
+    assert SCHEMES["rerope"](shape()).resolved_options == {"near_window": 512}
+    assert SCHEMES["dca"](shape()).resolved_options == {"chunk_size": 3072, "local_window": 512}
+    assert SCHEMES["string"](shape(window=6144)).resolved_options == {"shift": 2048, "near_window": 128}
+    assert SCHEMES["string"](shape(window=32)).resolved_options == {"shift": 10, "near_window": 5}
+    assert SCHEMES["lm_infinite"](shape()).resolved_options == {"near_window": 4096}
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

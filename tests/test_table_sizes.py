@@ -142,7 +142,7 @@ def test_every_scheme_with_parameters_of_a_head_is_here():
                 built = scheme(shape, **given)
             except TypeError:
                 continue  # longrope, whose lists have an entry for each rotated pair
-            if any(True for _ in built.parameters()) or scheme.per_head:
+            if any(True for _ in built.parameters()) or scheme.head_sharded_attributes:
                 learned.add(name)
     assert learned - {"rope_alibi"} <= set(SCHEMES_WITH_TABLES)
 

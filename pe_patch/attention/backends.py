@@ -118,7 +118,7 @@ def check_backend(backend: Backend, scheme: Scheme) -> None:
         raise UnsupportedError(
             f"{scheme.name!r} computes its own scores, which backend={backend.name!r} does not support; use {others}."
         )
-    if backend.name == "flash" and biased and not scheme.widens_heads:
+    if backend.name == "flash" and biased and not scheme.supports_bias_as_head_dims:
         others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"
         raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use {others}.")
     if backend.name == "flex" and biased and not pointwise:

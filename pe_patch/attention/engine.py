@@ -67,7 +67,7 @@ class Engine(AttentionEngine):
             return fast, None
         # For a single query on a CPU, a row of the bias is small and cheaper to build than extra head dimensions.
         is_row = query.shape[2] == 1 and query.device.type == "cpu" and self.backend.name == "sdpa"
-        has_float64 = query.device.type != "mps"  # `features` splits positions into limbs in float64
+        has_float64 = query.device.type != "mps"  # `bias_as_head_dims` splits positions into limbs in float64
         if (
             isinstance(bias, DistanceBias)
             and self.backend.supports_bias_as_head_dims
@@ -75,7 +75,7 @@ class Engine(AttentionEngine):
             and not is_row
             and not self.has_sinks
         ):
-            features = bias.features(positions, self.scaling, query.dtype)
+            features = bias.bias_as_head_dims(positions, self.scaling, query.dtype)
             if features is not None:
                 return self._with_extra_head_dims(query, key, value, *features)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
@@ -255,9 +255,9 @@ class Engine(AttentionEngine):
             output: Any = Dense.apply(query, key, value, at, bias_block, self.scaling, *parameters)
             return output.transpose(1, 2)
         heads = torch.arange(query.shape[1], device=query.device)
-        table = bias.of(torch.arange(key.shape[2], device=query.device), heads[:, None])
+        table = bias.score_bias(torch.arange(key.shape[2], device=query.device), heads[:, None])
         table = table.to(self._precise(query))
-        reach, min_slope = None, bias.fall(query.device)
+        reach, min_slope = None, bias.min_slope(query.device)
         if min_slope is not None and query.shape[2] == key.shape[2] >= LONG:
             reach = reaches(query, key, self.scaling, min_slope)
         return attention_by_distance(query, key, value, table, self.scaling, reach)
@@ -455,7 +455,7 @@ def _flex(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: 
     """Compute attention with a distance bias as the `score_mod` of FlexAttention."""
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
-    of = getattr(bias, "of", None)
+    of = getattr(bias, "score_bias", None)
     if of is None:
         raise UnsupportedError(
             f"backend='flex' needs a bias that is a function of distance and head, and {bias.name!r} has no such "

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 
 SHARED: Mapping[str, int] = MappingProxyType({})
-"""`Scheme.per_head` of a scheme whose heads share everything."""
+"""`Scheme.head_sharded_attributes` of a scheme whose heads share everything."""
 
-RUNGS = ("attend", "encode", "bias", "of", "features", "fall", "bias_block")
+RUNGS = ("attend", "encode", "bias", "score_bias", "bias_as_head_dims", "min_slope", "bias_block")
 """Hooks that get queries and keys, and so may depend on the index of a head."""
 
 
@@ -32,10 +32,10 @@ class Heads(NamedTuple):
 
 
 def declared(cls: type) -> bool:
-    """Return whether a class declares `per_head`, and no subclass has overridden a hook since."""
+    """Return whether a class declares `head_sharded_attributes`, and no subclass has overridden a hook since."""
     order = cls.__mro__
-    says = next((place for place, owner in enumerate(order) if "per_head" in owner.__dict__), None)
-    if says is None or order[says].__dict__["per_head"] is None:
+    says = next((place for place, owner in enumerate(order) if "head_sharded_attributes" in owner.__dict__), None)
+    if says is None or order[says].__dict__["head_sharded_attributes"] is None:
         return False
     owners = (next((place for place, owner in enumerate(order) if rung in owner.__dict__), says) for rung in RUNGS)
     return all(place >= says for place in owners)
@@ -44,7 +44,8 @@ def declared(cls: type) -> bool:
 def part(scheme: Any, heads: Heads) -> Any:
     """Return the scheme sliced to a range of its heads.
 
-    `Scheme.per_head` names the slopes, tables and parameters to slice, and the dimension of their heads. Parameters
+    `Scheme.head_sharded_attributes` names the slopes, tables and parameters to slice, and the dimension of their
+    heads. Parameters
     are views of the full ones, so gradients reach those. Hooks on a full parameter do not run for kernels that compute
     their own gradients. Everything else is shared.
 
@@ -54,19 +55,21 @@ def part(scheme: Any, heads: Heads) -> Any:
     if not declared(type(scheme)):
         raise UnsupportedError(
             f"{scheme.name!r} is split by heads over processes here and does not declare which attributes have entries "
-            "for each head: declare per_head = {attribute: dimension of the heads} on the class ({} where all heads "
+            "for each head: declare head_sharded_attributes = {attribute: dimension of the heads} on the class "
+            "({} where all heads "
             "share everything), or keep the heads together."
         )
     view: Any = copy(scheme)
     parameters, modules = scheme.__dict__["_parameters"], scheme.__dict__["_modules"]
-    whole: Mapping[str, int] = scheme.per_head
+    whole: Mapping[str, int] = scheme.head_sharded_attributes
     cut = {name: _cut(scheme, name, dimension, heads) for name, dimension in whole.items()}
     view.__dict__["_parameters"] = {
         name: cut.pop(name) if name in cut else parameter if parameter is None else parameter.view_as(parameter)
         for name, parameter in parameters.items()
     }
     view.__dict__["_modules"] = {
-        name: part(module, heads) if hasattr(module, "per_head") else module for name, module in modules.items()
+        name: part(module, heads) if hasattr(module, "head_sharded_attributes") else module
+        for name, module in modules.items()
     }
     view.__dict__.update(cut)
     view.__dict__["shape"] = replace(scheme.shape, num_heads=heads.count, num_key_value_heads=heads.key_heads)

@@ -83,13 +83,13 @@ class Scheme(_Options, nn.Module):
     examples: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Example of a required option that does not take a plain number, by option name."""
 
-    idle = frozenset[str]()
+    unused_hooks = frozenset[str]()
     """Hooks that the class overrides but that these options do not use."""
 
-    widens_heads: ClassVar[bool] = False
-    """The bias can be computed by extra dimensions of the heads (`DistanceBias.features`) in every dtype."""
+    supports_bias_as_head_dims: ClassVar[bool] = False
+    """The bias can be computed by extra dimensions of the heads (`DistanceBias.bias_as_head_dims`) in every dtype."""
 
-    per_head = cast("Mapping[str, int] | None", None)
+    head_sharded_attributes = cast("Mapping[str, int] | None", None)
     """Attributes that have entries for each head, with the dimension of the heads, for tensor parallelism. Empty if all
     heads share everything, None if undeclared."""
 
@@ -259,7 +259,7 @@ class Scheme(_Options, nn.Module):
         if not engine.causal:
             raise UnsupportedError(f"{self.name!r} is defined for causal attention only, and this one looks ahead.")
 
-    def adopt(self, table: Tensor) -> None:
+    def init_from_table(self, table: Tensor) -> None:
         """Initialise from the learned positions of the model, `[positions, hidden]`, if they are of use."""
 
     def constant(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -273,7 +273,7 @@ class Scheme(_Options, nn.Module):
         return entry
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         """Return the values that options left as None resolved to, by name."""
         return {}
 
@@ -284,13 +284,13 @@ class Scheme(_Options, nn.Module):
 
     def _acts_on_scores(self, beyond: type[Scheme]) -> bool:
         """Return whether the scheme overrides more hooks at the scores than the class `beyond`."""
-        rungs = {"encode", "bias", "attend"} - self.idle
+        rungs = {"encode", "bias", "attend"} - self.unused_hooks
         return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in rungs)
 
     @property
     def shares_heads(self) -> bool:
         """Return whether all heads are treated alike, so a subset of heads needs no index."""
-        return declared(type(self)) and not self.per_head
+        return declared(type(self)) and not self.head_sharded_attributes
 
     @property
     def changes_nothing(self) -> bool:
@@ -334,7 +334,7 @@ def _default(declared: Any) -> Any:
 
 def overrides(scheme: Scheme, hook: str) -> bool:
     """Return whether a scheme overrides a hook and these options use it."""
-    return hook not in scheme.idle and getattr(type(scheme), hook) is not getattr(Scheme, hook)
+    return hook not in scheme.unused_hooks and getattr(type(scheme), hook) is not getattr(Scheme, hook)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -352,14 +352,14 @@ def causal_distance(length: int) -> Tensor:
 class DistanceBias(Scheme):
     """An additive bias that depends only on the distance and the head.
 
-    A subclass overrides `of(distance, head)`, one pointwise function. Broadcasting turns it into the dense bias, and
+    A subclass overrides `score_bias(distance, head)`, one pointwise function. Broadcasting makes the dense bias, and
     FlexAttention calls it on scalars. If the bias is a sum of products of one function of the query's position and one
-    of the key's, override `features` too: then a few extra dimensions of the heads compute it in any kernel.
+    of the key's, override `bias_as_head_dims` too: then a few extra dimensions of the heads compute it in any kernel.
     """
 
     mechanism = "distance bias"
 
-    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
         """Return the bias in float32 for broadcastable distances (query position - key position) and head indices."""
         raise NotImplementedError
 
@@ -368,9 +368,11 @@ class DistanceBias(Scheme):
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         heads = torch.arange(query.shape[1], device=query.device)
-        return self.of(positions.distance[:, None], heads[:, None, None])
+        return self.score_bias(positions.distance[:, None], heads[:, None, None])
 
-    def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def bias_as_head_dims(
+        self, positions: Positions, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
         """Return extra dimensions of queries and keys that compute the bias; None if the bias has no such form.
 
         Returns:
@@ -379,7 +381,7 @@ class DistanceBias(Scheme):
         """
         return None
 
-    def fall(self, device: torch.device) -> Tensor | None:
+    def min_slope(self, device: torch.device) -> Tensor | None:
         """Return a lower bound on how much each head's bias falls per token, `[heads]`; None if unknown."""
         return None
 

@@ -88,7 +88,7 @@ def converts(scheme: Scheme | type[Scheme]) -> bool:
 def replaces_projections(scheme: Scheme) -> bool:
     """Return whether a scheme replaces projections, with the options that it has."""
     overridden = isinstance(scheme, ProjectionScheme) and type(scheme).replace is not ProjectionScheme.replace
-    return overridden and "replace" not in scheme.idle
+    return overridden and "replace" not in scheme.unused_hooks
 
 
 def keeps_rotation(scheme: Scheme) -> bool:

@@ -95,14 +95,14 @@ class MLA(ProjectionScheme):
     def setup(self) -> None:
         super().setup()
         self.inner = self._rotation(self.factor, self.over)
-        self.idle = frozenset[str]() if self.inner is not None else frozenset({"angles"})
+        self.unused_hooks = frozenset[str]() if self.inner is not None else frozenset({"angles"})
         self.converting = self.shape.latent_rank == 0
         self.keep_original = check_flag(self.name, "keep_original", self.keep_original)
         self.bounded, self.loss_bound = self.cache_ratio is not None, cast("float | None", None)
         self.rank, self.rotary_width = self.shape.latent_rank, 0
         if not self.converting:
             self._refuse_conversion()
-            self.idle |= {"replace"}
+            self.unused_hooks |= {"replace"}
             return
         self.method = _checked_choice("method", self.method, (*METHODS, FRESH))
         self.select = _checked_choice("select", self.select, SELECTIONS)
@@ -248,7 +248,7 @@ class MLA(ProjectionScheme):
         return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         if not self.converting:
             rope = self.shape.rotary_dim
             return {"cached_per_token_and_layer": f"{self.rank + rope} numbers, decoded without expanding them"}

@@ -10,7 +10,7 @@ import torch
 from ..adapters import Adapter
 from ..core.scheme import Scheme, overrides
 from ..errors import OptionError, UnsupportedError
-from ..mla.protocol import converts, replaces_projections
+from ..mla.protocol import ProjectionScheme, converts, replaces_projections
 from ..schemes.grid import GridScheme
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotation
@@ -106,6 +106,11 @@ def check_modality(adapter: Adapter, cls: type[Scheme], config: Any) -> None:
 
 def _check_hooks(adapter: Adapter, scheme: Scheme, rotates: bool, acts: bool) -> None:
     """Raise `UnsupportedError` if a hook that the scheme overrides would never run."""
+    if not isinstance(scheme, ProjectionScheme) and callable(getattr(type(scheme), "replace", None)):
+        raise UnsupportedError(
+            f"{scheme.name!r} overrides `replace`, which only a ProjectionScheme has: derive it from "
+            "pe_patch.mla.protocol.ProjectionScheme."
+        )
     if replaces_projections(scheme) and not overrides(scheme, "attend"):
         raise UnsupportedError(
             f"{scheme.name!r} overrides `replace` but not `attend`: a scheme that replaces the projections must "

@@ -238,7 +238,7 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
         known = window.scaled_length or scheme.trained_window
         reach = min(scheme.effective_window or 2 * known, 2 * known)
         if not scheme.differs_within(reach):
-            given = ", ".join(f"{key}={value}" for key, value in scheme.settled.items())
+            given = ", ".join(f"{key}={value}" for key, value in scheme.resolved_options.items())
             named = f"{scheme.name!r}{f' with {given}' if given else ''}"
             raise NoEffectError(
                 f"{named} over the {window.rope_type!r} scaling of this model changes nothing up to {reach} tokens: "

@@ -75,7 +75,7 @@ def native_swaps(
         swaps += _norm_swaps(adapter, {index: attentions[index] for index in scheme_by_layer}, scheme_by_layer)
     if adapter.learned is not None and not keep_native:
         table = getattr(base, adapter.learned)
-        scheme_by_layer[0].adopt(table.weight[adapter.learned_offset :])
+        scheme_by_layer[0].init_from_table(table.weight[adapter.learned_offset :])
         swaps.append(Swap.of(base, adapter.learned, ZeroPositionEmbedding(table.weight.shape[1])))
         original[adapter.learned] = table
     if adapter.tower is not None and not keep_native:

@@ -32,7 +32,7 @@ class NoPE(Scheme):
     mechanism = "none"
     summary = "no positions; the causal mask alone orders the tokens"
     paper = "Kazemnejad et al. 2023, arXiv 2305.19466"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
 
 
 @register_scheme
@@ -46,7 +46,7 @@ class DroPE(NoPE):
     name = "drope"
     summary = "the rotation dropped from a trained model, which is then recalibrated"
     paper = "Gelberg et al. 2025, arXiv 2512.12167"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
 
     softmax_scale: float = 1.0
     """Factor on all scores, for lengths beyond the trained one. At 1 no layer needs positions, so it works on every
@@ -57,7 +57,7 @@ class DroPE(NoPE):
         self.softmax_scale = check_number(
             self.name, "softmax_scale", self.softmax_scale, 0.0, LARGEST_FACTOR, exclusive=True
         )
-        self.idle = frozenset({"encode"}) if self.softmax_scale == 1 else frozenset()
+        self.unused_hooks = frozenset({"encode"}) if self.softmax_scale == 1 else frozenset()
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return query * self.softmax_scale, key
@@ -75,7 +75,7 @@ class Integer(Scheme):
     mechanism = "absolute"
     summary = "the position as a number along one learned direction"
     paper = "a baseline of old, discussed in Vaswani et al. 2017, arXiv 1706.03762"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
     shift_invariant = False
 
     scale: float = 1.0
@@ -118,7 +118,7 @@ class Sinusoidal(Scheme):
     mechanism = "absolute"
     summary = "fixed sines and cosines added to the input embeddings"
     paper = "Vaswani et al. 2017, arXiv 1706.03762"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
     shift_invariant = False
 
     theta: float = 10000.0
@@ -188,7 +188,7 @@ class Learned(Scheme):
     mechanism = "absolute"
     summary = "a learned vector for each position, added to the input embeddings"
     paper = "Gehring et al. 2017, arXiv 1705.03122"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
     shift_invariant = False
 
     max_positions: int | None = None
@@ -221,7 +221,7 @@ class Learned(Scheme):
     def hard_window(self) -> bool:
         return True
 
-    def adopt(self, table: Tensor) -> None:
+    def init_from_table(self, table: Tensor) -> None:
         known, rows = table.shape[0], self.rows
         if rows > known and self.extend is None:
             raise OptionValueError(
@@ -258,7 +258,7 @@ class OneHot(Scheme):
     mechanism = "absolute"
     summary = "a linear projection of the one-hot position, added to the input embeddings"
     paper = "Gehring et al. 2017, arXiv 1705.03122, as a projection"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
     shift_invariant = False
 
     max_positions: int | None = None

@@ -62,8 +62,8 @@ class ALiBi(DistanceBias):
     name = "alibi"
     summary = "a penalty on the scores that grows linearly with the distance"
     paper = "Press et al. 2021, arXiv 2108.12409"
-    widens_heads = True
-    per_head = MappingProxyType({"head_slopes": 0})
+    supports_bias_as_head_dims = True
+    head_sharded_attributes = MappingProxyType({"head_slopes": 0})
 
     slopes: Sequence[float] | None = None
     """One positive number for each query head; None for the paper's."""
@@ -81,7 +81,7 @@ class ALiBi(DistanceBias):
             "slopes", device, lambda: torch.tensor(self.head_slopes, dtype=torch.float32, device="cpu")
         )
 
-    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
         return -self._slopes(distance.device)[head] * distance.abs()
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
@@ -89,10 +89,12 @@ class ALiBi(DistanceBias):
         # the softmax does not see, and under a causal mask no key lies ahead.
         return self._slopes(query.device)[:, None, None] * positions.key[:, None, None, :]
 
-    def fall(self, device: torch.device) -> Tensor | None:
+    def min_slope(self, device: torch.device) -> Tensor | None:
         return self._slopes(device)
 
-    def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def bias_as_head_dims(
+        self, positions: Positions, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
         """Return slope j - slope i as a sum of exact products.
 
         Neither a position beyond 256 nor most slopes are bfloat16 numbers, so both are cut into limbs that are. The
@@ -155,7 +157,7 @@ class T5(DistanceBias):
     name = "t5"
     summary = "a learned bias for each head and bucket of distances, shared by the layers"
     paper = "Raffel et al. 2019, arXiv 1910.10683"
-    per_head = MappingProxyType({"table": 1})
+    head_sharded_attributes = MappingProxyType({"table": 1})
 
     num_buckets: int = 32
     """Rows of the table."""
@@ -170,7 +172,7 @@ class T5(DistanceBias):
         self.max_distance = check_count(self.name, "max_distance", self.max_distance, least, LARGEST_LENGTH)
         self.table = nn.Parameter(torch.zeros(self.num_buckets, heads))
 
-    def of(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
+    def score_bias(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
         return wide(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions, both_ways: bool = False) -> Tensor | None:
@@ -191,8 +193,8 @@ class _BothWays:
 
     scheme: T5
 
-    def of(self, distance: Tensor, head: Tensor) -> Tensor:
-        return self.scheme.of(distance, head, both_ways=True)
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
+        return self.scheme.score_bias(distance, head, both_ways=True)
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         return self.scheme.bias(query, key, positions, both_ways=True)
@@ -218,7 +220,7 @@ class Kerple(DistanceBias):
     summary = "a learned logarithm or power of the distance for each head"
     paper = "Chi et al. 2022, arXiv 2205.09921"
     per_layer = True
-    per_head = MappingProxyType({"a": 0, "p": 0})
+    head_sharded_attributes = MappingProxyType({"a": 0, "p": 0})
 
     kind: Literal["log", "power"] = "log"
     """Which of the two kernels."""
@@ -229,7 +231,7 @@ class Kerple(DistanceBias):
         self.a = nn.Parameter(torch.rand(self.shape.num_heads))
         self.p = nn.Parameter(2 * torch.rand(self.shape.num_heads))
 
-    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
         a = _cut(self.a, None)[head]
         p = _cut(self.p, 2.0 if self.kind == "power" else None)[head]
         distance = distance.abs().to(a.dtype)
@@ -251,7 +253,7 @@ class Sandwich(DistanceBias):
     name = "sandwich"
     summary = "a fixed sum of cosines of the distance, weaker from head to head"
     paper = "Chi et al. 2022, arXiv 2212.10356"
-    per_head = MappingProxyType({"strength": 0})
+    head_sharded_attributes = MappingProxyType({"strength": 0})
 
     dim: int = 128
     """Width of the sinusoids, twice the number of cosines; not the width of the head."""
@@ -267,7 +269,7 @@ class Sandwich(DistanceBias):
     def _strength(self, device: torch.device) -> Tensor:
         return self.constant("strength", device, lambda: torch.tensor(self.strength, dtype=torch.float32, device="cpu"))
 
-    def of(self, distance: Tensor, head: Tensor) -> Tensor:
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
         # In float32 an angle of thousands of radians has lost its third decimal: whole turns are taken off first.
         coarse = torch.div(distance, TURN_AFTER, rounding_mode="floor")
         fine = distance - coarse * TURN_AFTER
@@ -286,7 +288,9 @@ class Sandwich(DistanceBias):
         at_query, at_key = (self._waves(at, torch.float32) for at in (positions.query, positions.key))
         return self._strength(query.device)[:, None, None] * (at_query @ at_key.transpose(1, 2))[:, None]
 
-    def features(self, positions: Positions, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def bias_as_head_dims(
+        self, positions: Positions, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
         """Return the waves in float32 and float64. Half precision would need three limbs, and their products would be
         wider than the heads that flash kernels support."""
         if dtype not in (torch.float32, torch.float64):

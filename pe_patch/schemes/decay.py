@@ -39,7 +39,7 @@ class XPos(Rotation):
     summary = "rotates, and lets every pair of dimensions decay with the distance, the fast ones sooner"
     paper = "Sun et al. 2022, arXiv 2212.10554"
     own_scores = True
-    per_head = SHARED
+    head_sharded_attributes = SHARED
 
     scale_base: float = 512
     """B in tokens, at least 0.25; a larger one is a slower decay."""
@@ -138,7 +138,7 @@ class RoPEALiBi(Over):
     name = "rope_alibi"
     summary = "a rotation, and a penalty on the scores that grows linearly with the distance"
     paper = "Su et al. 2021, arXiv 2104.09864, with Press et al. 2021, arXiv 2108.12409"
-    per_head = MappingProxyType({"head_slopes": 0})
+    head_sharded_attributes = MappingProxyType({"head_slopes": 0})
 
     slope_scale: float = 1.0
     """s > 0, the factor on all slopes."""

@@ -35,7 +35,7 @@ class FIRE(Scheme):
     paper = "Li et al. 2023, arXiv 2310.04418"
     per_layer = True
     shift_invariant = False
-    per_head = MappingProxyType({"weight_out": 0, "bias_out": 0})
+    head_sharded_attributes = MappingProxyType({"weight_out": 0, "bias_out": 0})
 
     width: int = 32
     """Hidden units."""

@@ -73,7 +73,7 @@ class RoPE2D(GridScheme):
     summary = "rotates by the row and the column of an image patch, axially or by learned directions"
     paper = "Heo et al. 2024, arXiv 2403.13298"
     per_layer = True
-    per_head = cast("Mapping[str, int] | None", SHARED)
+    head_sharded_attributes = cast("Mapping[str, int] | None", SHARED)
 
     mode: Literal["axial", "mixed"] = "axial"
     """Fixed frequencies along the axes, or learned directions."""
@@ -91,7 +91,7 @@ class RoPE2D(GridScheme):
             )
         if mode == "mixed":
             self.frequencies = nn.Parameter(self.random_directions())
-            self.per_head = {"frequencies": 1}  # a proxy could not be copied with the model
+            self.head_sharded_attributes = {"frequencies": 1}  # a proxy could not be copied with the model
 
     def magnitudes(self) -> Tensor:
         """Return theta^(-4t / d) for t < d / 4, radians per patch, float32."""
@@ -147,7 +147,7 @@ class ALiBi2D(GridScheme):
     name = "alibi_2d"
     summary = "a bias by the Euclidean distance between image patches"
     paper = "Fuller et al. 2023, arXiv 2311.00566"
-    per_head = MappingProxyType({"head_slopes": 0})
+    head_sharded_attributes = MappingProxyType({"head_slopes": 0})
 
     slopes: Sequence[float] | None = None
     """One positive number for each head; None for ALiBi's geometric ones."""

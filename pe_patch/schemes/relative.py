@@ -43,7 +43,7 @@ class Shaw(ContentRelative):
     name = "shaw"
     summary = "a learned vector on keys and values for each distance up to a bound"
     paper = "Shaw et al. 2018, arXiv 1803.02155"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
     per_layer = True
 
     max_distance: int = 16
@@ -122,7 +122,7 @@ class TransformerXL(ContentRelative):
     name = "transformer_xl"
     summary = "projected sinusoids of the distance meet the query, with learned biases beside it"
     paper = "Dai et al. 2019, arXiv 1901.02860"
-    per_head = MappingProxyType({"u": 0, "v": 0, "projection": 1})
+    head_sharded_attributes = MappingProxyType({"u": 0, "v": 0, "projection": 1})
 
     clamp_length: int | None = None
     """Distance in tokens to which farther ones are cut; None for no cut."""
@@ -245,7 +245,7 @@ class CoPE(ContentRelative):
     name = "cope"
     summary = "distances counted in tokens that the query takes to matter, each with a learned vector"
     paper = "Golovneva et al. 2024, arXiv 2405.18719"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
     per_layer = True
 
     max_positions: int = 64

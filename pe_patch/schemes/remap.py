@@ -42,7 +42,7 @@ class Windowed(Remapped):
         return min(512, self.trained_window // 2)
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         return {"near_window": self.near}
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
@@ -186,8 +186,8 @@ class SelfExtend(Windowed):
         return self._reach()
 
     @property
-    def settled(self) -> dict[str, Any]:
-        return {"group": self.group_size, **super().settled}
+    def resolved_options(self) -> dict[str, Any]:
+        return {"group": self.group_size, **super().resolved_options}
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
         shift = self.near - self.near // self.group_size
@@ -225,7 +225,7 @@ class DCA(Remapped):
         self.unit = self.chunk - self.local
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         return {"chunk_size": self.chunk, "local_window": self.local}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -275,7 +275,7 @@ class STRING(Remapped):
         return inv_freq, factor * self.scale
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         return {"shift": self.far_shift, "near_window": self.near}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -308,7 +308,7 @@ class LMInfinite(Remapped):
         self.sinks = self.tokens("sinks", self.sinks, 10)
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         return {"near_window": self.near}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:

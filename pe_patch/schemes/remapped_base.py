@@ -15,7 +15,7 @@ from ..core.positions import Positions
 from ..core.ranges import Range
 from ..errors import OptionValueError
 from .frequency_wrappers import build_inner
-from .rope import Rotation, Turned
+from .rope import RotaryTransform, Rotation
 
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine
@@ -42,7 +42,7 @@ class Zone:
     """Steps of queries and keys that `low` and `high` compare; None for positions."""
     below: int | None = None
 
-    def range(self, turn_query: Turned | None = None, turn_key: Turned | None = None) -> Range:
+    def range(self, turn_query: RotaryTransform | None = None, turn_key: RotaryTransform | None = None) -> Range:
         """Return the `Range` of this zone with its rotations."""
         return Range(self.low, self.high, *self.steps, self.below, turn_query, turn_key)
 
@@ -57,7 +57,7 @@ class Remapped(Rotation):
     own_scores = True
     ranged = True
     training_free = True
-    per_head = SHARED
+    head_sharded_attributes = SHARED
 
     over: str | Mapping[str, Any] | None = None
     """A static rotary scheme that gives frequencies, attention factor and window, a name or a dict with its options;
@@ -128,10 +128,10 @@ class Remapped(Rotation):
 
     def _turns(
         self, device: torch.device, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]
-    ) -> list[Turned | None]:
+    ) -> list[RotaryTransform | None]:
         """Return the rotation of each zone; None for no rotation."""
         distinct = _distinct(places)
-        made: list[Turned | None] = []
+        made: list[RotaryTransform | None] = []
         for place in places:
             index = _index(place, distinct)
             if place is not None:

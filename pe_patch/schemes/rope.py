@@ -67,7 +67,7 @@ def cos_sin(
 
 
 @dataclass(frozen=True)
-class Turned:
+class RotaryTransform:
     """A rotation of queries or keys, with cos and sin `[batch | 1, length, r]`."""
 
     cos: Tensor
@@ -84,7 +84,7 @@ class Turned:
         """Rotate gradients the other way; the factor on cos and sin stays."""
         return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
 
-    def part(self, start: int, stop: int) -> Turned:
+    def part(self, start: int, stop: int) -> RotaryTransform:
         """Return the rotation of the tokens `start` to `stop`; a single angle applies to all tokens."""
         if self.cos.shape[1] == 1:
             return self
@@ -104,7 +104,7 @@ class Rotation(Scheme):
     """
 
     mechanism = "rotary"
-    per_head = SHARED
+    head_sharded_attributes = SHARED
 
     theta: float | None = None
     """Base of the frequencies; None for the model's."""
@@ -186,9 +186,9 @@ class Rotation(Scheme):
         polar = self.shape.arithmetic == "complex"
         return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
 
-    def turned(self, cos: Tensor, sin: Tensor) -> Turned:
+    def turned(self, cos: Tensor, sin: Tensor) -> RotaryTransform:
         """Return the rotation of this attention's queries or keys with given tables."""
-        return Turned(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
+        return RotaryTransform(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate queries or keys `[batch, heads, length, head]` with float32 tables; the dtype stays."""
@@ -214,7 +214,7 @@ class Rotary(Rotation):
     smallest regime on a geometric grid that contains its position.
     """
 
-    per_head = SHARED
+    head_sharded_attributes = SHARED
 
     def relative_position(self, length: int) -> Tensor:
         return causal_distance(length)

@@ -104,25 +104,25 @@ def test_what_does_not_say_what_is_per_head_is_refused():
     class Undeclared(DistanceBias):
         name = "undeclared"
 
-        def of(self, distance, head):
+        def score_bias(self, distance, head):
             return -distance.abs() * (head + 1.0)
 
     class Changed(ALiBi):
         name = "changed"
 
-        def of(self, distance, head):
+        def score_bias(self, distance, head):
             return -distance.abs() * (head + 1.0)
 
     for cls in (Undeclared, Changed):
-        with pytest.raises(UnsupportedError, match="per_head"):
+        with pytest.raises(UnsupportedError, match="head_sharded_attributes"):
             part(cls(SHAPE), Heads(0, 2, 2))
-    with pytest.raises(UnsupportedError, match="per_head"):
+    with pytest.raises(UnsupportedError, match="head_sharded_attributes"):
         part(SCHEMES["mla"](replace(SHAPE, latent_rank=8)), Heads(0, 2, 2))
 
 
 def test_a_size_that_heads_do_not_share_equally_is_refused():
     scheme = build("alibi")
-    scheme.per_head = {"odd": 0}
+    scheme.head_sharded_attributes = {"odd": 0}
     scheme.odd = nn.Parameter(torch.zeros(HEADS + 1))
     with pytest.raises(UnsupportedError, match="share equally"):
         part(scheme, Heads(0, 2, 2))
