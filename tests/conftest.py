@@ -71,6 +71,14 @@ def absorbing(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.fixture(autouse=True)
+def _graphs_of_one_test() -> Iterator[None]:
+    """Drop compiled graphs after each test: models of one class share their code and its limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What training keeps of a text goes to a folder that is thrown away, in child processes too."""

@@ -112,7 +112,7 @@ def backend_for(implementation: str | None) -> Backend:
 
 def check_backend(backend: Backend, scheme: Scheme) -> None:
     """Raise `UnsupportedError` if the backend cannot apply what the scheme does to the scores."""
-    biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "of")
+    biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "score_bias")
     if scheme.own_scores and (backend.name == "flash" or (backend.name == "flex" and not scheme.ranged)):
         others = "'sdpa', 'flex' or 'eager'" if scheme.ranged else "'sdpa' or 'eager'"
         raise UnsupportedError(
