@@ -1,4 +1,4 @@
-"""What can go wrong, and how to say it."""
+"""The errors of this library, and helpers that format their messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class NoEffectError(PePatchError, RuntimeError):
 
 
 class AlreadyPatchedError(PePatchError, RuntimeError):
-    """The model carries a patch, or a scaling of its own, that this call did not say what to do with."""
+    """The model has a patch or a scaling already, and the call did not say how to handle it."""
 
 
 class UnsupportedError(PePatchError, NotImplementedError):
@@ -107,7 +107,7 @@ class MissingPackageError(PePatchError, ImportError):
 
 
 class MismatchError(PePatchError, ValueError):
-    """An adapter of another scheme than the model stands under."""
+    """An adapter that was trained under another scheme than that of the model."""
 
 
 SYNONYMS: Mapping[str, str] = MappingProxyType(
@@ -140,7 +140,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         "gguf": "llamacpp", "hf": "transformers", "huggingface": "transformers",
     }
 )  # fmt: skip
-"""Other names of the field for what this library calls otherwise, by their letters and digits alone."""
+"""Names of this library by other names of the field, reduced to letters and digits."""
 
 DETAILS: Mapping[str, str] = MappingProxyType(
     {
@@ -150,14 +150,14 @@ DETAILS: Mapping[str, str] = MappingProxyType(
         "streamingllm": " with sinks=4",
     }
 )
-"""What goes with some of these names."""
+"""Options that belong to some of these names."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return `" Did you mean 'yarn'?"` for what of `choices` `name` most likely means, or an empty string.
+    """Return `" Did you mean 'yarn'?"` for the most likely meaning of `name` among `choices`, or an empty string.
 
-    Letter case and separators do not matter; then other names of the field count, then names of several parts of which
-    the first was given, then misspellings. A misspelling keeps its first letter and its digits.
+    Letter case and separators do not matter. Other names of the field come first, then choices that begin with the
+    name, then misspellings, which must keep the first letter and the digits.
     """
     choices = sorted({str(choice) for choice in choices})
     found = _meant(str(name), choices)
@@ -182,23 +182,23 @@ def _meant(name: str, choices: list[str]) -> list[str]:
 
 
 def _letters(name: str) -> str:
-    """Letters and digits of a name, in lower case."""
+    """Return the letters and digits of a name in lower case."""
     return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _alike(given: str, choice: str) -> bool:
-    """Whether two names may be one, misspelt: the first letter is right, and so are digits where there are any."""
+    """Return whether a name may be a misspelling of a choice: same first letter, and same digits if it has any."""
     digits = [[character for character in name if character.isdigit()] for name in (given, choice)]
     return given[:1] == choice[:1] and (not digits[0] or digits[0] == digits[1])
 
 
 def _allowed(name: str) -> int:
-    """The number of letters that may be wrong in a name of this length."""
+    """Return how many letters may be wrong in a name of this length."""
     return 0 if len(name) < 3 else 1 if len(name) < 6 else 2
 
 
 def _edits(one: str, other: str) -> int:
-    """Count the letters to insert, drop, change or exchange with their neighbour, which turn one word into another."""
+    """Return the number of insertions, deletions, changes and swaps of neighbours that turn one word into another."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, left in enumerate(one, 1):
@@ -211,6 +211,6 @@ def _edits(one: str, other: str) -> int:
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UnknownNameError:
-    """Return the error for a name that is not in a registry: the name, what it may mean, and all there is."""
+    """Return the error for an unknown name, with the nearest name and all choices."""
     choices = sorted(choices)
     return UnknownNameError(f"Unknown {kind} {quoted(name)}.{nearest(name, choices)} There are: {', '.join(choices)}.")

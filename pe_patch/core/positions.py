@@ -25,11 +25,11 @@ class Positions(NamedTuple):
     """Sequence length by which a length-dependent scheme chooses its regime: for each query, `[batch | 1, query]`, or
     one number for a whole first pass. None for other schemes."""
     fresh: bool = True
-    """Whether the cache was empty before this pass."""
+    """True if the cache was empty before this pass."""
     filled: Tensor | int | None = None
     """Number of slots of a static cache that hold a token after this pass; None for a growing cache."""
     cached: bool = False
-    """Whether this pass reads from or writes to a cache."""
+    """True if this pass reads from or writes to a cache."""
     kept: Tensor | None = None
     """Indices of the keys that a cache layer kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()

@@ -19,7 +19,7 @@ class PeakMemory:
         self.bytes: int | None = None
         """Bytes above those at the start; None until the block ends."""
         self.kind = "CUDA memory allocated above start"
-        """What `bytes` counts. It depends on the device and the system."""
+        """Description of what `bytes` counts, which depends on the device and the system."""
         self._start = 0
 
     def __enter__(self) -> PeakMemory:

@@ -230,9 +230,7 @@ def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Spec
     """Read one dict for each layer type; None means layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
-            message = (
-                f"{quoted(key)}={quoted(value)} stands beside layer types; move it into the dict of each layer type."
-            )
+            message = f"{quoted(key)}={quoted(value)} is beside layer types; move it into the dict of each layer type."
             raise ConfigFault(message, "beside", key)
     specifications = {}
     for layer, value in config.items():

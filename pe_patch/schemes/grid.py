@@ -32,8 +32,8 @@ class GridScheme(Scheme):
         super().setup()
         if self.shape.grid is None:
             raise UnsupportedError(
-                f"{self.name!r} goes by a grid of patches, and there is none here: 'rope' and 'alibi' are for text. "
-                "Of a model that reads both, choose the vision tower with submodule=."
+                f"{self.name!r} needs a grid of patches, and this model has none: use 'rope' or 'alibi' for text. "
+                "For a model that reads both, choose the vision encoder with submodule=."
             )
         self.grid = self.shape.grid
 

@@ -56,7 +56,7 @@ def find_scheme(
     if isinstance(scheme, Scheme):
         if scheme.is_built:
             raise OptionError(
-                f"This {type(scheme).__name__} was built for an attention of its own; give options alone, for example "
+                f"This {type(scheme).__name__} was built for an attention already; give options alone, for example "
                 f"{scheme!r}."
             )
         if twice := scheme.options.keys() & options.keys():

@@ -198,7 +198,7 @@ class SelfExtend(Windowed):
 class DCA(Remapped):
     """Dual Chunk Attention (An et al. 2024, arXiv 2402.17463, section 3).
 
-    Keys turn by j mod u, u = c - w. A query at t = i mod u turns by t for keys of its own chunk of u tokens, by
+    Keys rotate by j mod u, u = c - w. A query at t = i mod u rotates by t for keys of the same chunk of u tokens, by
     min(t + u, c) for those of the chunk before, so that distances up to w stay exact, and by min(2 u - 1, c) for all
     keys before that. No distance exceeds c, so nothing bounds the length.
     """

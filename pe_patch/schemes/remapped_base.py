@@ -148,8 +148,8 @@ class Remapped(Rotation):
         return self._distances(at, at).float()
 
     def _distances(self, query: Tensor, key: Tensor) -> Tensor:
-        """The distance that each pair of a query and a key at these positions goes by, `[query, key]`, float64; NaN
-        where the pair is not attended."""
+        """Return the distance by which each query at these positions sees each key, `[query, key]`, float64; NaN if the
+        pair is not attended."""
         positions, ahead = Positions(query[None], key[None]), key > query[:, None]
         result = torch.full(ahead.shape, torch.nan, dtype=torch.float64, device="cpu")
         for zone in self.zones(positions):

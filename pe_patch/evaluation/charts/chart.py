@@ -30,7 +30,7 @@ class Chart:
     title: str
     panels: tuple[Panel, ...]
     subtitle: str = ""
-    """What was measured: samples, text and model."""
+    """Samples, text and model of the measurement."""
     caption: str = ""
     """How to read the chart."""
     columns: int = 1
