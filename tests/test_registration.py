@@ -90,7 +90,7 @@ def test_a_scheme_object_holds_options_until_a_model_is_patched():
         YaRN(factr=4)  # pyright: ignore
     with pytest.raises(OptionError, match="by name"):
         YaRN(4)  # pyright: ignore
-    with pytest.raises(TypeError, match="factor"):
+    with pytest.raises(OptionError, match="needs the option 'factor', for example factor=4"):
         YaRN()  # pyright: ignore
     built = YaRN(ADAPTERS["llama"].shape(model.model, model.config), factor=4)
     assert built.is_built

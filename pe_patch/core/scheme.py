@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, InitVar, dataclass, field, fields
+from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -97,6 +98,8 @@ class Scheme(_Options, nn.Module):
         super().__init_subclass__(**kwargs)
         cls._own_init = "__init__" in cls.__dict__
         dataclass(kw_only=True, eq=False, repr=False)(cls)
+        if not cls._own_init:
+            cls.__init__ = _checking_options(cls.__init__)
         if taken := RESERVED & cls.option_names():
             raise OptionError(
                 f"{cls.__name__} declares the option {sorted(taken)[0]!r}, which patch_model reserves for itself; "
@@ -323,6 +326,18 @@ class Scheme(_Options, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
+
+
+def _checking_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Return an `__init__` that raises `OptionError`, with an example, if a required option is missing."""
+
+    @wraps(init)
+    def checking(self: Scheme, *arguments: Any, **options: Any) -> None:
+        if type(self).__init__ is checking:  # a subclass with its own __init__ passes on a part of the options
+            self.check_options(options)
+        init(self, *arguments, **options)
+
+    return checking
 
 
 def _default(declared: Any) -> Any:
