@@ -113,7 +113,7 @@ def test_options_of_the_scheme_reach_it(run):
         (("--kv-rank", 8, "--option", "balance=2"), "balance"),
         (("--sweep", "--kv-rank", 8), "--cache-ratio"),
         (("--sweep", "--out", "x"), "saves no model"),
-        (("--sweep", "--cache-ratio", "1/512"), "larger ratio"),
+        (("--sweep", "--cache-ratio", "1/512"), "larger cache_ratio"),
     ],
 )
 def test_wrong_usage_exits_with_two(run, words, message, tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_sweep_writes_a_table_and_a_picture(run, loaded, tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["length"] == 64 and "1,024 tokens" in config["calibration"]
-    for expected in ("retrieval", "1/32", "larger ratio", "Wrote sweep.jsonl"):
+    for expected in ("retrieval", "1/32", "larger", "Wrote sweep.jsonl"):
         assert expected in out
     model, _ = loaded[0]
     assert not hasattr(model.config, "pe_patch")

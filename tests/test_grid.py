@@ -354,7 +354,7 @@ def test_what_is_for_text_and_what_is_for_images():
         SCHEMES["alibi_2d"](shape(grid=None))
     for options, message in (
         ({"mode": "axal"}, "Did you mean 'axial'"), ({"theta": 1}, "theta=1"), ({"slopes": [1.0]}, "4 positive"),
-        ({"layers": [0]}, "keep_native=True, which leaves"), ({"backend": "flash"}, "drop the bias"),
+        ({"layers": [0]}, "keep_native=True to keep the table"), ({"backend": "flash"}, "drop the bias"),
     ):  # fmt: skip
         name = "alibi_2d" if "slopes" in options or "backend" in options else "rope_2d"
         with pytest.raises(PePatchError, match=message):

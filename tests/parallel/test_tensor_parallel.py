@@ -96,4 +96,4 @@ def test_both_processes_start_from_the_same_random_numbers(found, name):
 
 
 def test_weights_that_are_split_are_not_converted(found):
-    assert all("convert the model on one process" in one["mla"] for one in found)
+    assert all("Convert the model on one process" in one["mla"] for one in found)

@@ -145,4 +145,4 @@ def test_what_cannot_be_right_is_refused(found):
     for one in found:
         told = one["refused"]
         assert "position_ids" in told["no_positions"] and "[rows, part]" in told["mask_of_the_whole"]
-        assert "[rows, part]" in told["four_dimensions"] and "none reached it" in told["a_layer_alone"]
+        assert "[rows, part]" in told["four_dimensions"] and "did not pass one to it" in told["a_layer_alone"]
