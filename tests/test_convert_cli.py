@@ -181,7 +181,7 @@ def test_a_sweep_writes_a_table_and_a_picture(run, loaded, tmp_path):
     assert rows[3]["cached_bytes_per_token"] == quarter["cached_bytes_per_token"]
     assert rows[4]["cached_bytes_per_token"] == 64
     # 4 heads x 2 dims are all that 8 numbers hold
-    assert "loss" not in without and "rotary key takes 8" in without["note"]
+    assert "loss" not in without and "rotary key takes 8. Use a larger cache_ratio" in without["note"]
     assert original["questions"] == 5 and 0 <= quarter["retrieval"] <= 1
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -130,7 +130,7 @@ def test_a_reader_of_half_the_prompt_gets_less(tokenizer, corpus, name, options,
 
 
 def test_a_window_too_small_is_an_error(tokenizer, corpus, monkeypatch):
-    """The check runs before any task sees the model, so one task stands for all."""
+    """Test one task: the check runs before any task sees the model."""
     name, options = CASES[0]
     model = reader(tokenizer, TASKS[name](**options))
     model.config.max_position_embeddings = 128

@@ -38,7 +38,7 @@ NEIGHBOURS = {("advice", "doctor"), ("advice", "search"), ("convert", "compare")
 """Which room may import from which other in the same row."""
 
 LOOSE = {"__init__", "__main__", "errors", "compat"}
-"""Modules that stand directly under `pe_patch/`."""
+"""Modules directly under `pe_patch/`."""
 
 NO_TRANSFORMERS = ("core", "schemes", "attention/kernels", "data", "errors")
 """Rooms that never see Transformers, so that a scheme can be read and tested without it."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -143,7 +143,7 @@ def _rotations_of(name: str, module: nn.Module, live: bool) -> Iterator[BuiltRot
     prefixes = [key.removesuffix("inv_freq") for key in buffers if not key.endswith("original_inv_freq")]
     if not prefixes or getattr(module, "config", None) is None:
         return
-    built: Any = module if live and not getattr(module, buffers[0]).is_meta else type(module)(module.config)  # type: ignore[call-arg]
+    built: Any = module if live and not getattr(module, buffers[0]).is_meta else cast(Any, type(module))(module.config)
     for prefix in prefixes:
         layer_type = prefix.removesuffix("_") or None
         rope_type = getattr(built, "rope_type", None)
@@ -233,7 +233,7 @@ def build_empty(config: Any) -> Any:
     architecture = getattr(transformers, (config.architectures or [""])[0] or "", None)
     fits = architecture is not None and getattr(architecture, "config_class", None) is type(config)
     with torch.device("meta"):
-        return architecture._from_config(config) if fits else AutoModel.from_config(config)  # type: ignore[union-attr]
+        return cast(Any, architecture)._from_config(config) if fits else AutoModel.from_config(config)
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def train_scheme(model: Any) -> list[str]:
         raise PePatchError("This model carries no patch, so there are no weights of a scheme to train.")
     named = dict(modules.named_parameters())
     if not named:
-        raise OptionError(f"{record_on(model)['scheme']!r} has no weights to train.")  # type: ignore[index]
+        record = record_on(model) or {}
+        raise OptionError(f"{record.get('scheme')!r} has no weights to train.")
     for parameter in named.values():
         parameter.requires_grad_(True)
     return list(named)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import pe_patch
 from pe_patch import cli
 from pe_patch import evaluation as measuring
+from pe_patch.data import text
 from pe_patch.training import saving
 from pe_patch.training.guard import TERMINATED_EXIT_CODE, PostTrainingError
 from pe_patch.training.measure import Measure
@@ -81,7 +82,7 @@ def test_an_empty_test_split_is_found_before_the_first_step(
         for name in (f"a{number}.txt", f"b{number}.txt"):
             (folder / name).write_text("the a for while return import class if not in of and yield " * 40)
         try:
-            pe_patch.data.text.load_documents(str(folder), split="test")  # type: ignore[attr-defined]
+            text.load_documents(str(folder), split="test")
         except pe_patch.PePatchError:
             break
         shutil.rmtree(folder)
