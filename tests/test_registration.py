@@ -113,6 +113,11 @@ def test_a_registered_scheme_needs_a_name_of_its_own():
 
     with pytest.raises(OptionValueError, match="name of a scheme of pe_patch"):
         register_scheme(Fake)
+    for _ in range(2):  # a cell of a notebook runs twice
+        register_scheme(type("Mine", (ALiBi,), {"name": "mine_alone", "__module__": "mine"}))
+    with pytest.raises(OptionValueError, match="'mine_alone' is the name of a scheme of mine"):
+        register_scheme(type("Theirs", (ALiBi,), {"name": "mine_alone", "__module__": "theirs"}))
+    SCHEMES.remove("mine_alone")
     with pytest.raises(OptionValueError, match="subclass of Scheme"):
         register_scheme(YaRN(factor=4))  # pyright: ignore
 

@@ -31,6 +31,10 @@ class Registry(Mapping[str, Entry]):
         """Add an entry, or replace the one of this name."""
         self._entries[name] = entry
 
+    def remove(self, name: str) -> None:
+        """Remove an entry that was added."""
+        del self._entries[name]
+
     def is_builtin(self, name: str) -> bool:
         """Return whether an entry came with the library."""
         return name in (self._entries if self._builtin is None else self._builtin)

@@ -27,16 +27,18 @@ def register_scheme(scheme: type[SchemeClass]) -> type[SchemeClass]:
     `pe_patch.schemes` that names the class or its module.
 
     Raises:
-        OptionValueError: the class is no scheme, has no name, or has the name of a scheme of this library.
+        OptionValueError: the class is no scheme, has no name, or has the name of another registered scheme.
     """
     if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
         raise OptionValueError(f"register_scheme takes a subclass of Scheme, got {quoted(scheme)}.")
     name = scheme.__dict__.get("name")
     if not isinstance(name, str) or not name:
         raise OptionValueError(f'{scheme.__name__} has no name to register it by. Add name = "my_scheme" to the class.')
-    taken = SCHEMES.is_builtin(name) and name in SCHEMES and SCHEMES[name].__module__ != scheme.__module__
-    if taken or name in ALIASES:
-        raise OptionValueError(f"{name!r} is the name of a scheme of pe_patch; give {scheme.__name__} another name.")
+    known = SCHEMES.get(name)
+    again = known is not None and (known.__module__, known.__qualname__) == (scheme.__module__, scheme.__qualname__)
+    if name in ALIASES or (known is not None and not again):
+        owner = "pe_patch" if name in ALIASES or SCHEMES.is_builtin(name) else f"{known.__module__}"
+        raise OptionValueError(f"{name!r} is the name of a scheme of {owner}; give {scheme.__name__} another name.")
     SCHEMES.add(name, scheme)
     return scheme
 
