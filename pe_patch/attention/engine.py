@@ -49,7 +49,7 @@ class Engine(AttentionEngine):
             key: `[batch, key_heads, key, head]`.
             value: `[batch, key_heads, key, head]`.
             positions: positions of the queries and keys.
-            bias: the scheme whose `bias` (or pointwise `of`) is added; None for no bias.
+            bias: the scheme whose `bias` (or pointwise `score_bias`) is added; None for no bias.
 
         Returns:
             The output `[batch, query, heads, head]`, and the weights `[batch, heads, query, key]` or None.
@@ -459,7 +459,7 @@ def _flex(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: 
     if of is None:
         raise UnsupportedError(
             f"backend='flex' needs a bias that is a function of distance and head, and {bias.name!r} has no such "
-            "`of`; use backend='sdpa' or 'eager'."
+            "`score_bias`; use backend='sdpa' or 'eager'."
         )
     engine._check_flex()
     at_query = positions.query.expand(query.shape[0], -1)

@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 SHARED: Mapping[str, int] = MappingProxyType({})
 """`Scheme.head_sharded_attributes` of a scheme whose heads share everything."""
 
-RUNGS = ("attend", "encode", "bias", "score_bias", "bias_as_head_dims", "min_slope", "bias_block")
+HOOKS = ("attend", "encode", "bias", "score_bias", "bias_as_head_dims", "min_slope", "bias_block")
 """Hooks that get queries and keys, and so may depend on the index of a head."""
 
 
@@ -37,7 +37,7 @@ def declared(cls: type) -> bool:
     says = next((place for place, owner in enumerate(order) if "head_sharded_attributes" in owner.__dict__), None)
     if says is None or order[says].__dict__["head_sharded_attributes"] is None:
         return False
-    owners = (next((place for place, owner in enumerate(order) if rung in owner.__dict__), says) for rung in RUNGS)
+    owners = (next((place for place, owner in enumerate(order) if hook in owner.__dict__), says) for hook in HOOKS)
     return all(place >= says for place in owners)
 
 

@@ -189,10 +189,10 @@ class Scheme(_Options, nn.Module):
                     f"{label!r} needs the option {option.name!r}, for example {example}; it has no default."
                 )
 
-    def forward(self, rung: str, *arguments: Any) -> Any:
+    def forward(self, hook: str, *arguments: Any) -> Any:
         """Call a hook by name through `__call__`, so that module hooks that fetch offloaded or sharded weights run."""
-        heads = getattr(arguments[-1], "heads", None) if rung == "attend" else None
-        return getattr(self if heads is None else part(self, heads), rung)(*arguments)
+        heads = getattr(arguments[-1], "heads", None) if hook == "attend" else None
+        return getattr(self if heads is None else part(self, heads), hook)(*arguments)
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Add to the input embeddings. hidden `[batch, query, hidden]`, positions `[batch | 1, query]`."""
@@ -287,8 +287,8 @@ class Scheme(_Options, nn.Module):
 
     def _acts_on_scores(self, beyond: type[Scheme]) -> bool:
         """Return whether the scheme overrides more hooks at the scores than the class `beyond`."""
-        rungs = {"encode", "bias", "attend"} - self.unused_hooks
-        return any(getattr(type(self), rung) is not getattr(beyond, rung) for rung in rungs)
+        hooks = {"encode", "bias", "attend"} - self.unused_hooks
+        return any(getattr(type(self), hook) is not getattr(beyond, hook) for hook in hooks)
 
     @property
     def shares_heads(self) -> bool:

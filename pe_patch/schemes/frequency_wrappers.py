@@ -15,7 +15,7 @@ from ..errors import OptionValueError, quoted
 from .registry import find_scheme, register_scheme
 from .rope import Rotary
 
-RUNGS = ("embed", "angles", "encode", "bias", "attend", "prepare")
+HOOKS = ("embed", "angles", "encode", "bias", "attend", "prepare")
 
 
 WINDOW = "original_max_position_embeddings"
@@ -38,7 +38,7 @@ def build_inner(
         raise OptionValueError(f"{scheme!r} got over={quoted(over)}; give the name of a rotary scheme, or a dict.")
     given = {} if theta is None else {"theta": theta}
     inner, options = find_scheme("rope" if over is None else over, given, shape)
-    if not issubclass(inner, Rotary) or any(getattr(inner, rung) is not getattr(Rotary, rung) for rung in RUNGS):
+    if not issubclass(inner, Rotary) or any(getattr(inner, hook) is not getattr(Rotary, hook) for hook in HOOKS):
         raise OptionValueError(
             f"{scheme!r} changes rotary frequencies, and {inner.name!r} is not defined by those alone."
         )

@@ -109,7 +109,7 @@ def warm_start(
         raise OptionError(f"warm_start got least_slope={quoted(least_slope)}; give a number above 0.")
     schemes = list(dict.fromkeys(patch.scheme_by_layer.values()))
     start = [_trainable_copy(scheme, patch.base.device) for scheme in schemes]
-    at_scores = any(overrides(patch.scheme, rung) for rung in ("encode", "bias", "attend"))
+    at_scores = any(overrides(patch.scheme, hook) for hook in ("encode", "bias", "attend"))
     if not at_scores or not any(True for scheme in start for _ in scheme.parameters()):
         raise OptionError(
             f"{patch.scheme.name!r} has nothing to fit: no parameters or slopes that change scores. Remove the warm "
