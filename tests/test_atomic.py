@@ -13,7 +13,7 @@ from pe_patch import NoEffectError, PePatchError, describe, patch_model, patched
 from pe_patch.core.swaps import Swap
 from pe_patch.patching import api as patching
 from pe_patch.patching.api import find_patch
-from pe_patch.patching.build import Patch
+from pe_patch.patching.patch import Patch
 from pe_patch.training.shifted_attention import shift_attention, unshift_attention
 
 from .interrupts import Lines, count, differing, outline, run, state

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from pe_patch import cli
 from pe_patch.doctor import selftest
 from pe_patch.doctor.self_test import checks, models, result
-from pe_patch.patching import module_swaps
+from pe_patch.patching import plan
 from pe_patch.schemes.rotary import RoPE
 
 from . import families
@@ -104,7 +104,7 @@ def test_a_model_that_ignores_its_cache_fails_without_a_patch(monkeypatch, capsy
 @pytest.mark.usefixtures("demo_alone")
 @pytest.mark.parametrize("broken", [counts_from_zero, is_off_by_one])
 def test_wrong_positions_in_the_patched_forward_are_found(monkeypatch, capsys, broken) -> None:
-    monkeypatch.setattr(module_swaps, "base_forward", broken)
+    monkeypatch.setattr(plan, "base_forward", broken)
     found = failure(monkeypatch, capsys, "yarn")
     assert found["model"] == "demo" and "cache" in found["check"] + found["message"]
     assert found["difference"] > 100 * found["tolerance"]

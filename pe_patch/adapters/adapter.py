@@ -144,8 +144,17 @@ class Adapter:
         """Return the window that the model was trained for, according to the scaling of this layer."""
         return trained_window(base, config, self.layer_types(base, config)[layer])
 
-    def shape(self, base: nn.Module, config: Any, layer: int = 0) -> AttentionShape:
-        """Return the sizes of one layer, from the built modules, or from the config if no module has them."""
+    def shape(
+        self, base: nn.Module, config: Any, layer: int = 0, window: TrainedWindow | None = None
+    ) -> AttentionShape:
+        """Return the sizes of one layer, from the built modules, or from the config if no module has them.
+
+        Args:
+            base: the model that holds the layers.
+            config: its config.
+            layer: index of the layer.
+            window: the trained window where it is known already.
+        """
         attention = self.attentions(base)[layer]
         layer_type = self.layer_types(base, config)[layer]
         heads = config.num_attention_heads
@@ -160,7 +169,7 @@ class Adapter:
             rotary_dim=rotary_dim,
             rotary_start=_first(attention, "qk_nope_head_dim") or 0,
             rope_theta=native_theta(rotary, config, layer_type) if rotary is not None else DEFAULT_THETA,
-            trained_length=self.window(base, config, layer).length or 0,
+            trained_length=(window or self.window(base, config, layer)).length or 0,
             num_layers=len(self.blocks(base)),
             interleaved=self.interleaved_pairs,
             grid=self.tower.grid(config) if self.tower else None,

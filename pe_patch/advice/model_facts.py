@@ -19,7 +19,7 @@ from ..adapters.trained_window import TrainedWindow, native_parameters
 from ..checkpoints.sources import empty_model
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
-from ..patching.existing import existing_scheme
+from ..patching.build import existing_scheme
 from ..patching.targets import find_adapter, find_stack
 from ..schemes.registry import find_scheme
 from ..schemes.rope import Rotary

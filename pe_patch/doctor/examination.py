@@ -11,7 +11,7 @@ import transformers
 
 from ..errors import PePatchError, UnsupportedError
 from ..patching.api import find_patch
-from ..patching.config import RECORD_KEY
+from ..patching.record import RECORD_KEY
 from ..schemes.config_formats import TYPES, Reading
 from .claims import TYPES_OF_TRANSFORMERS, read_claim, rope_dicts
 from .effect import compare, effective

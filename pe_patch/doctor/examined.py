@@ -22,7 +22,7 @@ from ..adapters.adapter import frequencies_of
 from ..checkpoints.load import native_config, read_config
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, UnsupportedError, nearest
-from ..patching.config import RECORD_KEY
+from ..patching.record import RECORD_KEY
 from ..patching.targets import unwrap
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")

@@ -13,8 +13,8 @@ from ..core.swaps import Swap
 from ..errors import OptionError, PePatchError, nearest
 from ..mla.protocol import keeps_rotation
 from ..patching.api import find_patch, restore_patch
-from ..patching.build import Patch
-from ..patching.config import RECORD_KEY, VERSION
+from ..patching.patch import Patch
+from ..patching.record import RECORD_KEY, VERSION
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotation
 from .effect import format_frequencies, plain_base
@@ -86,7 +86,7 @@ def _rotations_without_record(examined: ExaminedModel) -> list[BuiltRotation]:
 
 def _disagrees(patch: Patch, rotation: BuiltRotation) -> Iterator[Finding]:
     scheme = patch.scheme_by_layer_type.get(rotation.layer_type)
-    if not isinstance(scheme, Rotation) or keeps_rotation(scheme) or patch.arguments.get("layers") is not None:
+    if not isinstance(scheme, Rotation) or keeps_rotation(scheme) or patch.settings.layers is not None:
         return
     expected, factor = scheme.frequencies(None)
     same = expected.shape == rotation.inv_freq.shape and torch.allclose(expected, rotation.inv_freq, rtol=1e-5, atol=0)

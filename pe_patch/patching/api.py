@@ -24,13 +24,12 @@ from ..core.swaps import Swap, with_swaps
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from ..mla.protocol import converts
 from ..schemes.rope import Rotation
-from . import targets
-from .build import Patch, collect
-from .existing import EXISTING
-from .locks import ModelLock
+from .build import EXISTING, build
+from .patch import ModelLock, Patch, Settings
 from .peft import wrapper_swaps
+from .plan import plan
 from .probe import check_rotation
-from .targets import Layers
+from .targets import Layers, resolve, unwrap
 
 logger = logging.getLogger("pe_patch")
 
@@ -42,7 +41,7 @@ def find_patch(model: Any) -> Patch | None:
 
     An interrupted patch has `whole=False`.
     """
-    unwrapped = targets.unwrap(model)
+    unwrapped = unwrap(model)
     return next((m.__dict__["pe_patch"] for m in unwrapped.modules() if "pe_patch" in m.__dict__), None)
 
 
@@ -86,13 +85,12 @@ def patch_model(
     check_choice("patch_model", "on_existing", on_existing, EXISTING)
     check_flag("patch_model", "keep_native", keep_native)
     check_flag("patch_model", "strict", strict)
-    given = {"on_existing": on_existing, "backend": backend, "adapter": adapter, "layers": layers}
-    given |= {"submodule": submodule, "keep_native": keep_native, "strict": strict}
-    _apply(model, scheme, options, given)
+    settings = Settings(on_existing, backend, adapter, layers, submodule, keep_native, strict)
+    _patch_or_leave(model, scheme, options, settings)
     return model
 
 
-def restore_patch(model: Any, scheme: str, options: dict[str, Any], given: dict[str, Any]) -> None:
+def restore_patch(model: Any, scheme: str, options: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Apply a saved patch to a model that is being loaded.
 
     A scheme that converts projections does not read the original ones, since the checkpoint may not have them.
@@ -101,30 +99,48 @@ def restore_patch(model: Any, scheme: str, options: dict[str, Any], given: dict[
         model: the model.
         scheme: name of the scheme in the record.
         options: its options in the record.
-        given: the other arguments of `patch_model`; missing ones get its defaults, with `on_existing="replace"`.
+        arguments: other arguments of `patch_model`; missing ones get its defaults, with `on_existing="replace"`.
     """
-    defaults = {"backend": None, "adapter": None, "layers": None, "submodule": None, "keep_native": False}
-    given = {"on_existing": "replace", **defaults, "strict": False, **given, "restored": True}
-    _apply(model, scheme, options, given)
+    _patch_or_leave(model, scheme, options, Settings(**{"on_existing": "replace", **arguments}, restored=True))
 
 
-def _apply(model: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
+def _patch_or_leave(model: Any, scheme: Any, options: dict[str, Any], settings: Settings) -> None:
     """Patch the model completely, or leave it as it was: native or under the earlier patch."""
-    unwrapped = targets.unwrap(model)
+    unwrapped = unwrap(model)
     with ModelLock(unwrapped):
-        earlier = _earlier_patch(unwrapped, given["on_existing"])
+        earlier = _earlier_patch(unwrapped, settings.on_existing)
         if earlier is None:
-            _apply_to_native(model, unwrapped, scheme, options, given)
+            _patch_native(model, unwrapped, scheme, options, settings)
             return
         state = earlier.current()
         try:
             earlier.undo()
-            _apply_to_native(model, unwrapped, scheme, options, given)
+            _patch_native(model, unwrapped, scheme, options, settings)
         except BaseException:
             current = find_patch(unwrapped)
             if current is None or current is earlier:
                 earlier.put(*state)
             raise
+
+
+def _patch_native(model: Any, unwrapped: Any, scheme: Any, options: dict[str, Any], settings: Settings) -> None:
+    """Patch an unpatched model completely, or leave it unpatched."""
+    try:
+        target = resolve(unwrapped, settings.adapter, settings.layers, settings.submodule)
+        scheme_by_layer, window = build(scheme, options, target, settings.on_existing)
+        patch = plan(target, scheme_by_layer, window, settings)
+        if target.users_adapter:
+            check_rotation(patch)
+        patch.swaps += wrapper_swaps(model)
+        patch.apply()
+        _verify(patch, probe=target.users_adapter)
+        _announce(patch)
+        patch.release_originals()
+    except BaseException:
+        current = find_patch(unwrapped)
+        if current is not None and current.undoable:  # else the interrupt came after the last step
+            current.undo()
+        raise
 
 
 def _earlier_patch(model: Any, on_existing: str) -> Patch | None:
@@ -147,25 +163,6 @@ def _earlier_patch(model: Any, on_existing: str) -> Patch | None:
     return earlier
 
 
-def _apply_to_native(model: Any, unwrapped: Any, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
-    """Patch an unpatched model completely, or leave it unpatched."""
-    try:
-        patch = collect(unwrapped, scheme, options, given)
-        users_adapter = targets.is_users_adapter(patch.base, given["adapter"])
-        if users_adapter:
-            check_rotation(patch)
-        patch.swaps += wrapper_swaps(model)
-        patch.apply()
-        _verify(patch, probe=users_adapter)
-        _announce(patch)
-        patch.release_originals()
-    except BaseException:
-        current = find_patch(unwrapped)
-        if current is not None and current.undoable:  # else the interrupt came after the last step
-            current.undo()
-        raise
-
-
 def unpatch_model(model: Any) -> Any:
     """Undo the patch of a model bit for bit, and return the same object.
 
@@ -174,7 +171,7 @@ def unpatch_model(model: Any) -> Any:
     Raises:
         PePatchError: the model is not patched, or `keep_original=False` discarded its original weights.
     """
-    unwrapped = targets.unwrap(model)
+    unwrapped = unwrap(model)
     with ModelLock(unwrapped):
         patch = find_patch(unwrapped)
         if patch is None:
@@ -206,7 +203,7 @@ def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments
     state = before.current() if before is not None and before.whole else None
 
     def undo() -> None:
-        unwrapped = targets.unwrap(model)
+        unwrapped = unwrap(model)
         if failed or find_patch(unwrapped) is before:
             return
         with ModelLock(unwrapped):

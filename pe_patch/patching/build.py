@@ -1,372 +1,301 @@
-"""Build a patch: the schemes of all layers, and every swap that puts them into the model.
+"""Build the schemes of all layers, from the user's options and from a scaling that the model has already.
 
-This is the only file that knows both schemes and models.
+`on_existing` decides about that scaling: raise, replace it, or build on it. The built rotary module decides what the
+scaling is; the config only describes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, cast
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import compat
-from ..adapters import Adapter
-from ..adapters.trained_window import TrainedWindow
-from ..attention.interface import Backend, backend_for, check_backend
+from ..adapters import ADAPTERS, Adapter
+from ..adapters.adapter import frequencies_of, native_theta
+from ..adapters.trained_window import OPTION, TrainedWindow, native_parameters
 from ..attention.parallel import check_conversion
-from ..core.scheme import AttentionShape, Scheme
-from ..core.swaps import GIVEN_UP, Removal, Result, Swap, bind, do_all, do_or_repeat, finally_do
-from ..errors import AlreadyPatchedError, PePatchError, UnsupportedError
-from ..mla.conversion import Conversion, convert, loss, smallest_rank
-from ..mla.protocol import ProjectionScheme, converts, replaces_projections, touches_rotation
-from ..mla.replacement import native_latent_swaps, no_early_cache, replacement_swaps
-from ..schemes.registry import find_scheme
-from ..schemes.rope import Rotation
-from . import targets
-from .compatibility import Plan, check_layer_types, check_modality, make_plan
-from .config import SchemeByLayerType, cache_specification, config_swaps, record_of
-from .config_copies import ConfigCopy, config_references, copy_configs, models_around, redirect
-from .existing import check_effect, settle_existing
-from .module_swaps import WithoutInner, at_scores, forward_swaps, native_swaps
-from .peft import saving_swaps
-from .record import RECORD_KEY
+from ..core.scheme import Scheme
+from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError, quoted
+from ..mla.protocol import converts, touches_rotation
+from ..schemes import config_formats
+from ..schemes.frequency_wrappers import Over
+from ..schemes.grid import GridScheme
+from ..schemes.registry import SCHEMES, find_scheme
+from ..schemes.remapped_base import Remapped
+from ..schemes.rope import Rotary, Rotation
+from .targets import Target, device_and_dtype
 
-SHAPE_OF_CACHE = "_get_static_cache_init_shape"
+EXISTING = ("error", "replace", "compose")
+"""The values of `on_existing`."""
 
 
-@dataclass
-class Patch:
-    """The changes of one `patch_model` call to one model, stored on the base model."""
+def build(
+    scheme: Any, options: Mapping[str, Any], target: Target, on_existing: str
+) -> tuple[dict[int, Scheme], TrainedWindow]:
+    """Return the scheme of each chosen layer, by layer index, and the trained window that it extends from.
 
-    model: PreTrainedModel
-    """The outer model, unwrapped; the same as `base` for a bare base model."""
-    base: PreTrainedModel
-    """The model that holds the layers."""
-    path: str
-    """Path of `base` inside `model`."""
-    adapter: Adapter
-    shape: AttentionShape
-    """Sizes of the first chosen layer."""
-    scheme_by_layer: dict[int, Scheme]
-    """The scheme of each chosen layer, by layer index."""
-    scheme_by_layer_type: SchemeByLayerType
-    keep_native: bool
-    """Keep the native positions and add the scheme to them."""
-    arguments: dict[str, Any]
-    """The arguments of `patch_model` except the scheme and its options."""
-    swaps: list[Swap]
-    """Every attribute that the patch replaces."""
-    frozen: list[nn.Parameter]
-    """Native parameters that the patched model does not use; the patch sets `requires_grad=False` on them."""
-    configs: list[ConfigCopy]
-    """Copies of the configs that the patch changes."""
-    window: TrainedWindow = field(default_factory=TrainedWindow)
-    """The window that the model was trained for."""
-    whole: bool = False
-    """All swaps are in place. A patch on a base model with `whole=False` was interrupted."""
-
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the patched layers."""
-        return list(self.scheme_by_layer)
-
-    @property
-    def composed(self) -> bool:
-        """Return whether the scheme builds on a scaling in the model's config."""
-        return self.window.scaled and self.arguments["on_existing"] == "compose"
-
-    @property
-    def scheme(self) -> Scheme:
-        """The scheme of the first patched layer."""
-        return self.scheme_by_layer[self.layers[0]]
-
-    def apply(self) -> None:
-        """Apply every swap, or none if one fails."""
-        self.put([swap.replacement for swap in self.swaps], [False for _ in self.frozen])
-
-    def put(self, values: list[Any], trainable: list[bool]) -> None:
-        """Write a value for each swap and a `requires_grad` for each frozen parameter; undo the patch if that fails.
-
-        The base model refers to the patch before the first write, so that an interrupted patch can be found and undone.
-
-        Raises:
-            AlreadyPatchedError: another thread has patched the model.
-        """
-        try:
-            if self.base.__dict__.setdefault("pe_patch", self) is not self:
-                raise AlreadyPatchedError("Another patch reached this model first: call unpatch_model(model).")
-            for swap, value in zip(self.swaps, values, strict=True):
-                swap.put(value)
-            for parameter, flag in zip(self.frozen, trainable, strict=True):
-                parameter.requires_grad_(flag)
-            self.whole = True
-        except BaseException:
-            self.undo()
-            raise
-
-    def undo(self) -> None:
-        """Restore all originals, however many swaps were applied.
-
-        A step that fails does not stop the others; its error is raised at the end.
-
-        Raises:
-            PePatchError: `keep_original=False` discarded the original weights.
-        """
-        if not self.undoable:
-            raise PePatchError(
-                f"The original weights that {self.scheme.name!r} was computed from were not kept "
-                "(keep_original=False), so this patch cannot be undone; load the original model."
-            )
-        if self.base.__dict__.get("pe_patch") is self:  # else nothing of this patch is in place
-            do_or_repeat(self._restore)
-
-    def _restore(self) -> None:
-        self.whole = False
-        steps = [*(swap.undo for swap in reversed(self.swaps)), *(config.carry_back for config in self.configs)]
-        steps += [partial(parameter.requires_grad_, True) for parameter in self.frozen]
-        do_all(steps)
-        self.base.__dict__.pop("pe_patch", None)
-
-    def renumber(self) -> None:
-        """Renumber the patch after layers were removed from the model, so that a save fits the remaining layers.
-
-        Raises:
-            UnsupportedError: layers were added or copied.
-        """
-        attentions = self.adapter.attentions(self.base)
-        numbers = [attention.__dict__.get("pe_layer") for attention in attentions]
-        if numbers == list(range(len(numbers))) and self.scheme_by_layer.keys() <= set(numbers):
-            return
-        if None in numbers or len(set(numbers)) < len(numbers):
-            raise UnsupportedError(
-                f"Layers were added to this model after it was patched with {self.scheme.name!r}, so it cannot be "
-                "saved with its patch. Call unpatch_model(model), and patch it again."
-            )
-        self.scheme_by_layer = {
-            index: self.scheme_by_layer[number]
-            for index, number in enumerate(numbers)
-            if number in self.scheme_by_layer
-        }
-        for index, attention in enumerate(attentions):
-            attention.__dict__["pe_layer"] = index
-        module: Any = self.base.get_submodule("position_schemes")
-        module.scheme = nn.ModuleList(dict.fromkeys(self.scheme_by_layer.values()))
-        for config in (self.model.config, self.base.config):
-            record = config.__dict__.get(RECORD_KEY)
-            if record is not None and (len(self.scheme_by_layer) < len(numbers) or "layers" in record):
-                setattr(config, RECORD_KEY, {**record, "layers": list(self.scheme_by_layer)})
-
-    def while_undone(self, work: Callable[[], Result]) -> Result:
-        """Call `work()` on the native model, restore the patch, and return the result."""
-        values, trainable = self.current()
-        return finally_do(lambda: self.put(values, trainable), lambda: (self.undo(), work())[1])
-
-    def current(self) -> tuple[list[Any], list[bool]]:
-        """Return the current values of the swapped attributes, and `requires_grad` of each frozen parameter."""
-        return [swap.current() for swap in self.swaps], [parameter.requires_grad for parameter in self.frozen]
-
-    @property
-    def undoable(self) -> bool:
-        """Return whether all originals were kept."""
-        return not any(swap.original is GIVEN_UP for swap in self.swaps)
-
-    def release_originals(self) -> None:
-        """Discard the calibration text and, with `keep_original=False`, the original weights.
-
-        Without the original weights the patch cannot be undone.
-        """
-        for scheme in self.scheme_by_layer.values():
-            if isinstance(scheme, ProjectionScheme):  # else every copy of the model would hold the text
-                scheme.calibration = None
-                scheme.options.pop("calibration", None)
-        if isinstance(self.scheme, ProjectionScheme) and not self.scheme.keep_original:
-            swaps = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
-            self.swaps = swaps  # in one step: an interrupt leaves all originals or none
-
-
-class PositionSchemes(nn.Module):
-    """The schemes of a patched model and the native modules that they replaced.
-
-    The base model registers it, so that each scheme is registered once.
-    """
-
-    def __init__(self, schemes: list[Scheme], original: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.scheme = nn.ModuleList(schemes)
-        self.original = nn.ModuleDict(original)
-
-
-def _build(
-    cls: type[Scheme], base: PreTrainedModel, adapter: Adapter, chosen: list[int], options: dict[str, Any]
-) -> dict[int, Scheme]:
-    """Return the scheme of each chosen layer.
-
-    Layers share one scheme, except that a rotary scheme needs one for each shape and a `per_layer`
-    scheme one for each layer.
-    """
-    layer_types = adapter.layer_types(base, base.config)
-    shapes: dict[str | None, AttentionShape] = {}
-    schemes: dict[Any, Scheme] = {}
-    scheme_by_layer: dict[int, Scheme] = {}
-    for index in chosen:
-        layer_type = layer_types[index]
-        if layer_type not in shapes:
-            shapes[layer_type] = adapter.shape(base, base.config, index)
-        key = index if cls.per_layer else shapes[layer_type] if issubclass(cls, Rotation) else None
-        if key not in schemes:
-            schemes[key] = cls(shapes[layer_type], **options).to(*targets.device_and_dtype(base)).train(base.training)
-        scheme_by_layer[index] = schemes[key]
-    return scheme_by_layer
-
-
-def collect(model: PreTrainedModel, scheme: Any, options: dict[str, Any], given: dict[str, Any]) -> Patch:
-    """Return the patch of a model, without applying it. Every check runs here.
+    Layers share one scheme, except that a rotary scheme needs one for each shape and a `per_layer` scheme one for each
+    layer.
 
     Args:
-        model: the unwrapped model.
         scheme: as for `patch_model`.
         options: options of the scheme.
-        given: the other arguments of `patch_model`.
+        target: the layers to patch.
+        on_existing: one of `EXISTING`.
 
     Raises:
-        PePatchError: the patch is not possible.
+        PePatchError: the scheme or an option does not fit the model.
     """
-    path, base = targets.find_stack(model, given["submodule"], given["adapter"])
-    config = base.config
-    adapter = targets.find_adapter(base, given["adapter"])
-    attentions, layer_types = adapter.attentions(base), adapter.layer_types(base, config)
-    chosen = targets.find_layers(given["layers"], len(attentions))
-    shape = adapter.shape(base, config, chosen[0])
-    cls, options = find_scheme(scheme, options, shape)
-    check_modality(adapter, cls, config)
+    first = target.layers[0]
+    cls, options = find_scheme(scheme, options, target.shape(first))
+    check_modality(target, cls)
     if converts(cls):
-        check_conversion(attentions[chosen[0]], cls.name)
-    window = adapter.window(base, config, chosen[0])
+        check_conversion(target.attentions[first], cls.name)
+    window = target.window(first)
     if touches_rotation(cls, options):
-        options, window = settle_existing(base, adapter, cls, options, given["on_existing"], chosen)
-    scheme_by_layer = _build(cls, base, adapter, chosen, options)
-    if given["on_existing"] == "compose" and window.scaled:
-        check_effect(scheme_by_layer.values(), window)
-    schemes, scheme_by_layer_type = (
-        list(dict.fromkeys(scheme_by_layer.values())),
-        {layer_types[index]: scheme_by_layer[index] for index in chosen},
+        options, window = settle_existing(target, cls, options, on_existing)
+    placement = device_and_dtype(target.base)
+    schemes: dict[Any, Scheme] = {}
+    scheme_by_layer: dict[int, Scheme] = {}
+    for index in target.layers:
+        shape = target.shape(index)
+        key = index if cls.per_layer else shape if issubclass(cls, Rotation) else None
+        if key not in schemes:
+            schemes[key] = cls(shape, **options).to(*placement).train(target.base.training)
+        scheme_by_layer[index] = schemes[key]
+    if on_existing == "compose" and window.scaled:
+        check_effect(schemes.values(), window)
+    return scheme_by_layer, window
+
+
+def check_modality(target: Target, cls: type[Scheme]) -> None:
+    """Raise `UnsupportedError` for a text scheme on a vision encoder, or a scheme for images on a text model."""
+    adapter, family = target.adapter, target.base.config.model_type
+    for_images = issubclass(cls, GridScheme)
+    if adapter.tower is not None and not for_images:
+        able = ", ".join(name for name, known in SCHEMES.items() if issubclass(known, GridScheme))
+        raise UnsupportedError(
+            f"{cls.name!r} is for text, and {family} reads images: use one of {able}, or choose the text "
+            "model with submodule=."
+        )
+    if adapter.tower is None and for_images:
+        raise UnsupportedError(
+            f"{cls.name!r} needs a grid of image patches, and {family} reads text: use 'rope' or 'alibi', "
+            "or choose a vision encoder with submodule=."
+        )
+
+
+def settle_existing(
+    target: Target, scheme: type[Scheme], options: dict[str, Any], on_existing: str
+) -> tuple[dict[str, Any], TrainedWindow]:
+    """Return the options to use and the trained window that the scheme extends from.
+
+    Args:
+        target: the layers to patch.
+        scheme: the class of the scheme.
+        options: its options.
+        on_existing: one of `EXISTING`.
+
+    Raises:
+        AlreadyPatchedError: the config carries a scaling and `on_existing` is "error".
+        OptionError: the window is needed and unknown; the message names the option.
+        UnsupportedError: the scheme does not compose, or the config was changed after the model was built.
+    """
+    base, adapter, layer_types = target.base, target.adapter, target.layer_types
+    config = base.config
+    parameters_by_type = {layer_type: native_parameters(config, layer_type) for layer_type in target.chosen_types}
+    layer = next((i for i in target.layers if _scaled(parameters_by_type[layer_types[i]])), target.layers[0])
+    window, parameters = target.window(layer), parameters_by_type[layer_types[layer]]
+    composed = on_existing == "compose" and _scaled(parameters) and adapter.rotary is not None
+    if options.get(OPTION) is not None and OPTION in scheme.option_names():
+        window = window.settle(options[OPTION], composed)
+    if _scaled(parameters) and adapter.rotary is not None:
+        if on_existing == "error":
+            raise _already_scaled(
+                window, parameters, native_theta(getattr(base, adapter.rotary), config, layer_types[layer])
+            )
+        if composed:
+            _check_composes(scheme, options, parameters, target.chosen_types, layer_types[layer])
+            options = {"over": existing_scheme(base, adapter, layer, window), **options}
+        elif "theta" not in options:
+            _check_built(base, adapter, layer_types[layer])
+    if OPTION not in scheme.option_names():
+        return options, window
+    number = window.scaled_length if composed else window.length
+    if number is None:
+        raise OptionError(f"{scheme.name!r} extends a trained window, and {window.question(composed)}")
+    if composed and number != window.length:
+        options = {**options, OPTION: number}
+    return options, window
+
+
+def _scaled(parameters: dict[str, Any]) -> bool:
+    """Return whether rotary parameters contain a scaling."""
+    return parameters.get("rope_type", "default") not in ("default", None)
+
+
+def _already_scaled(window: TrainedWindow, parameters: dict[str, Any], theta: float) -> AlreadyPatchedError:
+    """Return the error for a model whose config has a scaling, with both remedies."""
+    start = f"its window of {window.length} tokens and theta {theta} ({window.source})"
+    if window.length is None:
+        start = f"theta {theta} and the unscaled window, which you must state: {window.source}"
+    over = "" if window.scaled_length is None else f" from {window.scaled_length} tokens"
+    return AlreadyPatchedError(
+        f"This model already carries rope_type={parameters['rope_type']!r} ({_short(parameters)}): a second scaling "
+        f"on top would not extend by the factor that it states. on_existing='replace' starts again from {start}; "
+        f"on_existing='compose' builds on it{over}, for schemes that support it."
     )
+
+
+def _short(parameters: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in parameters.items() if not isinstance(value, list))
+
+
+def _check_composes(
+    scheme: type[Scheme],
+    options: dict[str, Any],
+    parameters: dict[str, Any],
+    layer_types: list[str | None],
+    layer_type: str | None,
+) -> None:
+    """Raise if a scheme cannot build on the scaling in the config.
+
+    Raises:
+        UnsupportedError: the scheme does not compose, or only some of the chosen layer types are scaled.
+        OptionError: the user gives `over` too.
+    """
+    if "over" not in scheme.option_names():
+        able = [name for name, known in SCHEMES.items() if "over" in known.option_names()]
+        raise UnsupportedError(
+            f"{scheme.name!r} cannot build on an existing {parameters['rope_type']!r}; only {', '.join(able)} "
+            "compose. Use on_existing='replace'."
+        )
+    if len(layer_types) > 1:
+        raise UnsupportedError(f"Only the {layer_type} layers of this model are scaled; choose them with layers=.")
+    if options.get("over") is not None:
+        raise OptionError(
+            f"on_existing='compose' puts {scheme.name!r} over the config's {parameters['rope_type']!r}, and "
+            f"over={quoted(options['over'])} names another scheme. Leave one of the two out."
+        )
+
+
+def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window: TrainedWindow) -> dict[str, Any]:
+    """Return the scaling of a model as a scheme specification of this library, with the numbers of its rotary module.
+
+    Args:
+        base: the model that holds the layers.
+        adapter: the description of its family.
+        layer: index of a layer that has the scaling.
+        window: the trained window.
+
+    Raises:
+        UnsupportedError: the module does not rotate by what the config says.
+    """
+    layer_type = adapter.layer_types(base, base.config)[layer]
+    parameters = native_parameters(base.config, layer_type)
+    if window.factor is not None and parameters["rope_type"] in config_formats.FACTOR_IS_RATIO:
+        parameters = {**parameters, "factor": window.factor}
+    if window.length is not None:
+        parameters = {**parameters, OPTION: window.length}
+    read = config_formats.read(parameters)
+    if not isinstance(read, config_formats.Specification):
+        raise UnsupportedError(f"This config has different parameters for {', '.join(read)}, which do not compose.")
+    options = {"scheme": read.scheme, **read.options}
+    if window.length is None and OPTION not in options:
+        options[OPTION] = window.maximum or 1  # the frequencies do not depend on it
+    cls, given = find_scheme(options, {}, None)
+    scheme = cls(adapter.shape(base, base.config, layer), **given)
+    if not isinstance(scheme, Rotary):
+        raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
+    inv_freq, factor = built_rotation(base, adapter, layer_type)
+    norm = adapter.norm_after_rotation
+    if norm and any(hasattr(each, norm) for each in adapter.attentions(base)):
+        factor = 1.0
+    ours, our_factor = scheme.frequencies(None)
+    if not _same(ours, inv_freq):
+        raise _changed(base, adapter, parameters, ours, inv_freq)
+    if not math.isclose(our_factor, factor, rel_tol=1e-4):
+        if "attention_factor" not in cls.option_names():
+            raise UnsupportedError(
+                f"The built rotary module multiplies cos and sin by {factor:.6g} and {read.scheme!r} by "
+                f"{our_factor:.6g}: the config does not describe this model, so nothing composes with it."
+            )
+        options["attention_factor"] = factor
+    return options
+
+
+def built_rotation(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> tuple[Tensor, float]:
+    """Return the frequencies of a built rotary module for short sequences, and its factor on cos and sin.
+
+    The frequencies have the shape `[rotary_dim / 2]`. The factor is measured at position zero, on a copy.
+    """
+    assert adapter.rotary is not None
+    rotary: Any = getattr(base, adapter.rotary)
+    if frequencies_of(rotary, layer_type)[1].is_meta:  # meta tensors have no values: build the module from its config
+        rotary = type(rotary)(rotary.config)
+    inv_freq = frequencies_of(rotary, layer_type)[1].detach().cpu()
+    with torch.no_grad():
+        origin = torch.zeros(1, 1, dtype=torch.long, device=frequencies_of(rotary, layer_type)[0].device)
+        hidden = torch.zeros(1, 1, 1, 1, device=origin.device)
+        output = copy.deepcopy(rotary)(hidden, origin, *([] if layer_type is None else [layer_type]))
+    cos = output[0] if isinstance(output, tuple) else output.abs()
+    factor = float(cos.flatten()[0])
+    exact = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", factor)
+    return inv_freq, float(exact) if math.isclose(exact, factor, rel_tol=1e-5) else factor
+
+
+def _check_built(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> None:
+    """Raise if the config was changed after the rotary module was built, so that its base and window would be wrong."""
+    rotary: Any = getattr(base, str(adapter.rotary))
+    inv_freq = frequencies_of(rotary, layer_type)[1]
+    if inv_freq.is_meta or base.config.model_type not in ADAPTERS:
+        return
+    rebuilt = frequencies_of(type(rotary)(copy.deepcopy(base.config)), layer_type)[1]
+    if not _same(rebuilt, inv_freq):
+        raise _changed(base, adapter, native_parameters(base.config, layer_type), rebuilt, inv_freq)
+
+
+def _same(expected: Tensor, built: Tensor) -> bool:
+    tolerance = 1e-5 if built.dtype in (torch.float32, torch.float64) else 1e-2
+    expected, built = expected.detach().float().cpu(), built.detach().float().cpu()
+    return expected.shape == built.shape and torch.allclose(expected, built, rtol=tolerance, atol=0)
+
+
+def _changed(
+    base: PreTrainedModel, adapter: Adapter, parameters: dict[str, Any], expected: Tensor, built: Tensor
+) -> UnsupportedError:
+    module = type(getattr(base, str(adapter.rotary))).__name__
+    expected, built, numbers = expected.detach().float().cpu(), built.detach().float().cpu(), ""
+    if expected.shape == built.shape:
+        pair = int((expected - built).abs().div(expected.clamp(min=1e-12)).argmax())
+        numbers = (
+            f": pair {pair} rotates by {float(built[pair]):.6g} radians per token, not by {float(expected[pair]):.6g}"
+        )
+    return UnsupportedError(
+        f"The built {module} does not rotate by the {parameters['rope_type']!r} of the config{numbers}. The config was "
+        "changed after the model was built, which does not change the model: load the model again."
+    )
+
+
+def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
+    """Raise `NoEffectError` if a scheme over the model's scaling changes nothing.
+
+    The check covers lengths up to the effective window, and up to twice the trained window at most.
+    """
     for scheme in schemes:
-        if isinstance(scheme, ProjectionScheme):
-            scheme.restored = given.get("restored", False)
-    plan = make_plan(adapter, schemes[0], given["keep_native"], chosen, len(attentions))
-    check_layer_types(scheme_by_layer_type, plan, given["layers"] is None)
-    backend = _backend(given["backend"], base, adapter, schemes[0])
-    conversion = Conversion({})
-    if replaces_projections(schemes[0]):
-        conversion = convert(model, base, adapter, scheme_by_layer)
-
-    def assemble(modules: dict[int, nn.Module]) -> Patch:
-        patch = _assemble(model, path, adapter, scheme_by_layer, plan, backend, modules, given)
-        patch.window = window
-        return patch
-
-    if not conversion.latents:
-        return assemble(conversion.modules)
-    return _narrowest(model, scheme_by_layer, conversion, assemble)
-
-
-def _narrowest(
-    model: PreTrainedModel, scheme_by_layer: dict[int, Any], conversion: Conversion, assemble: Callable[..., Patch]
-) -> Patch:
-    """Return the patch with the smallest latent rank that keeps the loss on held-out tokens within `loss_bound`."""
-    scheme = next(iter(scheme_by_layer.values()))
-    before = loss(model, conversion.rows)
-
-    def loss_at(rank: int) -> float:
-        patch = assemble(conversion.at(scheme_by_layer, rank))
-
-        def patched_loss() -> float:
-            patch.apply()
-            return loss(model, conversion.rows)
-
-        return finally_do(patch.undo, patched_loss)
-
-    rank = smallest_rank(scheme.rank, before * (1 + scheme.loss_bound), loss_at)
-    return assemble(conversion.at(scheme_by_layer, rank))
-
-
-def _assemble(
-    model: PreTrainedModel,
-    path: str,
-    adapter: Adapter,
-    scheme_by_layer: dict[int, Scheme],
-    plan: Plan,
-    backend: Backend,
-    modules: dict[int, nn.Module],
-    given: dict[str, Any],
-) -> Patch:
-    """Return the patch for built schemes; `modules` replace the attention of a layer, for schemes that convert it."""
-    base = model.get_submodule(path)
-    assert isinstance(base, PreTrainedModel)
-    config, attentions, layer_types = base.config, adapter.attentions(base), adapter.layer_types(base, base.config)
-    models = [model, *models_around(model)]
-    configs = copy_configs(base, models)
-    schemes, chosen = list(dict.fromkeys(scheme_by_layer.values())), list(scheme_by_layer)
-    scheme_by_layer_type: SchemeByLayerType = {layer_types[index]: scheme_by_layer[index] for index in chosen}
-    shape = adapter.shape(base, config, chosen[0])
-    native, original = native_swaps(base, adapter, scheme_by_layer, plan, given["keep_native"])
-    swaps = list(native)
-    if modules:
-        arguments = compat.argument_names(type(attentions[chosen[0]]).forward)
-        replacing, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
-        original |= replaced if cast(ProjectionScheme, schemes[0]).keep_original else {}
-        swaps += replacing
-        if hasattr(model, SHAPE_OF_CACHE):
-            swaps.append(bind(model, SHAPE_OF_CACHE, no_early_cache))
-    elif converts(schemes[0]):
-        swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, schemes[0])
-    scores = at_scores(adapter, scheme_by_layer, plan, given["keep_native"], attentions)
-    for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):
-        swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
-        swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
-        if adapter.forward is not None:
-            config_copy = next(each.copy for each in configs if each.original is config)
-            swaps.append(Swap.of(attention, "pe_config", config_copy, direct=True))
-            swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
-    record = record_of(schemes[0], chosen if len(chosen) < len(attentions) else None, given)
-    swaps += forward_swaps(
-        model, base, adapter, scheme_by_layer, plan, scores, given["strict"], given["keep_native"],
-        cache_specification(config, record, scheme_by_layer_type), native,
-    )  # fmt: skip
-    swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
-    swaps += redirect(config_swaps(model, base, adapter, scheme_by_layer_type, record, backend.implementation), configs)
-    taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules get a different config on purpose
-    swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
-    swaps += saving_swaps(model, base)
-    frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
-    if adapter.tower is not None and not given["keep_native"]:
-        table = adapter.tower.native_table(base)
-        frozen += [table] if table.requires_grad else []
-    return Patch(
-        model,
-        base,
-        path,
-        adapter,
-        shape,
-        scheme_by_layer,
-        scheme_by_layer_type,
-        given["keep_native"],
-        given,
-        swaps,
-        frozen,
-        configs,
-    )
-
-
-def _backend(name: str | None, base: PreTrainedModel, adapter: Adapter, scheme: Scheme) -> Backend:
-    """Return the backend with this name, or the default one, once it supports the scheme."""
-    # A family with a `forward` (BLOOM) has only an eager attention in Transformers; this library's has SDPA too.
-    native = base.config._attn_implementation if adapter.forward is None else "sdpa"
-    backend = backend_for(name or native)
-    check_backend(backend, scheme)
-    return backend
+        if not isinstance(scheme, Over | Remapped):
+            continue
+        known = window.scaled_length or scheme.trained_window
+        reach = min(scheme.effective_window or 2 * known, 2 * known)
+        if not scheme.differs_within(reach):
+            given = ", ".join(f"{key}={value}" for key, value in scheme.resolved_options.items())
+            named = f"{scheme.name!r}{f' with {given}' if given else ''}"
+            raise NoEffectError(
+                f"{named} over the {window.rope_type!r} scaling of this model changes nothing up to {reach} tokens: "
+                f"its window is {window.in_words(composed=True)}. Give a larger factor or a smaller window."
+            )

@@ -14,7 +14,7 @@ from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
 from ..errors import PePatchError
 from ..mla.protocol import converts
 from .api import find_patch
-from .build import Patch
+from .patch import Patch
 
 
 @dataclass(frozen=True)

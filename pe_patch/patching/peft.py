@@ -26,8 +26,8 @@ from .. import compat
 from ..core.swaps import Bound, Swap, apply_all, bind
 from ..errors import CheckpointError, OptionError, PePatchError
 from .cache_record import PREFIX
-from .config import RECORD_KEY
 from .peft_record import TYPE, SchemeWeights, check_compatible, checked, read_record, scheme_modules, write_record
+from .record import RECORD_KEY
 from .saved_config import write_back
 from .targets import unwrap
 

@@ -20,7 +20,10 @@ from ..core.scheme import Scheme
 from ..errors import OptionValueError, PePatchError
 from ..mla.protocol import converts
 from ..schemes.rope import Rotary, Rotation
-from .build import Patch, collect
+from .build import build
+from .patch import Patch, Settings
+from .plan import plan
+from .targets import resolve
 
 logger = logging.getLogger("pe_patch")
 
@@ -79,10 +82,10 @@ def check_rotation(patch: Patch) -> None:
     Raises:
         OptionValueError: queries or keys differ from the native ones.
     """
-    base, adapter, arguments = patch.base, patch.adapter, patch.arguments
+    base, adapter = patch.base, patch.adapter
     if adapter.rotary is None or adapter.tower is not None or any(p.is_meta for p in base.parameters()):
         return
-    native, inputs = _run(base, adapter, feed=None, implementation=_our_implementation(base, arguments))
+    native, inputs = _run(base, adapter, feed=None, implementation=_our_implementation(base, patch.settings))
     if not native:
         return  # no attention calls the interface; the patch itself raises for that
     trial = RotationTrial(patch, native, inputs)
@@ -191,10 +194,11 @@ class RotationTrial:
 
     def _under(self, scheme: type[Native], adapter: Adapter, layers: list[int] | None) -> QueriesAndKeys:
         """Return queries and keys under a scheme in some layers, and restore the model."""
-        defaults = {"on_existing": "replace", "keep_native": False, "strict": False, "layers": layers}
-        arguments = {**self.patch.arguments, **defaults, "adapter": adapter}
+        given = self.patch.settings
+        settings = Settings("replace", given.backend, adapter, layers, given.submodule)
         options = {"theta": 10000.0, "original_max_position_embeddings": LENGTH}
-        trial = collect(self.patch.model, scheme, options, arguments)
+        target = resolve(self.patch.model, adapter, layers, given.submodule)
+        trial = plan(target, *build(scheme, options, target, "replace"), settings)
         trial.apply()
         try:
             return _run(self.patch.base, adapter, self.inputs)[0]
@@ -202,9 +206,9 @@ class RotationTrial:
             trial.undo()
 
 
-def _our_implementation(base: Any, arguments: dict[str, Any]) -> str:
+def _our_implementation(base: Any, settings: Settings) -> str:
     """Return the name of this library's attention function for the backend of the patch."""
-    return backend_for(arguments["backend"] or base.config._attn_implementation).implementation
+    return backend_for(settings.backend or base.config._attn_implementation).implementation
 
 
 def _native(base: Any, adapter: Adapter, layer_type: str | None, at_scores: bool, attention: Any) -> type[Native]:

@@ -1,8 +1,7 @@
-"""Write the record of a patch for a config, and check a record that was read."""
+"""Check the record of a patch that was read from a file."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from ..adapters import ADAPTERS
-from ..core.scheme import Scheme
 from ..errors import CheckpointError, OptionError, nearest, quoted
 from ..schemes.registry import ALIASES, SCHEMES
 
@@ -19,32 +17,6 @@ RECORD_KEY = "pe_patch"
 """The key of the record in a config, and the `rope_type` of rotary parameters that Transformers cannot express."""
 BESIDE = ("max_position_embeddings", "rope_parameters")
 """Keys of a config that a patch writes or starts from."""
-
-
-def record_of(scheme: Scheme, layers: list[int] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the values for `config.pe_patch` that are needed to apply the same patch again.
-
-    Args:
-        scheme: the scheme of the patch.
-        layers: indices of the patched layers; None for all.
-        given: the arguments of `patch_model` except the scheme and its options.
-
-    Raises:
-        OptionError: an option cannot be written as JSON.
-    """
-    record: dict[str, Any] = {"version": VERSION, "scheme": scheme.name, "options": scheme.recorded}
-    if layers is not None:
-        record["layers"] = layers
-    for key in ("submodule", "keep_native", "strict"):
-        if given[key]:
-            record[key] = given[key]
-    try:
-        return json.loads(json.dumps(record))
-    except TypeError as error:
-        raise OptionError(
-            f"The options of {scheme.name!r} must be numbers, strings, lists or dicts, since they are saved with the "
-            f"model: {error}."
-        ) from error
 
 
 def framework_of(record: dict[str, Any]) -> dict[str, Any]:

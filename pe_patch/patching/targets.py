@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,90 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..adapters import ADAPTERS, Adapter
 from ..adapters.check import check_adapter
+from ..adapters.trained_window import TrainedWindow
+from ..core.scheme import AttentionShape
 from ..errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, quoted, unknown
 
 WRAPPERS = ("_orig_mod", "module")
 """Attributes in which torch.compile and data parallelism keep the wrapped model."""
 
 Layers = Iterable[int] | slice | Callable[[int], bool] | None
+
+
+@dataclass
+class Target:
+    """The layers that a patch changes, with all that their family's adapter says about them."""
+
+    model: PreTrainedModel
+    """The outer model, unwrapped; the same as `base` for a bare base model."""
+    path: str
+    """Path of `base` inside `model`."""
+    base: PreTrainedModel
+    """The model that holds the layers."""
+    adapter: Adapter
+    attentions: list[nn.Module]
+    """The attention of every layer."""
+    layer_types: list[str | None]
+    """The type of every layer; None in a family whose layers share their frequencies."""
+    layers: list[int]
+    """Indices of the chosen layers."""
+    users_adapter: bool
+    """The adapter comes from a user, given or registered, so that it must be checked by a run."""
+    _windows: dict[str | None, TrainedWindow] = field(default_factory=dict)
+    _shapes: dict[str | None, AttentionShape] = field(default_factory=dict)
+
+    @property
+    def everywhere(self) -> bool:
+        """Return whether all layers were chosen."""
+        return len(self.layers) == len(self.attentions)
+
+    @property
+    def chosen_types(self) -> list[str | None]:
+        """The types of the chosen layers, each once."""
+        return list(dict.fromkeys(self.layer_types[index] for index in self.layers))
+
+    def window(self, layer: int) -> TrainedWindow:
+        """Return the window that the model was trained for, according to the scaling of a layer."""
+        layer_type = self.layer_types[layer]
+        if layer_type not in self._windows:
+            self._windows[layer_type] = self.adapter.window(self.base, self.base.config, layer)
+        return self._windows[layer_type]
+
+    def shape(self, layer: int) -> AttentionShape:
+        """Return the sizes of the attention of a layer."""
+        layer_type = self.layer_types[layer]
+        if layer_type not in self._shapes:
+            window = self.window(layer)
+            self._shapes[layer_type] = self.adapter.shape(self.base, self.base.config, layer, window)
+        return self._shapes[layer_type]
+
+
+def resolve(model: PreTrainedModel, adapter: Adapter | None, layers: Layers, submodule: str | None) -> Target:
+    """Return the layers to patch.
+
+    Args:
+        model: the unwrapped model.
+        adapter: the user's adapter, or None for that of the model's family.
+        layers: the user's choice of layers; None for all.
+        submodule: the user's choice of the attention stack; None for the only one.
+
+    Raises:
+        PePatchError: an argument does not fit the model.
+    """
+    path, base = find_stack(model, submodule, adapter)
+    users_adapter = adapter is not None or not ADAPTERS.is_builtin(base.config.model_type)
+    adapter = find_adapter(base, adapter)
+    attentions = adapter.attentions(base)
+    return Target(
+        model=model,
+        path=path,
+        base=base,
+        adapter=adapter,
+        attentions=attentions,
+        layer_types=adapter.layer_types(base, base.config),
+        layers=find_layers(layers, len(attentions)),
+        users_adapter=users_adapter,
+    )
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -133,11 +212,6 @@ def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
     if not ADAPTERS.is_builtin(family):
         check_adapter(base, ADAPTERS[family])
     return ADAPTERS[family]
-
-
-def is_users_adapter(base: PreTrainedModel, adapter: Adapter | None) -> bool:
-    """Return whether the adapter comes from a user, given or registered, so that it must be checked by a run."""
-    return adapter is not None or not ADAPTERS.is_builtin(base.config.model_type)
 
 
 class UnknownFamilyError(UnsupportedError, UnknownNameError):

@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..checkpoints.folders import TRAINING, check_output, refuse_input
 from ..checkpoints.load import native_config, read_config
 from ..errors import OutputError
-from ..patching.config import RECORD_KEY
-from ..patching.record import check_record
+from ..patching.record import RECORD_KEY, check_record
 from ..patching.targets import unwrap
 from .log import gigabytes
 from .models import locate

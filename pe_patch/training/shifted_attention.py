@@ -14,7 +14,7 @@ from ..core.swaps import Swap, apply_all, do_or_repeat, undo_all
 from ..errors import OptionError, PePatchError, UnsupportedError, quoted
 from ..mla.protocol import converts
 from ..patching.api import find_patch
-from ..patching.build import Patch
+from ..patching.patch import Patch
 
 SLICED = ("sdpa", "eager")
 """Backends whose masks are tensors that can be sliced by group."""

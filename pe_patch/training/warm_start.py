@@ -32,7 +32,7 @@ from ..mla.calibration_text import tokens
 from ..mla.conversion import loss
 from ..mla.streaming import evaluating
 from ..patching.api import find_patch, patch_model
-from ..patching.build import Patch
+from ..patching.patch import Patch
 from ..schemes.bias import ALiBi
 
 BY = ("loss", "attention")
@@ -137,9 +137,8 @@ def warm_start(
     if chosen != "start":
         _copy_parameters(schemes, fits[chosen], least_slope)
         if isinstance(fits[chosen][0], _LearnedSlopes):  # slopes are an option, and are saved as one
-            arguments = {name: value for name, value in patch.arguments.items() if name != "restored"}
             options = {**schemes[0].options, "slopes": cast(ALiBi, schemes[0]).head_slopes}
-            patch_model(model, type(schemes[0]), **{**arguments, "on_existing": "replace"}, **options)
+            patch_model(model, type(schemes[0]), **{**patch.settings.arguments(), "on_existing": "replace"}, **options)
     return WarmStart(before, after, losses.get("start"), losses.get(chosen), chosen, fitted)
 
 

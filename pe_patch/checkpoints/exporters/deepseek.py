@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from ...errors import UnsupportedError
-from ...patching.build import Patch
-from ...patching.config import RECORD_KEY
+from ...patching.patch import Patch
+from ...patching.record import RECORD_KEY
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose layers match DeepSeek's dense layers apart from the attention; `_check` looks for differences."""

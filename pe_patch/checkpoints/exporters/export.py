@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...errors import PePatchError, unknown
 from ...patching.api import find_patch
-from ...patching.build import Patch
+from ...patching.patch import Patch
 from ...patching.targets import unwrap
 from ..folders import EXPORT, WEIGHTS, check_output, exported_files, replaced_content
 from . import llamacpp, sglang, transformers4, vllm

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedError
 from ...mla.protocol import keeps_rotation
-from ...patching.build import Patch
-from ...patching.config import RECORD_KEY, expressible, native_rope_parameters, refusal
+from ...patching.config import expressible, native_rope_parameters, refusal
+from ...patching.patch import Patch
+from ...patching.record import RECORD_KEY
 from ...patching.saved_config import unmarked
 from ...schemes.rope import Rotary
 from .checkpoint import Writer, save_model

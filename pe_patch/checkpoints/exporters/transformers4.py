@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...patching.build import Patch
 from ...patching.config import write_json
+from ...patching.patch import Patch
 from .checkpoint import Writer, save_model
 from .native import RotaryExport, config_with, refuse, rotary_parameters, text_config_name
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...patching.build import Patch
+from ...patching.patch import Patch
 from .checkpoint import FOLDER, ORIGINAL, Serving, Writer, save_model
 from .native import LONG_THROUGHOUT, RotaryExport, config_with, one_list, refuse, rotary_parameters
 

@@ -17,7 +17,7 @@ from ...checkpoints.load import load_patched, read_config
 from ...data.packaged import DEMO_MODEL
 from ...errors import CheckpointError, OptionError, UnsupportedError, nearest
 from ...patching.api import find_patch, unpatch_model
-from ...patching.config import RECORD_KEY
+from ...patching.record import RECORD_KEY
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 74
