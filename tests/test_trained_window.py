@@ -14,8 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pe_patch import ADAPTERS, NoEffectError, UnsupportedError, cli, describe, load_patched, patch_model
-from pe_patch.adapters.authors import authors_word
-from pe_patch.adapters.trained_window import trained_window
+from pe_patch.adapters.trained_window import authors_word, trained_window
 from pe_patch.advice import advise
 from pe_patch.checkpoints.sources import empty_model
 from pe_patch.doctor import diagnose, examine

@@ -14,8 +14,7 @@ from torch import nn
 
 from .. import compat
 from ..adapters import Adapter
-from ..adapters.authors import AuthorsWord
-from ..adapters.trained_window import TrainedWindow, native_parameters
+from ..adapters.trained_window import AuthorsWord, TrainedWindow, native_parameters
 from ..checkpoints.sources import empty_model
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError

@@ -14,8 +14,7 @@ from ..core.checks import LARGEST_FACTOR, check_length, check_list, check_number
 from ..errors import OptionValueError
 from .frequency_wrappers import ClippedRoPE, Resonance
 from .registry import register_scheme
-from .rope import Rotary
-from .scaling import NTK, Linear, Llama3, NTKByParts, Scaled, native_parameters
+from .rope import NTK, Linear, Llama3, NTKByParts, Rotary, Scaled, native_parameters
 from .yarn import DynamicYaRN, YaRN
 
 __all__ = [

@@ -12,8 +12,7 @@ from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number
 from ..errors import OptionValueError
 from .config_formats import yarn_temperature
 from .registry import register_scheme
-from .rope import Rotary
-from .scaling import Scaled, native_parameters
+from .rope import Rotary, Scaled, native_parameters
 
 
 @register_scheme
