@@ -122,9 +122,11 @@ class Adapter:
     def softmax_scale(self, attention: Any, scheme: Scheme) -> float:
         """Return the factor on the scores of this attention under a scheme: d^-1/2 M^2 for heads of d dimensions.
 
-        The order of operations is that of Transformers, so that the result is equal bit for bit.
+        M is 1 for a scheme without a `softmax_factor`. The order of operations is that of Transformers, so that the
+        result is equal bit for bit.
         """
-        return attention.qk_head_dim**-0.5 * scheme.softmax_factor * scheme.softmax_factor
+        factor = getattr(scheme, "softmax_factor", 1.0)
+        return attention.qk_head_dim**-0.5 * factor * factor
 
     def rotary_embedding(
         self, base: nn.Module, scheme: Scheme | None, layer_type: str | None = None

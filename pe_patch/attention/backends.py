@@ -113,12 +113,13 @@ def backend_for(implementation: str | None) -> Backend:
 def check_backend(backend: Backend, scheme: Scheme) -> None:
     """Raise `UnsupportedError` if the backend cannot apply what the scheme does to the scores."""
     biased, pointwise = overrides(scheme, "bias"), hasattr(scheme, "score_bias")
-    if scheme.own_scores and (backend.name == "flash" or (backend.name == "flex" and not scheme.ranged)):
-        others = "'sdpa', 'flex' or 'eager'" if scheme.ranged else "'sdpa' or 'eager'"
+    ranged = scheme.own_scores == "ranges"
+    if scheme.own_scores and (backend.name == "flash" or (backend.name == "flex" and not ranged)):
+        others = "'sdpa', 'flex' or 'eager'" if ranged else "'sdpa' or 'eager'"
         raise UnsupportedError(
             f"{scheme.name!r} computes its own scores, which backend={backend.name!r} does not support; use {others}."
         )
-    if backend.name == "flash" and biased and not scheme.supports_bias_as_head_dims:
+    if backend.name == "flash" and biased and not getattr(scheme, "supports_bias_as_head_dims", False):
         others = "'sdpa', 'flex' or 'eager'" if pointwise else "'sdpa' or 'eager'"
         raise UnsupportedError(f"Flash attention would drop the bias of {scheme.name!r}; use {others}.")
     if backend.name == "flex" and biased and not pointwise:

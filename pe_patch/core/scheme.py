@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, InitVar, dataclass, field, fields
 from functools import wraps
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,9 @@ class Scheme(_Options, nn.Module):
     paper: ClassVar[str] = ""
     per_layer: ClassVar[bool] = False
     """Builds one module for each layer instead of one for the model."""
-    own_scores: ClassVar[bool] = False
-    """Computes its scores with `engine.rows` or `engine.ranges` instead of passing a bias to one kernel."""
-    ranged: ClassVar[bool] = False
-    """Computes its scores with `engine.ranges` alone, which FlexAttention supports too."""
+    own_scores: ClassVar[Literal["rows", "ranges"] | None] = None
+    """The method of the engine by which it computes its own scores, instead of passing a bias to one kernel. Every
+    backend but flash runs `engine.ranges`; FlexAttention does not run `engine.rows`."""
     shift_invariant = True
     """Adding a constant to every position does not change the output."""
     training_free: ClassVar[bool] = False
@@ -133,9 +132,6 @@ class Scheme(_Options, nn.Module):
 
     unused_hooks = frozenset[str]()
     """Hooks that the class overrides but that these options do not use."""
-
-    supports_bias_as_head_dims: ClassVar[bool] = False
-    """The bias can be computed by extra dimensions of the heads (`DistanceBias.bias_as_head_dims`) in every dtype."""
 
     head_sharded_attributes = cast("Mapping[str, int] | None", None)
     """Attributes that have entries for each head, with the dimension of the heads, for tensor parallelism. Empty if all
@@ -296,19 +292,6 @@ class Scheme(_Options, nn.Module):
         """
         raise UnsupportedError(f"The scores under {self.name!r} do not depend on a distance between query and key.")
 
-    def check_heads(self, query: Tensor) -> None:
-        """Raise if a module with entries for every head gets only some of the heads."""
-        if query.shape[1] != self.shape.num_heads:
-            raise UnsupportedError(
-                f"{self.name!r} has a bias for each of {self.shape.num_heads} heads and was handed {query.shape[1]} of "
-                "unknown index. Split heads only by Transformers' tensor parallelism or DeepSpeed's Ulysses."
-            )
-
-    def check_causal(self, engine: AttentionEngine) -> None:
-        """Raise if the attention is not causal."""
-        if not engine.causal:
-            raise UnsupportedError(f"{self.name!r} is defined for causal attention only, and this one looks ahead.")
-
     def init_from_table(self, table: Tensor) -> None:
         """Initialise from the learned positions of the model, `[positions, hidden]`, if they are of use."""
 
@@ -343,11 +326,6 @@ class Scheme(_Options, nn.Module):
         return declared(type(self)) and not self.head_sharded_attributes
 
     @property
-    def changes_nothing(self) -> bool:
-        """Return whether these options give plain RoPE with the model's base at every length."""
-        return False
-
-    @property
     def scorer(self) -> Scheme | None:
         """Return a second scheme that acts at the scores beside this rotation; None without one."""
         return None
@@ -360,11 +338,6 @@ class Scheme(_Options, nn.Module):
     def native(self) -> dict[str, Any] | None:
         """Return the `rope_parameters` with which Transformers computes the same logits; None if it cannot."""
         return None
-
-    @property
-    def softmax_factor(self) -> float:
-        """Return M, whose square DeepSeek's families multiply their softmax scale by."""
-        return 1.0
 
     @property
     def native_window(self) -> int | None:
@@ -399,6 +372,21 @@ def overrides(scheme: Scheme, hook: str) -> bool:
     return hook not in scheme.unused_hooks and getattr(type(scheme), hook) is not getattr(Scheme, hook)
 
 
+def check_heads(scheme: Scheme, query: Tensor) -> None:
+    """Raise `UnsupportedError` if a scheme with entries for every head gets only some of the heads."""
+    if query.shape[1] != scheme.shape.num_heads:
+        raise UnsupportedError(
+            f"{scheme.name!r} has a bias for each of {scheme.shape.num_heads} heads and was handed {query.shape[1]} of "
+            "unknown index. Split heads only by Transformers' tensor parallelism or DeepSpeed's Ulysses."
+        )
+
+
+def check_causal(scheme: Scheme, engine: AttentionEngine) -> None:
+    """Raise `UnsupportedError` if the attention looks ahead, for a scheme that is defined for causal attention only."""
+    if not engine.causal:
+        raise UnsupportedError(f"{scheme.name!r} is defined for causal attention only, and this one looks ahead.")
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or unchanged if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -420,6 +408,8 @@ class DistanceBias(Scheme):
     """
 
     mechanism = "distance bias"
+    supports_bias_as_head_dims: ClassVar[bool] = False
+    """The bias can be computed by extra dimensions of the heads (`DistanceBias.bias_as_head_dims`) in every dtype."""
 
     def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
         """Return the bias in float32 for broadcastable distances (query position - key position) and head indices."""
@@ -448,5 +438,5 @@ class DistanceBias(Scheme):
         return None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        self.check_heads(query)
+        check_heads(self, query)
         return engine(query, key, value, positions, bias=self)

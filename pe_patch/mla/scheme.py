@@ -49,7 +49,7 @@ class MLA(ProjectionScheme):
     mechanism = "latent attention"
     summary = "caches one small latent for all heads, converted from the trained weights, and decodes without expanding"
     paper = "DeepSeek-AI 2024, arXiv 2405.04434; Meng et al. 2025, arXiv 2502.07864; Ji et al. 2025, arXiv 2502.14837"
-    own_scores = True
+    own_scores = "rows"
     calls_modules = True
     converts: ClassVar[bool] = True
 

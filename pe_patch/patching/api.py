@@ -242,11 +242,12 @@ def _verify(patch: Patch, probe: bool) -> None:
     rotary = overrides(patch.scheme, "angles") or not converted
     if adapter.rotary is not None and not patch.keep_native and rotary:
         layer_types, layers = adapter.layer_types(base, base.config), adapter.blocks(base)
-        for index in patch.layers:
+        in_module = {scheme for scheme in set(patch.scheme_by_layer.values()) if scheme.rotates_early}
+        for index, scheme in patch.scheme_by_layer.items():
             module = layers[index].__dict__.get("pe_rotary", getattr(base, adapter.rotary))
             module = module.by_type[str(layer_types[index])] if isinstance(module, PerLayerTypeRotary) else module
-            scheme = patch.scheme_by_layer[index] if patch.scheme_by_layer[index].rotates_early else None
-            if not isinstance(module, PatchedRotaryEmbedding) or module.__dict__["scheme"] is not scheme:
+            expected = scheme if scheme in in_module else None
+            if not isinstance(module, PatchedRotaryEmbedding) or module.__dict__["scheme"] is not expected:
                 raise NoEffectError(f"Layer {index} of {type(base).__name__} does not rotate by {patch.scheme.name!r}.")
     if not probe:
         return
@@ -300,7 +301,7 @@ def _announce(patch: Patch) -> None:
             scheme.name,
             type(patch.base).__name__,
         )
-    beyond_rotation = scheme.own_scores or scheme.scorer is not None
+    beyond_rotation = scheme.own_scores is not None or scheme.scorer is not None
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
     same = scheme.name == adapter.native or converts(scheme)
     if adapter.native == "rope" and not same:

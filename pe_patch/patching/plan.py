@@ -462,7 +462,7 @@ def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Place
         )
         scorer = scheme_by_layer[index].scorer
         if native is not None and places.keep_native:
-            if scorer is not None or (scheme is not None and (scheme.own_scores or not places.rotates)):
+            if scorer is not None or (scheme is not None and (scheme.own_scores is not None or not places.rotates)):
                 raise UnsupportedError(
                     f"{first.name!r} cannot be added to the ALiBi of this family; leave keep_native out."
                 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
 from ..core.positions import Positions
-from ..core.scheme import DistanceBias, wide
+from ..core.scheme import DistanceBias, check_heads, wide
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -183,7 +183,7 @@ class T5(DistanceBias):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
         if engine.causal:
             return super().attend(query, key, value, positions, engine)
-        self.check_heads(query)
+        check_heads(self, query)
         return engine(query, key, value, positions, bias=cast("T5", _BothWays(self)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.checks import LARGEST_LENGTH, check_number
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import Scheme, causal_distance
+from ..core.scheme import Scheme, causal_distance, check_causal
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
 from .frequency_wrappers import Over
 from .registry import register_scheme
@@ -38,7 +38,7 @@ class XPos(Rotation):
     name = "xpos"
     summary = "rotates, and lets every pair of dimensions decay with the distance, the fast ones sooner"
     paper = "Sun et al. 2022, arXiv 2212.10554"
-    own_scores = True
+    own_scores = "rows"
     head_sharded_attributes = SHARED
 
     scale_base: float = 512
@@ -72,7 +72,7 @@ class XPos(Rotation):
         return (*tables, torch.tensor(jumps, device="cpu"))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        self.check_causal(engine)
+        check_causal(self, engine)
         cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
         if positions.kept is not None:
             cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.kernels.fire import Network
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_count, check_number
 from ..core.positions import Positions
-from ..core.scheme import Scheme, causal_distance, wide
+from ..core.scheme import Scheme, causal_distance, check_causal, check_heads, wide
 from .registry import register_scheme
 
 if TYPE_CHECKING:
@@ -81,6 +81,6 @@ class FIRE(Scheme):
         return result
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        self.check_heads(query)
-        self.check_causal(engine)
+        check_heads(self, query)
+        check_causal(self, engine)
         return engine(query, key, value, positions, bias=self)

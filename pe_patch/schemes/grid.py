@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.checks import LARGEST_BASE, check_choice, check_list, check_number
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import Scheme
+from ..core.scheme import Scheme, check_heads
 from ..errors import OptionValueError, UnsupportedError
 from .bias import LARGEST_SLOPE, alibi_slopes
 from .registry import register_scheme
@@ -124,7 +124,7 @@ class RoPE2D(GridScheme):
         if self.mode == "axial":
             cos, sin = positions.prepared[2:]
         else:
-            self.check_heads(query)
+            check_heads(self, query)
             angles = self.angles_at(positions.prepared[0])
             cos, sin = angles.cos(), angles.sin()
         cos, sin = cos.to(query.dtype), sin.to(query.dtype)
@@ -159,7 +159,7 @@ class ALiBi2D(GridScheme):
         self.head_slopes = check_list(self.name, "slopes", given, heads, has="has", each="head", high=LARGEST_SLOPE)
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
-        self.check_heads(query)
+        check_heads(self, query)
         places, patch = positions.prepared
         rows, columns = positions.query[0], positions.key[0]
         apart = (places[rows][:, None] - places[columns][None]).square().sum(-1).sqrt()

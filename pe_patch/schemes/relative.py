@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_length, check_table
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import Scheme, causal_distance, wide
+from ..core.scheme import Scheme, causal_distance, check_causal, check_heads, wide
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -24,7 +24,7 @@ class ContentRelative(Scheme):
     """A scheme whose scores depend on the content of the query and the distance together."""
 
     mechanism = "content-relative"
-    own_scores = True
+    own_scores = "rows"
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ class TransformerXL(ContentRelative):
         return sinusoids.to(self._by_head(layer).dtype) @ self._by_head(layer).transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        self.check_heads(query)
-        self.check_causal(engine)
+        check_heads(self, query)
+        check_causal(self, engine)
         (sinusoids,) = positions.prepared or self.prepare(positions)
 
         if not sinusoids.shape[0]:
@@ -263,7 +263,7 @@ class CoPE(ContentRelative):
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        self.check_causal(engine)
+        check_causal(self, engine)
 
         def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
             own = part.scores(query, key)

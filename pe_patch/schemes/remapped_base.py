@@ -13,6 +13,7 @@ from ..core.checks import check_length
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
 from ..core.ranges import Range
+from ..core.scheme import check_causal
 from ..errors import OptionValueError
 from .frequency_wrappers import build_inner
 from .rope import RotaryTransform, Rotation
@@ -54,8 +55,7 @@ class Remapped(Rotation):
     """
 
     mechanism = "remapped"
-    own_scores = True
-    ranged = True
+    own_scores = "ranges"
     training_free = True
     head_sharded_attributes = SHARED
 
@@ -113,7 +113,7 @@ class Remapped(Rotation):
         return prepared if sharpness is None else (*prepared, sharpness)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
-        self.check_causal(engine)
+        check_causal(self, engine)
         zones, tables = self.zones(positions), positions.prepared
         at_query, at_key = [zone.query for zone in zones], [zone.key for zone in zones]
         middle = 2 * len(_distinct(at_query))

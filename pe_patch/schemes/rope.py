@@ -148,6 +148,16 @@ class Rotation(Scheme):
         raise NotImplementedError
 
     @property
+    def softmax_factor(self) -> float:
+        """Return M, whose square DeepSeek's families multiply their softmax scale by."""
+        return 1.0
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Return whether these options give plain RoPE with the model's base at every length."""
+        return False
+
+    @property
     def inv_freq(self) -> Tensor:
         """Return inverse frequencies at the trained window, `[rotary_dim / 2]`, float32."""
         return self.frequencies(self.regime_start)[0]
