@@ -46,6 +46,50 @@ def test_undo_is_exact(family, name):
         unpatch_model(model)
 
 
+def held(model):
+    """Every module of a model, and its config, with what each of them holds by attribute."""
+    return [(owner, contents(owner)) for owner in [*model.modules(), model.config]]
+
+
+def contents(owner):
+    attributes = {**vars(owner), **vars(owner).get("_modules", {})}
+    return {key: value for key, value in attributes.items() if key != "_modules"}
+
+
+SHOWN_AS = {"pe_scheme": "scores", "_attn_implementation_internal": "attn_implementation"}
+
+
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f in (*FAMILIES, "gpt2") for n in CASES if applies(f, n)])
+def test_the_description_names_every_changed_attribute(family, name):
+    model = build(family)
+    before, config = held(model), model.config
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    put(model, name)
+    paths = {id(module): path for path, module in model.named_modules()} | {id(config): "config"}
+    changed = set()
+    for owner, attributes in before:
+        if id(owner) not in paths:  # a removed module, whose owner has changed
+            continue
+        current = contents(model.config if owner is config else owner)
+        for key in attributes.keys() | current.keys():
+            if attributes.get(key, "absent") is not current.get(key, "absent"):
+                changed.add(".".join(part for part in (paths[id(owner)], key) if part))
+    changed |= {
+        name for name, parameter in model.named_parameters() if id(parameter) in trained and not parameter.requires_grad
+    }
+    description = describe(model)
+    listed = {row.where for row in description.replaced} | {
+        path for paths in description.left_out.values() for path in paths
+    }
+    shown = {path if path in listed else _shown(path) for path in changed}
+    assert shown and shown - listed == set()
+
+
+def _shown(path):
+    owner, _, attribute = path.rpartition(".")
+    return ".".join(part for part in (owner, SHOWN_AS.get(attribute, attribute)) if part)
+
+
 @cells
 def test_undone_after_an_exception(family, name):
     model, (scheme, options) = build(family), case(family, name)

@@ -54,7 +54,7 @@ class Swap:
         """Return the value of the instance attribute now, or ABSENT."""
         if self._registered():
             return self.owner._modules[self.attribute]
-        return vars(self.owner).get(self._key(), ABSENT)
+        return vars(self.owner).get(self.key, ABSENT)
 
     def apply(self) -> None:
         """Put the replacement in place."""
@@ -74,14 +74,15 @@ class Swap:
         if self._registered():
             del self.owner._modules[self.attribute]
         if value is ABSENT:
-            held.pop(self._key(), None)
+            held.pop(self.key, None)
         else:
-            held[self._key()] = value
+            held[self.key] = value
 
     def _registered(self) -> bool:
         return not self.direct and isinstance(self.owner, nn.Module) and self.attribute in self.owner._modules
 
-    def _key(self) -> str:
+    @property
+    def key(self) -> str:
         """Return the name under which the owner stores the attribute; configs map standard names to others."""
         renamed = {} if isinstance(self.owner, nn.Module) else getattr(self.owner, "attribute_map", {})
         return renamed.get(self.attribute, self.attribute)

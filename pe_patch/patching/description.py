@@ -52,7 +52,9 @@ class Description:
     effective: dict[str, Any]
     """The numbers in effect: theta, trained and effective window in tokens, attention factor, wavelengths."""
     replaced: list[Replaced] = field(default_factory=list)
-    """The attributes that the patch replaced."""
+    """The replaced attributes by which the model computes otherwise."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Paths of all other replaced attributes, by the reason why `replaced` leaves them out."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain lists, dicts, numbers and strings."""
@@ -78,6 +80,10 @@ class Description:
         console.print(facts)
         console.print()
         console.print(swaps)
+        if self.left_out:
+            console.print()
+            counts = ", ".join(f"{len(paths)} {reason}" for reason, paths in self.left_out.items())
+            console.print(f" Not listed (see left_out): {counts}.")
         file = console.file
         assert isinstance(file, io.StringIO)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
@@ -100,6 +106,7 @@ def describe(model: Any) -> Description:
             f"Patching this model with {patch.scheme.name!r}, or undoing it, was interrupted half way. "
             "Call unpatch_model(model) to finish the undo."
         )
+    replaced, left_out = _replaced(patch)
     return Description(
         model=type(patch.model).__name__,
         family=patch.base.config.model_type,
@@ -110,7 +117,8 @@ def describe(model: Any) -> Description:
         backend=str(patch.base.config._attn_implementation),
         keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
         effective=effective(patch.scheme) | _window_source(patch) | _cache(patch),
-        replaced=_replaced(patch),
+        replaced=replaced,
+        left_out=left_out,
     )
 
 
@@ -175,27 +183,44 @@ def _cache(patch: Patch) -> dict[str, Any]:
     return numbers
 
 
-INTERNAL = (
-    "pe_", "config", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained",
-    "_get_static_cache_init_shape",
-)  # fmt: skip
-"""Beginnings of the names of attributes that a description leaves out: bookkeeping, configs and saving."""
+REASONS: dict[str, tuple[str, ...]] = {
+    "attributes of pe_patch itself": ("pe_", "position_schemes"),
+    "references to the model's own copy of its config": ("config",),
+    "functions that save the patch with the model": ("save_pretrained", "load_adapter"),
+    "functions that generation and set_attn_implementation call": (
+        "set_attn_implementation", "init_continuous_batching", "_get_static_cache_init_shape",
+    ),
+}  # fmt: skip
+"""The attributes that a description leaves out, by the beginnings of their names."""
 
 
-def _replaced(patch: Patch) -> list[Replaced]:
+def _replaced(patch: Patch) -> tuple[list[Replaced], dict[str, list[str]]]:
+    """Return a row for each replaced attribute that changes a result, and the paths of all others by reason."""
     names = {id(module): name for name, module in patch.model.named_modules()}
     configs = {id(patch.model.config): "config", id(patch.base.config): "config"}
-    rows = []
+    rows: list[Replaced] = []
+    left_out: dict[str, list[str]] = {}
     for swap in patch.swaps:
-        is_scheme = swap.attribute == "pe_scheme"
-        if swap.attribute.startswith(INTERNAL) and not (is_scheme and swap.replacement is not None):
-            continue
         owner = names.get(id(swap.owner)) if isinstance(swap.owner, nn.Module) else configs.get(id(swap.owner))
-        attribute = "scores" if is_scheme else swap.attribute.removeprefix("_").removesuffix("_internal")
+        is_scheme = swap.attribute == "pe_scheme"
+        reason = next((why for why, beginnings in REASONS.items() if swap.attribute.startswith(beginnings)), None)
+        if reason is not None and not (is_scheme and swap.replacement is not None):
+            inner = owner if owner is not None else type(swap.owner).__name__
+            left_out.setdefault(reason, []).append(".".join(part for part in (inner, swap.attribute) if part))
+            continue
+        attribute = SHOWN_AS.get(swap.attribute, swap.key)
         where = ".".join(part for part in (owner, attribute) if part)
         old = "as projected" if is_scheme else _name(swap.original)
         rows.append(Replaced(where, old, swap.replacement.name if is_scheme else _new(swap)))
-    return rows
+    base = next(name for name, module in patch.model.named_modules() if module is patch.base)
+    left_out["attributes of pe_patch itself"].append(".".join(part for part in (base, "pe_patch") if part))
+    frozen = {id(parameter) for parameter in patch.frozen}
+    if names_of_frozen := [name for name, parameter in patch.model.named_parameters() if id(parameter) in frozen]:
+        left_out["native parameters without a use, which no longer train"] = names_of_frozen
+    return rows, left_out
+
+
+SHOWN_AS = {"pe_scheme": "scores", "_attn_implementation_internal": "attn_implementation"}
 
 
 def _new(swap: Swap) -> str:
