@@ -35,8 +35,6 @@ from .module_swaps import WithoutInner, at_scores, forward_swaps, native_swaps
 from .peft import saving_swaps
 from .record import RECORD_KEY
 
-SHAPE_OF_CACHE = "_get_static_cache_init_shape"
-
 
 @dataclass
 class Patch:
@@ -321,8 +319,8 @@ def _assemble(
         replacing, replaced = replacement_swaps(attentions, adapter, schemes[0], modules, arguments)
         original |= replaced if cast(ProjectionScheme, schemes[0]).keep_original else {}
         swaps += replacing
-        if hasattr(model, SHAPE_OF_CACHE):
-            swaps.append(bind(model, SHAPE_OF_CACHE, no_early_cache))
+        if hasattr(model, compat.STATIC_CACHE_SHAPE):
+            swaps.append(bind(model, compat.STATIC_CACHE_SHAPE, no_early_cache))
     elif converts(schemes[0]):
         swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, schemes[0])
     scores = at_scores(adapter, scheme_by_layer, plan, given["keep_native"], attentions)
@@ -366,7 +364,7 @@ def _assemble(
 def _backend(name: str | None, base: PreTrainedModel, adapter: Adapter, scheme: Scheme) -> Backend:
     """Return the backend with this name, or the default one, once it supports the scheme."""
     # A family with a `forward` (BLOOM) has only an eager attention in Transformers; this library's has SDPA too.
-    native = base.config._attn_implementation if adapter.forward is None else "sdpa"
+    native = compat.attention_implementation(base.config) if adapter.forward is None else "sdpa"
     backend = backend_for(name or native)
     check_backend(backend, scheme)
     return backend

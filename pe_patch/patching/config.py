@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from .. import compat
 from ..adapters import Adapter
 from ..adapters.adapter import native_parameters
 from ..core.scheme import Scheme
@@ -141,7 +142,7 @@ def config_swaps(
         implementation: name of the attention implementation.
     """
     config, scheme = base.config, next(iter(schemes.values()))
-    swaps = [Swap.of(config, "_attn_implementation_internal", implementation)]
+    swaps = [Swap.of(config, compat.IMPLEMENTATION, implementation)]
     native: dict[str, Any] = {"model_type": model.config.model_type}
     window, current = scheme.effective_window, getattr(config, "max_position_embeddings", None)
     written: dict[str, Any] = {"max_position_embeddings": current}

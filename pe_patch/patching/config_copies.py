@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .. import compat
 from ..core.swaps import Swap
 
 
@@ -54,7 +55,7 @@ def models_around(model: Any) -> list[nn.Module]:
         return []
     parents: dict[int, list[nn.Module]] = {}
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
-        for child in list(vars(module).get("_modules", {}).values()):
+        for child in list(compat.submodules(module).values()):
             parents.setdefault(id(child), []).append(module)
     around: dict[int, nn.Module] = {}
     inner = [model]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import compat
 from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
@@ -107,7 +108,7 @@ def describe(model: Any) -> Description:
         options=dict(patch.scheme.recorded),
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
-        backend=str(patch.base.config._attn_implementation),
+        backend=str(compat.attention_implementation(patch.base.config)),
         keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
         effective=effective(patch.scheme) | _window_source(patch) | _cache(patch),
         replaced=_replaced(patch),
@@ -177,7 +178,7 @@ def _cache(patch: Patch) -> dict[str, Any]:
 
 INTERNAL = (
     "pe_", "config", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained",
-    "_get_static_cache_init_shape",
+    compat.STATIC_CACHE_SHAPE,
 )  # fmt: skip
 """Beginnings of the names of attributes that a description leaves out: bookkeeping, configs and saving."""
 
