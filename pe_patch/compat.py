@@ -1,24 +1,33 @@
-"""Everything that depends on the version of Transformers.
+"""Everything that depends on the version of another library.
 
-Transformers 5.24 renamed the cache argument of its models, their outputs and its mask functions from `past_key_values`
-to `cache`. Nothing else in this library may spell either name: it asks here. A name that a later version invents is not
-guessed: a cache that arrives under it is an error, since a cache that is not seen gives silently wrong positions.
+Two kinds of names are used here and nowhere else:
+
+- The cache argument of models, their outputs and mask functions, which Transformers 5.24 renamed from `past_key_values`
+  to `cache`. A name that a later version invents is not guessed: a cache that arrives under it is an error, since a
+  cache that is not seen gives silently wrong positions.
+- Private names of other libraries. `PRIVATE_NAMES` lists them with the versions that were checked. A function of this
+  file uses each of them, and `tests/test_compat.py` names the one that an installed version lacks.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache as memoised
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
 from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.hub import cached_file
 
 from .errors import MissingPackageError, NoEffectError, UnsupportedError
 
@@ -28,8 +37,56 @@ NEWEST_TESTED = "5.24.0"
 
 INSTALLED = Version(transformers.__version__)
 
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
-"""Names of the cache argument in the forwards of models, layers and attentions, newest first."""
+CHECKED_VERSIONS: Mapping[str, tuple[str, ...]] = {
+    "transformers": (OLDEST_TESTED, "5.23.0", NEWEST_TESTED),
+    "torch": ("2.13.0",),
+    "accelerate": ("1.15.0",),
+    "deepspeed": ("0.19.8",),
+    "lm_eval": ("0.4.13",),
+}
+"""Versions of each library in which its private names were looked up."""
+
+
+class PrivateName(NamedTuple):
+    """A private name of another library, which any later version may rename or drop."""
+
+    name: str
+    owner: str
+    """Dotted name of the module or class that has it, or of the function that takes it as a keyword or stores it."""
+    used_by: str
+    """The function, class or constant of this file that uses it."""
+    versions: tuple[str, ...]
+    """The checked versions that have it."""
+
+
+PRIVATE_NAMES: list[PrivateName] = []
+"""Every private name that pe_patch uses, in the order of this file."""
+
+Item = TypeVar("Item", bound=Callable[..., Any])
+
+
+def private(name: str, owner: str, used_by: str, versions: tuple[str, ...] = ()) -> str:
+    """List a private name in `PRIVATE_NAMES`, and return it.
+
+    Args:
+        name: the name.
+        owner: as in `PrivateName`.
+        used_by: as in `PrivateName`.
+        versions: the checked versions that have it; all of them by default.
+    """
+    PRIVATE_NAMES.append(PrivateName(name, owner, used_by, versions or CHECKED_VERSIONS[owner.split(".")[0]]))
+    return name
+
+
+def uses(owner: str, *names: str, versions: tuple[str, ...] = ()) -> Callable[[Item], Item]:
+    """List the private names that the decorated function or class uses. The decorator returns it unchanged."""
+
+    def listed(item: Item) -> Item:
+        for name in names:
+            private(name, owner, item.__name__, versions)
+        return item
+
+    return listed
 
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -67,6 +124,12 @@ def warn_if_untested() -> None:
         UntestedVersionWarning,
         stacklevel=3,
     )
+
+
+# The cache argument, and what else differs between versions of Transformers.
+
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+"""Names of the cache argument in the forwards of models, layers and attentions, newest first."""
 
 
 @memoised
@@ -167,16 +230,6 @@ def checkpoints_layers(base: Any) -> bool:
     return INSTALLED.release[:2] < (5, 24) or torch.is_grad_enabled()
 
 
-PREFILL = "_prefill"
-"""The method of Transformers' `GenerationMixin` that reads a prompt, checked on 5.17, 5.23 and 5.24."""
-
-
-def prefill_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int]:
-    """Return `prefill_chunk_size` and the number of prompt tokens of one call of `GenerationMixin._prefill`."""
-    given = dict(zip(argument_names(getattr(GenerationMixin, PREFILL)), args, strict=False)) | kwargs
-    return given["generation_config"].prefill_chunk_size, given["input_ids"].shape[1]
-
-
 MASK_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -189,3 +242,308 @@ def layer_mask(layer_type: str, cache: Any, **arguments: Any) -> Any:
     function = MASK_FUNCTIONS[layer_type]
     name = "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
     return function(**{name: cache}, **arguments)
+
+
+# Private names of Transformers: configs.
+
+IMPLEMENTATION = private("_attn_implementation_internal", "transformers.PreTrainedConfig", "IMPLEMENTATION")
+"""The attribute of a config with the name of the attention implementation. Models set it when they are built."""
+
+
+@uses("transformers.PreTrainedConfig", "_attn_implementation")
+def attention_implementation(config: Any) -> Any:
+    """Return the name of the attention implementation of a config; None if no model was built from it."""
+    return config._attn_implementation
+
+
+@uses("transformers.PreTrainedConfig", IMPLEMENTATION)
+def store_implementation(config: Any, name: Any) -> None:
+    """Write the name of the attention implementation into one config, without its setter and `__setattr__`."""
+    vars(config)[IMPLEMENTATION] = name
+
+
+@uses("transformers.PreTrainedConfig", "_attn_implementation", IMPLEMENTATION)
+class StoredImplementation:
+    """A mixin for a config class whose `__setattr__` refuses `IMPLEMENTATION`: the property writes past it."""
+
+    sub_configs: Mapping[str, Any]
+
+    @property
+    def _attn_implementation(self) -> Any:
+        """The name of the attention implementation, as Transformers stores it."""
+        return vars(self).get(IMPLEMENTATION)
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        whole = value.get("", self._attn_implementation) if isinstance(value, dict) else value
+        store_implementation(self, whole)
+        for name in self.sub_configs:
+            if (sub_config := getattr(self, name, None)) is not None:
+                sub_config._attn_implementation = value.get(name, whole) if isinstance(value, dict) else value
+
+
+@uses("transformers.PreTrainedConfig", "_attn_implementation")
+class ConfigView:
+    """A view of a config that names another attention implementation."""
+
+    def __init__(self, config: Any, implementation: str) -> None:
+        self._native, self._attn_implementation = config, implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
+
+@uses("transformers.PreTrainedConfig", "_name_or_path")
+def values_without_source(config: Any) -> dict[str, Any]:
+    """Return the values of a config without the name of the folder or repository that it was read from."""
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+
+
+@uses("transformers.PreTrainedConfig", "_commit_hash", versions=(OLDEST_TESTED,))
+def commit_hash(config: Any) -> str | None:
+    """Return the commit that a config was read from; None if unknown, as it always is from 5.23 on."""
+    return getattr(config, "_commit_hash", None)
+
+
+@uses("transformers.utils.hub.cached_files", "_raise_exceptions_for_missing_entries")
+def find_file(source: str, name: str, **options: Any) -> str | None:
+    """Return the path of a file in a folder or repository, or None if there is no such file.
+
+    Args:
+        source: the folder or the name of the repository.
+        name: the name of the file.
+        **options: keywords of Transformers' `cached_file`.
+    """
+    return cached_file(source, name, **options, _raise_exceptions_for_missing_entries=False)
+
+
+# Private names of Transformers: models, generation and caches.
+
+
+@uses("transformers.PreTrainedModel", "_from_config")
+def from_config(model_class: Any, config: Any) -> Any:
+    """Build a model of a concrete class with new weights."""
+    return model_class._from_config(config)
+
+
+@uses("transformers.PreTrainedModel", "_from_config")
+class BuiltFromConfig:
+    """A mixin for a class that is registered with an auto class: `AutoModel.from_config` calls `build`."""
+
+    @classmethod
+    def build(cls, config: Any, **kwargs: Any) -> Any:
+        """Build the model."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls.build(config, **kwargs)
+
+
+@uses("transformers.PreTrainedModel", "_init_weights")
+def weight_initializer(model: Any) -> Callable[[nn.Module], None]:
+    """Return the function with which a model initializes the weights of one module."""
+    return model._init_weights
+
+
+@uses("transformers.PreTrainedModel", "_no_split_modules")
+def unsplit_classes(model: Any) -> set[str]:
+    """Return the class names of the modules that a model wants on one device: its layers."""
+    return set(model._no_split_modules or ())
+
+
+@uses("transformers.models.bloom.modeling_bloom.BloomAttention", "_reshape")
+def bloom_heads(attention: Any, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value `[batch, heads, length, head]` of BLOOM's fused projection."""
+    return attention._reshape(fused)
+
+
+PREFILL = private("_prefill", "transformers.GenerationMixin", "PREFILL")
+"""The method of a model by which `generate` reads a prompt."""
+
+
+@uses("transformers.GenerationMixin", PREFILL)
+def prefill_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int]:
+    """Return `prefill_chunk_size` and the number of prompt tokens of one call of `PREFILL`."""
+    given = dict(zip(argument_names(getattr(GenerationMixin, PREFILL)), args, strict=False)) | kwargs
+    return given["generation_config"].prefill_chunk_size, given["input_ids"].shape[1]
+
+
+STATIC_CACHE_SHAPE = private("_get_static_cache_init_shape", "transformers.GenerationMixin", "STATIC_CACHE_SHAPE")
+"""The method of a model that returns the shape of a static cache before the first pass, or None if it is unknown."""
+
+
+@uses("transformers.cache_utils.QuantizedLayer", "_quantize")
+def is_quantized(cache_layer: Any) -> bool:
+    """Return whether a layer of a cache quantizes its keys."""
+    return hasattr(cache_layer, "_quantize")
+
+
+# Private names of torch.
+
+
+@uses("torch.nn.Module", "_modules")
+def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the dict in which a module holds its submodules; empty if its `__init__` has not run."""
+    return vars(module).get("_modules", {})
+
+
+@uses("torch.nn.Module", "_modules")
+def replace_submodules(module: nn.Module, modules: dict[str, nn.Module | None]) -> None:
+    """Replace the dict in which a module holds its submodules, in one step."""
+    vars(module)["_modules"] = modules
+
+
+@uses("torch.nn.Module", "_parameters")
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the dict in which a module holds its parameters, without those of its submodules."""
+    return vars(module)["_parameters"]
+
+
+@uses("torch.nn.Module", "_parameters")
+def replace_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Replace the dict in which a module holds its parameters. The new values may be plain tensors."""
+    vars(module)["_parameters"] = parameters
+
+
+@uses("torch.nn.Module", "_non_persistent_buffers_set")
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Return whether a buffer of a module belongs to its state dict."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+WRAPPERS = (private("_orig_mod", "torch._dynamo.eval_frame.OptimizedModule", "WRAPPERS"), "module")
+"""Attributes in which torch.compile and data parallelism keep the wrapped model."""
+
+
+@uses("torch.Tensor", "_version")
+def version_counter(tensor: Tensor) -> int:
+    """Return autograd's version counter of a tensor, which in-place operations increase; -1 for inference tensors."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@uses("torch.Tensor", "_base")
+def base_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor that a view shows a part of; the tensor itself if it is not a view."""
+    return tensor if tensor._base is None else tensor._base
+
+
+@uses("torch", "_C.DisableTorchFunctionSubclass")
+def without_torch_function() -> AbstractContextManager[None]:
+    """Return a context in which operations ignore the `__torch_function__` of tensor subclasses."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+@uses("torch.utils", "_pytree.tree_leaves")
+def tree_leaves(tree: Any) -> list[Any]:
+    """Return the values in nested lists, tuples and dicts."""
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(tree)
+
+
+@uses("torch.utils", "_pytree.tree_map")
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return nested lists, tuples and dicts with a function applied to every value."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(function, tree)
+
+
+@uses("torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu")
+def cpu_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Call torch's fused attention for CPUs, which returns the output and the log-sum-exp of each row."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
+
+
+@uses("torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu_backward")
+def cpu_attention_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the backward pass of `cpu_attention`, which returns the gradients of query, key and value."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **kwargs)
+
+
+@uses("torch.nn.attention.flex_attention.create_block_mask", "_compile")
+def block_mask(*args: Any, compiled: bool, **kwargs: Any) -> BlockMask:
+    """Call `create_block_mask`. Compiled, it never materializes all pairs."""
+    return create_block_mask(*args, **kwargs, _compile=compiled)
+
+
+@uses("torch.cpu", "_is_avx512_bf16_supported")
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16; False if torch does not tell."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+# Private names of accelerate.
+
+
+@uses("accelerate.hooks.add_hook_to_module", "_hf_hook")
+def execution_hook(module: nn.Module) -> Any:
+    """Return the hook by which accelerate moves weights and inputs of a module; None if there is none."""
+    return getattr(module, "_hf_hook", None)
+
+
+@uses("accelerate.hooks.add_hook_to_module", "_hf_hook", "_old_forward")
+def stored_method(module: nn.Module, name: str) -> str:
+    """Return the attribute that holds a method of a module: accelerate's hook calls another one than `forward`."""
+    return "_old_forward" if name == "forward" and execution_hook(module) is not None else name
+
+
+@uses("accelerate.big_modeling", "_attach_context_parallel_hooks")
+@uses("torch.nn.Module", "_forward_pre_hooks")
+def drops_masks(module: nn.Module) -> bool:
+    """Return whether accelerate's context parallelism removes the masks that an attention module is called with."""
+    names = (getattr(hook, "__qualname__", "") for hook in module._forward_pre_hooks.values())
+    return any("_attach_context_parallel_hooks" in name for name in names)
+
+
+# Private and undocumented names of DeepSpeed.
+
+ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
+"""DeepSpeed's module that splits sequences over processes. It is not imported unless it is in use."""
+
+
+@uses(ULYSSES, "UlyssesSPAttentionHF")
+def ulysses_around(function: Any) -> Any:
+    """Return the Ulysses module in the closure of the attention function that it registers; None for another one."""
+    deepspeed = sys.modules.get(ULYSSES)
+    if deepspeed is None:
+        return None
+    cells = (closure.cell_contents for closure in getattr(function, "__closure__", None) or ())
+    return next((cell for cell in cells if isinstance(cell, deepspeed.UlyssesSPAttentionHF)), None)
+
+
+ULYSSES_SHAPES = tuple(
+    private(f"required_{tensor}_shape", f"{ULYSSES}.UlyssesSPAttentionHF", "ULYSSES_SHAPES")
+    for tensor in ("query", "key_value", "context")
+)
+"""The shapes `[length, rows, ...]` that a Ulysses module checks its tensors against."""
+
+
+@uses("deepspeed.runtime.engine.DeepSpeedEngine", "_config")
+def set_gradient_clipping(engine: Any, norm: float) -> None:
+    """Set the norm that DeepSpeed clips gradients to; 0 for no clipping."""
+    engine._config.gradient_clipping = norm
+
+
+@uses("deepspeed.runtime.engine.DeepSpeedEngine", "_zero3_consolidated_16bit_state_dict")
+def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
+    """Gather the weights that ZeRO-3 shards, of any dtype; None on all processes but the first."""
+    return engine._zero3_consolidated_16bit_state_dict()
+
+
+# Private names of lm-eval.
+
+
+@uses("lm_eval.models.huggingface.HFLM", "_loglikelihood_tokens")
+class ChecksRequests:
+    """A mixin for a subclass of lm-eval's `HFLM`: `check_tokens` sees the token ids before the model scores them."""
+
+    def check_tokens(self, requests: list[Any]) -> None:
+        """Raise if a request, `(texts, context ids, answer ids)`, cannot be scored."""
+        raise NotImplementedError
+
+    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+        self.check_tokens(requests)
+        inner: Any = super()
+        return inner._loglikelihood_tokens(requests, *arguments, **options)

@@ -32,10 +32,10 @@ def bloom_attention(
 
     `alibi` holds the positions of the pass. The other arguments are those of BLOOM's attention.
     """
-    query, key, value = self._reshape(self.query_key_value(hidden_states))
+    query, key, value = compat.bloom_heads(self, self.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
-    implementation = self.__dict__["pe_config"]._attn_implementation
+    implementation = compat.attention_implementation(self.__dict__["pe_config"])
     backend = BACKENDS["eager"] if output_attentions else backend_for(implementation)
     dropout = self.attention_dropout.p if self.training else 0.0
     output, weights = attend(

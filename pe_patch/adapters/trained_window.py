@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from .. import compat
 from ..core.checks import LARGEST_LENGTH
 from ..errors import OptionValueError, quoted
 
@@ -438,7 +439,7 @@ def _checkpoint_config(config: Any) -> dict[str, Any] | None:
     file: Any = Path(source) / "config.json"
     if not file.is_file():
         try:
-            file = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
+            file = try_to_load_from_cache(source, "config.json", revision=compat.commit_hash(config))
         except HFValidationError:  # a folder that is gone, and no name on the hub
             return None
         if not isinstance(file, str):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .. import compat
 from ..evaluation.model import sequence_bytes
 from .model_facts import ModelFacts, Parameters
 
@@ -84,7 +85,8 @@ def inference(facts: ModelFacts, model: Any, length: int, batch: int) -> Inferen
         length: tokens per sequence.
         batch: sequences per batch.
     """
-    heads, eager = facts.shape.num_heads, "eager" in str(model.config.get_text_config()._attn_implementation)
+    implementation = compat.attention_implementation(model.config.get_text_config())
+    heads, eager = facts.shape.num_heads, "eager" in str(implementation)
     scores = 2 * FLOAT32 * heads * length * length if eager else 0
     widest = sequence_bytes(model, length, 0, 0) - scores
     return Inference(

@@ -145,7 +145,7 @@ def build(source: Any) -> Any:
 
 def _check_causal_and_unpatched(config: dict[str, Any]) -> None:
     """Raise unless a config is of an unpatched causal language model."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if record := config.get("pe_patch"):
         raise PePatchError(
@@ -155,7 +155,7 @@ def _check_causal_and_unpatched(config: dict[str, Any]) -> None:
     family = str(config.get("model_type"))
     if family not in CONFIG_MAPPING:
         raise UnsupportedError(f"Transformers has no model type {family!r}, which this config names.")
-    if CONFIG_MAPPING[family] not in AutoModelForCausalLM._model_mapping:
+    if CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(f"{family!r} is not a causal language model; advice covers only those.")
 
 

@@ -12,6 +12,7 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, flex_at
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available, is_torch_npu_available
 
+from .. import compat
 from ..core.scheme import Scheme, overrides
 from ..errors import OptionValueError, UnsupportedError, quoted, unknown
 
@@ -23,18 +24,10 @@ class NativeView:
     """
 
     def __init__(self, module: nn.Module, native_name: str) -> None:
-        self._module, self.config = module, _ConfigView(getattr(module, "config", None), native_name)
+        self._module, self.config = module, compat.ConfigView(getattr(module, "config", None), native_name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-class _ConfigView:
-    def __init__(self, config: Any, native_name: str) -> None:
-        self._config, self._attn_implementation = config, native_name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
 
 
 Output = tuple[Tensor, Tensor | None]

@@ -7,7 +7,6 @@ whole sequence and some of the heads, drops every mask, and passes no positions 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import compat
 from ..core.head_slices import Heads
 from ..errors import NoEffectError, UnsupportedError
-
-ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
-CONTEXT_PARALLEL = "_attach_context_parallel_hooks"
-"""Part of the name of the hook by which accelerate removes the masks of attention modules."""
 
 _SUMMED: Any = WeakIdKeyDictionary()
 """Hook handle of each parameter whose gradient is summed over the ranks that share its heads."""
@@ -67,7 +62,7 @@ def sequence_of(implementation: str, native_name: str) -> Sequence | None:
         UnsupportedError: the function is FlexAttention's, which is not supported under Ulysses.
     """
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _missing)
-    if _ulysses(ALL_ATTENTION_FUNCTIONS.get_interface(native_name, _missing)) is not None:
+    if compat.ulysses_around(ALL_ATTENTION_FUNCTIONS.get_interface(native_name, _missing)) is not None:
         raise NoEffectError(
             f"Ulysses is registered for {native_name!r}, which the patched attention calls, so it would drop what the "
             f"scheme does to the scores. Patch the model before it is prepared, and register Ulysses for "
@@ -94,20 +89,11 @@ def sequence_of(implementation: str, native_name: str) -> Sequence | None:
 
 def ulysses_of(implementation: str) -> Any:
     """Return DeepSpeed's module that wraps an attention function, or None."""
-    return _ulysses(ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _missing))
+    return compat.ulysses_around(ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _missing))
 
 
 def _missing() -> None:
     """Do nothing; the default for an attention function that Transformers does not have."""
-
-
-def _ulysses(function: Any) -> Any:
-    """Return DeepSpeed's module from the closure of the function that it registers, or None."""
-    deepspeed = sys.modules.get(ULYSSES)
-    if deepspeed is None:
-        return None
-    cells = (closure.cell_contents for closure in getattr(function, "__closure__", None) or ())
-    return next((cell for cell in cells if isinstance(cell, deepspeed.UlyssesSPAttentionHF)), None)
 
 
 def layer_masks(base: Any, layers: int, mask: Tensor | None, past: Any, position_ids: Tensor) -> tuple[Any, ...]:
@@ -288,9 +274,8 @@ def broadcast_parameters(schemes: Iterable[Any], attention: nn.Module) -> None:
 
 def check_masks(module: nn.Module, name: str) -> None:
     """Raise `UnsupportedError` if accelerate's context parallelism would compute plain causal attention instead."""
-    for hook in module._forward_pre_hooks.values():
-        if CONTEXT_PARALLEL in getattr(hook, "__qualname__", ""):
-            raise UnsupportedError(
-                f"Context parallelism computes plain causal attention, so it would drop {name!r}, which acts on the "
-                "scores. Use Ulysses (sp_size), or a static rotary scheme."
-            )
+    if compat.drops_masks(module):
+        raise UnsupportedError(
+            f"Context parallelism computes plain causal attention, so it would drop {name!r}, which acts on the "
+            "scores. Use Ulysses (sp_size), or a static rotary scheme."
+        )

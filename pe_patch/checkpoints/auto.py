@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
+from .. import compat
 from ..errors import UnsupportedError
 from ..mla.protocol import converts
 from ..patching import saved_config
@@ -37,7 +38,7 @@ class EarlierConfig(SavedConfig):
     model_type = RECORD_KEY
 
 
-class _Loader:
+class _Loader(compat.BuiltFromConfig):
     """Loads a patched model if an auto class finds its config; registered as a model class."""
 
     auto: Any
@@ -46,12 +47,13 @@ class _Loader:
     def from_pretrained(cls, path: Any, *model_args: Any, config: Any, **kwargs: Any) -> Any:
         record = getattr(config, RECORD_KEY)
         native = native_of(config)
-        if config._attn_implementation is not None and not config._attn_implementation.startswith("pe_"):
-            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        implementation = compat.attention_implementation(config)
+        if implementation is not None and not implementation.startswith("pe_"):
+            kwargs.setdefault("attn_implementation", implementation)
         return load_restored(path, native, record, cls.auto, *model_args, **kwargs)
 
     @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+    def build(cls, config: Any, **kwargs: Any) -> Any:
         """Build a patched model with new weights."""
         record = getattr(config, RECORD_KEY)
         model = cls.auto.from_config(native_of(config), **kwargs)

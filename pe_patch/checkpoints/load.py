@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from .. import compat
 from ..errors import CheckpointError, OptionError, PePatchError, UnknownNameError, UnsupportedError, quoted
 from ..mla.protocol import converts
 from ..patching import peft_record
@@ -39,7 +40,6 @@ logger = logging.getLogger("pe_patch")
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Keyword arguments of `from_pretrained` that locate the files."""
-QUIET: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
 AUTO_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -200,7 +200,7 @@ def is_adapter(path: str | Path) -> bool:
     if Path(path).exists():
         return not (Path(path) / "config.json").exists() and (Path(path) / peft_record.CONFIG).exists()
     try:
-        config, adapter = (cached_file(str(path), name, **QUIET) for name in ("config.json", peft_record.CONFIG))
+        config, adapter = (compat.find_file(str(path), name) for name in ("config.json", peft_record.CONFIG))
     except OSError:  # neither a folder nor a hub name; loading it as a model gives the better error
         return False
     return config is None and adapter is not None
@@ -317,10 +317,9 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 def _weight_files(path: str | Path, hub: dict[str, Any], variant: str | None) -> list[str]:
     """Return the weight files, of the requested variant ("fp16") if any, as Transformers does."""
-    quiet = {**hub, **QUIET}
-    index = cached_file(str(path), _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **quiet)
+    index = compat.find_file(str(path), _of_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub)
     if index is None:
-        single = cached_file(str(path), _of_variant(SAFE_WEIGHTS_NAME, variant), **quiet)
+        single = compat.find_file(str(path), _of_variant(SAFE_WEIGHTS_NAME, variant), **hub)
         if single is None:
             raise CheckpointError(f"{path} has no safetensors weights, the only supported format.")
         return [single]

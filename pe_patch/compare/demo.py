@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import compat
 from ..checkpoints.folders import DEMO, check_output
 from ..data.packaged import DEMO_MODEL
 from ..errors import CheckpointError
@@ -178,8 +179,7 @@ def _measure(
 
 def _autocast() -> torch.dtype | None:
     """Return bfloat16 if the processor supports it natively; otherwise it is several times slower than float32."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if supported() else None
+    return torch.bfloat16 if compat.cpu_multiplies_bfloat16() else None
 
 
 def frequencies(model: Any, settings: DemoSettings) -> dict[str, Any]:

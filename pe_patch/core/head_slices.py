@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import compat
 from ..errors import UnsupportedError
 
 SHARED: Mapping[str, int] = MappingProxyType({})
@@ -60,17 +61,19 @@ def part(scheme: Any, heads: Heads) -> Any:
             "share everything), or keep the heads together."
         )
     view: Any = copy(scheme)
-    parameters, modules = scheme.__dict__["_parameters"], scheme.__dict__["_modules"]
+    parameters, modules = compat.own_parameters(scheme), compat.submodules(scheme)
     whole: Mapping[str, int] = scheme.head_sharded_attributes
     cut = {name: _cut(scheme, name, dimension, heads) for name, dimension in whole.items()}
-    view.__dict__["_parameters"] = {
+    sliced = {
         name: cut.pop(name) if name in cut else parameter if parameter is None else parameter.view_as(parameter)
         for name, parameter in parameters.items()
     }
-    view.__dict__["_modules"] = {
+    compat.replace_parameters(view, sliced)
+    parts = {
         name: part(module, heads) if hasattr(module, "head_sharded_attributes") else module
         for name, module in modules.items()
     }
+    compat.replace_submodules(view, parts)
     view.__dict__.update(cut)
     view.__dict__["shape"] = replace(scheme.shape, num_heads=heads.count, num_key_value_heads=heads.key_heads)
     view.__dict__["_constants"] = scheme.__dict__["_constants_of_parts"].setdefault(heads, {})

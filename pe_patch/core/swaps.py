@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .. import compat
+
 Result = TypeVar("Result")
 
 
@@ -47,13 +49,13 @@ class Swap:
         swap = cls(owner, attribute, ABSENT, replacement, direct)
         swap.original = swap.current()
         if swap._registered():
-            swap.names = tuple(owner._modules)
+            swap.names = tuple(compat.submodules(owner))
         return swap
 
     def current(self) -> Any:
         """Return the value of the instance attribute now, or ABSENT."""
         if self._registered():
-            return self.owner._modules[self.attribute]
+            return compat.submodules(self.owner)[self.attribute]
         return vars(self.owner).get(self.key, ABSENT)
 
     def apply(self) -> None:
@@ -72,14 +74,14 @@ class Swap:
             held.pop(self.attribute, None)
             return
         if self._registered():
-            del self.owner._modules[self.attribute]
+            del compat.submodules(self.owner)[self.attribute]
         if value is ABSENT:
             held.pop(self.key, None)
         else:
             held[self.key] = value
 
     def _registered(self) -> bool:
-        return not self.direct and isinstance(self.owner, nn.Module) and self.attribute in self.owner._modules
+        return not self.direct and isinstance(self.owner, nn.Module) and self.attribute in compat.submodules(self.owner)
 
     @property
     def key(self) -> str:
@@ -89,7 +91,7 @@ class Swap:
 
     def _register(self, module: nn.Module) -> None:
         """Register a submodule at the position that its name had when the swap was made."""
-        modules = self.owner._modules
+        modules = compat.submodules(self.owner)
         if self.attribute in modules or self.attribute not in self.names:
             modules[self.attribute] = module
             return
@@ -97,7 +99,7 @@ class Swap:
         ordered = [name for name in self.names if name in known]
         ordered += [name for name in known if name not in self.names]
         # Build the dict first, then write it in one step: an interrupt cannot lose a module.
-        vars(self.owner)["_modules"] = type(modules)((name, known[name]) for name in ordered)
+        compat.replace_submodules(self.owner, type(modules)((name, known[name]) for name in ordered))
 
 
 @dataclass
@@ -216,7 +218,6 @@ class Chain:
 
 def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> Swap:
     """Return the swap that binds a function to one instance, beneath a wrapper that accelerate may have added."""
-    beneath = name == "forward" and hasattr(module, "_hf_hook")
-    attribute = "_old_forward" if beneath else name
+    attribute = compat.stored_method(module, name)
     previous = module.__dict__.get(attribute, ABSENT)
     return Swap.of(module, attribute, Bound(module, name, function, previous))

@@ -16,8 +16,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
+from .. import compat
 from ..adapters.adapter import frequencies_of
 from ..checkpoints.load import native_config, read_config
 from ..core.scheme import AttentionShape
@@ -182,7 +182,7 @@ def from_path(path: str | Path) -> ExaminedModel:
             if file.is_dir():
                 location = file / companion
             else:
-                cached = cached_file(name, companion, _raise_exceptions_for_missing_entries=False)
+                cached = compat.find_file(name, companion)
                 location = Path(cached) if cached else file / companion
             if location.is_file():
                 examined.files[companion] = _read_json(location)
@@ -233,7 +233,7 @@ def build_empty(config: Any) -> Any:
     architecture = getattr(transformers, (config.architectures or [""])[0] or "", None)
     fits = architecture is not None and getattr(architecture, "config_class", None) is type(config)
     with torch.device("meta"):
-        return cast(Any, architecture)._from_config(config) if fits else AutoModel.from_config(config)
+        return compat.from_config(architecture, config) if fits else AutoModel.from_config(config)
 
 
 @contextmanager

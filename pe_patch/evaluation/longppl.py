@@ -72,7 +72,7 @@ class Judge:
     @cached_property
     def name(self) -> str:
         """Model name with hashes of the weights and the tokenizer."""
-        known = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
+        known = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
         return f"{known} {model_fingerprint(self.model)} {tokenizer_hash(self.tokenizer)}"
 
     def __repr__(self) -> str:

@@ -81,7 +81,7 @@ def model_fingerprint(model: Any) -> str:
 
     It reads `WEIGHTS_SAMPLED` evenly spaced numbers of each weight, since training changes nearly all of them.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    config = compat.values_without_source(model.config)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -472,7 +472,7 @@ def sequence_bytes(model: Any, length: int, cache_bytes: int, logits: int) -> in
     inner = max(inner) if isinstance(inner, list | tuple) else inner
     item = next(model.parameters()).element_size()
     total = length * (cache_bytes + item * (8 * hidden + 3 * inner)) + 8 * logits * config.vocab_size
-    if "eager" in str(getattr(config, "_attn_implementation", "")):
+    if "eager" in str(compat.attention_implementation(config)):
         total += 8 * getattr(config, "num_attention_heads", 1) * length * length
     return total
 

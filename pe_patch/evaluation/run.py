@@ -90,7 +90,7 @@ def evaluate(
     if output is not None:
         output = Path(output).expanduser()
         name = label or scheme_label(model)
-        check_results_folder(output, scheme=name, inputs=[model.config._name_or_path, text], overwrite=overwrite)
+        check_results_folder(output, scheme=name, inputs=[model.config.name_or_path, text], overwrite=overwrite)
     native, effective = windows(model)
     chosen = _with_retrieval(_find_tasks(tasks, task_options), retrieval)
     checked_lengths = _check_lengths(lengths, effective, beyond_window)
@@ -193,7 +193,7 @@ def _config(context: EvaluationContext, tasks: list[Task], native: int | None, e
     """Collect what another run needs to reproduce the rows."""
     model = context.model.model
     return {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
         "scheme": context.scheme,
         "native_window": native,
         "effective_window": effective,

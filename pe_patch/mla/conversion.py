@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import compat
 from ..adapters import Adapter
 from ..core.projections import Latents, Projections, Statistics
 from ..core.scheme import overrides
@@ -76,7 +77,7 @@ def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer
             "projects: give its adapter `projections=` (pe_patch.adapters.projections)."
         )
     attentions = adapter.attentions(base)
-    empty = all(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules())
+    empty = all(p.is_meta for p in model.parameters()) and not any(compat.execution_hook(m) for m in model.modules())
     scale = 1.0 if overrides(first, "angles") else float(getattr(base.get_submodule(adapter.rotary), SCALE, 1.0))
     projections = {
         index: replace(
@@ -96,7 +97,7 @@ def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer
         modules = {index: _replace(scheme, projections[index], None) for index, scheme in scheme_by_layer.items()}
         if first.starts_fresh:
             for module in modules.values():
-                module.apply(model._init_weights)
+                module.apply(compat.weight_initializer(model))
         return Conversion(modules)
     if first.calibration is None:
         raise OptionError(

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import compat
+
 PLAIN = (Tensor, nn.Parameter)
 """The types of an ordinary weight; subclasses are quantized, or distributed over processes."""
-
-
-def _version(tensor: Tensor) -> int:
-    """Return autograd's version counter of a tensor; inference tensors have none."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _signature(linear: nn.Module) -> tuple[Any, ...]:
@@ -21,7 +18,7 @@ def _signature(linear: nn.Module) -> tuple[Any, ...]:
     tensors = [*linear.parameters(), *linear.buffers()]
     adapters = ("merged_adapters", "active_adapters", "disable_adapters", "scaling")
     state = tuple(repr(getattr(linear, name, None)) for name in adapters)
-    return (*((t.data_ptr(), _version(t), t.dtype, t.device) for t in tensors), *state)
+    return (*((t.data_ptr(), compat.version_counter(t), t.dtype, t.device) for t in tensors), *state)
 
 
 class Folding:
@@ -60,7 +57,7 @@ class Folding:
         Returns:
             The weight `[out, width]`, and the bias `[out]` or None.
         """
-        is_plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook")
+        is_plain = type(linear) is nn.Linear and compat.execution_hook(linear) is None
         if is_plain and isinstance(linear, nn.Linear) and type(linear.weight) in PLAIN and not linear.weight.is_meta:
             return linear.weight.to(like.dtype), None if linear.bias is None else linear.bias.to(like.dtype)
         use_cache = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or linear.training)

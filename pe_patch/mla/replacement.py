@@ -49,7 +49,7 @@ class ReplacedForward:
         query, key, value = getattr(attention, self.child)(hidden, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
-        function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        function = ALL_ATTENTION_FUNCTIONS[compat.attention_implementation(attention.config)]
         dropout = attention.attention_dropout if attention.training else 0.0
         output, weights = function(
             attention, query, key, value, mask, scaling=attention.scaling * self.scale, dropout=dropout, **kwargs
@@ -79,7 +79,7 @@ class FrozenOriginal(nn.Module):
         for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+            self.register_buffer(name, buffer, persistent=compat.is_persistent(module, name))
         for name, child in module.named_children():
             self.add_module(name, FrozenOriginal(child))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..errors import CacheError
 
 RECORD = "pe_patch_record"
@@ -214,7 +215,7 @@ def token_hashes(keys: Tensor) -> Tensor:
 
 def _version(record: CacheRecord) -> tuple[int, int]:
     keys = record.keys
-    return id(keys), 0 if keys is None or keys.is_inference() else keys._version
+    return id(keys), 0 if keys is None else compat.version_counter(keys)
 
 
 def _plain_keys(cache: Any) -> tuple[int, Tensor] | None:
@@ -275,7 +276,7 @@ def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> N
 
 
 def _holds_keys(layer: Any) -> bool:
-    return isinstance(getattr(layer, "keys", None), Tensor) and not hasattr(layer, "_quantize")
+    return isinstance(getattr(layer, "keys", None), Tensor) and not compat.is_quantized(layer)
 
 
 def _follow_rows(record: CacheRecord, before: tuple[int, Tensor], after: tuple[int, Tensor], changed: str) -> None:

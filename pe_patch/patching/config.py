@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .. import compat
 from ..adapters import Adapter
 from ..adapters.adapter import native_parameters
 from ..core.scheme import Scheme
@@ -178,7 +179,7 @@ def config_swaps(
         implementation: name of the attention implementation.
     """
     config, scheme = base.config, next(iter(schemes.values()))
-    swaps = [Swap.of(config, "_attn_implementation_internal", implementation)]
+    swaps = [Swap.of(config, compat.IMPLEMENTATION, implementation)]
     native: dict[str, Any] = {"model_type": model.config.model_type}
     window, current = scheme.effective_window, getattr(config, "max_position_embeddings", None)
     written: dict[str, Any] = {"max_position_embeddings": current}
@@ -262,7 +263,7 @@ def models_around(model: Any) -> list[nn.Module]:
         return []
     parents: dict[int, list[nn.Module]] = {}
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
-        for child in list(vars(module).get("_modules", {}).values()):
+        for child in list(compat.submodules(module).values()):
             parents.setdefault(id(child), []).append(module)
     around: dict[int, nn.Module] = {}
     inner = [model]

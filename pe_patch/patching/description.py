@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import compat
 from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
@@ -114,7 +115,7 @@ def describe(model: Any) -> Description:
         options=dict(patch.scheme.recorded),
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
-        backend=str(patch.base.config._attn_implementation),
+        backend=str(compat.attention_implementation(patch.base.config)),
         keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
         effective=effective(patch.scheme) | _window_source(patch) | _cache(patch),
         replaced=replaced,
@@ -188,7 +189,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "references to the model's own copy of its config": ("config",),
     "functions that save the patch with the model": ("save_pretrained", "load_adapter"),
     "functions that generation and set_attn_implementation call": (
-        "set_attn_implementation", "init_continuous_batching", "_get_static_cache_init_shape",
+        "set_attn_implementation", "init_continuous_batching", compat.STATIC_CACHE_SHAPE,
     ),
 }  # fmt: skip
 """The attributes that a description leaves out, by the beginnings of their names."""
@@ -220,7 +221,7 @@ def _replaced(patch: Patch) -> tuple[list[Replaced], dict[str, list[str]]]:
     return rows, left_out
 
 
-SHOWN_AS = {"pe_scheme": "scores", "_attn_implementation_internal": "attn_implementation"}
+SHOWN_AS = {"pe_scheme": "scores", compat.IMPLEMENTATION: "attn_implementation"}
 
 
 def _new(swap: Swap) -> str:

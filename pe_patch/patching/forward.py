@@ -187,10 +187,11 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     Raises:
         NoEffectError: the attention or the rotary module was changed after the patch, so the scheme would not run.
     """
-    backend = BY_IMPLEMENTATION.get(base.config._attn_implementation)
+    implementation = compat.attention_implementation(base.config)
+    backend = BY_IMPLEMENTATION.get(implementation)
     if backend is None:
         raise NoEffectError(
-            f"config._attn_implementation was set to {quoted(base.config._attn_implementation)} after the patch, "
+            f"config._attn_implementation was set to {quoted(implementation)} after the patch, "
             f"which would drop {runtime.scheme.name!r}. Call model.set_attn_implementation(...) instead."
         )
     if runtime.rotary is not None and not isinstance(current := getattr(base, runtime.rotary[0]), runtime.rotary[1]):
@@ -481,7 +482,7 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     backend = backend_for(implementation)
     base = model.pe_base
     check_backend(backend, base.pe_runtime.scheme)
-    vars(base.config)["_attn_implementation_internal"] = backend.implementation  # `Marked` refuses setattr
+    compat.store_implementation(base.config, backend.implementation)  # `Marked` refuses setattr
 
 
 def refuse_prefill_chunks(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

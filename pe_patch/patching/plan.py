@@ -60,7 +60,6 @@ from .targets import Target
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine
 
-SHAPE_OF_CACHE = "_get_static_cache_init_shape"
 ROTARY_MODULES = (PatchedRotaryEmbedding, PerLayerTypeRotary)
 
 SchemeByLayer = dict[int, Scheme]
@@ -105,7 +104,7 @@ def _by_layer_type(target: Target, scheme_by_layer: SchemeByLayer) -> SchemeByLa
 def _backend(name: str | None, target: Target, scheme: Scheme) -> Backend:
     """Return the backend with this name, or the default one, once it supports the scheme."""
     # A family with a `forward` (BLOOM) has only an eager attention in Transformers; this library's has SDPA too.
-    native = target.base.config._attn_implementation if target.adapter.forward is None else "sdpa"
+    native = compat.attention_implementation(target.base.config) if target.adapter.forward is None else "sdpa"
     backend = backend_for(name or native)
     check_backend(backend, scheme)
     return backend
@@ -167,8 +166,8 @@ def _collect(
         replacing, replaced = replacement_swaps(attentions, adapter, first, modules, arguments)
         original |= replaced if cast(ProjectionScheme, first).keep_original else {}
         swaps += replacing
-        if hasattr(model, SHAPE_OF_CACHE):
-            swaps.append(bind(model, SHAPE_OF_CACHE, no_early_cache))
+        if hasattr(model, compat.STATIC_CACHE_SHAPE):
+            swaps.append(bind(model, compat.STATIC_CACHE_SHAPE, no_early_cache))
     elif places.converts:
         swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, first)
     scores = _score_schemes(target, scheme_by_layer, places)

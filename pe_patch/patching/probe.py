@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..adapters import Adapter
 from ..adapters.adapter import frequencies_of
 from ..adapters.check import LAYOUTS
@@ -208,7 +209,7 @@ class RotationTrial:
 
 def _our_implementation(base: Any, settings: Settings) -> str:
     """Return the name of this library's attention function for the backend of the patch."""
-    return backend_for(settings.backend or base.config._attn_implementation).implementation
+    return backend_for(settings.backend or compat.attention_implementation(base.config)).implementation
 
 
 def _native(base: Any, adapter: Adapter, layer_type: str | None, at_scores: bool, attention: Any) -> type[Native]:
@@ -255,13 +256,13 @@ def _run(
 @contextmanager
 def _using_attention(config: Any, implementation: str | None) -> Iterator[None]:
     """Make an unpatched model call this library's attention function, which then computes what Transformers' does."""
-    before = config._attn_implementation_internal
+    before = compat.attention_implementation(config)
     if implementation is not None:
-        vars(config)["_attn_implementation_internal"] = implementation  # setattr is for models under construction
+        compat.store_implementation(config, implementation)  # setattr is for models under construction
     try:
         yield
     finally:
-        vars(config)["_attn_implementation_internal"] = before
+        compat.store_implementation(config, before)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .. import compat
 from ..core.swaps import Swap
 from ..errors import CheckpointError, PePatchError, UnsupportedError, quoted
 from .record import BESIDE, RECORD_KEY, check_record, differences
@@ -30,15 +31,12 @@ NOTE = (
 TYPED = ("use_cache", "hidden_size", "vocab_size", "num_hidden_layers")
 """Fields that are numbers or booleans in every family that has them, the least important first."""
 
-ATTENTION = "_attn_implementation_internal"
-"""Attribute of a config that a model sets during construction. `Swap` writes it past `__setattr__`."""
-
 _classes: dict[type, type] = {}
 when_made: list[Callable[[type], None]] = []
 """Functions to call with each class that `marked_class` creates."""
 
 
-class Marked:
+class Marked(compat.StoredImplementation):
     """A mixin for config classes that validates the values from before the patch and saves for pe_patch alone."""
 
     native_class: type[PreTrainedConfig]
@@ -59,21 +57,8 @@ class Marked:
         """Run the family's checks on the values from before the patch, since they reject those of the scheme."""
         native_of(self).validate()
 
-    @property
-    def _attn_implementation(self) -> Any:
-        """The name of the attention implementation, as Transformers stores it."""
-        return vars(self).get(ATTENTION)
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        whole = value.get("", self._attn_implementation) if isinstance(value, dict) else value
-        vars(self)[ATTENTION] = whole
-        for name in self.sub_configs:  # type: ignore[attr-defined]
-            if (sub_config := getattr(self, name, None)) is not None:
-                sub_config._attn_implementation = value.get(name, whole) if isinstance(value, dict) else value
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == ATTENTION:
+        if name == compat.IMPLEMENTATION:
             scheme = vars(self)[RECORD_KEY]["scheme"]
             raise UnsupportedError(
                 f"This {type(self).__name__} belongs to a model that pe_patch patched with {scheme!r}. A model class "
@@ -146,9 +131,9 @@ def native_of(config: Any) -> Any:
     native_values = _record_of(config.__dict__)["native"]
     native = unmarked(copy.deepcopy(config))
     for each in (native, *(value for value in vars(native).values() if isinstance(value, PreTrainedConfig))):
-        name = str(vars(each).get(ATTENTION))
+        name = str(vars(each).get(compat.IMPLEMENTATION))
         if name.startswith("pe_"):  # SDPA is Transformers' default, and not every family accepts its name
-            vars(each)[ATTENTION] = None if name == "pe_sdpa" else name.removeprefix("pe_")
+            compat.store_implementation(each, None if name == "pe_sdpa" else name.removeprefix("pe_"))
     patched = native if (name := native_values.get("config")) is None else getattr(native, name)
     for key in BESIDE:
         if key in native_values and native_values[key] is None and key == "max_position_embeddings":

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from .. import compat
 from ..adapters import ADAPTERS, Adapter
 from ..adapters.check import check_adapter
 from ..adapters.trained_window import TrainedWindow
 from ..core.scheme import AttentionShape
 from ..errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, quoted, unknown
-
-WRAPPERS = ("_orig_mod", "module")
-"""Attributes in which torch.compile and data parallelism keep the wrapped model."""
 
 Layers = Iterable[int] | slice | Callable[[int], bool] | None
 
@@ -111,9 +109,8 @@ def unwrap(model: Any) -> PreTrainedModel:
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
             continue
-        inner = next(
-            (getattr(inner, name) for name in WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)), None
-        )
+        wrappers = [name for name in compat.WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)]
+        inner = getattr(inner, wrappers[0]) if wrappers else None
         if inner is None:
             raise PePatchError(
                 f"{type(model).__name__} is not a Transformers model, nor a PEFT, accelerate or torch.compile wrapper "
@@ -128,7 +125,7 @@ def device_and_dtype(base: nn.Module) -> tuple[Any, torch.dtype]:
     Offloaded weights are on the meta device; then the device is the one on which accelerate's hooks run the model.
     """
     weight = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
-    hooks = (module.__dict__.get("_hf_hook") for module in base.modules() if weight.is_meta)
+    hooks = (compat.execution_hook(module) for module in base.modules() if weight.is_meta)
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), weight.device), weight.dtype
 

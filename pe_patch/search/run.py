@@ -79,7 +79,7 @@ def search(
     if output is not None:
         output = Path(output).expanduser()
         require_extra("report")  # the picture comes last, and nothing may be lost then
-        check_output(output, SEARCH, inputs=[model.config._name_or_path, text], overwrite=overwrite)
+        check_output(output, SEARCH, inputs=[model.config.name_or_path, text], overwrite=overwrite)
     schedule = schedule or Schedule()
     check_samples(samples, needles)
     target = make_target(model, length, attention_factor)
@@ -118,5 +118,5 @@ def search(
 
 
 def _model_name(model: Any) -> str:
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
     return Path(name).name if Path(name).is_dir() else name

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from .. import compat
+
 LEAST = 2**20
 """Minimum size in bytes of a tensor that is worth a copy."""
 
@@ -24,7 +26,7 @@ def offload_activations(least: int = LEAST) -> saved_tensors_hooks:
     hooks: Any = save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def pack(tensor: Tensor) -> Any:
-        base = tensor if tensor._base is None else tensor._base
+        base = compat.base_tensor(tensor)
         stays = isinstance(base, nn.Parameter) or tensor.nbytes < least
         return tensor if stays else hooks.pack_hook(tensor)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter, tree_map
+
+from .. import compat
 
 
 class Recorded(Tensor):
@@ -35,17 +35,17 @@ class Recorded(Tensor):
     @property
     def plain(self) -> Tensor:
         """The same tensor without the recording."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.without_torch_function():
             return self.as_subclass(Tensor)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.without_torch_function():
             result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
-        arguments = list(tree_iter((args, kwargs)))
+        arguments = compat.tree_leaves((args, kwargs))
         sources = [value for value in arguments if isinstance(value, Recorded)]
         constants = [value for value in arguments if isinstance(value, Tensor) and not isinstance(value, Recorded)]
         constants += [constant for source in sources for constant in source.constants]
@@ -60,7 +60,7 @@ class Recorded(Tensor):
                 # `other` may be needed again, so do not write into it.
                 return replayed.clone() if written and value is result else replayed
 
-            return func(*tree_map(substitute, args), **tree_map(substitute, kwargs))
+            return func(*compat.tree_map(substitute, args), **compat.tree_map(substitute, kwargs))
 
         if isinstance(result, Recorded) and written:
             result.replay, result.constants = replay, constants

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .. import compat
 from ..attention.backends import Backend, Output, backend_for
 from ..attention.engine import Engine
 from ..attention.kernels.shifted import shifted
@@ -116,7 +117,7 @@ def shift_attention(model: Any, groups: int) -> Any:
             f"Shifted attention needs an even number of heads; {patch.base.config.model_type} has {heads}; {REMEDY}."
         )
     attentions = patch.adapter.attentions(patch.base)
-    _check_backend(backend_for(patch.base.config._attn_implementation))
+    _check_backend(backend_for(compat.attention_implementation(patch.base.config)))
     _check_layers(patch, attentions)
     if any("pe_shift" in attention.__dict__ for attention in attentions):
         unshift_attention(model)

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..attention.backends import BACKENDS
 from ..core.positions import Positions
 from ..core.scheme import AttentionShape, Scheme, overrides
@@ -195,7 +196,7 @@ def _observe(patch: Patch, rows: list[Tensor], queries: int) -> dict[int, list[_
                     base(input_ids=row[None].to(base.device), use_cache=False)
 
     def record_native() -> None:
-        implementation: Any = base.config._attn_implementation
+        implementation: Any = compat.attention_implementation(base.config)
         finally_do(lambda: base.set_attn_implementation(implementation), record_eager)
 
     patch.while_undone(record_native)

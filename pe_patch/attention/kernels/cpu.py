@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import compat
+
 CHUNK = 256
 """Queries in a chunk: enough for the kernel to be fast, few enough that masked pairs cost little."""
 HIDDEN = -5e3
@@ -21,9 +23,6 @@ SPAN = 1024
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes that the kernel supports."""
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def is_supported(engine: Any, query: Tensor, value: Tensor) -> bool:
@@ -66,7 +65,7 @@ def attention(
         returns an LSE of 0 for a fully masked row.
     """
     _check_mask(query, mask)
-    return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)
+    return compat.cpu_attention(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)
 
 
 def _check_mask(query: Tensor, mask: Tensor | None) -> None:
@@ -97,7 +96,9 @@ def gradients(
     then exact, as in ring attention.
     """
     _check_mask(query, mask)
-    return _backward(grad, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling)
+    return compat.cpu_attention_backward(
+        grad, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scaling
+    )
 
 
 def are_consecutive(query: Tensor, key: Tensor) -> bool:

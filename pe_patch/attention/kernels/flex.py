@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ... import compat
 from ...core.positions import Positions
 from ...core.ranges import Range
 from .cpu import merge
@@ -74,5 +75,4 @@ def _block_mask(each: Range, query: Tensor, key: Tensor, positions: Positions, m
         return inside
 
     batch = None if shared else rows
-    # Compiled, `create_block_mask` never materializes all pairs.
-    return create_block_mask(sees, batch, None, count, total, device=str(query.device), _compile=query.is_cuda)
+    return compat.block_mask(sees, batch, None, count, total, device=str(query.device), compiled=query.is_cuda)

@@ -9,12 +9,13 @@ import torch
 from lm_eval.models import huggingface
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from ... import compat
 from ...errors import PePatchError
 
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 
-class NoTruncationLM(HFLM):
+class NoTruncationLM(compat.ChecksRequests, HFLM):
     """A loaded model and its tokenizer for lm-eval, which raises `PePatchError` rather than cut a prompt.
 
     HFLM drops the beginning of a longer prompt with a warning. This class counts the tokens of all requests before it
@@ -31,7 +32,8 @@ class NoTruncationLM(HFLM):
     def __init__(
         self, model: Any, tokenizer: Any, max_length: int, batch_size: int, autocast: torch.dtype | None
     ) -> None:
-        super().__init__(
+        inner: Any = super()
+        inner.__init__(
             pretrained=model,
             tokenizer=tokenizer,
             max_length=max_length,
@@ -55,7 +57,7 @@ class NoTruncationLM(HFLM):
         return super().generate_until(requests, disable_tqdm)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score answers. `_loglikelihood_tokens` checks their lengths."""
+        """Score answers. `check_tokens` checks their lengths."""
         self._task_names = [request.task_name for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm)
@@ -68,11 +70,11 @@ class NoTruncationLM(HFLM):
         self._check_requests([request.task_name for request in requests], needed)
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
-    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+    def check_tokens(self, requests: list[Any]) -> None:
+        """Check the lengths of the requests of `loglikelihood`."""
         if self._task_names:
             # The model predicts the last token without reading it.
             self._check_requests(self._task_names, [len(context) + len(answer) - 1 for _, context, answer in requests])
-        return super()._loglikelihood_tokens(requests, *arguments, **options)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any

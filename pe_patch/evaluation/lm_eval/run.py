@@ -86,7 +86,7 @@ def harness(
     """
     if output is not None:
         output = Path(output).expanduser()
-        check_results_folder(output, inputs=[model.config._name_or_path, include_path], overwrite=overwrite)
+        check_results_folder(output, inputs=[model.config.name_or_path, include_path], overwrite=overwrite)
     _require_lm_eval()
     from .tasks import RequestedTasks
 
@@ -245,7 +245,7 @@ def _config(
 ) -> dict[str, Any]:
     names = [task if isinstance(task, str) else task.get("task", task.get("group")) for task in tasks]
     return {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
         "scheme": scheme,
         "lm_eval": {"version": _version(), "tasks": names, "lengths": list(lengths), **settings},
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ... import compat
 from ...patching.api import find_patch
 from ..recipe import RecipeError
 from .engine import Engine
@@ -64,7 +65,7 @@ def refuse_under_context_parallel(recipe: Any, model: nn.Module, parts: int) -> 
             raise RecipeError(
                 f"scheme {patch.scheme.name} acts at the scores, and context parallelism would drop it. {INSTEAD}"
             )
-        if patch.base.config._attn_implementation != "pe_sdpa":
+        if compat.attention_implementation(patch.base.config) != "pe_sdpa":
             raise RecipeError("model.attention: context parallelism supports only sdpa.")
     if recipe.data.boundaries:
         raise RecipeError(

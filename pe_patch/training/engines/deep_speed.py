@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ... import compat
 from ...attention.parallel import ulysses_of
 from ...patching.api import find_patch
 from ..recipe import RecipeError
@@ -125,14 +126,14 @@ class DeepSpeed(Engine):
         return isinstance(self.model.optimizer, torch.optim.Optimizer)
 
     def _set_clipping(self, norm: float) -> None:
-        self.model._config.gradient_clipping = norm
+        compat.set_gradient_clipping(self.model, norm)
         if hasattr(self.model.optimizer, "clip_grad"):
             self.model.optimizer.clip_grad = norm
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         if not self.sharded:
             return None
-        return self.model._zero3_consolidated_16bit_state_dict()  # of any dtype, despite its name
+        return compat.consolidated_state_dict(self.model)
 
     def reduce(self, values: Tensor) -> Tensor:
         values = values.clone()
@@ -148,7 +149,7 @@ def attention_of(model: nn.Module) -> Any:
             "Ulysses drops the masks that separate packed documents, and without a scheme nothing restores them: set "
             "scheme: {name: rope}, which changes nothing else."
         )
-    return patch.base.config._attn_implementation
+    return compat.attention_implementation(patch.base.config)
 
 
 def set_rows(ulysses: Any, rows: int) -> None:
@@ -156,7 +157,7 @@ def set_rows(ulysses: Any, rows: int) -> None:
     if ulysses.batch_size == rows:
         return
     ulysses.batch_size = rows
-    for name in ("required_query_shape", "required_key_value_shape", "required_context_shape"):
+    for name in compat.ULYSSES_SHAPES:
         length, _, *rest = getattr(ulysses, name)
         setattr(ulysses, name, torch.Size([length, rows, *rest]))
 
@@ -175,7 +176,7 @@ def refuse_under_ulysses(recipe: Any, model: nn.Module, parts: int) -> None:
         raise RecipeError("distill: under Ulysses a teacher would see only a part of each sequence.")
     if getattr(recipe.model, "shifted_groups", None):
         raise RecipeError("model.shifted_groups needs whole sequences, which Ulysses cuts; remove one of them.")
-    if config._attn_implementation in ("pe_eager", "pe_flex_attention"):
+    if compat.attention_implementation(config) in ("pe_eager", "pe_flex_attention"):
         raise RecipeError("model.attention: Ulysses supports neither eager nor flex; use sdpa or flash, or remove it.")
     if patch.base.pe_runtime.unsplittable is not None:
         raise RecipeError(

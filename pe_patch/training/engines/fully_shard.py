@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from ... import compat
 from ...patching.targets import unwrap
 from ..recipe import RecipeError
 from .engine import Engine
@@ -99,5 +100,5 @@ def _random_states() -> dict[str, Any]:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers to gather individually, which the family does not want to split."""
     whole = unwrap(model)
-    wanted = set(whole._no_split_modules or ())
+    wanted = compat.unsplit_classes(whole)
     return [module for module in whole.modules() if type(module).__name__ in wanted]
