@@ -28,7 +28,7 @@ from . import targets
 from .build import Patch, collect
 from .existing import EXISTING
 from .locks import ModelLock
-from .peft import wrapper_swaps
+from .peft import detach, wrapper_swaps
 from .probe import check_rotation
 from .targets import Layers
 
@@ -180,6 +180,7 @@ def unpatch_model(model: Any) -> Any:
         if patch is None:
             raise PePatchError("This model carries no patch.")
         patch.undo()
+        detach(model)
     return model
 
 

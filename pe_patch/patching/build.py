@@ -5,7 +5,7 @@ This is the only file that knows both schemes and models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,7 @@ from ..attention.interface import Backend, backend_for, check_backend
 from ..attention.parallel import check_conversion
 from ..core.scheme import AttentionShape, Scheme
 from ..core.swaps import GIVEN_UP, Removal, Result, Swap, bind, do_all, do_or_repeat, finally_do
-from ..errors import AlreadyPatchedError, PePatchError, UnsupportedError
+from ..errors import AlreadyPatchedError, OptionError, PePatchError, UnsupportedError
 from ..mla.conversion import Conversion, convert, loss, smallest_rank
 from ..mla.protocol import ProjectionScheme, converts, replaces_projections, touches_rotation
 from ..mla.replacement import native_latent_swaps, no_early_cache, replacement_swaps
@@ -154,7 +154,7 @@ class Patch:
         for index, attention in enumerate(attentions):
             attention.__dict__["pe_layer"] = index
         module: Any = self.base.get_submodule("position_schemes")
-        module.scheme = nn.ModuleList(dict.fromkeys(self.scheme_by_layer.values()))
+        module.scheme = SchemeList(dict.fromkeys(self.scheme_by_layer.values()))
         for config in (self.model.config, self.base.config):
             record = config.__dict__.get(RECORD_KEY)
             if record is not None and (len(self.scheme_by_layer) < len(numbers) or "layers" in record):
@@ -188,16 +188,33 @@ class Patch:
             self.swaps = swaps  # in one step: an interrupt leaves all originals or none
 
 
-class PositionSchemes(nn.Module):
+class PositionSchemes(nn.ModuleDict):
     """The schemes of a patched model and the native modules that they replaced.
 
-    The base model registers it, so that each scheme is registered once.
+    The base model registers it, so that each scheme is registered once. It is a ModuleDict because PEFT refuses one in
+    `modules_to_save`: PEFT would train a copy that no layer reads.
     """
 
-    def __init__(self, schemes: list[Scheme], original: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.scheme = nn.ModuleList(schemes)
-        self.original = nn.ModuleDict(original)
+    def __init__(self, schemes: Iterable[Scheme], original: dict[str, nn.Module]) -> None:
+        super().__init__({"scheme": SchemeList(schemes), "original": nn.ModuleDict(original)})
+
+
+class SchemeList(nn.ModuleList):
+    """The schemes of a patched model. PEFT refuses the list in `modules_to_save`, and the list refuses it an entry."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            OptionError: PEFT replaces a scheme by a copy to train.
+        """
+        if isinstance(value, nn.Module) and isinstance(getattr(value, "original_module", None), Scheme):
+            raise OptionError(
+                "modules_to_save names a scheme of pe_patch, and the copy that PEFT would train would have no effect. "
+                "Leave it out, and call pe_patch.patching.peft_record.train_scheme(model) after get_peft_model: the "
+                "scheme's weights then train in place and are saved with the adapter."
+            )
+        super().__setattr__(name, value)
 
 
 def _build(

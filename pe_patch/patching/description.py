@@ -177,7 +177,7 @@ def _cache(patch: Patch) -> dict[str, Any]:
 
 INTERNAL = (
     "pe_", "config", "position_schemes", "set_attn_implementation", "init_continuous_batching", "save_pretrained",
-    "_get_static_cache_init_shape",
+    "_get_static_cache_init_shape", "named_modules",
 )  # fmt: skip
 """Beginnings of the names of attributes that a description leaves out: bookkeeping, configs and saving."""
 
