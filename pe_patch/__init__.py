@@ -33,7 +33,7 @@ from .errors import (
 from .mla.scheme import MLA
 from .patching.api import patch_model, patched, unpatch_model
 from .patching.description import Description, describe
-from .patching.peft import listen
+from .patching.peft import load_adapter
 from .schemes.absolute import DroPE, Integer, Learned, NoPE, OneHot, Sinusoidal
 from .schemes.bias import T5, ALiBi, Kerple, Sandwich
 from .schemes.decay import RoPEALiBi, XPos
@@ -118,6 +118,7 @@ __all__ = [
     "describe",
     "evaluate",
     "export",
+    "load_adapter",
     "load_patched",
     "patch_model",
     "patched",
@@ -127,7 +128,6 @@ __all__ = [
 ]
 
 SCHEMES.seal()
-listen()
 compat.warn_if_untested()
 register()
 logging.getLogger(__name__).addFilter(PrintableFilter())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pe_patch import PePatchError, describe, load_patched, patch_model, patched, unpatch_model
+from pe_patch import PePatchError, describe, load_adapter, load_patched, patch_model, patched, unpatch_model
 from pe_patch.errors import CheckpointError
 
 from .families import build as native
@@ -247,7 +247,7 @@ def test_prepared_by_accelerate():
 
 
 def test_lora_on_top(tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     targets = ["q_proj", "kv_a_proj_with_mqa", "k_b_proj", "v_b_proj", "o_proj"]
     wrapped = get_peft_model(converted(), LoraConfig(target_modules=targets, r=4, task_type="CAUSAL_LM"))
@@ -255,7 +255,7 @@ def test_lora_on_top(tmp_path):
     assert losses[-1] < losses[0]
     expected = logits(wrapped, ids)
     wrapped.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(converted(), tmp_path).eval()
+    again = load_adapter(converted(), tmp_path).eval()
     assert torch.equal(logits(again, ids), expected)
     assert error(logits(wrapped.merge_and_unload(), ids), expected) < 1e-5
 

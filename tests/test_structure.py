@@ -200,8 +200,8 @@ def test_the_public_names_are_there():
     import pe_patch
 
     for name in (
-        "patch_model unpatch_model patched describe load_patched export evaluate Scheme AttentionShape Positions "
-        "Adapter SCHEMES ALIASES ADAPTERS PePatchError NoEffectError AlreadyPatchedError UnsupportedError"
+        "patch_model unpatch_model patched describe load_patched load_adapter export evaluate Scheme AttentionShape "
+        "Positions Adapter SCHEMES ALIASES ADAPTERS PePatchError NoEffectError AlreadyPatchedError UnsupportedError"
     ).split():
         assert getattr(pe_patch, name) is not None
     with pytest.raises(AttributeError):

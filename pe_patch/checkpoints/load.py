@@ -31,6 +31,7 @@ from ..errors import CheckpointError, OptionError, PePatchError, UnknownNameErro
 from ..mla.protocol import converts
 from ..patching import peft_record
 from ..patching.api import find_patch, restore_patch
+from ..patching.peft import adapter_config, load_adapter
 from ..patching.record import RECORD_KEY, check_record, framework_of
 from ..patching.saved_config import configured, native_values
 from ..patching.targets import unwrap
@@ -56,6 +57,7 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
 
     For an adapter's folder, this loads the base model that its config names, patches it as it was when the adapter was
     saved, and returns a `PeftModel`. The base may be the original model or one that was saved while patched.
+    `load_adapter` adds an adapter to a model that you patched.
 
     Args:
         path: a local folder or a hub name.
@@ -208,20 +210,18 @@ def is_adapter(path: str | Path) -> bool:
 
 def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretrained_kwargs: Any) -> Any:
     """Load the base of an adapter, patch it from the adapter's record, and add the adapter."""
-    from peft import PeftConfig, PeftModel  # slow to import, and most models have no adapter
-
     record = peft_record.read_record(path)
     if record is None:
         raise CheckpointError(
             f"The adapter {path} was not saved from a patched model; load it with peft.AutoPeftModelForCausalLM, and "
             "patch the result to use a scheme."
         )
-    config = PeftConfig.from_pretrained(str(path))
+    config = adapter_config(path, record)
     base = config.base_model_name_or_path
     if not base:
         raise CheckpointError(
             f"The adapter {path} does not name its base model: load the base, patch it with "
-            f"{peft_record.format_record(record)}, and pass it to PeftModel.from_pretrained."
+            f"{peft_record.format_record(record)}, and call pe_patch.load_adapter(model, {quoted(str(path))})."
         )
     if config.revision is not None:
         from_pretrained_kwargs.setdefault("revision", config.revision)
@@ -230,13 +230,13 @@ def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretraine
     elif converts(find_scheme(record["scheme"], record["options"])[0]):
         raise CheckpointError(
             f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be rebuilt "
-            f"from {base}: load the converted model, and pass it to PeftModel.from_pretrained."
+            f"from {base}: load the converted model, and call pe_patch.load_adapter(model, {quoted(str(path))})."
         )
     else:
         auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
         model = auto_class.from_pretrained(base, **from_pretrained_kwargs)
         apply_record(model, record, f"{path}/{peft_record.CONFIG}")
-    return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+    return load_adapter(model, path, is_trainable=is_trainable)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..mla.protocol import converts
 from ..schemes.rope import Rotation
 from .build import EXISTING, build
 from .patch import ModelLock, Patch, Settings
-from .peft import wrapper_swaps
+from .peft import detach, wrapper_swaps
 from .plan import plan
 from .probe import check_rotation
 from .targets import Layers, resolve, unwrap
@@ -177,6 +177,7 @@ def unpatch_model(model: Any) -> Any:
         if patch is None:
             raise PePatchError("This model carries no patch.")
         patch.undo()
+        detach(model)
     return model
 
 

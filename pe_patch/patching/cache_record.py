@@ -114,7 +114,8 @@ def open_record(
     elif record is None:
         raise CacheError(
             f"This cache holds {int(past_length)} tokens that no model patched with {scheme!r} has read: it was filled "
-            f"before the model was patched, or by another model, so its keys do not fit. {EMPTY}"
+            f"before the model was patched, or by another model, so its keys do not fit. {EMPTY} If PEFT's prefix "
+            "tuning filled it, call get_peft_model before patch_model."
         )
     if record.specification != specification:
         was = "other options or another model" if record.scheme == scheme else repr(record.scheme)

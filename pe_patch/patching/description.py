@@ -187,7 +187,7 @@ def _cache(patch: Patch) -> dict[str, Any]:
 REASONS: dict[str, tuple[str, ...]] = {
     "attributes of pe_patch itself": ("pe_", "position_schemes"),
     "references to the model's own copy of its config": ("config",),
-    "functions that save the patch with the model": ("save_pretrained", "load_adapter"),
+    "functions that save the patch with the model": ("save_pretrained", "load_adapter", "named_modules"),
     "functions that generation and set_attn_implementation call": (
         "set_attn_implementation", "init_continuous_batching", compat.STATIC_CACHE_SHAPE,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from ..adapters import Adapter
 from ..adapters.trained_window import TrainedWindow
 from ..core.scheme import AttentionShape, Scheme
 from ..core.swaps import GIVEN_UP, Removal, Result, Swap, do_all, do_or_repeat, finally_do
-from ..errors import AlreadyPatchedError, PePatchError, UnsupportedError
+from ..errors import AlreadyPatchedError, OptionError, PePatchError, UnsupportedError
 from ..mla.protocol import ProjectionScheme
 from .config import ConfigCopy, SchemeByLayerType
 from .record import RECORD_KEY
@@ -160,7 +160,7 @@ class Patch:
         for index, attention in enumerate(attentions):
             attention.__dict__["pe_layer"] = index
         module: Any = self.base.get_submodule("position_schemes")
-        module.scheme = nn.ModuleList(dict.fromkeys(self.scheme_by_layer.values()))
+        module.scheme = SchemeList(dict.fromkeys(self.scheme_by_layer.values()))
         for config in (self.model.config, self.base.config):
             record = config.__dict__.get(RECORD_KEY)
             if record is not None and (len(self.scheme_by_layer) < len(numbers) or "layers" in record):
@@ -194,16 +194,33 @@ class Patch:
             self.swaps = swaps  # in one step: an interrupt leaves all originals or none
 
 
-class PositionSchemes(nn.Module):
+class PositionSchemes(nn.ModuleDict):
     """The schemes of a patched model and the native modules that they replaced.
 
-    The base model registers it, so that each scheme is registered once.
+    The base model registers it, so that each scheme is registered once. It is a ModuleDict because PEFT refuses one in
+    `modules_to_save`: PEFT would train a copy that no layer reads.
     """
 
-    def __init__(self, schemes: list[Scheme], original: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.scheme = nn.ModuleList(schemes)
-        self.original = nn.ModuleDict(original)
+    def __init__(self, schemes: Iterable[Scheme], original: dict[str, nn.Module]) -> None:
+        super().__init__({"scheme": SchemeList(schemes), "original": nn.ModuleDict(original)})
+
+
+class SchemeList(nn.ModuleList):
+    """The schemes of a patched model. PEFT refuses the list in `modules_to_save`, and the list refuses it an entry."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            OptionError: PEFT replaces a scheme by a copy to train.
+        """
+        if isinstance(value, nn.Module) and isinstance(getattr(value, "original_module", None), Scheme):
+            raise OptionError(
+                "modules_to_save names a scheme of pe_patch, and the copy that PEFT would train would have no effect. "
+                "Leave it out, and call pe_patch.patching.peft_record.train_scheme(model) after get_peft_model: the "
+                "scheme's weights then train in place and are saved with the adapter."
+            )
+        super().__setattr__(name, value)
 
 
 class ModelLock:

@@ -1,7 +1,8 @@
 """Record in a PEFT adapter the scheme that it was trained under, and check that a model has the same scheme.
 
-The record is part of the adapter's `adapter_config.json`, whose `peft_type` becomes `PE_PATCH`. Plain PEFT, which would
-load the adapter into a model without the scheme, does not know this type and raises. This module never imports PEFT.
+The record is part of the adapter's `adapter_config.json`, whose `peft_type` becomes `TYPE`. PEFT, which would load the
+adapter into a model without the scheme, does not know this type and raises a `KeyError` that quotes it. This module
+never imports PEFT.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .targets import unwrap
 
 logger = logging.getLogger("pe_patch")
 
-TYPE = "PE_PATCH"
-"""The `peft_type` of an adapter that only works under a scheme."""
+TYPE = "PE_PATCH: load this adapter with pe_patch.load_adapter(model, path) or pe_patch.load_patched(path)"
+"""The `peft_type` of an adapter that only works under a scheme. PEFT's error quotes it, so it names the remedy."""
 CONFIG, TENSORS = "adapter_config.json", "position_schemes.safetensors"
 """Files of an adapter: its config, and the weights of the scheme."""
 FINGERPRINTED = ("scheme", "options", "layers", "submodule", "keep_native")
@@ -120,16 +121,29 @@ def read_record(source: Any, **hub: Any) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the record is damaged, or newer than this version can read.
     """
+    return checked(adapter_fields(source, **hub).get(RECORD_KEY), source)
+
+
+def adapter_fields(source: Any, **hub: Any) -> dict[str, Any]:
+    """Return the content of an adapter's `adapter_config.json` with its record, or an empty dict without a file.
+
+    Args:
+        source: the folder, or the name of a repository on the hub.
+        **hub: as for `read_record`.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
     file = _file(source, CONFIG, hub)
     if file is None:
-        return None
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {content!r}, not the object that an adapter's config is.")
-    return checked(content.get(RECORD_KEY), source)
+    return content
 
 
 def checked(record: Any, source: Any) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from ..checkpoints.load import load_patched, read_config
 from ..data.packaged import DEMO_MODEL
 from ..evaluation.retrieval import TOKEN_KEYS
 from ..patching.api import patch_model
+from ..patching.peft import attach
 from ..patching.peft_record import scheme_modules, train_scheme
 from .quantise import prepare_quantised, quantisation_config
 from .recipe import Lora, Model, Recipe, RecipeError, Scheme
@@ -197,6 +198,7 @@ def _with_lora(model: Any, lora: Lora) -> Any:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
+    attach(adapted)
     for name, parameter in adapted.named_parameters():
         if "position_schemes.original." in name:  # PEFT matches modules to train in full by the ends of their names
             parameter.requires_grad_(False)

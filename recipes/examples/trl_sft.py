@@ -2,8 +2,9 @@
 
     python recipes/examples/trl_sft.py --model demo --scheme yarn --factor 4 --steps 20
 
-Needs TRL: pip install "pe_patch[trl]". What is saved is a PEFT adapter that knows its scheme:
-`pe_patch.load_patched(folder)` builds base model, patch and adapter, and PEFT refuses to put it on any other base.
+Needs TRL: pip install "pe_patch[trl]". It saves a PEFT adapter with a record of its scheme:
+`pe_patch.load_patched(folder)` builds base model, patch and adapter, and `pe_patch.load_adapter(model, folder)` refuses
+a model with another scheme.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from pe_patch import load_patched, patch_model
+from pe_patch import load_adapter, load_patched, patch_model
 from pe_patch.errors import MismatchError
 from recipes.examples import transformers_trainer
 
@@ -61,6 +61,8 @@ def test_trl_saves_an_adapter_that_knows_the_scheme(text, model, tmp_path):
     with torch.no_grad():
         assert torch.equal(load_patched(tmp_path)(ids).logits, trainer.model.eval()(ids).logits)
     with pytest.raises(MismatchError, match="not patched"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path)
+    with pytest.raises(KeyError, match=r"pe_patch.load_adapter"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path)
 
 

@@ -190,6 +190,15 @@ def test_an_adapter_that_is_not_merged_is_saved_alone(recipe_file: Path, tmp_pat
     assert names and all("lora" in name or "norm" in name or "embed" in name for name in names)
 
 
+def test_an_adapter_of_a_patched_model_is_saved_with_its_scheme(recipe_file: Path, tmp_path: Path) -> None:
+    options = ["lora.rank=4", "lora.merge=false", "scheme={name: t5}", "phases.0.steps=2", "phases.0.warmup=0"]
+    trained = train(load_recipe(recipe_file, options)).eval()
+    loaded = pe_patch.load_patched(tmp_path / "run/model").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trained(ids).logits, rtol=0, atol=1e-6)
+
+
 def test_a_patched_checkpoint_is_trained_further_as_it_is(recipe_file: Path, tmp_path: Path) -> None:
     short = ["phases.0.steps=2", "phases.0.warmup=0"]
     first = train(load_recipe(recipe_file, [*short, "scheme={name: alibi}"]))
