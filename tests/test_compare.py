@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pe_patch import cli, evaluate, load_patched, patched
+from pe_patch import evaluate, load_patched, patched
+from pe_patch.cli import main as cli
 from pe_patch.cli.several import spread
 from pe_patch.compare import compare, facts, processes, survey, timing
 from pe_patch.compare.compared_scheme import ComparedScheme, parse_schemes, split_options

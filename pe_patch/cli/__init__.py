@@ -1,0 +1,1 @@
+"""The command line, `pe-patch`: one module for each command."""
