@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import altair as alt
-import vl_convert
-
 from ...errors import escape
+from .libraries import alt, vl_convert
 from .theme import LIGHT, Colours, theme
 
 Panel = alt.Chart | alt.LayerChart
