@@ -280,7 +280,9 @@ def test_the_block_of_patched_is_undone_wherever_it_is_interrupted(request):
 def test_shifted_attention_is_wholly_there_or_wholly_gone(request):
     sweep = Sweep("llama", "yarn")
     sweep.patch()
-    before, swaps = state(sweep.model), len(find_patch(sweep.model).swaps)  # pyright: ignore
+    patch = find_patch(sweep.model)
+    assert patch is not None
+    before, swaps = state(sweep.model), len(patch.swaps)
     lines = Lines()
     run(lambda: shift_attention(sweep.model, 2), lines)
     with_shift = outline(sweep.model)

@@ -197,8 +197,7 @@ SHAPE = AttentionShape(HEADS * WIDTH, HEADS, SHARED, WIDTH, WIDTH, 0, 10000.0, 5
 
 def core(backend: str = "sdpa", mask: Tensor | None = None) -> Engine:
     module = nn.Module()
-    module.is_causal, module.num_key_value_groups = True, HEADS // SHARED  # pyright: ignore
-    module.__dict__["pe_layer"] = 0
+    module.__dict__.update(is_causal=True, num_key_value_groups=HEADS // SHARED, pe_layer=0)
     return Engine(module, mask, SCALING, 0.0, BACKENDS[backend], {})
 
 

@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -42,6 +42,7 @@ class Marked:
     """A mixin for config classes that validates the values from before the patch and saves for pe_patch alone."""
 
     native_class: type[PreTrainedConfig]
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]]
 
     @property
     def saved_as(self) -> str:
@@ -68,7 +69,7 @@ class Marked:
     def _attn_implementation(self, value: Any) -> None:
         whole = value.get("", self._attn_implementation) if isinstance(value, dict) else value
         vars(self)[ATTENTION] = whole
-        for name in self.sub_configs:  # type: ignore[attr-defined]
+        for name in self.sub_configs:
             if (sub_config := getattr(self, name, None)) is not None:
                 sub_config._attn_implementation = value.get(name, whole) if isinstance(value, dict) else value
 
@@ -85,11 +86,11 @@ class Marked:
         super().__setattr__(name, value)
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        values = json.loads(self.native_class.to_json_string(self, use_diff))  # type: ignore[arg-type]
+        values = json.loads(self.native_class.to_json_string(cast(PreTrainedConfig, self), use_diff))
         return json.dumps(marked_values(values, self.native_class), indent=2, sort_keys=True) + "\n"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.native_class.to_json_string(self)}"  # type: ignore[arg-type]
+        return f"{type(self).__name__} {self.native_class.to_json_string(cast(PreTrainedConfig, self))}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self.native_class,), self.__dict__
