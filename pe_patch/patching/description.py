@@ -39,7 +39,7 @@ class Description:
     """`config.model_type` of the patched stack."""
     scheme: str
     """Name of the scheme."""
-    options: dict[str, Any]
+    options: dict[str, object]
     """Options of the scheme."""
     layers: list[int]
     """Indices of the patched layers."""
@@ -49,12 +49,12 @@ class Description:
     """Name of the attention implementation."""
     keep_native: bool
     """The native positions remain beside the scheme."""
-    effective: dict[str, Any]
+    effective: dict[str, object]
     """The numbers in effect: theta, trained and effective window in tokens, attention factor, wavelengths."""
     replaced: list[Replaced] = field(default_factory=list)
     """The attributes that the patch replaced."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the description as plain lists, dicts, numbers and strings."""
         return asdict(self)
 
@@ -83,7 +83,7 @@ class Description:
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def describe(model: Any) -> Description:
+def describe(model: nn.Module) -> Description:
     """Return a description of the patch of a model.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..core.scheme import Scheme, causal_distance, overrides
 from ..errors import OptionValueError, UnsupportedError
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 
 def rotate(
@@ -301,7 +301,9 @@ class Rotary(Rotation):
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         choice, tables = positions.prepared[0], positions.prepared[1:]
         output = None
         for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
@@ -309,4 +311,5 @@ class Rotary(Rotation):
             rotated = engine.after_rotation(rotated[0]), engine.after_rotation(rotated[1])
             other = engine(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
             output = other if output is None else engine.where((choice == step)[:, :, None, None], other, output)
+        assert output is not None
         return output

@@ -88,14 +88,14 @@ class Scaled(Rotary):
     def effective_window(self) -> int | None:
         return None if self.fixed_factor is None else int(self.fixed_factor * self.trained_window)
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         if self.fixed_factor is None:
             return None
         if self.fixed_factor == 1 and self.unscaled()[1] == 1:
             return native_parameters(self, "default")
         return self.native_scaled(self.fixed_factor)
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         """Return Transformers' `rope_parameters` for a fixed s > 1, or None if it has no such type."""
         return None
 
@@ -111,7 +111,7 @@ class Linear(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return self.plain_frequencies() / factor, 1.0
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         return native_parameters(self, "linear", factor=factor)
 
 
@@ -135,8 +135,8 @@ class NTK(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return self.plain_frequencies(self.scaled_theta(factor)), 1.0
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
-        return native_parameters(self, "default") | {"rope_theta": self.scaled_theta(factor)}
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
+        return {**native_parameters(self, "default"), "rope_theta": self.scaled_theta(factor)}
 
 
 def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -> Tensor:
@@ -207,7 +207,7 @@ class Llama3(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return scale_by_rotations(self, factor, self.low, self.high), 1.0
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         return native_parameters(
             self,
             "llama3",
