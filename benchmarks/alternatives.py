@@ -40,7 +40,8 @@ def bloom(length: int, heads: int, width: int, device: torch.device, dtype: torc
     """BLOOM's attention module, with its projections taken out."""
     config = BloomConfig(hidden_size=heads * width, n_head=heads, attention_dropout=0.0, hidden_dropout=0.0)
     module = BloomAttention(config, layer_idx=0).to(device, dtype).eval()
-    module.dense = module.query_key_value = nn.Identity()  # pyright: ignore
+    for projection in ("dense", "query_key_value"):
+        module.set_submodule(projection, nn.Identity())
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         fused = torch.stack([one.transpose(1, 2) for one in (query, key, value)], 3).flatten(2)
@@ -54,7 +55,7 @@ def t5(length: int, heads: int, width: int, device: torch.device, dtype: torch.d
     """T5's attention module, with its projections taken out."""
     config = T5Config(d_model=heads * width, d_kv=width, num_heads=heads, is_decoder=True, dropout_rate=0.0)
     module = T5Attention(config, has_relative_attention_bias=True, layer_idx=0).to(device, dtype).eval()
-    module.o = nn.Identity()  # pyright: ignore
+    module.set_submodule("o", nn.Identity())
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         hidden = query.transpose(1, 2).flatten(2)

@@ -91,8 +91,7 @@ def built(name: str, options: dict[str, Any], trained: bool, device: torch.devic
 def attention_of(scheme: Scheme, backend: str, length: int, device: torch.device) -> Attention:
     """One layer's attention as a patched model calls it, on projected queries, keys and values."""
     module = nn.Module()
-    module.is_causal = True  # pyright: ignore
-    module.__dict__["pe_layer"] = 0
+    module.__dict__.update(is_causal=True, pe_layer=0)
     core = Engine(module, None, WIDTH**-0.5, 0.0, BACKENDS[backend], {})
     at = torch.arange(length, device=device)[None]
 

@@ -144,7 +144,8 @@ class Bench:
         run = Healing(self.recipe(options, every))
         run.ruler, run.curve = self.curve_ruler, []
         if every:
-            run.measure.during = run.note  # type: ignore[method-assign]
+            measure: Any = run.measure
+            measure.during = run.note
             run.note(run.model, None, 0)
         untuned = self.row(run.model, options)
         started, worked = time.perf_counter(), time.process_time()

@@ -17,7 +17,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from measure import RESULTS, machine
@@ -139,7 +139,7 @@ class Bench:
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
-        torch.nn.init.normal_(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+        torch.nn.init.normal_(cast(torch.nn.Embedding, model.get_input_embeddings()).weight)
         return model
 
     def train(self, model: Any, seed: int) -> float:

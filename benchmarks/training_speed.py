@@ -16,10 +16,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -74,7 +74,7 @@ class Begins(TrainerCallback):
 
 class Theirs(transformers.Trainer):
     def _get_train_sampler(self, *given: Any) -> Any:
-        return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+        return SequentialSampler(cast(Sized, self.train_dataset))
 
 
 def run_ours(options: argparse.Namespace, folder: str) -> tuple[list[Clock], list[float]]:

@@ -88,7 +88,7 @@ def measure(model: Any, tokenizer: Any, corpus: Corpus, label: str, given: argpa
     for factors in [FACTORS] if same else [(factor,) for factor in FACTORS]:
         chosen, started = options(factors[0]), time.perf_counter()
         with patched(model, scheme, **chosen):
-            settled = describe(model).to_dict()["effective"]
+            settled = describe(model).effective
             found = evaluate(
                 model,
                 tokenizer,

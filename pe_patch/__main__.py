@@ -1,8 +1,8 @@
-"""`python -m pe_patch`."""
+"""Run `python -m pe_patch`, which is the same as `pe-patch`."""
 
 import sys
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

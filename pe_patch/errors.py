@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -53,6 +54,18 @@ class PrintableFilter(logging.Filter):
         if (escaped := printable(message)) != message:
             record.msg, record.args = escaped, ()
         return True
+
+
+@contextmanager
+def silence_log_warnings() -> Iterator[None]:
+    """Log only the errors of this library inside the context, as where a scheme need not be trained yet."""
+    logger = logging.getLogger("pe_patch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class PePatchError(Exception):

@@ -1,4 +1,4 @@
-"""Numbers that the authors' own code gave (see each entry's `source`); copied here so that a clone has them."""
+"""Read the numbers that the authors' own code gave; `data/README.md` says where each comes from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _all() -> dict[str, dict[str, Any]]:
 
 
 def load(prefix: str) -> dict[str, dict[str, Any]]:
-    """Every entry whose key begins with `prefix`."""
-    found = {key: entry for key, entry in _all().items() if key.startswith(prefix)}
-    assert found, f"no golden entry begins with {prefix!r}"
-    return found
+    """Return every entry whose key begins with `prefix`."""
+    entries = {key: entry for key, entry in _all().items() if key.startswith(prefix)}
+    assert entries, f"no golden entry begins with {prefix!r}"
+    return entries

@@ -89,8 +89,10 @@ def through(model: Any, length: int, rows: int = 2) -> Pass:
     for hook in hooks:
         hook.remove()
     (seen["output"] * probe(seen["output"])).sum().backward()
-    gradients = tuple(seen[name].grad for name in "qkv")
-    return Pass(tuple(seen[name].detach() for name in "qkv"), seen["output"].detach(), gradients)  # type: ignore
+    query, key, value = (seen[name] for name in "qkv")
+    assert query.grad is not None and key.grad is not None and value.grad is not None
+    gradients = query.grad, key.grad, value.grad
+    return Pass((query.detach(), key.detach(), value.detach()), seen["output"].detach(), gradients)
 
 
 def probe(like: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ def probe(like: Tensor) -> Tensor:
 
 def compare(found: Pass, of: Distance, tolerance: float = 1e-5, **options: Any) -> None:
     """Output and gradients against the oracle's, relative to the largest of each."""
-    projected = tuple(x.double().requires_grad_() for x in found.projected)
-    expected = attention(projected, of, **options)  # type: ignore
+    query, key, value = projected = tuple(x.double().requires_grad_() for x in found.projected)
+    expected = attention((query, key, value), of, **options)
     (expected * probe(expected)).sum().backward()
     pairs = [("output", found.output, expected), *zip("qkv", found.gradients, (x.grad for x in projected), strict=True)]
     for name, ours, wanted in pairs:

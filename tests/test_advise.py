@@ -10,9 +10,10 @@ import pytest
 import typer
 from transformers import CONFIG_MAPPING
 
-from pe_patch import SCHEMES, cli
+from pe_patch import SCHEMES
 from pe_patch.advice import advise
-from pe_patch.cli.application import app
+from pe_patch.cli import main as cli
+from pe_patch.cli.main import app
 from pe_patch.errors import OptionError, PePatchError, UnknownNameError, UnsupportedError
 from pe_patch.training.reading import load_recipe
 

@@ -1,4 +1,4 @@
-"""A patch is wholly there or wholly gone, whatever cuts patching or undoing short."""
+"""Test that a patch or an undo that is interrupted or fails leaves a native or a completely patched model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .models import build, case, logits, tokens
 CASES = [("llama", "yarn"), ("llama", "alibi"), ("llama", "self_extend"), ("gpt2", "learned"), ("llama", "mla"),
          ("bloom", "yarn")]  # fmt: skip
 BY_LOSS = ("llama", "mla_by_loss")
-"""A conversion that patches and undoes several times on its way; only its patching differs from `mla`."""
+"""A conversion that patches and undoes several times; only its patching differs from `mla`."""
 QUICK = 6
-"""Lines that are tried of each operation, unless `--all-lines` tries every one."""
+"""Number of lines at which each operation is interrupted; `--all-lines` interrupts at every one."""
 
 
-def given(family: str, name: str) -> dict[str, Any]:
+def patch_arguments(family: str, name: str) -> dict[str, Any]:
     if name == "mla_by_loss":
         calibration = tokens(8, 12, seed=5)
         return {"scheme": "mla", "max_loss": 10.0, "rope_dim": 8, "calibration": calibration}
@@ -37,113 +37,115 @@ def given(family: str, name: str) -> dict[str, Any]:
     return {"scheme": scheme, **options}
 
 
-def tiny(family: str) -> Any:
+def tiny_model(family: str) -> Any:
     return build(family, num_hidden_layers=1, vocab_size=97).train(False)
 
 
-def chosen(total: int, request: Any) -> list[int]:
-    """Every line, or a few that are spread evenly and begin elsewhere for each case."""
+def lines_to_interrupt(total: int, request: Any) -> list[int]:
+    """Return all line numbers, or a few at even distances, which start at another line for each case."""
     if request.config.getoption("--all-lines"):
         return list(range(1, total + 1))
     step = max(1, total // (2 if "mla" in request.node.name else QUICK))
     return list(range(1 + sum(map(ord, request.node.name)) % step, total + 1, step))
 
 
-class Sweep:
-    """One operation on one model, interrupted again and again."""
+class InterruptedModel:
+    """A model whose patch is interrupted, with its state before and after a complete patch."""
 
     def __init__(self, family: str, name: str) -> None:
-        self.arguments = given(family, name)
+        self.arguments = patch_arguments(family, name)
         self.earlier = {"scheme": "learned", "max_positions": 64} if family != "gpt2" else {"scheme": "alibi"}
-        self.model = tiny(family)
+        self.model = tiny_model(family)
         self.native, self.logits, self.checks = state(self.model), logits(self.model, tokens(1, 12)), 0
         self.patch()
         self.patched = outline(self.model)
         unpatch_model(self.model)
-        self.is_native("at the start")
+        self.check_native("at the start")
 
     def patch(self, **more: Any) -> None:
         patch_model(self.model, **self.arguments, **more)
 
-    def is_native(self, place: str) -> None:
+    def check_native(self, place: str) -> None:
         assert not (found := differing(self.native, state(self.model))), (place, found)
         self.checks += 1
-        if self.checks % 25 == 1:  # the same objects compute the same, so that a few passes are enough
+        if self.checks % 25 == 1:  # the same objects compute the same, so a few passes suffice
             assert torch.equal(logits(self.model, tokens(1, 12)), self.logits), place
 
-    def is_whole(self, place: str) -> None:
-        """Native, or patched and nothing in between."""
+    def check_native_or_patched(self, place: str) -> None:
+        """Check that the model is native or completely patched."""
         patch = find_patch(self.model)
         if patch is None:
-            self.is_native(place)
+            self.check_native(place)
         else:
             assert patch.whole and outline(self.model) == self.patched, place
 
-    def finish(self, place: str) -> None:
+    def unpatch_and_check(self, place: str) -> None:
         try:
             unpatch_model(self.model)
         except PePatchError as error:
             assert "no patch" in str(error), place
-        self.is_native(place)
+        self.check_native(place)
 
 
 @pytest.fixture(params=CASES, ids=" ".join)
-def sweep(request) -> Sweep:
-    return Sweep(*request.param)
+def interrupted(request) -> InterruptedModel:
+    return InterruptedModel(*request.param)
 
 
-@pytest.mark.parametrize("sweep", [*CASES, BY_LOSS], ids=" ".join, indirect=True)
-def test_interrupts_while_patching(sweep, request):
-    total = count(sweep.patch)
-    unpatch_model(sweep.model)
-    for stop in chosen(total, request):
+@pytest.mark.parametrize("interrupted", [*CASES, BY_LOSS], ids=" ".join, indirect=True)
+def test_an_interrupt_while_patching_leaves_a_native_or_a_patched_model(interrupted, request):
+    total = count(interrupted.patch)
+    unpatch_model(interrupted.model)
+    for stop in lines_to_interrupt(total, request):
         lines = Lines(stop)
-        run(sweep.patch, lines)
+        run(interrupted.patch, lines)
         assert lines.place
-        sweep.is_whole(lines.place)
-        sweep.finish(lines.place)
+        interrupted.check_native_or_patched(lines.place)
+        interrupted.unpatch_and_check(lines.place)
 
 
-def test_interrupts_while_undoing(sweep, request):
-    sweep.patch()
-    for stop in chosen(count(lambda: unpatch_model(sweep.model)), request):
+def test_an_interrupt_while_unpatching_leaves_a_native_or_a_patched_model(interrupted, request):
+    interrupted.patch()
+    for stop in lines_to_interrupt(count(lambda: unpatch_model(interrupted.model)), request):
         lines = Lines(stop)
-        sweep.patch()
-        run(lambda: unpatch_model(sweep.model), lines)
-        sweep.is_whole(lines.place)
-        sweep.finish(lines.place)
+        interrupted.patch()
+        run(lambda: unpatch_model(interrupted.model), lines)
+        interrupted.check_native_or_patched(lines.place)
+        interrupted.unpatch_and_check(lines.place)
 
 
-def test_interrupts_while_replacing(sweep, request):
-    """The earlier patch comes back, object by object, or the later one is whole."""
+def test_an_interrupt_while_replacing_leaves_the_earlier_or_the_later_patch(interrupted, request):
+    """The earlier patch is restored with the same objects, or the later one is complete."""
 
     def replace() -> None:
-        sweep.patch(on_existing="replace")
+        interrupted.patch(on_existing="replace")
 
     def begin() -> dict[str, Any]:
-        patch_model(sweep.model, **sweep.earlier)
-        return state(sweep.model)
+        patch_model(interrupted.model, **interrupted.earlier)
+        return state(interrupted.model)
 
     begin()
     total = count(replace)
-    for stop in chosen(total, request):
-        sweep.finish("before")
+    for stop in lines_to_interrupt(total, request):
+        interrupted.unpatch_and_check("before")
         lines, before = Lines(stop), begin()
-        earlier = find_patch(sweep.model)
+        earlier = find_patch(interrupted.model)
         run(replace, lines)
-        if find_patch(sweep.model) is earlier:
-            assert not (found := differing(before, state(sweep.model))), (lines.place, found)
+        if find_patch(interrupted.model) is earlier:
+            assert not (found := differing(before, state(interrupted.model))), (lines.place, found)
         else:
-            sweep.is_whole(lines.place)
-        sweep.finish(lines.place)
+            interrupted.check_native_or_patched(lines.place)
+        interrupted.unpatch_and_check(lines.place)
 
 
 @pytest.mark.parametrize(
-    "sweep", [("llama", "yarn"), ("gpt2", "learned"), ("bloom", "yarn")], ids=" ".join, indirect=True
+    "interrupted", [("llama", "yarn"), ("gpt2", "learned"), ("bloom", "yarn")], ids=" ".join, indirect=True
 )
 @pytest.mark.parametrize("replaces", [False, True])
-def test_interrupts_while_a_failed_patch_is_taken_back(sweep, request, monkeypatch, replaces):
-    """Two faults in one call: what is left is finished by one more `unpatch_model`."""
+def test_an_interrupt_while_a_failed_patch_is_undone_can_be_finished_by_unpatching(
+    interrupted, request, monkeypatch, replaces
+):
+    """Two faults happen in one call; one more `unpatch_model` finishes the undo."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise NoEffectError("as if a layer had not been reached")
@@ -151,23 +153,23 @@ def test_interrupts_while_a_failed_patch_is_taken_back(sweep, request, monkeypat
     def work() -> None:
         with monkeypatch.context() as context:
             context.setattr(patching, "_verify", fail)
-            sweep.patch(on_existing="replace")
+            interrupted.patch(on_existing="replace")
 
     if replaces:
-        patch_model(sweep.model, **sweep.earlier)
+        patch_model(interrupted.model, **interrupted.earlier)
     total = count(work)
-    for stop in chosen(total, request):
-        sweep.finish("before")
+    for stop in lines_to_interrupt(total, request):
+        interrupted.unpatch_and_check("before")
         if replaces:
-            patch_model(sweep.model, **sweep.earlier)
+            patch_model(interrupted.model, **interrupted.earlier)
         lines = Lines(stop)
         assert run(work, lines) is not None
-        sweep.finish(lines.place)
+        interrupted.unpatch_and_check(lines.place)
 
 
 @contextmanager
-def failing(attribute: str) -> Iterator[None]:
-    """Every write of one attribute fails."""
+def writes_fail(attribute: str) -> Iterator[None]:
+    """Make every write of one attribute fail."""
     put = Swap.put
 
     def refuse(swap: Swap, value: Any) -> None:
@@ -181,47 +183,47 @@ def failing(attribute: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("attribute", ["rotary_emb", "pe_runtime", "forward", "pe_patch", "config"])
-def test_an_undo_that_fails_is_finished_by_the_next(attribute):
-    """All that can be put back is put back; what is left is neither described nor lost."""
-    sweep = Sweep("llama", "yarn")
-    sweep.patch()
-    patch = find_patch(sweep.model)
+def test_a_failed_undo_is_finished_by_the_next(attribute):
+    """An undo restores all that it can. `describe` refuses the rest, and the next undo restores it."""
+    interrupted = InterruptedModel("llama", "yarn")
+    interrupted.patch()
+    patch = find_patch(interrupted.model)
     assert patch is not None
-    with failing(attribute):
+    with writes_fail(attribute):
         if any(swap.attribute == attribute for swap in patch.swaps):
             with pytest.raises(RuntimeError, match=f"no writing of {attribute}"):
-                unpatch_model(sweep.model)
+                unpatch_model(interrupted.model)
             left = [s for s in patch.swaps if s.current() is not s.original and s.attribute != attribute]
-            assert find_patch(sweep.model) is patch and not patch.whole
+            assert find_patch(interrupted.model) is patch and not patch.whole
             assert all(isinstance(swap.current(), str | int) for swap in left)
             with pytest.raises(PePatchError, match="unpatch_model"):
-                describe(sweep.model)
+                describe(interrupted.model)
             with pytest.raises(RuntimeError):
-                unpatch_model(sweep.model)
-    unpatch_model(sweep.model)
-    sweep.is_native(attribute)
+                unpatch_model(interrupted.model)
+    unpatch_model(interrupted.model)
+    interrupted.check_native(attribute)
 
 
-def test_a_patch_on_a_half_state_begins_from_the_native_model():
-    sweep = Sweep("llama", "alibi")
-    sweep.patch()
-    with failing("rotary_emb"), pytest.raises(RuntimeError):
-        unpatch_model(sweep.model)
-    patch_model(sweep.model, "linear", factor=2.0)  # without on_existing: the earlier patch is not there any more
-    assert describe(sweep.model).scheme == "linear"
-    unpatch_model(sweep.model)
-    sweep.is_native("after both")
+def test_patching_after_a_failed_undo_starts_from_the_native_model():
+    interrupted = InterruptedModel("llama", "alibi")
+    interrupted.patch()
+    with writes_fail("rotary_emb"), pytest.raises(RuntimeError):
+        unpatch_model(interrupted.model)
+    patch_model(interrupted.model, "linear", factor=2.0)  # without on_existing, because the earlier patch is gone
+    assert describe(interrupted.model).scheme == "linear"
+    unpatch_model(interrupted.model)
+    interrupted.check_native("after both")
 
 
 @pytest.mark.parametrize("step", ["_verify", "_announce", "logger", "release_originals", "wrapper_swaps"])
 @pytest.mark.parametrize("replaces", [False, True])
-def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replaces):
-    sweep = Sweep("llama", "alibi")
+def test_a_failing_step_leaves_the_model_unchanged(monkeypatch, step, replaces):
+    interrupted = InterruptedModel("llama", "alibi")
     if replaces:
-        patch_model(sweep.model, **sweep.earlier)
-        sweep.model.set_attn_implementation("eager")  # what the user chose under the earlier patch comes back too
-        sweep.model.config.use_cache = False
-    before, earlier = state(sweep.model), find_patch(sweep.model)
+        patch_model(interrupted.model, **interrupted.earlier)
+        interrupted.model.set_attn_implementation("eager")  # what the user chose under the earlier patch comes back too
+        interrupted.model.config.use_cache = False
+    before, earlier = state(interrupted.model), find_patch(interrupted.model)
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
@@ -233,18 +235,18 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(monkeypatch, step, replace
         else:
             context.setattr(Patch if step == "release_originals" else patching, step, fail)
         with pytest.raises(ZeroDivisionError):
-            sweep.patch(on_existing="replace")
-    assert find_patch(sweep.model) is earlier
-    assert not (found := differing(before, state(sweep.model))), found
+            interrupted.patch(on_existing="replace")
+    assert find_patch(interrupted.model) is earlier
+    assert not (found := differing(before, state(interrupted.model))), found
 
 
-def test_originals_are_given_up_last():
-    """Until then the patch can be taken back; afterwards the model stays patched, as a whole."""
-    arguments = {**given("llama", "mla"), "keep_original": False}
-    total = count(lambda: patch_model(tiny("llama"), **arguments))
+def test_original_weights_are_discarded_last():
+    """Until then the patch can be undone; afterwards the model stays completely patched."""
+    arguments = {**patch_arguments("llama", "mla"), "keep_original": False}
+    total = count(lambda: patch_model(tiny_model("llama"), **arguments))
 
-    def kept(stop: int) -> bool:
-        model, lines = tiny("llama"), Lines(stop)
+    def stays_patched(stop: int) -> bool:
+        model, lines = tiny_model("llama"), Lines(stop)
         before = state(model)
         run(lambda: patch_model(model, **arguments), lines)
         patch = find_patch(model)
@@ -256,43 +258,47 @@ def test_originals_are_given_up_last():
         return True
 
     low, high = 1, total + 1  # undone when interrupted at the first line, patched when never interrupted
-    assert not kept(low) and kept(high)
+    assert not stays_patched(low) and stays_patched(high)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if kept(middle) else (middle, high)
-    assert not any(kept(stop) for stop in range(max(1, low - 3), low)) and all(kept(high + n) for n in range(1, 4))
+        low, high = (low, middle) if stays_patched(middle) else (middle, high)
+    assert not any(stays_patched(stop) for stop in range(max(1, low - 3), low)) and all(
+        stays_patched(high + n) for n in range(1, 4)
+    )
 
 
-def test_the_block_of_patched_is_undone_wherever_it_is_interrupted(request):
-    sweep = Sweep("llama", "yarn")
+def test_patched_undoes_the_patch_wherever_it_is_interrupted(request):
+    interrupted = InterruptedModel("llama", "yarn")
 
     def work() -> None:
-        with patched(sweep.model, **sweep.arguments):
+        with patched(interrupted.model, **interrupted.arguments):
             pass
 
     total = count(work)
-    for stop in [*range(1, 12), *chosen(total, request), *range(total - 12, total + 1)]:
+    for stop in [*range(1, 12), *lines_to_interrupt(total, request), *range(total - 12, total + 1)]:
         lines = Lines(stop)
         run(work, lines)
-        sweep.is_native(lines.place)
+        interrupted.check_native(lines.place)
 
 
-def test_shifted_attention_is_wholly_there_or_wholly_gone(request):
-    sweep = Sweep("llama", "yarn")
-    sweep.patch()
-    before, swaps = state(sweep.model), len(find_patch(sweep.model).swaps)  # pyright: ignore
+def test_an_interrupt_leaves_shifted_attention_on_or_off(request):
+    interrupted = InterruptedModel("llama", "yarn")
+    interrupted.patch()
+    patch = find_patch(interrupted.model)
+    assert patch is not None
+    before, swaps = state(interrupted.model), len(patch.swaps)
     lines = Lines()
-    run(lambda: shift_attention(sweep.model, 2), lines)
-    with_shift = outline(sweep.model)
-    unshift_attention(sweep.model)
-    undo = count(lambda: (shift_attention(sweep.model, 2), unshift_attention(sweep.model)))
+    run(lambda: shift_attention(interrupted.model, 2), lines)
+    with_shift = outline(interrupted.model)
+    unshift_attention(interrupted.model)
+    undo = count(lambda: (shift_attention(interrupted.model, 2), unshift_attention(interrupted.model)))
     for stop in range(1, undo + 1):
-        run(lambda: (shift_attention(sweep.model, 2), unshift_attention(sweep.model)), Lines(stop))
-        patch = find_patch(sweep.model)
+        run(lambda: (shift_attention(interrupted.model, 2), unshift_attention(interrupted.model)), Lines(stop))
+        patch = find_patch(interrupted.model)
         assert patch is not None and patch.whole
         if len(patch.swaps) > swaps:
-            assert outline(sweep.model) == with_shift
-            unshift_attention(sweep.model)
-        assert not (found := differing(before, state(sweep.model))), found
-    unpatch_model(sweep.model)
-    sweep.is_native("at the end")
+            assert outline(interrupted.model) == with_shift
+            unshift_attention(interrupted.model)
+        assert not (found := differing(before, state(interrupted.model))), found
+    unpatch_model(interrupted.model)
+    interrupted.check_native("at the end")

@@ -1,4 +1,4 @@
-"""What each attention backend makes of a bias, and which pairs are refused."""
+"""Test a bias in each attention backend, and the combinations that are refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pe_patch.mla.protocol import ProjectionScheme
 from .models import BACKENDS, FAMILIES, build, cached_logits, error, logits, put, snapshot, tokens, unchanged
 
 LENGTH = 300
-"""More than the 256 queries for which the fast path builds a bias at a time."""
+"""More than 256, the number of queries for which the fast path builds a bias at a time."""
 
 
 class Ripple(Scheme):
-    """A bias that no other scheme has, with a trained number: depth cos(distance / (head + 2)) - distance / 10."""
+    """A bias with a trained parameter: depth cos(distance / (head + 2)) - distance / 10."""
 
     name = "ripple"
     mechanism = "distance bias"
@@ -41,7 +41,7 @@ ATTENTIONS = {
 
 
 def projections(family: str, attention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[batch, heads, length, head]` in float64, repeated for the queries they serve."""
+    """Return queries, keys and values `[batch, heads, length, head]` in float64, with keys repeated for all heads."""
     batch, length, _ = hidden.shape
     if family == "llama":
         parts = [getattr(attention, f"{part}_proj")(hidden).view(batch, length, -1, 16) for part in "qkv"]
@@ -55,7 +55,7 @@ def projections(family: str, attention, hidden: Tensor) -> tuple[Tensor, Tensor,
 
 
 def dense_oracle(query: Tensor, key: Tensor, value: Tensor, depth: float = 2.0) -> Tensor:
-    """Softmax of the scaled scores plus the bias under a causal mask, all of it built, in float64."""
+    """Return causal attention with the bias, computed over all pairs in float64."""
     at = torch.arange(query.shape[2], dtype=torch.float64)
     distance = at[:, None] - at
     period = torch.arange(query.shape[1], dtype=torch.float64)[:, None, None] + 2
@@ -69,31 +69,31 @@ OUTPUTS = {"llama": "o_proj", "gpt_neox": "dense", "bloom": "dense"}
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_scheme_of_ones_own_equals_a_dense_oracle(family, backend):
+def test_a_user_defined_bias_equals_a_dense_oracle(family, backend):
     model, ids = build(family), tokens(2, LENGTH)
     patch_model(model, Ripple, backend=backend)
     checked = 0
 
-    def compare(attention, arguments, keywords):
+    def keep_expected_output(attention, arguments, keywords):
         hidden = keywords.get("hidden_states", arguments[0] if arguments else None)
         attention.expected = dense_oracle(*projections(family, attention, hidden))
 
     for attention in ATTENTIONS[family](model):
-        attention.register_forward_pre_hook(compare, with_kwargs=True)
+        attention.register_forward_pre_hook(keep_expected_output, with_kwargs=True)
 
-        def judge(_, inputs, attention=attention):
+        def check_output(_, inputs, attention=attention):
             nonlocal checked
             checked += 1
             assert error(inputs[0].double(), attention.expected) < 1e-5
 
-        getattr(attention, OUTPUTS[family]).register_forward_pre_hook(judge)
+        getattr(attention, OUTPUTS[family]).register_forward_pre_hook(check_output)
     logits(model, ids)
     assert checked == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_its_gradients_on_the_fast_path_are_those_of_eager(family):
-    """In chunks, each computed again in backward."""
+def test_gradients_of_a_user_defined_bias_equal_those_of_eager(family):
+    """The fast path computes chunks, and computes each again in backward."""
 
     def gradients(backend: str) -> dict[str, Tensor]:
         model = build(family)
@@ -110,7 +110,7 @@ def test_its_gradients_on_the_fast_path_are_those_of_eager(family):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_decodes_pads_and_packs_like_the_others(family, backend):
+def test_a_user_defined_bias_supports_decoding_padding_and_packing(family, backend):
     model = build(family)
     patch_model(model, Ripple, backend=backend)
     ids, full = tokens(2, 48), logits(model, tokens(2, 48))
@@ -125,7 +125,7 @@ def test_it_decodes_pads_and_packs_like_the_others(family, backend):
 
 @pytest.mark.parametrize("order", ["patch first", "offload first"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_its_own_weights_may_be_offloaded(family, order):
+def test_weights_of_a_user_defined_scheme_can_be_offloaded(family, order):
     model, ids = build(family), tokens(1, 40)
     patch_model(model, Ripple)
     expected = logits(model, ids)
@@ -138,7 +138,7 @@ def test_its_own_weights_may_be_offloaded(family, order):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flash_would_drop_a_bias(family):
+def test_backends_that_would_drop_the_bias_are_refused(family):
     model = build(family)
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match=r"drop the bias of 'ripple'; use 'sdpa' or 'eager'"):
@@ -170,30 +170,30 @@ def test_flex_equals_eager(name):
     assert error(found[1], expected[1]) < 1e-5
 
 
-class Steady(Scheme):
-    """Rotates by one radian a token, said on rung 2 alone."""
+class OneRadianPerToken(Scheme):
+    """Rotates by one radian per token, and overrides only `angles`."""
 
-    name = "steady"
+    name = "one_radian"
 
     def angles(self, positions):
         return positions[..., None].float().expand(-1, -1, self.shape.rotary_dim // 2), 1.0
 
 
-def test_a_rotation_said_as_angles_alone_turns_where_there_is_a_joint():
-    """The host's own rotary module with every frequency set to one computes the same."""
+def test_a_scheme_that_overrides_only_angles_rotates_a_family_with_a_rotary_module():
+    """Compare with the rotary module of Transformers, with every frequency set to one."""
     model, native = build("llama"), build("llama")
     native.model.rotary_emb.inv_freq.fill_(1.0)
-    patch_model(model, Steady)
+    patch_model(model, OneRadianPerToken)
     ids = torch.arange(3, 23)[None]
     assert torch.equal(model(ids).logits, native(ids).logits)
 
 
-def test_a_rung_that_would_never_be_called_is_refused():
+def test_a_hook_that_would_never_be_called_is_refused():
     body = {"name": "replacing", "replace": lambda self, projections, seen: projections}
     for family, scheme, said in (
         ("llama", type("Replacing", (ProjectionScheme,), body), "replaces"),
         ("llama", type("Plain", (Scheme,), body), "derive it from"),
-        ("bloom", Steady, "Rotary"),
+        ("bloom", OneRadianPerToken, "Rotary"),
     ):
         with pytest.raises(UnsupportedError, match=said):
             patch_model(build(family), scheme)

@@ -1,4 +1,4 @@
-"""Schemes that follow the length: one regime for a document, another once it outgrows that, and back after a crop."""
+"""Test length-dependent schemes with a cache: the frequencies change with the length, also after a crop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from .models import FAMILIES, PAIRS, WINDOW, build, cached_logits, error, logits
 TOLERANCE = 1e-5
 NAMES = ("dynamic_ntk", "dynamic_yarn", "longrope", "yarn auto", "linear auto")
 
-every = pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in NAMES])
+every_length_dependent_scheme = pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in NAMES]
+)
 
 
 @cache
@@ -25,7 +27,7 @@ def model_of(family: str, name: str, **overrides: int):
 
 
 def expected_frequencies(name: str, r: int, length: int) -> tuple[list[float], float]:
-    """The papers' numbers for a regime of `length` tokens, with the options of `GIVEN`."""
+    """Return the papers' frequencies and factor for `length` tokens, with the options of `GIVEN`."""
     theta, s = 10000.0, max(1.0, length / WINDOW)
     yarn = oracles.yarn_frequencies(r, theta, s, WINDOW, beta_fast=4), oracles.yarn_attention(s)
     plain_yarn = oracles.yarn_frequencies(r, theta, s, WINDOW), oracles.yarn_attention(s)
@@ -39,8 +41,8 @@ def expected_frequencies(name: str, r: int, length: int) -> tuple[list[float], f
     }[name]
 
 
-def turned(bare: Tensor, name: str, length: int, width: int) -> Tensor:
-    """Bare keys `[batch, heads, key, head]` rotated in float64 as the regime of `length` tokens has it."""
+def rotated_keys(bare: Tensor, name: str, length: int, width: int) -> Tensor:
+    """Rotate unrotated keys `[batch, heads, key, head]` in float64 by the frequencies for `length` tokens."""
     frequencies, factor = expected_frequencies(name, width, length)
     angles = torch.arange(bare.shape[2], dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     bare = bare.double()
@@ -49,9 +51,9 @@ def turned(bare: Tensor, name: str, length: int, width: int) -> Tensor:
     return torch.cat((pairs.real, pairs.imag, bare[..., width:]), -1)
 
 
-@every
-def test_keys_are_those_of_the_regime_in_force(family, name, monkeypatch):
-    """On a crossing each layer's keys as used are its cached bare keys, rotated by the formula of the new regime."""
+@every_length_dependent_scheme
+def test_cached_keys_are_rotated_by_the_frequencies_of_the_current_length(family, name, monkeypatch):
+    """Attention uses the cached unrotated keys, rotated by the formula for the new length."""
     model, width = model_of(family, name), 2 * PAIRS[family]
     used: list[Tensor] = []
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -71,13 +73,13 @@ def test_keys_are_those_of_the_regime_in_force(family, name, monkeypatch):
         if stop in expectations:
             assert len(used) == len(past.layers) == 2
             for key, layer in zip(used, past.layers, strict=True):
-                assert error(key, turned(layer.keys, name, expectations[stop], width)) < TOLERANCE
+                assert error(key, rotated_keys(layer.keys, name, expectations[stop], width)) < TOLERANCE
                 wrong = 64 if expectations[stop] == WINDOW else WINDOW
-                assert error(key, turned(layer.keys, name, wrong, width)) > 100 * TOLERANCE
+                assert error(key, rotated_keys(layer.keys, name, wrong, width)) > 100 * TOLERANCE
 
 
-@every
-def test_a_long_first_pass_is_of_its_own_length(family, name, monkeypatch):
+@every_length_dependent_scheme
+def test_a_long_first_pass_uses_the_frequencies_of_its_length(family, name, monkeypatch):
     model, width, length = model_of(family, name), 2 * PAIRS[family], 40
     used: list[Tensor] = []
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -89,12 +91,12 @@ def test_a_long_first_pass_is_of_its_own_length(family, name, monkeypatch):
         model(tokens(1, length), past_key_values=past)
     regime = 64 if name.endswith("auto") else length  # "auto" goes by powers of two
     for key, layer in zip(used, past.layers, strict=True):
-        assert error(key, turned(layer.keys, name, regime, width)) < TOLERANCE
+        assert error(key, rotated_keys(layer.keys, name, regime, width)) < TOLERANCE
 
 
-@every
-def test_crossing_rows_of_a_batch_equal_rows_alone(family, name):
-    """One row crosses at the third step, one at the eleventh, one has crossed before."""
+@every_length_dependent_scheme
+def test_rows_that_cross_the_window_at_different_steps_equal_rows_decoded_alone(family, name):
+    """One row crosses the window at the third step, one at the eleventh, and one before decoding."""
     model = model_of(family, name)
     lengths, total, prefill = (30, 22, 40), 52, 40
     rows = [tokens(1, length + total - prefill, seed=length) for length in lengths]
@@ -107,31 +109,31 @@ def test_crossing_rows_of_a_batch_equal_rows_alone(family, name):
         assert error(together[index : index + 1, -row.shape[1] :], alone) < TOLERANCE
 
 
-@every
-def test_crop_back_across_a_threshold(family, name):
+@every_length_dependent_scheme
+def test_cropping_the_cache_below_the_window_restores_the_earlier_frequencies(family, name):
     model, ids, other = model_of(family, name), tokens(1, 40), tokens(1, 6, seed=9)
 
     @torch.no_grad()
-    def go_on(past: DynamicCache) -> Tensor:
+    def continue_from(past: DynamicCache) -> Tensor:
         steps = [model(other[:, n : n + 1], past_key_values=past).logits for n in range(other.shape[1])]
         return torch.cat(steps, 1)
 
     @torch.no_grad()
-    def read(length: int) -> DynamicCache:
+    def fill_cache(length: int) -> DynamicCache:
         past = DynamicCache(config=model.config)
         model(ids[:, :26], past_key_values=past)
         for n in range(26, length):
             model(ids[:, n : n + 1], past_key_values=past)
         return past
 
-    beyond = read(40)
+    beyond = fill_cache(40)
     beyond.crop(-12)
-    assert torch.equal(go_on(beyond), go_on(read(28)))
+    assert torch.equal(continue_from(beyond), continue_from(fill_cache(28)))
 
 
-@every
-def test_several_tokens_at_once_across_a_threshold_equal_one_by_one(family, name):
-    """The pass in which a candidate is judged has queries on both sides."""
+@every_length_dependent_scheme
+def test_several_tokens_across_the_window_equal_single_tokens(family, name):
+    """The pass that checks candidate tokens has queries on both sides of the window."""
     model, ids = model_of(family, name), tokens(2, 40)
     one_by_one = cached_logits(model, ids, 28)
     with torch.no_grad():
@@ -144,9 +146,9 @@ def continue_greedily(model, prompt: Tensor, count: int, **arguments) -> Tensor:
     return model.generate(prompt, max_new_tokens=count, do_sample=False, **arguments)
 
 
-@every
-def test_assisted_and_prompt_lookup_generation_equal_greedy(family, name):
-    """Both look beyond the threshold before they have reached it, and crop back."""
+@every_length_dependent_scheme
+def test_assisted_and_prompt_lookup_generation_equal_greedy_generation(family, name):
+    """Both feed tokens beyond the window before they accept them, and crop the cache."""
     model, assistant = model_of(family, name), build(family, seed=7, num_hidden_layers=1)
     assistant.generation_config.num_assistant_tokens = 8
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
@@ -160,8 +162,8 @@ def test_assisted_and_prompt_lookup_generation_equal_greedy(family, name):
 
 
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in ("rope", "alibi", *NAMES[:1])])
-def test_beam_search_scores_are_those_of_its_own_sequences(family, name):
-    """Beams are reordered in the cache; each winner's score is that of its tokens fed one by one."""
+def test_beam_search_scores_equal_the_likelihood_of_their_sequences(family, name):
+    """Beam search reorders the cache; the score of each sequence is that of its tokens fed one by one."""
     model, prompt = model_of(family, name), tokens(2, 28)
     found = model.generate(
         prompt, max_new_tokens=10, num_beams=4, num_return_sequences=2, do_sample=False, length_penalty=0.0,
@@ -178,9 +180,9 @@ def test_beam_search_scores_are_those_of_its_own_sequences(family, name):
     assert (found.sequences_scores[::2] >= greedy - 1e-4).all()
 
 
-@every
-def test_what_a_row_is_does_not_depend_on_its_neighbours(family, name):
-    """A short and a long document in one first pass, padded on the left."""
+@every_length_dependent_scheme
+def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(family, name):
+    """One first pass holds a short and a long document, padded on the left."""
     model, short, long = model_of(family, name), tokens(1, 20), tokens(1, 48, seed=4)
     ids = torch.cat((torch.cat((torch.zeros(1, 28, dtype=torch.long), short), 1), long))
     mask = torch.ones_like(ids)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pe_patch import ADAPTERS, SCHEMES, cli
+from pe_patch import ADAPTERS, SCHEMES
 from pe_patch.checkpoints.sources import parse_options
+from pe_patch.cli import main as cli
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.tasks import TASKS
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from pe_patch import cli, load_patched
+from pe_patch import load_patched
+from pe_patch.cli import main as cli
 from pe_patch.compare.demo import BASE
 from pe_patch.convert import command, measure
 from pe_patch.errors import OptionError

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pe_patch import ADAPTERS, cli, load_patched, patch_model
+from pe_patch import ADAPTERS, load_patched, patch_model
+from pe_patch.cli import main as cli
 from pe_patch.doctor import diagnose, examine
 from pe_patch.errors import CheckpointError, OptionError, PePatchError
 

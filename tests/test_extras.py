@@ -45,9 +45,9 @@ def test_patching_needs_no_extra():
     ("extra", "code"),
     [
         ("report", "import pe_patch.evaluation.charts"),
-        ("report", "from pe_patch.compare import compare"),
+        ("report", "from pe_patch.compare import command"),
         ("train", "from pe_patch.training.run import load_recipe"),
-        ("train", "import pe_patch.cli as cli; sys.exit(cli.main(['train', 'tiny_yarn']))"),
+        ("train", "from pe_patch.cli.main import main; sys.exit(main(['train', 'tiny_yarn']))"),
         ("eval", "from pe_patch.evaluation.tasks.ruler.material import word_list; word_list('noun')"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A patch under what else people do to a model: compiling, offloading, casting, switching its attention."""
+"""Test patched models that are compiled, offloaded, cast, or switched to another attention."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def fresh_dynamo():
 
 
 COMPILED = [("llama", "yarn"), ("llama", "alibi"), ("gpt_neox", "dynamic_ntk"), ("bloom", "sinusoidal")]
-"""Each way of acting and each family once, since compiling takes seconds."""
+"""Each mechanism and each family once, because compiling takes seconds."""
 
 
 @pytest.mark.parametrize(("family", "name"), COMPILED)
-def test_compiled_before_the_patch(family, name, fresh_dynamo):
-    """The graph of the unpatched model must not be used again, nor that of the patched one after the undo."""
+def test_a_model_compiled_before_the_patch_follows_patch_and_undo(family, name, fresh_dynamo):
+    """The patched model must not reuse the graph of the unpatched one, nor the other way round after the undo."""
     model, ids = build(family, num_hidden_layers=1), tokens(1, 40)
     native = logits(model, ids)
     with wearing(model, name):
@@ -45,7 +45,7 @@ def test_compiled_before_the_patch(family, name, fresh_dynamo):
 
 
 @pytest.mark.parametrize(("name", "other"), [("yarn", {"factor": 8.0}), ("alibi", {"slopes": [0.1, 0.2, 0.3, 0.4]})])
-def test_compiled_layers_follow_another_patch_with_the_same_scheme(name, other, fresh_dynamo):
+def test_compiled_layers_follow_a_patch_with_other_options(name, other, fresh_dynamo):
     model, plain, ids = build("llama"), build("llama"), tokens(1, 40)
     for layer in model.model.layers:
         layer.compile(backend="eager")
@@ -57,9 +57,9 @@ def test_compiled_layers_follow_another_patch_with_the_same_scheme(name, other, 
     assert error(logits(model, ids), logits(unpatch_model(plain), ids)) < 1e-5
 
 
-@pytest.mark.parametrize("bystander", ("llama", "gpt_neox"))
-def test_graphs_of_other_models_survive_a_patch(bystander, fresh_dynamo):
-    graphs, other, ids = [], build(bystander, num_hidden_layers=1), tokens(1, 40)
+@pytest.mark.parametrize("other_family", ("llama", "gpt_neox"))
+def test_a_patch_keeps_the_compiled_graphs_of_other_models(other_family, fresh_dynamo):
+    graphs, other, ids = [], build(other_family, num_hidden_layers=1), tokens(1, 40)
 
     def count(graph, _inputs):
         graphs.append(graph)
@@ -77,7 +77,7 @@ def test_graphs_of_other_models_survive_a_patch(bystander, fresh_dynamo):
     ("family", "name"),
     [("llama", "yarn"), ("llama", "alibi"), ("llama", "dynamic_ntk"), ("gpt_neox", "yarn"), ("bloom", "alibi")],
 )
-def test_fifty_decoded_tokens_make_two_graphs_at_most(family, name, fresh_dynamo):
+def test_decoding_fifty_tokens_compiles_two_graphs_at_most(family, name, fresh_dynamo):
     model, ids = put(build(family), name), tokens(1, 62)
     graphs = []
 
@@ -102,7 +102,7 @@ def test_fifty_decoded_tokens_make_two_graphs_at_most(family, name, fresh_dynamo
 
 
 @cells
-def test_switching_the_attention_after_the_patch(family, name):
+def test_set_attn_implementation_works_after_the_patch(family, name):
     model, ids = put(build(family), name), tokens(1, 40)
     found = {}
     for backend in BACKENDS:
@@ -119,7 +119,7 @@ def test_switching_the_attention_after_the_patch(family, name):
 
 
 @cells
-def test_paged_generation_is_refused_with_the_remedy(family, name):
+def test_paged_generation_is_refused_and_names_the_remedy(family, name):
     model, prompt = put(build(family), name), tokens(1, 8)
     with pytest.raises(UnsupportedError, match=r"generate\(\)"):
         model.generate_batch(prompt.tolist(), max_new_tokens=2, progress_bar=False)
@@ -139,7 +139,7 @@ def offload_to_disk(model, folder):
 
 
 def dispatch(model, folder):
-    """A device map with the first layer in memory and the second on disk."""
+    """Dispatch the model with the first layer in memory and the second on disk."""
     layers = LAYERS[model.config.model_type]
     names = [name for name, module in model.named_modules() if name and not list(module.children())]
     device_map = {name: "cpu" for name in names if not name.startswith(layers)}
@@ -152,7 +152,7 @@ def dispatch(model, folder):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ["patch first", "offload first"])
 @pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk, dispatch])
-def test_offloaded_weights(family, name, order, offload, tmp_path):
+def test_offloaded_weights_give_the_same_logits(family, name, order, offload, tmp_path):
     ids = tokens(2, 40)
     model = build(family)
     native = logits(model, ids)
@@ -169,7 +169,7 @@ def test_offloaded_weights(family, name, order, offload, tmp_path):
 
 
 @cells
-def test_attention_weights_of_eager(family, name):
+def test_eager_returns_causal_attention_weights_that_sum_to_one(family, name):
     model, ids = put(build(family), name, backend="eager"), tokens(2, 40)
     with torch.no_grad():
         output = model(ids, output_attentions=True)
@@ -182,8 +182,8 @@ def test_attention_weights_of_eager(family, name):
 
 
 @cells
-def test_the_schemes_numbers_stay_float32(family, name):
-    """In bfloat16 the logits must be those of a scheme whose own numbers have not been rounded."""
+def test_tables_of_a_scheme_stay_float32_in_a_bfloat16_model(family, name):
+    """Casting the model after the patch must not round the tables of the scheme."""
     ids = tokens(1, 48)
     cast_after = put(build(family), name, backend="eager").to(torch.bfloat16)
     cast_before = put(build(family).to(torch.bfloat16), name, backend="eager")
@@ -199,8 +199,8 @@ def test_the_schemes_numbers_stay_float32(family, name):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("cast", ["autocast", "bfloat16"])
-def test_the_rotation_in_low_precision_is_the_hosts(family, cast, tmp_path):
-    """Transformers keeps its angles in float32 there (unless cast by `to`, which rounds its table); so must ours."""
+def test_rope_in_low_precision_equals_the_native_rotation(family, cast, tmp_path):
+    """Transformers computes angles in float32 there, unless `to` casts its table; a patch must do the same."""
     model, ids = build(family), tokens(1, 300)
     if cast == "bfloat16":
         model.save_pretrained(tmp_path)
@@ -219,8 +219,8 @@ def test_the_rotation_in_low_precision_is_the_hosts(family, cast, tmp_path):
 
 
 @cells
-def test_memory_that_was_never_filled_does_not_reach_a_scheme(family, name, monkeypatch):
-    """Sharded and low-memory loading build on the meta device and materialise by `to_empty`."""
+def test_loading_through_the_meta_device_leaves_no_uninitialised_table(family, name, monkeypatch):
+    """Sharded and low-memory loading build a model on the meta device and allocate it by `to_empty`."""
     ids, real = tokens(1, 40), build(family)
     weights = real.state_dict()
     expected = logits(put(real, name), ids)

@@ -1,4 +1,4 @@
-"""Where a patch must not change a bit, and how near to BLOOM its own ALiBi comes through ours."""
+"""Test patches that must not change a bit, and compare our ALiBi with BLOOM's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATIC = {
     "llama3": {"factor": 1.0},
     "longrope": {"long_factor": "ones"},
 }
-"""Equal to the unpatched model at every length."""
+"""Schemes that equal the unpatched model at every length."""
 
 WITHIN = {
     "dynamic_ntk": {"factor": 4.0},
@@ -31,7 +31,7 @@ WITHIN = {
     "yarn": {"factor": "auto"},
     "llama3": {"factor": "auto"},
 }
-"""Equal to it within the window."""
+"""Schemes that equal the unpatched model within the window."""
 
 CELLS = [
     pytest.param(family, backend, scheme, options, lengths, id=f"{family}-{backend}-{scheme}-{len(lengths)}")
@@ -44,12 +44,12 @@ LISTS = {"ones": 1.0, "twos": 2.0}
 
 
 @pytest.mark.parametrize(("family", "backend", "scheme", "options", "lengths"), CELLS)
-def test_bit_for_bit(family, backend, scheme, options, lengths):
+def test_a_scheme_without_effect_changes_no_bit(family, backend, scheme, options, lengths):
     model = build(family, attn_implementation=backend)
     if "long_factor" in options:
         options = {**options, "long_factor": [LISTS[options["long_factor"]]] * PAIRS[family]}
 
-    def everything(length: int) -> list[Tensor]:
+    def all_logits(length: int) -> list[Tensor]:
         ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
         mask[0, :7] = 0
         ids_in_documents = torch.cat((torch.arange(length - 6), torch.arange(6)))[None]
@@ -61,16 +61,16 @@ def test_bit_for_bit(family, backend, scheme, options, lengths):
             cached_logits(model, ids, length - 4),
         ]
 
-    native = [everything(length) for length in lengths]
+    native = [all_logits(length) for length in lengths]
     patch_model(model, scheme, **options)
     for length, expected in zip(lengths, native, strict=True):
-        for found, one in zip(everything(length), expected, strict=True):
+        for found, one in zip(all_logits(length), expected, strict=True):
             assert torch.equal(found, one)
 
 
 @pytest.mark.parametrize("family", ROTARY_FAMILIES)
-def test_beyond_the_window_the_dynamic_ones_differ(family):
-    """Else the cells above would hold of a patch that does nothing."""
+def test_dynamic_schemes_change_logits_beyond_the_window(family):
+    """Without this, the test above would pass for a patch that does nothing."""
     model, ids = build(family), tokens(1, 48)
     native = logits(model, ids)
     for scheme, options in WITHIN.items():
@@ -80,7 +80,7 @@ def test_beyond_the_window_the_dynamic_ones_differ(family):
             unpatch_model(model)
 
 
-def test_bloom_eager_is_what_bloom_computes():
+def test_eager_alibi_equals_blooms_own():
     model = build("bloom", initializer_range=0.02, num_attention_heads=4)
     ids = tokens(2, 256)
     mask = torch.ones_like(ids)
@@ -92,7 +92,7 @@ def test_bloom_eager_is_what_bloom_computes():
 
 
 def bloom_attention_oracle(fused: Tensor, heads: int, slopes: list[float]) -> Tensor:
-    """softmax(q k / sqrt(d) - m (i - j)) v in float64, a few queries at a time."""
+    """Return softmax(q k / sqrt(d) - m (i - j)) v in float64, computed for 256 queries at a time."""
     length = fused.shape[1]
     fused = fused.double().view(length, heads, 3, -1)
     query, key, value = (fused[:, :, part].transpose(0, 1) for part in range(3))
@@ -108,7 +108,7 @@ def bloom_attention_oracle(fused: Tensor, heads: int, slopes: list[float]) -> Te
 
 
 @pytest.mark.parametrize("length", [512, 2048, 8192])
-def test_bloom_fast_path_errs_no_more_than_bloom(length):
+def test_the_fast_path_of_alibi_is_as_accurate_as_bloom(length):
     heads = 2
     model = build("bloom", num_hidden_layers=1, num_attention_heads=heads, hidden_size=32, initializer_range=0.02)
     attention, ids = model.transformer.h[0].self_attention, tokens(1, length)
@@ -117,12 +117,12 @@ def test_bloom_fast_path_errs_no_more_than_bloom(length):
     attention.dense.register_forward_pre_hook(lambda _m, inputs: seen.update(mixed=inputs[0]))
 
     @torch.no_grad()
-    def errs() -> float:
+    def largest_error() -> float:
         model.transformer(ids, use_cache=False)
         expected = bloom_attention_oracle(seen["fused"], heads, [2.0**-4, 2.0**-8])
         return float((seen["mixed"].double() - expected).abs().max())
 
-    native = errs()
+    native = largest_error()
     patch_model(model, "alibi", backend="sdpa")
-    ours = errs()
+    ours = largest_error()
     assert 0 < ours <= native < 1e-2

@@ -1,4 +1,4 @@
-"""Every fast kernel against the same attention written out over all pairs in float64: values, gradients, memory."""
+"""Compare every fast kernel with dense attention in float64: values, gradients and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEADS, SHARED, WIDTH, SCALING = 4, 2, 16, 0.3
 BOUND = 5
 
 LENGTHS = {
-    # queries, keys: one chunk and a bit, a continued cache, more keys than any kernel takes at a time
+    # Queries and keys: more than one chunk; a filled cache; more keys than any kernel takes at a time.
     "two chunks": (300, 300),
     "continued": (270, 700),
     "long": (2304, 2304),
@@ -36,8 +36,8 @@ def distance(count: int, total: int) -> Tensor:
     return torch.arange(total - count, total)[:, None] - torch.arange(total)
 
 
-def written_out(query, key, value, scores_too=0.0, allowed=None, values_too=None) -> Tensor:
-    """Softmax attention over all pairs, `[batch, heads, query, head]`; queries are the last of the keys."""
+def dense_attention(query, key, value, scores_too=0.0, allowed=None, values_too=None) -> Tensor:
+    """Return softmax attention over all pairs, `[batch, heads, query, head]`; queries are the last of the keys."""
     apart = distance(query.shape[2], key.shape[2])
     key, value = (one.repeat_interleave(HEADS // SHARED, 1) for one in (key, value))
     scores = query @ key.mT * SCALING + scores_too
@@ -47,7 +47,7 @@ def written_out(query, key, value, scores_too=0.0, allowed=None, values_too=None
     return output if values_too is None else output + torch.einsum("bhij,ijd->bhid", weights, values_too)
 
 
-def states(count: int, total: int, batch: int = 1) -> list[Tensor]:
+def random_states(count: int, total: int, batch: int = 1) -> list[Tensor]:
     torch.manual_seed(count)
     shapes = ((HEADS, count), (SHARED, total), (SHARED, total))
     return [torch.randn(batch, heads, length, WIDTH) for heads, length in shapes]
@@ -58,12 +58,12 @@ def toeplitz(count, total):
         return Toeplitz.apply(query, key, value, table, SCALING, total)
 
     def slow(query, key, value, table):
-        return written_out(query, key, value, table[:, distance(count, total).clamp(min=0)])
+        return dense_attention(query, key, value, table[:, distance(count, total).clamp(min=0)])
 
     return fast, slow, [torch.randn(HEADS, total)]
 
 
-def frozen(count, total):
+def toeplitz_without_gradient(count, total):
     fast, slow, (table,) = toeplitz(count, total)
     return lambda *sides: fast(*sides, table), lambda *sides: slow(*sides, table.double()), []
 
@@ -76,7 +76,7 @@ def relative(count, total):
         by_pair = vectors[:, distance(count, total).clamp(min=0)]
         shared = key.repeat_interleave(HEADS // SHARED, 1)
         more = torch.einsum("bhid,hijd->bhij", query + v[:, None], by_pair) + u[:, None] @ shared.mT
-        return written_out(query, key, value, more * SCALING)
+        return dense_attention(query, key, value, more * SCALING)
 
     return fast, slow, [torch.randn(HEADS, WIDTH), torch.randn(HEADS, WIDTH), torch.randn(HEADS, total, WIDTH)]
 
@@ -88,7 +88,7 @@ def clipped(count, total):
     def slow(query, key, value, on_keys, on_values):
         steps = distance(count, total).clamp(0, BOUND)
         terms = (query @ on_keys.T).gather(-1, steps.expand(*query.shape[:2], -1, -1))
-        return written_out(query, key, value, terms * SCALING, values_too=on_values[steps])
+        return dense_attention(query, key, value, terms * SCALING, values_too=on_values[steps])
 
     return fast, slow, [torch.randn(BOUND + 1, WIDTH), torch.randn(BOUND + 1, WIDTH)]
 
@@ -104,18 +104,24 @@ def dense(count, total):
         return Dense.apply(query, key, value, at, lambda q, k: waves(*waving, q, k), SCALING, *waving)
 
     def slow(query, key, value, *waving):
-        return written_out(query, key, value, waves(*waving, *at))
+        return dense_attention(query, key, value, waves(*waving, *at))
 
     return fast, slow, [torch.randn(HEADS, 1, 1), torch.randn(HEADS, 1, 1)]
 
 
-KERNELS = {"toeplitz": toeplitz, "frozen": frozen, "relative": relative, "clipped": clipped, "dense": dense}
+KERNELS = {
+    "toeplitz": toeplitz,
+    "toeplitz_without_gradient": toeplitz_without_gradient,
+    "relative": relative,
+    "clipped": clipped,
+    "dense": dense,
+}
 SMALL = {"relative": ("two chunks", "continued"), "clipped": ("two chunks", "continued", "long")}
 CASES = [(name, length) for name in KERNELS for length in SMALL.get(name, LENGTHS)]
 
 
-def broadcast_parameters(found: Tensor, expected: Tensor, ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """The same values, and the same gradients of all inputs."""
+def check_values_and_gradients(found: Tensor, expected: Tensor, ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Check that the values and the gradients of all inputs are equal."""
     assert float((found - expected).detach().abs().max()) < 1e-5
     weight = torch.randn(expected.shape)
     gradients = torch.autograd.grad((found * weight).sum(), ours)
@@ -125,27 +131,27 @@ def broadcast_parameters(found: Tensor, expected: Tensor, ours: list[Tensor], th
 
 
 @pytest.mark.parametrize(("name", "length"), CASES)
-def test_values_and_gradients(name, length):
+def test_kernels_give_the_values_and_gradients_of_dense_attention(name, length):
     count, total = LENGTHS[length]
     batch = 2 if total < 2000 else 1
-    sides = states(count, total, batch)
+    sides = random_states(count, total, batch)
     fast, slow, parameters = KERNELS[name](count, total)
     ours = [one.clone().requires_grad_() for one in (*sides, *parameters)]
     theirs = [one.double().requires_grad_() for one in (*sides, *parameters)]
     found, expected = fast(*ours), slow(*theirs)
-    broadcast_parameters(found, expected, ours, theirs)
+    check_values_and_gradients(found, expected, ours, theirs)
 
 
 WINDOW = 40
 
 
-def turned_by(positions: Tensor) -> RotaryTransform:
+def rotation_at(positions: Tensor) -> RotaryTransform:
     inv_freq = 100.0 ** -(torch.arange(0, WIDTH, 2) / WIDTH)
     return RotaryTransform(*cos_sin(positions[..., None] * inv_freq, 1.1, torch.float32, False))
 
 
-def mask_of(kind: str, count: int) -> tuple[Tensor | None, Tensor]:
-    """A mask `[batch, 1, query, key]` and the positions, `[batch | 1, query]`."""
+def mask_and_positions(kind: str, count: int) -> tuple[Tensor | None, Tensor]:
+    """Return a mask `[batch, 1, query, key]` and the positions, `[batch | 1, query]`."""
     at = torch.arange(count)
     causal = at[:, None] >= at
     if kind == "none":
@@ -158,12 +164,12 @@ def mask_of(kind: str, count: int) -> tuple[Tensor | None, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["none", "padded", "packed"])
-def test_ranges(kind):
-    """Near, far and farthest pairs under one softmax, a part of the farthest left out, keys by chunks of positions."""
+def test_attention_over_ranges_equals_dense_attention(kind):
+    """One softmax covers near, far and farthest pairs, by chunks of positions; some of the farthest are left out."""
     count = 2304 if kind == "none" else 300
-    query, key, value = states(count, count, 2 if kind != "none" else 1)
-    mask, at = mask_of(kind, count)
-    turns = [turned_by(at.float()), turned_by(at / 3), turned_by(at // 4 + 7)]
+    query, key, value = random_states(count, count, 2 if kind != "none" else 1)
+    mask, at = mask_and_positions(kind, count)
+    turns = [rotation_at(at.float()), rotation_at(at / 3), rotation_at(at // 4 + 7)]
     chunk = at // WINDOW
     ranges = [
         Range(high=2, step_query=chunk, step_key=chunk, turn_query=turns[0], turn_key=turns[0]),
@@ -189,16 +195,15 @@ def test_ranges(kind):
     theirs = [one.double().requires_grad_() for one in (query, key, value)]
     found = attention_over_ranges(*ours, Positions(at, at), ranges, mask, SCALING).transpose(1, 2)
     expected = slow(*theirs)
-    broadcast_parameters(found, expected, ours, theirs)
+    check_values_and_gradients(found, expected, ours, theirs)
 
 
 SHAPE = AttentionShape(HEADS * WIDTH, HEADS, SHARED, WIDTH, WIDTH, 0, 10000.0, 512, 1)
 
 
-def core(backend: str = "sdpa", mask: Tensor | None = None) -> Engine:
+def make_engine(backend: str = "sdpa", mask: Tensor | None = None) -> Engine:
     module = nn.Module()
-    module.is_causal, module.num_key_value_groups = True, HEADS // SHARED  # pyright: ignore
-    module.__dict__["pe_layer"] = 0
+    module.__dict__.update(is_causal=True, num_key_value_groups=HEADS // SHARED, pe_layer=0)
     return Engine(module, mask, SCALING, 0.0, BACKENDS[backend], {})
 
 
@@ -207,15 +212,15 @@ FAST = ("alibi", "t5", "kerple", "sandwich", "fire", "shaw", "transformer_xl", "
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_no_scheme_holds_all_pairs(name):
-    """What is allocated at the highest point, forward and backward, against one `[heads, query, key]` tensor."""
+def test_no_fast_path_allocates_the_scores_of_all_pairs(name):
+    """The peak of allocated memory, forward and backward, is a third of one `[heads, query, key]` tensor at most."""
     length = 2048
     scheme, at = SCHEMES[name](SHAPE), torch.arange(length)[None]
-    sides = [one.requires_grad_() for one in states(length, length)]
+    sides = [one.requires_grad_() for one in random_states(length, length)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         positions = Positions(at, at)
         positions = positions._replace(prepared=scheme.prepare(positions))
-        output = scheme("attend", *sides, positions, core())[0]
+        output = scheme("attend", *sides, positions, make_engine())[0]
         output.sum().backward()
     assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -225,25 +230,25 @@ def test_no_scheme_holds_all_pairs(name):
 
 @pytest.mark.parametrize("count", [64, 1])
 @pytest.mark.parametrize("padded", [False, True])
-def test_alibi_over_a_hundred_thousand_positions_in_bfloat16(count, padded):
+def test_alibi_stays_accurate_in_bfloat16_at_a_hundred_thousand_positions(count, padded):
     total = 100_000
-    query, key, value = (one.bfloat16() for one in states(count, total))
+    query, key, value = (one.bfloat16() for one in random_states(count, total))
     at = torch.arange(total)[None]
     mask = (distance(count, total) >= 0)[None, None]
     if padded:
         mask = mask & (torch.arange(total) >= 10)
     positions = Positions(at[:, total - count :], at)
-    found = SCHEMES["alibi"](SHAPE)("attend", query, key, value, positions, core(mask=mask))[0].transpose(1, 2)
+    found = SCHEMES["alibi"](SHAPE)("attend", query, key, value, positions, make_engine(mask=mask))[0].transpose(1, 2)
     assert found.dtype == torch.bfloat16
     slopes = torch.tensor([2.0 ** (-8 * (head + 1) / HEADS) for head in range(HEADS)], dtype=torch.float64)
     bias = -slopes[:, None, None] * distance(count, total)
-    expected = written_out(query.double(), key.double(), value.double(), bias, mask)
+    expected = dense_attention(query.double(), key.double(), value.double(), bias, mask)
     assert float((found - expected).abs().max()) < 1e-2
 
 
-def test_an_empty_slot_is_no_key():
-    """The first pass into a static cache comes with keys that no token has written."""
-    query, key, value = states(40, 64)
+def test_empty_slots_of_a_static_cache_are_not_attended():
+    """The first pass into a static cache has keys that no token has filled."""
+    query, key, value = random_states(40, 64)
     at = torch.arange(40)[None]
     slots = torch.cat((at, torch.zeros(1, 24, dtype=torch.long)), 1)
     for name in ("t5", "self_extend", "shaw"):
@@ -252,27 +257,27 @@ def test_an_empty_slot_is_no_key():
         for keys, values, places in ((key, value, slots), (key[:, :, :40], value[:, :, :40], at)):
             positions = Positions(at, places)
             positions = positions._replace(prepared=scheme.prepare(positions))
-            results.append(scheme("attend", query, keys, values, positions, core())[0])
+            results.append(scheme("attend", query, keys, values, positions, make_engine())[0])
         assert torch.equal(*results)
 
 
-def test_kernels_stand_aside_where_they_would_change_the_result():
-    query, _, value = states(8, 8)
-    assert cpu.is_supported(core(), query, value)
-    training = core()
+def test_kernels_refuse_attentions_that_they_would_change():
+    query, _, value = random_states(8, 8)
+    assert cpu.is_supported(make_engine(), query, value)
+    training = make_engine()
     training.dropout = 0.1
     assert not cpu.is_supported(training, query, value) and training.module.training
     for extra in ({"softcap": 30.0}, {"s_aux": torch.zeros(HEADS)}):
-        changed = core()
+        changed = make_engine()
         changed.extra = extra
         assert not cpu.is_supported(changed, query, value)
-    assert not cpu.is_supported(core("eager"), query, value)
-    assert not cpu.is_supported(core(), query, torch.cat((value, value), -1))
+    assert not cpu.is_supported(make_engine("eager"), query, value)
+    assert not cpu.is_supported(make_engine(), query, torch.cat((value, value), -1))
 
 
 @pytest.mark.parametrize("name", ["self_extend", "dca", "lm_infinite"])
-def test_flex_takes_ranges(name):
-    """Uncompiled here, on a model; padded so that its own mask has to be kept."""
+def test_flex_attention_over_ranges_equals_eager(name):
+    """The model runs uncompiled, with padding, so that its mask must be kept."""
     model, ids = build("llama"), tokens(2, 48)
     ids[0, :9] = 0
     mask = (ids != 0).long()

@@ -1,4 +1,4 @@
-"""A scheme on some layers: against hosts that are built so, and against the host's own layers run one by one."""
+"""Compare schemes on some layers with Transformers models built that way, and with layers run one by one."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def every_fourth(index: int) -> bool:
     return (index + 1) % 4 == 0
 
 
-def far_types(model) -> list[int]:
+def full_attention_layers(model) -> list[int]:
     return [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
 
 
 @pytest.mark.parametrize("family", ROTARY)
-def test_native_rotation_on_one_layer_is_bit_for_bit_in_half_precision(family):
-    """bfloat16 weights and frequencies in float32, as a checkpoint is loaded."""
+def test_the_native_rotation_on_one_layer_changes_no_bit_in_half_precision(family):
+    """The weights are bfloat16 and the frequencies float32, as after loading a checkpoint."""
     model, ids = families.build(family, attention_of(family)), tokens(2, 20)
     rotary = next(module for name, module in model.named_modules() if name.endswith(ADAPTERS[family].rotary))
     exact = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
@@ -59,8 +59,8 @@ def test_native_rotation_on_one_layer_is_bit_for_bit_in_half_precision(family):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_positions_on_every_fourth_layer_is_smollm3(backend):
-    """The same weights in a host that was built with `no_rope_layers`."""
+def test_nope_on_every_fourth_layer_equals_smollm3(backend):
+    """Compare with the same weights in SmolLM3, which is built with `no_rope_layers`."""
     model, ids = build("llama", num_hidden_layers=8), tokens(2, 40)
     config = model.config.to_dict() | {"no_rope_layers": [int(not every_fourth(i)) for i in range(8)]}
     host = SmolLM3ForCausalLM(SmolLM3Config(**config)).eval()
@@ -77,7 +77,7 @@ def test_no_positions_on_every_fourth_layer_is_smollm3(backend):
 
 
 def gemma(**scaling):
-    """Gemma 3 with a scaling by layer type, its seeded weights the same for any."""
+    """Return a Gemma 3 with a scaling for each layer type; the weights do not depend on the scaling."""
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
     rope |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     rope |= {kind: rope[kind] | changes for kind, changes in scaling.items()}
@@ -95,13 +95,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scaling_gemma_s_far_layers_is_the_host_scaled_there(backend, tmp_path):
+def test_yarn_on_gemmas_full_attention_layers_equals_transformers(backend, tmp_path):
     model, ids = gemma(), tokens(2, 60)
     model.save_pretrained(tmp_path / "plain")  # writes into the config by itself
     before = snapshot(model)
     expected = logits(gemma(full_attention=YARN), ids)
     assert error(logits(model, ids), expected) > 1e-2
-    patch_model(model, "yarn", factor=4, layers=far_types(model), backend=backend)
+    patch_model(model, "yarn", factor=4, layers=full_attention_layers(model), backend=backend)
     assert describe(model).effective["theta"] == 1e6 and model.config.max_position_embeddings == 128
     assert error(logits(model, ids), expected) < 1e-5
     assert error(cached_logits(model, ids, 50), expected) < 1e-5
@@ -114,10 +114,10 @@ def test_scaling_gemma_s_far_layers_is_the_host_scaled_there(backend, tmp_path):
     assert unchanged(before, snapshot(model))
 
 
-def test_each_type_of_layer_turns_from_its_own_base():
+def test_each_layer_type_keeps_its_own_rotary_base():
     model, ids = gemma(), tokens(2, 60)
     native = logits(model, ids)
-    for layers in (None, far_types(model), [0, 1, 3, 4], [0], [0, 5], range(6)):
+    for layers in (None, full_attention_layers(model), [0, 1, 3, 4], [0], [0, 5], range(6)):
         patch_model(model, "rope", layers=layers)
         assert torch.equal(logits(model, ids), native)
         unpatch_model(model)
@@ -130,7 +130,7 @@ def test_each_type_of_layer_turns_from_its_own_base():
 
 
 @pytest.mark.parametrize("name, options", [("yarn", {"factor": 4}), ("rope", {"theta": 5e5}), ("dynamic_ntk", {})])
-def test_types_of_other_bases_are_not_scaled_together_by_accident(name, options):
+def test_layer_types_with_different_bases_are_scaled_together_only_on_request(name, options):
     model = gemma()
     before = snapshot(model)
     if "theta" not in options:
@@ -140,11 +140,11 @@ def test_types_of_other_bases_are_not_scaled_together_by_accident(name, options)
     if name == "dynamic_ntk":
         with pytest.raises(UnsupportedError, match="one layer type"):
             patch_model(model, name, layers=range(6), **options)
-    patch_model(model, name, layers=far_types(model), **options)
+    patch_model(model, name, layers=full_attention_layers(model), **options)
     assert describe(model).layers == [2, 5]
 
 
-def test_what_does_not_rotate_goes_on_every_type():
+def test_schemes_without_rotation_apply_to_every_layer_type():
     model, ids = gemma(), tokens(2, 30)
     native = logits(model, ids)
     for name in ("alibi", "nope"):
@@ -155,22 +155,22 @@ def test_what_does_not_rotate_goes_on_every_type():
     assert torch.equal(logits(model, ids), native)
 
 
-def test_a_scaling_that_one_type_carries():
-    """Gemma 3 from 4B on: the far layers are scaled by 8 already, the near ones are not."""
+def test_a_scaling_of_one_layer_type_must_be_replaced_before_another_scaling():
+    """Gemma 3 from 4B on scales its full-attention layers by 8, and not its sliding ones."""
     eight = {"rope_type": "linear", "factor": 8.0}
     model, ids = gemma(full_attention=eight), tokens(2, 60)
     with pytest.raises(AlreadyPatchedError, match="rope_type='linear'"):
-        patch_model(model, "yarn", factor=4, layers=far_types(model))
+        patch_model(model, "yarn", factor=4, layers=full_attention_layers(model))
     with pytest.raises(UnsupportedError, match="Only the full_attention layers"):
         patch_model(model, "clipped_rope", dims=2, on_existing="compose")
     patch_model(model, "ntk", factor=2, layers=[0, 1, 3, 4])
     unpatch_model(model)
-    patch_model(model, "yarn", factor=4, layers=far_types(model), on_existing="replace")
+    patch_model(model, "yarn", factor=4, layers=full_attention_layers(model), on_existing="replace")
     assert error(logits(model, ids), logits(gemma(full_attention=YARN), ids)) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["smollm3", "llama4_text", "exaone4", "cohere2"])
-def test_scaling_only_layers_that_do_not_rotate_has_no_effect_and_says_so(family):
+def test_scaling_only_layers_without_rotation_raises(family):
     model = families.build(family)
     with pytest.raises(PePatchError, match=r"do not rotate in this family \(\[3\]\)"):
         patch_model(model, "yarn", factor=2, layers=[3])
@@ -179,10 +179,10 @@ def test_scaling_only_layers_that_do_not_rotate_has_no_effect_and_says_so(family
     assert torch.equal(logits(twin, ids), logits(model, ids))
 
 
-class Tilted(Scheme):
-    """A bias of a slope of its own in every layer."""
+class LearnedSlope(Scheme):
+    """A distance bias with a learned slope for each layer."""
 
-    name = "tilted"
+    name = "learned_slope"
     per_layer = True
 
     def __init__(self, shape):
@@ -194,8 +194,8 @@ class Tilted(Scheme):
 
 
 @torch.no_grad()
-def layer_by_layer(model, ids: Tensor, slopes: dict[int, Tensor]) -> Tensor:
-    """The host's own layers: those in `slopes` without rotation and under a mask that holds the bias."""
+def logits_layer_by_layer(model, ids: Tensor, slopes: dict[int, Tensor]) -> Tensor:
+    """Run the unpatched layers one by one; those in `slopes` without rotation, with the bias in the mask."""
     length = ids.shape[1]
     place = torch.arange(length)
     distance = (place[:, None] - place[None]).float()
@@ -213,18 +213,21 @@ def layer_by_layer(model, ids: Tensor, slopes: dict[int, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layers", [[0, 2], [1], slice(None, None, 3), None])
-def test_a_bias_on_some_layers(layers, backend):
+def test_a_bias_on_some_layers_equals_the_layers_run_one_by_one(layers, backend):
     model, ids = build("llama", num_hidden_layers=4), tokens(2, 40)
     chosen = [0, 3] if isinstance(layers, slice) else layers or range(4)
     alibi = {index: torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]) for index in chosen}
     own = {index: torch.tensor(0.1 * (index + 1)) for index in chosen}
-    expected = {"alibi": layer_by_layer(model, ids, alibi), "tilted": layer_by_layer(model, ids, own)}
+    expected = {
+        "alibi": logits_layer_by_layer(model, ids, alibi),
+        "learned_slope": logits_layer_by_layer(model, ids, own),
+    }
     before = snapshot(model)
-    for name, scheme in (("alibi", "alibi"), ("tilted", Tilted)):
+    for name, scheme in (("alibi", "alibi"), ("learned_slope", LearnedSlope)):
         patch_model(model, scheme, layers=layers, backend=backend)
         weights = [p for n, p in model.named_parameters() if "position_schemes.scheme" in n]
-        assert len(weights) == (len(own) if name == "tilted" else 0)
-        for weight, slope in zip(weights, own.values(), strict=name == "tilted"):
+        assert len(weights) == (len(own) if name == "learned_slope" else 0)
+        for weight, slope in zip(weights, own.values(), strict=name == "learned_slope"):
             weight.data = slope
         assert error(logits(model, ids), expected[name]) < 1e-5
         assert error(cached_logits(model, ids, 33), expected[name]) < 1e-5
@@ -233,8 +236,8 @@ def test_a_bias_on_some_layers(layers, backend):
 
 
 @pytest.mark.parametrize("name, options", [("yarn", {"factor": 4}), ("alibi", {})])
-def test_recomputed_activations_give_the_same_gradient(name, options):
-    """Under gradient checkpointing a layer runs again in backward, with the rotation that it had."""
+def test_gradient_checkpointing_does_not_change_the_gradient(name, options):
+    """Checkpointing runs a layer again in backward, with the rotation of its forward pass."""
     model, ids = build("llama"), tokens(2, 40)
     patch_model(model, name, layers=[1], **options)
     found = []
@@ -247,9 +250,9 @@ def test_recomputed_activations_give_the_same_gradient(name, options):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_every_layer_of_a_per_layer_scheme_is_trained():
+def test_every_layer_of_a_per_layer_scheme_gets_a_gradient():
     model, ids = build("llama", num_hidden_layers=4), tokens(2, 20)
-    patch_model(model, Tilted, layers=[1, 3])
+    patch_model(model, LearnedSlope, layers=[1, 3])
     weights = [p for n, p in model.named_parameters() if "position_schemes.scheme" in n]
     for weight in weights:
         weight.data.fill_(0.2)

@@ -1,4 +1,4 @@
-"""What a patch leaves behind: nothing, whatever happened to the model in between."""
+"""Test that undoing a patch restores the model, whatever happened to it in between."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ cells = pytest.mark.parametrize(("family", "name"), [(family, name) for family i
 
 
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in CASES if applies(f, n)])
-def test_undo_is_exact(family, name):
+def test_unpatching_restores_the_model_exactly(family, name):
     model = build(family)
     before = snapshot(model)
     put(model, name)
@@ -91,7 +91,7 @@ def _shown(path):
 
 
 @cells
-def test_undone_after_an_exception(family, name):
+def test_patched_undoes_the_patch_after_an_exception(family, name):
     model, (scheme, options) = build(family), case(family, name)
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError), patched(model, scheme, **options) as inside:
@@ -104,8 +104,8 @@ def test_undone_after_an_exception(family, name):
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt_neox": ["query_key_value"], "bloom": ["query_key_value"]}
 
 
-def adapted(model):
-    """A PEFT model whose adapter does something."""
+def with_lora(model):
+    """Return a PEFT model whose adapter changes the logits."""
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[model.config.model_type]))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in peft.named_parameters():
@@ -115,13 +115,13 @@ def adapted(model):
 
 
 @cells
-def test_peft_over_and_under(family, name):
+def test_patching_before_and_after_peft_give_the_same_logits(family, name):
     ids = tokens(2, 40)
-    plain = logits(adapted(build(family)), ids)
+    plain = logits(with_lora(build(family)), ids)
     over = put(build(family), name)
     alone = logits(over, ids)
-    over = adapted(over)
-    under = adapted(build(family))
+    over = with_lora(over)
+    under = with_lora(build(family))
     scheme, options = case(family, name)
     assert patch_model(under, scheme, **options) is under
     if name == "learned":
@@ -136,7 +136,7 @@ def test_peft_over_and_under(family, name):
 
 @cells
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_live_their_own_lives(family, name, duplicate):
+def test_copies_of_a_patched_model_are_independent(family, name, duplicate):
     model, ids = build(family), tokens(2, 40)
     native = snapshot(model)
     with_patch = logits(put(model, name), ids)
@@ -154,7 +154,7 @@ def test_copies_live_their_own_lives(family, name, duplicate):
 
 
 @cells
-def test_training_while_patched_changes_weights_alone(family, name):
+def test_training_a_patched_model_changes_only_weights(family, name):
     model, ids = build(family), tokens(2, 40)
     before = snapshot(model)
     put(model, name).train()
@@ -174,7 +174,7 @@ def test_training_while_patched_changes_weights_alone(family, name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_models_interleaved(family):
+def test_two_patched_models_do_not_affect_each_other(family):
     names, ids = ("yarn", "alibi"), [tokens(2, 40, seed=seed) for seed in (1, 2)]
     expected = {name: [logits(put(build(family), name), one) for one in ids] for name in names}
     models = {name: put(build(family), name) for name in names}
@@ -186,8 +186,8 @@ def test_two_models_interleaved(family):
 
 
 @cells
-def test_checkpointing_with_two_forwards_before_a_backward(family, name):
-    """A layer runs again in backward, after another pass has come between."""
+def test_gradient_checkpointing_supports_two_forwards_before_a_backward(family, name):
+    """A layer runs again in backward, after another forward pass."""
     batches = [tokens(2, 40), tokens(1, 12, seed=3)]
 
     def gradients(checkpointing: bool):
@@ -205,12 +205,12 @@ def test_checkpointing_with_two_forwards_before_a_backward(family, name):
 
 
 WINDOWS = {"yarn": 64, "linear": 64, "learned": 64, "rope": WINDOW, "alibi": None, "nope": None, "linear auto": None}
-"""The effective window of each case; None where nothing bounds it and the config is left alone."""
+"""The effective window of each case; None if it is unbounded, so that the config does not change."""
 
 
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_config_tells_the_effective_window(family, name):
+def test_the_config_holds_the_effective_window(family, name):
     model = build(family)
     had = family != "bloom"
     assert hasattr(model.config, "max_position_embeddings") == had

@@ -291,7 +291,8 @@ def test_a_vision_model_names_what_is_supported_and_what_is_not():
               "image_size": 16, "patch_size": 8, "model_type": "siglip_vision_model"}  # fmt: skip
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=3)
     model = transformers.LlavaForConditionalGeneration(config)
-    with pytest.raises(UnsupportedError, match=r"submodule=<path>: \S*language_model \(llama\)") as caught:
+    choice = r"choose one with submodule=<path>: \S*language_model \(llama\)"
+    with pytest.raises(UnsupportedError, match=choice) as caught:
         patch_model(model, "rope")
     assert "Not supported: " in str(caught.value) and "(siglip_vision_model)" in str(caught.value)
     patch_model(model, "rope", submodule="language_model")

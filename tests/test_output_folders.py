@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from pe_patch import cli, evaluate, export, patch_model
+from pe_patch import evaluate, export, patch_model
 from pe_patch.checkpoints import folders
 from pe_patch.checkpoints.exporters.tokenizer import save_tokenizer
 from pe_patch.checkpoints.folders import EXPORT, check_output, replaced_content
+from pe_patch.cli import main as cli
 from pe_patch.convert.measure import save
 from pe_patch.errors import OutputError, PePatchError
 from pe_patch.evaluation import write_report

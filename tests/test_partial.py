@@ -1,4 +1,4 @@
-"""A scheme on some of the layers, or added to what the model has."""
+"""Test a scheme on some layers, and a scheme added to the native positions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("family", "backend", "name", "arguments"), CELLS)
-def test_parts_and_additions(family, backend, name, arguments):
+def test_a_scheme_on_one_layer_or_beside_native_positions_is_consistent_and_undone(family, backend, name, arguments):
     model, ids = build(family), tokens(2, 48)
     before, native = snapshot(model), logits(model, ids)
     with_all = logits(put(model, name, backend=backend), ids)
@@ -64,7 +64,7 @@ def test_parts_and_additions(family, backend, name, arguments):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ROTARY_FAMILIES)
-def test_native_positions_on_one_layer_change_nothing(family, backend):
+def test_native_positions_on_one_layer_change_no_bit(family, backend):
     model, ids = build(family, attn_implementation=backend), tokens(2, 48)
     native = logits(model, ids), cached_logits(model, ids, 44)
     for scheme, options in (("rope", {}), ("yarn", {"factor": 1.0})):
@@ -74,7 +74,7 @@ def test_native_positions_on_one_layer_change_nothing(family, backend):
         unpatch_model(model)
 
 
-def test_every_way_to_name_layers():
+def test_every_form_of_layers_selects_the_same_layers():
     model, ids = build("llama", num_hidden_layers=4), tokens(1, 20)
     found = []
     for layers in ([1, 3], slice(1, None, 2), lambda index: index % 2 == 1, [-1, -3], range(1, 4, 2)):

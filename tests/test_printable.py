@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pe_patch import load_patched
-from pe_patch.cli import main
+from pe_patch.cli.main import main
 from pe_patch.cli.output import PrintableFormatter, console
 from pe_patch.errors import CheckpointError, PePatchError, printable
 from pe_patch.evaluation.charts.chart import Chart, data

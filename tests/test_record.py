@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pe_patch import describe, load_patched, patch_model, unpatch_model
-from pe_patch.cli import main
+from pe_patch.cli.main import main
 from pe_patch.errors import CheckpointError, OptionError, PePatchError
 from pe_patch.patching.peft_record import TENSORS
 

@@ -1,4 +1,4 @@
-"""A scheme of one's own that replaces the projections, against a model that Transformers builds that way."""
+"""Compare a user-defined scheme that replaces projections with a Transformers model built that way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pe_patch.schemes.rope import rotate
 from .models import build, cached_logits, error, logits, snapshot, tokens, unchanged
 
 
-class Shared(nn.Module):
-    """One key and one value for all heads: the means of the trained ones (Shazeer 2019; Ainslie et al. 2023)."""
+class MultiQueryProjections(nn.Module):
+    """Project to one key and one value head, the means of the trained ones (Shazeer 2019; Ainslie et al. 2023)."""
 
     groups = 4
-    """Query heads to a key head, for what repeats keys."""
+    """Number of query heads per key head."""
 
     def __init__(self, of: Projections) -> None:
         super().__init__()
@@ -39,20 +39,20 @@ class Shared(nn.Module):
 
 
 class MultiQuery(ProjectionScheme):
-    name = "multi_query"
+    name = "mqa"
     mechanism = "another attention"
     keeps_rotation = True
     converts = True
 
     def replace(self, projections, seen):
-        return Shared(projections)
+        return MultiQueryProjections(projections)
 
     def attend(self, query, key, value, positions, core):
         return core(query, key, value, positions)
 
 
-def multi_query(model):
-    """The same as Transformers builds it."""
+def multi_query_llama(model):
+    """Return a Llama with one key head, whose weights are the means of the model's."""
     built = build("llama", num_key_value_heads=1)
     weights = model.state_dict()
     for name in list(weights):
@@ -63,9 +63,9 @@ def multi_query(model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_it_is_the_model_that_transformers_builds(attention):
+def test_multi_query_attention_equals_a_llama_with_one_key_head(attention):
     model = build("llama")
-    expected, before = multi_query(model), snapshot(model)
+    expected, before = multi_query_llama(model), snapshot(model)
     patch_model(model, MultiQuery, backend=attention)
     ids = tokens(2, 30)
     assert error(logits(model, ids), logits(expected, ids)) < 1e-5
@@ -77,9 +77,9 @@ def test_it_is_the_model_that_transformers_builds(attention):
     assert unchanged(before, snapshot(model))
 
 
-def test_it_needs_a_family_whose_projections_are_known_and_an_attend():
+def test_replacing_projections_needs_a_supported_family_and_attend():
     with pytest.raises(UnsupportedError, match="this family does not"):
         patch_model(build("bloom"), MultiQuery)
-    alone = type("Alone", (MultiQuery,), {"attend": Scheme.attend})
+    alone = type("NoAttend", (MultiQuery,), {"attend": Scheme.attend})
     with pytest.raises(PePatchError, match="attend"):
         patch_model(build("llama"), alone)

@@ -1,4 +1,4 @@
-"""Every family saves under every mechanism, and a fresh process reads back the same logits; or the pair is refused."""
+"""Test that every family saves and loads with a scheme of each mechanism, in a new process, unless it is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEMES: dict[str, dict] = {
 """One of each mechanism: absolute, none, static rotary, length-dependent, bias, content-relative, two-range, another
 attention."""
 LENGTHS = (20, 48)
-"""Token 0 is left out of the comparison: where the two ends are tied, Transformers sets its row to zero on loading."""
+"""The comparison leaves out token 0, whose row Transformers sets to zero on loading if embeddings are tied."""
 LATENT = {*FOLDING, "deepseek_v2"}
 SOFT_CAPPED = {"gemma2"}
 
@@ -65,28 +65,28 @@ torch.save(found, root + "/" + sys.argv[1] + ".pt")
 """
 
 
-def patched(family: str, scheme: str):
-    model = build(family, "eager" if family in SOFT_CAPPED else None, num_hidden_layers=2, **extra(family))
+def patched_model(family: str, scheme: str):
+    model = build(family, "eager" if family in SOFT_CAPPED else None, num_hidden_layers=2, **two_layers(family))
     options = dict(SCHEMES[scheme])
     if ADAPTERS[family].rotary is None and scheme in ("yarn", "dynamic_ntk", "self_extend"):
         options["original_max_position_embeddings"] = WINDOW
     if family == "gemma3_text" and scheme in ("yarn", "dynamic_ntk", "self_extend"):
-        options["layers"] = [1]  # where layers turn by different bases, a scaling is for one of them
+        options["layers"] = [1]  # where layer types have different bases, a scaling is for one of them
     if scheme == "shaw" and family in LATENT:
-        options["values"] = False  # its table has the size of a query, which is not that of a value there
+        options["values"] = False  # its table has the width of a query, and values have another width there
     if scheme == "mla" and family in LATENT:
         options = {}  # the family has latents already
     return patch_model(model, scheme, **options)
 
 
-def extra(family: str) -> dict:
-    """Two layers for all, of the kinds that the family has."""
+def two_layers(family: str) -> dict:
+    """Return the layer types of two layers, for a family that has several."""
     return {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3_text" else {}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """The logits of all saved models, the pairs that were refused, what Transformers printed, what readers found."""
+def saved_models(tmp_path_factory):
+    """Save all models; return their folder, logits, refusals, natively saved names, and what the readers loaded."""
     root = tmp_path_factory.mktemp("saving")
     ids = torch.randint(3, VOCABULARY, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(2))
     torch.save(ids, root / "ids.pt")
@@ -97,12 +97,12 @@ def written(tmp_path_factory):
     handler.emit = lambda record: printed.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the readers do: another number adds in another order
+    torch.set_num_threads(1)  # as in the readers, since the number of threads changes the order of sums
     for family in TEXT:
         for scheme in SCHEMES:
             folder = f"{family}-{scheme}"
             try:
-                model = patched(family, scheme)
+                model = patched_model(family, scheme)
             except UnsupportedError as error:
                 refused[folder] = str(error)
                 continue
@@ -124,9 +124,9 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", TEXT)
-def test_saved_under_every_mechanism(family, scheme, written):
-    """`AutoModelForCausalLM` gives the patched logits with pe_patch imported, and an error that helps without it."""
-    _, expected, refused, native, found = written
+def test_saved_models_load_with_the_same_logits_or_an_error_that_helps(family, scheme, saved_models):
+    """`AutoModelForCausalLM` gives the patched logits with pe_patch imported, and a helpful error without it."""
+    _, expected, refused, native, found = saved_models
     folder = f"{family}-{scheme}"
     if folder in refused:
         assert scheme not in ("sinusoidal", "nope", "yarn")  # which every family takes

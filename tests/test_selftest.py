@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pe_patch import cli
+from pe_patch.cli import main as cli
 from pe_patch.doctor import selftest
 from pe_patch.doctor.self_test import checks, models, result
 from pe_patch.patching import plan

@@ -177,9 +177,10 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(PePatchError, match="is not patched"):
         shift_attention(build("llama"), GROUPS)
     model = patch_model(build("llama"), "rope")
-    for groups in (1, 0, True, 2.0, None):
+    wrong: tuple[Any, ...] = (1, 0, True, 2.0, None)
+    for groups in wrong:
         with pytest.raises(OptionError, match="at least 2"):
-            shift_attention(model, groups)  # type: ignore[arg-type]
+            shift_attention(model, groups)
     odd = patch_model(build("llama", hidden_size=48, num_attention_heads=3, num_key_value_heads=3), "rope")
     with pytest.raises(OptionError, match="has 3"):
         shift_attention(odd, GROUPS)

@@ -1,4 +1,4 @@
-"""A layer that slides keeps the newest keys only; positions follow it, in a cache that grows and in a static one."""
+"""Test layers with a sliding window, which keep only the newest keys, with a dynamic and with a static cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CACHES = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_cached_equals_full_beyond_the_sliding_window(kind, scheme, cache):
+def test_decoding_with_a_sliding_cache_equals_the_full_pass(kind, scheme, cache):
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     patch_model(model, scheme, **SCHEMES[scheme])

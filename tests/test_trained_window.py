@@ -13,10 +13,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pe_patch import ADAPTERS, NoEffectError, UnsupportedError, cli, describe, load_patched, patch_model
+from pe_patch import ADAPTERS, NoEffectError, UnsupportedError, describe, load_patched, patch_model
 from pe_patch.adapters.trained_window import authors_word, trained_window
 from pe_patch.advice import advise
 from pe_patch.checkpoints.sources import empty_model
+from pe_patch.cli import main as cli
 from pe_patch.doctor import diagnose, examine
 from pe_patch.errors import OptionError
 from pe_patch.patching.api import unpatch_model

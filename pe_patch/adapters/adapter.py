@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
@@ -49,7 +50,7 @@ class Adapter:
     """The two dimensions of a rotated pair are neighbours; otherwise they are half a head apart."""
     embedding_multiplier: str | None = None
     """Attribute of the base model: the factor that it multiplies `inputs_embeds` by. None if there is no factor."""
-    rotates: str | Callable[[Any], bool] | None = None
+    rotates: str | Callable[[nn.Module], bool] | None = None
     """Attribute of an attention, or function of it, that is true if this layer rotates. None if all layers do."""
     late_norm: bool = False
     """A norm with weights follows the rotation of queries and keys, so that the rotation cannot move to the scores."""
@@ -69,15 +70,15 @@ class Adapter:
     """Number of rows of that table before the row of position zero."""
     alibi: bool = False
     """The family adds an ALiBi bias to its scores."""
-    forward: Callable[..., Any] | None = None
+    forward: Callable[..., object] | None = None
     """Replacement for the forward of the attention, for a family that does not call the attention interface; else
     None."""
-    carry: Callable[..., dict[str, Any]] | None = None
+    carry: Callable[..., dict[str, object]] | None = None
     """Function that passes positions to the attention of a base model that drops keyword arguments; else None. Use with
     `forward`."""
-    keep_positions: Callable[..., Any] | None = None
+    keep_positions: Callable[..., object] | None = None
     """Wrapper of the base model's forward that stores what `carry` added; else None. Use with `build_bias`."""
-    build_bias: tuple[str, Callable[..., Any]] | None = None
+    build_bias: tuple[str, Callable[..., object]] | None = None
     """Name of the base model's method that builds the native bias, and its replacement; else None. Use with `carry`."""
     projections: ProjectionNames | None = None
     """Names of the projections of an attention that can be converted to latents. None if it cannot."""
@@ -100,7 +101,7 @@ class Adapter:
             return "float32 tables"
         return "float32" if self.full_precision_product else "model"
 
-    def blocks(self, base: nn.Module) -> Any:
+    def blocks(self, base: nn.Module) -> nn.ModuleList:
         """Return the list of layers."""
         return attrgetter(self.layers)(base)
 
@@ -108,7 +109,7 @@ class Adapter:
         """Return the attention module of each layer, in order."""
         return [getattr(layer, self.attention) for layer in self.blocks(base)]
 
-    def layer_types(self, base: nn.Module, config: Any) -> list[str | None]:
+    def layer_types(self, base: nn.Module, config: PreTrainedConfig) -> list[str | None]:
         """Return the type of each layer, or None for each if all layers share their frequencies."""
         count = len(self.blocks(base))
         return list(config.layer_types)[:count] if self.typed else [None] * count
@@ -119,14 +120,14 @@ class Adapter:
             return False
         return not (self.rotates(attention) if callable(self.rotates) else getattr(attention, self.rotates))
 
-    def softmax_scale(self, attention: Any, scheme: Scheme) -> float:
+    def softmax_scale(self, attention: nn.Module, scheme: Scheme) -> float:
         """Return the factor on the scores of this attention under a scheme: d^-1/2 M^2 for heads of d dimensions.
 
         M is 1 for a scheme without a `softmax_factor`. The order of operations is that of Transformers, so that the
         result is equal bit for bit.
         """
         factor = getattr(scheme, "softmax_factor", 1.0)
-        return attention.qk_head_dim**-0.5 * factor * factor
+        return cast(int, attention.qk_head_dim) ** -0.5 * factor * factor
 
     def rotary_embedding(
         self, base: nn.Module, scheme: Scheme | None, layer_type: str | None = None
@@ -142,12 +143,12 @@ class Adapter:
         width = 2 * frequencies_of(getattr(base, self.rotary), layer_type)[0].shape[-1]
         return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision)
 
-    def window(self, base: nn.Module, config: Any, layer: int = 0) -> TrainedWindow:
+    def window(self, base: nn.Module, config: PreTrainedConfig, layer: int = 0) -> TrainedWindow:
         """Return the window that the model was trained for, according to the scaling of this layer."""
         return trained_window(base, config, self.layer_types(base, config)[layer])
 
     def shape(
-        self, base: nn.Module, config: Any, layer: int = 0, window: TrainedWindow | None = None
+        self, base: nn.Module, config: PreTrainedConfig, layer: int = 0, window: TrainedWindow | None = None
     ) -> AttentionShape:
         """Return the sizes of one layer, from the built modules, or from the config if no module has them.
 
@@ -193,7 +194,7 @@ def frequencies_of(rotary: Any, layer_type: str | None) -> tuple[Tensor, Tensor]
     return inv_freq, getattr(rotary, f"{prefix}original_inv_freq", inv_freq)
 
 
-def native_theta(rotary: Any, config: Any, layer_type: str | None = None) -> float:
+def native_theta(rotary: Any, config: PreTrainedConfig, layer_type: str | None = None) -> float:
     """Return the base of the frequencies of a built rotary module.
 
     If the base in the config does not give the module's frequencies, compute the base from the frequencies: a config

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import Adapter
@@ -210,7 +211,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     )
 
 
-def _slowest_layers(adapter: Adapter, base: nn.Module) -> tuple[str | None, tuple[int, ...]]:
+def _slowest_layers(adapter: Adapter, base: PreTrainedModel) -> tuple[str | None, tuple[int, ...]]:
     """Return the layer type with the largest base and its layers; no layers if there is only one type."""
     layer_types: list[Any] = adapter.layer_types(base, base.config)
     if len(set(layer_types)) < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..adapters.trained_window import OPTION
 from ..checkpoints.exporters.native import transformers_config
-from ..errors import PePatchError, UnsupportedError
+from ..errors import PePatchError, UnsupportedError, silence_log_warnings
 from ..patching.api import find_patch, patch_model, unpatch_model
 from ..patching.description import effective
 from ..patching.targets import find_adapter, find_stack
@@ -137,14 +136,9 @@ def _exports(patch: Any) -> bool:
 @contextmanager
 def patched_quietly(model: Any, scheme: str, options: dict[str, Any]) -> Iterator[None]:
     """Patch the model inside the context, without log lines, and restore it afterwards."""
-    logger = logging.getLogger("pe_patch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with silence_log_warnings():
         patch_model(model, scheme, **options)
         try:
             yield
         finally:
             unpatch_model(model)
-    finally:
-        logger.setLevel(level)

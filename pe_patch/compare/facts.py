@@ -85,9 +85,9 @@ def peak_memory(model: Any, call: Callable[[], Any]) -> tuple[int | None, str]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    sizes = [event.nbytes() for event in events]  # pyright: ignore[reportAttributeAccessIssue]
+    sizes = [event.nbytes() for event in events]
     return max(accumulate(sizes, initial=0)), "tensors' memory above start"
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 from rich.table import Table
 
 from ..evaluation.charts.chart import Chart
 from ..evaluation.charts.components import heat_map, tooltips
+from ..evaluation.charts.libraries import alt
 from ..evaluation.report import Entry, Section, write_report
 from ..evaluation.results import write_atomically
 from .compared_scheme import without_factor

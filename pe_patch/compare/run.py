@@ -19,13 +19,13 @@ from typing import Any
 
 from ..checkpoints import sources
 from ..data.packaged import shipped_recipes
-from ..errors import OptionError, PePatchError, UnknownNameError
+from ..errors import OptionError, PePatchError, UnknownNameError, silence_log_warnings
 from ..evaluation.model import windows
 from ..evaluation.run import DEPTHS
 from . import processes, timing, worker
 from .compared_scheme import ComparedScheme, parse_schemes
 from .comparison import Comparison, load
-from .settings import Folder, Settings, Training, load_recipe, quiet
+from .settings import Folder, Settings, Training, load_recipe
 
 FACTORS = (1, 2, 4, 8)
 """Default lengths as multiples of the window."""
@@ -191,7 +191,7 @@ def _check(settings: Settings) -> None:
     empty = sources.empty_model(settings.model)
     for compared in settings.contenders:
         try:
-            with quiet(), timing.applied(empty, compared):
+            with silence_log_warnings(), timing.applied(empty, compared):
                 pass
         except (OptionError, UnknownNameError):
             raise

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,18 +77,6 @@ class Settings:
             recipe = asdict(load_recipe(self.training))
             content["training"] = {"recipe": recipe, "from_scratch": self.training.from_scratch}
         return json.loads(json.dumps(content, default=str))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warning that a scheme needs training, which the comparison measures."""
-    logger = logging.getLogger("pe_patch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def load_recipe(training: Training) -> Any:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 
 from .. import compat
 from ..checkpoints import sources
-from ..errors import PePatchError
+from ..errors import PePatchError, silence_log_warnings
 from ..patching.api import patched
 from ..patching.targets import unwrap
 from . import facts
 from .compared_scheme import ComparedScheme
-from .settings import Folder, Settings, load_recipe, quiet, read_json, write_json
+from .settings import Folder, Settings, load_recipe, read_json, write_json
 
 DECODED = 5
 """Decoding steps in each round, of which the median counts."""
@@ -42,7 +42,7 @@ class Seconds:
 
 def time_all(settings: Settings, folder: Folder) -> None:
     """Time all schemes that work on the model, and write `timing.json`."""
-    with quiet():
+    with silence_log_warnings():
         _time_all(settings, folder)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import sources
-from ..errors import PePatchError
+from ..errors import PePatchError, silence_log_warnings
 from ..evaluation.run import evaluate
 from ..patching.api import patch_model
 from . import facts
 from .compared_scheme import ComparedScheme
-from .settings import Folder, Settings, Training, load_recipe, quiet, write_json
+from .settings import Folder, Settings, Training, load_recipe, write_json
 
 CHECKPOINT_EVERY = 200
 """Maximum number of training steps that a killed run loses."""
@@ -32,7 +32,7 @@ def work(settings: Settings, compared: ComparedScheme, folder: Folder) -> None:
     for stage in settings.stages:
         if not (here / stage / "finished.json").exists():
             try:
-                with quiet():
+                with silence_log_warnings():
                     steps[stage]()
             except NotPossible as error:
                 write_json(here / "unsupported.json", {"reason": str(error)})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .head_slices import Heads
 from .positions import Positions
@@ -24,7 +24,7 @@ class AttentionEngine(Protocol):
     Shapes: query `[batch, heads, query, head]`, key and value `[batch, key_heads, key, head]`.
     """
 
-    module: Any
+    module: nn.Module
     """The attention module that runs."""
     mask: Tensor | None
     """Attention mask `[batch | 1, 1, query, key]`, boolean or additive; None for a plain causal pass."""
@@ -32,9 +32,9 @@ class AttentionEngine(Protocol):
     """Factor on the dot products of queries and keys."""
     dropout: float
     """Dropout probability of the attention weights in training."""
-    backend: Any
+    backend: object
     """The `Backend` that computes the attention."""
-    extra: dict[str, Any]
+    extra: dict[str, object]
     """Further keyword arguments of the family's attention: soft cap, sinks, sliding window."""
     heads: Heads | None
     """The range of the model's heads that this process holds; None for all of them."""
@@ -81,7 +81,7 @@ class AttentionEngine(Protocol):
         key: Tensor,
         value: Tensor,
         positions: Positions,
-        scores: Callable[[Tensor, Tensor, Positions, Any], Tensor],
+        scores: Callable[[Tensor, Tensor, Positions, AttentionEngine], Tensor],
         also: Callable[[Tensor, Positions], Tensor] | None = None,
     ) -> Output:
         """Compute attention from scores that the scheme computes row by row.

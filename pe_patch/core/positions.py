@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Positions(NamedTuple):
     """Indices of the keys that a cache layer kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()
     """Result of `Scheme.prepare`, computed once for all layers."""
-    masks: tuple[Any, ...] | None = None
+    masks: tuple[object, ...] | None = None
     """Attention mask of each layer, under Ulysses, which drops the masks that layers get."""
 
     @property

@@ -21,7 +21,7 @@ from .head_slices import Heads, declared, part
 from .positions import Positions
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
 """Keyword arguments of `patch_model`; no option of a scheme may have one of these names."""
@@ -214,7 +214,7 @@ class Scheme(_Options, nn.Module):
         return {option.name for option in cls.declared_options()}
 
     @classmethod
-    def check_options(cls, options: dict[str, Any]) -> None:
+    def check_options(cls, options: Mapping[str, object]) -> None:
         """Raise `OptionError` for an option that does not exist or a required one that is missing."""
         declared = cls.declared_options()
         allowed = {option.name for option in declared}
@@ -232,7 +232,7 @@ class Scheme(_Options, nn.Module):
                     f"{label!r} needs the option {option.name!r}, for example {example}; it has no default."
                 )
 
-    def forward(self, hook: str, *arguments: Any) -> Any:
+    def forward(self, hook: str, *arguments: object) -> object:
         """Call a hook by name through `__call__`, so that module hooks that fetch offloaded or sharded weights run."""
         heads = getattr(arguments[-1], "heads", None) if hook == "attend" else None
         return getattr(self if heads is None else part(self, heads), hook)(*arguments)
@@ -261,13 +261,15 @@ class Scheme(_Options, nn.Module):
         """
         return None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         """Compute attention from the projected queries, keys and values; return what `engine` returns."""
         query, key = self.encode(query, key, positions)
         return engine(query, key, value, positions, bias=self if overrides(self, "bias") else None)
 
     @property
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, object]:
         """Return the options that are saved with the model."""
         return self.options
 
@@ -306,7 +308,7 @@ class Scheme(_Options, nn.Module):
         return entry
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         """Return the values that options left as None resolved to, by name."""
         return {}
 
@@ -335,7 +337,7 @@ class Scheme(_Options, nn.Module):
         """Return whether the encoding depends on the length of the sequence."""
         return False
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         """Return the `rope_parameters` with which Transformers computes the same logits; None if it cannot."""
         return None
 
@@ -437,6 +439,8 @@ class DistanceBias(Scheme):
         """Return a lower bound on how much each head's bias falls per token, `[heads]`; None if unknown."""
         return None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         check_heads(self, query)
         return engine(query, key, value, positions, bias=self)

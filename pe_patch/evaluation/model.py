@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -52,9 +52,9 @@ def windows(model: Any) -> tuple[int | None, int | None]:
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if getattr(model.config, "pe_patch", None):
-        effective = describe(model).to_dict()["effective"]
-        bound = effective.get("effective_window")
-        return effective.get("trained_window") or limit, bound if isinstance(bound, int) else None
+        effective = describe(model).effective
+        trained, bound = effective.get("trained_window"), effective.get("effective_window")
+        return cast("int | None", trained) or limit, bound if isinstance(bound, int) else None
     return trained_window(model, config).length, limit
 
 

@@ -33,11 +33,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from ..errors import PePatchError
 from .charts import DARK, LIGHT, Chart, charts_of, theme
+from .charts.libraries import jinja2, vl_convert
 from .results import (
     Cell,
     Pivot,
@@ -404,7 +404,6 @@ def _embedded_json(value: Any) -> str:
 @cache
 def _chart_library() -> str:
     """Return Vega, Vega-Lite and vega-embed as one minified script that defines `window.vegaEmbed`."""
-    import vl_convert
 
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     if "</script" in script.lower() or "<script" in script.lower():

@@ -9,9 +9,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import PePatchError
 from .context import EvaluationContext, PromptTemplate, WorkUnit
@@ -28,8 +30,8 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str | Task] | str | Task = ("perplexity", "needle"),
     lengths: Sequence[int] | int | None = None,
     *,
@@ -45,7 +47,7 @@ def evaluate(
     label: str | None = None,
     progress: bool = True,
     chat: bool = False,
-    task_options: Mapping[str, Any] | None = None,
+    task_options: Mapping[str, object] | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -90,7 +92,9 @@ def evaluate(
     if output is not None:
         output = Path(output).expanduser()
         name = label or scheme_label(model)
-        check_results_folder(output, scheme=name, inputs=[model.config.name_or_path, text], overwrite=overwrite)
+        check_results_folder(
+            output, scheme=name, inputs=[cast(PreTrainedConfig, model.config).name_or_path, text], overwrite=overwrite
+        )
     native, effective = windows(model)
     chosen = _with_retrieval(_find_tasks(tasks, task_options), retrieval)
     checked_lengths = _check_lengths(lengths, effective, beyond_window)

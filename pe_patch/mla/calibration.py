@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, quoted
 
-Calibration = Tensor | Sequence[Any] | str
-"""Token ids without padding, `[rows, length]` or rows of any lengths; or texts."""
+Calibration = str | Iterable[str] | Tensor | Iterable[Tensor] | Iterable[Sequence[int]] | Mapping[str, object]
+"""Texts; token ids without padding, `[rows, length]` or rows of any lengths; or what a tokenizer returns."""
 Tokenize = Callable[[list[str]], list[list[int]]]
 """A function that returns the token ids of texts."""
 

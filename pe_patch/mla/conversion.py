@@ -131,7 +131,7 @@ def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer
             kept_statistics = layer_statistics if scheme.latent_norm else None
             conversion.latents[index] = (projections[index], latents, kept_statistics)
 
-    stream(base, adapter.blocks(base), attentions, rows, each, done=done)
+    stream(base, list(adapter.blocks(base)), attentions, rows, each, done=done)
     return conversion
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from ..core.projections import Projections
+from ..core.projections import Projections, Statistics
 from ..core.scheme import Scheme
 
 
@@ -27,7 +28,7 @@ class ProjectionScheme(Scheme):
     restored = False
     """The weights of the new modules come from a checkpoint, so none are computed."""
 
-    def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
+    def replace(self, projections: Projections, seen: Statistics | None) -> nn.Module | None:
         """Return a module that replaces one layer's query, key and value projections.
 
         The module is called as `module(hidden, cos, sin)` with hidden `[batch, length, hidden]` and the rotation of the
@@ -40,7 +41,7 @@ class ProjectionScheme(Scheme):
         """
         return None
 
-    def observe(self, projections: Projections, hidden: Tensor, seen: Any) -> Any:
+    def observe(self, projections: Projections, hidden: Tensor, seen: Statistics | None) -> Statistics | None:
         """Add statistics of calibration tokens to `seen`, and return it.
 
         Args:
@@ -74,7 +75,7 @@ class ProjectionScheme(Scheme):
         return 1.0
 
     @classmethod
-    def touches_rotation(cls, options: dict[str, Any]) -> bool:
+    def touches_rotation(cls, options: Mapping[str, object]) -> bool:
         """Return whether the scheme, with these options, replaces the rotation of the model's config."""
         return True
 
@@ -96,6 +97,6 @@ def keeps_rotation(scheme: Scheme) -> bool:
     return isinstance(scheme, ProjectionScheme) and scheme.keeps_rotation
 
 
-def touches_rotation(scheme: type[Scheme], options: dict[str, Any]) -> bool:
+def touches_rotation(scheme: type[Scheme], options: Mapping[str, object]) -> bool:
     """Return whether a scheme, with these options, replaces the rotation of the model's config."""
     return not issubclass(scheme, ProjectionScheme) or scheme.touches_rotation(options)

@@ -18,6 +18,7 @@ from ..schemes.registry import register_scheme
 from ..schemes.rope import Rotary
 from . import attention as over_latents
 from .attention import Features, LatentAttention, LatentSizes
+from .calibration import Calibration
 from .checks import DECOMPOSITIONS, METHODS, SELECTIONS, check_freqfold, refuse_unused
 from .convert import convert, full_rank, truncated, widest_rank
 from .protocol import ProjectionScheme
@@ -25,7 +26,7 @@ from .sizes import FRESH, fit_ratio, nope_dim, rope_heads
 from .statistics import gather
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 CONVERSION = (
     "kv_rank", "cache_ratio", "max_loss", "rope_dim", "method", "calibration", "seed", "latent_norm", "select", "svd",
@@ -68,7 +69,7 @@ class MLA(ProjectionScheme):
     components of the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: a selection of rotary dimensions,
     singular vectors of the weights), "svd" (the rotary step of "transmla", the singular vectors of "mha2mla") or "init"
     (random weights, to train from scratch)."""
-    calibration: Any = None
+    calibration: Calibration | None = None
     """Token ids (`[rows, length]`, or lists of them) or texts. "mha2mla" needs them only for select="2-norm",
     `latent_norm` or `max_loss`."""
     seed: int = 0
@@ -89,7 +90,7 @@ class MLA(ProjectionScheme):
     factor: float | None = None
     """Extend the window by this factor with YaRN on the rotary dimensions, with DeepSeek's factor on the softmax
     scale."""
-    over: str | Mapping[str, Any] | None = None
+    over: str | Mapping[str, object] | None = None
     """Another static rotary scheme for the rotary dimensions, as a name or a dict."""
 
     def setup(self) -> None:
@@ -236,7 +237,7 @@ class MLA(ProjectionScheme):
         return self.method != "mha2mla" or by_norms or self.latent_norm or self.loss_bound is not None
 
     @property
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, object]:
         """Return the options to save with the model: with the resulting sizes, without calibration text."""
         if not self.converting:
             return dict(self.options)
@@ -248,7 +249,7 @@ class MLA(ProjectionScheme):
         return ", ".join(f"{key}={value}" for key, value in self.recorded.items())
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         if not self.converting:
             rope = self.shape.rotary_dim
             return {"cached_per_token_and_layer": f"{self.rank + rope} numbers, decoded without expanding them"}
@@ -322,7 +323,7 @@ class MLA(ProjectionScheme):
         return self.inner is None and not self.converting
 
     @classmethod
-    def touches_rotation(cls, options: dict[str, Any]) -> bool:
+    def touches_rotation(cls, options: Mapping[str, object]) -> bool:
         return options.get("factor") is not None or options.get("over") is not None
 
     @property
@@ -333,7 +334,7 @@ class MLA(ProjectionScheme):
     def native_window(self) -> int | None:
         return None if self.inner is None else self.inner.native_window
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         return None if self.inner is None or self.converting else self.inner.native()
 
     # ---- conversion
@@ -373,7 +374,7 @@ class MLA(ProjectionScheme):
             norm=self.latent_norm,
         )
 
-    def replace(self, projections: Projections, seen: Any) -> nn.Module | None:
+    def replace(self, projections: Projections, seen: Statistics | None) -> nn.Module | None:
         if self.restored or self.method == FRESH:
             return self.fresh(projections)
         return self.filled(projections, self.convert(projections, seen))
@@ -394,7 +395,9 @@ class MLA(ProjectionScheme):
 
     # ---- attention
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         """Compute attention over the cached tensors: `key` is latents `[batch, 1, key, rank]`, `value` rotated keys."""
         heads: Any = engine.module.mla
         return over_latents.attention(heads, query, key, value, engine)

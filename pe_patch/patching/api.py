@@ -33,7 +33,7 @@ from .targets import Layers, resolve, unwrap
 
 logger = logging.getLogger("pe_patch")
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def find_patch(model: Any) -> Patch | None:
@@ -47,7 +47,7 @@ def find_patch(model: Any) -> Patch | None:
 
 def patch_model(
     model: Model,
-    scheme: str | Scheme | type[Scheme] | Mapping[str, Any],
+    scheme: str | Scheme | type[Scheme] | Mapping[str, object],
     *,
     on_existing: str = "error",
     backend: str | None = None,
@@ -56,7 +56,7 @@ def patch_model(
     submodule: str | None = None,
     keep_native: bool = False,
     strict: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Model:
     """Replace the positional logic of a loaded model in place, and return the model.
 
@@ -163,7 +163,7 @@ def _earlier_patch(model: Any, on_existing: str) -> Patch | None:
     return earlier
 
 
-def unpatch_model(model: Any) -> Any:
+def unpatch_model(model: Model) -> Model:
     """Undo the patch of a model bit for bit, and return the same object.
 
     If an earlier call was interrupted, this call finishes its work.
@@ -182,7 +182,9 @@ def unpatch_model(model: Any) -> Any:
 
 
 @contextmanager
-def patched(model: Any, scheme: str | type[Scheme] | dict[str, Any], **arguments: Any) -> Iterator[Any]:
+def patched(
+    model: Model, scheme: str | Scheme | type[Scheme] | Mapping[str, object], **arguments: Any
+) -> Iterator[Model]:
     """Patch a model for a `with` block, and undo the patch at its end, also after an exception.
 
     With `on_existing="replace"` the earlier patch of the model, if any, is restored at the end.

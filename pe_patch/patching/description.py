@@ -40,7 +40,7 @@ class Description:
     """`config.model_type` of the patched stack."""
     scheme: str
     """Name of the scheme."""
-    options: dict[str, Any]
+    options: dict[str, object]
     """Options of the scheme."""
     layers: list[int]
     """Indices of the patched layers."""
@@ -50,14 +50,14 @@ class Description:
     """Name of the attention implementation."""
     keep_native: bool
     """The native positions remain beside the scheme."""
-    effective: dict[str, Any]
+    effective: dict[str, object]
     """The numbers in effect: theta, trained and effective window in tokens, attention factor, wavelengths."""
     replaced: list[Replaced] = field(default_factory=list)
     """The replaced attributes by which the model computes otherwise."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Paths of all other replaced attributes, by the reason why `replaced` leaves them out."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the description as plain lists, dicts, numbers and strings."""
         return asdict(self)
 
@@ -90,7 +90,7 @@ class Description:
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def describe(model: Any) -> Description:
+def describe(model: nn.Module) -> Description:
     """Return a description of the patch of a model.
 
     Args:

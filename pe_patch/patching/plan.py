@@ -58,7 +58,7 @@ from .peft import saving_swaps
 from .targets import Target
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 ROTARY_MODULES = (PatchedRotaryEmbedding, PerLayerTypeRotary)
 
@@ -505,7 +505,9 @@ class Stacked:
         """Call a hook by its name."""
         return getattr(self, hook)(*arguments)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         """Return the attention of the encoder, which calls that of the scorer."""
         through = cast("AttentionEngine", _SchemeEngine(engine, self.scorer))
         return self.encoder("attend", query, key, value, positions, through)

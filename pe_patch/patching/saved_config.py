@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -40,6 +40,7 @@ class Marked(compat.StoredImplementation):
     """A mixin for config classes that validates the values from before the patch and saves for pe_patch alone."""
 
     native_class: type[PreTrainedConfig]
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]]
 
     @property
     def saved_as(self) -> str:
@@ -70,11 +71,11 @@ class Marked(compat.StoredImplementation):
         super().__setattr__(name, value)
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        values = json.loads(self.native_class.to_json_string(self, use_diff))  # type: ignore[arg-type]
+        values = json.loads(self.native_class.to_json_string(cast(PreTrainedConfig, self), use_diff))
         return json.dumps(marked_values(values, self.native_class), indent=2, sort_keys=True) + "\n"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.native_class.to_json_string(self)}"  # type: ignore[arg-type]
+        return f"{type(self).__name__} {self.native_class.to_json_string(cast(PreTrainedConfig, self))}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self.native_class,), self.__dict__

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 LARGEST_SLOPE = 1e4
 LARGEST_SANDWICH = 8192
@@ -180,7 +180,9 @@ class T5(DistanceBias):
         buckets = t5_buckets(positions.distance, self.num_buckets, self.max_distance, both_ways)
         return nn.functional.embedding(buckets, wide(self.table)).permute(0, 3, 1, 2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         if engine.causal:
             return super().attend(query, key, value, positions, engine)
         check_heads(self, query)

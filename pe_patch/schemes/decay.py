@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .registry import register_scheme
 from .rope import Rotation
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 ROWS = 256
 """Number of queries that share one centre."""
@@ -71,7 +71,9 @@ class XPos(Rotation):
         tables = (*self.cos_sin(positions.query), *self.cos_sin(positions.key))
         return (*tables, torch.tensor(jumps, device="cpu"))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         check_causal(self, engine)
         cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
         if positions.kept is not None:

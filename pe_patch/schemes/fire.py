@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..core.scheme import Scheme, causal_distance, check_causal, check_heads, wi
 from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 EPSILON = 1e-6
 
@@ -80,7 +80,9 @@ class FIRE(Scheme):
         assert isinstance(result, Tensor)
         return result
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         check_heads(self, query)
         check_causal(self, engine)
         return engine(query, key, value, positions, bias=self)

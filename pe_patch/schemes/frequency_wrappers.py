@@ -22,7 +22,7 @@ WINDOW = "original_max_position_embeddings"
 
 
 def build_inner(
-    scheme: str, over: str | Mapping[str, Any] | None, shape: AttentionShape, theta: Any, window: Any
+    scheme: str, over: str | Mapping[str, object] | None, shape: AttentionShape, theta: Any, window: Any
 ) -> tuple[Rotary, int | None]:
     """Build the rotary scheme that `over` names (a name, or a dict in any config format; plain RoPE when None).
 
@@ -57,7 +57,7 @@ class Over(Rotary):
 
     """
 
-    over: str | Mapping[str, Any] | None = None
+    over: str | Mapping[str, object] | None = None
     """The other scheme, a name or a dict with its options; None for plain RoPE."""
 
     def setup(self) -> None:

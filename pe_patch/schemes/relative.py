@@ -17,7 +17,7 @@ from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 
 class ContentRelative(Scheme):
@@ -88,7 +88,9 @@ class Shaw(ContentRelative):
         """Return the table index of each pair, `[batch | 1, 1, query, key]`."""
         return (self.max_distance - positions.distance.clamp(-self.max_distance, self.max_distance))[:, None]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         values, reach = self._value_table, self.max_distance + 1
         on_values = self.value_vectors(reach)
         fast = engine.clipped(
@@ -178,7 +180,9 @@ class TransformerXL(ContentRelative):
     def _projected(self, sinusoids: Tensor, layer: int) -> Tensor:
         return sinusoids.to(self._by_head(layer).dtype) @ self._by_head(layer).transpose(1, 2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         check_heads(self, query)
         check_causal(self, engine)
         (sinusoids,) = positions.prepared or self.prepare(positions)
@@ -262,7 +266,9 @@ class CoPE(ContentRelative):
         self.max_positions = check_table("cope", "max_positions", entries, shape.head_dim)
         self.table = nn.Parameter(torch.zeros(shape.head_dim, entries))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         check_causal(self, engine)
 
         def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:

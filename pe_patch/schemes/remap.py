@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class Windowed(Remapped):
         return min(512, self.trained_window // 2)
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         return {"near_window": self.near}
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
@@ -186,7 +185,7 @@ class SelfExtend(Windowed):
         return self._reach()
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         return {"group": self.group_size, **super().resolved_options}
 
     def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
@@ -225,7 +224,7 @@ class DCA(Remapped):
         self.unit = self.chunk - self.local
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         return {"chunk_size": self.chunk, "local_window": self.local}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -275,7 +274,7 @@ class STRING(Remapped):
         return inv_freq, factor * self.scale
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         return {"shift": self.far_shift, "near_window": self.near}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -308,7 +307,7 @@ class LMInfinite(Remapped):
         self.sinks = self.tokens("sinks", self.sinks, 10)
 
     @property
-    def resolved_options(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, object]:
         return {"near_window": self.near}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .frequency_wrappers import build_inner
 from .rope import RotaryTransform, Rotation
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 
 SAMPLED, ROWS = 4096, 64
@@ -59,7 +59,7 @@ class Remapped(Rotation):
     training_free = True
     head_sharded_attributes = SHARED
 
-    over: str | Mapping[str, Any] | None = None
+    over: str | Mapping[str, object] | None = None
     """A static rotary scheme that gives frequencies, attention factor and window, a name or a dict with its options;
     None for plain RoPE."""
 
@@ -112,7 +112,9 @@ class Remapped(Rotation):
         sharpness = self.sharpness(positions.query)
         return prepared if sharpness is None else (*prepared, sharpness)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         check_causal(self, engine)
         zones, tables = self.zones(positions), positions.prepared
         at_query, at_key = [zone.query for zone in zones], [zone.key for zone in zones]
@@ -178,7 +180,7 @@ class Remapped(Rotation):
         plain = (query[:, None] - key).double()
         return not torch.equal(self._distances(query, key)[plain >= 0], plain[plain >= 0])
 
-    def tokens(self, option: str, value: Any, default: int) -> int:
+    def tokens(self, option: str, value: object, default: int) -> int:
         """Return the value of an option that counts tokens, from 1 to the trained window."""
         given = check_length(self.name, option, value)
         if given is not None and given > self.trained_window:

@@ -17,7 +17,7 @@ from ..errors import OptionValueError, UnsupportedError
 from .registry import register_scheme
 
 if TYPE_CHECKING:
-    from ..core.engine import AttentionEngine
+    from ..core.engine import AttentionEngine, Output
 
 
 def rotate(
@@ -313,7 +313,9 @@ class Rotary(Rotation):
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output:
         choice, tables = positions.prepared[0], positions.prepared[1:]
         output = None
         for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
@@ -321,6 +323,7 @@ class Rotary(Rotation):
             rotated = engine.after_rotation(rotated[0]), engine.after_rotation(rotated[1])
             other = engine(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
             output = other if output is None else engine.where((choice == step)[:, :, None, None], other, output)
+        assert output is not None
         return output
 
 
@@ -400,14 +403,14 @@ class Scaled(Rotary):
     def effective_window(self) -> int | None:
         return None if self.fixed_factor is None else int(self.fixed_factor * self.trained_window)
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         if self.fixed_factor is None:
             return None
         if self.fixed_factor == 1 and self.unscaled()[1] == 1:
             return native_parameters(self, "default")
         return self.native_scaled(self.fixed_factor)
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         """Return Transformers' `rope_parameters` for a fixed s > 1, or None if it has no such type."""
         return None
 
@@ -423,7 +426,7 @@ class Linear(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return self.plain_frequencies() / factor, 1.0
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         return native_parameters(self, "linear", factor=factor)
 
 
@@ -447,8 +450,8 @@ class NTK(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return self.plain_frequencies(self.scaled_theta(factor)), 1.0
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
-        return native_parameters(self, "default") | {"rope_theta": self.scaled_theta(factor)}
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
+        return {**native_parameters(self, "default"), "rope_theta": self.scaled_theta(factor)}
 
 
 def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -> Tensor:
@@ -519,7 +522,7 @@ class Llama3(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         return scale_by_rotations(self, factor, self.low, self.high), 1.0
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         return native_parameters(
             self,
             "llama3",

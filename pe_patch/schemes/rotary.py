@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class RoPE(Rotary):
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         return self.plain_frequencies(), 1.0
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         return native_parameters(self, "default")
 
 
@@ -82,7 +82,7 @@ class Proportional(Scaled):
         turning = self.plain_frequencies(pairs=self.turning) / self.factor_at(length)
         return nn.functional.pad(turning, (0, self.dim // 2 - self.turning)), 1.0
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         if self.dim != self.shape.head_dim or self.fixed_factor is None:
             return None  # Transformers counts the proportion of the whole head
         return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.fixed_factor)
@@ -130,7 +130,7 @@ class DynamicNTK(Rotary):
     def native_window(self) -> int | None:
         return self.trained_window  # Transformers takes L from max_position_embeddings
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         if self.regime_start > self.trained_window:
             return None
         return native_parameters(self, "dynamic", factor=self.factor)
@@ -192,7 +192,7 @@ class LongRoPE(Rotary):
     def effective_window(self) -> int | None:
         return max(int(self.extension * self.trained_window), self.longest_expected or 0)
 
-    def native(self) -> dict[str, Any] | None:
+    def native(self) -> dict[str, object] | None:
         return native_parameters(
             self,
             "longrope",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ class YaRN(Scaled):
         kept = 1 - self.ramp()
         return slowed * (1 - kept) + plain * kept, self.attention_factor_at(factor)
 
-    def native_scaled(self, factor: float) -> dict[str, Any] | None:
+    def native_scaled(self, factor: float) -> dict[str, object] | None:
         values = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate, **self.given}
         values.setdefault("attention_factor", self.attention_factor_at(factor))
         return native_parameters(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import altair as alt
-
 from ..evaluation.charts.chart import Chart, data
 from ..evaluation.charts.components import scheme_encoding
+from ..evaluation.charts.libraries import alt
 from .evolution import Scored
 from .space import Factors
 

@@ -7,11 +7,10 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from ..evaluation.results import write_atomically
 from . import curve
 from .data import mix_table
+from .libraries import OmegaConf
 from .plan import duration
 from .recipe import Recipe
 

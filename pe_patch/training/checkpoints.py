@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from .engines import Engine
+from .libraries import OmegaConf
 from .recipe import Recipe, RecipeError
 
 LASTING = ("model", "tokenizer", "scheme", "lora", "distill", "data", "phases", "optimizer", "mixed_precision", "seed")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class OutputHead:
                     f"{self.family} calls its output layer {len(outputs)} times in a forward pass, so its loss "
                     f"cannot be chunked: {REMEDY}."
                 )
-            return CausalLMOutput(loss=outputs.pop())  # pyright: ignore[reportArgumentType]
+            return CausalLMOutput(loss=cast(torch.FloatTensor, outputs.pop()))
 
         with self._bound(at_layer, at_model, behind_layer):
             yield
@@ -234,7 +234,8 @@ class Scorer:
                 return total + self.distill.weight * kl
 
             grads = torch.is_grad_enabled()
-            return _Chunks.apply(score, self.loss.chunk, grads, rows, *self.head.trainable)  # pyright: ignore
+            total = _Chunks.apply(score, self.loss.chunk, grads, rows, *self.head.trainable)
+            return cast(Tensor, total)
 
         with self.head.replaced(compute):
             objective = model(**inputs).loss

@@ -12,9 +12,8 @@ SMOOTHED = 0.1
 
 def picture(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bytes:
     """Return a PNG with the loss of each step and, for each length, the held-out losses and scores by step."""
-    import altair as alt
-
     from ..evaluation.charts.chart import Chart, data
+    from ..evaluation.charts.libraries import alt
 
     x = alt.X("step:Q", title="step")
     window = max(1, round(SMOOTHED * len(steps)))

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ..data.packaged import shipped_recipes
 from ..errors import nearest
 from ..schemes.registry import SCHEMES
+from .libraries import DictConfig, OmegaConf, OmegaConfBaseException
 from .recipe import VERSION, Recipe, RecipeError
 
 

@@ -9,8 +9,8 @@ import argparse
 import sys
 from typing import Any
 
+from ..compat import require_extra
 from ..errors import PePatchError
-from . import requires as requires  # before what imports the packages of the extra
 from .guard import TERMINATED_EXIT_CODE, PostTrainingError, Terminated
 from .reading import load_recipe
 from .recipe import Recipe, RecipeError
@@ -24,6 +24,7 @@ EXIT_CODES: dict[type[PePatchError], int] = {RecipeError: 2, Terminated: TERMINA
 
 def train(recipe: Recipe) -> Any:
     """Run the recipe and return the trained model, also saved in `<output>/model`. A dry run trains nothing."""
+    require_extra("train")  # the picture comes last, and nothing may be lost then
     trainer = Trainer(recipe)
     return trainer.show_plan() if recipe.dry_run else trainer.run()
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch import cli
+from pe_patch.cli import main as cli
 
 from ..evaluation_doubles import make_tokenizer, tiny_llama
 

@@ -17,7 +17,7 @@ from pe_patch.patching.api import find_patch
 from ..families import VOCABULARY, build
 
 DATA = Path(__file__).parent.parent / "data" / "export"
-GOLDEN = {target: json.loads((DATA / f"{target}.json").read_text()) for target in
+GOLDEN = {target: json.loads((DATA / f"{target}.json").read_text())["cases"] for target in
           ("transformers4", "vllm", "sglang", "llamacpp")}  # fmt: skip
 CASES: list[tuple[str, dict[str, Any]]] = [(target, case) for target, cases in GOLDEN.items() for case in cases]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pe_patch import cli
+from pe_patch.cli import main as cli
 from pe_patch.compare.demo import BASE
 
 from .cases import LENGTH, TEXT, run

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pe_patch
-from pe_patch import cli
 from pe_patch import evaluation as measuring
+from pe_patch.cli import main as cli
 from pe_patch.data import text
 from pe_patch.training import saving
 from pe_patch.training.guard import TERMINATED_EXIT_CODE, PostTrainingError

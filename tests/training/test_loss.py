@@ -165,7 +165,7 @@ def test_a_teacher_of_another_family_is_scored_in_chunks_as_it_is_whole() -> Non
     ids=["on the layer", "whole layer", "layer frozen"],
 )
 def test_an_adapter_on_the_output_layer_is_trained(adapter: dict[str, Any]) -> None:
-    model: Any = get_peft_model(build("llama"), LoraConfig(r=4, init_lora_weights=False, **adapter))  # pyright: ignore
+    model: Any = get_peft_model(build("llama"), LoraConfig(r=4, init_lora_weights=False, **adapter))
     mine, _, found = scored(model)
     theirs, expected = transformers_loss(model)
     assert float(mine) == pytest.approx(float(theirs), rel=1e-6)
@@ -231,8 +231,8 @@ def test_the_model_is_left_as_it_was_and_random_numbers_go_on() -> None:
 
 def strange(change: Callable[[Any, Tensor], Any]) -> Any:
     class Strange(LlamaForCausalLM):
-        def forward(self, **named: Any) -> Any:  # type: ignore[override]
-            output = super().forward(**named)
+        def forward(self, *args: Any, **named: Any) -> Any:
+            output = super().forward(*args, **named)
             output.logits = change(self, output.logits)
             return output
 
@@ -255,7 +255,7 @@ def test_a_family_whose_logits_are_more_than_rows_of_its_output_layer_is_refused
     fine = strange(lambda model, logits: logits.mul_(3).tanh() + logits)
     assert_same(scored(fine)[2], scored(fine, WHOLE)[2])
     model = build("llama")
-    model.get_output_embeddings = lambda: None  # type: ignore[method-assign]
+    model.get_output_embeddings = lambda: None
     with pytest.raises(RecipeError, match="has no output layer"):
         Scorer(model, CHUNKED)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import PePatchError, unknown
 from ...patching.api import find_patch
@@ -22,11 +23,11 @@ from .tokenizer import add_tokenizer
 
 
 def export(
-    model: Any,
+    model: nn.Module,
     path: str | Path,
     target: str = "transformers",
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Save a patched model so that `target` loads it, with the same logits, without pe_patch.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from ...errors import silence_log_warnings
 from ..examined import quiet
 from .checks import check_built, check_case
 from .models import built_in_cases, given_case
@@ -37,22 +35,10 @@ def selftest(
     """
     started = time.perf_counter()
     checks: list[Check] = []
-    with quiet(), _without_warnings():
+    with quiet(), silence_log_warnings():  # a scheme that needs training is compared here, not used
         user_case = given_case(model, dtype, device)
         for name, build in built_in_cases().items() if built_in else ():
             checks += check_built(name, build)
         for load in user_case:
             checks += check_case(load())
     return SelfTest(installed_versions(), checks, time.perf_counter() - started)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence the warning that a scheme needs training; the self-test compares outputs and does not use them."""
-    logger = logging.getLogger("pe_patch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..results import Results
-from . import requires as requires  # before what imports the packages of the extra
 from .cache import CacheLine, cache_chart
 from .chart import Chart
 from .depth import depth_charts

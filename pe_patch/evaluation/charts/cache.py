@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import altair as alt
-
 from .chart import Chart, data
+from .libraries import alt
 from .theme import LIGHT, SHAPES, Colours
 
 

@@ -7,12 +7,10 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import altair as alt
-import vl_convert
+from typing import Any, cast
 
 from ...errors import escape
+from .libraries import alt, vl_convert
 from .theme import LIGHT, Colours, theme
 
 Panel = alt.Chart | alt.LayerChart
@@ -57,7 +55,7 @@ class Chart:
             # Altair warns that it merges equal selections of the panels, which is intended
             warnings.filterwarnings("ignore", "Automatically deduplicated selection parameter", UserWarning)
             specification = _specification(alt.concat(*self.panels, columns=self.columns, spacing=24))
-        width = min(self.columns, len(self.panels)) * self.panels[0].width  # pyright: ignore[reportOperatorIssue]
+        width = min(self.columns, len(self.panels)) * cast(int, self.panels[0].width)
         lines = textwrap.wrap(self.subtitle, max(50, round(width / 5.2)))
         specification["title"] = _printable(
             {"text": self.title, "subtitle": lines, "fontSize": 15, "offset": 14, "limit": 0}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import altair as alt
-
 from ..results import Results, Row, sample_unit
 from .chart import Panel, data
+from .libraries import alt
 from .theme import DARK_INK, LIGHT_INK
 
 Record = dict[str, Any]

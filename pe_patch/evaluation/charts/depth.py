@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import altair as alt
-
 from ..results import Results, Row
 from .chart import Chart, file_name
 from .components import (
@@ -17,6 +15,7 @@ from .components import (
     short_length,
     tooltips,
 )
+from .libraries import alt
 
 HOW_TO_READ = (
     "Score from 0 (dark blue) to 1 (yellow). The text grows from left to right, and the answer moves from its start to "

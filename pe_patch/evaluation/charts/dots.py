@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import altair as alt
-
 from ...errors import PePatchError
 from .chart import Chart, data
 from .components import panel_columns, tooltips
+from .libraries import alt
 
 LABEL_TOOLTIPS = {"label": "", "column": "measured", "number": "value", "interval": "95 % interval"}
 OPTIONAL_TOOLTIPS = ("samples", "tokens", "control", "without_context", "measured_on")

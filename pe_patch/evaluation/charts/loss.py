@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import altair as alt
-
 from ..results import Results, is_loss
 from .chart import Chart
 from .components import (
@@ -18,6 +16,7 @@ from .components import (
     window_rule,
 )
 from .dots import dots
+from .libraries import alt
 
 BY_POSITION = "by position"
 HOW_TO_READ = (

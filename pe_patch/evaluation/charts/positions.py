@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import altair as alt
-
 from ..results import Results, Row
 from .chart import Chart
 from .components import Record, length_axis, line_layers, model_and_text, tooltips, window_rule
+from .libraries import alt
 from .loss import BY_POSITION
 
 HOW_TO_READ = (

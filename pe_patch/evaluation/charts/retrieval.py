@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import altair as alt
-
 from ..results import Results, is_loss
 from .chart import Chart
 from .components import (
@@ -21,6 +19,7 @@ from .components import (
     window_rule,
 )
 from .dots import dots
+from .libraries import alt
 
 HOW_TO_READ = (
     "Higher is better. A scheme uses its context if its line stays high beyond the trained window and its interval "

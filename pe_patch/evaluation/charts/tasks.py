@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import altair as alt
-
 from ..results import Results, is_loss
 from .chart import Chart
 from .components import MEASURED, heat_map, model_and_text, panel_columns, records, sample_range, short_length, tooltips
+from .libraries import alt
 
 MIN_TASKS = 4
 """With fewer tasks the other charts suffice."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import altair as alt
 import numpy as np
 
 from ..results import Results
 from .chart import Chart, data
 from .components import faded_unless_selected, legend_selection, scheme_encoding, tooltips
+from .libraries import alt
 
 HOW_TO_READ = (
     "A pair whose wavelength exceeds the trained window made no full turn in training. Beyond the window it gives the "

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from ...errors import PePatchError
@@ -46,6 +45,8 @@ def official_prompt(file: str, repair: Callable[[str], str] = str) -> Render:
     if isinstance(body, _Function):
         function = _function(path.parent, body)
         return lambda row: head + function(row)
+    import jinja2  # lm-eval needs it too
+
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(repair(head + body))
     return lambda row: template.render(row)

@@ -1,0 +1,53 @@
+"""Run the commands of `pe-patch`. Each command is a module; importing it here registers it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from ..errors import OptionError, PePatchError, UnknownNameError
+
+# The order of the imports is the order in --help.
+from . import (  # noqa: F401
+    advise,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    list_,
+    search,
+    selftest,
+    train,
+)
+from .application import app
+from .output import echo, json_alone, log_to_terminal, print_traceback
+from .several import spread
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, 1 for a failure, 2 for wrong usage.
+
+    Args:
+        arguments: the words after `pe-patch`; None takes `sys.argv`.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    log_to_terminal()
+    try:
+        with json_alone() if "--json" in words else nullcontext():
+            app(spread([word for word in words if word != "--debug"]), prog_name="pe-patch")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except Exception as error:
+        if debug:
+            sys.excepthook = print_traceback
+            raise
+        kind = "" if isinstance(error, PePatchError) else f"{type(error).__name__}: "
+        echo(f"pe-patch: {kind}{' '.join(str(error).split())}", err=True)
+        return 2 if isinstance(error, UnknownNameError | OptionError) else 1
+    return 0
