@@ -305,16 +305,28 @@ def commit_hash(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-@uses("transformers.utils.hub.cached_files", "_raise_exceptions_for_missing_entries")
-def find_file(source: str, name: str, **options: Any) -> str | None:
+@uses(
+    "transformers.utils.hub.cached_files",
+    "_raise_exceptions_for_missing_entries",
+    "_raise_exceptions_for_gated_repo",
+)
+def find_file(source: str, name: str, gated: bool = True, **options: Any) -> str | None:
     """Return the path of a file in a folder or repository, or None if there is no such file.
 
     Args:
         source: the folder or the name of the repository.
         name: the name of the file.
+        gated: raise for a repository that asks for permission, instead of returning None.
         **options: keywords of Transformers' `cached_file`.
     """
-    return cached_file(source, name, **options, _raise_exceptions_for_missing_entries=False)
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": gated}
+    return cached_file(source, name, **options, **quiet)
+
+
+@uses("transformers.integrations.PeftAdapterMixin", "_hf_peft_config_loaded")
+def has_adapter(model: Any) -> bool:
+    """Return whether a model carries an adapter from its own `add_adapter` or `load_adapter`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 # Private names of Transformers: models, generation and caches.

@@ -151,13 +151,6 @@ def test_nothing_else_spells_the_cache_argument():
 ROOT = Path(compat.__file__).parent.parent
 COMPAT = "pe_patch/compat.py"
 
-UNFINISHED = {
-    ("pe_patch/patching/peft.py", "_hf_peft_config_loaded"),
-    ("pe_patch/patching/peft_record.py", "_raise_exceptions_for_missing_entries"),
-    ("pe_patch/patching/peft_record.py", "_raise_exceptions_for_gated_repo"),
-}
-"""TODO: files that still use private names themselves, each with the name."""
-
 
 def sources() -> dict[str, str]:
     """The text of every Python file of the package and the recipes, by its path."""
@@ -230,7 +223,7 @@ def test_only_compat_uses_private_names_of_other_libraries():
     """If not: move the use into a function of compat.py under `uses(...)`, and look it up in the versions there."""
     trees = {file: ast.parse(text) for file, text in sources().items() if file != COMPAT}
     found = private_uses(trees, components(compat.PRIVATE_NAMES))
-    assert [use for use in found if (use[0], use[2]) not in UNFINISHED] == []
+    assert found == []
 
 
 def test_every_use_in_compat_has_its_row_and_every_row_its_use():

@@ -286,7 +286,7 @@ def save_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any)
     """Call `PreTrainedModel.save_pretrained`, and write the record if it saved an adapter from `add_adapter`."""
     _sync_before_saving(model)
     result, given = inner(*args, **kwargs), _given(model, "save_pretrained", args, kwargs)
-    if getattr(model, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
+    if compat.has_adapter(model) and given.get("is_main_process", True):
         write_record(model, Path(given["save_directory"]), given.get("state_dict"))
     return result
 

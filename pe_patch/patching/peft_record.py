@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
+from .. import compat
 from ..errors import CheckpointError, MismatchError, OptionError, PePatchError
 from .config import write_json
 from .record import RECORD_KEY, check_scheme
@@ -309,11 +309,5 @@ class SchemeWeights:
 def _file(source: Any, name: str, hub: dict[str, Any]) -> Path | None:
     """Return the path of a file in an adapter's folder or repository, or None if there is no such file."""
     options = {key: hub[key] for key in HUB if hub.get(key) is not None}
-    path = cached_file(
-        str(source),
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        **options,
-    )
+    path = compat.find_file(str(source), name, gated=False, **options)
     return None if path is None else Path(path)
