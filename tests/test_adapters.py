@@ -9,7 +9,7 @@ from pe_patch import ADAPTERS, SCHEMES, Adapter, NoEffectError, UnsupportedError
 
 from .families import VOCABULARY, build
 
-TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.tower is None)
+TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.vision_encoder is None)
 ROTARY = sorted(name for name in TEXT if ADAPTERS[name].native == "rope")
 SOFT_CAPPED = {"gemma2"}  # Transformers itself refuses SDPA for these
 GLOBAL = {"gemma3_text": {"layers": [3]}}
@@ -71,7 +71,7 @@ def test_generates_under_a_scaling(family, tokens):
     assert output.shape == (2, LENGTH + 4)
 
 
-CARRYING = [name for name in TEXT if ADAPTERS[name].carries]
+CARRYING = [name for name in TEXT if ADAPTERS[name].forwards_kwargs]
 
 
 @pytest.mark.parametrize("family", CARRYING)
@@ -98,7 +98,9 @@ def test_positions_reach_every_layer(family, tokens):
         assert (full - native).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", [name for name in ROTARY if ADAPTERS[name].carries and not ADAPTERS[name].late_norm])
+@pytest.mark.parametrize(
+    "family", [name for name in ROTARY if ADAPTERS[name].forwards_kwargs and not ADAPTERS[name].late_norm]
+)
 def test_rotation_at_the_scores_equals_the_one_before_the_cache(family, tokens):
     """Dynamic NTK within the window turns by the native frequencies, but later: keys are cached as projected."""
     model = build(family, attention_of(family))
@@ -109,7 +111,7 @@ def test_rotation_at_the_scores_equals_the_one_before_the_cache(family, tokens):
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * scale)
 
 
-@pytest.mark.parametrize("family", [name for name in ADAPTERS if not ADAPTERS[name].carries])
+@pytest.mark.parametrize("family", [name for name in ADAPTERS if not ADAPTERS[name].forwards_kwargs])
 def test_a_family_that_drops_keywords_is_refused_by_name(family):
     model = build(family)
     before = {name for name in model.__dict__}

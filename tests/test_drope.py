@@ -63,7 +63,7 @@ def test_without_a_scale_it_is_nope_bit_for_bit(family):
     assert describe(model).scheme == "drope"
 
 
-DROPPING = sorted(name for name, adapter in ADAPTERS.items() if not adapter.carries)
+DROPPING = sorted(name for name, adapter in ADAPTERS.items() if not adapter.forwards_kwargs)
 
 
 @pytest.mark.parametrize("family", DROPPING)

@@ -52,7 +52,7 @@ SCHEME_CASES = {"axial": ("rope_2d", {}), "mixed": ("rope_2d", {"mode": "mixed"}
 IMAGES = {"trained": (32, 32), "larger": (64, 64), "wide": (24, 72)}
 
 
-def tower(family, **changes):
+def vision_encoder(family, **changes):
     model_class, config_class, own = TOWERS[family]
     torch.manual_seed(0)
     model = model_class(config_class(**SIZES, **own, **changes)).eval()
@@ -138,9 +138,9 @@ def by_hand(scheme, layer_schemes, layer, query, key, value, where):
 @pytest.mark.parametrize("case", SCHEME_CASES)
 @pytest.mark.parametrize("family", TOWERS)
 def test_a_tower_attends_as_the_definition_says(family, case, size, backend):
-    """What enters each attention goes through float64 by hand and must come out as the tower's own output."""
+    """What enters each attention goes through float64 by hand and must come out as the encoder's own output."""
     name, options = SCHEME_CASES[case]
-    model = tower(family)
+    model = vision_encoder(family)
     patch_model(model, name, backend=backend, **options)
     own = list(model.position_schemes.scheme)
     attentions = ADAPTERS[family].attentions(model)
@@ -153,7 +153,7 @@ def test_a_tower_attends_as_the_definition_says(family, case, size, backend):
     ]
     found = features(model, IMAGES[size])
     rows, columns = (one // 8 for one in IMAGES[size])
-    where = places(rows, columns, (4, 4), ADAPTERS[family].tower.leading_tokens)
+    where = places(rows, columns, (4, 4), ADAPTERS[family].vision_encoder.leading_tokens)
     assert found.shape[1] == len(where)
     for layer, (attention, (args, kwargs, output)) in enumerate(zip(attentions, seen, strict=True)):
         exact = copy.deepcopy(attention).double()
@@ -169,15 +169,15 @@ def test_a_tower_attends_as_the_definition_says(family, case, size, backend):
 @pytest.mark.parametrize("family", TOWERS)
 def test_the_table_is_gone_and_the_scheme_stands_for_it(family):
     """Without positions patches may be shuffled; under the scheme they may not. The class token sees all alike."""
-    model, native = tower(family), tower(family)
-    leading = ADAPTERS[family].tower.leading_tokens
-    table = ADAPTERS[family].tower.native_table(native)
+    model, native = vision_encoder(family), vision_encoder(family)
+    leading = ADAPTERS[family].vision_encoder.leading_tokens
+    table = ADAPTERS[family].vision_encoder.native_table(native)
     with torch.no_grad():
         table.zero_()
     bare = features(native, (32, 32))
     patch_model(model, "alibi_2d", slopes=[1e-30] * 4)  # a bias of nothing
     assert error(features(model, (32, 32)), bare) < 1e-6
-    assert not ADAPTERS[family].tower.native_table(model).requires_grad
+    assert not ADAPTERS[family].vision_encoder.native_table(model).requires_grad
     for case in SCHEME_CASES:
         name, options = SCHEME_CASES[case]
         patch_model(model, name, on_existing="replace", **options)
@@ -185,7 +185,7 @@ def test_the_table_is_gone_and_the_scheme_stands_for_it(family):
     patch_model(model, "rope_2d", on_existing="replace", keep_native=True)
     kept = features(model, (32, 32))
     with torch.no_grad():
-        ADAPTERS[family].tower.native_table(model).zero_()
+        ADAPTERS[family].vision_encoder.native_table(model).zero_()
     assert error(features(model, (32, 32)), kept) > 1e-2
     with pytest.raises(ValueError, match="doesn't match model"):
         features(model, (64, 64))
@@ -197,12 +197,12 @@ def test_the_table_is_gone_and_the_scheme_stands_for_it(family):
 def test_a_finer_image_of_the_same_is_read_at_the_same_places(family, case):
     """Coordinates are interpolated: patch (2r, 2c) of twice the resolution stands where (r, c) stood."""
     name, options = SCHEME_CASES[case]
-    model = tower(family)
+    model = vision_encoder(family)
     patch_model(model, name, **options)
     scheme = model.position_schemes.scheme[0]
     coarse, fine = scheme.lay_out(4, 4, torch.device("cpu")), scheme.lay_out(8, 8, torch.device("cpu"))
     leading = scheme.shape.leading_tokens
-    assert leading == ADAPTERS[family].tower.leading_tokens
+    assert leading == ADAPTERS[family].vision_encoder.leading_tokens
     grid = fine[0][leading:].reshape(8, 8, 2)[::2, ::2].reshape(-1, 2)
     assert torch.equal(grid, coarse[0][leading:])
     assert fine[0].max() < 4 and torch.equal(coarse[1].nonzero()[0], torch.tensor([leading]))
@@ -212,7 +212,7 @@ def test_a_finer_image_of_the_same_is_read_at_the_same_places(family, case):
 @pytest.mark.parametrize("family", TOWERS)
 def test_undone_bit_for_bit(family, case):
     name, options = SCHEME_CASES[case]
-    model = tower(family)
+    model = vision_encoder(family)
     before = state(model)
     native = features(model, (32, 32)), features(model, (64, 64), interpolate_pos_encoding=True)
     with patched(model, name, **options):
@@ -235,7 +235,7 @@ def state(model):
 @pytest.mark.parametrize("family", TOWERS)
 def test_mixed_frequencies_are_learned_in_every_layer_and_head(family):
     """The gradient in float64 is the slope of the loss."""
-    model = tower(family).double()
+    model = vision_encoder(family).double()
     patch_model(model, "rope_2d", mode="mixed")
     frequencies = [scheme.frequencies for scheme in model.position_schemes.scheme]
     assert len(frequencies) == 2 and frequencies[0].shape == (2, 4, 8)
@@ -334,7 +334,7 @@ def test_llava_s_vision_tower(name):
 
 def test_recomputed_activations_give_the_same_gradient():
     """Under gradient checkpointing a layer runs again in backward."""
-    model = tower("clip_vision_model").train()
+    model = vision_encoder("clip_vision_model").train()
     patch_model(model, "rope_2d", mode="mixed")
     found = []
     for _ in range(2):
@@ -347,7 +347,7 @@ def test_recomputed_activations_give_the_same_gradient():
 
 def test_what_is_for_text_and_what_is_for_images():
     with pytest.raises(UnsupportedError, match=r"'yarn' is for text.*rope_2d, alibi_2d"):
-        patch_model(tower("vit"), "yarn", factor=2)
+        patch_model(vision_encoder("vit"), "yarn", factor=2)
     with pytest.raises(UnsupportedError, match="reads text: use 'rope' or 'alibi'"):
         patch_model(build("llama"), "rope_2d")
     with pytest.raises(UnsupportedError, match="submodule="):
@@ -358,10 +358,10 @@ def test_what_is_for_text_and_what_is_for_images():
     ):  # fmt: skip
         name = "alibi_2d" if "slopes" in options or "backend" in options else "rope_2d"
         with pytest.raises(PePatchError, match=message):
-            patch_model(tower("vit"), name, **options)
+            patch_model(vision_encoder("vit"), name, **options)
     with pytest.raises(PePatchError, match="four divides"):
         SCHEMES["rope_2d"](shape(head_dim=18))
-    model = tower("vit")
+    model = vision_encoder("vit")
     patch_model(model, "rope_2d")
     model.config._attn_implementation = "sdpa"
     with pytest.raises(NoEffectError, match="after the patch"):
@@ -369,7 +369,7 @@ def test_what_is_for_text_and_what_is_for_images():
 
 
 def test_some_layers_beside_the_table():
-    model = tower("vit")
+    model = vision_encoder("vit")
     native = features(model, (32, 32))
     patch_model(model, "alibi_2d", layers=[1], keep_native=True)
     one = features(model, (32, 32))

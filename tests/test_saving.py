@@ -16,7 +16,7 @@ from pe_patch.adapters import LATENT as FOLDING
 
 from .families import VOCABULARY, WINDOW, build
 
-TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.tower is None)
+TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.vision_encoder is None)
 CALIBRATION = torch.randint(3, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(5))
 SCHEMES: dict[str, dict] = {
     "sinusoidal": {},

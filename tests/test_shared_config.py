@@ -171,7 +171,7 @@ def test_a_patch_of_the_inner_model_is_saved_with_the_outer_one(name, tmp_path):
 
 
 def test_the_configs_of_a_model_with_two_towers(tmp_path):
-    """One tower is patched through the model inside; the outer config and its copy of the sub-config follow."""
+    """One encoder is patched through the model inside; the outer config and its copy of the sub-config follow."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = LlavaConfig(

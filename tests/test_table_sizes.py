@@ -15,7 +15,7 @@ from . import oracles_relative as oracle
 from .families import VOCABULARY, build
 from .models import GIVEN
 
-TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.tower is None)
+TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.vision_encoder is None)
 SCHEMES_WITH_TABLES = ("alibi", "t5", "kerple", "sandwich", "fire", "shaw", "transformer_xl", "cope")
 LENGTH = 8
 """No longer than any sliding window of the models, which hide far keys."""
@@ -69,7 +69,7 @@ def check(family, model, compare=True):
     ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     for name in SCHEMES_WITH_TABLES:
         given = GIVEN[name]
-        if not ADAPTERS[family].carries:
+        if not ADAPTERS[family].forwards_kwargs:
             with pytest.raises(UnsupportedError, match="drops keywords"):
                 patch_model(model, name, **given)
             continue

@@ -11,7 +11,7 @@ from ..errors import OptionValueError, quoted
 from .adapter import Adapter
 from .bloom import bloom_attention, build_alibi_tensor, carry_positions, keep_positions
 from .projections import Fused, ProjectionNames, Separate
-from .vision import Tower
+from .vision import VisionEncoder
 
 
 def slides_or_all_do(attention: Any) -> bool:
@@ -49,7 +49,8 @@ PROJECTIONS: dict[str, ProjectionNames] = {
     **dict.fromkeys(("starcoder2", "seed_oss"), Separate(residual_dropout="residual_dropout")),
     "phi": Separate(output="dense", norms=("q_layernorm", "k_layernorm")),
 }
-"""Projection names of the families in `PLAIN` that can be converted to latents.
+"""Projection names of the families in `PLAIN` that can be converted to latents. Other families give theirs in their
+    row.
 
     Their attention only projects, normalises each head, rotates, attends and projects.
     """
@@ -79,7 +80,7 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         ),
         "bloom": Adapter(
             layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
-            carry=carry_positions, keep_positions=keep_positions,
+            pass_positions=carry_positions, keep_positions=keep_positions,
             build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
         ),
         "phi3": Adapter(drops_cache_at_window=True, projections=Fused(), summary="Phi-3, Phi-4"),
@@ -107,8 +108,8 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
             embedding_multiplier="embedding_multiplier", projections=Separate(), summary="Granite 3 MoE"
         ),
         "helium": Adapter(interleaved_pairs=True, projections=Separate(), summary="Helium 1"),
-        "stablelm": Adapter(carries=False, summary="StableLM 2"),
-        "nemotron": Adapter(carries=False, summary="Nemotron-4, Minitron"),
+        "stablelm": Adapter(forwards_kwargs=False, summary="StableLM 2"),
+        "nemotron": Adapter(forwards_kwargs=False, summary="Nemotron-4, Minitron"),
         "hunyuan_v1_dense": Adapter(late_norm=True, summary="Hunyuan dense"),
         "glm": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4 9B"),
         "glm4": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4-0414"),
@@ -119,10 +120,12 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "opt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="OPT, Galactica"),
         "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
         "clip_vision_model": Adapter(
-            layers="encoder.layers", rotary=None, tower=Tower("position_embedding.weight"),
-            summary="CLIP's vision tower, also LLaVA's",
+            layers="encoder.layers", rotary=None, vision_encoder=VisionEncoder("position_embedding.weight"),
+            summary="CLIP's vision encoder, also LLaVA's",
         ),
-        "vit": Adapter(attention="attention", rotary=None, tower=Tower("position_embeddings"), summary="ViT"),
+        "vit": Adapter(
+            attention="attention", rotary=None, vision_encoder=VisionEncoder("position_embeddings"), summary="ViT"
+        ),
     }
 )  # fmt: skip
 

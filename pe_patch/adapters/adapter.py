@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..schemes.rope import cos_sin
 from .projections import ProjectionNames
 from .trained_window import TrainedWindow, native_parameters, trained_window
-from .vision import Tower
+from .vision import VisionEncoder
 
 DEFAULT_THETA = 10000.0
 """Base of the rotary frequencies for a family that does not rotate."""
@@ -34,8 +34,8 @@ class Adapter:
     attention: str = "self_attn"
     """Attribute of a layer: its attention module."""
     rotary: str | None = "rotary_emb"
-    """Attribute of the base model: the module that computes cos and sin for all layers. None if the family does not "
-    "rotate."""
+    """Attribute of the base model: the module that computes cos and sin for all layers. None if the family does not
+    rotate."""
     layout: str = "halves"
     """Layout of the cos and sin that this module returns: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...],
     "single" [c], or "complex" c + i s in one tensor."""
@@ -58,7 +58,7 @@ class Adapter:
     """Attribute of an attention: a norm without weights that follows the rotation of queries and keys. None if there is
     none. The norm cancels any factor on cos and sin. If a scheme rotates at the scores, the norm runs after that
     rotation. Attentions without the attribute do not normalise."""
-    carries: bool = True
+    forwards_kwargs: bool = True
     """The base model forwards extra keyword arguments to the attention function."""
     drops_cache_at_window: bool = False
     """Generation drops the cache and processes the whole sequence again when it crosses the trained window."""
@@ -73,16 +73,17 @@ class Adapter:
     forward: Callable[..., object] | None = None
     """Replacement for the forward of the attention, for a family that does not call the attention interface; else
     None."""
-    carry: Callable[..., dict[str, object]] | None = None
+    pass_positions: Callable[..., dict[str, object]] | None = None
     """Function that passes positions to the attention of a base model that drops keyword arguments; else None. Use with
     `forward`."""
     keep_positions: Callable[..., object] | None = None
-    """Wrapper of the base model's forward that stores what `carry` added; else None. Use with `build_bias`."""
+    """Wrapper of the base model's forward that stores what `pass_positions` added; else None. Use with `build_bias`."""
     build_bias: tuple[str, Callable[..., object]] | None = None
-    """Name of the base model's method that builds the native bias, and its replacement; else None. Use with `carry`."""
+    """Name of the base model's method that builds the native bias, and its replacement; else None. Use with
+    `pass_positions`."""
     projections: ProjectionNames | None = None
     """Names of the projections of an attention that can be converted to latents. None if it cannot."""
-    tower: Tower | None = None
+    vision_encoder: VisionEncoder | None = None
     """How a vision encoder turns images into tokens. None for a text model."""
     summary: str = ""
     """Well-known models of this family."""
@@ -90,7 +91,7 @@ class Adapter:
     @property
     def native(self) -> str:
         """The name of the native scheme: "alibi", "learned" or "rope"."""
-        return "alibi" if self.alibi else "learned" if self.learned or self.tower else "rope"
+        return "alibi" if self.alibi else "learned" if self.learned or self.vision_encoder else "rope"
 
     @property
     def arithmetic(self) -> str:
@@ -175,8 +176,8 @@ class Adapter:
             trained_length=(window or self.window(base, config, layer)).length or 0,
             num_layers=len(self.blocks(base)),
             interleaved=self.interleaved_pairs,
-            grid=self.tower.grid(config) if self.tower else None,
-            leading_tokens=self.tower.leading_tokens if self.tower else 0,
+            grid=self.vision_encoder.grid(config) if self.vision_encoder else None,
+            leading_tokens=self.vision_encoder.leading_tokens if self.vision_encoder else 0,
             latent_rank=_first(attention, "kv_lora_rank") or 0,
             value_dim=_first(attention, "v_head_dim") or head_dim,
             arithmetic=self.arithmetic,

@@ -26,7 +26,7 @@ def outcome(adapter: Adapter) -> str:
 
     The result is a key of `OUTCOMES`.
     """
-    return "refused" if adapter.late_norm or not adapter.carries else "equal"
+    return "refused" if adapter.late_norm or not adapter.forwards_kwargs else "equal"
 
 
 def table() -> dict[str, str]:

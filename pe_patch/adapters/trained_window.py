@@ -152,8 +152,8 @@ class TrainedWindow:
     """The window that a model was trained for, before and after the scaling in its config."""
 
     length: int | None = None
-    """The window before any scaling, in tokens, from which a scheme that replaces the rotation extends. None if "
-    "unknown."""
+    """The window before any scaling, in tokens, from which a scheme that replaces the rotation extends. None if
+    unknown."""
     scaled_length: int | None = None
     """The window with the scaling, in tokens, from which a scheme over that rotation extends. `length` without a
     scaling; None if unknown."""
@@ -185,8 +185,8 @@ class TrainedWindow:
         return (self.config_maximum or 0) > (self.maximum or self.config_maximum or 0)
 
     def in_words(self, composed: bool = False) -> str:
-        """Return the window with its source, for example `32,768 tokens (...)`; under `composed` the one with the "
-        "scaling."""
+        """Return the window with its source, for example `32,768 tokens (...)`; under `composed` the one with the
+        scaling."""
         number = self.scaled_length if composed else self.length
         source = (self.scaled_source or self.source) if composed else self.source
         return f"unknown ({source})" if number is None else f"{number:,} tokens ({source})"

@@ -15,7 +15,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionEncoder:
     """How a vision encoder turns an image into tokens: leading tokens first, then patches row by row."""
 
     table: str

@@ -96,12 +96,12 @@ class _Options:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Scheme(_Options, nn.Module):
-    """A positional scheme. It overrides the lowest hook that can express it.
+    """A positional scheme. A subclass overrides the first of these hooks that can express it.
 
     1. `embed` adds to the input embeddings.
     2. `angles` rotates queries and keys before the cache; decoding then costs nothing.
     3. `encode` changes queries and keys at the scores; keys are cached as they were projected.
-    4. `bias` adds to the scores.
+    4. `bias` adds to the scores. A bias by distance and head derives from `DistanceBias` instead.
     5. `attend` is everything after the projections.
 
     The options of a scheme are the annotated fields of its class. Other attributes are `ClassVar`, have no
@@ -134,8 +134,8 @@ class Scheme(_Options, nn.Module):
     """Hooks that the class overrides but that these options do not use."""
 
     head_sharded_attributes = cast("Mapping[str, int] | None", None)
-    """Attributes that have entries for each head, with the dimension of the heads, for tensor parallelism. Empty if all
-    heads share everything, None if undeclared."""
+    """For tensor parallelism: the attributes that have an entry for each head, with the dimension that indexes heads.
+    Empty if no attribute has one; None if undeclared, and then a split by heads raises."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -414,7 +414,13 @@ class DistanceBias(Scheme):
     """The bias can be computed by extra dimensions of the heads (`DistanceBias.bias_as_head_dims`) in every dtype."""
 
     def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
-        """Return the bias in float32 for broadcastable distances (query position - key position) and head indices."""
+        """Return the bias in float32 for broadcastable distances and head indices.
+
+        Args:
+            distance: position of the query minus position of the key, int64; negative for keys ahead. A scalar under
+                FlexAttention.
+            head: index of the head, int64.
+        """
         raise NotImplementedError
 
     def relative_position(self, length: int) -> Tensor:

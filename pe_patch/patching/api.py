@@ -1,9 +1,12 @@
 """Patch a model, undo the patch, or do both around a `with` block.
 
-Where a static rotary scheme acts: the patch replaces the model's rotary module by a `PatchedRotaryEmbedding`
-(`adapters/adapter.py`), which returns the scheme's cos and sin. They meet queries and keys in Transformers' own
-`apply_rotary_pos_emb`, which the family's attention calls before the keys enter the cache. No code of this library
-runs there.
+`patch_model` takes five steps: `resolve` the layers (`targets.py`), `build` their schemes (`build.py`), `plan` every
+change (`plan.py`), apply them all or none (`patch.py`), and verify the result.
+
+Where a static rotary scheme acts: `_rotary_swaps` in `plan.py` replaces the model's rotary module by a
+`PatchedRotaryEmbedding` (`adapters/adapter.py`), which returns the scheme's cos and sin. They meet queries and keys
+in Transformers' own `apply_rotary_pos_emb`, which the family's attention calls before the keys enter the cache. No code
+of this library runs there.
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ def _patch_or_leave(model: Any, scheme: Any, options: dict[str, Any], settings: 
             _patch_native(model, unwrapped, scheme, options, settings)
         except BaseException:
             current = find_patch(unwrapped)
-            if current is None or current is earlier:
+            if current is None or current is earlier:  # else the new patch is complete: keep it
                 earlier.put(*state)
             raise
 
@@ -138,7 +141,7 @@ def _patch_native(model: Any, unwrapped: Any, scheme: Any, options: dict[str, An
         patch.release_originals()
     except BaseException:
         current = find_patch(unwrapped)
-        if current is not None and current.undoable:  # else the interrupt came after the last step
+        if current is not None and current.undoable:  # else `release_originals` has run: the patch is complete
             current.undo()
         raise
 
@@ -226,24 +229,24 @@ def patched(
             yield model
         finally:
             undo()
-    except BaseException:  # an interrupt may have cut the undo short
+    except BaseException:  # again, since an interrupt may have cut the undo short
         undo()
         raise
 
 
 def _verify(patch: Patch, probe: bool) -> None:
-    """Raise `NoEffectError` unless the scheme reaches every chosen layer.
+    """Raise `NoEffectError` unless the scheme is in place in every chosen layer.
 
     Args:
         patch: a patch that has been applied.
-        probe: also run the model once, to check that each layer calls the attention interface.
+        probe: also run the model once, to check that each chosen layer calls the attention interface.
     """
     base, adapter, converted = patch.base, patch.adapter, converts(patch.scheme)
     for index in patch.layers if converted else ():
         if not hasattr(adapter.attentions(base)[index], patch.scheme.name):
             raise NoEffectError(f"Layer {index} of {type(base).__name__} was not replaced by {patch.scheme.name!r}.")
-    rotary = overrides(patch.scheme, "angles") or not converted
-    if adapter.rotary is not None and not patch.keep_native and rotary:
+    rotates = overrides(patch.scheme, "angles") or not converted
+    if adapter.rotary is not None and not patch.keep_native and rotates:
         layer_types, layers = adapter.layer_types(base, base.config), adapter.blocks(base)
         in_module = {scheme for scheme in set(patch.scheme_by_layer.values()) if scheme.rotates_early}
         for index, scheme in patch.scheme_by_layer.items():

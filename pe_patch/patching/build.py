@@ -39,8 +39,8 @@ def build(
 ) -> tuple[dict[int, Scheme], TrainedWindow]:
     """Return the scheme of each chosen layer, by layer index, and the trained window that it extends from.
 
-    Layers share one scheme, except that a rotary scheme needs one for each shape and a `per_layer` scheme one for each
-    layer.
+    Layers share one scheme, except that a rotary scheme needs one for each layer type and a `per_layer` scheme one for
+    each layer.
 
     Args:
         scheme: as for `patch_model`.
@@ -58,7 +58,7 @@ def build(
         check_conversion(target.attentions[first], cls.name)
     window = target.window(first)
     if touches_rotation(cls, options):
-        options, window = settle_existing(target, cls, options, on_existing)
+        options, window = resolve_existing_scaling(target, cls, options, on_existing)
     placement = device_and_dtype(target.base)
     schemes: dict[Any, Scheme] = {}
     scheme_by_layer: dict[int, Scheme] = {}
@@ -77,20 +77,20 @@ def check_modality(target: Target, cls: type[Scheme]) -> None:
     """Raise `UnsupportedError` for a text scheme on a vision encoder, or a scheme for images on a text model."""
     adapter, family = target.adapter, target.base.config.model_type
     for_images = issubclass(cls, GridScheme)
-    if adapter.tower is not None and not for_images:
+    if adapter.vision_encoder is not None and not for_images:
         able = ", ".join(name for name, known in SCHEMES.items() if issubclass(known, GridScheme))
         raise UnsupportedError(
             f"{cls.name!r} is for text, and {family} reads images: use one of {able}, or choose the text "
             "model with submodule=."
         )
-    if adapter.tower is None and for_images:
+    if adapter.vision_encoder is None and for_images:
         raise UnsupportedError(
             f"{cls.name!r} needs a grid of image patches, and {family} reads text: use 'rope' or 'alibi', "
             "or choose a vision encoder with submodule=."
         )
 
 
-def settle_existing(
+def resolve_existing_scaling(
     target: Target, scheme: type[Scheme], options: dict[str, Any], on_existing: str
 ) -> tuple[dict[str, Any], TrainedWindow]:
     """Return the options to use and the trained window that the scheme extends from.
@@ -207,7 +207,7 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
         raise UnsupportedError(f"This config has different parameters for {', '.join(read)}, which do not compose.")
     options = {"scheme": read.scheme, **read.options}
     if window.length is None and OPTION not in options:
-        options[OPTION] = window.maximum or 1  # the frequencies do not depend on it
+        options[OPTION] = window.maximum or 1  # its frequencies do not depend on the window
     cls, given = find_scheme(options, {}, None)
     scheme = cls(adapter.shape(base, base.config, layer), **given)
     if not isinstance(scheme, Rotary):

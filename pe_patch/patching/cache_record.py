@@ -53,8 +53,8 @@ class CacheRecord:
 
 
 class GuardedUpdate:
-    """A replacement of `cache.update` that raises if a model without the patch appends to keys that a scheme "
-    "encoded."""
+    """A replacement of `cache.update` that raises if a model without the patch appends to keys that a scheme
+    encoded."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache

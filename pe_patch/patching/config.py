@@ -275,8 +275,8 @@ def models_around(model: Any) -> list[nn.Module]:
 
 
 def copy_configs(base: Any, models: list[Any]) -> list[ConfigCopy]:
-    """Copy the configs of `base` and of the first of `models`, and every config of `models` that contains one of "
-    "these."""
+    """Copy the configs of `base` and of the first of `models`, and every config of `models` that contains one of
+    these."""
     copies: dict[int, ConfigCopy] = {}
 
     def visit(config: Any, wanted: bool) -> None:

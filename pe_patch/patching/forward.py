@@ -48,8 +48,8 @@ class Runtime:
     model_cache_argument: str | None
     """Name of its cache argument."""
     specification: str
-    """The scheme, its options and what it read from the model, as JSON. A cache must have been filled under the "
-    "same."""
+    """The scheme, its options and what it read from the model, as JSON. A cache must have been filled under the
+    same."""
     window: int | None
     """Effective window in tokens; None if the scheme has no limit."""
     strict: bool

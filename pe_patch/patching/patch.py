@@ -35,7 +35,7 @@ class Settings:
     keep_native: bool = False
     strict: bool = False
     restored: bool = False
-    """The patch comes from a checkpoint, which may lack the weights that a scheme converts."""
+    """The patch comes from a checkpoint: converted weights are loaded from there, not computed."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `patch_model`, by name."""
@@ -206,7 +206,10 @@ class PositionSchemes(nn.ModuleDict):
 
 
 class SchemeList(nn.ModuleList):
-    """The schemes of a patched model. PEFT refuses the list in `modules_to_save`, and the list refuses it an entry."""
+    """The schemes of a patched model.
+
+    PEFT refuses to train the list as a whole, and the list refuses to let PEFT replace one scheme by a copy to train.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute.

@@ -1,7 +1,18 @@
-"""Plan a patch: decide where the schemes act, and collect every swap that puts them there. Every error is raised here.
+"""Plan a patch: decide where the schemes act, and collect every swap that puts them there. The model stays unchanged.
 
 Read `plan` first. The rest of the file follows its order: the places at which a scheme acts, the native positions, the
 scores of each layer, and the forwards.
+
+Attributes that a patch adds to modules:
+
+- `pe_patch` (base model): the `Patch`.
+- `pe_runtime` (base model): what the replaced forward needs.
+- `pe_base` (outer and base model): the base model.
+- `pe_scheme` (every attention): the scheme at the scores, or None. The attention function reads it.
+- `pe_layer` (every attention): the index of the layer.
+- `pe_config` (every attention whose forward is replaced): the config of the patched model.
+- `pe_rotary` (a chosen layer, if only some layers rotate otherwise): its rotary module.
+- `pe_norm_after_rotation` (an attention): the norm to apply after a rotation at the scores.
 """
 
 from __future__ import annotations
@@ -63,11 +74,14 @@ if TYPE_CHECKING:
 ROTARY_MODULES = (PatchedRotaryEmbedding, PerLayerTypeRotary)
 
 SchemeByLayer = dict[int, Scheme]
-"""The scheme of each chosen layer, by layer index."""
+"""The scheme of each chosen layer, by layer index. All have the same class and options; sizes and weights may
+differ. Where only class and options matter, the first one represents all."""
 
 
 def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, settings: Settings) -> Patch:
     """Return the patch that puts built schemes into a model, without applying it.
+
+    For a conversion with `max_loss`, the search for the latent rank applies trial patches and undoes them.
 
     Args:
         target: the layers to patch.
@@ -76,7 +90,7 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
         settings: the arguments of `patch_model`.
 
     Raises:
-        PePatchError: the patch is not possible.
+        PePatchError: the patch is not possible. The model is unchanged.
     """
     scheme = next(iter(scheme_by_layer.values()))
     for each in scheme_by_layer.values():
@@ -85,16 +99,16 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
     places = places_of(target, scheme, settings.keep_native)
     _check_layer_types(_by_layer_type(target, scheme_by_layer), places, settings.layers is None)
     backend = _backend(settings.backend, target, scheme)
-    conversion = Conversion({})
-    if places.replaces_projections:
-        conversion = convert(target.model, target.base, target.adapter, scheme_by_layer)
 
-    def with_modules(modules: dict[int, nn.Module]) -> Patch:
+    def collect(modules: dict[int, nn.Module]) -> Patch:
         return _collect(target, scheme_by_layer, window, settings, places, backend, modules)
 
-    if not conversion.latents:
-        return with_modules(conversion.modules)
-    return _narrowest(target.model, scheme_by_layer, conversion, with_modules)
+    if not places.replaces_projections:
+        return collect({})
+    conversion = convert(target.model, target.base, target.adapter, scheme_by_layer)
+    if conversion.latents:
+        return _narrowest(target.model, scheme_by_layer, conversion, collect)
+    return collect(conversion.modules)
 
 
 def _by_layer_type(target: Target, scheme_by_layer: SchemeByLayer) -> SchemeByLayerType:
@@ -103,9 +117,9 @@ def _by_layer_type(target: Target, scheme_by_layer: SchemeByLayer) -> SchemeByLa
 
 def _backend(name: str | None, target: Target, scheme: Scheme) -> Backend:
     """Return the backend with this name, or the default one, once it supports the scheme."""
-    # A family with a `forward` (BLOOM) has only an eager attention in Transformers; this library's has SDPA too.
-    native = compat.attention_implementation(target.base.config) if target.adapter.forward is None else "sdpa"
-    backend = backend_for(name or native)
+    # A family with a `forward` (BLOOM) has only an eager attention in Transformers; `adapters/bloom.py` also runs SDPA.
+    native_backend = compat.attention_implementation(target.base.config) if target.adapter.forward is None else "sdpa"
+    backend = backend_for(name or native_backend)
     check_backend(backend, scheme)
     return backend
 
@@ -114,14 +128,14 @@ def _narrowest(
     model: PreTrainedModel,
     scheme_by_layer: dict[int, Any],
     conversion: Conversion,
-    with_modules: Callable[[dict[int, nn.Module]], Patch],
+    collect: Callable[[dict[int, nn.Module]], Patch],
 ) -> Patch:
     """Return the patch with the smallest latent rank that keeps the loss on held-out tokens within `loss_bound`."""
     scheme = next(iter(scheme_by_layer.values()))
     before = loss(model, conversion.rows)
 
     def loss_at(rank: int) -> float:
-        patch = with_modules(conversion.at(scheme_by_layer, rank))
+        patch = collect(conversion.at(scheme_by_layer, rank))
 
         def patched_loss() -> float:
             patch.apply()
@@ -130,7 +144,7 @@ def _narrowest(
         return finally_do(patch.undo, patched_loss)
 
     rank = smallest_rank(scheme.rank, before * (1 + scheme.loss_bound), loss_at)
-    return with_modules(conversion.at(scheme_by_layer, rank))
+    return collect(conversion.at(scheme_by_layer, rank))
 
 
 def _collect(
@@ -159,8 +173,8 @@ def _collect(
     scheme_by_layer_type = _by_layer_type(target, scheme_by_layer)
     models = [model, *models_around(model)]
     configs = copy_configs(base, models)
-    native, original = _native_swaps(target, scheme_by_layer, places)
-    swaps = list(native)
+    native_swaps, original = _native_swaps(target, scheme_by_layer, places)
+    swaps = list(native_swaps)
     if modules:
         arguments = compat.argument_names(type(attentions[target.layers[0]]).forward)
         replacing, replaced = replacement_swaps(attentions, adapter, first, modules, arguments)
@@ -182,15 +196,15 @@ def _collect(
         first, None if target.everywhere else target.layers, settings.submodule, settings.keep_native, settings.strict
     )
     specification = cache_specification(config, record, scheme_by_layer_type)
-    swaps += _forward_swaps(target, first, places, scores, settings.strict, specification, native)
+    swaps += _forward_swaps(target, first, places, scores, settings.strict, specification, native_swaps)
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     swaps += redirect(config_swaps(model, base, adapter, scheme_by_layer_type, record, backend.implementation), configs)
-    taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # some modules get a different config on purpose
+    taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # PhiMoE's rotary module keeps another
     swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
     swaps += saving_swaps(model, base)
     frozen = [p for module in original.values() for p in module.parameters() if p.requires_grad]
-    if adapter.tower is not None and not places.keep_native:
-        table = adapter.tower.native_table(base)
+    if adapter.vision_encoder is not None and not places.keep_native:
+        table = adapter.vision_encoder.native_table(base)
         frozen += [table] if table.requires_grad else []
     return Patch(
         model=model,
@@ -210,7 +224,10 @@ def _collect(
 
 @dataclass(frozen=True)
 class Places:
-    """The places of a model at which a scheme acts."""
+    """The places of a model at which a scheme acts.
+
+    In the order of a forward pass: input embeddings, projections, rotary module, cache, scores.
+    """
 
     rotates: bool
     """The scheme rotates queries and keys."""
@@ -243,11 +260,11 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
     adapter, converting, replacing = target.adapter, converts(scheme), replaces_projections(scheme)
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
     at_rotary_module = adapter.rotary is not None and scheme.rotates_early
-    acts = any(overrides(scheme, hook) for hook in ("encode", "bias", "attend"))
-    at_scores = acts and (converting or not at_rotary_module)
+    overrides_score_hook = any(overrides(scheme, hook) for hook in ("encode", "bias", "attend"))
+    at_scores = overrides_score_hook and (converting or not at_rotary_module)
     embeds = overrides(scheme, "embed")
     _check_hooks(scheme, rotates, at_rotary_module or at_scores, replacing)
-    if (at_scores or scheme.scorer is not None) and not adapter.carries:
+    if (at_scores or scheme.scorer is not None) and not adapter.forwards_kwargs:
         raise UnsupportedError(
             f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
             "Use a static rotary scheme, an embedding or 'nope' instead."
@@ -271,7 +288,7 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
         )
     if keep_native and adapter.learned and scheme.name == "learned":
         raise OptionError("keep_native=True would add two learned tables; leave it out.")
-    if not target.everywhere and adapter.tower is not None and not keep_native:
+    if not target.everywhere and adapter.vision_encoder is not None and not keep_native:
         raise OptionError(
             f"layers= would remove the learned table from all layers and give {scheme.name!r} to some of them: patch "
             "all layers, or give keep_native=True to keep the table."
@@ -284,7 +301,7 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
     return Places(rotates, at_rotary_module, at_scores, embeds, converting, replacing, keep_native)
 
 
-def _check_hooks(scheme: Scheme, rotates: bool, acts: bool, replaces: bool) -> None:
+def _check_hooks(scheme: Scheme, rotates: bool, has_place: bool, replaces: bool) -> None:
     """Raise `UnsupportedError` if a hook that the scheme overrides would never run."""
     if not isinstance(scheme, ProjectionScheme) and callable(getattr(type(scheme), "replace", None)):
         raise UnsupportedError(
@@ -296,7 +313,7 @@ def _check_hooks(scheme: Scheme, rotates: bool, acts: bool, replaces: bool) -> N
             f"{scheme.name!r} overrides `replace` but not `attend`: a scheme that replaces the projections must "
             "override `attend`, which uses what they cache."
         )
-    if rotates and not acts:
+    if rotates and not has_place:
         raise UnsupportedError(
             f"{scheme.name!r} only overrides `angles`, but this family has no rotary module. Derive the scheme from "
             "pe_patch.schemes.rope.Rotary, which also rotates at the scores."
@@ -329,12 +346,12 @@ def _check_layer_types(schemes: SchemeByLayerType, places: Places, everywhere: b
             f"This family rotates {bases}, and {name!r} rotates at the scores, where all layers share their angles: "
             f"choose one layer type, for example {remedy}."
         )
-    native = all(
+    rotates_natively = all(
         torch.equal(scheme.inv_freq, scheme.plain_frequencies(scheme.shape.rope_theta))
         and scheme.attention_scaling == 1
         for scheme in rotations.values()
     )
-    if everywhere and not native:
+    if everywhere and not rotates_natively:
         raise OptionError(
             f"This family rotates {bases}, and {name!r} would change them all. Choose the layers with the largest "
             f"base, {remedy}, or list every layer in layers= to change each from its own base."
@@ -381,8 +398,8 @@ def _native_swaps(
         scheme_by_layer[0].init_from_table(table.weight[adapter.learned_offset :])
         swaps.append(Swap.of(base, adapter.learned, ZeroPositionEmbedding(table.weight.shape[1])))
         original[adapter.learned] = table
-    if adapter.tower is not None:
-        swaps.append(bind(getattr(base, adapter.tower.embeddings), "interpolate_pos_encoding", zero_positions))
+    if adapter.vision_encoder is not None:
+        swaps.append(bind(getattr(base, adapter.vision_encoder.embeddings), "interpolate_pos_encoding", zero_positions))
     return swaps, original
 
 
@@ -410,20 +427,20 @@ def _rotary_swaps(
     """
     base, adapter, layer_types = target.base, target.adapter, target.layer_types
     assert adapter.rotary is not None
-    native = getattr(base, adapter.rotary)
+    native_rotary = getattr(base, adapter.rotary)
     key_by_layer = {
         index: (scheme if places.at_rotary_module else None, layer_types[index])
         for index, scheme in scheme_by_layer.items()
     }
     modules = {key: adapter.rotary_embedding(base, *key) for key in dict.fromkeys(key_by_layer.values())}
-    touched = {layer_type for _, layer_type in modules}
-    if len(touched) == len(modules) and all(
-        i in scheme_by_layer for i, layer_type in enumerate(layer_types) if layer_type in touched
-    ):
+    chosen_types = {layer_type for _, layer_type in modules}
+    one_module_per_type = len(chosen_types) == len(modules)
+    whole_types_chosen = all(i in scheme_by_layer for i, each in enumerate(layer_types) if each in chosen_types)
+    if one_module_per_type and whole_types_chosen:
         by_type = {layer_type: module for (_, layer_type), module in modules.items()}
-        original[adapter.rotary] = native
-        whole = PerLayerTypeRotary({str(layer_type): module for layer_type, module in by_type.items()}, native)
-        return [Swap.of(base, adapter.rotary, whole if adapter.typed else by_type[None])]
+        original[adapter.rotary] = native_rotary
+        per_type = PerLayerTypeRotary({str(each): module for each, module in by_type.items()}, native_rotary)
+        return [Swap.of(base, adapter.rotary, per_type if adapter.typed else by_type[None])]
     swaps, layers = [], adapter.blocks(base)
     for index, key in key_by_layer.items():
         swaps.append(Swap.of(layers[index], "pe_rotary", modules[key], direct=True))
@@ -431,7 +448,7 @@ def _rotary_swaps(
     return swaps
 
 
-LayerSchemes = list["Scheme | Stacked | None"]
+LayerSchemes = list["Scheme | RotationWithBias | None"]
 """The scheme that acts on the scores of each layer; None for Transformers' own attention."""
 
 
@@ -448,11 +465,11 @@ def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Place
             f"layers= chooses layers that do not rotate in this family ({list(scheme_by_layer)}), so {first.name!r} "
             "would have no effect there."
         )
-    native = SCHEMES["alibi"](first.shape) if adapter.alibi else None
+    family_alibi = SCHEMES["alibi"](first.shape) if adapter.alibi else None
     result: LayerSchemes = []
     for index, attention in enumerate(attentions):
         if index not in scheme_by_layer:
-            result.append(native)
+            result.append(family_alibi)
             continue
         scheme = (
             scheme_by_layer[index]
@@ -460,18 +477,20 @@ def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Place
             else None
         )
         scorer = scheme_by_layer[index].scorer
-        if native is not None and places.keep_native:
+        if family_alibi is not None and places.keep_native:
             if scorer is not None or (scheme is not None and (scheme.own_scores is not None or not places.rotates)):
                 raise UnsupportedError(
                     f"{first.name!r} cannot be added to the ALiBi of this family; leave keep_native out."
                 )
-            scorer = native
-        result.append(Stacked(scheme, scorer) if scheme is not None and scorer is not None else scheme or scorer)
+            scorer = family_alibi
+        result.append(
+            RotationWithBias(scheme, scorer) if scheme is not None and scorer is not None else scheme or scorer
+        )
     return result
 
 
 @dataclass
-class Stacked:
+class RotationWithBias:
     """Two schemes in one layer: the first encodes queries and keys, the second acts on their scores.
 
     A rotation is added to a family's native ALiBi in this way. No other schemes stack.
@@ -543,7 +562,7 @@ def _forward_swaps(
     model, base, adapter = target.model, target.base, target.adapter
     keep_native = places.keep_native
     cache_argument = None
-    if adapter.tower is None:
+    if adapter.vision_encoder is None:
         cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.rotary is not None)
     runtime = Runtime(
         scheme=scheme,
@@ -551,7 +570,7 @@ def _forward_swaps(
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores),
         rotates_at_scores=places.rotates and places.at_scores,
-        pass_positions=adapter.carry,
+        pass_positions=adapter.pass_positions,
         arguments=compat.argument_names(type(base).forward),
         cache_argument=cache_argument,
         model_arguments=compat.argument_names(type(model).forward),
@@ -559,11 +578,11 @@ def _forward_swaps(
         specification=specification,
         window=scheme.effective_window,
         strict=strict,
-        patch=adapter.tower.patch(base.config) if adapter.tower else None,
+        patch=adapter.vision_encoder.patch(base.config) if adapter.vision_encoder else None,
         keep_native=keep_native,
-        native_table=table_window(base) if keep_native and adapter.tower is None else None,
+        native_table=table_window(base) if keep_native and adapter.vision_encoder is None else None,
         layers=len(target.attentions),
-        forwards_kwargs=adapter.carries,
+        forwards_kwargs=adapter.forwards_kwargs,
         unsplittable=_why_unsplittable(adapter, scheme, places),
         sliding_window=_window(base.config, "sliding_attention", "sliding_window"),
         chunk=_window(base.config, "chunked_attention", "attention_chunk_size"),
@@ -577,7 +596,7 @@ def _forward_swaps(
         ),
     )
     broadcast_parameters({id(each): each for each in scores if each is not None}.values(), target.attentions[0])
-    forward: Callable[..., Any] = base_forward if adapter.tower is None else vision_forward
+    forward: Callable[..., Any] = base_forward if adapter.vision_encoder is None else vision_forward
     if adapter.keep_positions is not None:
         forward = Chain(forward, adapter.keep_positions)
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
@@ -593,7 +612,7 @@ def _forward_swaps(
     if scheme.length_dependent and hasattr(model, compat.PREFILL):
         swaps.append(bind(model, compat.PREFILL, refuse_prefill_chunks))
     before_model = [read_prompt_first] if scheme.length_dependent else []
-    if adapter.carry is not None and model is not base:
+    if adapter.pass_positions is not None and model is not base:
         before_model.append(hand_down_position_ids)
     if before_model and model is not base:
         swaps.append(bind(model, "forward", Chain(*before_model)))
@@ -608,10 +627,14 @@ def _window(config: Any, layer_type: str, attribute: str) -> int | None:
 
 def _why_unsplittable(adapter: Adapter, scheme: Scheme, places: Places) -> str | None:
     """Return why Ulysses cannot split sequences of this family over processes, or None if it can."""
-    if adapter.tower is not None:
+    if adapter.vision_encoder is not None:
         return "a vision encoder has no sequence to split"
     if places.converts or scheme.shape.latent_rank:
         return "it moves heads between processes, and this attention has latents that all heads share"
     if adapter.forward is not None:
         return "this family does not call the attention interface, which Ulysses replaces"
-    return None if adapter.carries else "this family drops the keywords that carry positions and masks to its layers"
+    return (
+        None
+        if adapter.forwards_kwargs
+        else "this family drops the keywords that carry positions and masks to its layers"
+    )

@@ -84,7 +84,7 @@ def check_rotation(patch: Patch) -> None:
         OptionValueError: queries or keys differ from the native ones.
     """
     base, adapter = patch.base, patch.adapter
-    if adapter.rotary is None or adapter.tower is not None or any(p.is_meta for p in base.parameters()):
+    if adapter.rotary is None or adapter.vision_encoder is not None or any(p.is_meta for p in base.parameters()):
         return
     native, inputs = _run(base, adapter, feed=None, implementation=_our_implementation(base, patch.settings))
     if not native:
@@ -122,9 +122,9 @@ class RotationTrial:
     """Inputs of each attention in the unpatched model, `[batch, tokens, hidden]`."""
 
     def differing(self, adapter: Adapter, at_scores: bool) -> tuple[list[int], Exception | None]:
-        """Return the layers whose queries or keys differ from the native ones, and the error if the model fails to "
-        "run."""
-        if at_scores and (adapter.late_norm or not adapter.carries):
+        """Return the layers whose queries or keys differ from the native ones, and the error if the model fails to
+        run."""
+        if at_scores and (adapter.late_norm or not adapter.forwards_kwargs):
             return [], None
         base = self.patch.base
         layer_types, attentions = adapter.layer_types(base, base.config), adapter.attentions(base)
@@ -155,8 +155,8 @@ class RotationTrial:
         return [i for i, native in self.native.items() if i in rotated and _close(rotated[i], native)]
 
     def fitting(self) -> str | None:
-        """Return the adapter fields with which its rotation equals the model's, or None if no layout and pairing "
-        "fits."""
+        """Return the adapter fields with which its rotation equals the model's, or None if no layout and pairing
+        fits."""
         adapter = self.patch.adapter
         for layout, pairs in product(LAYOUTS, (False, True)):
             if (layout, pairs) == (adapter.layout, adapter.interleaved_pairs):

@@ -62,7 +62,7 @@ class Target:
         return self._windows[layer_type]
 
     def shape(self, layer: int) -> AttentionShape:
-        """Return the sizes of the attention of a layer."""
+        """Return the sizes of the attention of a layer. Layers of one type have equal sizes."""
         layer_type = self.layer_types[layer]
         if layer_type not in self._shapes:
             window = self.window(layer)

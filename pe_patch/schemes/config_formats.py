@@ -54,7 +54,7 @@ UNSUPPORTED_TYPES = {
     "xdrope": "positions along several axes",
     "axial": "positions along two axes",
     "deepseek_llama_scaling": "a temperature that grows with the position",
-    "mllama4": "positions of a vision tower",
+    "mllama4": "positions of a vision encoder",
     "fope": "learned mixes of frequencies",
     "pe_patch": "a scheme that the checkpoint's own record names; load it with load_patched",
 }

@@ -16,10 +16,14 @@ from .rope import Rotary, Scaled, native_parameters
 
 @register_scheme
 class YaRN(Scaled):
-    """YaRN: slow frequencies interpolated, fast ones kept, with a ramp over the pair index between D(beta_fast) and
-    D(beta_slow), D(n) = r ln(L / 2 pi n) / (2 ln theta), and cos and sin times 0.1 ln s + 1 (Peng et al. 2023, arXiv
-    2309.00071, definition 3 and equation 22; the ramp over the index is the authors' code).
+    """YaRN: divide slow frequencies by s, keep fast ones, and join them by a ramp over the index of the pair (`ramp`).
 
+    The ramp lies between D(beta_fast) and D(beta_slow), where D(n) = r ln(L / 2 pi n) / (2 ln theta) is the pair that
+    makes n turns inside the trained window L, r is the number of rotary dimensions and theta the base. cos and sin are
+    multiplied by 0.1 ln s + 1 (`attention_factor_at`).
+
+    Source: Peng et al. 2023, arXiv 2309.00071, definition 3 and equation 22; the ramp over the index is the authors'
+    code.
     """
 
     name = "yarn"
@@ -99,7 +103,7 @@ class YaRN(Scaled):
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         plain = self.plain_frequencies()
         slowed = self.plain_frequencies(stretch=factor)
-        kept = 1 - self.ramp()
+        kept = 1 - self.ramp()  # the order of operations is Transformers', for equal bits
         return slowed * (1 - kept) + plain * kept, self.attention_factor_at(factor)
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:

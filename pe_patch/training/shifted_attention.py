@@ -157,7 +157,7 @@ def _check_backend(backend: Backend) -> None:
 def _check_layers(patch: Any, attentions: list[Any]) -> None:
     """Raise unless each layer attends plainly to queries and keys that already contain their positions."""
     config, name = patch.base.config, patch.base.config.model_type
-    if patch.adapter.tower is not None:
+    if patch.adapter.vision_encoder is not None:
         raise UnsupportedError(f"{name} reads images; shifted attention supports causal language models.")
     if converts(patch.scheme) or patch.shape.latent_rank:
         raise UnsupportedError(
