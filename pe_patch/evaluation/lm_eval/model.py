@@ -26,10 +26,17 @@ class NoTruncationLM(HFLM):
         max_length: Maximum tokens of a prompt and its answer.
         batch_size: Sequences per forward pass.
         autocast: Dtype for torch.autocast, or None.
+        bos: Start every prompt with BOS. None does as the tokenizer does.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_length: int, batch_size: int, autocast: torch.dtype | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int,
+        batch_size: int,
+        autocast: torch.dtype | None,
+        bos: bool | None = None,
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -37,6 +44,7 @@ class NoTruncationLM(HFLM):
             max_length=max_length,
             batch_size=batch_size,
             mixed_precision_dtype=autocast,
+            add_bos_token=bos,
         )
         self.longest: dict[str, int] = {}
         """Maximum tokens of a request by task, answer included."""

@@ -40,6 +40,19 @@ class LongBenchTask(DataSetTask):
             return official_prompt(f"longbench/{self.data_name}.yaml", self.data_set.repair)(fields), ""
         return self.data_set.prompt.format(**fields), self.data_set.lead
 
+    def check_row(self, row: Row) -> str:
+        """Return what is wrong with a row, or an empty string."""
+        answers = row["answers"]
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            return f"answers must be a list of at least one string, not {str(answers)[:60]!r}"
+        if not isinstance(row["context"], str):
+            return f"context must be a string, not {str(row['context'])[:60]!r}"
+        if self.data_set.metric.classes and not (isinstance(row["all_classes"], list) and row["all_classes"]):
+            return "all_classes must be a list with the names of the classes"
+        if self.data_name.endswith("_e") and not isinstance(row["length"], int):
+            return f"length must be a number of words, not {str(row['length'])[:60]!r}"
+        return ""
+
     def references(self, row: Row) -> tuple[str, ...]:
         return tuple(row["answers"])
 
