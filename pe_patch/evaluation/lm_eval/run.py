@@ -254,9 +254,9 @@ def _expand(tasks: Sequence[TaskSpec] | TaskSpec) -> list[TaskSpec]:
         if isinstance(task, str) and task.startswith(("longbench", "infinitebench")):
             benchmark = "InfiniteBench" if task.startswith("infinite") else "LongBench"
             raise OptionError(
-                f"{benchmark} is a task of evaluate() here (--task {task.split('_')[0]}), with the authors' prompts and "
-                "scores, controls, and rows from a folder. lm-eval's copy has lost white space in prompts, scores code "
-                "in another way, and reads only the hub."
+                f"{benchmark} is a task of evaluate() here (--task {task.split('_')[0]}), with the authors' prompts "
+                "and scores, controls, and rows from a folder. lm-eval's copy has lost white space in prompts, scores "
+                "code in another way, and reads only the hub."
             )
     if not several:
         raise PePatchError("Give at least one task of lm-eval. Example: tasks=['arc_easy'].")
