@@ -7,10 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from pe_patch import evaluation
-from pe_patch.cli import app
+from pe_patch.cli import main
 
 from .evaluation_doubles import make_text, tiny_llama
 from .ruler_cases import make_tokenizer
@@ -82,8 +81,8 @@ def test_python_snippets_run(block, model, corpus, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, folder, corpus, tmp_path):
-    from pe_patch.evaluation.tasks import TASKS, find_tasks
+def test_commands_run(command, folder, corpus, tmp_path, capsys):
+    from pe_patch.evaluation.tasks import find_tasks
 
     text = tmp_path / "text"
     text.mkdir()
@@ -91,12 +90,23 @@ def test_commands_run(command, folder, corpus, tmp_path):
         (text / f"{number}.txt").write_text(document)
     names = find_tasks(["longbench"]) if "longbench" in command else []
     for task in names:
-        classes = {"all_classes": ["stone"]} if TASKS[task.name].data_set.metric.classes else {}
-        write(tmp_path / "rows" / f"{task.data_name}.jsonl", [row(1, **classes)])
+        answers = ["Paragraph 3", "段落3"][task.data_name.endswith("zh")]
+        written = row(1, all_classes=["stone"], answers=[answers])
+        write(tmp_path / "rows" / f"{task.data_name}.jsonl", [written])
     given = [SHORTER.get(word, word).replace("path/to/folder", str(tmp_path / "rows")) for word in command]
     given = [str(folder) if word == "MODEL" else word for word in given if word != "--chat"]
     if "--output" in given:
         given[given.index("--output") + 1] = str(tmp_path / "out")
-    done = CliRunner().invoke(app, [*given, "--samples", "2", "--text", str(text), "--dry-run", "--dtype", "float32"])
-    assert done.exit_code == 0, done.output
-    assert "To read, controls included" in done.output
+    given += [
+        "--samples",
+        "2",
+        "--text",
+        str(text),
+        "--dtype",
+        "float32",
+        *([] if "--dry-run" in given else ["--dry-run"]),
+    ]
+    code = main(given)
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "To read, controls included" in shown.out

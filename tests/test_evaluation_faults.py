@@ -80,7 +80,9 @@ def test_scoring_functions_refuse_one_string_too(score):
 
 # Rows
 
-HotpotQA, Trec, Count = (LONGBENCH[f"longbench_{name}"] for name in ("hotpotqa", "trec", "hotpotqa_e"))
+HotpotQA, Trec, Count, Retrieval = (
+    LONGBENCH[f"longbench_{name}"] for name in ("hotpotqa", "trec", "hotpotqa_e", "passage_retrieval_en")
+)
 
 
 @pytest.mark.parametrize(("task", "changes", "message"), [
@@ -91,9 +93,10 @@ HotpotQA, Trec, Count = (LONGBENCH[f"longbench_{name}"] for name in ("hotpotqa",
     (Trec, {"all_classes": None}, "all_classes must be a list"),
     (Trec, {"all_classes": "stone"}, "all_classes must be a list"),
     (Count, {"length": None}, "length must be a number"),
+    (Retrieval, {"answers": ["stone"]}, "The right answer 'stone' has no number"),
 ])  # fmt: skip
 def test_every_row_is_checked_before_the_first_question(tmp_path, task, changes, message):
-    good = {"all_classes": ["stone"]}
+    good = {"all_classes": ["stone"], "answers": ["Paragraph 3"]}
     write(tmp_path / f"{task.data_name}.jsonl", [row(1, **good), row(2, **good), row(3, **good | changes)])
     with pytest.raises(PePatchError, match=rf"Row 3 of '{task.data_name}' in .*: {message}.*Correct or remove it"):
         task(source=str(tmp_path)).rows()
@@ -138,12 +141,12 @@ def test_replaced_rows_are_measured_again(tmp_path, tokenizer):
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
 def test_results_with_any_separator_are_read_again(tokenizer, tmp_path, separator, monkeypatch):
     monkeypatch.setattr(EvaluatedModel, "answers", lambda self, asked: [f"one{separator}two"] * len(asked))
-    options = {"samples": 2, "depths": (0.5,), "output": tmp_path}
-    first = measure(double(Copier, tokenizer), tokenizer, "passkey", [300], **options)
+    options, model = {"samples": 2, "depths": (0.5,), "output": tmp_path}, double(Copier, tokenizer)
+    first = measure(model, tokenizer, "passkey", [300], **options)
     assert f"one{separator}two" in first.rows[0].details["examples"][0]["prediction"]
     again = Results.load(tmp_path)
     assert again.rows == first.rows
-    assert measure(double(Copier, tokenizer), tokenizer, "passkey", [300], **options).rows == first.rows
+    assert measure(model, tokenizer, "passkey", [300], **options).rows == first.rows
     assert len(Journal(tmp_path)) > 0
 
 
@@ -155,7 +158,7 @@ def test_a_page_is_written_whatever_the_numbers_are(tokenizer, tmp_path, value):
     model = tiny_llama(len(tokenizer), window=128)
     tasks = ["needle", "needle_single", Perplexity(spots=3, windows=3, stretch_tokens=200)]
     results = measure(model, tokenizer, tasks, [64, 128], samples=4, depths=(0.2, 0.8))
-    names = ("score", "low", "high", "control", "without_context", "seconds")
+    names = ("score", "low", "high", "control", "without_context")
     broken = []
     for number, entry in enumerate(results.rows):
         changed = {name: value for name in names} if number % 2 else {}

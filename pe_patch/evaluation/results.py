@@ -368,8 +368,10 @@ def finite(value: Any) -> Any:
 
 
 def _row(line: dict[str, Any]) -> Row:
-    """Make a row from its JSON, in which a score of null was NaN or infinite."""
+    """Make a row from its JSON, in which a score or a loss of null was NaN or infinite."""
     row = Row(**line)
+    for bucket in row.details.get("buckets", ()):
+        bucket["loss"] = math.nan if bucket["loss"] is None else bucket["loss"]
     return replace(row, score=math.nan) if row.score is None else row
 
 

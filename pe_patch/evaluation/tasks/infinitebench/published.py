@@ -32,7 +32,7 @@ class InfiniteBenchTask(DataSetTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wording not in WORDINGS:
-            raise unknown("wording", self.wording, WORDINGS)
+            raise unknown("wording", str(self.wording), WORDINGS)
         if self.wording == "official" and not self.has_official():
             raise PePatchError(
                 f"lm-eval has no wording of {self.data_name}. Give wording='own', or leave this task out."
