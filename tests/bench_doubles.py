@@ -33,10 +33,11 @@ def make_bench(
     answer: Callable[[Question], str] = lambda question: "",
     texts: Sequence[str] = ("some text of no consequence\n" * 20,),
     chat: bool = False,
+    bos: bool | None = None,
     **options: Any,
 ) -> EvaluationContext:
     settings: dict[str, Any] = {"lengths": [1024], "depths": [0.0, 0.5, 1.0], "samples": 6, "seed": 0}
     settings |= {"control_length": 512, "scheme": "native", "tokenizer_hash": ""} | options
     model: Any = Answering(tokenizer, answer)
     corpus = Corpus.load(tokenizer, list(texts), needed=1)
-    return EvaluationContext(model=model, corpus=corpus, template=PromptTemplate.of(tokenizer, chat), **settings)
+    return EvaluationContext(model=model, corpus=corpus, template=PromptTemplate.of(tokenizer, chat, bos), **settings)

@@ -103,7 +103,9 @@ def record(bench: Any) -> list[str]:
 
 
 def ask(name: str, bench: Any, length: int, files: dict[str, str] | None = None, **options: Any) -> list[Any]:
-    """Return the questions of a task; `files` come from `write_questions`."""
+    """Return the questions of a task, in our words unless others are given; `files` come from `write_questions`."""
+    if "<k0>" not in bench.model.tokenizer.get_vocab():
+        options.setdefault("wording", "own")
     of_file = {"qa_1": "squad", "qa_2": "hotpotqa"}.get(name)
     if files and of_file:
         options[of_file] = files[of_file]

@@ -315,8 +315,8 @@ def test_token_loss_by_hand():
     assert found["loss"] == 3.0 and found["tokens"] == 4
     assert found["perplexity"] == pytest.approx(math.exp(3))
     assert found["bits_per_byte"] == pytest.approx(3 / math.log(2) / 2)
-    # two groups with means 1.5 and 4.5: a standard error of |4.5 - 1.5| / 2
-    assert found["high"] - 3.0 == pytest.approx(1.959963984540054 * 1.5)
+    # two groups with means 1.5 and 4.5: a standard error of |4.5 - 1.5| / 2, times t for one degree of freedom
+    assert found["high"] - 3.0 == pytest.approx(12.7062 * 1.5, rel=1e-5)
     weighted = TokenLoss(keep_in_memory=True).compute(losses=[0.0, 3.0, 3.0], groups=[0, 1, 1])
     assert weighted["loss"] == 2.0  # not 1.5, the mean of the groups' means
 

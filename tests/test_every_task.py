@@ -79,12 +79,12 @@ def corpus(tokenizer):
     return Corpus.load(tokenizer, load_documents("stdlib", split="test", limit=12), needed=40_000)
 
 
-LENGTHS = {"english": (1500, 6000), "tokens": (256, 700)}
+LENGTHS = {"english": (1500, 6000), "own": (1500, 6000), "tokens": (256, 700)}
 CASES: list[tuple[str, dict]] = [
     *((name, {"wording": "english"}) for name in ("needle", "passkey", "needle_single", "needle_multi_key")),
     *((name, {"wording": "english"}) for name in ("needle_multi_value", "needle_multi_query")),
     *((name, {"wording": "tokens"}) for name in ("needle", "passkey", "needle_single", "needle_multi_query")),
-    *((name, {"wording": "english"}) for name in RULER if name not in ("qa_1", "qa_2")),
+    *((name, {"wording": "own"}) for name in RULER if name not in ("qa_1", "qa_2")),
     *((name, {"wording": "tokens"}) for name in ("niah_single_1", "niah_multikey_1", "niah_multiquery")),
     *((name, {}) for name in (*KEY_VALUE, *CODE)),
 ]

@@ -353,7 +353,7 @@ def test_the_error_names_a_missing_data_file(llama, tokenizer, tasks):
 def test_without_lm_eval_the_error_names_the_extra(llama, tokenizer, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
-    with pytest.raises(PePatchError, match=r"pip install 'pe_patch\[lm-eval\]'"):
+    with pytest.raises(PePatchError, match=r"pip install 'pe_patch\[eval\]'"):
         harness(llama, tokenizer, "arc_easy")
 
 

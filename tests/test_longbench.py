@@ -97,9 +97,7 @@ def test_the_first_line_of_code_is_the_one_that_counts():
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge", None)
-    with pytest.raises(
-        PePatchError, match=r"'rouge', which is not installed. Run: pip install 'pe_patch\[longbench\]'"
-    ):
+    with pytest.raises(PePatchError, match=r"'rouge', which is not installed. Run: pip install 'pe_patch\[eval\]'"):
         scoring.rouge("a", "a")
 
 
@@ -142,5 +140,5 @@ def test_the_official_wording_is_the_authors_to_the_character(name):
         {"context": "CONTEXT {x}\n", "input": "INPUT?"}
     )
     assert lead == "" and hashlib.sha256(text.encode()).hexdigest()[:16] == AUTHORS["prompts"][name]
-    own, _ = LONGBENCH[f"longbench_{name}"]().prompt({"context": "CONTEXT {x}\n", "input": "INPUT?"})
+    own, _ = LONGBENCH[f"longbench_{name}"](wording="own").prompt({"context": "CONTEXT {x}\n", "input": "INPUT?"})
     assert own != text and "CONTEXT {x}\n" in own

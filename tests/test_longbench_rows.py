@@ -80,7 +80,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         (None, r"has no hotpotqa.jsonl or data/hotpotqa.jsonl or data.zip"),
         ("", "has no rows"),
         ('{"context": "x"}\n{oops\n', "cannot be read"),
-        ('{"context": "x", "question": "y"}\n', "have no answers, all_classes, length; they have context, question"),
+        ('{"context": "x", "question": "y"}\n', "has no answers, all_classes, length; it has context, question"),
     ],
 )
 def test_unusable_rows_are_errors(tmp_path, content, message):

@@ -66,8 +66,8 @@ def split_by(pattern):
 def test_key_tokens_are_mapped_by_their_characters():
     text = "red river runs red"
     #       0  3 4   9 10 14
-    _, words = longppl._encode_with_offsets(split_by(" "), text, special=False)
-    _, letters = longppl._encode_with_offsets(split_by("."), text, special=False)
+    _, words = longppl._encode_with_offsets(split_by(" "), text)
+    _, letters = longppl._encode_with_offsets(split_by("."), text)
     assert words == [(0, 3), (3, 4), (4, 9), (9, 10), (10, 14), (14, 15), (15, 18)] and len(letters) == 18
     # a judge of words: "river" and the space behind it
     places = longppl.merge_spans([words[2], words[3]])
@@ -95,7 +95,7 @@ class Remembering(EvaluatedModel):
 def test_the_judges_key_tokens_by_hand(monkeypatch):
     # Tokens are numbered, so that a stand-in for the judge knows where it is; 11, 12 and 16 need the first token.
     numbered = [(3 * i, 3 * i + 2) for i in range(20)]
-    monkeypatch.setattr(longppl, "_encode_with_offsets", lambda *_, special: (np.arange(20), numbered))
+    monkeypatch.setattr(longppl, "_encode_with_offsets", lambda *_: (np.arange(20), numbered))
     judge = Remembering(tiny_llama(20), None)
     monkeypatch.setattr(judge, "tokenizer", lambda text: {"input_ids": [0]})
     places, count = longppl.key_token_spans(judge, "", short_context=4, shared_context=2)

@@ -86,19 +86,19 @@ def test_sliding_perplexity_equals_an_independent_implementation(llama, tokenize
     assert row.details["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert row.samples == count == len(pieces) * (size - 1)
     assert (row.details["window"], row.details["stride"], row.details["windows"]) == (length, stride, windows)
-    assert f"window {length}, stride {stride}, each token weighing the same" in row.measured_on
+    assert f"window {length}, stride {stride}, no window starts with a BOS token" in row.measured_on
 
 
 def test_with_bos_every_window_starts_with_it_and_the_first_token_is_scored(llama, tokenizer):
     ids = np.array(tokenizer(TEXT[0])["input_ids"][:40])
-    found = sliding_losses(EvaluatedModel(llama, tokenizer), ids, 16, 5, bos=BOS)
+    found = sliding_losses(EvaluatedModel(llama, tokenizer), ids, 16, 5, start=[BOS])
     expected = list(losses_of(llama, [BOS, *ids[:15]]))
     for end in (20, 25, 30, 35, 40):
         expected += list(losses_of(llama, [BOS, *ids[end - 15 : end]])[-5:])
     assert found == pytest.approx(expected, abs=1e-5)
     (row,) = measure(llama, tokenizer, 64, measures="sliding", bos=True)
     assert row.details["bos"] is True and row.samples == row.details["stretch"] * row.details["stretches"]
-    assert "with the BOS token first" in row.measured_on
+    assert "every window starts with <eos>" in row.measured_on
     assert row.samples != measure(llama, tokenizer, 64, measures="sliding")[0].samples
 
 
@@ -237,7 +237,10 @@ def test_modes_that_need_bos_raise_without_it():
             "stride has no effect on fixed: it belongs to sliding, yarn, pose",
         ),
         ({"measures": "position", "judge": ("a", "b")}, "judge has no effect on position: it belongs to longppl"),
-        ({"compat": "yarn", "bos": False}, "bos has no effect on yarn: it belongs to sliding"),
+        (
+            {"compat": "yarn", "bos": False},
+            "bos has no effect on yarn: it belongs to fixed, sliding, position, longppl",
+        ),
         ({"compat": "yarn_truncate", "stride": 8}, "stride has no effect on yarn_truncate"),
         ({"compat": "lm_eval", "stretch_tokens": 8}, "stretch_tokens has no effect on lm_eval"),
         ({"compat": "evaluate", "documents": 0}, "documents must be at least 1, got 0"),

@@ -87,11 +87,11 @@ def test_fewer_tasks_are_not_labelled_ruler():
 
 def test_substitutes_are_listed_with_their_tasks():
     rows = results({"yarn": [90.0]}).rows
-    stamps = {"benchmark": "after RULER", "substitutes": ["wording english"]}
+    stamps = {"benchmark": "after RULER", "substitutes": ["wording own"]}
     rows = [row("yarn", each.task, 4096, 0.9, **(stamps if each.task in ("vt", "cwe") else {})) for each in rows]
     entry = effective_length(Results(rows))["yarn"]
     assert entry["benchmark"] == "after RULER"
-    assert entry["because"] == ["wording english: vt, cwe"]
+    assert entry["because"] == ["wording own: vt, cwe"]
     rows[0].details.clear()
     assert "no stamp that says so: niah_single_1" in effective_length(Results(rows))["yarn"]["because"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pe_patch.evaluation.tasks.ruler import RULER, RULER_GROUPS, THIRTEEN
-from pe_patch.evaluation.tasks.ruler.wording import ENGLISH
+from pe_patch.evaluation.tasks.ruler.wording import OWN
 from tests import ruler_cases
 from tests.bench_doubles import CHAT, make_bench
 from tests.ruler_cases import TEXTS, ask, prompts, record
@@ -54,7 +54,7 @@ def test_one_more_unit_would_not_fit(name, length, bench):
     def tokens(text: str, prefix: str) -> int:
         return len(bench.model.tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
 
-    generator = RULER[name]().make(bench, tokens, length, ENGLISH).generator
+    generator = RULER[name]().make(bench, tokens, length, OWN).generator
     for index in range(2):
         start = generator.draws.state()
         sample = generator.fit(index)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from ..compat import require_extra
 from ..errors import OptionError
@@ -41,7 +43,8 @@ def evaluate(
     harness: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TASK,...", help="Run tasks of lm-eval, by their names there: ruler,arc_challenge, or retention."
+            metavar="TASK,...",
+            help="Run tasks of lm-eval, by their names there: arc_easy,hellaswag, or retention.",
         ),
     ] = None,
     limit: Annotated[
@@ -52,6 +55,12 @@ def evaluate(
         int | None, typer.Option(min=1, help="Maximum length in tokens for lm-eval (default: the model's window).")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Format prompts with the tokenizer's chat template.")] = False,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Start every window and prompt with BOS, or without (default: as the tokenizer)."
+        ),
+    ] = None,
     text: Annotated[str, typer.Option(help="Text source: stdlib, a folder, a file or a hub data set.")] = "stdlib",
     seed: Annotated[int, typer.Option(help="Random seed for questions and text positions.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass.")] = None,
@@ -61,6 +70,10 @@ def evaluate(
     beyond_window: Annotated[bool, typer.Option("--beyond-window", help="Allow lengths beyond the window.")] = False,
     no_retrieval: Annotated[
         bool, typer.Option("--no-retrieval", help="Do not add the needle task to an evaluation of loss alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything and print what each task reads, without running the model."),
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Write a report to this folder. A rerun skips rows in it.")
@@ -80,6 +93,8 @@ def evaluate(
     if stray := [name for name, value in (task_only | {"--no-retrieval": no_retrieval}).items() if value]:
         if harness and not task:
             raise OptionError(f"{', '.join(stray)} has no effect on lm-eval's tasks: add --task, or remove it.")
+    if dry_run and harness:
+        raise OptionError("--dry-run has no effect on lm-eval's tasks: remove --harness.")
     if not harness and (limit is not None or max_length is not None):
         raise OptionError("--limit and --max-length apply to lm-eval's tasks: give --harness with them.")
     if output is not None:
@@ -91,8 +106,8 @@ def evaluate(
     if harness:
         results += run_harness(
             loaded, tokenizer, [name for entry in harness for name in entry.split(",")], length or None, limit=limit,
-            max_length=max_length, batch_size=batch_size or 1, chat=chat, beyond_window=beyond_window, output=output,
-            overwrite=overwrite,
+            max_length=max_length, batch_size=batch_size or 1, chat=chat, bos=bos, beyond_window=beyond_window,
+            output=output, overwrite=overwrite,
         )  # fmt: skip
     if task or not harness:
         results += evaluation.evaluate(
@@ -108,11 +123,15 @@ def evaluate(
             beyond_window=beyond_window,
             retrieval=not no_retrieval,
             chat=chat,
+            bos=bos,
             task_options=sources.parse_options(task_option or ()),
             output=output,
             overwrite=overwrite,
+            dry_run=dry_run,
             **({"depths": depth} if depth else {}),
         )
+    if dry_run:
+        return _print_plan(results.config["plan"], as_json)
     if as_json:
         print_results(results)
     else:
@@ -122,3 +141,16 @@ def evaluate(
             results, output, title=f"Evaluation of {model}", command=command_line(), overwrite=overwrite
         )
         echo(f"Report: {page}", err=True)
+
+
+def _print_plan(plan: dict[str, dict[str, int]], as_json: bool) -> None:
+    """Print what each task reads, controls included."""
+    if as_json:
+        typer.echo(json.dumps(plan))
+        return
+    table = Table(title="To read, controls included", title_justify="left")
+    for heading in ("task", "prompts", "windows", "tokens", "forward passes at most"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, work in plan.items():
+        table.add_row(task, *(f"{work[name]:,}" for name in ("prompts", "windows", "tokens", "forward_passes")))
+    console().print(table)

@@ -15,7 +15,7 @@ from ..errors import OptionError
 from .corpus import Corpus, whole_ids
 from .journal import Journal, key_of
 from .memory import PeakMemory
-from .model import EvaluatedModel
+from .model import EvaluatedModel, Work
 from .results import Row
 from .retrieval import encode, start_ids
 
@@ -31,16 +31,20 @@ class PromptTemplate:
     tail: str = ""
     """Text between the prompt and the start of the answer."""
     chat: bool = False
+    bos: bool | None = None
+    """Start every window and prompt with BOS. None does as the tokenizer does, and in a chat as the template does."""
 
     @classmethod
-    def of(cls, tokenizer: Any, chat: bool) -> PromptTemplate:
+    def of(cls, tokenizer: Any, chat: bool, bos: bool | None = None) -> PromptTemplate:
         """Split the tokenizer's chat template at the user's message; without `chat`, return an empty template.
 
         Raises:
-            OptionError: `chat` is True and the tokenizer has no usable chat template.
+            OptionError: `chat` is True and the tokenizer has no usable chat template, or `bos` is True and it has no
+                BOS token.
         """
+        start_ids(tokenizer, bos)
         if not chat:
-            return cls()
+            return cls(bos=bos)
         if not getattr(tokenizer, "chat_template", None):
             raise OptionError("chat=True needs a tokenizer with a chat template; this one has none. Use chat=False.")
         message = [{"role": "user", "content": _PLACEHOLDER}]
@@ -51,11 +55,21 @@ class PromptTemplate:
                 "chat=True cannot use this tokenizer's chat template: its output does not contain the user's message. "
                 "Use chat=False."
             )
-        return cls(head, tail, chat=True)
+        if bos is not None and (token := tokenizer.bos_token):
+            head = (token if bos else "") + head.removeprefix(token)
+        return cls(head, tail, chat=True, bos=bos)
+
+    def without_chat(self) -> PromptTemplate:
+        """Return the template of a task that does without a chat template."""
+        return PromptTemplate(bos=self.bos)
+
+    def start_ids(self, tokenizer: Any) -> np.ndarray:
+        """Return the ids [n] that every window of a loss starts with: BOS, or none."""
+        return start_ids(tokenizer, self.bos)
 
     def head_ids(self, tokenizer: Any) -> np.ndarray:
-        """Return the ids [n] that every prompt starts with: the head, or the tokenizer's start token."""
-        return encode(tokenizer, self.head) if self.chat else start_ids(tokenizer)
+        """Return the ids [n] that every prompt starts with: the head of the chat, or BOS, or none."""
+        return encode(tokenizer, self.head) if self.chat else self.start_ids(tokenizer)
 
     def ids(self, tokenizer: Any, text: str, answer_prefix: str = "") -> np.ndarray:
         """Return the ids [n] of a prompt that ends where the answer starts.
@@ -65,7 +79,7 @@ class PromptTemplate:
         """
         if self.chat:
             return whole_ids(tokenizer, f"{self.head}{text}{self.tail}{answer_prefix}")
-        return np.concatenate([start_ids(tokenizer), whole_ids(tokenizer, text + answer_prefix)])
+        return np.concatenate([self.start_ids(tokenizer), whole_ids(tokenizer, text + answer_prefix)])
 
 
 @dataclass
@@ -92,8 +106,8 @@ class WorkUnit:
 
     name: str
     """Unique among the units of one task and length."""
-    tokens: int
-    """Approximate number of tokens that the model reads, for the progress bar."""
+    work: Work
+    """Approximate work, for the progress. A dry run counts it exactly."""
     measure: Callable[[], Outcome]
 
 
@@ -116,6 +130,8 @@ class EvaluationContext:
     model_hash: str = ""
     template: PromptTemplate = field(default_factory=PromptTemplate)
     journal: Journal = field(default_factory=Journal)
+    _identities: dict[tuple[type, str], str] = field(default_factory=dict, repr=False)
+    """Identity of each task, which may read a file."""
 
     @property
     def min_length(self) -> int:
@@ -131,6 +147,11 @@ class EvaluationContext:
     def samples_per_depth(self) -> int:
         """`samples` divided by the number of depths, rounded up."""
         return -(-self.samples // len(self.depths))
+
+    @property
+    def start_ids(self) -> np.ndarray:
+        """Ids [n] that every window of a loss starts with: BOS, or none."""
+        return self.template.start_ids(self.model.tokenizer)
 
     def prompt(self, text: str, answer_prefix: str = "") -> np.ndarray:
         """Return the ids [n] of a prompt with its special tokens or in its chat template.
@@ -153,7 +174,7 @@ class EvaluationContext:
         """Hash everything that a measurement depends on.
 
         Args:
-            task: The task. Its options are part of the key.
+            task: The task. Its options are part of the key, and what its `identity` adds to them.
             names: What distinguishes this measurement from others of the task.
         """
         return key_of(
@@ -164,14 +185,22 @@ class EvaluationContext:
             tokenizer=self.tokenizer_hash,
             text=self.corpus.hash,
             frame=asdict(self.template),
+            start=self.start_ids.tolist(),
             seed=self.seed,
             samples=self.samples,
             depths=list(self.depths),
             control_length=self.control_length,
             lengths=list(self.lengths) if getattr(task, "depends_on_lengths", False) else None,
-            task=[type(task).__name__, task.name, repr(task)],
+            task=[type(task).__name__, task.name, self._identity(task)],
             names=list(names),
         )
+
+    def _identity(self, task: Any) -> str:
+        shown = repr(task)
+        if (type(task), shown) not in self._identities:
+            identity = getattr(task, "identity", None)
+            self._identities[type(task), shown] = shown if identity is None else identity(self)
+        return self._identities[type(task), shown]
 
     def recall(self, key: str) -> Any:
         """Return the value that `remember` stored under a key, or None."""

@@ -63,7 +63,7 @@ class Journal:
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
         complete = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.splitlines(), 1):
+        for number, line in enumerate(complete.split(b"\n")[:-1], 1):
             try:
                 entry = json.loads(line)
                 self._entries[entry.pop("key")] = entry

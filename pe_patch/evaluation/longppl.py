@@ -29,8 +29,12 @@ from .perplexity_measures import (
     limited_option,
     sliding_losses,
     span_losses,
+    start_facts,
+    start_words,
+    window_start,
 )
 from .results import Row
+from .retrieval import start_ids
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,13 @@ def is_key_token(short: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return (short - whole > MIN_GAIN) & (whole < MAX_LOSS)
 
 
-def short_context_losses(model: EvaluatedModel, ids: np.ndarray, short_context: int, shared_context: int) -> np.ndarray:
+def short_context_losses(
+    model: EvaluatedModel,
+    ids: np.ndarray,
+    short_context: int,
+    shared_context: int,
+    start: Sequence[int] | np.ndarray = (),
+) -> np.ndarray:
     """Compute the losses of all tokens from index `short_context` on, with little context each.
 
     Args:
@@ -93,20 +103,35 @@ def short_context_losses(model: EvaluatedModel, ids: np.ndarray, short_context: 
         short_context: Minimum number of tokens before each scored token.
         shared_context: Tokens that are scored in one window. The last of them has `shared_context` - 1 more tokens
             before it than the first.
+        start: Ids that every window starts with: BOS, or none.
 
     Returns:
         Losses in nats [n - short_context].
     """
     starts = range(0, len(ids) - short_context, shared_context)
-    ends = [min(start + short_context + shared_context, len(ids)) for start in starts]
-    spans = [Span(start, end, end - start - short_context) for start, end in zip(starts, ends, strict=True)]
-    return np.concatenate(span_losses(model, ids, spans))
+    ends = [min(first + short_context + shared_context, len(ids)) for first in starts]
+    spans = [Span(first, end, end - first - short_context) for first, end in zip(starts, ends, strict=True)]
+    return np.concatenate(span_losses(model, ids, spans, start))
 
 
 def key_token_spans(
-    judge: EvaluatedModel, text: str, short_context: int, shared_context: int
+    judge: EvaluatedModel,
+    text: str,
+    short_context: int,
+    shared_context: int,
+    start: Sequence[int] | np.ndarray = (),
 ) -> tuple[list[CharSpan], int]:
     """Find the judge's key tokens in a text.
+
+    The authors' code starts only the first window with BOS. Here all windows start with `start`, since otherwise the
+    loss that a missing BOS costs would count as the gain of a longer context.
+
+    Args:
+        judge: The judge.
+        text: The text.
+        short_context: Minimum number of tokens before each scored token.
+        shared_context: Tokens that share one short context.
+        start: Ids that every window starts with: BOS, or none.
 
     Returns:
         The character spans of the key tokens, in order and without overlaps, and the number of key tokens.
@@ -114,19 +139,24 @@ def key_token_spans(
     Raises:
         PePatchError: The text is longer than the judge's window.
     """
-    ids, offsets = _encode_with_offsets(judge.tokenizer, text, special=True)
+    ids, offsets = _encode_with_offsets(judge.tokenizer, text)
     window = windows(judge.model)[1]
-    if window is not None and len(ids) > window:
+    if window is not None and len(start) + len(ids) > window:
         raise PePatchError(
-            f"The judge of LongPPL reads {len(ids)} tokens here, beyond its window of {window}. "
+            f"The judge of LongPPL reads {len(start) + len(ids)} tokens here, beyond its window of {window}. "
             "Give a judge with a longer window, or use shorter lengths."
         )
     if len(ids) <= short_context:
         return [], 0
-    whole = judge.losses([ids], len(ids) - 1)[0][short_context - 1 :]
-    short = short_context_losses(judge, ids, short_context, shared_context)
+    whole = _losses_with_whole_context(judge, ids, start)[-(len(ids) - short_context) :]
+    short = short_context_losses(judge, ids, short_context, shared_context, start)
     indices = np.flatnonzero(is_key_token(short, whole)) + short_context
     return merge_spans([offsets[index] for index in indices]), len(indices)
+
+
+def _losses_with_whole_context(model: EvaluatedModel, ids: np.ndarray, start: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the losses of all tokens [n], or of all but the first [n - 1] without `start`."""
+    return model.losses([np.concatenate([np.array(start, dtype=ids.dtype), ids])], len(ids) - (not len(start)))[0]
 
 
 def merge_spans(spans: Sequence[CharSpan]) -> list[CharSpan]:
@@ -164,6 +194,7 @@ class LongPPL(Measure):
     judge: Judge | None = None
     short_context: int | None = None
     shared_context: int | None = None
+    bos: bool | None = None
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens that the model and the judge read.
@@ -177,17 +208,22 @@ class LongPPL(Measure):
         """Score the key tokens of texts of `length` tokens; the control scores the same tokens in a shorter window."""
         short_context = limited_option(context, "short_context", self.short_context, SHORT_CONTEXT)
         shared_context = self.shared_context or min(SHARED_CONTEXT, max(1, short_context // 4))
-        texts = self._texts(context, length)
+        start = window_start(context, self.bos)
+        texts = self._texts(context, length - len(start))
         judge = self._judge_model(context)
+        judge_start = start if self.judge is None else start_ids(judge.tokenizer)
         with context.timed() as usage:
             spans, judge_counts = zip(
-                *[key_token_spans(judge, text, short_context, shared_context) for text, _, _ in texts], strict=True
+                *[key_token_spans(judge, text, short_context, shared_context, judge_start) for text, _, _ in texts],
+                strict=True,
             )
-            # the first token has no context and is never scored
+            # without BOS, the first token has no context and is not scored
+            first = 0 if len(start) else 1
             masks = [
-                inside_spans(offsets, key_spans)[1:] for (_, _, offsets), key_spans in zip(texts, spans, strict=True)
+                inside_spans(offsets, key_spans)[first:]
+                for (_, _, offsets), key_spans in zip(texts, spans, strict=True)
             ]
-            losses = [context.model.losses([ids], len(ids) - 1)[0] for _, ids, _ in texts]
+            losses = [_losses_with_whole_context(context.model, ids, start) for _, ids, _ in texts]
         groups = np.concatenate([np.full(mask.sum(), index) for index, mask in enumerate(masks)])
         if not len(groups):
             logger.warning(
@@ -202,7 +238,7 @@ class LongPPL(Measure):
         def measure_control() -> float:
             window = context.control_length
             stride = max(1, min(shared_context, window // 2))
-            in_window = [sliding_losses(context.model, ids, window, stride) for _, ids, _ in texts]
+            in_window = [sliding_losses(context.model, ids, window, stride, start) for _, ids, _ in texts]
             return _summarise_key_tokens(context, in_window, masks, groups)["loss"]
 
         control_key = key(f"longppl at {length}", "within")
@@ -224,7 +260,7 @@ class LongPPL(Measure):
             measured_on=f"{summary['tokens']} key tokens among the first {length} tokens of {len(texts)} texts of "
             f"{context.corpus.name}, which the judge predicts better by more than {MIN_GAIN} nats, and below "
             f"{MAX_LOSS}, than with {short_context} to {short_context + shared_context - 1} tokens before them; exp of "
-            "their mean loss, each weighing the same",
+            f"their mean loss, {start_words(context, start)}, each token weighing the same",
             details={
                 "judge": "the evaluated model" if self.judge is None else self.judge.name,
                 "key_tokens": summary["tokens"],
@@ -234,14 +270,20 @@ class LongPPL(Measure):
                 "perplexity_of_all": math.exp(min(float(every_loss.mean()), 700.0)),
                 "short_context": short_context,
                 "shared_context": shared_context,
+                **start_facts(context, start),
             },
         )
 
     def _judge_model(self, context: EvaluationContext) -> EvaluatedModel:
         if self.judge is None:
             return context.model
-        return EvaluatedModel(
-            self.judge.model, self.judge.tokenizer, autocast=context.model.autocast, advance=context.model.advance
+        evaluated = context.model
+        return type(evaluated)(
+            self.judge.model,
+            self.judge.tokenizer,
+            autocast=evaluated.autocast,
+            advance=evaluated.advance,
+            work=evaluated.work,
         )
 
     def _texts(self, context: EvaluationContext, length: int) -> list[tuple[str, np.ndarray, list[CharSpan]]]:
@@ -255,7 +297,7 @@ class LongPPL(Measure):
         chosen = [context.corpus.texts[long_enough[index]] for index in order[: self.windows or WINDOWS]]
         texts = []
         for text in chosen or ["".join(context.corpus.texts)]:
-            ids, offsets = _encode_with_offsets(context.model.tokenizer, text, special=False)
+            ids, offsets = _encode_with_offsets(context.model.tokenizer, text)
             texts.append((text[: offsets[length - 1][1]], ids[:length], offsets[:length]))
         return texts
 
@@ -267,12 +309,12 @@ def _summarise_key_tokens(
     return context.token_loss(key_losses.tolist(), groups.tolist())
 
 
-def _encode_with_offsets(tokenizer: Any, text: str, *, special: bool) -> tuple[np.ndarray, list[CharSpan]]:
-    """Return the ids [n] of a text and the character span of each token; `special` adds special tokens."""
+def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, list[CharSpan]]:
+    """Return the ids [n] of a text without special tokens, and the character span of each token."""
     if not tokenizer.is_fast:
         raise PePatchError(
             "LongPPL needs the position of each token in the text, which only fast tokenizers give. "
             "Load the tokenizer with use_fast=True, or leave 'longppl' out."
         )
-    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return np.array(encoding["input_ids"], dtype=np.int64), [(start, end) for start, end in encoding["offset_mapping"]]

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, cast
 
@@ -95,6 +95,23 @@ def model_fingerprint(model: Any) -> str:
 
 
 @dataclass
+class Work:
+    """What a model does for an evaluation, controls included."""
+
+    prompts: int = 0
+    """Prompts to answer."""
+    windows: int = 0
+    """Sequences whose loss is computed."""
+    tokens: int = 0
+    """Tokens of all prompts, answers and windows."""
+    forward_passes: int = 0
+    """Forward passes without batches and shared text: one for a window and for each token of an answer, at most."""
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(getattr(self, entry.name) - getattr(other, entry.name) for entry in fields(Work)))
+
+
+@dataclass
 class EvaluatedModel:
     """A model with its tokenizer. It answers questions and computes losses in the largest batches that fit."""
 
@@ -106,6 +123,8 @@ class EvaluatedModel:
     """Dtype for torch.autocast. None disables it."""
     advance: Callable[[int], Any] = field(default=lambda tokens: None)
     """Progress callback. It receives the number of tokens after every forward pass."""
+    work: Work = field(default_factory=Work)
+    """What was asked of the model so far."""
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +200,7 @@ class EvaluatedModel:
         Returns:
             Losses in nats [sequences, targets].
         """
+        self._count_windows(sequences)
         length, rows = len(sequences[0]), []
         size = self.plan_batch_size(length, logits=targets + 1, cached=False)
         for start in range(0, len(sequences), size):
@@ -200,6 +220,7 @@ class EvaluatedModel:
 
         Prompts that begin with the same text share its cache. All other prompts are answered in left-padded batches.
         """
+        self._count_prompts(questions)
         tokens: dict[int, list[int]] = {}
         remaining: list[int] = []
         for group in group_by_prefix(questions) if self.can_reuse_prefix else [[i] for i in range(len(questions))]:
@@ -212,6 +233,16 @@ class EvaluatedModel:
             tokens |= self._answer_padded(questions, batch)
         ends = self.end_tokens
         return [self.tokenizer.decode(_until(tokens[index], ends)) for index in range(len(questions))]
+
+    def _count_windows(self, sequences: Sequence[np.ndarray]) -> None:
+        self.work.windows += len(sequences)
+        self.work.forward_passes += len(sequences)
+        self.work.tokens += sum(map(len, sequences))
+
+    def _count_prompts(self, questions: Sequence[Question]) -> None:
+        self.work.prompts += len(questions)
+        self.work.forward_passes += sum(question.budget for question in questions)
+        self.work.tokens += sum(len(question.prompt) + question.budget for question in questions)
 
     def _padded_batches(self, questions: Sequence[Question], indices: list[int]) -> Iterator[list[int]]:
         """Group prompts of equal budget and similar length, as many as fit in memory."""
@@ -321,10 +352,12 @@ class DryRunModel(EvaluatedModel):
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """Return an empty answer for each question."""
+        self._count_prompts(questions)
         return [""] * len(questions)
 
     def losses(self, sequences: Sequence[np.ndarray], targets: int) -> np.ndarray:
         """Return zeros [sequences, targets]."""
+        self._count_windows(sequences)
         return np.zeros((len(sequences), targets))
 
 

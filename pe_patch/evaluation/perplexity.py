@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ..errors import OptionError, unknown
 from .context import EvaluationContext, Outcome, WorkUnit
 from .longppl import Judge, LongPPL
+from .model import Work
 from .perplexity_compat import COMPAT
 from .perplexity_measures import FixedTargets, LossByPosition, Measure, SlidingWindow
 
@@ -61,7 +62,8 @@ class Perplexity:
     `lm_eval`: the first `documents` documents in windows that do not overlap; word perplexity.
     """
     bos: bool | None = None
-    """For `sliding`: start every window with the tokenizer's BOS token."""
+    """For `fixed`, `sliding`, `position` and `longppl`: start every window with BOS. None takes the `bos` of the
+    evaluation, which by default does as the tokenizer does. Compat modes do as their reference does."""
     documents: int | None = None
     """For `evaluate` and `lm_eval`: number of documents. None is 8."""
     judge: Any = None
@@ -105,7 +107,9 @@ class Perplexity:
     def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
         """Yield one unit per measure."""
         for name, measure in self.chosen.items():
-            yield WorkUnit(name, measure.tokens(context, length), partial(self._measure, measure, context, length))
+            tokens = measure.tokens(context, length)
+            work = Work(windows=-(-tokens // length), tokens=tokens)
+            yield WorkUnit(name, work, partial(self._measure, measure, context, length))
 
     def _measure(self, measure: Measure, context: EvaluationContext, length: int) -> Outcome:
         row = measure.row(context, length, partial(context.key, self))

@@ -27,9 +27,9 @@ from .perplexity_measures import (
     Measure,
     Span,
     StridedMeasure,
-    bos_token,
     sliding_spans,
     span_losses,
+    start_facts,
 )
 from .results import Row
 
@@ -85,6 +85,21 @@ def mean_of_perplexities(texts: Sequence[np.ndarray]) -> float:
 # Measures
 
 
+def required_bos(context: EvaluationContext, mode: str) -> list[int]:
+    """Return the id of BOS, which the reference of a compat mode puts before every window, for any tokenizer.
+
+    Raises:
+        PePatchError: The tokenizer has no BOS token.
+    """
+    bos = context.model.tokenizer.bos_token_id
+    if bos is None:
+        raise PePatchError(
+            f"compat={mode!r} puts the BOS token before every window, and this tokenizer has none. "
+            "Use measures=('sliding',), which does as the tokenizer does."
+        )
+    return [bos]
+
+
 def _compat_row(
     context: EvaluationContext,
     usage: ResourceUsage,
@@ -94,6 +109,7 @@ def _compat_row(
     perplexity: float,
     windows: list[np.ndarray],
     measured_on: str,
+    start: Sequence[int],
     details: dict[str, Any] | None = None,
 ) -> Row:
     """Make the row of a compat mode: the perplexity that the original prints, without interval and control."""
@@ -111,7 +127,7 @@ def _compat_row(
         control=None,
         control_length=None,
         measured_on=measured_on,
-        details={"compat": name, "windows": len(windows), **(details or {})},
+        details={"compat": name, "windows": len(windows), **start_facts(context, start), **(details or {})},
     )
 
 
@@ -121,7 +137,7 @@ class YarnSliding(StridedMeasure):
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the stretches of the sliding measure."""
-        windows, usage, measured_on = _yarn_windows(self, context, length, "compat='yarn'")
+        windows, usage, measured_on = _yarn_windows(self, context, length, "yarn")
         measured_on += "; the mean of the windows' means, the first window weighing as much as another's newest tokens"
         return _compat_row(
             context,
@@ -132,6 +148,7 @@ class YarnSliding(StridedMeasure):
             math.exp(mean_of_window_means(windows)),
             windows,
             measured_on,
+            required_bos(context, "yarn"),
             {"stride": self.stride_for(context)},
         )
 
@@ -142,7 +159,7 @@ class PoseSliding(StridedMeasure):
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the stretches of the sliding measure."""
-        windows, usage, measured_on = _yarn_windows(self, context, length, "compat='pose'")
+        windows, usage, measured_on = _yarn_windows(self, context, length, "pose")
         return _compat_row(
             context,
             usage,
@@ -152,21 +169,22 @@ class PoseSliding(StridedMeasure):
             math.exp(mean_of_tokens(windows)),
             windows,
             f"{measured_on}; each token weighing the same",
+            required_bos(context, "pose"),
             {"stride": self.stride_for(context)},
         )
 
 
 def _yarn_windows(
-    measure: StridedMeasure, context: EvaluationContext, length: int, option: str
+    measure: StridedMeasure, context: EvaluationContext, length: int, mode: str
 ) -> tuple[list[np.ndarray], ResourceUsage, str]:
     """Return the losses of YaRN's windows over the stretches of the sliding measure, and a description of them."""
-    stride, bos = measure.stride_for(context), bos_token(context, option)
+    stride, start = measure.stride_for(context), required_bos(context, mode)
     texts, where = measure.stretches(context)
     with context.timed() as usage:
         windows = [
             losses
             for ids in texts
-            for losses in span_losses(context.model, ids, yarn_spans(len(ids), length - 1, stride), bos)
+            for losses in span_losses(context.model, ids, yarn_spans(len(ids), length - 1, stride), start)
         ]
     measured_on = (
         f"every token of {len(texts)} stretches of {len(texts[0])} tokens ({where}) in {context.corpus.name}, in "
@@ -187,10 +205,10 @@ class YarnTruncate(Measure):
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the beginnings of some pieces of text."""
-        bos, size = bos_token(context, "compat='yarn_truncate'"), context.max_length
+        start, size = required_bos(context, "yarn_truncate"), context.max_length
         texts, where = context.corpus.spots(size, size, self.windows or WINDOWS, context.seed)
         with context.timed() as usage:
-            windows = [span_losses(context.model, ids, [Span(0, length - 1, length - 1)], bos)[0] for ids in texts]
+            windows = [span_losses(context.model, ids, [Span(0, length - 1, length - 1)], start)[0] for ids in texts]
         return _compat_row(
             context,
             usage,
@@ -201,6 +219,7 @@ class YarnTruncate(Measure):
             windows,
             f"the first {length - 1} tokens of {len(texts)} pieces ({where}) in {context.corpus.name}, the BOS token "
             "before each; the mean of the pieces' means",
+            start,
         )
 
 
@@ -234,7 +253,9 @@ class LongLora(StridedMeasure):
             windows,
             f"all tokens but the first of {len(spans)} windows of {length} tokens that begin every {stride} tokens of "
             f"the first {len(ids)} of {context.corpus.name}, documents joined, the last window left out, so most "
-            f"tokens are scored many times; the mean of the windows' means, as a power of {LONGLORA_E}",
+            f"tokens are scored many times; the mean of the windows' means, as a power of {LONGLORA_E}; no "
+            "window starts with a BOS token",
+            [],
             {"stride": stride},
         )
 
@@ -251,10 +272,10 @@ class HuggingFaceEvaluate(Measure):
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the beginnings of the first documents."""
-        bos = bos_token(context, "compat='evaluate'")
+        start = required_bos(context, "evaluate")
         texts = [ids[: length - 1] for ids in context.corpus.documents[: self.documents or DOCUMENTS]]
         with context.timed() as usage:
-            windows = [span_losses(context.model, ids, [Span(0, len(ids), len(ids))], bos)[0] for ids in texts]
+            windows = [span_losses(context.model, ids, [Span(0, len(ids), len(ids))], start)[0] for ids in texts]
         return _compat_row(
             context,
             usage,
@@ -265,6 +286,7 @@ class HuggingFaceEvaluate(Measure):
             windows,
             f"the first {length - 1} tokens, or all, of the first {len(texts)} documents of {context.corpus.name}, the "
             "BOS token before each; the mean of the documents' perplexities",
+            start,
         )
 
 
@@ -298,6 +320,7 @@ class LmEvalRolling(Measure):
             f"every token of the first {len(texts)} documents of {context.corpus.name}, in windows of {length} tokens "
             "that do not overlap, one token before each (the last reaches back as far as it can); the whole loss by "
             "the number of words",
+            rolling_prefix(context.model.tokenizer),
             {
                 "log_likelihood": -total,
                 "token_perplexity": math.exp(total / sum(map(len, windows))),
@@ -325,17 +348,27 @@ def rolling_losses(model: EvaluatedModel, text: str, window: int) -> np.ndarray:
         PePatchError: The tokenizer has neither BOS nor EOS.
     """
     tokenizer = model.tokenizer
+    (prefix,) = rolling_prefix(tokenizer)
+    plain = {"add_special_tokens": False} if text.startswith(tokenizer.decode([prefix])) else {}
+    ids = np.array([prefix, *tokenizer.encode(text, verbose=False, **plain)], dtype=np.int64)
+    # The model predicts the last token of a span without reading it, so a span has one token more than the window.
+    spans = sliding_spans(len(ids), window + 1, window)
+    return np.concatenate([_losses_without_last(model, ids[span.start : span.end])[-span.scored :] for span in spans])
+
+
+def rolling_prefix(tokenizer: Any) -> list[int]:
+    """Return the id from which lm-eval predicts the first token of a text.
+
+    Raises:
+        PePatchError: The tokenizer has neither BOS nor EOS.
+    """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
         raise PePatchError(
             "compat='lm_eval' predicts the first token from BOS or EOS, and this tokenizer has neither. Set its "
             "eos_token, or leave compat='lm_eval' out."
         )
-    plain = {"add_special_tokens": False} if text.startswith(tokenizer.decode([prefix])) else {}
-    ids = np.array([prefix, *tokenizer.encode(text, verbose=False, **plain)], dtype=np.int64)
-    # The model predicts the last token of a span without reading it, so a span has one token more than the window.
-    spans = sliding_spans(len(ids), window + 1, window, bos=False)
-    return np.concatenate([_losses_without_last(model, ids[span.start : span.end])[-span.scored :] for span in spans])
+    return [prefix]
 
 
 def _losses_without_last(model: EvaluatedModel, ids: np.ndarray) -> np.ndarray:

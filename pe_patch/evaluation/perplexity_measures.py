@@ -14,6 +14,7 @@ from ..errors import PePatchError
 from .context import EvaluationContext, ResourceUsage
 from .model import EvaluatedModel
 from .results import Row
+from .retrieval import start_ids
 
 TARGETS = 128
 SPOTS = 64
@@ -49,13 +50,41 @@ class Measure:
         raise NotImplementedError
 
 
-def limited_option(context: EvaluationContext, name: str, value: int | None, default: int) -> int:
+def window_start(context: EvaluationContext, bos: bool | None) -> np.ndarray:
+    """Return the ids [n] that every window starts with: BOS, or none.
+
+    Args:
+        context: Its template has the setting of the evaluation.
+        bos: The measure's own setting. None takes that of the evaluation.
+    """
+    return context.start_ids if bos is None else start_ids(context.model.tokenizer, bos)
+
+
+def start_facts(context: EvaluationContext, start: Sequence[int] | np.ndarray) -> dict[str, Any]:
+    """Return the facts about BOS for the details of a row."""
+    return {"bos": len(start) > 0, "window_start": context.model.tokenizer.convert_ids_to_tokens(list(map(int, start)))}
+
+
+def start_words(context: EvaluationContext, start: Sequence[int] | np.ndarray) -> str:
+    """Return words for the description of a row: whether its windows start with BOS."""
+    tokens = start_facts(context, start)["window_start"]
+    return f"every window starts with {' '.join(tokens)}" if tokens else "no window starts with a BOS token"
+
+
+def limited_option(context: EvaluationContext, name: str, value: int | None, default: int, start: int = 0) -> int:
     """Return an option in tokens that must be below every length; None is the default, or half the shortest length.
+
+    Args:
+        context: Settings of the evaluation.
+        name: Name of the option, for the error.
+        value: The option.
+        default: The value for None.
+        start: Tokens that every window starts with before the text.
 
     Raises:
         PePatchError: The value is not below the shortest length.
     """
-    bound = context.min_length
+    bound = context.min_length - max(0, start - 1)
     if value is not None and value >= bound:
         raise PePatchError(f"{name}={value} leaves no context at length {bound}. Use a value below {bound}.")
     return value or max(1, min(default, bound // 2))
@@ -72,6 +101,12 @@ def summarise(context: EvaluationContext, losses: np.ndarray, groups: np.ndarray
     if groups is None:
         groups = np.repeat(np.arange(len(losses)), losses.shape[1])
     return context.token_loss(losses.ravel().tolist(), groups.ravel().tolist())
+
+
+def control_tokens(context: EvaluationContext, length: int) -> int:
+    """Return the tokens of a window of the control at the length that measures it, and 0 at all others."""
+    beyond = [value for value in context.lengths if value >= context.control_length]
+    return context.control_length if beyond and length == min(beyond) > context.control_length else 0
 
 
 def control_loss(
@@ -138,30 +173,34 @@ class FixedTargets(Measure):
 
     targets: int | None = None
     spots: int | None = None
+    bos: bool | None = None
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
-        """Return the tokens of all pieces."""
-        return (self.spots or SPOTS) * length
+        """Return the tokens of all pieces, and of the control."""
+        return (self.spots or SPOTS) * (length + control_tokens(context, length))
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the last tokens of pieces of `length` tokens; the control shortens the text before them."""
-        targets = limited_option(context, "targets", self.targets, TARGETS)
+        start = window_start(context, self.bos)
+        targets = limited_option(context, "targets", self.targets, TARGETS, len(start))
         pieces, where = context.corpus.spots(context.max_length, targets, self.spots or SPOTS, context.seed)
+        losses_at = partial(self._losses, context, pieces, targets, start)
         with context.timed() as usage:
-            losses = context.model.losses([piece[-length:] for piece in pieces], targets)
+            losses = losses_at(length)
         summary = summarise(context, losses)
-        loss_with = partial(self._loss, context, pieces, targets)
         control = control_loss(
             context,
             length,
             key("fixed", "within"),
             summary["loss"],
-            partial(loss_with, context.control_length),
+            lambda: summarise(context, losses_at(context.control_length))["loss"],
         )
         bare_key = key("fixed", "bare")
         without_context = context.recall(bare_key)
         if without_context is None:
-            without_context = context.remember(bare_key, loss_with(targets + 1))
+            # BOS alone before the targets, or one token of the text, since the model predicts nothing without a token
+            bare = losses_at(targets + max(1, len(start)))
+            without_context = context.remember(bare_key, summarise(context, bare)["loss"])
         target_ids = np.stack([piece[-targets:] for piece in pieces])
         return loss_row(
             context,
@@ -170,37 +209,50 @@ class FixedTargets(Measure):
             "nats per token, fixed targets",
             summary,
             f"the same last {targets} tokens of {len(pieces)} spots ({where}) in {context.corpus.name}, "
-            f"{length - targets} tokens before them, each token weighing the same",
+            f"{length - targets} tokens before them, {start_words(context, start)}, each token weighing the same",
             {
                 "targets": targets,
                 "spots": len(pieces),
                 "targets_hash": hashlib.sha256(target_ids.tobytes()).hexdigest()[:12],
+                **start_facts(context, start),
             },
             control=control,
             without_context=without_context,
         )
 
-    def _loss(self, context: EvaluationContext, pieces: list[np.ndarray], targets: int, length: int) -> float:
-        losses = context.model.losses([piece[-length:] for piece in pieces], targets)
-        return summarise(context, losses)["loss"]
+    def _losses(
+        self, context: EvaluationContext, pieces: list[np.ndarray], targets: int, start: np.ndarray, length: int
+    ) -> np.ndarray:
+        return context.model.losses([window_of(piece, length, start) for piece in pieces], targets)
+
+
+def window_of(piece: np.ndarray, length: int, start: np.ndarray) -> np.ndarray:
+    """Return a window of `length` tokens: `start`, then the last tokens of a piece."""
+    return np.concatenate([start, piece[len(piece) - (length - len(start)) :]])
 
 
 # By position
 
 
-def position_buckets(losses: np.ndarray) -> list[dict[str, Any]]:
+def position_buckets(losses: np.ndarray, before: int = 1) -> list[dict[str, Any]]:
     """Average losses by position in buckets that double in size.
 
     Args:
-        losses: Losses in nats [windows, positions]. Position 0 has one token before it.
+        losses: Losses in nats [windows, positions].
+        before: Tokens before the first predicted one.
 
     Returns:
         One dict per bucket. `first` and `last` count the tokens before the predicted one.
     """
-    buckets, first = [], 1
-    while first <= losses.shape[1]:
-        last = min(2 * first - 1, losses.shape[1])
-        bucket = losses[:, first - 1 : last]
+    buckets, first, end = [], before, losses.shape[1] + before
+    bounds = [1]
+    while bounds[-1] < end:
+        bounds.append(2 * bounds[-1])
+    for bound in bounds:
+        last = min(2 * bound, end) - 1
+        if first > last:
+            continue
+        bucket = losses[:, first - before : last + 1 - before]
         buckets.append({"first": first, "last": last, "loss": float(bucket.mean()), "tokens": int(bucket.size)})
         first = last + 1
     return buckets
@@ -211,6 +263,7 @@ class LossByPosition(Measure):
     """Loss of every token of some windows, by its position in the window."""
 
     windows: int | None = None
+    bos: bool | None = None
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of all windows."""
@@ -218,9 +271,11 @@ class LossByPosition(Measure):
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score windows of `length` tokens in one pass; the control is the mean up to the control length."""
+        start = window_start(context, self.bos)
+        before = max(1, len(start))
         pieces, where = context.corpus.spots(context.max_length, TARGETS, self.windows or WINDOWS, context.seed)
         with context.timed() as usage:
-            losses = context.model.losses([piece[-length:] for piece in pieces], length - 1)
+            losses = context.model.losses([window_of(piece, length, start) for piece in pieces], length - before)
         inside = min(length, context.control_length)
         return loss_row(
             context,
@@ -228,10 +283,11 @@ class LossByPosition(Measure):
             length,
             "nats per token, by position",
             summarise(context, losses),
-            f"every token but the first of {len(pieces)} windows ({where}) in {context.corpus.name}, each token "
-            f"weighing the same; the control is those at positions below {inside}",
-            {"buckets": position_buckets(losses)},
-            control=float(losses[:, : inside - 1].mean()),
+            f"every token{'' if len(start) else ' but the first'} of {len(pieces)} windows ({where}) in "
+            f"{context.corpus.name}, {start_words(context, start)}, each token weighing the same; the control is those "
+            f"at positions below {inside}",
+            {"buckets": position_buckets(losses, before), **start_facts(context, start)},
+            control=float(losses[:, : inside - before].mean()),
         )
 
 
@@ -248,7 +304,7 @@ class Span:
 
 
 def sliding_losses(
-    model: EvaluatedModel, ids: np.ndarray, window: int, stride: int, bos: int | None = None
+    model: EvaluatedModel, ids: np.ndarray, window: int, stride: int, start: Sequence[int] | np.ndarray = ()
 ) -> np.ndarray:
     """Compute the loss of every token of a text in a sliding window.
 
@@ -260,53 +316,37 @@ def sliding_losses(
         ids: Token ids of the text [n].
         window: Tokens that the model reads at a time.
         stride: Tokens between the starts of two windows. It must be below `window`.
-        bos: Id that every window starts with, in place of one token of the text; None for no such id.
+        start: Ids that every window starts with, in place of as many tokens of the text: BOS, or none.
 
     Returns:
-        Losses in nats [n - 1], or [n] with `bos`, since it gives the first token a context.
+        Losses in nats [n - 1], or [n] with `start`, since it gives the first token a context.
     """
-    return np.concatenate(span_losses(model, ids, sliding_spans(len(ids), window, stride, bos is not None), bos))
+    return np.concatenate(span_losses(model, ids, sliding_spans(len(ids), window, stride, len(start)), start))
 
 
-def sliding_spans(count: int, window: int, stride: int, bos: bool) -> list[Span]:
+def sliding_spans(count: int, window: int, stride: int, start: int = 0) -> list[Span]:
     """Return the windows of `sliding_losses` over `count` tokens. The last window is full, too."""
-    window = min(window - bos, count)
+    window = min(window - start, count)
     starts = [*range(0, count - window + 1, stride)]
-    spans = [Span(start, start + window, stride if start else window - (not bos)) for start in starts]
+    spans = [Span(first, first + window, stride if first else window - (not start)) for first in starts]
     rest = count - spans[-1].end
     return [*spans, Span(count - window, count, rest)] if rest else spans
 
 
 def span_losses(
-    model: EvaluatedModel, ids: np.ndarray, spans: Sequence[Span], bos: int | None = None
+    model: EvaluatedModel, ids: np.ndarray, spans: Sequence[Span], start: Sequence[int] | np.ndarray = ()
 ) -> list[np.ndarray]:
-    """Compute the losses of the scored tokens of each span in nats. Spans of equal shape share batches."""
-    prefix = [] if bos is None else [bos]
+    """Compute the losses of the scored tokens of each span in nats; every window starts with the ids `start`.
+
+    Spans of equal shape share batches.
+    """
+    prefix = np.array(start, dtype=ids.dtype)
     by_span: dict[Span, np.ndarray] = {}
     for shape in dict.fromkeys((span.end - span.start, span.scored) for span in spans):
         alike = [span for span in spans if (span.end - span.start, span.scored) == shape]
-        sequences = [np.concatenate([np.array(prefix, dtype=ids.dtype), ids[span.start : span.end]]) for span in alike]
+        sequences = [np.concatenate([prefix, ids[span.start : span.end]]) for span in alike]
         by_span.update(zip(alike, model.losses(sequences, shape[1]), strict=True))
     return [by_span[span] for span in spans]
-
-
-def bos_token(context: EvaluationContext, option: str) -> int:
-    """Return the id of the tokenizer's BOS token.
-
-    Args:
-        context: Its model has the tokenizer.
-        option: The option that needs the token, for the error.
-
-    Raises:
-        PePatchError: The tokenizer has none.
-    """
-    bos = context.model.tokenizer.bos_token_id
-    if bos is None:
-        raise PePatchError(
-            f"{option} puts the BOS token before every window, and this tokenizer has none. "
-            "Use measures=('sliding',) without bos, which needs none."
-        )
-    return bos
 
 
 @dataclass(frozen=True)
@@ -317,8 +357,9 @@ class StridedMeasure(Measure):
     stretch_tokens: int | None = None
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
-        """Return the tokens of one window per stride."""
-        return -(-(self.stretch_tokens or STRETCH_TOKENS) // self.stride_for(context)) * length
+        """Return the tokens of one window per stride, and of the control."""
+        windows = -(-(self.stretch_tokens or STRETCH_TOKENS) // self.stride_for(context))
+        return windows * (length + control_tokens(context, length))
 
     def stride_for(self, context: EvaluationContext) -> int:
         """Return the stride: 256 tokens by default, or half the shortest length if that is less."""
@@ -339,29 +380,30 @@ class SlidingWindow(StridedMeasure):
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Slide a window of `length` tokens; the control slides one of the control length over the same stretches."""
-        stride, bos = self.stride_for(context), bos_token(context, "bos=True") if self.bos else None
+        start = window_start(context, self.bos)
+        stride = limited_option(context, "stride", self.stride, STRIDE, len(start))
         texts, where = self.stretches(context)
-        losses_in = partial(self._losses, context, texts, stride, bos)
+        losses_in = partial(self._losses, context, texts, stride, start)
         with context.timed() as usage:
             losses = losses_in(length)
         # One group per stride: a stretch per group would leave too few groups for an interval.
         groups = np.arange(losses.shape[1]) // stride + np.arange(len(texts))[:, None] * losses.shape[1]
         summary = summarise(context, losses, groups)
         size = len(texts[0])
-        windows_per_text = len(sliding_spans(size, length, stride, bos is not None))
+        windows_per_text = len(sliding_spans(size, length, stride, len(start)))
         return loss_row(
             context,
             usage,
             length,
             "nats per token, sliding window",
             summary,
-            f"every token{'' if self.bos else ' but the first'} of {len(texts)} stretches of {size} tokens ({where}) "
-            f"in {context.corpus.name}, window {length}{' with the BOS token first' if self.bos else ''}, stride "
-            f"{stride}, each token weighing the same",
+            f"every token{'' if len(start) else ' but the first'} of {len(texts)} stretches of {size} tokens ({where}) "
+            f"in {context.corpus.name}, window {length}, stride {stride}, {start_words(context, start)}, each token "
+            "weighing the same",
             {
                 "window": length,
                 "stride": stride,
-                "bos": bool(self.bos),
+                **start_facts(context, start),
                 "stretches": len(texts),
                 "stretch": size,
                 "windows": windows_per_text * len(texts),
@@ -376,6 +418,6 @@ class SlidingWindow(StridedMeasure):
         )
 
     def _losses(
-        self, context: EvaluationContext, texts: list[np.ndarray], stride: int, bos: int | None, window: int
+        self, context: EvaluationContext, texts: list[np.ndarray], stride: int, start: np.ndarray, window: int
     ) -> np.ndarray:
-        return np.stack([sliding_losses(context.model, ids, window, stride, bos) for ids in texts])
+        return np.stack([sliding_losses(context.model, ids, window, stride, start) for ids in texts])

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from ..errors import PePatchError
 from .context import EvaluationContext, Outcome, ResourceUsage, WorkUnit
-from .question import Question
+from .model import Work
+from .question import Question, scores_references
 from .results import Row
 
 EXAMPLES_PER_ROW = 3
@@ -37,6 +38,11 @@ class QuestionTask:
     """True if question i has the same text at every depth, so that the model reads the text once for all depths."""
     same_at_every_length: ClassVar[bool] = False
     """True if the facts do not depend on the length, so that one control serves all lengths."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "score" in vars(cls):
+            cls.score = scores_references(cls.score)
 
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
@@ -68,6 +74,10 @@ class QuestionTask:
             f"{budget} token{'s' if budget > 1 else ''}"
         )
 
+    def identity(self, context: EvaluationContext) -> str:
+        """Identify the task with everything its questions depend on beside the settings of the evaluation."""
+        return repr(self)
+
     def stamps(self, context: EvaluationContext) -> dict[str, Any]:
         """Return JSON-able facts about the task for its rows."""
         return {}
@@ -87,8 +97,11 @@ class QuestionTask:
     ) -> WorkUnit:
         has_control = length > context.control_length and not self.same_at_every_length
         name = "all" if len(depths) != 1 or depths[0] is None else f"depth {depths[0]}"
-        tokens = count * len(depths) * (length + (context.control_length if has_control else 0))
-        return WorkUnit(name, tokens, partial(self._measure, context, length, depths))
+        asked = count * len(depths)
+        tokens = asked * (length + (context.control_length if has_control else 0))
+        # each question, its control, and the question without its text, which is short
+        work = Work(prompts=asked * (2 + has_control), tokens=tokens)
+        return WorkUnit(name, work, partial(self._measure, context, length, depths))
 
     def _measure(self, context: EvaluationContext, length: int, depths: tuple[float | None, ...]) -> Outcome:
         questions = {depth: list(self.questions(context, length, depth)) for depth in depths}
@@ -125,7 +138,13 @@ class QuestionTask:
         return texts
 
     def _scores(self, texts: Sequence[str], questions: Sequence[Question]) -> list[float]:
-        return [float(self.score(text, question.references)) for text, question in zip(texts, questions, strict=True)]
+        pairs = zip(texts, questions, strict=True)
+        scores = [float(self.score(text, question.references)) for text, question in pairs]
+        if wrong := [score for score in scores if not 0 <= score <= 1]:
+            raise PePatchError(
+                f"The task {self.name!r} gave an answer the score {wrong[0]}; scores must be from 0 to 1."
+            )
+        return scores
 
     def _row(
         self,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ class Row:
     depth: float | None
     score: float
     low: float | None
-    """Lower end of the 95 % interval: exact binomial for accuracies, normal over text spots for losses."""
+    """Lower end of the 95 % interval: exact for right or wrong answers, by betting for scores in between, Student's t
+    over text spots for losses."""
     high: float | None
     """Upper end of the 95 % interval."""
     samples: int
@@ -113,7 +115,9 @@ class Results:
 
         scores = [score for row in rows for score in row.details.get("scores", ())]
         groups = [group for row in rows for group in row.details.get("groups", ())]
-        if len(scores) != samples:
+        if not math.isfinite(score):
+            low = high = None
+        elif len(scores) != samples:
             low, high = binomial_interval(round(score * samples), samples)
         else:
             low, high = score_interval(scores, groups if len(groups) == samples else None)
@@ -141,9 +145,9 @@ class Results:
         check_output(directory, EVALUATION, overwrite=overwrite)
         folder = Path(directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(row), ensure_ascii=False) for row in self.rows]
+        lines = [json_text(asdict(row)) for row in self.rows]
         write_atomically(folder / "results.jsonl", "".join(line + "\n" for line in lines))
-        write_atomically(folder / "config.json", json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder / "config.json", json_text(self.config, indent=2) + "\n")
         return folder
 
     @classmethod
@@ -155,9 +159,9 @@ class Results:
         """
         folder = Path(directory)
         try:
-            lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = json_lines((folder / "results.jsonl").read_text(encoding="utf-8"))
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return cls([Row(**json.loads(line)) for line in lines], config)
+            return cls([_row(line) for line in lines], config)
         except (OSError, ValueError, TypeError) as error:
             raise PePatchError(f"No readable results in {folder}: {error}") from error
 
@@ -278,6 +282,7 @@ def summary_table(results: Results) -> Table:
     from rich.table import Table
 
     settings = [f"{name} {results.config[name]}" for name in ("model", "text", "seed") if name in results.config]
+    settings += [f"BOS: {results.config['bos']}"] if "bos" in results.config else []
     table = Table(title=", ".join(["Measured", *settings]), title_justify="left")
     for heading in ("scheme", "measured"):
         table.add_column(heading)
@@ -336,6 +341,38 @@ def check_results_folder(
             f"{directory} holds the results of {previous!r}, and this run would replace them with those of {scheme!r}. "
             "Give another folder, or --overwrite (overwrite=True in Python) to replace them."
         )
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """Parse JSON lines.
+
+    `str.splitlines` would also split at U+2028, U+0085 and other characters, which JSON strings may hold as they are.
+    """
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return a value as standard JSON: NaN and infinities, which it has no words for, become null."""
+    return json.dumps(finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON-able value with None in place of NaN and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def _row(line: dict[str, Any]) -> Row:
+    """Make a row from its JSON, in which a score or a loss of null was NaN or infinite."""
+    row = Row(**line)
+    for bucket in row.details.get("buckets", ()):
+        bucket["loss"] = math.nan if bucket["loss"] is None else bucket["loss"]
+    return replace(row, score=math.nan) if row.score is None else row
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..errors import PePatchError
+from ..errors import OptionError, PePatchError
 
 Draw = Callable[[np.random.Generator, int], list[str]]
 """Draws a number of keys or values."""
@@ -141,9 +141,6 @@ class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.ids: dict[str, np.ndarray] = {}
         self.pairs: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        start = tokenizer("")["input_ids"]
-        has_start = len(start) > 0 and start[0] == tokenizer.bos_token_id
-        self.prefix = np.array(start[:1] if has_start else [], dtype=np.int64)
         self._line_end: np.ndarray | None = None
 
     def line_end(self, tokenizer: Any) -> np.ndarray:
@@ -166,9 +163,41 @@ def _encoder(tokenizer: Any) -> _Encoder:
     return _ENCODERS[tokenizer]
 
 
-def start_ids(tokenizer: Any) -> np.ndarray:
-    """Return the token that the tokenizer starts every text with [1], or no token [0]."""
-    return _encoder(tokenizer).prefix
+def _ids_before_text(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Return True if the tokenizer puts special tokens before a text: BOS for nearly all that do."""
+    return len(start_ids(tokenizer)) > 0
+
+
+def start_ids(tokenizer: Any, bos: bool | None = None) -> np.ndarray:
+    """Return the special tokens that a text starts with [n]: BOS for nearly all tokenizers that add any, else none.
+
+    This is the only definition of BOS in an evaluation: every window of a loss and every prompt starts with these ids.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        bos: None follows the tokenizer, True adds its BOS token even if it does not, False adds nothing.
+
+    Raises:
+        OptionError: `bos` is True and the tokenizer has no BOS token.
+    """
+    # Not cached: setting `add_bos_token` changes a tokenizer.
+    ids = np.array(_ids_before_text(tokenizer), dtype=np.int64)
+    if bos is None or (bos and len(ids)):
+        return ids
+    if not bos:
+        return ids[:0]
+    if tokenizer.bos_token_id is None:
+        raise OptionError(
+            "bos=True puts the BOS token before every window and prompt, and this tokenizer has none. Leave bos out."
+        )
+    return np.array([tokenizer.bos_token_id], dtype=np.int64)
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
@@ -224,7 +253,7 @@ def make_sample(
         depth: Position of the first requested needle, from 0 (start) to 1 (end). None draws it, as for all others.
         rng: Random generator.
         answer_in_sequence: Return the whole sequence with questions and answers, for training.
-        head: Ids that the prompt starts with [n]. None is the tokenizer's start token.
+        head: Ids that the prompt starts with [n]. None is what the tokenizer puts before a text.
         tail: Text between a question and its lead.
 
     Raises:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +18,9 @@ from ..errors import PePatchError
 from .context import EvaluationContext, PromptTemplate, WorkUnit
 from .corpus import Corpus
 from .journal import Journal
-from .model import DryRunModel, EvaluatedModel, model_fingerprint, scheme_label, tokenizer_hash, windows
-from .results import Results, Row, check_results_folder, write_atomically
+from .model import DryRunModel, EvaluatedModel, Work, model_fingerprint, scheme_label, tokenizer_hash, windows
+from .progress import Progress
+from .results import Results, Row, check_results_folder, json_text, write_atomically
 from .tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def evaluate(
     label: str | None = None,
     progress: bool = True,
     chat: bool = False,
+    bos: bool | None = None,
     task_options: Mapping[str, object] | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -71,8 +72,10 @@ def evaluate(
         retrieval: Add the task `needle` if no task retrieves, because loss alone does not show that context is used.
         autocast: Dtype for torch.autocast. None disables it.
         label: Name of the model in the rows. None describes its scheme.
-        progress: Show a progress bar on stderr.
+        progress: Show the progress on stderr: a bar in a terminal, else a line at least every 30 seconds.
         chat: Put prompts into the tokenizer's chat template.
+        bos: Start every window of a loss, every prompt and every control with BOS. None does as the tokenizer does: a
+            model that was trained with BOS is much worse without it. The rows say which.
         task_options: Options for the named tasks that have them.
         output: Folder for the results. Each row is saved as soon as it is measured, and rows that the folder already
             has are not measured again. `answers.jsonl` has the answers behind the rows. None saves nothing.
@@ -81,12 +84,12 @@ def evaluate(
             Writes nothing.
 
     Returns:
-        The rows and the configuration; no rows for a dry run.
+        The rows and the configuration. A dry run has no rows, and the exact work of each task in `config["plan"]`.
 
     Raises:
         PePatchError: A prompt would be cut, a length is beyond the window, or the text is too short.
         UnknownNameError: A task or one of its named options does not exist.
-        OptionError: No task has an option of `task_options`, or `chat` has no chat template.
+        OptionError: No task has an option of `task_options`, `chat` has no chat template, or `bos` no BOS token.
         OutputError: `output` holds something else and `overwrite` is False.
     """
     if output is not None:
@@ -116,26 +119,33 @@ def evaluate(
         scheme=label or scheme_label(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
         model_hash="" if output is None or dry_run else model_fingerprint(model),
-        template=PromptTemplate.of(tokenizer, chat),
+        template=PromptTemplate.of(tokenizer, chat, bos),
         journal=Journal(None if dry_run else output),
     )
     plan = _plan(context, chosen)
     results = Results(config=_config(context, chosen, native, effective))
     if dry_run:
-        for _, _, _, unit in plan:
+        for _, task, _, unit in plan:
+            before = replace(context.model.work)
             unit.measure()
+            results.config["plan"] = add_work(results.config.get("plan", {}), task.name, context.model.work - before)
         return results
-    remaining_tokens = sum(unit.tokens for key, _, _, unit in plan if key not in context.journal)
+    remaining: dict[str, dict[str, int]] = {}
+    for key, task, _, unit in plan:
+        if key not in context.journal:
+            remaining = add_work(remaining, task.name, unit.work)
+    total = sum(work["tokens"] for work in remaining.values())
     answers: list[dict[str, Any]] = []
-    with _progress_bar(context, remaining_tokens, progress) as describe:
+    with Progress(context.scheme, total, plan_sentence(remaining), progress) as shown:
+        context.model.advance = shown.advance
         for key, task, length, unit in plan:
-            describe(f"{task.name} at {length}")
+            shown.describe(f"{task.name} at {length}")
             entry = context.journal.get(key) or _measure(context, key, unit)
             results.rows += [Row(**row) for row in entry["rows"]]
             answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
     if output is not None:
         folder = results.save(output, overwrite=True)  # check_results_folder has checked it
-        write_atomically(folder / "answers.jsonl", "".join(f"{json.dumps(a, ensure_ascii=False)}\n" for a in answers))
+        write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))
     return results
 
 
@@ -147,6 +157,24 @@ def _plan(context: EvaluationContext, tasks: Sequence[Task]) -> list[tuple[str, 
         for task in tasks
         for unit in task.work_units(context, length)
     ]
+
+
+def add_work(plan: dict[str, dict[str, int]], task: str, work: Work) -> dict[str, dict[str, int]]:
+    """Return the plan with the work of another unit added to its task."""
+    known = plan.get(task, {})
+    return {**plan, task: {name: known.get(name, 0) + count for name, count in asdict(work).items()}}
+
+
+def plan_sentence(plan: Mapping[str, Mapping[str, int]]) -> str:
+    """Describe a plan in a sentence: prompts and tokens of each task, controls included."""
+    if not plan:
+        return "everything is measured already"
+    parts = [
+        f"{name} about {work['tokens']:,} tokens in {work['prompts'] + work['windows']:,} "
+        f"{'prompts' if work['prompts'] else 'windows'}"
+        for name, work in sorted(plan.items(), key=lambda entry: -entry[1]["tokens"])
+    ]
+    return f"to read, with controls: {', '.join(parts)}"
 
 
 def _measure(context: EvaluationContext, key: str, unit: WorkUnit) -> dict[str, Any]:
@@ -212,10 +240,18 @@ def _config(context: EvaluationContext, tasks: list[Task], native: int | None, e
         "bytes_per_token": context.corpus.bytes_per_token,
         "tokenizer_hash": context.tokenizer_hash,
         "chat": context.template.chat,
+        "bos": bos_stamp(context),
         "precision": str(context.model.autocast or next(model.parameters()).dtype),
         "device": str(context.model.device),
         "versions": _versions(),
     }
+
+
+def bos_stamp(context: EvaluationContext) -> str:
+    """Say what every window and prompt starts with, and who decided it."""
+    ids = context.start_ids.tolist()
+    token = " ".join(context.model.tokenizer.convert_ids_to_tokens(ids)) or "none"
+    return f"{token} ({'as the tokenizer does' if context.template.bos is None else f'bos={context.template.bos}'})"
 
 
 def _versions() -> dict[str, str]:
@@ -226,22 +262,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-@contextlib.contextmanager
-def _progress_bar(context: EvaluationContext, tokens: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar over tokens on stderr. Yields a function that sets its text."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        work = bar.add_task(context.scheme, total=tokens)
-        context.model.advance = lambda tokens: bar.advance(work, tokens)
-        yield lambda text: bar.update(work, description=f"{context.scheme}: {text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 import warnings
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ...errors import escape
+from ..results import finite
 from .libraries import alt, vl_convert
 from .theme import LIGHT, Colours, theme
 
@@ -75,7 +77,7 @@ def _specification(panel: Any) -> dict[str, Any]:
 
 
 def _printable(value: Any) -> Any:
-    """Replace the control characters in every string of a specification, because they abort the renderer.
+    """Replace what aborts the renderer: control characters in strings, and numbers that JSON has no words for.
 
     Escapes would not help: the renderer evaluates some strings as expressions, which turns escapes into the characters.
     """
@@ -83,6 +85,8 @@ def _printable(value: Any) -> Any:
         return {_printable(key): _printable(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_printable(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return escape(value, lambda _: "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else value
 
 
@@ -93,4 +97,4 @@ def file_name(*parts: str) -> str:
 
 def data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
     """Wrap rows as inline data of a specification."""
-    return alt.InlineData(values=[dict(row) for row in rows])
+    return alt.InlineData(values=[finite(dict(row)) for row in rows])

@@ -27,10 +27,17 @@ class NoTruncationLM(compat.ChecksRequests, HFLM):
         max_length: Maximum tokens of a prompt and its answer.
         batch_size: Sequences per forward pass.
         autocast: Dtype for torch.autocast, or None.
+        bos: Start every prompt with BOS. None does as the tokenizer does.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_length: int, batch_size: int, autocast: torch.dtype | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int,
+        batch_size: int,
+        autocast: torch.dtype | None,
+        bos: bool | None = None,
     ) -> None:
         inner: Any = super()
         inner.__init__(
@@ -39,6 +46,7 @@ class NoTruncationLM(compat.ChecksRequests, HFLM):
             max_length=max_length,
             batch_size=batch_size,
             mixed_precision_dtype=autocast,
+            add_bos_token=bos,
         )
         self.longest: dict[str, int] = {}
         """Maximum tokens of a request by task, answer included."""

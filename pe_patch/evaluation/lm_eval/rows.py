@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..metrics import NORMAL_QUANTILE, binomial_interval
+from ..metrics import binomial_interval, student_quantile
 from ..results import Row
 from .model import NoTruncationLM
 
@@ -79,7 +79,7 @@ def _scores(output: Mapping[str, Any], name: str, length: int | None) -> Iterato
 def _interval(
     output: Mapping[str, Any], name: str, metric: str, filter_name: str, score: float, error: float | None
 ) -> tuple[float | None, float | None]:
-    """Return the exact binomial interval if every document scores 0 or 1, else the normal one of the standard error.
+    """Return the exact binomial interval if every document scores 0 or 1, else Student's of the standard error.
 
     A standard error of 0 gives no interval: it means that the documents are too few or too similar.
     """
@@ -87,7 +87,11 @@ def _interval(
     values = [sample.get(metric) for sample in samples]
     if values and all(value in (0, 1) for value in values) and abs(sum(values) / len(values) - score) < 1e-9:
         return binomial_interval(int(sum(values)), len(values))
-    return (score - NORMAL_QUANTILE * error, score + NORMAL_QUANTILE * error) if error else (None, None)
+    count = sum(output["n-samples"][task]["effective"] for task in _members(output, name))
+    if not error or count < 2:
+        return None, None
+    half = student_quantile(count - 1) * error
+    return score - half, score + half
 
 
 def _members(output: Mapping[str, Any], name: str) -> list[str]:

@@ -20,8 +20,9 @@ import torch
 from ...errors import OptionError, PePatchError
 from ..journal import Journal, key_of
 from ..memory import PeakMemory
-from ..model import model_fingerprint, scheme_label, tokenizer_hash, windows
+from ..model import EvaluatedModel, model_fingerprint, scheme_label, tokenizer_hash, windows
 from ..results import Results, Row, check_results_folder
+from ..retrieval import start_ids, starts_with_bos
 
 if TYPE_CHECKING:
     from .tasks import RequestedTasks
@@ -43,6 +44,7 @@ def harness(
     few_shot: int | None = None,
     batch_size: int = 1,
     chat: bool = False,
+    bos: bool | None = None,
     seed: int | None = None,
     autocast: torch.dtype | None = None,
     beyond_window: bool = False,
@@ -67,6 +69,7 @@ def harness(
         few_shot: Examples in each prompt. None is the task's default.
         batch_size: Sequences per forward pass.
         chat: Put prompts into the tokenizer's chat template.
+        bos: Start every prompt with BOS. None does as the tokenizer does.
         seed: Random seed. None is lm-eval's default.
         autocast: Dtype for torch.autocast. None disables it.
         beyond_window: Allow lengths beyond the effective window.
@@ -95,6 +98,9 @@ def harness(
     window = _check_window(model, max_length, ordered_lengths, beyond_window)
     if chat and not tokenizer.chat_template:
         raise PePatchError("chat=True needs a tokenizer with a chat template; this one has none. Use chat=False.")
+    if bos and not starts_with_bos(tokenizer):
+        raise OptionError("bos=True has no effect in lm-eval: this tokenizer adds no BOS token. Leave bos out.")
+    tokenizer = _with_eos(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         requested = RequestedTasks(chosen, Path(folder), None if include_path is None else os.fspath(include_path))
         with_lengths = any(map(requested.has_lengths, chosen))
@@ -110,12 +116,14 @@ def harness(
             "num_fewshot": few_shot,
             "batch_size": batch_size,
             "apply_chat_template": chat,
+            "add_bos_token": bos,
             "seed": seed,
             "max_length": window,
             "autocast": None if autocast is None else str(autocast),
         }
         scheme = label or scheme_label(model)
         stamps = {"scheme": scheme, "tokenizer_hash": tokenizer_hash(tokenizer)}
+        start = tokenizer.convert_ids_to_tokens(start_ids(tokenizer, bos).tolist())
         journal, results = Journal(output), Results(config=_config(model, scheme, chosen, ordered_lengths, settings))
         fingerprint = model_fingerprint(model)
         for task in chosen:
@@ -131,7 +139,8 @@ def harness(
                 )
                 if key not in journal:
                     rows = _run(model, tokenizer, requested, task, length, settings, autocast, stamps)
-                    journal.put(key, {"rows": [asdict(replace(row, key=key)) for row in rows]})
+                    rows = [replace(row, key=key, details={**row.details, "prompt_start": start}) for row in rows]
+                    journal.put(key, {"rows": [asdict(row) for row in rows]})
                 results.rows += [Row(**row) for row in (journal.get(key) or {})["rows"]]
     return results
 
@@ -157,6 +166,7 @@ def retention(model: Any, tokenizer: Any, *, text: str | Sequence[str] = "stdlib
         text=text,
         retrieval=False,
         label=options.get("label"),
+        bos=options.get("bos"),
         autocast=options.get("autocast"),
     )
     return loss + benchmarks
@@ -186,7 +196,12 @@ def _run(
         try:
             # a copy, because lm-eval adds a padding token to a tokenizer without one
             wrapped = NoTruncationLM(
-                model, copy.deepcopy(tokenizer), settings["max_length"], settings["batch_size"], autocast
+                model,
+                copy.deepcopy(tokenizer),
+                settings["max_length"],
+                settings["batch_size"],
+                autocast,
+                settings["add_bos_token"],
             )
             wrapped.generated_length = length
             with requested.loading_errors(task):
@@ -235,6 +250,14 @@ def _check_window(model: Any, max_length: int | None, lengths: Sequence[int], be
 def _expand(tasks: Sequence[TaskSpec] | TaskSpec) -> list[TaskSpec]:
     """Return the tasks as a list, with "retention" replaced by its benchmarks."""
     several = [tasks] if isinstance(tasks, str | Mapping) else list(tasks)
+    for task in several:
+        if isinstance(task, str) and task.startswith(("longbench", "infinitebench")):
+            benchmark = "InfiniteBench" if task.startswith("infinite") else "LongBench"
+            raise OptionError(
+                f"{benchmark} is a task of evaluate() here (--task {task.split('_')[0]}), with the authors' prompts "
+                "and scores, controls, and rows from a folder. lm-eval's copy has lost white space in prompts, scores "
+                "code in another way, and reads only the hub."
+            )
     if not several:
         raise PePatchError("Give at least one task of lm-eval. Example: tasks=['arc_easy'].")
     return [name for task in several for name in (RETENTION if task == "retention" else (task,))]
@@ -251,11 +274,31 @@ def _config(
     }
 
 
+def _with_eos(model: Any, tokenizer: Any) -> Any:
+    """Return the tokenizer, or a copy with the model's EOS token if it has none, which lm-eval cannot do without.
+
+    Raises:
+        PePatchError: Neither has an EOS token.
+    """
+    if tokenizer.eos_token_id is not None:
+        return tokenizer
+    ends = EvaluatedModel(model, tokenizer).end_tokens
+    if not ends:
+        raise PePatchError(
+            "lm-eval ends answers at the EOS token, and neither this tokenizer nor the model's generation config has "
+            "one. Set it: tokenizer.eos_token = '...', or \"eos_token\" in tokenizer_config.json. Tasks of evaluate() "
+            "(--task) need none."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(ends))
+    return tokenizer
+
+
 def _require_lm_eval() -> None:
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise PePatchError("lm-eval is not installed: pip install 'pe_patch[lm-eval]'.")
+        raise PePatchError("lm-eval is not installed: pip install 'pe_patch[eval]'.")
 
 
 def _version() -> str:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import OptionError, PePatchError, nearest
-from ..context import EvaluationContext, PromptTemplate
+from ..context import EvaluationContext
 from ..question import Question
 from ..question_task import QuestionTask
+from .official import default_wording, lm_eval_version
 from .rows import DataFiles, Row, fingerprint, load_rows
 
 SHORTEST_CONTROL = 128
@@ -38,7 +39,8 @@ class DataSetTask(QuestionTask):
         source: a folder with the benchmark's files, one of these files, or a hub repository; None takes the benchmark's
             repository.
         split: the split to read with `datasets`, for sources with another layout; None reads the benchmark's files.
-        wording: "own", or "official" for the authors' wording. Only official rows carry the benchmark's name.
+        wording: "official" for the authors' words, or "own" for ours. Only official rows carry the benchmark's name.
+            None takes "official", or "own" where lm-eval, which has the official words, is not installed or lacks them.
         truncate: "middle" cuts the middle out of a prompt that is too long, as the authors do; None raises. Rows state
             the number of prompts and tokens cut.
         skip_longer: True to skip rows that are too long. Rows state their number.
@@ -46,7 +48,7 @@ class DataSetTask(QuestionTask):
 
     source: str | None = None
     split: str | None = None
-    wording: str = "own"
+    wording: str | None = None
     truncate: str | None = None
     skip_longer: bool = False
 
@@ -61,11 +63,22 @@ class DataSetTask(QuestionTask):
     """True to use the chat template if the evaluation does."""
 
     def __post_init__(self) -> None:
+        if self.wording is None:
+            object.__setattr__(self, "wording", default_wording() if self.has_official() else "own")
         if self.truncate not in (None, "middle"):
             near = nearest(self.truncate, ["middle"])
             raise OptionError(f"truncate must be None or 'middle', got {self.truncate!r}.{near}")
         if self.truncate and self.skip_longer:
             raise OptionError("truncate='middle' cuts longer rows and skip_longer=True skips them: give one of them.")
+
+    def has_official(self) -> bool:
+        """Return True if lm-eval has the official wording of this data set."""
+        return True
+
+    def identity(self, context: EvaluationContext) -> str:
+        """Add what the options do not name: the rows, and the version of lm-eval that has the official wording."""
+        version = lm_eval_version() if self.wording == "official" else ""
+        return f"{self!r} {fingerprint(self.rows())} {version}"
 
     def prompt(self, row: Row) -> tuple[str, str]:
         """Return the prompt of a row, and the beginning of the answer that follows it."""
@@ -84,8 +97,21 @@ class DataSetTask(QuestionTask):
         return self.benchmark if self.wording == "official" else f"{self.benchmark}'s data in other words"
 
     def rows(self) -> list[Row]:
-        """Load the rows of the data set."""
-        return load_rows(self.data_files, self.data_name, self.source, self.split, self.columns)
+        """Load the rows of the data set, every one of them checked.
+
+        Raises:
+            PePatchError: A row cannot be asked or scored.
+        """
+        rows = load_rows(self.data_files, self.data_name, self.source, self.split, self.columns)
+        for number, row in enumerate(rows, 1):
+            if wrong := self.check_row(row):
+                where = self.source or self.data_files.hub
+                raise PePatchError(f"Row {number} of {self.data_name!r} in {where}: {wrong}. Correct or remove it.")
+        return rows
+
+    def check_row(self, row: Row) -> str:
+        """Return what makes a row impossible to ask or to score, or an empty string."""
+        return ""
 
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
@@ -143,7 +169,7 @@ class DataSetTask(QuestionTask):
         return RowQuestion(ids, self.references(row), self.budget, bare, stamps=stamps, parts=self.parts(row))
 
     def _ids(self, context: EvaluationContext, text: str, lead: str) -> np.ndarray:
-        frame = context.template if self.chat else PromptTemplate()
+        frame = context.template if self.chat else context.template.without_chat()
         return frame.ids(context.model.tokenizer, text, lead)
 
     def _cut(self, context: EvaluationContext, row: Row, length: int) -> tuple[np.ndarray, int]:
@@ -195,7 +221,7 @@ class DataSetTask(QuestionTask):
             "label": self.label(),
             "data_set": self.data_name,
             "source": self.source or self.data_files.hub,
-            "wording": self.wording,
+            "wording": f"official (lm-eval {lm_eval_version()})" if self.wording == "official" else self.wording,
             "chat": self.chat and context.template.chat,
             "control": "the same prompts, their middle cut out",
         }

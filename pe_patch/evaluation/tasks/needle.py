@@ -78,6 +78,8 @@ def resolve_wording(wording: str | Wording | None, context: EvaluationContext) -
         return wording_for(context.model.tokenizer)
     if isinstance(wording, Wording):
         return wording
+    if wording == "own":  # the name that RULER's tasks have for our words
+        wording = "english"
     if wording not in WORDINGS:
         raise unknown("wording", wording, WORDINGS)
     return WORDINGS[wording]

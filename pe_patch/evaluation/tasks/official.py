@@ -1,10 +1,12 @@
-"""Read the official wording of a benchmark from the installed lm-eval package."""
+"""Read the official wording of a benchmark from the installed lm-eval package, which makes it the default."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,29 @@ import yaml
 
 from ...errors import PePatchError
 
+logger = logging.getLogger(__name__)
+
 Render = Callable[[Mapping[str, Any]], str]
+
+
+@lru_cache(maxsize=1)
+def default_wording() -> str:
+    """Return "official" if lm-eval is installed, else "own" with a warning: such scores cannot be compared."""
+    if importlib.util.find_spec("lm_eval") is not None:
+        return "official"
+    logger.warning(
+        "lm-eval is not installed, so RULER, LongBench and InfiniteBench are asked in our own words, and the scores "
+        "are not comparable with published ones. Run: pip install 'pe_patch[eval]'"
+    )
+    return "own"
+
+
+def lm_eval_version() -> str:
+    """Return the version of the installed lm-eval, or an empty string."""
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError:
+        return ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +63,7 @@ def official_prompt(file: str, repair: Callable[[str], str] = str) -> Render:
     """
     path = lm_eval_tasks() / file
     if not path.is_file():
-        raise PePatchError(f"The installed lm-eval has no wording of this task ({file}). Leave wording= at 'own'.")
+        raise PePatchError(f"The installed lm-eval has no wording of this task ({file}). Give wording='own'.")
     settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     head, body = settings.get("description", ""), settings["doc_to_text"]
     if isinstance(body, _Function):
@@ -62,7 +86,7 @@ def lm_eval_tasks() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise PePatchError(
             "wording='official' takes the prompts from the package lm-eval, which is not installed. "
-            "Run: pip install 'pe_patch[lm-eval]'"
+            "Run: pip install 'pe_patch[eval]'"
         )
     return Path(next(iter(spec.submodule_search_locations))) / "tasks"
 

@@ -48,12 +48,14 @@ def load_rows(files: DataFiles, name: str, source: str | None, split: str | None
     else:
         path, member = _find_file(files, name, where)
         rows = _read(path, member, path.stat().st_mtime_ns)
-    missing = [column for column in columns if column not in rows[0]]
-    if missing:
-        raise PePatchError(
-            f"The rows of {name!r} in {where} have no {', '.join(missing)}; they have {', '.join(rows[0])}. "
-            f"Give the rows of {files.hub}."
-        )
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise PePatchError(f"Row {number} of {name!r} in {where} is not an object with columns: {str(row)[:60]!r}.")
+        if missing := [column for column in columns if column not in row]:
+            raise PePatchError(
+                f"Row {number} of {name!r} in {where} has no {', '.join(missing)}; it has {', '.join(row)}. "
+                f"Give the rows of {files.hub}."
+            )
     return rows
 
 

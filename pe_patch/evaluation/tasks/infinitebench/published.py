@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ....errors import PePatchError, unknown
+from ...question import check_references
 from ..data_set import DataSetTask
 from ..official import official_prompt
 from ..rows import DataFiles, Row
@@ -31,17 +32,31 @@ class InfiniteBenchTask(DataSetTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wording not in WORDINGS:
-            raise unknown("wording", self.wording, WORDINGS)
-        if self.wording == "official" and self.data_set.official is None:
+            raise unknown("wording", str(self.wording), WORDINGS)
+        if self.wording == "official" and not self.has_official():
             raise PePatchError(
                 f"lm-eval has no wording of {self.data_name}. Give wording='own', or leave this task out."
             )
+
+    def has_official(self) -> bool:
+        return self.data_set.official is not None
 
     def prompt(self, row: Row) -> tuple[str, str]:
         if self.wording == "official":
             return official_prompt(f"infinitebench/infinitebench_{self.data_set.official}.yaml")(row), ""
         fields = {"context": row["context"], "question": row["input"], **self.data_set.fields(row)}
         return self.data_set.prompt.format(**fields), self.data_set.lead
+
+    def check_row(self, row: Row) -> str:
+        if not isinstance(row["context"], str):
+            return f"context must be a string, not {str(row['context'])[:60]!r}"
+        if self.data_set.choices and not (isinstance(row.get("options"), list) and len(row["options"]) == 4):
+            return "options must be a list of four answers"
+        try:
+            check_references(self.references(row))
+        except PePatchError as error:
+            return str(error)
+        return ""
 
     def references(self, row: Row) -> tuple[str, ...]:
         """Return the answers as text; for a choice, its text and its letter."""

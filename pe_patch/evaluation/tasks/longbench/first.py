@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ....errors import unknown
+from ....errors import PePatchError, unknown
 from ..data_set import DataSetTask
 from ..official import official_prompt
 from ..rows import DataFiles, Row
 from .scoring import first_line
-from .table import DATA_SETS, DataSet
+from .table import DATA_SETS, PARAGRAPH, PARAGRAPH_CHINESE, DataSet
 
 WORDINGS = ("official", "own")
 
@@ -31,7 +31,7 @@ class LongBenchTask(DataSetTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wording not in WORDINGS:
-            raise unknown("wording", self.wording, WORDINGS)
+            raise unknown("wording", str(self.wording), WORDINGS)
 
     def prompt(self, row: Row) -> tuple[str, str]:
         question = row["input"] if "input" in row else row.get("question", "")  # lm-eval's copy renames the column
@@ -39,6 +39,24 @@ class LongBenchTask(DataSetTask):
         if self.wording == "official":
             return official_prompt(f"longbench/{self.data_name}.yaml", self.data_set.repair)(fields), ""
         return self.data_set.prompt.format(**fields), self.data_set.lead
+
+    def check_row(self, row: Row) -> str:
+        """Return what is wrong with a row, or an empty string."""
+        answers = row["answers"]
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            return f"answers must be a list of at least one string, not {str(answers)[:60]!r}"
+        if self.data_set.metric in (PARAGRAPH, PARAGRAPH_CHINESE):
+            try:
+                self.data_set.metric.function("", answers[0])
+            except PePatchError as error:
+                return str(error)
+        if not isinstance(row["context"], str):
+            return f"context must be a string, not {str(row['context'])[:60]!r}"
+        if self.data_set.metric.classes and not (isinstance(row["all_classes"], list) and row["all_classes"]):
+            return "all_classes must be a list with the names of the classes"
+        if self.data_name.endswith("_e") and not isinstance(row["length"], int):
+            return f"length must be a number of words, not {str(row['length'])[:60]!r}"
+        return ""
 
     def references(self, row: Row) -> tuple[str, ...]:
         return tuple(row["answers"])

@@ -30,7 +30,7 @@ _CHINESE_MARKS = _MARKS | {point: None for first, last in _FULL_WIDTH for point 
 
 
 def import_optional(module: str) -> Any:
-    """Import a module of the optional extra `longbench`.
+    """Import a module of the optional extra `eval`.
 
     Raises:
         PePatchError: if the module is not installed.
@@ -39,7 +39,7 @@ def import_optional(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise PePatchError(
-            f"This metric needs the package {module!r}, which is not installed. Run: pip install 'pe_patch[longbench]'"
+            f"This metric needs the package {module!r}, which is not installed. Run: pip install 'pe_patch[eval]'"
         ) from error
 
 

@@ -28,10 +28,10 @@ OFFICIAL = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"
 
 @dataclass(frozen=True)
 class LongBench2(DataSetTask):
-    """LongBench v2. `wording` is "own", or the path of a prompt file in the authors' format.
+    """LongBench v2. `wording` is "own" (also for None), or the path of a prompt file in the authors' format.
 
     Only with the authors' prompts/0shot.txt do the rows carry the name LongBench v2. lm-eval uses another prompt and
-    compares the likelihoods of four letters; `pe-patch harness` runs that.
+    compares the likelihoods of four letters.
     """
 
     name: ClassVar[str] = "longbench2"
@@ -47,10 +47,14 @@ class LongBench2(DataSetTask):
     )  # fmt: skip
     budget: ClassVar[int] = 128
 
+    def has_official(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wording == "own":
             return
+        assert self.wording is not None
         if not Path(self.wording).is_file():
             raise OptionError(
                 "wording must be 'own' or a prompt file in the authors' format (their prompts/0shot.txt), got "
@@ -68,6 +72,14 @@ class LongBench2(DataSetTask):
         # Replace all placeholders in one pass, because a text may contain "$Q$".
         placeholder = re.compile("|".join(map(re.escape, PLACES)))
         return placeholder.sub(lambda match: fields[PLACES[match.group()]], self._file()), ""
+
+    def check_row(self, row: Row) -> str:
+        texts = [
+            name for name in self.columns if name not in ("difficulty", "length") and not isinstance(row[name], str)
+        ]
+        if texts:
+            return f"{texts[0]} must be a string, not {str(row[texts[0]])[:60]!r}"
+        return "" if row["answer"] in tuple("ABCD") else f"answer must be A, B, C or D, not {row['answer'][:60]!r}"
 
     def references(self, row: Row) -> tuple[str, ...]:
         return (row["answer"],)
@@ -92,7 +104,7 @@ class LongBench2(DataSetTask):
         return super().stamps(context) | {"guessing": 0.25}
 
     def _file(self) -> str:
-        return Path(self.wording).read_text(encoding="utf-8")
+        return Path(str(self.wording)).read_text(encoding="utf-8")
 
 
 def _letter(given: str) -> str | None:

@@ -1,8 +1,8 @@
 """RULER (Hsieh et al. 2024, arXiv 2404.06654): thirteen tasks for any length, generated locally.
 
-The random draws and their order are those of NVIDIA's scripts (github.com/NVIDIA/RULER at c3f5e3b). The wording is ours
-unless `wording="official"`. A row carries the name RULER only if wording, haystack, sentence splitter, words to count
-and questions are all RULER's.
+The random draws and their order are those of NVIDIA's scripts (github.com/NVIDIA/RULER at c3f5e3b). The wording is
+RULER's where lm-eval is installed, else ours. A row carries the name RULER only if wording, haystack, sentence
+splitter, words to count and questions are all RULER's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ RULER: Mapping[str, type[RulerTask]] = {row[0]: _task(*row) for row in _ROWS}
 THIRTEEN = tuple(name for name in RULER if not name.startswith("qa_local"))
 """The names of RULER's own tasks."""
 RULER_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "ruler": THIRTEEN,
+    "ruler": THIRTEEN[:-2],
+    "ruler_full": THIRTEEN,
     "ruler_local": (*THIRTEEN[:-2], "qa_local_1", "qa_local_2"),
 }
-"""`ruler` needs the files of SQuAD and HotpotQA; `ruler_local` replaces these two tasks by ones that need no file."""
+"""`ruler` has the eleven tasks that need no files, and `ruler_full` all thirteen, of which two need the files of SQuAD
+and HotpotQA. `ruler_local` replaces these two by tasks that need no file."""

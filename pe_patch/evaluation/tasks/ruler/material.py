@@ -114,6 +114,14 @@ def read(file: Path, name: str) -> str:
         raise PePatchError(f"The {name} {file.absolute()} cannot be read: {error}. Give the path of a file.") from error
 
 
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file of the user, or an empty string if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def parse(text: str, file: Path) -> object:
     """Parse the JSON text of a file; raise `PePatchError` if it is not JSON."""
     try:

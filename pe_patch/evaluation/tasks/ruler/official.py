@@ -35,7 +35,7 @@ def official() -> Wording:
     except (OSError, SyntaxError, LookupError, ValueError, StopIteration) as error:
         raise PePatchError(
             f"Cannot find RULER's wording in the installed lm-eval {installed} ({error!r}). Install lm-eval 0.4.13, or "
-            "leave the wording out."
+            "give wording='own'."
         ) from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ...question import scores_references
+
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -13,12 +15,14 @@ def postprocess(prediction: str) -> str:
     return _CONTROL.sub("\n", prediction.strip()).strip()
 
 
+@scores_references
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
     """Return the share of the references that occur in the prediction, ignoring case, from 0 to 1."""
     text = prediction.lower()
     return sum(reference.lower() in text for reference in references) / len(references)
 
 
+@scores_references
 def string_match_part(prediction: str, references: Sequence[str]) -> float:
     """Return 1 if any of the references occurs in the prediction, ignoring case, else 0.
 

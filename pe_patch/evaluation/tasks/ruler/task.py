@@ -13,10 +13,11 @@ from ...corpus import whole_ids
 from ...question import Question
 from ...question_task import QuestionTask
 from .generator import VERSION, Generator, Sample, Tokens
+from .material import file_digest
 from .niah import WITH_TOKENS
 from .official import official
 from .scoring import postprocess, string_match_all
-from .wording import ENGLISH, NAMES, OFFICIAL, Wording, choose
+from .wording import NAMES, OFFICIAL, OWN, Wording, choose
 
 RULER_ITSELF, RULER_LIKE = "RULER", "after RULER"
 """The name of the benchmark in a row's stamps, without and with substitutes for RULER's material."""
@@ -38,8 +39,9 @@ class RulerTask(QuestionTask):
     """One of RULER's tasks. Needles, values, places and answers equal RULER's for the same tokenizer and seed.
 
     Args:
-        wording: "english" (ours), "official" (RULER's, from the installed lm-eval) or "tokens" (single tokens, for the
-            vocabulary of the demo model); None takes the one that fits the vocabulary.
+        wording: "official" (RULER's words, from the installed lm-eval), "own" (ours) or "tokens" (single tokens, for
+            the vocabulary of the demo model). None takes "tokens" for the demo's vocabulary, else "official", or "own"
+            where lm-eval is not installed.
         exact_fit: True to fill the window. RULER's search for a size leaves part of it empty, for running text up to
             three quarters of a short window.
     """
@@ -51,6 +53,8 @@ class RulerTask(QuestionTask):
     match: ClassVar[Callable[[str, Sequence[str]], float]] = staticmethod(string_match_all)
 
     def __post_init__(self) -> None:
+        if self.wording == "english":  # the name that the needle tasks have for our words
+            object.__setattr__(self, "wording", OWN.name)
         if self.wording is not None and self.wording not in NAMES:
             raise unknown("wording", self.wording, NAMES)
 
@@ -58,8 +62,8 @@ class RulerTask(QuestionTask):
         self, context: EvaluationContext, length: int, depth: float | None = None, within: int | None = None
     ) -> list[Question]:
         """Return the questions; with `within`, the same facts in a shorter text."""
-        key = context.key(self, "facts", length)
         with self._name_in_errors():
+            key = context.key(self, "facts", length)
             if within is None:
                 questions, facts = self._ask(context, length)
                 context.remember(key, facts)
@@ -95,6 +99,13 @@ class RulerTask(QuestionTask):
         if choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS) == OFFICIAL:
             official()
 
+    def identity(self, context: EvaluationContext) -> str:
+        """Add the wording that an unset option takes, and the content of the files."""
+        name = choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS)
+        wording = official().name if name == OFFICIAL else name
+        paths = [getattr(self, option, None) for option in ("haystack", "words", "squad", "hotpotqa")]
+        return f"{self!r} {wording} {[file_digest(path) for path in paths if path]}"
+
     def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
         with self._name_in_errors():
             self.check(context)
@@ -115,7 +126,7 @@ class RulerTask(QuestionTask):
         # With a truncating tokenizer no text would ever be too long; this raises for one.
         whole_ids(context.model.tokenizer, "door " * (2 * length))
         name = choose(self.wording, context.model.tokenizer, self.name, WITH_TOKENS)
-        wording = official() if name == OFFICIAL else replace(ENGLISH, name=name)
+        wording = official() if name == OFFICIAL else replace(OWN, name=name)
         setup = self.make(context, _counter(context), length, wording)
         generator, questions, used_facts = setup.generator, [], []
         samples = generator.samples(context.samples, self.exact_fit) if facts is None else generator.with_facts(facts)
@@ -158,11 +169,16 @@ class RulerTask(QuestionTask):
 
 
 def _counter(context: EvaluationContext) -> Tokens:
-    """Return a function that counts tokens as RULER does: without a start token, but with a chat template."""
+    """Return a function that counts tokens as RULER does: without BOS, but with a chat template.
+
+    BOS fits all the same, since the model never reads the last token of the answer. A tokenizer that puts more than one
+    token before a text has the others counted.
+    """
     tokenizer, frame = context.model.tokenizer, context.template
+    more = 0 if frame.chat else max(0, len(context.start_ids) - 1)
 
     def tokens(text: str, answer_prefix: str) -> int:
         prompt = f"{frame.head}{text}{frame.tail}{answer_prefix}"
-        return len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+        return more + len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
     return tokens

@@ -7,6 +7,7 @@ from typing import Any
 
 from ....errors import OptionError
 from ...retrieval import wording_for
+from ..official import default_wording
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Wording:
     """A document, with `{i}` and `{document}`."""
 
 
-ENGLISH = Wording(
-    name="english",
+OWN = Wording(
+    name="own",
     needle="Of the {type_needle_v} kept under the name {key}, one is {value}.",
     noise="Rain fell on the roof. A cart went by. The lamp stayed lit. Nobody spoke. Then it was morning.",
     one_value=QuestionTemplate(
@@ -90,14 +91,15 @@ TOKENS = "tokens"
 """The wording whose keys and values are single tokens and whose question is a key, for models without English."""
 OFFICIAL = "official"
 """RULER's wording, read from the installed lm-eval."""
-NAMES = (ENGLISH.name, OFFICIAL, TOKENS)
+NAMES = (OFFICIAL, OWN.name, TOKENS)
 
 
 def choose(wanted: str | None, tokenizer: Any, task: str, with_tokens: tuple[str, ...]) -> str:
     """Return the name of the wording for a task.
 
     Args:
-        wanted: the wording to use; None takes the one that fits the vocabulary.
+        wanted: the wording to use. None takes single tokens if the vocabulary has the demo's, else the official
+            wording, or ours where lm-eval is not installed.
         tokenizer: the tokenizer of the model.
         task: the name of the task.
         with_tokens: the tasks that support single tokens.
@@ -106,18 +108,18 @@ def choose(wanted: str | None, tokenizer: Any, task: str, with_tokens: tuple[str
         OptionError: if the wording is single tokens and the task does not support them, or the vocabulary lacks them.
     """
     has_tokens = wording_for(tokenizer).name == TOKENS
-    name = wanted or (TOKENS if has_tokens else ENGLISH.name)
+    name = wanted or (TOKENS if has_tokens else default_wording())
     if name != TOKENS:
         return name
     if task not in with_tokens:
         reason = "" if wanted else ", the default for a vocabulary with key and value tokens"
         raise OptionError(
             f"this task has no wording {TOKENS!r}{reason}; these have: {', '.join(with_tokens)}. "
-            f"Use one of them, or give wording={ENGLISH.name!r}."
+            f"Use one of them, or give wording={OWN.name!r}."
         )
     if not has_tokens:
         raise OptionError(
             f"wording={TOKENS!r} needs the tokens <k0> to <k63> and <v0> to <v63>, which this tokenizer does not have. "
-            f"Give wording={ENGLISH.name!r} or {OFFICIAL!r}."
+            f"Give wording={OWN.name!r} or {OFFICIAL!r}."
         )
     return name
