@@ -9,7 +9,7 @@ from tokenizers import processors
 from typer.testing import CliRunner
 
 from benchmarks import loss_with_bos as reference
-from pe_patch.cli import app
+from pe_patch.cli.main import app
 from pe_patch.data.text import load_documents
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.context import PromptTemplate

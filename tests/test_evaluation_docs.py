@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pe_patch import evaluation
-from pe_patch.cli import main
+from pe_patch.cli.main import main
 
 from .evaluation_doubles import make_text, tiny_llama
 from .ruler_cases import make_tokenizer
