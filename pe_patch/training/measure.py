@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..adapters import ADAPTERS
+from ..data.text import with_options
 from ..errors import PePatchError
 from ..patching.api import find_patch
 from .engines import Engine
@@ -44,9 +45,13 @@ class Measure:
         documents: returns the held-out text; called once.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], list[str]]) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], Iterable[str]]) -> None:
         self.wanted, self.engine, self.tokenizer, self.documents = recipe.evaluation, engine, tokenizer, documents
-        self.source = recipe.data.source
+        data = recipe.data
+        self.source = data.source
+        if data.source != "stdlib":  # what the command evaluates must be held out there, too
+            column = data.text_column if data.text_column != "text" else None
+            self.source = with_options(data.source, split="test", text_column=column, encoding=data.encoding)
         self.mixed = torch.bfloat16 if recipe.mixed_precision == "bf16" else None
         self.autocast: torch.dtype | None = None
         self.target = longest(recipe.phases) if recipe.phases else max(self.wanted.lengths)
