@@ -385,12 +385,27 @@ def test_a_source_carries_options_where_there_is_no_other_place_for_them(tmp_pat
     assert load_documents(f"{path}?split=test&text_column=body") == plain
     assert load_documents(with_options(str(path), split="test", text_column="body", encoding=None)) == plain
     assert with_options(f"{path}?split=train", split="test") == f"{path}?split=train"
-    assert held_out_split(f"{path}?split=test") == "test"
+    assert held_out_split(f"{path}?split=test") == held_out_split("stdlib") == held_out_split("owner/name") == "test"
+    assert held_out_split(path) is None
     with pytest.raises(PePatchError, match=r"'colum'.*text_column"):
         load_documents(f"{path}?colum=body")
     strange = tmp_path / "what?.txt"
     strange.write_text("a file of that name")
     assert load_documents(strange) == ["a file of that name"]
+
+
+def test_what_evaluation_and_search_read_of_a_data_set_with_splits(tmp_path: Path) -> None:
+    from pe_patch.evaluation.corpus import Corpus
+    from pe_patch.search import objective
+
+    from .evaluation_doubles import make_tokenizer
+
+    for name in ("train", "test"):
+        rows = [{"text": f"{name} the a for while return import class"}] * 5
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer()
+    assert all(text.startswith("test") for text in Corpus.load(tokenizer, str(tmp_path), 4).texts)
+    assert all(text.startswith("train") for text in objective.load_corpus(tokenizer, str(tmp_path), 4).texts)
 
 
 # How much is read

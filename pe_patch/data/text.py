@@ -154,14 +154,16 @@ def manifest(source: str | Path) -> dict[str, str]:
 def held_out_split(source: str | Path) -> Split | None:
     """Return "test" if the source names its held-out documents itself, else None.
 
-    This is so for `stdlib`, on part of which the demo model was trained, and for data sets with a test or validation
-    split in files.
+    This is so for `stdlib`, on part of which the demo model was trained, for hub data sets, and for folders with a test
+    or validation split.
     """
     place, split, _ = _parse(source, None, {})
     if split is not None or place == "stdlib":
         return split or "test"
     path = _local(place)
-    if path is None or not path.is_dir():
+    if path is None:
+        return "test"
+    if not path.is_dir():
         return None
     names = _saved_splits(path) if _is_saved(path) else _named_splits(path, _files_of(path, Reading()))
     return "test" if names and len(names) > 1 else None
@@ -381,7 +383,8 @@ def _from_disk(folder: Path, split: Split | None, reading: Reading) -> Iterator[
         table = datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow and datasets raise many kinds of errors
         raise TextSourceError(f"Cannot read {folder}, which save_to_disk wrote: {error}.") from error
-    splits: dict[str, Any] = {"train": table} if isinstance(table, datasets.Dataset) else {**table}
+    tables = {"train": table} if isinstance(table, datasets.Dataset) else table
+    splits = {str(name): rows for name, rows in tables.items()}
     return _from_splits(splits, str(folder), split, reading)
 
 

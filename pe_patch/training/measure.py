@@ -14,6 +14,7 @@ from ..adapters import ADAPTERS
 from ..data.text import with_options
 from ..errors import PePatchError
 from ..patching.api import find_patch
+from .data import refuse_ids
 from .engines import Engine
 from .guard import EvaluationError
 from .log import Log
@@ -84,6 +85,7 @@ class Measure:
         try:
             find_tasks(self.wanted.tasks)  # before reading the text, which takes longer
             self.corpus = Corpus.load(self.tokenizer, self.documents(), needed=max(self.lengths))
+            refuse_ids({"the held-out text": int(self.corpus.stream.max())}, self.tokenizer, model)
             self._evaluate(model, self.corpus, dry_run=True)
         except Exception as error:  # whatever fails here would fail after training
             raise RecipeError(

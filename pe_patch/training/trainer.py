@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from ..checkpoints.exporters.export import check_export
-from ..data.text import iter_documents
+from ..data.text import Skipped, iter_documents
 from . import finish, plan, saving
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from .chunked import Scorer
@@ -90,6 +90,8 @@ class Trainer:
         saving.check_folders(recipe)
         self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
         self.signal, self.terminating = Signal(), False
+        self.skipped: list[Skipped] = []
+        """What was skipped of the held-out text."""
         self.trackers = _trackers(recipe)
         self.engine = choose_engine(
             mixed_precision=recipe.mixed_precision, log_with=self.trackers or None, project_dir=recipe.output
@@ -222,7 +224,9 @@ class Trainer:
 
     def data_notes(self) -> list[str]:
         """Return sentences on how rows begin, what was skipped, and control tokens in the text."""
-        return data_notes(self.corpora, self.recipe, self.tokenizer)
+        notes = data_notes(self.corpora, self.recipe, self.tokenizer)
+        held_out = [f"{self.recipe.data.source}: {record}." for record in self.skipped]
+        return notes + [note for note in held_out if note not in notes]
 
     def batches(self, phase: int, first_step: int = 0) -> Iterator[list[dict[str, Tensor]]]:
         """Yield this process's micro-batches for each step of a phase."""
@@ -337,10 +341,10 @@ class Trainer:
             ) from error
 
     def _documents(self, split: Literal["train", "test"]) -> Iterator[str]:
-        data = self.recipe.data
+        data, skipped = self.recipe.data, self.skipped if split == "test" else []
         return iter_documents(
             data.source, split=split, text_column=data.text_column, limit=data.limit, streaming=data.streaming,
-            encoding=data.encoding, skip_unreadable=data.skip_unreadable, skipped=[],
+            encoding=data.encoding, skip_unreadable=data.skip_unreadable, skipped=skipped,
         )  # fmt: skip
 
 

@@ -75,6 +75,30 @@ def test_ids_beyond_the_embedding_are_found_before_the_first_step(
         assert "resize_token_embeddings" in said and "Traceback" not in said
 
 
+def test_ids_beyond_the_embedding_are_found_in_held_out_text(
+    folder: Path, recipe_file: Path, model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    number = next(number for number in range(200, 400) if _held_out(f"{number}.txt"))
+    (folder / f"{number}.txt").write_text("an <extra> token")
+    (folder / f"{number}.html").write_text("")
+    evaluation = "evaluation={every: 1, tasks: [perplexity], lengths: [64], samples: 2}"
+    given = [str(recipe_file), *SHORT, f"data.source={folder}", f"tokenizer.source={tmp_path / 'tokenizer'}"]
+    assert main([*given, evaluation, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "'<extra>' in the held-out text" in said and "resize_token_embeddings" in said
+
+
+def test_what_is_skipped_of_the_held_out_text_is_listed_too(folder: Path, recipe_file: Path, capsys: Any) -> None:
+    number = next(number for number in range(200, 400) if _held_out(f"{number}.txt"))
+    (folder / f"{number}.txt").write_text(" ")
+    evaluation = "evaluation={every: 1, tasks: [perplexity], lengths: [64], samples: 2}"
+    assert main([str(recipe_file), *SHORT, f"data.source={folder}", evaluation, "--dry-run"]) == 0
+    assert f"1 skipped, empty: {number}.txt" in " ".join(capsys.readouterr().out.split())
+
+
 def test_retrieval_tokens_that_the_model_lacks_are_found(
     recipe_file: Path, tmp_path: Path, text: Path, capsys: Any
 ) -> None:
@@ -82,8 +106,9 @@ def test_retrieval_tokens_that_the_model_lacks_are_found(
 
     plain: Any = train_tokenizer([path.read_text() for path in sorted(text.iterdir())], 280)
     plain.save_pretrained(tmp_path / "tokenizer")
-    given = ["tokenizer.retrieval_tokens=true", "model={config: {model_type: llama, hidden_size: 32, intermediate_size: 48,"
-             " num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 408}}"]  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = ", ".join(f"{key}: {value}" for key, value in {**sizes, "vocab_size": 408}.items())
+    given = ["tokenizer.retrieval_tokens=true", f"model={{config: {{model_type: llama, {fields}}}}}"]
     # A fresh model has all rows. A saved one that knows the plain vocabulary alone has not.
     told = [str(recipe_file), *SHORT, "model.source=null", *given, f"tokenizer.source={tmp_path / 'tokenizer'}"]
     assert main([*told, "--dry-run"]) == 0
@@ -166,7 +191,7 @@ def test_an_evaluation_streams_what_it_needs_of_a_hub_data_set(
     def rows(split: str, count: int) -> Iterator[dict[str, str]]:
         for number in range(count):
             drawn[split] += 1
-            yield {"text": f"{number} " + "the a for while return import class " * 60}
+            yield {"text": f"{number} " + "the a for while return import class " * 6}
 
     def load_dataset(name: str, streaming: bool) -> Any:
         assert streaming, "a download"
@@ -183,7 +208,7 @@ def test_an_evaluation_streams_what_it_needs_of_a_hub_data_set(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Builder)
-    monkeypatch.setattr("pe_patch.evaluation.corpus.TOKEN_LIMIT", 5_000)
+    monkeypatch.setattr("pe_patch.evaluation.corpus.TOKEN_LIMIT", 1_000)
     evaluations: list[int] = []
     inner = Measure.during
 

@@ -1,7 +1,7 @@
 """Turn documents into training sequences: tokenise once, pack, hide facts, and batch."""
 
 from .batches import first_tokens, micro_batches
-from .checks import check_ids, check_unchanged, data_notes
+from .checks import check_ids, check_unchanged, data_notes, refuse_ids
 from .corpus import Corpus
 from .mixture import mix_notes, mix_table
 from .packing import pack
@@ -23,4 +23,5 @@ __all__ = [
     "mix_table",
     "open_store",
     "pack",
+    "refuse_ids",
 ]

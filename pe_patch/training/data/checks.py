@@ -19,14 +19,19 @@ NAMES = 5
 
 
 def check_ids(corpora: Corpora, recipe: Recipe, tokenizer: Any, model: Any) -> None:
-    """Raise `RecipeError` if a token of the text, or of hidden facts, has no row in the model's embedding."""
-    table = model.get_input_embeddings()
-    size = getattr(table, "num_embeddings", None) or table.weight.shape[0]
+    """Raise `RecipeError` if a token of the training text, or of hidden facts, has no row in the model's embedding."""
     largest = {corpus.name: corpus.largest_id for corpus in corpora.values()}
     kinds = [source.kind for phase in recipe.phases for source in phase.mixture.values()]
     if "needles" in kinds and wording_for(tokenizer).name == "tokens":
         names = [f"<{kind}{index}>" for kind in "kv" for index in range(TOKEN_KEYS)]
         largest["the hidden facts (tokenizer.retrieval_tokens)"] = max(tokenizer.convert_tokens_to_ids(names))
+    refuse_ids(largest, tokenizer, model)
+
+
+def refuse_ids(largest: Mapping[str, int], tokenizer: Any, model: Any) -> None:
+    """Raise `RecipeError` if the largest token id of a text, given by name, has no row in the model's embedding."""
+    table = model.get_input_embeddings()
+    size = getattr(table, "num_embeddings", None) or table.weight.shape[0]
     for name, number in largest.items():
         if number >= size:
             raise RecipeError(
