@@ -290,7 +290,7 @@ def test_tables_from_excel(tmp_path: Path, dialect: str) -> None:
         writer.writerows([["text", "other"], [FRENCH, "x"], ["a; b, c\td", "y"]])
     encoding = "cp1252" if codec == "cp1252" else None
     assert load_documents(path, encoding=encoding) == [FRENCH, "a; b, c\td"]
-    with pytest.raises(TextSourceError, match=r"'body'; it has the columns text, other.*\?text_column="):
+    with pytest.raises(TextSourceError, match=r"'body'; it has the columns text, other.*@text_column="):
         load_documents(path, text_column="body", encoding=encoding)
 
 
@@ -382,14 +382,14 @@ def test_a_source_carries_options_where_there_is_no_other_place_for_them(tmp_pat
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"body": row}) + "\n" for row in ROWS))
     plain = load_documents(path, split="test", text_column="body")
-    assert load_documents(f"{path}?split=test&text_column=body") == plain
+    assert load_documents(f"{path}@split=test,text_column=body") == plain
     assert load_documents(with_options(str(path), split="test", text_column="body", encoding=None)) == plain
-    assert with_options(f"{path}?split=train", split="test") == f"{path}?split=train"
-    assert held_out_split(f"{path}?split=test") == held_out_split("stdlib") == held_out_split("owner/name") == "test"
+    assert with_options(f"{path}@split=train", split="test") == f"{path}@split=train"
+    assert held_out_split(f"{path}@split=test") == held_out_split("stdlib") == held_out_split("owner/name") == "test"
     assert held_out_split(path) is None
     with pytest.raises(PePatchError, match=r"'colum'.*text_column"):
-        load_documents(f"{path}?colum=body")
-    strange = tmp_path / "what?.txt"
+        load_documents(f"{path}@colum=body")
+    strange = tmp_path / "what@split=test.txt"
     strange.write_text("a file of that name")
     assert load_documents(strange) == ["a file of that name"]
 

@@ -133,7 +133,7 @@ class Reading:
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-SET_COLUMN = "Set text_column (in a recipe data.text_column), or append ?text_column=NAME to the source."
+SET_COLUMN = "Set text_column (in a recipe data.text_column), or append @text_column=NAME to the source."
 SKIP = "Correct it, or set skip_unreadable=true (in a recipe data.skip_unreadable) to skip such files and rows."
 
 
@@ -357,7 +357,7 @@ def _bad_byte(path: Path, encoding: str | None) -> UnreadableError:
         read += len(block)
     return UnreadableError(
         f"{path}{where} is not {codec.upper()}. Set encoding to the encoding of such files (in a recipe data.encoding, "
-        "or append ?encoding=NAME to the source), for example encoding=cp1252 for Western European text, or convert "
+        "or append @encoding=NAME to the source), for example encoding=cp1252 for Western European text, or convert "
         "the file to UTF-8.",
         f"not {codec.upper()}",
     )

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import parse_qsl, urlencode
 
 from ..errors import PePatchError, nearest, quoted
 from .files import (
@@ -44,7 +43,8 @@ STDLIB_CHARACTERS = (2_000, 400_000)
 SPLIT_WORD = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|valid|validation|val|dev)(?![a-z])", re.IGNORECASE)
 """Words that name a held-out split in the path of a file."""
 SOURCE_OPTIONS = ("split", "text_column", "encoding")
-"""Options that a source may carry, as in `folder?split=test&text_column=body`."""
+"""Options that a source may carry, as in `folder@split=test,text_column=body`."""
+CARRIED = re.compile(r"(.+)@(\w+=[^,]*(?:,\w+=[^,]*)*)")
 
 
 def load_documents(
@@ -61,7 +61,7 @@ def load_documents(
 
     Args:
         source: `stdlib`, a folder, a file or the name of a hub data set. It may carry options that replace the
-            arguments: `folder?split=test&text_column=body&encoding=cp1252`.
+            arguments: `folder@split=test,text_column=body,encoding=cp1252`.
         split: "test" is about a tenth of the documents, chosen by a hash of their names, and "train" is the rest. A
             single document is cut at nine tenths instead. A data set on the hub, a copy of it, or a folder that
             `save_to_disk` wrote uses the splits that it names; without "test", "validation" serves as "test". None
@@ -175,24 +175,24 @@ def source_path(source: str) -> str:
 
 
 def with_options(source: str, **options: str | None) -> str:
-    """Return a source that carries options, such as `folder?split=test`. Those that it has already stay."""
+    """Return a source that carries options, such as `folder@split=test`. Those that it has already stay."""
     place, split, carried = _parse(source, None, {})
     given = {**{key: value for key, value in options.items() if value is not None}, **carried}
     given.update({} if split is None else {"split": split})
-    return f"{place}?{urlencode(given)}" if given else place
+    return f"{place}@{','.join(f'{key}={value}' for key, value in given.items())}" if given else place
 
 
 def _parse(source: str | Path, split: Any, options: Mapping[str, Any]) -> tuple[str, Split | None, dict[str, Any]]:
     """Return a source without its options, the split, and the options."""
     place, carried = str(source), {}
-    if "?" in place and not Path(place).expanduser().exists():
-        place, _, query = place.rpartition("?")
-        carried = dict(parse_qsl(query, keep_blank_values=True))
+    if (found := CARRIED.fullmatch(place)) is not None and not Path(place).expanduser().exists():
+        place = found[1]
+        carried = dict(option.split("=", 1) for option in found[2].split(","))
         for key in carried:
             if key not in SOURCE_OPTIONS:
                 raise PePatchError(
                     f"{source!s}: a source has no option {quoted(key)}.{nearest(key, SOURCE_OPTIONS)} It takes "
-                    f"{', '.join(SOURCE_OPTIONS)}, as in folder?split=test&text_column=body."
+                    f"{', '.join(SOURCE_OPTIONS)}, as in folder@split=test,text_column=body."
                 )
     split = carried.pop("split", split)
     if split not in (None, *get_args(Split)):
