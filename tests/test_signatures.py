@@ -12,6 +12,7 @@ import pe_patch
 EXCEPTIONS = {
     ("load_patched", "return"): "the checkpoint names the class, as for from_pretrained of Transformers' auto classes",
     ("load_patched", "from_pretrained_kwargs"): "forwarded to keywords that have different types",
+    ("load_adapter", "peft_options"): "forwarded to keywords of PEFT that have different types",
     ("patched", "arguments"): "forwarded to keywords of patch_model that have different types",
 }
 """Where `Any` is allowed, by function and parameter, with the reason."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pe_patch.data.files import Reading
 from pe_patch.data.text import TextSourceError, load_documents
 from pe_patch.errors import PePatchError
 
@@ -60,7 +61,7 @@ def test_folder_is_read_in_order_without_hidden_binary_or_unknown_files(tmp_path
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     files = {"b/two.md": b"two", "a.txt": b"one", "z.py": b"three", ".git/x.txt": b"no", "c.bin": b"no"}
-    for name, content in {**files, "latin.txt": b"\xff\xfe\xfa", "empty.txt": b""}.items():
+    for name, content in {**files, "empty.txt": b""}.items():
         (tmp_path / name).write_bytes(content)
     assert load_documents(tmp_path) == ["one", "two", "three"]
 
@@ -100,7 +101,7 @@ def test_hub_rows_keep_the_splits_of_the_data_set(tmp_path: Path, monkeypatch: p
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
     def read(split: Any) -> list[str]:
-        return [value for _, value in text._from_hub(str(folder), split, "text", streaming=True)]
+        return [value for _, value in text._from_hub(str(folder), split, Reading(), streaming=True)]
 
     assert read("train") == ROWS[:40]
     assert read("test") == ROWS[40:]

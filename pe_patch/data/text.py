@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import logging
+import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ..errors import PePatchError
+from ..errors import PePatchError, nearest, quoted
+from .files import (
+    ALLOWED,
+    BLOCK,
+    TABLES,
+    Reading,
+    Record,
+    Skipped,
+    TextSourceError,
+    check_encoding,
+    column_of,
+    file_type,
+    list_files,
+    read_file,
+)
+
+__all__ = ["Skipped", "TextSourceError", "fingerprint", "iter_documents", "load_documents", "manifest"]
+
+logger = logging.getLogger("pe_patch")
 
 Split = Literal["train", "test"]
-Record = tuple[str, str]
-"""A name that is equal on all machines, and the text."""
 
 TEST_PERCENT = 10
 """Share of the documents in the test split, in percent."""
@@ -24,30 +40,46 @@ STDLIB_SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "pydoc_dat
 STDLIB_SKIPPED |= {"site-packages", "dist-packages", "ensurepip", "__pycache__", "_distutils_hack"}
 STDLIB_CHARACTERS = (2_000, 400_000)
 """Minimum and maximum length of the standard library's files, in characters."""
-ALLOWED = "'stdlib', a folder, a .txt, .md, .py, .jsonl, .json, .parquet or .csv file, or the name of a hub data set"
-
-
-class TextSourceError(PePatchError, FileNotFoundError):
-    """Raised if the source cannot be read as text."""
+SPLIT_WORD = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|valid|validation|val|dev)(?![a-z])", re.IGNORECASE)
+"""Words that name a held-out split in the path of a file."""
+SOURCE_OPTIONS = ("split", "text_column", "encoding")
+"""Options that a source may carry, as in `folder@split=test,text_column=body`."""
+CARRIED = re.compile(r"(.+)@(\w+=[^,]*(?:,\w+=[^,]*)*)")
 
 
 def load_documents(
-    source: str | Path, *, split: Split | None = None, text_column: str = "text", limit: int | None = None
+    source: str | Path,
+    *,
+    split: Split | None = None,
+    text_column: str = "text",
+    limit: int | None = None,
+    encoding: str | None = None,
+    skip_unreadable: bool = False,
+    skipped: list[Skipped] | None = None,
 ) -> list[str]:
     """Return the documents of a source, in an order that is equal on all machines.
 
     Args:
-        source: `stdlib`, a folder, a file or the name of a hub data set.
+        source: `stdlib`, a folder, a file or the name of a hub data set. It may carry options that replace the
+            arguments: `folder@split=test,text_column=body,encoding=cp1252`.
         split: "test" is about a tenth of the documents, chosen by a hash of their names, and "train" is the rest. A
-            single document is cut at nine tenths instead. A hub data set uses its splits if it has them. None reads
-            everything.
+            single document is cut at nine tenths instead. A data set on the hub, a copy of it, or a folder that
+            `save_to_disk` wrote uses the splits that it names; without "test", "validation" serves as "test". None
+            reads everything.
         text_column: the text column of a table.
         limit: maximum number of documents; None reads all.
+        encoding: the encoding of files that are not UTF-8 and have no byte order mark; None refuses them.
+        skip_unreadable: skip files that cannot be read and rows without text instead of raising an error.
+        skipped: a list that receives what was skipped and why; None logs a warning instead.
 
     Raises:
-        TextSourceError: the source does not exist or has no text.
+        TextSourceError: the source does not exist, has no text, or cannot be read.
     """
-    return list(iter_documents(source, split=split, text_column=text_column, limit=limit))
+    documents = iter_documents(
+        source, split=split, text_column=text_column, limit=limit, encoding=encoding, skip_unreadable=skip_unreadable,
+        skipped=skipped,
+    )  # fmt: skip
+    return list(documents)
 
 
 def iter_documents(
@@ -57,115 +89,214 @@ def iter_documents(
     text_column: str = "text",
     limit: int | None = None,
     streaming: bool = False,
+    encoding: str | None = None,
+    skip_unreadable: bool = False,
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[str]:
     """Yield the documents of `load_documents` one by one, reading each on demand.
 
-    At most one document and one batch of Parquet rows are in memory (a .json file is read whole). An unreadable
-    document raises when it is reached.
+    At most one document and one batch of Parquet rows are in memory (a .json file is read whole). Text files of the
+    other split are not read. An unreadable document raises when it is reached.
 
     Args:
-        source: see `load_documents`, also for `split`, `text_column` and `limit`.
+        source: see `load_documents`, also for the other arguments.
         streaming: stream a hub data set over the network instead of downloading it. A `limit` always streams.
 
     Raises:
-        TextSourceError: the source does not exist or has no text.
+        TextSourceError: the source does not exist, has no text, or cannot be read.
     """
-    _check(split, limit)
-    records = _records(str(source), split, text_column, streaming or limit is not None)
-    return _some(islice(records, limit), source, split)
+    place, split, options = _parse(source, split, {"text_column": text_column, "encoding": encoding})
+    if limit is not None and limit < 1:
+        raise PePatchError(f"limit must be at least 1 document, got {limit}.")
+    reading = Reading(skip_unreadable=skip_unreadable, skipped=[] if skipped is None else skipped, **options)
+    texts = (text for _, text in _records(place, split, reading, streaming or limit is not None))
+    return _some(islice(texts, limit), str(source), split, reading, warn=skipped is None)
 
 
 def fingerprint(
-    source: str | Path, *, split: Split | None = None, text_column: str = "text", limit: int | None = None
+    source: str | Path,
+    *,
+    split: Split | None = None,
+    text_column: str = "text",
+    limit: int | None = None,
+    encoding: str | None = None,
+    skip_unreadable: bool = False,
 ) -> str:
     """Hash what `iter_documents` would yield with these arguments, without decoding the text.
 
     The hash covers the names and bytes of the files, or the name and revision of a hub data set.
     """
-    _check(split, limit)
-    files = _files(str(source))
-    parts = [repr((split, text_column, limit))]
-    if files is None:
-        parts.append(f"{source}@{_revision(str(source))}")
-    else:
-        parts += [f"{name}\0{_digest(path)}" for name, path in files]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    options = {"split": split, "text_column": text_column, "limit": limit, "encoding": encoding}
+    return fingerprint_of(manifest(source), source, {**options, "skip_unreadable": skip_unreadable})
 
 
-def _check(split: Any, limit: int | None) -> None:
-    if split not in (None, "train", "test"):
+def fingerprint_of(files: Mapping[str, str], source: str | Path, options: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest and of the options of `iter_documents`."""
+    _, split, carried = _parse(
+        source, options.get("split"), {key: options.get(key) for key in ("text_column", "encoding")}
+    )
+    parts = [repr(sorted({**options, **carried, "split": split}.items(), key=lambda item: item[0]))]
+    parts += [f"{name}\0{digest}" for name, digest in files.items()]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def manifest(source: str | Path) -> dict[str, str]:
+    """Return the hash of each text file of a source by its name, or the revision of a hub data set by the name."""
+    place, _, _ = _parse(source, None, {})
+    if place == "stdlib":
+        return {name: _digest(path) for name, path in _stdlib_paths()}
+    path = _local(place)
+    if path is None:
+        return {place: _hub(place, "load_dataset_builder").hash}
+    return {name: _digest(each) for name, each in _files_of(path, Reading())}
+
+
+def held_out_split(source: str | Path) -> Split | None:
+    """Return "test" if the source names its held-out documents itself, else None.
+
+    This is so for `stdlib`, on part of which the demo model was trained, for hub data sets, and for folders with a test
+    or validation split.
+    """
+    place, split, _ = _parse(source, None, {})
+    if split is not None or place == "stdlib":
+        return split or "test"
+    path = _local(place)
+    if path is None:
+        return "test"
+    if not path.is_dir():
+        return None
+    names = _saved_splits(path) if _is_saved(path) else _named_splits(path, _files_of(path, Reading()))
+    return "test" if names and len(names) > 1 else None
+
+
+def source_path(source: str) -> str:
+    """Return a source without the options that it carries."""
+    return _parse(source, None, {})[0]
+
+
+def with_options(source: str, **options: str | None) -> str:
+    """Return a source that carries options, such as `folder@split=test`. Those that it has already stay."""
+    place, split, carried = _parse(source, None, {})
+    given = {**{key: value for key, value in options.items() if value is not None}, **carried}
+    given.update({} if split is None else {"split": split})
+    return f"{place}@{','.join(f'{key}={value}' for key, value in given.items())}" if given else place
+
+
+def _parse(source: str | Path, split: Any, options: Mapping[str, Any]) -> tuple[str, Split | None, dict[str, Any]]:
+    """Return a source without its options, the split, and the options."""
+    place, carried = str(source), {}
+    if (found := CARRIED.fullmatch(place)) is not None and not Path(place).expanduser().exists():
+        place = found[1]
+        carried = dict(option.split("=", 1) for option in found[2].split(","))
+        for key in carried:
+            if key not in SOURCE_OPTIONS:
+                raise PePatchError(
+                    f"{source!s}: a source has no option {quoted(key)}.{nearest(key, SOURCE_OPTIONS)} It takes "
+                    f"{', '.join(SOURCE_OPTIONS)}, as in folder@split=test,text_column=body."
+                )
+    split = carried.pop("split", split)
+    if split not in (None, *get_args(Split)):
         raise PePatchError(f"split must be 'train', 'test' or None, got {split!r}.")
-    if limit is not None and limit < 1:
-        raise PePatchError(f"limit must be at least 1 document, got {limit}.")
+    options = {**options, **carried}
+    check_encoding(options.get("encoding"))
+    return place, split, options
 
 
-def _some(records: Iterator[Record], source: str | Path, split: Split | None) -> Iterator[str]:
-    """Yield the texts of the records, and raise `TextSourceError` if there are none."""
-    for _, text in records:
-        yield text
-        break
-    else:
-        raise TextSourceError(f"{source!s} has no text (split {split!r}). Give {ALLOWED}.")
-    for _, text in records:
-        yield text
+def _some(texts: Iterator[str], source: str, split: Split | None, reading: Reading, *, warn: bool) -> Iterator[str]:
+    """Yield the texts, raise `TextSourceError` if there are none, and warn of what was skipped."""
+    first = next(texts, None)
+    if first is None:
+        reasons = "; ".join(map(str, reading.skipped))
+        raise TextSourceError(
+            f"{source} has no text (split {split!r}){': ' + reasons if reasons else ''}. Give {ALLOWED}."
+        )
+    try:
+        yield from chain([first], texts)
+    finally:  # also if the reader has enough before the end
+        unexpected = [str(record) for record in reading.skipped if record.reason != "hidden"]
+        if warn and unexpected:
+            logger.warning("%s: %s.", source, "; ".join(unexpected))
 
 
-def _records(source: str, split: Split | None, text_column: str, streaming: bool) -> Iterator[Record]:
+def _records(source: str, split: Split | None, reading: Reading, streaming: bool) -> Iterator[tuple[str, str]]:
+    """Yield names and texts."""
     if source == "stdlib":
-        return _split(stdlib_files(), split)
-    files = _files(source)
-    if files is None:
-        return _from_hub(source, split, text_column, streaming=streaming)
-    return _split((record for name, path in files for record in _file(path, name, text_column)), split)
+        return _split(((name, lambda text=text: text) for name, text in stdlib_files()), split)
+    path = _local(source)
+    if path is None:
+        return _from_hub(source, split, reading, streaming=streaming)
+    if _is_saved(path):
+        return _from_disk(path, split, reading)
+    files = _files_of(path, reading)
+    if path.is_dir() and (names := _named_splits(path, files)):
+        files = _of_named_split(files, names, split, reading)
+        split = split if len(names) == 1 else None
+    return _split((record for name, each in files for record in read_file(each, name, reading)), split)
 
 
-def _files(source: str) -> Iterator[tuple[str, Path]] | None:
-    """Yield the names and paths of a source's files in order; return None if it can only be a hub data set."""
+def _local(source: str) -> Path | None:
+    """Return the path of a source; return None if it can only be a hub data set."""
     path = Path(source).expanduser()
-    if source == "stdlib":
-        return _stdlib_paths()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return iter([(path.name, path)])
-    if path.suffix in READERS or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
+    if path.exists():
+        return path
+    if any(file_type(path)) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
         raise TextSourceError(f"There is no file or folder {path.absolute()}. Give {ALLOWED}.")
     return None
+
+
+def _files_of(path: Path, reading: Reading) -> list[tuple[str, Path]]:
+    """Return the names and paths of a folder's or file's text files."""
+    if not path.is_dir():
+        return [(path.name, path)]
+    if _is_saved(path):
+        return [(each.relative_to(path).as_posix(), each) for each in sorted(path.rglob("*.arrow"))]
+    return list_files(path, reading)
 
 
 def _digest(path: Path) -> str:
     """Return the hash of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise TextSourceError(f"Cannot read {path}: {error.strerror}.") from error
     return digest.hexdigest()
 
 
-def _split(records: Iterable[Record], split: Split | None) -> Iterator[Record]:
-    """Yield the records of a split."""
-    if split is None:
-        yield from records
-        return
+def _split(records: Iterable[Record], split: Split | None) -> Iterator[tuple[str, str]]:
+    """Yield the names and texts of a split. Documents of the other split are not read, except the first two."""
     records = iter(records)
-    first = list(islice(records, 2))
-    if len(first) == 1:
+    first = list(islice(_loaded(records), 2))
+    if split is not None and len(first) == 1:
         name, text = first[0]
         cut = len(text) * (100 - TEST_PERCENT) // 100
         yield name, text[cut:] if split == "test" else text[:cut]
         return
-    for name, text in (*first, *records):
-        held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < TEST_PERCENT
-        if held_out == (split == "test"):
-            yield name, text
+    yield from ((name, text) for name, text in first if _in_split(name, split))
+    yield from _loaded((name, load) for name, load in records if _in_split(name, split))
 
 
-def stdlib_files() -> Iterator[Record]:
-    """Yield the standard library's source files of moderate length."""
+def _loaded(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
+    return ((name, text) for name, load in records if (text := load()) is not None)
+
+
+def _in_split(name: str, split: Split | None) -> bool:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    held_out = int.from_bytes(digest[:4], "big") % 100 < TEST_PERCENT
+    return split is None or held_out == (split == "test")
+
+
+def stdlib_files() -> Iterator[tuple[str, str]]:
+    """Yield the names and texts of the standard library's source files of moderate length."""
     shortest, longest = STDLIB_CHARACTERS
     for name, path in _stdlib_paths():
-        text = _decode(path)
-        if text is not None and shortest <= len(text) <= longest:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # some files are examples of other encodings
+            continue
+        if shortest <= len(text) <= longest:
             yield name, text
 
 
@@ -177,111 +308,113 @@ def _stdlib_paths() -> Iterator[tuple[str, Path]]:
             yield name.as_posix(), path
 
 
-def _decode(path: Path) -> str | None:
-    """Return the text of a file, or None if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
+# Splits that a folder names
 
 
-def _folder(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(component.startswith(".") for component in name.parts)
-        if path.is_file() and path.suffix in READERS and not hidden:
-            yield name.as_posix(), path
+def _named_splits(folder: Path, files: list[tuple[str, Path]]) -> dict[str, set[str]] | None:
+    """Return the paths of the files of each named split, found as `datasets` finds them; None if none is held out.
 
-
-def _file(path: Path, name: str, text_column: str) -> Iterator[Record]:
-    if path.suffix not in READERS:
-        raise TextSourceError(f"{path} is not a supported text file. Give {ALLOWED}.")
-    for row, value in enumerate(READERS[path.suffix](path, text_column)):
-        yield f"{name}:{row}" if row else name, value
-
-
-def _plain(path: Path, text_column: str) -> Iterator[str]:
-    text = _decode(path)
-    if text:
-        yield text
-
-
-def _json_lines(path: Path, text_column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _column(_parse(line, f"{path}, line {number}"), text_column, f"{path}, line {number}")
-
-
-def _json(path: Path, text_column: str) -> Iterator[str]:
-    """Yield the texts of a list of rows or strings, or of one row, whose column may be a list."""
-    value = _parse(path.read_text(encoding="utf-8"), str(path))
-    if isinstance(value, dict):
-        value = value.get(text_column, value)
-    for row in value if isinstance(value, list) else [value]:
-        yield _column(row, text_column, str(path))
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TextSourceError(f"{where}: not JSON ({error}).") from error
-
-
-def _csv(path: Path, text_column: str) -> Iterator[str]:
-    csv.field_size_limit(1 << 30)  # the default limit is 128 kB
-    with path.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            yield _column(row, text_column, str(path))
-
-
-def _parquet(path: Path, text_column: str) -> Iterator[str]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.ParquetFile(path)
-    if text_column not in table.schema_arrow.names:
-        _column(dict.fromkeys(table.schema_arrow.names), text_column, str(path))
-    for batch in table.iter_batches(columns=[text_column]):
-        yield from batch.column(0).to_pylist()
-
-
-def _column(row: Any, text_column: str, where: str) -> str:
-    value = row.get(text_column) if isinstance(row, dict) else row
-    if isinstance(value, str):
-        return value
-    columns = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else f"holds {type(row).__name__} values"
-    raise TextSourceError(f"{where}: no text in the column {text_column!r}; it {columns}. Set text_column.")
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _plain,
-    ".md": _plain,
-    ".rst": _plain,
-    ".py": _plain,
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _from_hub(name: str, split: Split | None, text_column: str, *, streaming: bool) -> Iterator[Record]:
-    """Yield rows of a hub data set, from its split of that name or, without one, by a hash of row numbers.
-
-    "validation" serves as "test". `streaming` reads only the requested rows.
+    Text and code have words such as "test" in their paths for other reasons. Their folders count as a data set only if
+    every file belongs to a split.
     """
-    splits = _hub(name, "load_dataset", streaming=streaming)
-    native = next((key for key in (split or "train", "validation" if split == "test" else None) if key in splits), None)
-    has_test = "test" in splits or "validation" in splits
-    rows = splits[native or next(iter(splits))]
-    records = ((f"{name}:{index}", _column(row, text_column, name)) for index, row in enumerate(rows))
-    return iter(records) if native and (split != "train" or has_test) else _split(records, split)
+    card = folder / "README.md"
+    declared = card.is_file() and b"data_files" in card.read_bytes()[:BLOCK]
+    if not declared and not any(SPLIT_WORD.search(name) for name, _ in files):
+        return None
+    splits = _declared_splits(folder) if declared else _splits_by_name(folder)
+    paths = {key: {os.path.abspath(path) for path in paths} for key, paths in splits.items()}
+    if "train" not in paths or not ("test" in paths or "validation" in paths):
+        return None
+    everything = set().union(*paths.values())
+    tables = all(file_type(path)[0] in TABLES for _, path in files)
+    return paths if declared or tables or all(os.path.abspath(path) in everything for _, path in files) else None
 
 
-def _revision(name: str) -> str:
-    """Return the commit of a hub data set, or the fingerprint that `datasets` gives a local copy."""
-    return _hub(name, "load_dataset_builder").hash
+def _splits_by_name(folder: Path) -> Mapping[str, Iterable[str]]:
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    try:
+        return DataFilesDict.from_patterns(get_data_patterns(str(folder.absolute())), str(folder.absolute()))
+    except FileNotFoundError:  # no file that `datasets` considers data
+        return {}
+
+
+def _declared_splits(folder: Path) -> Mapping[str, Iterable[str]]:
+    """Return the files of each split that the README of a data set declares."""
+    try:
+        return _hub(str(folder), "load_dataset_builder").config.data_files or {}
+    except TextSourceError as error:
+        raise TextSourceError(
+            f"{folder}: cannot read the splits that README.md declares ({error.__cause__}). Give one folder or file of "
+            "the data set as the source."
+        ) from error
+
+
+def _of_named_split(
+    files: list[tuple[str, Path]], names: Mapping[str, set[str]], split: Split | None, reading: Reading
+) -> list[tuple[str, Path]]:
+    """Return the files of a split that the folder names; None stands for all files of its splits."""
+    wanted = names[_held_out(names) if split == "test" else split] if split else set().union(*names.values())
+    for name, path in files:
+        if not any(os.path.abspath(path) in paths for paths in names.values()):
+            reading.skip(name, f"belongs to no split of the data set ({', '.join(names)})")
+    return [(name, path) for name, path in files if os.path.abspath(path) in wanted]
+
+
+def _held_out(names: Iterable[str]) -> str:
+    return "test" if "test" in names else "validation"
+
+
+# What `datasets` reads
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether `save_to_disk` wrote a folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json")) and (
+        (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+    )
+
+
+def _from_disk(folder: Path, split: Split | None, reading: Reading) -> Iterator[tuple[str, str]]:
+    """Yield the rows of a folder that `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow and datasets raise many kinds of errors
+        raise TextSourceError(f"Cannot read {folder}, which save_to_disk wrote: {error}.") from error
+    tables = {"train": table} if isinstance(table, datasets.Dataset) else table
+    splits = {str(name): rows for name, rows in tables.items()}
+    return _from_splits(splits, str(folder), split, reading)
+
+
+def _saved_splits(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if (path / "state.json").is_file()]
+
+
+def _from_hub(name: str, split: Split | None, reading: Reading, *, streaming: bool) -> Iterator[tuple[str, str]]:
+    """Yield the rows of a hub data set. `streaming` reads only the requested rows."""
+    return _from_splits(_hub(name, "load_dataset", streaming=streaming), name, split, reading)
+
+
+def _from_splits(
+    splits: Mapping[str, Any], name: str, split: Split | None, reading: Reading
+) -> Iterator[tuple[str, str]]:
+    """Yield rows from the split of that name or, without a held-out one, by a hash of row numbers.
+
+    "validation" serves as "test".
+    """
+    named = "train" in splits and ("test" in splits or "validation" in splits)
+    native = _held_out(splits) if split == "test" and named else "train" if "train" in splits else next(iter(splits))
+    if split == "test" and not named and ("test" in splits or "validation" in splits):
+        native, named = _held_out(splits), True
+    values = enumerate(column_of(splits[native], reading.text_column, name))
+    records = (
+        (f"{name}:{row}", lambda value=value, where=where, row=row: reading.read(f"{name}:{row}", lambda: value,
+                                                                                 lambda: where))
+        for row, (value, where) in values
+    )  # fmt: skip
+    return _split(records, None if named else split)
 
 
 def _hub(name: str, function: str, **options: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..data.tokens import PIECE, leading_text, text_ids
 from ..errors import PePatchError
 
 TOKEN_LIMIT = 1_000_000
@@ -31,7 +32,7 @@ class Corpus:
     bytes_per_token: float
 
     @classmethod
-    def load(cls, tokenizer: Any, text: str | Sequence[str], needed: int) -> Corpus:
+    def load(cls, tokenizer: Any, text: str | Iterable[str], needed: int) -> Corpus:
         """Tokenize documents up to `TOKEN_LIMIT` tokens, or four times `needed` if that is more.
 
         Args:
@@ -45,6 +46,7 @@ class Corpus:
         name, documents = _read_documents(text)
         kept, texts, hashed, size, tokens = [], [], hashlib.sha256(), 0, 0
         for document in documents:
+            document = leading_text(tokenizer, document, max(TOKEN_LIMIT, 4 * needed) - tokens)
             ids = whole_ids(tokenizer, document)
             if not len(ids):
                 continue
@@ -81,14 +83,14 @@ class Corpus:
         return [sources[ends[i][0]][ends[i][1] - longest : ends[i][1]] for i in order], where
 
 
-def _read_documents(text: str | Sequence[str]) -> tuple[str, Sequence[str]]:
+def _read_documents(text: str | Iterable[str]) -> tuple[str, Iterable[str]]:
     if not isinstance(text, str):
         return "given documents", text
-    from ..data.text import load_documents
+    from ..data.text import held_out_split, iter_documents
 
-    # The base model of this library was trained on the "train" half of this source, so evaluate on the other half.
-    split = "test" if text == "stdlib" else None
-    return (f"{text}, held-out files" if split else text), load_documents(text, split=split)
+    # Evaluate on the documents that a recipe with this source does not train on, where the source names them.
+    split = held_out_split(text)
+    return (f"{text}, held-out files" if split else text), iter_documents(text, split=split)
 
 
 def whole_ids(tokenizer: Any, document: str) -> np.ndarray:
@@ -100,15 +102,17 @@ def whole_ids(tokenizer: Any, document: str) -> np.ndarray:
         PePatchError: The tokenizer cut the document.
     """
     ids = _plain_ids(tokenizer, document)
-    middle = len(document) // 2
-    halves = len(_plain_ids(tokenizer, document[:middle])) + len(_plain_ids(tokenizer, document[middle:]))
-    if halves > len(ids) + 16:
+    head = document[:PIECE]  # longer documents are tokenised in pieces
+    count = len(ids) if len(document) == len(head) else len(_plain_ids(tokenizer, head))
+    middle = len(head) // 2
+    halves = len(_plain_ids(tokenizer, head[:middle])) + len(_plain_ids(tokenizer, head[middle:]))
+    if halves > count + 16:
         raise PePatchError(
-            f"The tokenizer cut a document: its halves have {halves} tokens, the document has {len(ids)}. "
+            f"The tokenizer cut a document: its halves have {halves} tokens, the document has {count}. "
             "Load the tokenizer without truncation and with a model_max_length above all lengths."
         )
     return ids
 
 
 def _plain_ids(tokenizer: Any, text: str) -> np.ndarray:
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return text_ids(tokenizer, text)

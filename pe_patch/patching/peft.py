@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,12 +34,20 @@ from .record import RECORD_KEY
 from .saved_config import write_back
 from .targets import unwrap
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 logger = logging.getLogger("pe_patch")
 
 
 def load_adapter(
-    model: Any, path: str | Path, adapter_name: str = "default", *, is_trainable: bool = False, **peft_options: Any
-) -> Any:
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    **peft_options: Any,
+) -> PeftModel:
     """Load a PEFT adapter into a model that has the scheme that it was trained under.
 
     PEFT itself cannot check the scheme, so `PeftModel.from_pretrained` refuses an adapter of a patched model. Adapters

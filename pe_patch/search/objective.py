@@ -49,15 +49,15 @@ class Material:
 
 
 def load_corpus(tokenizer: Any, text: str | Sequence[str] | Corpus, needed: int) -> Corpus:
-    """Load the text to search on; of "stdlib" take only files that the evaluation does not use."""
+    """Load the text to search on, without the documents that a source holds out for the evaluation."""
     if isinstance(text, Corpus):
         return text
-    if not isinstance(text, str) or text != "stdlib":
-        return Corpus.load(tokenizer, text, needed)
-    from ..data.text import load_documents
+    from ..data.text import held_out_split, load_documents
 
+    if not isinstance(text, str) or held_out_split(text) is None:
+        return Corpus.load(tokenizer, text, needed)
     corpus = Corpus.load(tokenizer, load_documents(text, split="train"), needed)
-    return replace(corpus, name="stdlib, files for training")
+    return replace(corpus, name=f"{text}, files for training")
 
 
 def documents(

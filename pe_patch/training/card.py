@@ -138,7 +138,17 @@ def _mix(trainer: Trainer) -> str:
         for number in range(len(trainer.recipe.phases))
         for row in mix_table(trainer.data(number))
     ]
-    return "\n".join([head, "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", *rows])
+    return "\n".join(
+        [
+            head,
+            "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            *rows,
+            "",
+            "```text",
+            *trainer.data_notes(),
+            "```",
+        ]
+    )
 
 
 def _scores(rows: list[dict[str, Any]], last: int) -> str:

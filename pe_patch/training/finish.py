@@ -111,8 +111,7 @@ def _how_to_measure(trainer: Trainer) -> str:
     folder, recipe = trainer.output / "model", trainer.recipe
     if recipe.lora is not None and not recipe.lora.merge:
         return f"Evaluate the adapter in Python: pe_patch.evaluate(pe_patch.load_patched({str(folder)!r}), tokenizer)."
-    note = "" if recipe.data.source == "stdlib" else " (this reads all of the text, including the training text)"
-    return f"Evaluate it with: {trainer.measure.command(folder)}{note}"
+    return f"Evaluate it with: {trainer.measure.command(folder)}"
 
 
 def _merge_into_reloaded(trainer: Trainer, model: Any, weights: dict[str, Any] | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from ..adapters import ADAPTERS
+from ..data.text import with_options
 from ..errors import PePatchError
 from ..patching.api import find_patch
+from .data import refuse_ids
 from .engines import Engine
 from .guard import EvaluationError
 from .log import Log
@@ -44,9 +46,13 @@ class Measure:
         documents: returns the held-out text; called once.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], list[str]]) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], Iterable[str]]) -> None:
         self.wanted, self.engine, self.tokenizer, self.documents = recipe.evaluation, engine, tokenizer, documents
-        self.source = recipe.data.source
+        data = recipe.data
+        self.source = data.source
+        if data.source != "stdlib":  # what the command evaluates must be held out there, too
+            column = data.text_column if data.text_column != "text" else None
+            self.source = with_options(data.source, split="test", text_column=column, encoding=data.encoding)
         self.mixed = torch.bfloat16 if recipe.mixed_precision == "bf16" else None
         self.autocast: torch.dtype | None = None
         self.target = longest(recipe.phases) if recipe.phases else max(self.wanted.lengths)
@@ -79,6 +85,7 @@ class Measure:
         try:
             find_tasks(self.wanted.tasks)  # before reading the text, which takes longer
             self.corpus = Corpus.load(self.tokenizer, self.documents(), needed=max(self.lengths))
+            refuse_ids({"the held-out text": int(self.corpus.stream.max())}, self.tokenizer, model)
             self._evaluate(model, self.corpus, dry_run=True)
         except Exception as error:  # whatever fails here would fail after training
             raise RecipeError(

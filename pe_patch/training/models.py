@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def locate(source: str) -> str:
     return str(DEMO_MODEL) if source == "demo" else source
 
 
-def build_tokenizer(recipe: Recipe, texts: Callable[[], Sequence[str]]) -> Any:
+def build_tokenizer(recipe: Recipe, texts: Callable[[], Iterable[str]]) -> Any:
     """Load the recipe's tokenizer, or train a new one on `texts()`.
 
     Raises:
@@ -52,7 +52,7 @@ def build_tokenizer(recipe: Recipe, texts: Callable[[], Sequence[str]]) -> Any:
     return tokenizer
 
 
-def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of `size` tokens that keeps digits separate; `<pad>` is 0 and `<eos>` is 1.
 
     Raises:

@@ -157,6 +157,8 @@ def show(trainer: Trainer) -> None:
         console.print(table(f"Mixture of phase {number}", mix_table(data)))
         for note in mix_notes(data):
             console.print(note)
+    for note in trainer.data_notes():
+        console.print(note, markup=False)
     console.print(table("Training plan", rows))
     console.print(
         f"{sum(row['steps'] for row in rows):,} steps at most, {sum(row['tokens'] for row in rows):,} tokens, "

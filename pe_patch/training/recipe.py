@@ -106,6 +106,16 @@ class Data:
     source: str = "stdlib"
     """`stdlib`, a folder, a file or a hub name, as `pe_patch.data.text.load_documents` takes them."""
     text_column: str = "text"
+    encoding: str | None = None
+    """Encoding of files that are not UTF-8 and have no byte order mark, such as `cp1252`; null refuses such files."""
+    skip_unreadable: bool = False
+    """Skip files that cannot be read and rows without text, and list them, instead of refusing them."""
+    bos: bool = True
+    """Begin every training row as the tokenizer begins a text (with BOS, for tokenizers that add one). False leaves the
+    start tokens out everywhere."""
+    split_special_tokens: bool = True
+    """Read the names of control tokens in the text, such as `</s>`, as plain text. False reads them as control tokens,
+    for text that was written with them, such as chats after a chat template."""
     limit: int | None = None
     """Maximum number of documents; null uses all."""
     boundaries: bool = True
@@ -271,6 +281,8 @@ class Recipe:
     seed: int = 0
     resume: str | None = None
     """`auto` resumes from the newest checkpoint in `output` if there is one. A path resumes from that checkpoint."""
+    accept_changed_data: bool = False
+    """Resume although the training text is not the one that the run started with."""
     trackers: list[str] | None = None
     """Trackers of accelerate: `tensorboard`, `wandb` and others. Null uses tensorboard if it is installed. The run
     always writes `<output>/log.jsonl`."""

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..checkpoints.folders import TRAINING, check_output, refuse_input
 from ..checkpoints.load import native_config, read_config
+from ..data.text import source_path
 from ..errors import OutputError
 from ..patching.record import RECORD_KEY, check_record
 from ..patching.targets import unwrap
@@ -60,6 +61,7 @@ def check_inputs(recipe: Recipe) -> None:
     output = Path(recipe.output).expanduser()
     models = [recipe.model.source, recipe.tokenizer.source, recipe.distill.source if recipe.distill else None]
     texts = [recipe.data.source, *(source.source for phase in recipe.phases for source in phase.mixture.values())]
+    texts = [None if text is None else source_path(text) for text in texts]
     inputs = [*(None if source is None else locate(source) for source in models), *texts]
     try:
         refuse_input(output, inputs, above=False)

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from ..checkpoints.exporters.export import check_export
-from ..data.text import load_documents
+from ..data.text import Skipped, iter_documents
 from . import finish, plan, saving
 from .checkpoints import Progress, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from .chunked import Scorer
-from .data import PhaseData, first_tokens, load_corpora, micro_batches
+from .data import PhaseData, check_ids, check_unchanged, data_notes, first_tokens, load_corpora, micro_batches
 from .engines import IGNORED, choose_engine
 from .guard import EvaluationError, Signal, Terminated, TrainingError, fault
 from .log import Log
@@ -90,6 +90,8 @@ class Trainer:
         saving.check_folders(recipe)
         self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
         self.signal, self.terminating = Signal(), False
+        self.skipped: list[Skipped] = []
+        """What was skipped of the held-out text."""
         self.trackers = _trackers(recipe)
         self.engine = choose_engine(
             mixed_precision=recipe.mixed_precision, log_with=self.trackers or None, project_dir=recipe.output
@@ -102,7 +104,10 @@ class Trainer:
             self.data(number)  # raises if a source has no text for a phase, before the model loads
         self.progress = Progress()
         self.measure = Measure(recipe, self.engine, self.tokenizer, lambda: self._documents("test"))
+        if self.checkpoint is not None:
+            check_unchanged(self.corpora, recipe, self.tokenizer, self.checkpoint, write=False)
         self.model = load_model(recipe, self.tokenizer)
+        check_ids(self.corpora, recipe, self.tokenizer, self.model)
         self.measure.choose_lengths(self.model)
         self.measure.check(self.model)
         if self.checkpoint is None and not recipe.dry_run:
@@ -142,6 +147,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.output / "recipe.yaml")
+            check_unchanged(self.corpora, recipe, self.tokenizer, checkpoint, write=True)
         if self.trackers:
             self.accelerator.init_trackers("pe_patch")
         total = sum(phase.steps for phase in recipe.phases[self.progress.phase :])
@@ -155,6 +161,7 @@ class Trainer:
         )
         with log as self.log, self.signal:
             if checkpoint is None:
+                log.write("data", {"step": 0, "notes": self.data_notes()})
                 self.measure.at_the_start(self.model, log)
             while self.progress.phase < len(recipe.phases):
                 self._phase(recipe.phases[self.progress.phase])
@@ -214,6 +221,12 @@ class Trainer:
         recipe = self.recipe
         seed, boundaries = (recipe.seed, phase), recipe.data.boundaries
         return PhaseData(self.corpora, self.tokenizer, recipe.phases[phase], seed=seed, boundaries=boundaries)
+
+    def data_notes(self) -> list[str]:
+        """Return sentences on how rows begin, what was skipped, and control tokens in the text."""
+        notes = data_notes(self.corpora, self.recipe, self.tokenizer)
+        held_out = [f"{self.recipe.data.source}: {record}." for record in self.skipped]
+        return notes + [note for note in held_out if note not in notes]
 
     def batches(self, phase: int, first_step: int = 0) -> Iterator[list[dict[str, Tensor]]]:
         """Yield this process's micro-batches for each step of a phase."""
@@ -327,9 +340,12 @@ class Trainer:
                 "section, or disable it with evaluation.every=null, and rerun with resume=auto."
             ) from error
 
-    def _documents(self, split: Literal["train", "test"]) -> list[str]:
-        data = self.recipe.data
-        return load_documents(data.source, split=split, text_column=data.text_column, limit=data.limit)
+    def _documents(self, split: Literal["train", "test"]) -> Iterator[str]:
+        data, skipped = self.recipe.data, self.skipped if split == "test" else []
+        return iter_documents(
+            data.source, split=split, text_column=data.text_column, limit=data.limit, streaming=data.streaming,
+            encoding=data.encoding, skip_unreadable=data.skip_unreadable, skipped=skipped,
+        )  # fmt: skip
 
 
 def _trackers(recipe: Recipe) -> list[str]:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch.data import text as text_module
+from pe_patch.data import files as files_module
 from pe_patch.data.text import TextSourceError, fingerprint, iter_documents, load_documents
 from pe_patch.training.data import Corpus, PhaseData, load_corpora, open_store, store
-from pe_patch.training.data.corpus import BATCH, tokenised
+from pe_patch.training.data.corpus import BATCH, Tokeniser
 from pe_patch.training.recipe import Data, RecipeError, Source
 
 from .cases import phase
@@ -266,27 +266,28 @@ class OneEach:
 
     eos_token_id = None
 
-    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[7]] * len(texts)}
+    def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
+        return {"input_ids": [7] if isinstance(texts, str) else [[7]] * len(texts)}
 
 
 def test_documents_are_read_on_demand(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read, given = 0, 0
 
-    def rows(path: Path, text_column: str) -> Iterator[str]:
+    def rows(path: Path, reading: Any) -> Iterator[tuple[str, str]]:
         nonlocal read
         for number in range(4 * BATCH[0]):
             read += 1
-            yield f"for {number}"
+            yield f"for {number}", f"row {number}"
 
-    monkeypatch.setitem(text_module.READERS, ".txt", rows)
-    (tmp_path / "rows.txt").write_text("")
-    for batch in tokenised(iter_documents(tmp_path), tokenizer):
+    monkeypatch.setitem(files_module.TABLES, ".jsonl", rows)
+    (tmp_path / "rows.jsonl").write_text("")
+    for batch in Tokeniser(tokenizer)(iter_documents(tmp_path)):
         given += len(batch)
         assert len(batch) <= BATCH[0] and read <= given + 2
     assert read == given == 4 * BATCH[0]
+    monkeypatch.setattr("pe_patch.training.data.corpus.PIECE", BATCH[1])
     long = ["x" * (BATCH[1] // 2)] * 5
-    assert [len(batch) for batch in tokenised(iter(long), OneEach())] == [2, 2, 1]
+    assert [len(batch) for batch in Tokeniser(OneEach())(iter(long))] == [2, 2, 1]
 
 
 def test_a_fingerprint_does_not_read_what_it_names_as_text(tmp_path: Path) -> None:

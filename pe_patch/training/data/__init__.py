@@ -1,6 +1,7 @@
 """Turn documents into training sequences: tokenise once, pack, hide facts, and batch."""
 
 from .batches import first_tokens, micro_batches
+from .checks import check_ids, check_unchanged, data_notes, refuse_ids
 from .corpus import Corpus
 from .mixture import mix_notes, mix_table
 from .packing import pack
@@ -12,6 +13,9 @@ __all__ = [
     "IGNORED",
     "Corpus",
     "PhaseData",
+    "check_ids",
+    "check_unchanged",
+    "data_notes",
     "first_tokens",
     "load_corpora",
     "micro_batches",
@@ -19,4 +23,5 @@ __all__ = [
     "mix_table",
     "open_store",
     "pack",
+    "refuse_ids",
 ]

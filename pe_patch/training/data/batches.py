@@ -12,16 +12,14 @@ from torch.utils.data import DataLoader
 
 from ..recipe import RecipeError
 from .phase import PhaseData
-from .sequences import IGNORED, Item
+from .sequences import Item
 
 
 def first_tokens(data: PhaseData, count: int) -> list[list[int]]:
     """Return the first `count` token ids of a phase, in rows of at most its length, without padding."""
     rows: list[list[int]] = []
     for number in count_up():
-        item = data[number]
-        stop = 1 + int(np.flatnonzero(item["labels"] != IGNORED)[-1])  # padding comes last and has no targets
-        rows.append(item["input_ids"][: min(stop, count)].tolist())
+        rows.append(data[number]["input_ids"][: min(data.size(number), count)].tolist())
         count -= len(rows[-1])
         if count == 0:
             break

@@ -28,7 +28,7 @@ class Rows(Sequence[np.ndarray]):
         return self.pieces[start:stop]
 
 
-def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Rows:
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, start: int = 0) -> Rows:
     """Pack documents into rows by best-fit decreasing, and cut a document only if it exceeds a row.
 
     A document of more than `capacity` tokens fills whole rows, and its rest is packed like another document. Among rows
@@ -37,26 +37,29 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Rows:
     Args:
         lengths: tokens in each document, `[documents]`.
         capacity: tokens in a row.
+        start: tokens that are added before a piece that continues a document.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    whole = _whole_rows(sizes, capacity)
-    rest = sizes % capacity
+    # The first row of a document holds `capacity` of its tokens, and each further row `capacity - start`.
+    times = np.where(sizes >= capacity, 1 + (sizes - capacity) // (capacity - start), 0)
+    filled = np.where(times > 0, capacity + (times - 1) * (capacity - start), 0)
+    whole = _whole_rows(times, capacity, start)
+    rest = sizes - filled
+    packed = np.where((times > 0) & (rest > 0), rest + start, rest)
     # Sort by decreasing size; documents of one size keep their order.
-    order = np.argsort(-rest, kind="stable")[: np.count_nonzero(rest)]
-    rows = _best_fit(rest[order], capacity) + len(whole)
-    start = sizes[order] - rest[order]
-    pieces = np.concatenate([whole, np.stack([order, start, sizes[order]], axis=1)])
+    order = np.argsort(-packed, kind="stable")[: np.count_nonzero(packed)]
+    rows = _best_fit(packed[order], capacity) + len(whole)
+    pieces = np.concatenate([whole, np.stack([order, filled[order], sizes[order]], axis=1)])
     row_of = np.concatenate([np.arange(len(whole)), rows])
     return Rows(pieces, row_of, int(row_of.max()) + 1 if len(row_of) else 0)
 
 
-def _whole_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Return the pieces `[n, 3]` that fill a row alone."""
-    times = sizes // capacity
-    document = np.repeat(np.arange(len(sizes)), times)
-    first = np.repeat(np.cumsum(times) - times, times)
-    start = (np.arange(len(document)) - first) * capacity
-    return np.stack([document, start, start + capacity], axis=1)
+def _whole_rows(times: np.ndarray, capacity: int, start: int) -> np.ndarray:
+    """Return the pieces `[n, 3]` that fill a row alone, for the number of such rows of each document."""
+    document = np.repeat(np.arange(len(times)), times)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(times) - times, times)
+    stop = capacity + number * (capacity - start)
+    return np.stack([document, np.where(number > 0, stop - capacity + start, 0), stop], axis=1)
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:

@@ -20,7 +20,8 @@ class PhaseData(Dataset[Item]):
     """The sequences of one phase. Sequence `i` does not depend on when or where it is read.
 
     An item has `input_ids`, `labels` and `position_ids`, each `[length]`. Positions restart at each document. A label
-    is `IGNORED` at a document's first token, which cannot be predicted, and in the padding.
+    is `IGNORED` at a document's first token, which cannot be predicted, and in the padding. A sequence, and each
+    document in a packed one, begins with the start tokens of the tokenizer, unless the corpus has none.
 
     Args:
         corpora: the result of `load_corpora`, or one corpus for all sources.
@@ -54,3 +55,8 @@ class PhaseData(Dataset[Item]):
         index, turn = self.turns[number]
         rng = np.random.default_rng([*self.seed, number])
         return self.sources[index].item(self.orders[index][turn], rng)
+
+    def size(self, number: int) -> int:
+        """Return the number of tokens in a sequence, without its padding."""
+        index, turn = self.turns[number]
+        return self.sources[index].size(self.orders[index][turn])

@@ -10,7 +10,7 @@ from ...evaluation.retrieval import make_sample, wording_for
 from ..recipe import Phase, RecipeError, Source
 from .corpus import Corpus
 from .packing import pack
-from .pose import draw_chunks
+from .pose import check, draw_chunks
 
 IGNORED = -100
 """Label of a token that is not a target, as in PyTorch and Transformers."""
@@ -25,12 +25,19 @@ Item = dict[str, np.ndarray]
 class Text:
     """Sequences from the documents of one source that are long enough. Each row appears once per epoch.
 
-    `documents` holds their numbers in the corpus, and `tokens` is their total length.
+    `documents` holds their numbers in the corpus, and `tokens` is their total length. A piece that continues a document
+    begins with `start`, the tokens with which the tokenizer begins a text. Its first document token is no target: the
+    row does not show the token before it.
     """
 
     def __init__(self, name: str, source: Source, phase: Phase, corpus: Corpus, tokenizer: Any) -> None:
         self.name, self.phase, self.corpus = name, phase, corpus
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.start = np.array(corpus.start, dtype=np.int64)
+        if phase.length < len(self.start) + 2:
+            raise RecipeError(
+                f"length is {phase.length}; a row needs {len(self.start)} start tokens and two tokens of text."
+            )
         self.documents = self._long_enough(self.least(source))
         self.tokens = int(self.lengths.sum())
         if not self.tokens:
@@ -53,6 +60,10 @@ class Text:
         """Return the number of sequences in an epoch."""
         raise NotImplementedError
 
+    def size(self, row: int) -> int:
+        """Return the number of tokens in a sequence, without its padding."""
+        return self.phase.length
+
     def item(self, row: int, rng: np.random.Generator) -> Item:
         raise NotImplementedError
 
@@ -74,7 +85,12 @@ class Packed(Text):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.rows = pack(self.lengths, self.phase.length)
+        self.rows = pack(self.lengths, self.phase.length, len(self.start))
+        if self.lengths.max() < 2:
+            raise RecipeError(
+                f"mixture.{self.name}: no document of {self.corpus.name} has two tokens, so no token can be predicted. "
+                "Give longer documents, or data.boundaries=false."
+            )
 
     @property
     def trained_tokens(self) -> float:
@@ -83,27 +99,38 @@ class Packed(Text):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def size(self, row: int) -> int:
+        return sum(int(stop - begin) + len(self.start) * bool(begin) for _, begin, stop in self.rows[row])
+
     def item(self, row: int, rng: np.random.Generator) -> Item:
-        offsets, stream = self.corpus.offsets, self.corpus.stream
-        pieces = [(offsets[self.documents[number]], start, stop) for number, start, stop in self.rows[row]]
-        texts = [stream[at + start : at + stop] for at, start, stop in pieces]
-        sizes = [len(text) for text in texts]
-        padding = self.phase.length - sum(sizes)
-        if padding:
-            texts, sizes = [*texts, np.full(padding, self.pad)], [*sizes, padding]
-        ids = np.concatenate(texts).astype(np.int64)
-        labels = ids.copy()
-        labels[np.cumsum([0, *sizes[:-1]])] = IGNORED
-        labels[len(ids) - padding :] = IGNORED
-        return {"input_ids": ids, "labels": labels, "position_ids": np.concatenate([np.arange(n) for n in sizes])}
+        length, offsets, stream = self.phase.length, self.corpus.offsets, self.corpus.stream
+        ids, positions = np.full(length, self.pad, dtype=np.int64), np.zeros(length, dtype=np.int64)
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        at = 0
+        for document, begin, stop in self.rows[row]:
+            first = offsets[self.documents[document]]
+            start = self.start if begin else self.start[:0]
+            piece = np.concatenate([start, stream[first + begin : first + stop]])
+            place = slice(at, at + len(piece))
+            ids[place], positions[place] = piece, np.arange(len(piece))
+            labels[place] = piece
+            labels[at : at + len(start) + 1] = IGNORED
+            at += len(piece)
+        positions[at:] = np.arange(length - at)
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 class Contiguous(Text):
-    """Documents end to end, cut every `length` tokens; an incomplete last sequence is dropped."""
+    """Documents end to end, cut into sequences; an incomplete last sequence is dropped.
+
+    With start tokens, sequences begin `length - len(start)` tokens apart. One that begins inside a document gets the
+    start tokens in front; one that begins with a document has its own, and shares its last tokens with the next one.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.ends = np.cumsum(self.lengths)
+        self.stride = self.phase.length - len(self.start)
         if not len(self):
             raise RecipeError(
                 f"mixture.{self.name}: {self.corpus.name} has {self.tokens:,} tokens, fewer than one sequence of "
@@ -111,21 +138,33 @@ class Contiguous(Text):
             )
 
     def __len__(self) -> int:
-        return self.tokens // self.phase.length
+        return max(0, self.tokens - len(self.start)) // self.stride
 
     def item(self, row: int, rng: np.random.Generator) -> Item:
-        start, length = row * self.phase.length, self.phase.length
-        texts, at = [], start
-        while at < start + length:
+        begin, length, count = row * self.stride, self.phase.length, len(self.start)
+        index = int(np.searchsorted(self.ends, begin, side="right"))
+        at_document = begin == self.ends[index] - self.lengths[index]
+        if at_document or not count:
+            ids = self._tokens(begin, length)
+            labels = ids.copy()
+            labels[0] = IGNORED
+            labels[length - count + 1 :] = IGNORED  # targets of the next sequence
+        else:
+            ids = np.concatenate([self.start, self._tokens(begin, self.stride)])
+            labels = ids.copy()
+            labels[: count + 1] = IGNORED
+        return {"input_ids": ids, "labels": labels, "position_ids": np.arange(length)}
+
+    def _tokens(self, begin: int, count: int) -> np.ndarray:
+        """Return `count` tokens from a place in the joined documents."""
+        texts, at = [], begin
+        while at < begin + count:
             index = int(np.searchsorted(self.ends, at, side="right"))
-            stop = min(int(self.ends[index]), start + length)
+            stop = min(int(self.ends[index]), begin + count)
             end = int(self.corpus.offsets[self.documents[index] + 1])
             texts.append(self.corpus.stream[end - int(self.ends[index]) + at :][: stop - at])
             at = stop
-        ids = np.concatenate(texts).astype(np.int64)
-        labels = ids.copy()
-        labels[0] = IGNORED
-        return {"input_ids": ids, "labels": labels, "position_ids": np.arange(length)}
+        return np.concatenate(texts).astype(np.int64)
 
 
 class Skipping(Text):
@@ -137,14 +176,16 @@ class Skipping(Text):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        assert self.phase.pose is not None
         length = self.phase.length
+        check(length - len(self.start), self.phase.pose.target, self.phase.pose.chunks)
         whole, rest = np.divmod(self.lengths, STRETCH * length)
         # A rest that is too short for a sequence belongs to the previous stretch.
         counts = np.where((rest >= length) | (whole == 0), whole + 1, whole)
         self.document = np.repeat(np.arange(len(counts)), counts)
-        self.start = (np.arange(len(self.document)) - np.repeat(np.cumsum(counts) - counts, counts)) * STRETCH * length
+        self.begin = (np.arange(len(self.document)) - np.repeat(np.cumsum(counts) - counts, counts)) * STRETCH * length
         last = np.append(self.document[1:] != self.document[:-1], True)
-        self.stop = np.where(last, self.lengths[self.document], self.start + STRETCH * length)
+        self.stop = np.where(last, self.lengths[self.document], self.begin + STRETCH * length)
 
     def least(self, source: Source) -> int:
         return max(super().least(source), self.phase.length)
@@ -153,14 +194,16 @@ class Skipping(Text):
         return len(self.document)
 
     def item(self, row: int, rng: np.random.Generator) -> Item:
-        assert self.phase.pose is not None
-        start, room = int(self.start[row]), int(self.stop[row] - self.start[row])
-        drawn = _chunks(self.phase, room, rng)
-        at = int(self.corpus.offsets[self.documents[self.document[row]]]) + start
-        ids = self.corpus.stream[at : at + room][drawn.tokens].astype(np.int64)
-        labels = np.where(drawn.torn, IGNORED, ids)
-        labels[0] = IGNORED
-        return {"input_ids": ids, "labels": labels, "position_ids": drawn.positions}
+        begin, room = int(self.begin[row]), int(self.stop[row] - self.begin[row])
+        start = self.start if begin else self.start[:0]
+        drawn = _chunks(self.phase, room, rng, len(start))
+        at = int(self.corpus.offsets[self.documents[self.document[row]]]) + begin
+        text = self.corpus.stream[at : at + room][drawn.tokens].astype(np.int64)
+        ids, torn = np.concatenate([start, text]), np.concatenate([start >= 0, drawn.torn])
+        labels = np.where(torn, IGNORED, ids)
+        labels[len(start)] = IGNORED
+        positions = np.concatenate([np.arange(len(start)), drawn.positions + len(start)])
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 class Needles(Text):
@@ -193,6 +236,7 @@ class Needles(Text):
             queries=count,
             rng=rng,
             answer_in_sequence=True,
+            head=self.start,
         )
         order = _shuffled_pairs(length, count if self.wording.name == "tokens" else 0, rng)
         ids, is_answer = sample.input_ids[order], sample.is_answer[order]
@@ -203,11 +247,14 @@ class Needles(Text):
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-def _chunks(phase: Phase, room: int, rng: np.random.Generator) -> Any:
+def _chunks(phase: Phase, room: int, rng: np.random.Generator, start: int = 0) -> Any:
+    """Draw the chunks of a sequence of which `start` tokens and positions are taken."""
     assert phase.pose is not None
-    return draw_chunks(
-        phase.length, room, phase.pose.target, phase.pose.chunks, lambda low, high: int(rng.integers(low, high + 1))
-    )
+
+    def draw(low: int, high: int) -> int:
+        return int(rng.integers(low, high + 1))
+
+    return draw_chunks(phase.length - start, room, phase.pose.target - start, phase.pose.chunks, draw)
 
 
 def _shuffled_pairs(length: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,12 +20,12 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ...data.text import Split, fingerprint, iter_documents
+from ...data.text import Skipped, Split, fingerprint_of, iter_documents, manifest
 from ..recipe import Data, Phase, RecipeError
-from .corpus import FACTS, OFFSETS, TOKENS, Corpus, StoredCorpus, tokenised
+from .corpus import FACTS, OFFSETS, TOKENS, Corpus, StoredCorpus, Tokeniser
 
-FORMAT = 1
-"""Version of the cache. Raise it after a change of the files, of `tokenised` or of the split."""
+FORMAT = 2
+"""Version of the cache. Raise it after a change of the files, of `Tokeniser` or of the split."""
 
 Corpora = Mapping[tuple[str | None, str | None], Corpus]
 """Corpora of a mixture by `source` and `text_column`; (None, None) is `data.source`."""
@@ -44,7 +45,8 @@ def load_corpora(
         if place not in corpora:
             corpora[place] = open_store(
                 place[0], tokenizer, split=split, text_column=place[1], limit=data.limit, streaming=data.streaming,
-                cache=data.cache, progress=progress,
+                encoding=data.encoding, skip_unreadable=data.skip_unreadable, bos=data.bos,
+                split_special_tokens=data.split_special_tokens, cache=data.cache, progress=progress,
             )  # fmt: skip
     return {key: corpora[key[0] or data.source, key[1] or data.text_column] for key in wanted}
 
@@ -57,6 +59,10 @@ def open_store(
     text_column: str = "text",
     limit: int | None = None,
     streaming: bool = False,
+    encoding: str | None = None,
+    skip_unreadable: bool = False,
+    bos: bool = True,
+    split_special_tokens: bool = True,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> StoredCorpus:
@@ -65,8 +71,11 @@ def open_store(
     The entry is built beside its final place and then renamed, so that it is complete or absent.
 
     Args:
-        source: see `pe_patch.data.text.iter_documents`, also for `split`, `text_column`, `limit` and `streaming`.
+        source: see `pe_patch.data.text.iter_documents`, also for `split`, `text_column`, `limit`, `streaming`,
+            `encoding` and `skip_unreadable`.
         tokenizer: the tokenizer of the model.
+        bos: begin each document as the tokenizer begins a text.
+        split_special_tokens: read control tokens in the text, such as `</s>`, as text.
         cache: a folder; None is `$XDG_CACHE_HOME/pe_patch` or `~/.cache/pe_patch`.
         progress: show a progress bar.
 
@@ -74,14 +83,20 @@ def open_store(
         RecipeError: the cache folder is not writable.
         TextSourceError: the source cannot be read.
     """
-    options: dict[str, Any] = {"split": split, "text_column": text_column, "limit": limit}
-    parts = (str(FORMAT), fingerprint(source, **options), tokenizer_hash(tokenizer))
+    options: dict[str, Any] = {
+        "split": split, "text_column": text_column, "limit": limit, "encoding": encoding,
+        "skip_unreadable": skip_unreadable,
+    }  # fmt: skip
+    files, settings = manifest(source), {"bos": bos, "split_special_tokens": split_special_tokens}
+    parts = (str(FORMAT), fingerprint_of(files, source, options), tokenizer_hash(tokenizer), repr(settings))
     folder = cache_folder(cache) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     if not folder.exists():
         with _locked(folder):
             if not folder.exists():  # another process may have built it meanwhile
-                texts = iter_documents(source, **options, streaming=streaming)
-                _build(folder, texts, tokenizer, {"source": source, **options}, progress)
+                skipped: list[Skipped] = []
+                texts = iter_documents(source, **options, streaming=streaming, skipped=skipped)
+                facts = {"source": source, **options, **settings, "files": files}
+                _build(folder, texts, Tokeniser(tokenizer, **settings), skipped, facts, progress)
     return StoredCorpus(folder, source)
 
 
@@ -122,18 +137,27 @@ def _unwritable(folder: Path, error: OSError) -> RecipeError:
     return RecipeError(f"Cannot write tokenised text to {folder} ({error}). Give another folder in data.cache.")
 
 
-def _build(folder: Path, texts: Iterator[str], tokenizer: Any, facts: dict[str, Any], progress: bool) -> None:
+def _build(
+    folder: Path,
+    texts: Iterator[str],
+    tokeniser: Tokeniser,
+    skipped: list[Skipped],
+    facts: dict[str, Any],
+    progress: bool,
+) -> None:
     """Tokenise into a temporary folder and rename it once it is complete. The caller holds the lock."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     try:
         partial.mkdir()
+        largest = 0
         with (partial / TOKENS).open("wb") as tokens, _bar(facts["source"], progress) as advance:
             offsets = array("q", [0])
-            for batch in tokenised(texts, tokenizer):
+            for batch in tokeniser(texts):
                 for ids in batch:
                     tokens.write(ids.tobytes())
                     offsets.append(offsets[-1] + len(ids))
+                    largest = max(largest, int(ids.max(initial=0)))
                 advance(len(offsets) - 1, offsets[-1])
             if not offsets[-1]:
                 raise RecipeError(f"{facts['source']}: its {len(offsets) - 1:,} documents have no tokens.")
@@ -141,8 +165,11 @@ def _build(folder: Path, texts: Iterator[str], tokenizer: Any, facts: dict[str, 
         with (partial / OFFSETS).open("wb") as file:
             offsets.tofile(file)
             _synchronise(file)
-        facts_on_disk = {"format": FORMAT, **facts, "documents": len(offsets) - 1, "tokens": offsets[-1]}
-        (partial / FACTS).write_text(json.dumps(facts_on_disk, indent=1), encoding="utf-8")
+        found = {
+            "documents": len(offsets) - 1, "tokens": offsets[-1], "largest_id": largest, "start": tokeniser.start,
+            "control_tokens": tokeniser.control_tokens, "skipped": [asdict(record) for record in skipped],
+        }  # fmt: skip
+        (partial / FACTS).write_text(json.dumps({"format": FORMAT, **facts, **found}, indent=1), encoding="utf-8")
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
