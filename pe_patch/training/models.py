@@ -218,12 +218,3 @@ def _norms(model: nn.Module) -> set[str]:
     retired = set(_retired(model))
     named = [(name, module) for name, module in model.named_modules() if name not in retired]
     return {name.rpartition(".")[2] for name, module in named if "norm" in type(module).__name__.lower()}
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimiser groups: matrices with weight decay, vectors without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
 from ..evaluation.model import free_bytes
+from .checkpoints import Progress
 from .data import mix_notes, mix_table
 from .log import gigabytes, table
 from .recipe import Phase, Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .run import Run
+    from .trainer import RecipeTrainer
 
 LAYER = 17
 """Numbers that a layer keeps for its backward pass, per token and hidden dimension, if attention keeps no scores
@@ -72,20 +72,20 @@ def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int,
     )
 
 
-def refuse_what_cannot_fit(trainer: Trainer) -> None:
+def refuse_what_cannot_fit(run: Run) -> None:
     """Raise `RecipeError` if the estimated memory of a phase exceeds the free memory."""
-    recipe, engine = trainer.recipe, trainer.engine
+    recipe, launch = run.recipe, run.launch
     if not recipe.guard.memory:
         return
-    device, model = engine.accelerator.device, trainer.model
+    device, model = launch.device, run.model
     weights = 0
     if device.type != next(model.parameters()).device.type:  # the weights are not on the device yet
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // engine.shards
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // launch.shards
     free = free_bytes(device)
     if device.type == "cpu":
-        free //= engine.local_world
+        free //= launch.local_world
     for number, phase in enumerate(recipe.phases):
-        need = needed(model, recipe, phase, groups=engine.data_world, parts=engine.parts, shards=engine.shards)
+        need = needed(model, recipe, phase, groups=launch.data_world, parts=launch.parts, shards=launch.shards)
         if need.total + weights > free:
             raise RecipeError(
                 f"phases.{number}: {phase.length:,} tokens do not fit in memory. A step needs an estimated "
@@ -122,20 +122,21 @@ class Measured:
     """Peak memory in bytes."""
 
 
-def show(trainer: Trainer) -> None:
+def show(run: Run) -> None:
     """Run one step of each phase and print steps, tokens, mixture, memory per device and time."""
-    recipe, main = trainer.recipe, trainer.accelerator.is_main_process
+    recipe, main = run.recipe, run.launch.is_main
     console = Console(quiet=not main)
     if not console.is_terminal:
         console = Console(quiet=not main, width=WIDE)
-    parameters = list(trainer.model.parameters())
+    parameters = list(run.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in parameters)
-    refuse_what_cannot_fit(trainer)
-    trainer.prepare()
+    refuse_what_cannot_fit(run)
+    trainer = run.build_trainer()
+    model = trainer.prepare()
     rows = []
     for number, phase in enumerate(recipe.phases):
-        measured = _run(trainer, number)
+        measured = _measure(run, trainer, model, number)
         rows.append(
             {
                 "phase": number,
@@ -153,7 +154,7 @@ def show(trainer: Trainer) -> None:
         rows[-1]["seconds"] = seconds
     total = sum(row.pop("seconds") for row in rows)
     for number in range(len(rows)):
-        data = trainer.data(number)
+        data = run.data(number)
         console.print(table(f"Mixture of phase {number}", mix_table(data)))
         for note in mix_notes(data):
             console.print(note)
@@ -163,34 +164,25 @@ def show(trainer: Trainer) -> None:
         f"about {duration(total)}. {trained:,} of {whole:,} parameters are trained."
     )
     if recipe.evaluation.every:
-        lengths = ", ".join(f"{length:,}" for length in trainer.measure.lengths)
+        lengths = ", ".join(f"{length:,}" for length in run.measure.lengths)
         console.print(
             f"The evaluation ({', '.join(recipe.evaluation.tasks)} at {lengths} tokens) is ready: its text and "
             "questions are available."
         )
     console.print(
-        f"Time: the second of two micro-batches of each phase on {trainer.engine.describe()}, multiplied by the number "
+        f"Time: the second of two micro-batches of each phase on {run.launch.describe()}, multiplied by the number "
         "of micro-batches; without evaluation, checkpoints and loading. Memory: the peak of "
-        f"{trainer.engine.memory_of} after a step."
+        f"{run.launch.memory_of} after a step."
     )
 
 
-def _run(trainer: Trainer, number: int) -> Measured:
+def _measure(run: Run, trainer: RecipeTrainer, model: Any, number: int) -> Measured:
     """Run a phase's first step with two micro-batches at learning rate 0, and time the second micro-batch."""
-    phase, accumulation = trainer.recipe.phases[number], 1
-    seconds = 0.0
-    for batches in trainer.batches(number):
-        accumulation = len(batches)
-        for _ in range(2):
-            started = time.perf_counter()
-            trainer.gradients(batches[:1], phase)
-            if trainer.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-        trainer.engine.clip(trainer.recipe.optimizer.clip)
-        trainer.engine.step()
-        break
-    return Measured(seconds, seconds * accumulation * phase.steps, trainer.engine.memory())
+    phase = run.recipe.phases[number]
+    trainer.progress = Progress(phase=number)
+    batches = next(run.batches(number))
+    seconds = trainer.rehearse(model, batches)
+    return Measured(seconds, seconds * len(batches) * phase.steps, run.launch.memory())
 
 
 def duration(seconds: float) -> str:
