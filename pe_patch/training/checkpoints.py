@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from .data import Corpus
 from .recipe import Recipe, RecipeError
@@ -178,7 +178,7 @@ def _newest_intact(present: list[Path]) -> Path | None:
             problems.append(str(error))
             continue
         for problem in problems:
-            Console(stderr=True).print(f"Warning: {problem} Resuming from {path} instead.", markup=False)
+            print(f"Warning: {problem} Resuming from {path} instead.", file=sys.stderr)
         return path
     if problems:
         raise RecipeError(

@@ -19,6 +19,7 @@ from ..patching.peft_record import read_record
 from . import card
 from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError, TerminationSignal, sigterm_raises
 from .measure import longest
+from .models import FLASH
 from .quantise import merge_saved
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _reload(run: Run, trained: Any) -> Any:
     expected = _loss(run, trained.to(device).eval(), ids)
     if device.type != "cpu":  # there may be room for one model only
         trained.to("cpu")
-    reloaded = load_saved(run.output / "model").to(device).eval()
+    reloaded = load_saved(run.output / "model", _attention(trained)).to(device).eval()
     difference = _loss(run, reloaded, ids) - expected
     run.log.write("reloaded", {"step": run.progress.step, "loss": expected, "difference": difference})
     if difference:
@@ -138,15 +139,22 @@ def _reload(run: Run, trained: Any) -> Any:
     return reloaded
 
 
-def load_saved(folder: Path) -> Any:
-    """Load the model of a run as a user would."""
+def load_saved(folder: Path, attention: str | None = None) -> Any:
+    """Load the model of a run as a user would, with an attention implementation if it is not the default one."""
+    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if (folder / "adapter_config.json").is_file() and read_record(folder) is None:
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(str(folder))
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **extra)
     if (folder / "adapter_config.json").is_file() or "pe_patch" in read_config(folder):
-        return load_patched(folder)
-    return AutoModelForCausalLM.from_pretrained(folder)
+        return load_patched(folder, **extra)
+    return AutoModelForCausalLM.from_pretrained(folder, **extra)
+
+
+def _attention(model: Any) -> str | None:
+    """Return the attention implementation of a model, None for the default one."""
+    name = str(model.config.get_text_config()._attn_implementation).removeprefix("pe_")
+    return name if name in ("eager", "flex_attention", FLASH) else None
 
 
 def _some_tokens(run: Run) -> torch.Tensor:

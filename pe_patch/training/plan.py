@@ -35,10 +35,12 @@ class Need:
     optimizer: int
     activations: int
     logits: int
+    mask: int
+    """The dense masks `[rows, 1, length, length]` that keep packed documents apart."""
 
     @property
     def total(self) -> int:
-        return self.gradients + self.optimizer + self.activations + self.logits
+        return self.gradients + self.optimizer + self.activations + self.logits + self.mask
 
 
 def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int, shards: int) -> Need:
@@ -55,6 +57,9 @@ def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int,
     config = model.config.get_text_config()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = MOMENTS[recipe.optimizer.name] * sum(parameter.numel() for parameter in trained)
+    if recipe.optimizer.name == "adamw_8bit":  # Transformers keeps the moments of embeddings in float32
+        embeddings = model.get_input_embeddings().weight
+        state += (MOMENTS["adamw"] - MOMENTS["adamw_8bit"]) * embeddings.numel() * embeddings.requires_grad
     rows = phase.micro_batch or max(1, phase.batch // groups)
     tokens = rows * math.ceil(phase.length / parts)
     half = recipe.mixed_precision == "bf16" or recipe.model.dtype == "bfloat16"
@@ -69,7 +74,24 @@ def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int,
         optimizer=state // shards,
         activations=kept * tokens * config.hidden_size * bytes_per_number,
         logits=3 * 4 * chunk * config.vocab_size,  # float32: the logits, their softmax and its gradient
+        mask=_mask_bytes(model, recipe, phase, rows),
     )
+
+
+def _mask_bytes(model: Any, recipe: Recipe, phase: Phase, rows: int) -> int:
+    """Return the size of the masks of a pass: one per kind of layer, in bytes for SDPA and in numbers for eager.
+
+    Flash and FlexAttention build none, and attention without a mask needs none.
+    """
+    config = model.config.get_text_config()
+    implementation = str(getattr(config, "_attn_implementation", None) or "sdpa")
+    if "flash" in implementation or "flex" in implementation:
+        return 0
+    eager = "eager" in implementation
+    if not eager and (not recipe.data.boundaries or phase.pose is not None):
+        return 0
+    kinds = len(set(getattr(config, "layer_types", None) or ["full_attention"]))
+    return kinds * rows * phase.length**2 * (next(model.parameters()).element_size() if eager else 1)
 
 
 def refuse_what_cannot_fit(run: Run) -> None:
@@ -91,17 +113,18 @@ def refuse_what_cannot_fit(run: Run) -> None:
                 f"phases.{number}: {phase.length:,} tokens do not fit in memory. A step needs an estimated "
                 f"{gigabytes(need.total + weights)} in addition to what is in use (gradients "
                 f"{gigabytes(need.gradients)}, optimiser {gigabytes(need.optimizer)}, activations "
-                f"{gigabytes(need.activations)}, logits {gigabytes(need.logits)}); {device} has {gigabytes(free)} "
-                f"free. {_remedies(recipe, phase)}"
+                f"{gigabytes(need.activations)}, logits {gigabytes(need.logits)}, masks {gigabytes(need.mask)}); "
+                f"{device} has {gigabytes(free)} free. {_remedies(recipe, phase, need)}"
             )
 
 
-def _remedies(recipe: Recipe, phase: Phase) -> str:
+def _remedies(recipe: Recipe, phase: Phase, need: Need) -> str:
     offers = [
         (phase.micro_batch != 1, "micro_batch: 1"),
         (not recipe.model.gradient_checkpointing, "model.gradient_checkpointing: true"),
         (not recipe.model.activation_offload, "model.activation_offload: true"),
         (recipe.loss.chunk == 0, "loss.chunk: 1024"),
+        (need.mask > need.activations, "model.attention: flash_attention_2, which builds no mask"),
         (recipe.lora is None, "lora: {rank: 8}"),
         (recipe.optimizer.name == "adamw", "optimizer.name: adamw_8bit"),
         (True, "a shorter length (pose: {target: ...} still trains the same distances)"),

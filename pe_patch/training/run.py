@@ -33,7 +33,7 @@ from .guard import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, PostTrainingErro
 from .launch import Launch
 from .log import Log
 from .measure import Measure
-from .models import build_teacher, build_tokenizer, load_model, with_scheme
+from .models import build_teacher, build_tokenizer, load_model, refuse_documents_that_leak, with_scheme
 from .reading import load_recipe, save_recipe
 from .recipe import Recipe, RecipeError
 from .trainer import MicroBatches, RecipeTrainer
@@ -70,7 +70,9 @@ class Run:
         scheme, device = recipe.scheme, self.launch.device
         calibration = self.tokens(None if scheme is None else scheme.calibration_tokens)
         warm_start = self.tokens(None if scheme is None else scheme.warm_start_tokens)
-        self.model = with_scheme(self.model, recipe, calibration, warm_start, device)
+        groups = self.launch.data_world
+        self.model = with_scheme(self.model, recipe, calibration, warm_start, device, groups)
+        refuse_documents_that_leak(self.model, recipe, groups)
         self.launch.refuse(recipe, self.model)
         for target in recipe.export:
             check_export(self.model, target)
@@ -244,6 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, PostTrainingError | Terminated):
             return error.exit_code
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except OSError as error:  # a full disk, a folder that became read-only, a hub that does not answer
+        print(f"The run failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted before the first step. Nothing was trained.", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -436,20 +437,31 @@ class RecipeTrainer(transformers.Trainer):
             )
 
     def save_checkpoint(self) -> Path:
-        """Write a checkpoint, complete or not at all, delete the oldest ones, and return its path."""
+        """Write a checkpoint, complete or not at all, delete the oldest ones, and return its path.
+
+        Raises:
+            TrainingError: a weight is not finite, or the checkpoint cannot be written.
+        """
         self.refuse_broken_weights()
-        if self.launch.is_main:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-            self.unfinished.mkdir(parents=True)
-        self.launch.wait()
-        super()._save_checkpoint(self.model_wrapped, None)
-        self.launch.wait()  # every process writes its random state
         saved = self.checkpoints / f"step-{self.progress.step:06d}"
-        if self.launch.is_main:
-            written = self.unfinished / f"checkpoint-{self.state.global_step}"
-            publish(written, self.checkpoints, self.progress, self.recipe, self.facts())
-            shutil.rmtree(self.unfinished)
-            prune(self.checkpoints, self.recipe.checkpoints.keep)
+        try:
+            if self.launch.is_main:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+                self.unfinished.mkdir(parents=True)
+            self.launch.wait()
+            super()._save_checkpoint(self.model_wrapped, None)
+            self.launch.wait()  # every process writes its random state
+            if self.launch.is_main:
+                written = self.unfinished / f"checkpoint-{self.state.global_step}"
+                publish(written, self.checkpoints, self.progress, self.recipe, self.facts())
+                shutil.rmtree(self.unfinished)
+                prune(self.checkpoints, self.recipe.checkpoints.keep)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own I/O errors
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            raise TrainingError(
+                f"The checkpoint of step {self.progress.step} could not be written ({type(error).__name__}: {error}). "
+                f"{self._last_checkpoint()} Free some space or correct the folder, and rerun with resume=auto."
+            ) from error
         self.launch.wait()
         return saved
 
