@@ -90,7 +90,7 @@ class Measure:
                 f"{', '.join(self.wanted.tasks)}; lengths: {', '.join(map(str, self.lengths))}; text: the test split "
                 f"of {self.source}), or disable it with evaluation.every: null."
             ) from error
-        if not (self.launch.is_main or self.launch.sharded):
+        if not (self.launch.is_main or self.everywhere):
             self.corpus = None  # this process never measures
 
     def check_positions(self, model: Any) -> None:

@@ -46,6 +46,7 @@ def measured(free: list[int]) -> dict[str, Any]:
 
 def test_all_run_the_passes_that_fit_on_the_smallest():
     one, other = on_processes(2, measured, free=[2**34, 40 * 2**20])
+    assert "error" not in one, (one, other)
     assert one["batch"] == other["batch"] and one["passes"] == other["passes"] and one["scores"] == other["scores"]
     alone, _ = on_processes(2, measured, free=[2**34, 2**34])
     assert alone["batch"] > one["batch"]  # otherwise the smaller memory would not have mattered
