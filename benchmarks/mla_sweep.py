@@ -35,9 +35,8 @@ from pe_patch.evaluation.corpus import Corpus
 from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.results import write_atomically
 from pe_patch.mla.checks import METHODS
-from pe_patch.training import trainer as training
-from pe_patch.training.reading import load_recipe
 from pe_patch.training.recipe import Recipe
+from pe_patch.training.run import Run, load_recipe
 
 RECIPE = shipped_recipes()["tiny_mla_heal"]
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -67,7 +66,7 @@ class Setting:
     seed: int = 0
 
 
-class Healing(training.Trainer):
+class Healing(Run):
     """The recipe's run, measured on the way by the benchmark's own ruler."""
 
     ruler: Ruler

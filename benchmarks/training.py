@@ -33,7 +33,7 @@ from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.results import write_atomically
 from pe_patch.training.data import Corpus, PhaseData, micro_batches
 from pe_patch.training.loss import count_targets, next_token_score
-from pe_patch.training.models import parameter_groups, train_tokenizer
+from pe_patch.training.models import train_tokenizer
 from pe_patch.training.recipe import Phase, Source
 from pe_patch.training.trainer import learning_rates
 
@@ -151,7 +151,9 @@ class Bench:
         )  # fmt: skip
         data = PhaseData(self.corpus, self.tokenizer, phase, seed=(seed,), boundaries=False)
         rate = learning_rates(phase)
-        groups = parameter_groups(model, setting.weight_decay)
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": setting.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         optimizer, losses = torch.optim.AdamW(groups, lr=0.0, betas=setting.betas), []
         model.train()
         for step, (batch,) in enumerate(micro_batches(data, first_step=0, rank=0, world=1)):

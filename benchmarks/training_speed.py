@@ -30,7 +30,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from pe_patch.training.recipe import Data, Model, Phase, Recipe, Source
-from pe_patch.training.trainer import Trainer
+from pe_patch.training.run import Run
 
 RATE, CLIP, BETAS = 1e-4, 1.0, (0.9, 0.95)
 Clock = tuple[float, float]
@@ -52,8 +52,8 @@ def recipe(options: argparse.Namespace, output: str) -> Recipe:
     )  # fmt: skip
 
 
-class Ours(Trainer):
-    """The recipes' trainer, which notes when each batch is there."""
+class Ours(Run):
+    """A run of a recipe, which notes when each batch is there."""
 
     begins: list[Clock]
 
@@ -85,7 +85,7 @@ def run_ours(options: argparse.Namespace, folder: str) -> tuple[list[Clock], lis
 
 
 def run_theirs(options: argparse.Namespace, folder: str) -> tuple[list[Clock], list[float]]:
-    source = Trainer(recipe(options, folder))
+    source = Run(recipe(options, folder))
     data, begins = source.data(0), Begins()
     source.model.config.use_cache = False  # as in the recipes; without it Transformers keeps documents apart
     arguments = TrainingArguments(

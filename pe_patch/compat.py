@@ -358,10 +358,36 @@ def weight_initializer(model: Any) -> Callable[[nn.Module], None]:
     return model._init_weights
 
 
-@uses("transformers.PreTrainedModel", "_no_split_modules")
-def unsplit_classes(model: Any) -> set[str]:
-    """Return the class names of the modules that a model wants on one device: its layers."""
-    return set(model._no_split_modules or ())
+TRAINER_METHODS = tuple(
+    private(name, "transformers.Trainer", "TRAINER_METHODS")
+    for name in (
+        "_clip_grad_norm",
+        "_evaluate",
+        "_get_grad_norm",
+        "_get_output_dir",
+        "_load_from_checkpoint",
+        "_prepare_for_training",
+        "_run_epoch",
+        "_save_checkpoint",
+    )
+)
+"""Methods of Transformers' Trainer that the trainer of recipes overrides."""
+
+
+def check_trainer(trainer_class: type) -> None:
+    """Raise `UnsupportedError` if a class lacks a method in `TRAINER_METHODS`: an override would never be called."""
+    missing = [name for name in TRAINER_METHODS if not hasattr(trainer_class, name)]
+    if missing:
+        raise UnsupportedError(
+            f"Trainer of transformers {INSTALLED} has no {missing[0]!r}, which training replaces. Install a tested "
+            f"version: pip install 'transformers=={NEWEST_TESTED}'."
+        )
+
+
+@uses("transformers.TrainingArguments", "_n_gpu")
+def use_one_gpu(arguments: Any) -> None:
+    """Keep a single process on one GPU: Trainer would run `nn.DataParallel` on all of them."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 @uses("transformers.models.bloom.modeling_bloom.BloomAttention", "_reshape")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,12 @@ from ..evaluation.results import write_atomically
 from . import curve
 from .data import mix_table
 from .libraries import OmegaConf
+from .log import read_lines
 from .plan import duration
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .run import Run
 
 VERSIONS = ("pe_patch", "torch", "transformers", "accelerate", "peft")
 RECOVERED = 0.02
@@ -60,15 +60,15 @@ Run on {{ machine }} with {{ versions }}.
 """
 
 
-def write(trainer: Trainer) -> None:
+def write(run: Run) -> None:
     """Write `README.md` and `curve.png` beside the trained model, from the run's log.
 
     A run writes them before the last evaluation and again after it.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    recipe, folder = trainer.recipe, trainer.output / "model"
-    lines = [json.loads(line) for line in (trainer.output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    recipe, folder = run.recipe, run.output / "model"
+    lines = read_lines(run.output / "log.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
     rows = [line for line in lines if line["event"] == "evaluation"]
     if steps:
@@ -82,17 +82,17 @@ def write(trainer: Trainer) -> None:
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        title=trainer.output.name,
+        title=run.output.name,
         model=name[0].upper() + name[1:],
         scheme=_scheme(recipe),
-        loading=_loading(trainer),
+        loading=_loading(run),
         steps=bool(steps),
-        trained=_trained(trainer, steps) if steps else "None: the scheme needs no training.",
+        trained=_trained(run, steps) if steps else "None: the scheme needs no training.",
         scores=_scores(rows, steps[-1]["step"] if steps else 0),
         recovery=_recovery(rows),
-        data=_mix(trainer) if steps else "No training data.",
+        data=_mix(run) if steps else "No training data.",
         recipe=OmegaConf.to_yaml(OmegaConf.structured(recipe)),
-        machine=trainer.engine.describe(),
+        machine=run.launch.describe(),
         versions=", ".join(f"{package} {version(package)}" for package in VERSIONS)
         + f" and Python {platform.python_version()}",
     )
@@ -107,18 +107,18 @@ def _scheme(recipe: Recipe) -> str:
     return f" with the positional scheme `{recipe.scheme.name}`" + (f" ({options})" if options else "")
 
 
-def _loading(trainer: Trainer) -> str:
+def _loading(run: Run) -> str:
     """Return the Python code that loads the saved model."""
-    if trainer.recipe.lora is not None and not trainer.recipe.lora.merge:
+    if run.recipe.lora is not None and not run.recipe.lora.merge:
         return (
             'from pe_patch import load_patched\n\nmodel = load_patched("path/to/this/folder")  # an adapter on its base'
         )
-    if trainer.recipe.scheme is None:
+    if run.recipe.scheme is None:
         return 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
     return 'from pe_patch import load_patched\n\nmodel = load_patched("path/to/this/folder")'
 
 
-def _trained(trainer: Trainer, steps: list[dict[str, Any]]) -> str:
+def _trained(run: Run, steps: list[dict[str, Any]]) -> str:
     """Return a sentence with steps, tokens, time and the last loss."""
     seconds = sum(step["seconds"] for step in steps)
     last = steps[-1]
@@ -129,14 +129,14 @@ def _trained(trainer: Trainer, steps: list[dict[str, Any]]) -> str:
     )
 
 
-def _mix(trainer: Trainer) -> str:
+def _mix(run: Run) -> str:
     """Return a Markdown table of the sources of each phase."""
     head = "| phase | part | text | documents | tokens | share of the sequences | tokens drawn | each seen |"
     rows = [
         f"| {number} | {row['source']} ({row['kind']}) | {row['text']} | {row['documents']:,} | {row['tokens']:,} | "
         f"{row['share']:g} | {row['drawn']:,} | {row['times_seen']:g} times |"
-        for number in range(len(trainer.recipe.phases))
-        for row in mix_table(trainer.data(number))
+        for number in range(len(run.recipe.phases))
+        for row in mix_table(run.data(number))
     ]
     return "\n".join(
         [
@@ -145,7 +145,7 @@ def _mix(trainer: Trainer) -> str:
             *rows,
             "",
             "```text",
-            *trainer.data_notes(),
+            *run.data_notes(),
             "```",
         ]
     )

@@ -2,98 +2,193 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from .. import compat
 from ..checkpoints.exporters.export import export
 from ..checkpoints.folders import WEIGHTS, replaced_content
-from ..checkpoints.load import load_patched
+from ..checkpoints.load import load_patched, read_config
+from ..patching.api import find_patch
+from ..patching.peft_record import read_record
 from . import card
 from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError, TerminationSignal, sigterm_raises
+from .measure import longest
+from .models import FLASH
 from .quantise import merge_saved
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .run import Run
 
 STALE = (*WEIGHTS, "adapter_*", "README.md", "curve.png")
 """Files of an earlier run's model that a new model does not always replace."""
+UNLIMITED = 10**18
+"""Transformers gives a tokenizer without a limit a larger `model_max_length` than this."""
+CHECKED = 512
+"""Tokens on which the losses of the saved and the trained model are compared."""
 
 
-def save(trainer: Trainer) -> tuple[Any, Any]:
+def save(run: Run) -> tuple[Any, Any]:
     """Write `<output>/model`.
 
     Returns:
-        The model as it was saved, and the model to measure. They differ if only the main process has the whole model:
+        The model as it was saved, and the trained model. They differ if only the main process has the whole model:
         then the other processes still have to take part in every forward pass.
     """
-    recipe, engine, accelerator = trainer.recipe, trainer.engine, trainer.accelerator
-    weights = engine.full_state_dict()
-    trained = model = engine.unwrapped().eval()
+    recipe, launch = run.recipe, run.launch
+    weights = None
+    trained = model = run.model
+    if run.trainer is not None:
+        run.trainer.refuse_broken_weights()
+        weights = run.trainer.full_state_dict()
+        trained = model = run.trainer.unwrapped().eval()
     merges = recipe.lora is not None and recipe.lora.merge
     # Sharded weights and 4-bit weights cannot take a merge in place.
-    reload = merges and (engine.sharded or recipe.model.quantization is not None)
+    reload = merges and (launch.sharded or recipe.model.quantization is not None)
     if merges and not reload:
-        trained = model = model.merge_and_unload()
-    if accelerator.is_main_process:
+        trained = model = _in_saved_dtype(model.merge_and_unload(), getattr(torch, recipe.model.dtype))
+    if launch.is_main:
         if reload:
-            model, weights = _merge_into_reloaded(trainer, model, weights), None
+            model, weights = _merge_into_reloaded(run, model, weights), None
         if weights is not None:  # gathered, tied weights are no longer the same tensor
             tied = getattr(model, "all_tied_weights_keys", {})
             weights = {name: tensor for name, tensor in weights.items() if name not in tied}
-        with replaced_content(trainer.output / "model", stale=STALE) as content:
+        with replaced_content(run.output / "model", stale=STALE) as content:
             model.save_pretrained(content, state_dict=weights)
-            trainer.tokenizer.save_pretrained(content)
-    accelerator.wait_for_everyone()
+            _tokenizer(run, model).save_pretrained(content)
+    launch.wait()
     return model, trained
 
 
-def finish(trainer: Trainer, trained: Any) -> None:
-    """Export the saved model, write its card, measure it, and write the card again with the scores.
+def _in_saved_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """Convert weights that LoRA trained in float32 to the dtype in which the saved model loads."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "position_schemes." not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _tokenizer(run: Run, model: Any) -> Any:
+    """Return the tokenizer with the window of the trained model as its `model_max_length`."""
+    tokenizer = copy.copy(run.tokenizer)
+    if tokenizer.model_max_length < UNLIMITED:
+        patch = find_patch(model)
+        window = None if patch is None else patch.scheme.effective_window
+        trained = longest(run.recipe.phases) if run.recipe.phases else 0
+        tokenizer.model_max_length = max(tokenizer.model_max_length, window or 0, trained)
+    return tokenizer
+
+
+def finish(run: Run, trained: Any) -> None:
+    """Export the saved model, write its card, load and measure it, and write the card again with the scores.
 
     Raises:
         PostTrainingError: one of these steps failed or was interrupted. The saved model stays.
     """
-    accelerator, step = trainer.accelerator, trainer.progress.step
-    folder, measure = trainer.output / "model", trainer.measure
+    launch, step = run.launch, run.progress.step
+    folder, measure = run.output / "model", run.measure
     exported: list[Any] = []
     with sigterm_raises():
-        for target in trainer.recipe.export:
-            _on_main(trainer, f"its export for {target}", lambda to=target: exported.append(_export(trainer, to)))
-        _on_main(trainer, "its model card", lambda: card.write(trainer))
-        if trainer.recipe.progress and accelerator.is_main_process:
-            trainer.log.console.print("Wrote " + ", ".join(str(path) for path in (folder, *exported)))
+        for target in run.recipe.export:
+            _on_main(run, f"its export for {target}", lambda to=target: exported.append(_export(run, to)))
+        _on_main(run, "its model card", lambda: card.write(run))
+        if run.recipe.progress and launch.is_main:
+            run.log.console.print("Wrote " + ", ".join(str(path) for path in (folder, *exported)))
+        if run.signal.received:  # it came while the model was being saved
+            received = KeyboardInterrupt() if run.signal.received == signal.SIGINT else TerminationSignal()
+            raise _post_training_error(run, "its last evaluation", received)
+        reloaded: list[Any] = [trained]
+        if not launch.sharded:  # sharded, a whole model may not fit on one device
+            measure.everywhere = False
+            _on_main(run, "the check of its files", lambda: reloaded.append(_reload(run, trained)))
         if measure.pending(step):
-            if trainer.signal.received:  # SIGTERM came while the model was being saved
-                raise _post_training_error(trainer, "its last evaluation", TerminationSignal())
             try:
-                measure.at_the_end(trained, trainer.log, step)
+                measure.at_the_end(reloaded[-1], run.log, step)
             except (EvaluationError, TerminationSignal, KeyboardInterrupt) as error:
-                raise _post_training_error(trainer, "its last evaluation", error) from error
-            _on_main(trainer, "its model card", lambda: card.write(trainer))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # takes the process group down, so nothing may come after it
+                raise _post_training_error(run, "its last evaluation", error) from error
+            _on_main(run, "its model card", lambda: card.write(run))
+    launch.wait()
+    launch.leave()
 
 
-def _on_main(trainer: Trainer, step: str, action: Callable[[], Any]) -> None:
+def _reload(run: Run, trained: Any) -> Any:
+    """Load the saved model, and log the difference between its loss and the trained model's on one batch."""
+    device = run.launch.device
+    if run.trainer is not None:
+        run.trainer.release_optimizer()
+    ids = _some_tokens(run).to(device)
+    expected = _loss(run, trained.to(device).eval(), ids)
+    if device.type != "cpu":  # there may be room for one model only
+        trained.to("cpu")
+    reloaded = load_saved(run.output / "model", _attention(trained)).to(device).eval()
+    difference = _loss(run, reloaded, ids) - expected
+    run.log.write("reloaded", {"step": run.progress.step, "loss": expected, "difference": difference})
+    if difference:
+        why = "it was rounded to its dtype when it was saved"
+        if run.recipe.model.quantization is not None:
+            why = "it was trained on 4-bit weights, and is saved with whole ones"
+        run.log.console.print(
+            f"Note: the saved model's loss on one batch differs by {difference:+.2e} nats from the trained model's: "
+            f"{why}. Its scores are measured on the saved model."
+        )
+    return reloaded
+
+
+def load_saved(folder: Path, attention: str | None = None) -> Any:
+    """Load the model of a run as a user would, with an attention implementation if it is not the default one."""
+    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if (folder / "adapter_config.json").is_file() and read_record(folder) is None:
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **extra)
+    if (folder / "adapter_config.json").is_file() or "pe_patch" in read_config(folder):
+        return load_patched(folder, **extra)
+    return AutoModelForCausalLM.from_pretrained(folder, **extra)
+
+
+def _attention(model: Any) -> str | None:
+    """Return the attention implementation of a model, None for the default one."""
+    name = str(compat.attention_implementation(model.config.get_text_config())).removeprefix("pe_")
+    return name if name in ("eager", "flex_attention", FLASH) else None
+
+
+def _some_tokens(run: Run) -> torch.Tensor:
+    """Return one row of at most `CHECKED` training tokens; any ids if there is no training text."""
+    if run.recipe.phases:
+        rows = run.tokens(min(CHECKED, run.recipe.phases[0].length))
+        return torch.tensor(max(rows, key=len))[None]
+    return torch.arange(CHECKED)[None] % run.model.config.get_text_config().vocab_size
+
+
+def _loss(run: Run, model: Any, ids: torch.Tensor) -> float:
+    dtype = run.measure.mixed
+    with torch.no_grad(), torch.autocast(ids.device.type, dtype=dtype, enabled=dtype is not None):
+        return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def _on_main(run: Run, step: str, action: Callable[[], Any]) -> None:
     """Run `action` on the main process. If it fails, every process raises `PostTrainingError`."""
     problem: BaseException | None = None
-    if trainer.accelerator.is_main_process:
+    if run.launch.is_main:
         try:
             action()
         except (TerminationSignal, KeyboardInterrupt) as error:
-            raise _post_training_error(trainer, step, error) from error
+            raise _post_training_error(run, step, error) from error
         except Exception as error:  # the other processes wait for this one and must raise too
             problem = error
-    if trainer.engine.failed_anywhere(problem is not None):
-        raise _post_training_error(trainer, step, problem) from problem
+    if run.launch.failed_anywhere(problem is not None):
+        raise _post_training_error(run, step, problem) from problem
 
 
-def _post_training_error(trainer: Trainer, step: str, error: BaseException | None) -> PostTrainingError:
+def _post_training_error(run: Run, step: str, error: BaseException | None) -> PostTrainingError:
     """Return the error that names the saved model, the failed step and the command that completes it."""
-    folder = trainer.output / "model"
+    folder = run.output / "model"
     codes = {TerminationSignal: TERMINATED_EXIT_CODE, KeyboardInterrupt: 128 + signal.SIGINT}
     code = codes.get(type(error), 1) if error is not None else 1
     why = {TERMINATED_EXIT_CODE: "SIGTERM received", 128 + signal.SIGINT: "it was interrupted"}.get(code)
@@ -102,27 +197,27 @@ def _post_training_error(trainer: Trainer, step: str, error: BaseException | Non
         named = error is None or isinstance(error, EvaluationError)
         why = message if named else f"{type(error).__name__}: {message}"
     message = f"The model is trained and saved in {folder}, but {step} did not finish: {why}."
-    if trainer.measure.pending(trainer.progress.step):
-        message += f" {_how_to_measure(trainer)}"
+    if run.measure.pending(run.progress.step):
+        message += f" {_how_to_measure(run)}"
     return PostTrainingError(message, code)
 
 
-def _how_to_measure(trainer: Trainer) -> str:
-    folder, recipe = trainer.output / "model", trainer.recipe
+def _how_to_measure(run: Run) -> str:
+    folder, recipe = run.output / "model", run.recipe
     if recipe.lora is not None and not recipe.lora.merge:
         return f"Evaluate the adapter in Python: pe_patch.evaluate(pe_patch.load_patched({str(folder)!r}), tokenizer)."
-    return f"Evaluate it with: {trainer.measure.command(folder)}"
+    return f"Evaluate it with: {run.measure.command(folder)}"
 
 
-def _merge_into_reloaded(trainer: Trainer, model: Any, weights: dict[str, Any] | None) -> Any:
+def _merge_into_reloaded(run: Run, model: Any, weights: dict[str, Any] | None) -> Any:
     """Load the base model again without quantisation and merge the trained adapters into it."""
-    adapter = trainer.output / "adapter"
+    adapter = run.output / "adapter"
     model.save_pretrained(adapter, state_dict=weights)
-    return merge_saved(adapter, getattr(torch, trainer.recipe.model.dtype))
+    return merge_saved(adapter, getattr(torch, run.recipe.model.dtype))
 
 
-def _export(trainer: Trainer, target: str) -> Any:
+def _export(run: Run, target: str) -> Any:
     """Export the model from the saved files."""
-    saved = load_patched(trainer.output / "model")
-    folder = trainer.output / "export" / target
-    return export(saved, folder, target, tokenizer=trainer.tokenizer, overwrite=trainer.recipe.overwrite)
+    saved = load_patched(run.output / "model")
+    folder = run.output / "export" / target
+    return export(saved, folder, target, tokenizer=run.tokenizer, overwrite=run.recipe.overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from .recipe import Guard
 
 TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
 """Exit code of a run that SIGTERM ended, as a shell reports it (143)."""
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
+"""Exit code of a run that Ctrl-C ended (130)."""
 
 
 class TrainingError(PePatchError, RuntimeError):
@@ -23,7 +26,11 @@ class TrainingError(PePatchError, RuntimeError):
 
 
 class Terminated(PePatchError):
-    """Raised after SIGTERM, once a checkpoint is saved. The run can be resumed."""
+    """Raised after SIGTERM or SIGINT. `exit_code` is the exit code of the script."""
+
+    def __init__(self, message: str, exit_code: int = TERMINATED_EXIT_CODE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class EvaluationError(PePatchError, RuntimeError):
@@ -74,33 +81,42 @@ def fault(loss: float, norm: float, progress: Progress, limits: Guard) -> str | 
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return f"the loss is {loss}, the norm of its gradient {norm}"
     progress.losses = [*progress.losses, loss][-limits.window :]
-    if len(progress.losses) < limits.window:
-        return None
-    mean = sum(progress.losses) / limits.window
-    progress.lowest = mean if progress.lowest is None else min(progress.lowest, mean)
-    if limits.rise is None or mean - progress.lowest <= limits.rise:
+    count = len(progress.losses)
+    mean = sum(progress.losses) / count
+    if progress.lowest is None:  # within the first window, the first loss is all there is to compare with
+        below, reference = progress.losses[0], "the loss of the phase's first step"
+        progress.lowest = mean if count == limits.window else None
+    else:
+        progress.lowest = min(progress.lowest, mean)
+        below, reference = progress.lowest, "the lowest of this phase"
+    if limits.rise is None or mean - below <= limits.rise:
         return None
     return (
-        f"the loss has climbed: its mean over {limits.window} steps is {mean:.3f}, {mean - progress.lowest:.3f} nats "
-        f"above the lowest of this phase (guard.rise is {limits.rise})"
+        f"the loss has climbed: its mean over {count} steps is {mean:.3f}, {mean - below:.3f} nats above {reference} "
+        f"(guard.rise is {limits.rise})"
     )
 
 
 class Signal:
-    """Record SIGTERM within the block instead of ending the process."""
+    """Record SIGTERM and the first SIGINT within the block instead of ending the process."""
 
     def __init__(self) -> None:
-        self.received = False
-        self.previous: Any = None
+        self.received = 0
+        """Number of the signal; 0 if none came."""
+        self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signal:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
-            self.previous = signal.signal(signal.SIGTERM, self._note)
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        if number == signal.SIGINT:
+            if self.received:
+                raise KeyboardInterrupt
+            print("Ctrl-C: saving a checkpoint after this step; press it again to stop now.", file=sys.stderr)
+        self.received = max(self.received, int(number))
 
     def __exit__(self, *error: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,9 +1,9 @@
-"""Log a run: JSON lines in a file, a progress bar, and accelerate's trackers."""
+"""Log a run: JSON lines in a file, a progress bar, and the trackers of Transformers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,41 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..evaluation.results import write_atomically
+
 COLUMNS = ("phase", "loss", "divergence", "accuracy", "gradient_norm", "tokens_per_second")
 """Values that the progress bar shows."""
 
 
 class Log:
-    """The log of a run, written by the main process. A resumed run first drops the lines after its checkpoint."""
+    """The log of a run, written by the main process. A resumed run first drops the lines after its checkpoint.
 
-    def __init__(self, accelerator: Any, path: Path, *, from_step: int, total_steps: int, progress: bool) -> None:
-        self.accelerator, self.path = accelerator, path
+    Args:
+        path: the file of JSON lines.
+        writes: this process writes; the others keep silent.
+        from_step: steps that the run has behind it.
+        total_steps: steps of the whole run.
+        progress: show a progress bar.
+    """
+
+    def __init__(self, path: Path, *, writes: bool, from_step: int, total_steps: int, progress: bool) -> None:
+        self.path, self.writes = path, writes
+        self.track: Callable[[dict[str, float]], None] = lambda values: None
+        """Sends numbers by name to the trackers."""
         self.console = Console(stderr=True)
-        shown = progress and accelerator.is_main_process
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not shown,
+            disable=not (progress and writes),
         )
         self.task = self.bar.add_task("", total=total_steps, completed=from_step)
-        if accelerator.is_main_process:
+        if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            earlier = [line for line in self._lines() if json.loads(line)["step"] <= from_step] if from_step else []
-            path.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
-
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            earlier = [line for line in read_lines(path) if line["step"] <= from_step] if from_step else []
+            write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in earlier))
 
     def __enter__(self) -> Log:
         self.bar.start()
@@ -48,11 +56,13 @@ class Log:
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one line. `values` must include `step`."""
-        if self.accelerator.is_main_process:
+        if self.writes:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"event": event, **values}) + "\n")
-        numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
-        self.accelerator.log(numbers, step=values["step"])
+        prefix = "" if event == "step" else "eval_"  # Transformers' trackers sort by this prefix
+        where = [str(values[key]) for key in ("task", "measure", "length") if key in values]
+        name = prefix + "".join(f"{part}/" for part in where)
+        self.track({name + key: value for key, value in values.items() if isinstance(value, int | float)})
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Log one optimiser step and advance the progress bar."""
@@ -65,6 +75,18 @@ class Log:
         """Shorten the progress bar by `steps`, after a phase that ended early."""
         task = self.bar.tasks[0]
         self.bar.update(self.task, total=(task.total or 0) - steps)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log. A last line that an interrupted write has cut is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    read = [json.loads(line) for line in lines[:-1] if line]
+    try:
+        return [*read, json.loads(lines[-1])] if lines[-1] else read
+    except ValueError:
+        return read
 
 
 def _short(value: Any) -> str:

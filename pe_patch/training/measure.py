@@ -15,8 +15,8 @@ from ..data.text import with_options
 from ..errors import PePatchError
 from ..patching.api import find_patch
 from .data import refuse_ids
-from .engines import Engine
 from .guard import EvaluationError
+from .launch import Launch
 from .log import Log
 from .recipe import Phase, Recipe, RecipeError
 
@@ -41,13 +41,13 @@ class Measure:
 
     Args:
         recipe: the recipe of the run.
-        engine: the engine of the run.
+        launch: how the script was launched.
         tokenizer: the tokenizer of the model.
         documents: returns the held-out text; called once.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: Any, documents: Callable[[], Iterable[str]]) -> None:
-        self.wanted, self.engine, self.tokenizer, self.documents = recipe.evaluation, engine, tokenizer, documents
+    def __init__(self, recipe: Recipe, launch: Launch, tokenizer: Any, documents: Callable[[], Iterable[str]]) -> None:
+        self.wanted, self.launch, self.tokenizer, self.documents = recipe.evaluation, launch, tokenizer, documents
         data = recipe.data
         self.source = data.source
         if data.source != "stdlib":  # what the command evaluates must be held out there, too
@@ -60,6 +60,10 @@ class Measure:
         self.last: int | None = None
         self.lengths = self.wanted.lengths
         self.corpus: Any = None
+        self.everywhere = launch.sharded
+        """True if all processes measure together, because each holds only a part of the weights."""
+        self.batch_size: int | None = None
+        """Sequences in a forward pass; None plans it from the free memory."""
 
     def choose_lengths(self, model: Any) -> None:
         """Choose the lengths if the recipe names none; `model` has its original positions."""
@@ -93,7 +97,7 @@ class Measure:
                 f"{', '.join(self.wanted.tasks)}; lengths: {', '.join(map(str, self.lengths))}; text: the test split "
                 f"of {self.source}), or disable it with evaluation.every: null."
             ) from error
-        if not (self.engine.accelerator.is_main_process or self.engine.sharded):
+        if not (self.launch.is_main or self.everywhere):
             self.corpus = None  # this process never measures
 
     def check_positions(self, model: Any) -> None:
@@ -108,8 +112,7 @@ class Measure:
     def original(self, model: Any) -> None:
         """Measure the original model if the recipe asks for it; the rows wait for the log."""
         if self.wanted.every and self.wanted.original:
-            main = self.engine.accelerator.is_main_process
-            rows = self._shared(lambda: list(self._rows(model.to(self.engine.accelerator.device))), main)
+            rows = self._shared(lambda: list(self._rows(model.to(self.launch.device))), self.launch.is_main)
             self.first = [{"step": 0, "original": True, **row} for row in rows]
 
     def at_the_start(self, model: Any, log: Log) -> None:
@@ -122,22 +125,45 @@ class Measure:
     def during(self, model: Any, log: Log, step: int) -> None:
         """Measure now, on the main process or, if the weights are sharded, on all processes.
 
+        Args:
+            model: the model, without its wrapper for several processes.
+            log: the log of the run.
+            step: the step to write into the log.
+
         Raises:
             EvaluationError: the evaluation failed on some process. Every process raises.
         """
-        accelerator, sharded = self.engine.accelerator, self.engine.sharded
-
-        def measure() -> list[dict[str, Any]]:
-            return list(self._rows(accelerator.unwrap_model(model, keep_fp32_wrapper=True)))
-
-        for row in self._shared(measure, accelerator.is_main_process or sharded):
+        if self.everywhere:
+            self._agree_on_batch_size(model)
+        for row in self._shared(lambda: list(self._rows(model)), self.launch.is_main or self.everywhere):
             log.write("evaluation", {"step": step, "original": False, **row})
         self.last = step
 
     def at_the_end(self, model: Any, log: Log, step: int) -> None:
-        """Measure the saved model. accelerate's own autocast no longer applies to it, so use ours."""
+        """Measure the saved model. Its forward has no autocast of accelerate's, so use ours."""
         self.autocast = self.mixed
         self.during(model, log, step)
+
+    def _agree_on_batch_size(self, model: Any) -> None:
+        """Choose the batch size that fits on every process; all must run the same forward passes.
+
+        Raises:
+            EvaluationError: not even one sequence fits on some process. Every process raises.
+        """
+        if self.launch.world == 1:
+            return
+        from ..evaluation.model import EvaluatedModel
+
+        longest, problem = max(self.lengths), None
+        try:
+            planner = EvaluatedModel(model, self.tokenizer, autocast=self.autocast)
+            size = planner.plan_batch_size(longest, logits=longest)
+        except PePatchError as error:  # the other processes wait for this one and must raise too
+            size, problem = 0, error
+        self.batch_size = self.launch.least(size)
+        if not self.batch_size:
+            message = "a sequence does not fit on another process." if problem is None else _as_sentence(problem)
+            raise EvaluationError(message) from problem
 
     def pending(self, step: int) -> bool:
         """Return whether the evaluation after the last step is still missing."""
@@ -159,7 +185,7 @@ class Measure:
                 rows = measure()
             except Exception as error:  # the other processes wait for this one and must raise too
                 problem = error
-        if self.engine.failed_anywhere(problem is not None):
+        if self.launch.failed_anywhere(problem is not None):
             message = "another process failed." if problem is None else _as_sentence(problem)
             raise EvaluationError(message) from problem
         return rows
@@ -181,6 +207,7 @@ class Measure:
             beyond_window=True,
             progress=False,
             autocast=self.autocast,
+            batch_size=self.batch_size,
             dry_run=dry_run,
         )
 

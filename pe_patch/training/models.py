@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from ..checkpoints.load import load_patched, read_config
 from ..data.packaged import DEMO_MODEL
+from ..errors import UnsupportedError, nearest
 from ..evaluation.retrieval import TOKEN_KEYS
 from ..patching.api import patch_model
 from ..patching.peft import attach
 from ..patching.peft_record import scheme_modules, train_scheme
 from .quantise import prepare_quantised, quantisation_config
-from .recipe import Lora, Model, Recipe, RecipeError, Scheme
+from .recipe import Lora, Model, Phase, Recipe, RecipeError, Scheme
 from .shifted_attention import shift_attention
 from .warm_start import warm_start as fit
+
+FLASH = "flash_attention_2"
+"""Transformers' name of flash attention with variable lengths."""
 
 
 def locate(source: str) -> str:
@@ -97,7 +104,7 @@ def load_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def with_scheme(
-    model: Any, recipe: Recipe, calibration: list[list[int]], warm_start: list[list[int]], device: Any
+    model: Any, recipe: Recipe, calibration: list[list[int]], warm_start: list[list[int]], device: Any, world: int = 1
 ) -> Any:
     """Return the model with its scheme and adapters; only parameters to train require gradients.
 
@@ -108,18 +115,63 @@ def with_scheme(
         warm_start: rows of token ids on which to fit the scheme to the model's original attention; empty if not
             needed.
         device: the device on which to calibrate or fit.
+        world: number of groups of processes that see different sequences.
     """
-    scheme = recipe.scheme
+    scheme, flash = recipe.scheme, can_default_to_flash(recipe, device, world)
     if scheme is not None:
         options = {**options_of(scheme), **({"calibration": calibration} if calibration else {})}
-        patch_model(model.to(device) if calibration or warm_start else model, scheme.name, **options)
+        model = model.to(device) if calibration or warm_start else model
+        _patch(model, scheme.name, options, flash and "backend" not in options)
         if warm_start:
             fit(model, warm_start, limit=sum(map(len, warm_start)))
+    elif flash:
+        with suppress(ImportError, ValueError):  # this family has no flash attention
+            model.set_attn_implementation(FLASH)
     if recipe.model.shifted_groups is not None:
         shift_attention(model, recipe.model.shifted_groups)
     if recipe.model.quantization is not None:
         prepare_quantised(model, recipe)
     return model if recipe.lora is None else _with_lora(model, recipe.lora)
+
+
+def can_default_to_flash(recipe: Recipe, device: Any, world: int) -> bool:
+    """Return whether training uses flash attention if the scheme allows it, because the recipe names no attention.
+
+    It needs a GPU and half precision. It separates packed documents in micro-batches of one sequence alone.
+    """
+    half = recipe.mixed_precision == "bf16" or recipe.model.dtype == "bfloat16"
+    single = all(rows_of(phase, world) == 1 for phase in recipe.phases) or not recipe.data.boundaries
+    free = recipe.model.attention is None and recipe.model.shifted_groups is None and bool(recipe.phases)
+    return free and half and single and torch.device(device).type == "cuda" and is_flash_attn_2_available()
+
+
+def rows_of(phase: Phase, world: int) -> int:
+    """Return the number of sequences in a micro-batch."""
+    return phase.micro_batch or max(1, phase.batch // world)
+
+
+def refuse_documents_that_leak(model: Any, recipe: Recipe, world: int) -> None:
+    """Raise `RecipeError` if flash attention would let packed documents of a micro-batch see each other."""
+    if "flash" not in str(model.config.get_text_config()._attn_implementation) or not recipe.data.boundaries:
+        return
+    for number, phase in enumerate(recipe.phases):
+        if phase.pose is None and rows_of(phase, world) > 1:
+            raise RecipeError(
+                f"phases.{number}.micro_batch is {rows_of(phase, world)}, but flash attention keeps packed documents "
+                "apart only in micro-batches of one sequence. Set micro_batch: 1, or model.attention: sdpa, or "
+                "data.boundaries: false."
+            )
+
+
+def _patch(model: Any, name: str, options: dict[str, Any], flash: bool) -> None:
+    """Patch the model, with flash attention if that is wanted and the scheme allows it."""
+    if flash:
+        try:
+            patch_model(model, name, **options, backend="flash")
+            return
+        except UnsupportedError:
+            pass
+    patch_model(model, name, **options)
 
 
 def options_of(scheme: Scheme) -> dict[str, Any]:
@@ -183,6 +235,7 @@ def _fresh(wanted: Model, tokenizer: Any) -> Any:
 def _with_lora(model: Any, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    _check_targets(model, lora)
     entire = _norms(model) if lora.norms else set()
     if lora.embeddings:
         embeddings = model.get_input_embeddings()
@@ -197,7 +250,10 @@ def _with_lora(model: Any, lora: Lora) -> Any:
         ensure_weight_tying=lora.embeddings and model.config.tie_word_embeddings,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"lora: {' '.join(str(error).split())[:400]}") from error
     attach(adapted)
     for name, parameter in adapted.named_parameters():
         if "position_schemes.original." in name:  # PEFT matches modules to train in full by the ends of their names
@@ -210,6 +266,39 @@ def _with_lora(model: Any, lora: Lora) -> Any:
     return adapted
 
 
+def _check_targets(model: Any, lora: Lora) -> None:
+    """Raise `RecipeError` if a target matches no layer, or a layer that shares its weight with another."""
+    if lora.targets == "all-linear":  # PEFT leaves the output layer out
+        return
+    retired = set(_retired(model))
+    modules = {name: module for name, module in model.named_modules() if name and name not in retired}
+    wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    by_expression = isinstance(lora.targets, str)  # PEFT reads a text as a regular expression
+    chosen: set[str] = set()
+    for target in wanted:
+        found = {
+            name
+            for name in modules
+            if (re.fullmatch(target, name) if by_expression else name == target or name.endswith(f".{target}"))
+        }
+        if not found:
+            linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+            raise RecipeError(
+                f"lora.targets: no layer is called {target!r}.{nearest(target, sorted(linear))} Linear layers of this "
+                f"model: {', '.join(sorted(linear))}."
+            )
+        chosen |= found
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = sorted(name for name in chosen if any(modules[name] is end for end in ends))
+    if shared and model.config.get_text_config().tie_word_embeddings:
+        other = "output" if modules[shared[0]] is ends[0] else "input"
+        raise RecipeError(
+            f"lora.targets: {shared[0]} shares its weight with the {other} "
+            "embeddings, so that an adapter on it is lost or applied twice when the model is saved. Remove it from the "
+            "targets; lora.embeddings: true trains the shared weight in full."
+        )
+
+
 def _retired(model: nn.Module) -> list[str]:
     """Return the names of modules that a patch has replaced."""
     return [name for name, _ in model.named_modules() if "position_schemes.original." in name]
@@ -220,12 +309,3 @@ def _norms(model: nn.Module) -> set[str]:
     retired = set(_retired(model))
     named = [(name, module) for name, module in model.named_modules() if name not in retired]
     return {name.rpartition(".")[2] for name, module in named if "norm" in type(module).__name__.lower()}
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimiser groups: matrices with weight decay, vectors without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]

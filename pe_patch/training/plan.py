@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
 from ..evaluation.model import free_bytes
+from .checkpoints import Progress
 from .data import mix_notes, mix_table
 from .log import gigabytes, table
 from .recipe import Phase, Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .run import Run
+    from .trainer import RecipeTrainer
 
 LAYER = 17
 """Numbers that a layer keeps for its backward pass, per token and hidden dimension, if attention keeps no scores
@@ -35,10 +35,12 @@ class Need:
     optimizer: int
     activations: int
     logits: int
+    mask: int
+    """The dense masks `[rows, 1, length, length]` that keep packed documents apart."""
 
     @property
     def total(self) -> int:
-        return self.gradients + self.optimizer + self.activations + self.logits
+        return self.gradients + self.optimizer + self.activations + self.logits + self.mask
 
 
 def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int, shards: int) -> Need:
@@ -55,6 +57,9 @@ def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int,
     config = model.config.get_text_config()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = MOMENTS[recipe.optimizer.name] * sum(parameter.numel() for parameter in trained)
+    if recipe.optimizer.name == "adamw_8bit":  # Transformers keeps the moments of embeddings in float32
+        embeddings = model.get_input_embeddings().weight
+        state += (MOMENTS["adamw"] - MOMENTS["adamw_8bit"]) * embeddings.numel() * embeddings.requires_grad
     rows = phase.micro_batch or max(1, phase.batch // groups)
     tokens = rows * math.ceil(phase.length / parts)
     half = recipe.mixed_precision == "bf16" or recipe.model.dtype == "bfloat16"
@@ -69,39 +74,57 @@ def needed(model: Any, recipe: Recipe, phase: Phase, *, groups: int, parts: int,
         optimizer=state // shards,
         activations=kept * tokens * config.hidden_size * bytes_per_number,
         logits=3 * 4 * chunk * config.vocab_size,  # float32: the logits, their softmax and its gradient
+        mask=_mask_bytes(model, recipe, phase, rows),
     )
 
 
-def refuse_what_cannot_fit(trainer: Trainer) -> None:
+def _mask_bytes(model: Any, recipe: Recipe, phase: Phase, rows: int) -> int:
+    """Return the size of the masks of a pass: one per kind of layer, in bytes for SDPA and in numbers for eager.
+
+    Flash and FlexAttention build none, and attention without a mask needs none.
+    """
+    config = model.config.get_text_config()
+    implementation = str(getattr(config, "_attn_implementation", None) or "sdpa")
+    if "flash" in implementation or "flex" in implementation:
+        return 0
+    eager = "eager" in implementation
+    if not eager and (not recipe.data.boundaries or phase.pose is not None):
+        return 0
+    kinds = len(set(getattr(config, "layer_types", None) or ["full_attention"]))
+    return kinds * rows * phase.length**2 * (next(model.parameters()).element_size() if eager else 1)
+
+
+def refuse_what_cannot_fit(run: Run) -> None:
     """Raise `RecipeError` if the estimated memory of a phase exceeds the free memory."""
-    recipe, engine = trainer.recipe, trainer.engine
+    recipe, launch = run.recipe, run.launch
     if not recipe.guard.memory:
         return
-    device, model = engine.accelerator.device, trainer.model
+    device, model = launch.device, run.model
     weights = 0
     if device.type != next(model.parameters()).device.type:  # the weights are not on the device yet
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // engine.shards
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // launch.shards
     free = free_bytes(device)
     if device.type == "cpu":
-        free //= engine.local_world
+        free //= launch.local_world
     for number, phase in enumerate(recipe.phases):
-        need = needed(model, recipe, phase, groups=engine.data_world, parts=engine.parts, shards=engine.shards)
+        need = needed(model, recipe, phase, groups=launch.data_world, parts=launch.parts, shards=launch.shards)
         if need.total + weights > free:
             raise RecipeError(
                 f"phases.{number}: {phase.length:,} tokens do not fit in memory. A step needs an estimated "
                 f"{gigabytes(need.total + weights)} in addition to what is in use (gradients "
                 f"{gigabytes(need.gradients)}, optimiser {gigabytes(need.optimizer)}, activations "
-                f"{gigabytes(need.activations)}, logits {gigabytes(need.logits)}); {device} has {gigabytes(free)} "
-                f"free. {_remedies(recipe, phase)}"
+                f"{gigabytes(need.activations)}, logits {gigabytes(need.logits)}, masks {gigabytes(need.mask)}); "
+                f"{device} has {gigabytes(free)} free. {_remedies(recipe, phase, need)}"
             )
 
 
-def _remedies(recipe: Recipe, phase: Phase) -> str:
+def _remedies(recipe: Recipe, phase: Phase, need: Need) -> str:
     offers = [
         (phase.micro_batch != 1, "micro_batch: 1"),
         (not recipe.model.gradient_checkpointing, "model.gradient_checkpointing: true"),
         (not recipe.model.activation_offload, "model.activation_offload: true"),
         (recipe.loss.chunk == 0, "loss.chunk: 1024"),
+        (need.mask > need.activations, "model.attention: flash_attention_2, which builds no mask"),
         (recipe.lora is None, "lora: {rank: 8}"),
         (recipe.optimizer.name == "adamw", "optimizer.name: adamw_8bit"),
         (True, "a shorter length (pose: {target: ...} still trains the same distances)"),
@@ -122,20 +145,21 @@ class Measured:
     """Peak memory in bytes."""
 
 
-def show(trainer: Trainer) -> None:
+def show(run: Run) -> None:
     """Run one step of each phase and print steps, tokens, mixture, memory per device and time."""
-    recipe, main = trainer.recipe, trainer.accelerator.is_main_process
+    recipe, main = run.recipe, run.launch.is_main
     console = Console(quiet=not main)
     if not console.is_terminal:
         console = Console(quiet=not main, width=WIDE)
-    parameters = list(trainer.model.parameters())
+    parameters = list(run.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in parameters)
-    refuse_what_cannot_fit(trainer)
-    trainer.prepare()
+    refuse_what_cannot_fit(run)
+    trainer = run.build_trainer()
+    model = trainer.prepare()
     rows = []
     for number, phase in enumerate(recipe.phases):
-        measured = _run(trainer, number)
+        measured = _measure(run, trainer, model, number)
         rows.append(
             {
                 "phase": number,
@@ -153,11 +177,11 @@ def show(trainer: Trainer) -> None:
         rows[-1]["seconds"] = seconds
     total = sum(row.pop("seconds") for row in rows)
     for number in range(len(rows)):
-        data = trainer.data(number)
+        data = run.data(number)
         console.print(table(f"Mixture of phase {number}", mix_table(data)))
         for note in mix_notes(data):
             console.print(note)
-    for note in trainer.data_notes():
+    for note in run.data_notes():
         console.print(note, markup=False)
     console.print(table("Training plan", rows))
     console.print(
@@ -165,34 +189,25 @@ def show(trainer: Trainer) -> None:
         f"about {duration(total)}. {trained:,} of {whole:,} parameters are trained."
     )
     if recipe.evaluation.every:
-        lengths = ", ".join(f"{length:,}" for length in trainer.measure.lengths)
+        lengths = ", ".join(f"{length:,}" for length in run.measure.lengths)
         console.print(
             f"The evaluation ({', '.join(recipe.evaluation.tasks)} at {lengths} tokens) is ready: its text and "
             "questions are available."
         )
     console.print(
-        f"Time: the second of two micro-batches of each phase on {trainer.engine.describe()}, multiplied by the number "
+        f"Time: the second of two micro-batches of each phase on {run.launch.describe()}, multiplied by the number "
         "of micro-batches; without evaluation, checkpoints and loading. Memory: the peak of "
-        f"{trainer.engine.memory_of} after a step."
+        f"{run.launch.memory_of} after a step."
     )
 
 
-def _run(trainer: Trainer, number: int) -> Measured:
+def _measure(run: Run, trainer: RecipeTrainer, model: Any, number: int) -> Measured:
     """Run a phase's first step with two micro-batches at learning rate 0, and time the second micro-batch."""
-    phase, accumulation = trainer.recipe.phases[number], 1
-    seconds = 0.0
-    for batches in trainer.batches(number):
-        accumulation = len(batches)
-        for _ in range(2):
-            started = time.perf_counter()
-            trainer.gradients(batches[:1], phase)
-            if trainer.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-        trainer.engine.clip(trainer.recipe.optimizer.clip)
-        trainer.engine.step()
-        break
-    return Measured(seconds, seconds * accumulation * phase.steps, trainer.engine.memory())
+    phase = run.recipe.phases[number]
+    trainer.progress = Progress(phase=number)
+    batches = next(run.batches(number))
+    seconds = trainer.rehearse(model, batches)
+    return Measured(seconds, seconds * len(batches) * phase.steps, run.launch.memory())
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -117,6 +118,21 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
         (recipe.lora is None or recipe.lora.merge or not recipe.export, "an unmerged adapter cannot be "
          "exported: set lora.merge: true, or remove export"),
         (recipe.checkpoints.keep > 0, "checkpoints.keep must be at least 1"),
+        (_every(recipe.checkpoints.every), "checkpoints.every must be at least 1, or null to write none"),
+        (_every(recipe.evaluation.every), "evaluation.every must be at least 1, or null to never evaluate"),
+        (all(length > 1 for length in recipe.evaluation.lengths), "evaluation.lengths must be at least 2"),
+        (_finite(recipe.optimizer.clip) and recipe.optimizer.clip >= 0, "optimizer.clip must be a number above 0, or 0 "
+         "to clip nothing"),
+        (all(0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas must be from 0 to below 1"),
+        (_finite(recipe.optimizer.weight_decay) and recipe.optimizer.weight_decay >= 0, "optimizer.weight_decay cannot "
+         "be negative"),
+        (recipe.lora is None or (recipe.lora.rank > 0 and recipe.lora.alpha > 0), "lora.rank and lora.alpha must be at "
+         "least 1"),
+        (recipe.lora is None or 0 <= recipe.lora.dropout < 1, "lora.dropout must be from 0 to below 1"),
+        (recipe.seed >= 0, "seed cannot be negative"),
+        (recipe.data.workers >= 0, "data.workers cannot be negative"),
+        (recipe.tokenizer.train_size is None or recipe.tokenizer.train_size > 0, "tokenizer.train_size must be at "
+         "least 1"),
         (recipe.scheme is None or recipe.scheme.calibration_tokens is None or recipe.scheme.calibration_tokens > 0,
          "scheme.calibration_tokens must be at least 1"),
         (recipe.scheme is None or recipe.scheme.warm_start_tokens is None or recipe.scheme.warm_start_tokens > 0,
@@ -142,6 +158,12 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
             (min(phase.steps, phase.batch, phase.micro_batch or 1) > 0, f"{name}: steps, batch and micro_batch must be "
              "at least 1"),
             (phase.length > 1, f"{name}.length must be at least 2"),
+            (_finite(phase.learning_rate) and phase.learning_rate > 0, f"{name}.learning_rate must be above 0"),
+            (phase.warmup >= 0, f"{name}.warmup cannot be negative"),
+            (0 <= phase.decay <= 1 and 0 <= phase.floor <= 1, f"{name}: decay and floor must be from 0 to 1"),
+            (phase.until_accuracy is None or 0 <= phase.until_accuracy <= 1, f"{name}.until_accuracy must be from 0 "
+             "to 1"),
+            (all(_finite(source.share) for source in sources), f"{name}.mixture: a share must be a finite number"),
             (sum(source.share for source in sources) > 0, f"{name}.mixture: the shares must add up to more than 0"),
             (all(source.share >= 0 for source in sources), f"{name}.mixture: a share cannot be negative"),
             (all(1 <= source.needles[0] <= source.needles[1] for source in sources), f"{name}.mixture: needles is "
@@ -156,6 +178,14 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     broken = [message for holds, message in demands if not holds]
     if broken:
         raise RecipeError(f"{where}: {'; '.join(broken)}.")
+
+
+def _every(steps: int | None) -> bool:
+    return steps is None or steps > 0
+
+
+def _finite(number: float) -> bool:
+    return math.isfinite(number)
 
 
 def _needs_no_training(recipe: Recipe) -> bool:

@@ -26,7 +26,8 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights. Mixed precision keeps them in float32 and computes in bfloat16."""
     attention: str | None = None
-    """Transformers' `attn_implementation`; null uses its default."""
+    """Transformers' `attn_implementation`. Null uses `flash_attention_2` on a GPU in bfloat16 if it is installed, the
+    scheme allows it and micro-batches have one sequence, and otherwise Transformers' default."""
     shifted_groups: int | None = None
     """Number of groups for LongLoRA's shifted sparse attention during training: each token attends in its group, and
     half of the heads use groups shifted by half a group (arXiv 2309.12307, section 3.2). Evaluation uses full
@@ -211,7 +212,7 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Maximum norm of the gradient."""
+    """Maximum norm of the gradient; 0 clips nothing."""
 
 
 @dataclass
@@ -245,8 +246,8 @@ class Guard:
     """Conditions that stop a failing run. A loss that is not finite always stops it."""
 
     rise: float | None = 2.0
-    """Stop if the mean loss of the last `window` steps is this many nats above the lowest such mean of the phase; null
-    never does."""
+    """Stop if the mean loss of the last `window` steps is this many nats above the lowest such mean of the phase.
+    Within the first window, the mean so far is compared with the first loss. Null never stops."""
     window: int = 10
     """Steps in that mean."""
     memory: bool = True
@@ -284,8 +285,8 @@ class Recipe:
     accept_changed_data: bool = False
     """Resume although the training text is not the one that the run started with."""
     trackers: list[str] | None = None
-    """Trackers of accelerate: `tensorboard`, `wandb` and others. Null uses tensorboard if it is installed. The run
-    always writes `<output>/log.jsonl`."""
+    """Trackers of Transformers (`report_to`): `tensorboard`, `wandb` and others. Null uses tensorboard if it is
+    installed. The run always writes `<output>/log.jsonl`."""
     progress: bool = True
     """Show a progress bar."""
     overwrite: bool = False

@@ -25,7 +25,7 @@ from .plan import MOMENTS
 from .recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .run import Run
 
 FOLDERS = ("model", "export", "adapter", "checkpoints")
 """Folders that a run writes in its output."""
@@ -71,13 +71,13 @@ def check_inputs(recipe: Recipe) -> None:
         raise RecipeError(f"output: {error}") from error
 
 
-def check_room(trainer: Trainer) -> None:
+def check_room(run: Run) -> None:
     """Raise `RecipeError` if the disk lacks space for the model, its exports and the checkpoints."""
-    recipe, output = trainer.recipe, Path(trainer.recipe.output).expanduser()
-    model = _saved_bytes(trainer.model, recipe)
+    recipe, output = run.recipe, Path(run.recipe.output).expanduser()
+    model = _saved_bytes(run.model, recipe)
     needed = {"the model": model, f"{len(recipe.export)} exports": model * len(recipe.export)}
     if recipe.checkpoints.every:
-        parameters = list(trainer.model.parameters())
+        parameters = list(run.model.parameters())
         each = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         each += MOMENTS[recipe.optimizer.name] * sum(
             parameter.numel() for parameter in parameters if parameter.requires_grad
@@ -94,30 +94,30 @@ def check_room(trainer: Trainer) -> None:
         )
 
 
-def check_saved(trainer: Trainer) -> None:
+def check_saved(run: Run) -> None:
     """Save everything but the weights to a temporary folder and read it back, on the main process.
 
     Raises:
         RecipeError: the model could not be saved or loaded after training. Every process raises.
     """
     problem: RecipeError | None = None
-    if trainer.accelerator.is_main_process:
+    if run.launch.is_main:
         try:
-            _save_and_read(trainer)
+            _save_and_read(run)
         except RecipeError as error:
             problem = error
-    if trainer.engine.failed_anywhere(problem is not None):
+    if run.launch.failed_anywhere(problem is not None):
         raise problem or RecipeError("The main process cannot save this model; nothing was trained.")
 
 
-def _save_and_read(trainer: Trainer) -> None:
-    model: Any = unwrap(trainer.model)
+def _save_and_read(run: Run) -> None:
+    model: Any = unwrap(run.model)
     record = getattr(model.config, RECORD_KEY, None)
     with tempfile.TemporaryDirectory(prefix="pe-patch-") as folder:
         try:
             with _unquantised(model):
                 model.save_pretrained(folder, state_dict={})
-            trainer.tokenizer.save_pretrained(folder)
+            run.tokenizer.save_pretrained(folder)
             AutoConfig.from_pretrained(folder) if record is None else _read_record(folder, record)
             AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # configs run their own checks when they save

@@ -1,17 +1,22 @@
-"""Three optimiser steps on packed documents under whatever engine the launch asks for."""
+"""Three optimiser steps on packed documents under whatever parallelism the launch asks for."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from pe_patch import patch_model
-from pe_patch.training.engines import IGNORED, choose_engine
+from pe_patch.training.checkpoints import check_resumable
+from pe_patch.training.data import IGNORED
+from pe_patch.training.launch import Launch
+from pe_patch.training.recipe import Checkpoints, Phase, Recipe
+from pe_patch.training.trainer import RecipeTrainer
 
 from ..models import VOCABULARY, build
 
@@ -48,38 +53,54 @@ def model_under(name: str, options: dict[str, Any], family: str = "llama", **siz
     return model.train()
 
 
-def train(engine: Any, model: Any, folder: str | None = None, plain: bool = False) -> dict[str, Any]:
-    """Losses and gradient norms of the steps, and the weights behind them; with `folder`, through a checkpoint."""
-    # Adam would make steps of the noise in gradients that are zero but for rounding.
-    kind = torch.optim.SGD if plain else torch.optim.AdamW
-    optimizer = kind(model.parameters(), lr=1e-1 if plain else 1e-3)
-    model, optimizer = engine.prepare(model, optimizer)
-    losses, norms = [], []
-    for step in range(STEPS):
-        whole = batch_of(step)
-        rows = range(engine.data_rank, ROWS, engine.data_world)
-        inputs = [engine.inputs({name: tensor[row : row + 1] for name, tensor in whole.items()}) for row in rows]
-        targets = engine.reduce(torch.stack([(one["shift_labels"] != IGNORED).sum() for one in inputs]).sum())
-        total = torch.zeros((), dtype=torch.float64)
-        for number, one in enumerate(inputs):
-            with engine.micro_step(last=number == len(inputs) - 1):
-                logits = model(input_ids=one["input_ids"], position_ids=one["position_ids"], use_cache=False).logits
-                loss = F.cross_entropy(logits[0].float(), one["shift_labels"][0], ignore_index=IGNORED, reduction="sum")
-                engine.backward(loss / targets)
-            total += loss.detach().double()
-        losses.append(float(engine.reduce(total) / targets))
-        norms.append(engine.clip(1.0))
-        engine.step()
-        if folder is not None and step == 0:
-            engine.save(Path(folder))
-            engine.accelerator.wait_for_everyone()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(1.0)
-            engine.load(Path(folder))
-    weights = engine.full_state_dict() if engine.sharded else engine.unwrapped().state_dict()
-    weights = {name: tensor.detach().clone() for name, tensor in (weights or {}).items()}
-    return {"losses": losses, "norms": norms, "weights": weights, "name": engine.describe()}
+class Steps(list[dict[str, Any]]):
+    """In place of a log."""
+
+    step = list.append
+
+
+class Plain(RecipeTrainer):
+    """With SGD: Adam would make steps of the noise in gradients that are zero but for rounding."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = self.optimizer or torch.optim.SGD((model or self.model).parameters(), lr=0.0)
+        return self.optimizer
+
+
+def recipe_for(folder: str, plain: bool = False, **more: Any) -> Recipe:
+    phase = Phase(length=LENGTH, batch=ROWS, micro_batch=1, steps=STEPS, learning_rate=1e-1 if plain else 1e-3,
+                  schedule="constant", warmup=0)  # fmt: skip
+    return Recipe(output=folder, phases=[phase], checkpoints=Checkpoints(every=1, keep=9), trackers=[], **more)
+
+
+def trainer_for(model: Any, recipe: Recipe, *, plain: bool = False, log: Any = None, progress: Any = None) -> Any:
+    launch = Launch(recipe)
+    launch.refuse(recipe, model)
+
+    def batches(phase: int, first_step: int) -> Iterator[list[dict[str, Tensor]]]:
+        rows = range(launch.data_rank, ROWS, launch.data_world)
+        for step in range(first_step, STEPS):
+            yield [{name: tensor[row : row + 1] for name, tensor in batch_of(step).items()} for row in rows]
+
+    kind = Plain if plain else RecipeTrainer
+    return kind(model, launch, recipe, batches, log=log, progress=progress)
+
+
+def train(model: Any, folder: str, *, plain: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Losses and gradient norms of the steps, and the weights behind them; with `resume`, from step 1 on."""
+    recipe, log = recipe_for(folder, plain), Steps()
+    checkpoint = Path(folder) / "checkpoints" / "step-000001" if resume else None
+    progress = None if checkpoint is None else check_resumable(checkpoint, recipe, {})
+    trainer = trainer_for(model, recipe, plain=plain, log=log, progress=progress)
+    trainer.train(None if checkpoint is None else str(checkpoint))
+    weights = trainer.full_state_dict() if trainer.launch.sharded else trainer.unwrapped().state_dict()
+    return {
+        "losses": [values["loss"] for values in log],
+        "norms": [values["gradient_norm"] for values in log],
+        "targets": [values["targets"] for values in log],
+        "weights": {name: tensor.detach().clone() for name, tensor in (weights or {}).items()},
+        "name": trainer.launch.describe(),
+    }
 
 
 def forget_ulysses() -> None:
@@ -94,11 +115,25 @@ def forget_ulysses() -> None:
         del ALL_ATTENTION_FUNCTIONS._local_mapping[name]
 
 
-def run(schemes: dict[str, dict[str, Any]], folder: str | None = None, **sizes: Any) -> dict[str, Any]:
+def run(schemes: dict[str, dict[str, Any]], folder: str, resume: bool = False, **sizes: Any) -> dict[str, Any]:
     """`train` for each scheme, on the processes of one launch."""
-    engine, found = choose_engine(), {}
+    found = {}
     for name, options in schemes.items():
-        checkpoint = f"{folder}/{name}" if folder and name == "t5" else None
-        found[name] = train(engine, model_under(name, options, **sizes), checkpoint, plain=name in MORE)
+        model = model_under(name, options, **sizes)
+        found[name] = train(model, f"{folder}/{name}", plain=name in MORE, resume=resume)
         forget_ulysses()
     return found
+
+
+def run_fsdp2(**arguments: Any) -> dict[str, Any]:
+    """`run` under FSDP2 as Trainer and accelerate do it, which they refuse on CPUs: accelerate takes these for GPUs."""
+    from accelerate.state import PartialState
+
+    from pe_patch.training import launch
+
+    def pretend(self: Any) -> bool:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return True
+
+    launch.Launch._uses_fsdp = pretend  # type: ignore[method-assign]
+    return run(**arguments)

@@ -1,9 +1,10 @@
-"""The same three steps on one process and on several, under every engine that a CPU can run."""
+"""The same three steps on one process and on several, under every kind of parallelism that a CPU can run."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ DEEPSPEED = {
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
 }
 ULYSSES = {**DEEPSPEED, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 LAUNCHES: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {
     "ddp": (2, {}, SCHEMES),
-    "fully_shard": (2, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, SCHEMES),
+    "fsdp2": (2, FSDP2, SCHEMES),
+    "zero3": (2, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, SCHEMES),
     "ulysses_2": (2, {**ULYSSES, "PARALLELISM_CONFIG_SP_SIZE": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
                   {**SCHEMES, **MORE}),
     "ulysses_4": (4, {**ULYSSES, "PARALLELISM_CONFIG_SP_SIZE": "4", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, SCHEMES),
@@ -31,44 +34,59 @@ LAUNCHES: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {
 """Processes, what the launcher sets, and the schemes."""
 
 
-@cache
-def alone() -> dict[str, Any]:
-    return on_processes(1, steps.run, schemes={**SCHEMES, **MORE})[0]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tmp_path_factory.mktemp("launches")
 
 
 @cache
-def together(launch: str, folder: str) -> list[dict[str, Any]]:
+def alone(folder: Path) -> dict[str, Any]:
+    return on_processes(1, steps.run, schemes={**SCHEMES, **MORE}, folder=str(folder / "alone"))[0]
+
+
+@cache
+def together(launch: str, folder: Path, resume: bool = False) -> list[dict[str, Any]]:
     world, environment, schemes = LAUNCHES[launch]
-    return on_processes(world, steps.run, environment, schemes=schemes, folder=folder)
+    function = steps.run_fsdp2 if launch == "fsdp2" else steps.run
+    if resume:
+        together(launch, folder)
+        schemes = {"t5": {}}
+    return on_processes(world, function, environment, schemes=schemes, folder=str(folder / launch), resume=resume)
 
 
 CASES = [(launch, scheme) for launch, (_, _, schemes) in LAUNCHES.items() for scheme in schemes]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tmp_path_factory.mktemp("engines")
+def assert_same(got: dict[str, Any], wanted: dict[str, Any], first: int = 0) -> None:
+    assert got["losses"] == pytest.approx(wanted["losses"][first:], abs=1e-5)
+    assert got["norms"] == pytest.approx(wanted["norms"][first:], abs=1e-5)
+    assert got["targets"] == wanted["targets"][first:]
+    if not got["weights"]:  # gathered on the main process alone
+        return
+    assert got["weights"].keys() == wanted["weights"].keys()
+    for name, weight in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], weight, atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(("launch", "scheme"), CASES, ids=["-".join(case) for case in CASES])
 def test_several_processes_do_what_one_does(launch, scheme, folder):
-    """Under t5 the first step goes through a checkpoint, between which and its loading all weights are changed."""
-    wanted, found = alone()[scheme], together(launch, str(folder / launch))
-    for rank, one in enumerate(found):
-        got = one[scheme]
-        assert got["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
-        assert got["norms"] == pytest.approx(wanted["norms"], abs=1e-5)
-        if not got["weights"] and rank:  # gathered on the main process alone
-            continue
-        assert got["weights"].keys() == wanted["weights"].keys()
-        for name, weight in wanted["weights"].items():
-            torch.testing.assert_close(got["weights"][name], weight, atol=1e-4, rtol=0, msg=name)
+    found = [one[scheme] for one in together(launch, folder)]
+    assert found[0]["weights"]
+    for got in found:
+        assert_same(got, alone(folder)[scheme])
 
 
-def test_training_moves_the_weights():
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_checkpoint_of_several_processes_is_resumed(launch, folder):
+    """From step 1, by new processes with a model that starts from other weights."""
+    for got in together(launch, folder, resume=True):
+        assert_same(got["t5"], alone(folder)["t5"], first=1)
+
+
+def test_training_moves_the_weights(folder):
     """What the comparison above would not see."""
     before = steps.model_under("t5", {}).state_dict()
-    after = alone()["t5"]
+    after = alone(folder)["t5"]
     assert (
         after["weights"]["model.position_schemes.scheme.0.table"] - before["model.position_schemes.scheme.0.table"]
     ).abs().max() > 1e-3
@@ -76,7 +94,7 @@ def test_training_moves_the_weights():
 
 
 def test_each_launch_is_what_it_was_meant_to_be(folder):
-    told = {launch: together(launch, str(folder / launch))[0]["t5"]["name"] for launch in LAUNCHES}
-    assert "accelerate" in told["ddp"] and "fully_shard" in told["fully_shard"]
+    told = {launch: together(launch, folder)[0]["t5"]["name"] for launch in LAUNCHES}
+    assert "DDP" in told["ddp"] and "FSDP2" in told["fsdp2"] and "ZeRO-3" in told["zero3"]
     assert "ZeRO-0, sequences in 2 parts" in told["ulysses_2"] and "ZeRO-1, sequences in 4" in told["ulysses_4"]
     assert "ZeRO-3, sequences in 2 parts" in told["ulysses_2_zero3"]

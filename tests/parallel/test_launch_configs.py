@@ -39,7 +39,6 @@ WANTED = {
     "ddp.yaml": {},
     "cpu_ddp.yaml": {},
     "fsdp2.yaml": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
-    "cpu_fsdp2.yaml": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     "zero3.yaml": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
                    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"},
     "ulysses.yaml": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true",

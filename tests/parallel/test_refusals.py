@@ -1,4 +1,4 @@
-"""What an engine would drop is an error by name, before anything is trained."""
+"""What a launch would drop is an error by name, before anything is trained."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
 from pe_patch import patch_model
 from pe_patch.attention.parallel import ulysses_of
 from pe_patch.errors import NoEffectError, UnsupportedError
-from pe_patch.training.engines import choose_engine, deep_speed
-from pe_patch.training.engines.context_parallel import refuse_under_context_parallel
-from pe_patch.training.engines.deep_speed import DeepSpeed, refuse_under_ulysses
-from pe_patch.training.engines.fully_shard import FullyShard
+from pe_patch.training.launch import Launch, refuse_under_context_parallel, refuse_under_ulysses, set_rows
 from pe_patch.training.recipe import Data, Distill, Model, Phase, Pose, Recipe, RecipeError
 
 from ..models import build
@@ -83,38 +79,50 @@ def test_context_parallelism_takes_static_rotations():
     refuse_under_context_parallel(CP, build("llama"), 2)
 
 
-def test_fully_shard_announces_itself_and_refuses_mixed_precision(capsys):
-    engine = FullyShard(SimpleNamespace(print=print, distributed_type=DistributedType.MULTI_CPU, num_processes=2))
-    assert "fully_shard" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="mixed_precision=bf16"):
-        engine.refuse(replace(RECIPE, mixed_precision="bf16"), build("llama"))
-    with pytest.raises(RecipeError, match="quantization"):
-        engine.refuse(replace(RECIPE, model=Model(quantization="nf4")), build("llama"))
+def as_if(**changes: Any) -> Launch:
+    """The launch of one process, changed into what only several processes are."""
+    launch = Launch(RECIPE)
+    for name, value in changes.items():
+        setattr(launch, name, value)
+    return launch
 
 
-def deepspeed(**changes: Any) -> Any:
-    plugin = SimpleNamespace(zero3_init_flag=False, deepspeed_config={"zero_optimization": {"stage": 3}})
-    told = {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": plugin, "parallelism_config": None}
-    return SimpleNamespace(**{**told, **changes})
-
-
-def test_deepspeed_settings_that_are_refused():
-    with pytest.raises(RecipeError, match="use_cpu"):
-        DeepSpeed(deepspeed(distributed_type=DistributedType.MULTI_CPU))
-    plugin = SimpleNamespace(zero3_init_flag=True)
-    with pytest.raises(RecipeError, match="zero3_init_flag"):
-        DeepSpeed(deepspeed(deepspeed_plugin=plugin))
-    with pytest.raises(RecipeError, match="4-bit"):
-        DeepSpeed(deepspeed()).refuse(replace(RECIPE, model=Model(quantization="nf4")), build("llama"))
-    plugin = SimpleNamespace(zero3_init_flag=False, deepspeed_config={"zero_optimization": {"stage": 0}})
+def test_combinations_that_shard_nothing_right():
+    quantised, bf16 = replace(RECIPE, model=Model(quantization="nf4")), replace(RECIPE, mixed_precision="bf16")
+    with pytest.raises(RecipeError, match="FSDP2 cannot shard 4-bit"):
+        as_if(uses_fsdp=True).refuse(quantised, build("llama"))
+    with pytest.raises(RecipeError, match="ZeRO-3 cannot shard 4-bit"):
+        as_if(deepspeed={}, stage=3).refuse(quantised, build("llama"))
     with pytest.raises(RecipeError, match="zero_stage to 1"):
-        DeepSpeed(deepspeed(deepspeed_plugin=plugin)).refuse(replace(RECIPE, mixed_precision="bf16"), build("llama"))
+        as_if(deepspeed={}, stage=0).refuse(bf16, build("llama"))
+    as_if(deepspeed={}, stage=1).refuse(bf16, build("llama"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "use_cpu"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "one process"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"}, "sp_size: Ulysses needs"),
+    ],
+)
+def test_launches_that_are_refused(environment, told, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=told):
+        Launch(RECIPE)
+
+
+def test_a_tracker_that_does_not_exist_is_named():
+    with pytest.raises(RecipeError, match="trackers: 'tensorbord'"):
+        Launch(replace(RECIPE, trackers=["tensorbord"]))
 
 
 def test_rows_are_told_to_ulysses():
     shapes = {f"required_{name}_shape": torch.Size([1, 1, 4, 8]) for name in ("query", "key_value", "context")}
     ulysses = SimpleNamespace(batch_size=1, **shapes)
-    deep_speed.set_rows(ulysses, 3)
+    set_rows(ulysses, 3)
     assert ulysses.batch_size == 3 and ulysses.required_key_value_shape == (1, 3, 4, 8)
 
 
@@ -142,21 +150,24 @@ def test_attention_whose_masks_context_parallelism_takes_away():
         model(ids)
 
 
-def launched(**environment: str) -> str:
+def launched() -> str:
     try:
-        return choose_engine().describe()
+        return Launch(RECIPE).describe()
     except RecipeError as error:
         return str(error)
 
 
-def by_itself() -> str:
-    """As a script that nothing launched."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        del os.environ[name]
+def in_parts() -> str:
+    """With a model that DeepSpeed's configuration asks to load in parts."""
+    os.environ["ACCELERATE_USE_CPU"] = "false"
     return launched()
 
 
 def test_launches_are_recognised():
     # Plain torchrun, where accelerate would see no processes.
     assert all("2 x cpu" in one for one in on_processes(2, launched, {"ACCELERATE_USE_CPU": "false"}))
-    assert "one process" in on_processes(1, by_itself, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})[0]
+    found = on_processes(2, launched, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert all("FSDP does not run on CPUs" in one and "cpu_ddp.yaml" in one for one in found)
+    zero3_init = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                  "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}  # fmt: skip
+    assert "zero3_init_flag" in on_processes(1, in_parts, zero3_init)[0]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pe_patch.errors import PePatchError
-from pe_patch.training.engines import choose_engine
 
 from .launch import on_processes
-from .steps import batch_of, forget_ulysses, model_under
+from .steps import batch_of, forget_ulysses, model_under, recipe_for, trainer_for
 from .test_engines import ULYSSES
 
 LENGTH = 48
@@ -71,15 +70,14 @@ def whole(name: str) -> dict[str, Any]:
 
 def cut() -> dict[str, Any]:
     """Logits of this process's part in training, and of whole sequences in evaluation."""
-    engine, found = choose_engine(), {}
-    rank = torch.distributed.get_rank()
+    found = {}
     for name in MODELS:
         model = build(name)
-        optimizer = torch.optim.AdamW(model.parameters())
-        prepared, _ = engine.prepare(model, optimizer)
+        trainer = trainer_for(model, recipe_for("/nowhere", dry_run=True))
+        prepared = trainer.prepare()
         trained = {}
         for kind, inputs in passes().items():
-            parts = engine.inputs({**inputs, "labels": inputs["input_ids"]})
+            parts = trainer.inputs({**inputs, "labels": inputs["input_ids"]})
             parts.pop("shift_labels")
             with torch.no_grad():
                 trained[kind] = prepared(**parts, use_cache=False).logits
@@ -87,7 +85,7 @@ def cut() -> dict[str, Any]:
         if name == "alibi":
             found["refused"] = refusals(model.train())
         forget_ulysses()
-    return {"rank": rank, **found}
+    return {"rank": torch.distributed.get_rank(), **found}
 
 
 def refusals(model: Any) -> dict[str, str]:

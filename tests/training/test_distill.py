@@ -15,7 +15,7 @@ import pe_patch
 from pe_patch.training import loss, models, trainer
 from pe_patch.training.data import PhaseData
 from pe_patch.training.recipe import RecipeError
-from pe_patch.training.run import load_recipe, train
+from pe_patch.training.run import Run, load_recipe, train
 
 from .cases import logged
 
@@ -72,7 +72,7 @@ def test_the_teacher_is_the_model_before_the_patch_and_its_divergence_a_mean_ove
         "distill={weight: 3, temperature: 2}", "scheme={name: nope}", "optimizer.clip=1e9",
     ]  # fmt: skip
     recipe = load_recipe(recipe_file, options)
-    run = trainer.Trainer(recipe)
+    run = Run(recipe)
     data = PhaseData(run.corpora, run.tokenizer, recipe.phases[0], seed=(0, 0), boundaries=True)
     student = pe_patch.patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), "nope").double()
     network, count, total, text = network.double().eval(), 0, torch.zeros(()), torch.zeros(())
@@ -107,22 +107,22 @@ def test_a_patched_model_comes_nearer_to_its_teacher(recipe_file: Path, tmp_path
     assert ended[0] < 0.7 * sum(values[:2]) * 3 / 2 and ended[0] < 0.3 * ended[1]
 
 
-def test_a_resumed_run_has_the_same_teacher(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_teacher(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = [*NOPE, "checkpoints.every=2", "resume=auto"]
     whole_run = train(load_recipe(recipe_file, [*more, f"output={tmp_path}/whole"]))
     cut = load_recipe(recipe_file, [*more, f"output={tmp_path}/cut"])
-    first: Any = trainer.Trainer(cut)
     steps = iter(range(3))
-    step = first._step
+    step = trainer.RecipeTrainer.training_step
 
     def stopped(*arguments: Any) -> Any:
         if next(steps, None) is None:
             raise KeyboardInterrupt
         return step(*arguments)
 
-    first._step = stopped
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    with monkeypatch.context() as cutting:
+        cutting.setattr(trainer.RecipeTrainer, "training_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            Run(cut).run()
     resumed = train(cut)
     seen = [[line["divergence"] for line in logged(tmp_path / output)] for output in ("whole", "cut")]
     assert seen[0] == seen[1] and len(seen[0]) == 6
@@ -155,7 +155,7 @@ def test_a_scheme_is_calibrated_on_the_first_sequences(recipe_file: Path, monkey
 
     monkeypatch.setattr(models, "patch_model", patch_model)
     recipe = load_recipe(recipe_file, ["scheme={name: mla, calibration_tokens: 200, options: {kv_rank: 8}}"])
-    run = trainer.Trainer(recipe)
+    run = Run(recipe)
     rows = seen["calibration"]
     assert seen["scheme"] == "mla" and seen["kv_rank"] == 8 and seen["model"].training is False
     assert sum(map(len, rows)) == 200
@@ -175,7 +175,7 @@ def test_adapters_go_on_the_projections_of_a_conversion_and_not_on_what_it_repla
     scheme = f"scheme={{name: mla, calibration_tokens: 200, options: {{kv_rank: 8, keep_original: {keep}}}}}"
     more = ["lora={rank: 2}", f"lora.targets={targets}", "phases.0.steps=2", "phases.0.learning_rate=1e-2"]
     recipe = load_recipe(recipe_file, [scheme, "distill={}", *more])
-    run = trainer.Trainer(recipe)
+    run = Run(recipe)
     adapted = {name.split(".lora_A")[0] for name, _ in run.model.named_parameters() if "lora_A" in name}
     latent = {name for name in adapted if ".self_attn.mla." in name}
     assert {name.rpartition(".")[2] for name in latent} == {"q_proj", "kv_a_proj_with_mqa", "k_b_proj", "v_b_proj"}

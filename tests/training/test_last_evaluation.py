@@ -22,8 +22,8 @@ from pe_patch.training import saving
 from pe_patch.training.guard import TERMINATED_EXIT_CODE, PostTrainingError
 from pe_patch.training.measure import Measure
 from pe_patch.training.recipe import RecipeError
-from pe_patch.training.run import load_recipe, main, train
-from pe_patch.training.trainer import Trainer
+from pe_patch.training.run import Run, load_recipe, main, train
+from pe_patch.training.trainer import RecipeTrainer
 
 from .cases import logged
 
@@ -59,7 +59,7 @@ MISSING: dict[str, tuple[list[str], list[str]]] = {
 def test_an_evaluation_that_cannot_run_is_found_before_the_first_step(
     missing: str, dry: bool, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(Trainer, "_step", no_step)
+    monkeypatch.setattr(RecipeTrainer, "training_step", no_step)
     told, said = MISSING[missing]
     assert main([str(recipe_file), *PLAIN, *told, f"dry_run={str(dry).lower()}"]) == 2
     err = capsys.readouterr().err
@@ -71,7 +71,7 @@ def test_an_empty_test_split_is_found_before_the_first_step(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both files belong to the training split."""
-    monkeypatch.setattr(Trainer, "_step", no_step)
+    monkeypatch.setattr(RecipeTrainer, "training_step", no_step)
     folder = tmp_path / "two"
     folder.mkdir()
     number = 0
@@ -94,13 +94,13 @@ def test_an_empty_test_split_is_found_before_the_first_step(
 
 def test_every_process_that_measures_reads_the_text_once(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    inner = Trainer._documents
+    inner = Run._documents
 
     def counted(self: Any, split: Any) -> Any:
         reads.append(split)
         return inner(self, split)
 
-    monkeypatch.setattr(Trainer, "_documents", counted)
+    monkeypatch.setattr(Run, "_documents", counted)
     train(load_recipe(recipe_file, [*SHORT, "evaluation.every=1", "evaluation.before=true"]))
     assert reads == ["test"]
 
@@ -294,7 +294,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     dry: str, recipe_file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Phi-3 is an example: its config rejects some rotary types on saving."""
-    monkeypatch.setattr(Trainer, "_step", no_step)
+    monkeypatch.setattr(RecipeTrainer, "training_step", no_step)
     from transformers import LlamaConfig
 
     inner = LlamaConfig.save_pretrained
@@ -314,7 +314,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
 def test_output_that_cannot_be_written_is_refused_before_the_first_step(
     recipe_file: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_step", no_step)
+    monkeypatch.setattr(RecipeTrainer, "training_step", no_step)
     file, foreign = tmp_path / "file", tmp_path / "foreign"
     file.write_text("")
     foreign.mkdir()

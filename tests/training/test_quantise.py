@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from pe_patch import load_patched, patch_model
 from pe_patch.patching.peft_record import train_scheme
-from pe_patch.training import optimizers, quantise
-from pe_patch.training.models import parameter_groups
-from pe_patch.training.optimizers import build_optimizer
+from pe_patch.training import launch, quantise
+from pe_patch.training.launch import Launch
 from pe_patch.training.quantise import merge_saved, prepare_quantised, quantisation_config
-from pe_patch.training.recipe import Lora, Model, Optimizer, Recipe, RecipeError
+from pe_patch.training.recipe import Lora, Loss, Model, Optimizer, Recipe, RecipeError
+from pe_patch.training.trainer import RecipeTrainer
 
 from ..models import build, tokens
 from .cases import phase
@@ -28,6 +28,12 @@ IDS = tokens(4, 30)
 def recipe(**options: Any) -> Recipe:
     fields = {"version": 1, "output": "run", "model": Model(source="some", quantization="nf4"), "lora": Lora()}
     return Recipe(**{**fields, "phases": [phase()], **options})
+
+
+def optimizer_of(model: Any, wanted: Optimizer) -> Any:
+    """The optimiser that a recipe's trainer gives a model."""
+    small = Recipe(output="", optimizer=wanted, phases=[phase()], loss=Loss(chunk=0), dry_run=True)
+    return RecipeTrainer(model, Launch(small), small, lambda number, step: iter(())).create_optimizer()
 
 
 def test_nothing_is_asked_for():
@@ -47,19 +53,23 @@ def test_refused(options, says):
 
 
 def test_without_bitsandbytes(monkeypatch):
-    for module in (quantise, optimizers):
+    for module in (quantise, launch):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pe_patch\[qlora\]"):
         quantisation_config(recipe())
     with pytest.raises(RecipeError, match=r"pe_patch\[qlora\]"):
-        build_optimizer([], Optimizer(name="adamw_8bit"))
+        Launch(recipe(optimizer=Optimizer(name="adamw_8bit")))
 
 
 def test_adamw_is_torchs_own():
-    weight = torch.nn.Parameter(torch.ones(3, 3))
-    optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.1}], Optimizer(betas=(0.8, 0.9)))
-    assert type(optimizer) is torch.optim.AdamW
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["weight_decay"] == 0.1
+    model = build("llama")
+    optimizer = optimizer_of(model, Optimizer(betas=(0.8, 0.9), weight_decay=0.1))
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    matrices, vectors = optimizer.param_groups
+    assert matrices["betas"] == (0.8, 0.9) and (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.ndim for parameter in matrices["params"]} == {2}
+    assert {parameter.ndim for parameter in vectors["params"]} == {1}
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -87,7 +97,7 @@ def test_qlora_on_a_patched_model(tmp_path: Path):
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
     assert train_scheme(model) == ["0.table"]
-    optimizer = build_optimizer(parameter_groups(model, 0.0), wanted.optimizer)
+    optimizer = optimizer_of(model, wanted.optimizer)
     table = model.get_base_model().model.position_schemes.scheme[0].table.clone()
     losses = []
     for _ in range(2):
@@ -113,8 +123,11 @@ def test_qlora_on_a_patched_model(tmp_path: Path):
 @needs_bitsandbytes
 def test_eight_bits_need_a_quarter_and_resume_exactly():
     def make() -> tuple[torch.nn.Parameter, Any]:
-        weight = torch.nn.Parameter(torch.linspace(-1, 1, 128 * 128).view(128, 128))
-        optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.1}], Optimizer(name="adamw_8bit"))
+        model = build("llama", hidden_size=128, num_hidden_layers=1)
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        with torch.no_grad():
+            weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+        optimizer = optimizer_of(model, Optimizer(name="adamw_8bit", weight_decay=0.1))
         optimizer.param_groups[0]["lr"] = 1e-3
         return weight, optimizer
 
@@ -142,5 +155,8 @@ def test_eight_bits_need_a_quarter_and_resume_exactly():
 
 @needs_bitsandbytes
 def test_eight_bits_are_not_sharded():
+    wanted = recipe(optimizer=Optimizer(name="adamw_8bit"), model=Model(source="some"))
+    one = Launch(wanted)
+    one.uses_fsdp = True
     with pytest.raises(RecipeError, match="FSDP2"):
-        build_optimizer([], Optimizer(name="adamw_8bit"), sharded=True)
+        one.refuse(wanted, build("llama"))
