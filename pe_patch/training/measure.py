@@ -90,7 +90,7 @@ class Measure:
             find_tasks(self.wanted.tasks)  # before reading the text, which takes longer
             self.corpus = Corpus.load(self.tokenizer, self.documents(), needed=max(self.lengths))
             refuse_ids({"the held-out text": int(self.corpus.stream.max())}, self.tokenizer, model)
-            self._evaluate(model, self.corpus, dry_run=True)
+            self._run_evaluation(model, self.corpus, dry_run=True)
         except Exception as error:  # whatever fails here would fail after training
             raise RecipeError(
                 f"evaluation: cannot run: {_as_sentence(error)} Correct the evaluation section (tasks: "
@@ -191,9 +191,9 @@ class Measure:
         return rows
 
     def _rows(self, model: Any) -> Iterator[dict[str, Any]]:
-        return (asdict(row) for row in self._evaluate(model, self.corpus).rows)
+        return (asdict(row) for row in self._run_evaluation(model, self.corpus).rows)
 
-    def _evaluate(self, model: Any, text: Any, *, dry_run: bool = False) -> Any:
+    def _run_evaluation(self, model: Any, text: Any, *, dry_run: bool = False) -> Any:
         # Import late: this loads plotting and metrics, which a run without evaluation does not need.
         from ..evaluation import evaluate
 
