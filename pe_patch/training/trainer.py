@@ -92,7 +92,7 @@ def model_inputs(batch: dict[str, Tensor], *, boundaries: bool, skips: bool = Fa
 
 
 class Sums(NamedTuple):
-    """Sums over all processes and passes of one step: losses in nats, and counts of targets."""
+    """Sums over all processes and micro-batches of one step: nats, and the number of correct predictions."""
 
     loss: float
     correct: float
