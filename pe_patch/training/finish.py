@@ -100,11 +100,12 @@ def finish(run: Run, trained: Any) -> None:
         _on_main(run, "its model card", lambda: card.write(run))
         if run.recipe.progress and launch.is_main:
             run.log.console.print("Wrote " + ", ".join(str(path) for path in (folder, *exported)))
-        if run.signal.received:  # it came while the model was being saved
+        stopped = bool(run.signal.received)  # while the model was being saved
+        if measure.pending(step) and stopped:
             received = KeyboardInterrupt() if run.signal.received == signal.SIGINT else TerminationSignal()
             raise _post_training_error(run, "its last evaluation", received)
         reloaded: list[Any] = [trained]
-        if not launch.sharded:  # sharded, a whole model may not fit on one device
+        if not launch.sharded and not stopped:  # sharded, a whole model may not fit on one device
             measure.everywhere = False
             _on_main(run, "the check of its files", lambda: reloaded.append(_reload(run, trained)))
         if measure.pending(step):

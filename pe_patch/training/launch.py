@@ -69,6 +69,8 @@ class Launch:
             self.deepspeed = self._configured_deepspeed(recipe)
         self.stage = int(self.deepspeed["zero_optimization"]["stage"]) if self.deepspeed is not None else 0
         self.uses_fsdp = self._uses_fsdp()
+        if self.cut_by_ring and not self.uses_fsdp:
+            raise RecipeError("cp_size: context parallelism needs FSDP2; enable it in accelerate's configuration.")
         # A group of its own has a longer time limit than the steps, whose limit finds processes that hang.
         self.waiting: Any = dist.new_group(backend="gloo", timeout=WAIT) if self.world > 1 else None
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from .. import compat
 from ..checkpoints.load import load_patched, read_config
 from ..data.packaged import DEMO_MODEL
 from ..errors import UnsupportedError, nearest
@@ -152,7 +153,10 @@ def rows_of(phase: Phase, world: int) -> int:
 
 def refuse_documents_that_leak(model: Any, recipe: Recipe, world: int) -> None:
     """Raise `RecipeError` if flash attention would let packed documents of a micro-batch see each other."""
-    if "flash" not in str(model.config.get_text_config()._attn_implementation) or not recipe.data.boundaries:
+    if (
+        "flash" not in str(compat.attention_implementation(model.config.get_text_config()))
+        or not recipe.data.boundaries
+    ):
         return
     for number, phase in enumerate(recipe.phases):
         if phase.pose is None and rows_of(phase, world) > 1:

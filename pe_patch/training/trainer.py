@@ -93,7 +93,7 @@ def model_inputs(batch: dict[str, Tensor], *, boundaries: bool, skips: bool = Fa
 
 
 class Sums(NamedTuple):
-    """Sums over all processes and passes of one step: losses in nats, and counts of targets."""
+    """Sums over all processes and micro-batches of one step: nats, and the number of correct predictions."""
 
     loss: float
     correct: float
@@ -538,6 +538,8 @@ class PhaseCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, progress, phase = self.trainer, self.trainer.progress, self.trainer.phase
+        # A Trainer that no longer calls `_get_grad_norm` would train without the guard.
+        assert "gradient_norm" in trainer.values, "This version of Transformers does not check the gradient's norm."
         seconds, tokens = time.perf_counter() - trainer.started, phase.batch * phase.length
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
         progress.tokens += tokens

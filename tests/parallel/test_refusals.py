@@ -105,6 +105,7 @@ def test_combinations_that_shard_nothing_right():
         ({"ACCELERATE_USE_FSDP": "true"}, "one process"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"}, "sp_size: Ulysses needs"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}, "cp_size.* needs FSDP2"),
     ],
 )
 def test_launches_that_are_refused(environment, told, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_teacher_is_the_model_before_the_patch_and_its_divergence_a_mean_ove
     network.save_pretrained(tmp_path / "plain")
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "plain")
     options = [
-        f"model.source={tmp_path}/plain", "phases.0.steps=1", "phases.0.micro_batch=1", "phases.0.learning_rate=0",
+        f"model.source={tmp_path}/plain", "phases.0.steps=1", "phases.0.micro_batch=1",
         "distill={weight: 3, temperature: 2}", "scheme={name: nope}", "optimizer.clip=1e9",
     ]  # fmt: skip
     recipe = load_recipe(recipe_file, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import pe_patch
@@ -24,6 +26,21 @@ from pe_patch.training.trainer import RecipeTrainer
 from ..models import build
 from .cases import logged, phase
 from .test_leaving import curve, started, wait_for_steps
+
+OVERRIDDEN = (
+    "_clip_grad_norm", "_evaluate", "_get_grad_norm", "_get_output_dir", "_load_from_checkpoint",
+    "_prepare_for_training", "_run_epoch", "_save_checkpoint", "floating_point_ops", "get_batch_samples",
+    "get_decay_parameter_names", "get_train_dataloader", "save_model", "training_step",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_transformers_still_calls_what_the_trainer_overrides(name: str) -> None:
+    """A method that a later version renames would be replaced in silence."""
+    assert name in vars(RecipeTrainer)
+    source = inspect.getsource(transformers.Trainer)
+    assert f"def {name}(" in source and f"self.{name}(" in source
+
 
 # Numbers that would train nothing, or upward
 
