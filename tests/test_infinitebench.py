@@ -104,15 +104,18 @@ def test_the_official_wording_and_budget_equal_lm_evals(name, lm_eval):
 def test_our_wording_contains_all_columns_of_a_row():
     for name, data_set in DATA_SETS.items():
         row = ROW | {"input": INPUTS.get(name, "INPUT?")}
-        text, _ = INFINITEBENCH[f"infinitebench_{name}"]().prompt(row)
+        text, _ = INFINITEBENCH[f"infinitebench_{name}"](wording="own").prompt(row)
         assert "CONTEXT {x}" in text
         if data_set.choices:
             assert all(f"{letter}. {option}\n" in text for letter, option in zip("ABCD", row["options"], strict=True))
-    assert "func_7(-3)" in INFINITEBENCH["infinitebench_code_run"]().prompt(ROW | {"input": INPUTS["code_run"]})[0]
-    found = INFINITEBENCH["infinitebench_math_find"]().prompt(ROW | {"input": INPUTS["math_find"]})[0]
+    assert (
+        "func_7(-3)"
+        in INFINITEBENCH["infinitebench_code_run"](wording="own").prompt(ROW | {"input": INPUTS["code_run"]})[0]
+    )
+    found = INFINITEBENCH["infinitebench_math_find"](wording="own").prompt(ROW | {"input": INPUTS["math_find"]})[0]
     assert "Find the second largest number in it" in found
     with pytest.raises(PePatchError, match=r"'INPUT\?' is not from InfiniteBench"):
-        INFINITEBENCH["infinitebench_code_run"]().prompt(ROW)
+        INFINITEBENCH["infinitebench_code_run"](wording="own").prompt(ROW)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_right_answers_are_read_in_every_format(name, answer, right):
 def test_a_row_becomes_a_question_with_a_score(tmp_path, tokenizer):
     row = ROW | {"id": 0, "context": "def one(): pass\n" * 20}
     (tmp_path / "code_debug.jsonl").write_text(json.dumps(row) + "\n")
-    task = INFINITEBENCH["infinitebench_code_debug"](source=str(tmp_path))
+    task = INFINITEBENCH["infinitebench_code_debug"](source=str(tmp_path), wording="own")
     assert task.prompt(row)[1] == "The answer is:"
     assert task.score(" B. two", ("two", "B")) == task.score(" two", ("two", "B")) == 1
     assert task.score(" A. one", ("two", "B")) == 0

@@ -119,7 +119,7 @@ def test_a_control_asks_the_same_questions_in_a_shorter_text(name, exact_fit, to
 
 def test_a_control_asks_for_the_same_keys(bench):
     bench.samples = 8
-    task = RULER["niah_multikey_1"]()
+    task = RULER["niah_multikey_1"](wording="own")
     seen = record(bench)
     task.questions(bench, 5000)
     long = [text.rpartition("\nIn this text")[2] for text in seen[::2]]
