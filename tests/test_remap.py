@@ -246,7 +246,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("string", {"attention_factor": 0}, "above 0"),
     ("lm_infinite", {"window": 4097}, "at most 4096"),
     ("lm_infinite", {"sinks": 0}, "sinks=0"),
-    ("rerope", {"over": "dynamic_ntk"}, "follow the length"),
+    ("rerope", {"over": "dynamic_ntk"}, "needs fixed frequencies"),
     ("rerope", {"over": "self_extend"}, "not defined by those alone"),
 ]
 

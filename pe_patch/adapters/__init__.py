@@ -50,10 +50,10 @@ PROJECTIONS: dict[str, ProjectionNames] = {
     "phi": Separate(output="dense", norms=("q_layernorm", "k_layernorm")),
 }
 """Projection names of the families in `PLAIN` that can be converted to latents. Other families give theirs in their
-    row.
+row.
 
-    Their attention only projects, normalises each head, rotates, attends and projects.
-    """
+Their attention only projects, normalises each head, rotates, attends and projects.
+"""
 
 LATENT = {
     "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",

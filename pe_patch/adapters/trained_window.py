@@ -306,8 +306,10 @@ def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]
 
 
 def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindow:
-    """Return both windows where the config has a factor (`linear`, `proportional`) and one length. Some configs count
-    the factor in that length (Gemma 3), others do not (Vicuna), and nothing in Transformers tells them apart."""
+    """Return both windows of a config with a factor and one length.
+
+    Whether the length includes the factor depends on the family (Gemma 3: yes, Vicuna: no).
+    """
     maximum, factor = window.maximum, window.factor or 1.0
     if maximum is None:
         return window

@@ -33,7 +33,7 @@ class Heads(NamedTuple):
 
 
 def declared(cls: type) -> bool:
-    """Return whether a class declares `head_sharded_attributes`, and no subclass has overridden a hook since."""
+    """Return whether a class declares `head_sharded_attributes`, and that no subclass below it overrides a hook."""
     order = cls.__mro__
     says = next((place for place, owner in enumerate(order) if "head_sharded_attributes" in owner.__dict__), None)
     if says is None or order[says].__dict__["head_sharded_attributes"] is None:
@@ -45,10 +45,9 @@ def declared(cls: type) -> bool:
 def part(scheme: Any, heads: Heads) -> Any:
     """Return the scheme sliced to a range of its heads.
 
-    `Scheme.head_sharded_attributes` names the slopes, tables and parameters to slice, and the dimension of their
-    heads. Parameters
-    are views of the full ones, so gradients reach those. Hooks on a full parameter do not run for kernels that compute
-    their own gradients. Everything else is shared.
+    `Scheme.head_sharded_attributes` names the slopes, tables and parameters to slice, and the dimension of their heads.
+    Parameters are views of the full ones, so gradients reach those. Hooks on a full parameter do not run for kernels
+    that compute their own gradients. Everything else is shared.
 
     Raises:
         UnsupportedError: the scheme does not say what it keeps for each head.
@@ -56,9 +55,8 @@ def part(scheme: Any, heads: Heads) -> Any:
     if not declared(type(scheme)):
         raise UnsupportedError(
             f"{scheme.name!r} is split by heads over processes here and does not declare which attributes have entries "
-            "for each head: declare head_sharded_attributes = {attribute: dimension of the heads} on the class "
-            "({} where all heads "
-            "share everything), or keep the heads together."
+            "for each head: declare head_sharded_attributes = {attribute: dimension of the heads} on the class ({} "
+            "where all heads share everything), or keep the heads together."
         )
     view: Any = copy(scheme)
     parameters, modules = compat.own_parameters(scheme), compat.submodules(scheme)

@@ -91,7 +91,7 @@ class Option:
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
 class _Options:
-    """Makes type checkers read the annotated fields of a scheme as keyword arguments."""
+    """Make type checkers read the annotated fields of a scheme as keyword arguments."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -100,9 +100,9 @@ class Scheme(_Options, nn.Module):
 
     1. `embed` adds to the input embeddings.
     2. `angles` rotates queries and keys before the cache; decoding then costs nothing.
-    3. `encode` changes queries and keys at the scores; keys are cached as they were projected.
+    3. `encode` changes queries and keys after the cache is read. The cache holds unrotated keys.
     4. `bias` adds to the scores. A bias by distance and head derives from `DistanceBias` instead.
-    5. `attend` is everything after the projections.
+    5. `attend` computes attention from the projected queries, keys and values.
 
     The options of a scheme are the annotated fields of its class. Other attributes are `ClassVar`, have no
     annotation, or are set in `setup`. `YaRN(factor=4)` only holds options until a model is patched with it.
@@ -404,9 +404,9 @@ def causal_distance(length: int) -> Tensor:
 class DistanceBias(Scheme):
     """An additive bias that depends only on the distance and the head.
 
-    A subclass overrides `score_bias(distance, head)`, one pointwise function. Broadcasting makes the dense bias, and
-    FlexAttention calls it on scalars. If the bias is a sum of products of one function of the query's position and one
-    of the key's, override `bias_as_head_dims` too: then a few extra dimensions of the heads compute it in any kernel.
+    A subclass overrides `score_bias(distance, head)`, which is pointwise: SDPA calls it on tensors, FlexAttention on
+    scalars. If the bias is a dot product of a function of the query position and one of the key position, also override
+    `bias_as_head_dims`, so that every kernel can add it as extra head dimensions.
     """
 
     mechanism = "distance bias"

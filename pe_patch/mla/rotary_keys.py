@@ -78,8 +78,8 @@ SELECTIONS: dict[str, Selection] = {
 def shared(projections: Projections, statistics: Statistics, rope_dim: int, freqfold: int) -> RotaryKeys:
     """Concentrate the rotary part of all heads in one shared rotary key.
 
-    At each frequency, mixing the heads by one orthogonal matrix for both dimensions of a pair commutes with rotation.
-    With the principal axes of the keys as this matrix, the first slots hold most of the energy of a frequency.
+    Rotating the heads into the principal axes of the keys commutes with RoPE if both dimensions of a pair use the same
+    matrix. The first axes hold most of the energy.
     `freqfold` treats that many neighboring frequencies as one, which is an approximation. With a `rope_dim` below the
     trained width, every (rotary_dim / rope_dim)-th frequency of a group remains, each with one slot.
 

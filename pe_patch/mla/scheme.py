@@ -59,11 +59,11 @@ class MLA(ProjectionScheme):
     cache_ratio: float | None = None
     """Size of the new cache relative to the present one, in (0, 1)."""
     max_loss: float | None = None
-    """Relative increase of the loss on held-out calibration tokens that is allowed; the smallest such rank is used."""
+    """Largest allowed relative increase of the held-out loss. The smallest rank that meets it is used."""
     rope_dim: int | None = None
-    """Rotary dimensions to keep. For "transmla" and "svd" those of the key that all heads share: a divisor of the
-    trained rotary width, or a multiple of it up to that of all key-value heads. For "mha2mla" those of each key-value
-    head. None for as many as possible up to 64, or as many as `cache_ratio` allows."""
+    """Rotary dimensions to keep. "transmla", "svd": width of the shared key, a divisor or a multiple of the trained
+    rotary width, up to that of all key-value heads. "mha2mla": per key-value head. None for up to 64, or as many as
+    `cache_ratio` allows."""
     method: str = "transmla"
     """"transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy concentrated in few dimensions, principal
     components of the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: a selection of rotary dimensions,

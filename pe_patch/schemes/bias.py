@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LARGEST_SLOPE = 1e4
 LARGEST_SANDWICH = 8192
-"""Width of the sinusoids, each of which costs a pass over the scores."""
+"""Largest width of Sandwich's sinusoids. Each cosine costs a pass over the scores."""
 
 WIDTH = 8
 """GPU kernels need head widths that are multiples of this number."""
@@ -49,7 +49,10 @@ def position_limbs(positions: Tensor, base: int, count: int) -> list[Tensor]:
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 t / p) for the largest power of two p <= heads; for the other heads every other slope of 2p heads."""
+    """Return one ALiBi slope per head: 2^(-8 t / p) for the largest power of two p <= heads.
+
+    The other heads get every other slope of 2p heads.
+    """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * t / power) for t in range(1, power + 1)]
     return slopes + [2.0 ** (-4 * t / power) for t in range(1, 2 * (heads - power), 2)]
@@ -95,11 +98,10 @@ class ALiBi(DistanceBias):
     def bias_as_head_dims(
         self, positions: Positions, scaling: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        """Return slope j - slope i as a sum of exact products.
+        """Write the bias, slope j - slope i, as exact products.
 
-        Neither a position beyond 256 nor most slopes are bfloat16 numbers, so both are cut into limbs that are. The
-        query's own term is subtracted although the softmax ignores it, right after its counterpart: sums stay small,
-        where float32 is fine.
+        Positions above 256 and most slopes are not exact in bfloat16, so both are split. Subtracting the query's term
+        next to its counterpart keeps partial sums small.
         """
         cuts, base, count, weights = LIMBS[dtype]
         if max(self.head_slopes) / scaling * float(base ** (count - 1)) > torch.finfo(dtype).max:
@@ -131,8 +133,8 @@ class ALiBi(DistanceBias):
 def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = False) -> Tensor:
     """Return the bucket of query position - key position: exact at first, then logarithmic up to `farthest` tokens.
 
-    `both_ways` keeps half of the buckets for keys that lie ahead; without, those share the bucket of distance 0. The
-    logarithm is float32 and truncated, as in every implementation that trained weights come from.
+    With `both_ways`, as in bidirectional attention, half of the buckets are for later keys. Without it, later keys
+    share the bucket of distance 0. The logarithm is float32 and truncated, as in the implementations of trained models.
     """
     start = 0
     if both_ways:
@@ -150,8 +152,8 @@ def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = 
 class T5(DistanceBias):
     """A learned bias for each head and bucket of distances (Raffel et al. 2019, arXiv 1910.10683, section 2.1).
 
-    One table `[num_buckets, heads]` for all layers, zeros at the start. In an attention that looks ahead half of the
-    buckets are for what lies there.
+    One table `[num_buckets, heads]` for all layers, zeros at the start. In bidirectional attention, half of the buckets
+    are for later keys.
     """
 
     name = "t5"
@@ -213,9 +215,9 @@ KINDS = ("log", "power")
 class Kerple(DistanceBias):
     """A learned kernel of the distance for each head and layer (Chi et al. 2022, arXiv 2205.09921).
 
-    "log": -p ln(1 + a |i - j|); "power": -a |i - j|^p. The authors draw a from U(0, 1) and p from U(0, 2) and, before
-    every use, cut both at 0.01 from below and the power's p at 2 from above. They cut the weights themselves; here
-    the weights are left alone and the gradient goes through the cut, so that a forward pass changes no model.
+    "log": -p ln(1 + a |i - j|); "power": -a |i - j|^p. The authors draw a from U(0, 1) and p from U(0, 2). They clamp a
+    and p to at least 0.01, and the power's p to at most 2, in the weights. Here the clamp is in the forward pass, and
+    the gradient ignores it.
     """
 
     name = "kerple"

@@ -101,13 +101,15 @@ WHOLE_CONFIG |= {"rope_scaling", "rope_parameters", "max_position_embeddings"}
 
 
 def yarn_temperature(factor: float, slope: float = 1.0) -> float:
-    """0.1 m ln s + 1, the square root of YaRN's inverse temperature (Peng et al. 2023, arXiv 2309.00071, equation 22);
-    1 where nothing is extended."""
+    """Return 0.1 m ln s + 1, the square root of YaRN's inverse temperature; 1 without an extension.
+
+    Source: Peng et al. 2023, arXiv 2309.00071, equation 22.
+    """
     return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
 
 
 def left_as_it_was(family: Any, maximum: Any) -> int | None:
-    """Return the trained window of a family whose unscaled `max_position_embeddings` this is, where the two differ."""
+    """Return the trained window of a family that ships this larger `max_position_embeddings`; else None."""
     return LEFT_AS_IT_WAS.get((family, maximum)) if isinstance(family, str) and isinstance(maximum, int) else None
 
 
@@ -149,7 +151,9 @@ def _check_kind(key: str, value: Any) -> None:
         for entry in value:
             _check_kind(key, entry)
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise OptionValueError(f"{key}={quoted(value)} is no number, string, list or dict, which a config consists of.")
+        raise OptionValueError(
+            f"{key}={quoted(value)} is a {type(value).__name__}; a config holds numbers, strings, lists and dicts."
+        )
 
 
 def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None = None) -> Any:
@@ -199,7 +203,8 @@ def _whole(config: dict[str, Any]) -> Reading:
         return read(config["text_config"])
     if stray := config.keys() & {"factor", "long_factor", "attention_factor", "low_freq_factor"}:
         key = sorted(stray)[0]
-        raise ConfigFault(f"{quoted(key)} says nothing without a type: add 'rope_type'.", "untyped", *stray)
+        message = f"{quoted(key)} has no effect without a rope_type. Add rope_type='yarn', for example."
+        raise ConfigFault(message, "untyped", *stray)
     if not config.keys() & own_keys:
         message = "This config says nothing of rotary positions: neither rope_parameters nor rope_theta."
         raise ConfigFault(message, "silent")
@@ -276,7 +281,7 @@ def _scheme(entries: dict[str, Any]) -> str:
     if rope_type is None:
         extra = entries.keys() - {key for keys in SYNONYMS.values() for key in keys} - UNSUPPORTED_KEYS.keys()
         if extra:
-            message = f"{sorted(extra)[0]!r} says nothing without a type: add 'rope_type', for example 'yarn'."
+            message = f"{sorted(extra)[0]!r} has no effect without a rope_type. Add rope_type='yarn', for example."
             raise ConfigFault(message, "untyped", *extra)
         return "rope"
     if rope_type in UNSUPPORTED_TYPES:
@@ -315,8 +320,11 @@ def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any)
 
 
 def _rewrite_yarn(entries: dict[str, Any], maximum: Any) -> None:
-    """The YaRN authors' and vLLM's keys: `attn_factor` multiplies the temperature, `extrapolation_factor` is always 1,
-    `finetuned` says nothing about a fixed factor."""
+    """Convert the YaRN authors' and vLLM's keys to options.
+
+    `attn_factor` multiplies the temperature, `extrapolation_factor` is always 1, and `finetuned` does not affect a
+    fixed factor.
+    """
     entries.pop("finetuned", None)
     _rewrite_multiplier(entries)
     if entries.pop("extrapolation_factor", 1) != 1:
@@ -342,7 +350,7 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
 
 
 def _rewrite_dynamic_yarn(entries: dict[str, Any], maximum: Any) -> None:
-    """A model that was fine-tuned at its longest length starts from the scaling of that length."""
+    """Set `expected_length` for a model fine-tuned at its longest length."""
     if entries.get("finetuned") and maximum is not None:
         entries.setdefault("expected_length", maximum)
     _rewrite_yarn(entries, maximum)

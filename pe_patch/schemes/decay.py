@@ -30,9 +30,8 @@ class XPos(Rotation):
     """xPos: rotation, and pair k of a score times zeta_k^((i - j) / B), zeta_k = (2 k / r + 0.4) / 1.4 (Sun et al.
     2022, arXiv 2212.10554, section 3.2).
 
-    The factor is split into zeta^((i - c) / B) on the query and zeta^((c - j) / B) on the key, which overflows where
-    the centre c lies far from i. So every few queries have a centre among them: what underflows then is what the
-    product would be anyway.
+    The factor is split between query and key around a centre c, zeta^((i - c) / B) and zeta^((c - j) / B). Far from c
+    it would overflow, so each block of queries has its own centre. Underflow is harmless: the product underflows too.
     """
 
     name = "xpos"

@@ -28,11 +28,11 @@ def build_inner(
 
     Args:
         theta: the base of its frequencies, where `over` does not set one.
-        window: the trained window. If `over` sets a window itself, that one belongs to the frequencies, and this one is
-            what the model reads with them (Llama 3.1: frequencies from 8,192, a window of 131,072).
+        window: the trained window. If `over` sets one, that applies to the frequencies only, and this stays the model's
+            window (Llama 3.1: frequencies from 8,192, a window of 131,072).
 
     Returns:
-        The scheme, and the window that the model reads with its frequencies; None where that follows from them.
+        The scheme, and the model's window if it differs from the scheme's; else None.
     """
     if not isinstance(over, str | Mapping | None):
         raise OptionValueError(f"{scheme!r} got over={quoted(over)}; give the name of a rotary scheme, or a dict.")
@@ -54,7 +54,6 @@ class Over(Rotary):
     """A change to the frequencies of another rotary scheme, whose attention factor, window and regimes it keeps.
 
     A subclass overrides `change(inv_freq)`.
-
     """
 
     over: str | Mapping[str, object] | None = None
@@ -119,8 +118,8 @@ class ClippedRoPE(Over):
             raise OptionValueError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
         if pairs < 2 or ("dims" not in self.options and dims >= pairs):
             raise OptionValueError(
-                f"{self.name!r} tapers {dims} frequencies by default and this attention has {pairs}, so that none "
-                f"would stay as it is; say how many with dims=<2 to {pairs}>."
+                f"{self.name!r} tapers {dims} frequencies by default, and this attention has only {pairs}. Give "
+                f"dims=<2 to {pairs}>."
             )
         self.dims = min(int(dims), pairs)
 

@@ -52,7 +52,7 @@ def find_scheme(
         scheme: a scheme with its options such as `YaRN(factor=4)`, a name or alias, a `Scheme` class, or a dict in any
             config format.
         options: further options; none of them may be given in `scheme` too.
-        shape: where known, a dict that says how much of the head rotates is compared with it.
+        shape: sizes of the layer, to check a `partial_rotary_factor`; None if unknown.
     """
     options = {option: plain(value) for option, value in options.items()}
     if isinstance(scheme, Scheme):
@@ -96,7 +96,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _check_width(specification: Specification, shape: AttentionShape | None) -> None:
-    """Raise if a dict rotates another share of the head than the model."""
+    """Raise if a dict rotates a different share of the head than the model."""
     part = specification.partial_rotary_factor
     if part is None or shape is None or specification.scheme == "proportional":
         return

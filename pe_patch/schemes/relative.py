@@ -56,7 +56,9 @@ class Shaw(ContentRelative):
         shape, with_values = self.shape, check_flag("shaw", "values", self.values)
         farthest = check_length("shaw", "max_distance", self.max_distance)
         if farthest is None:
-            raise OptionValueError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
+            raise OptionValueError(
+                "'shaw' got max_distance=None; max_distance must be a number of tokens. Example: max_distance=16."
+            )
         self.max_distance = check_table("shaw", "max_distance", farthest, 2 * (shape.head_dim + shape.value_dim))
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
@@ -118,7 +120,7 @@ class TransformerXL(ContentRelative):
 
     Scores are ((q_i + u) k_j + (q_i + v) W_R R_{i-j}) / sqrt(d) with u and v `[heads, head]` shared by all layers, a
     projection W_R `[heads * head, hidden]` for each, and R_n = [sin(n w), cos(n w)] of the model's width. One module
-    for the model; all of it is zeros at the start. Memory of earlier segments is the cache's business.
+    for the model; all of it is zeros at the start. The KV cache holds earlier segments.
     """
 
     name = "transformer_xl"

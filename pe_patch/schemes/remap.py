@@ -111,10 +111,9 @@ class SelfExtend(Windowed):
     """Self-Extend: beyond W positions are counted in groups of G, floor(i / G) + W - floor(W / G) - floor(j / G)
     (Jin et al. 2024, arXiv 2401.01325, section 3.2).
 
-    Distances reach the trained window L at (L - W) G + W tokens. What is not given follows from `factor`, the target
-    N over L, by the authors' rule of thumb that W + (N - W) / G stay below two thirds of L, since large distances are
-    not as well trained as small ones: the smallest such G, and W of 1024 or a quarter of L, whichever is less, or less
-    than that where a given G asks for it. Without `factor` G is 8.
+    Distances reach the trained window L at (L - W) G + W tokens. `factor` is N / L. If G is not given, use the smallest
+    G with W + (N - W) / G <= 2 L / 3. W defaults to min(1024, L / 4), or less if the given G needs it. Without
+    `factor`, G is 8. The bound of 2 L / 3 is the authors': large distances are less well trained than small ones.
     """
 
     name = "self_extend"

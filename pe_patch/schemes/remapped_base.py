@@ -30,7 +30,7 @@ SAMPLED, ROWS = 4096, 64
 class Zone:
     """A range of query-key pairs, as in `Range`, and the positions by which the two rotate in it.
 
-    Zones that name the same tensor share what was rotated by it.
+    Zones with the same positions tensor share one rotation.
     """
 
     query: Tensor | None
@@ -70,8 +70,8 @@ class Remapped(Rotation):
         )
         if self.inner.length_dependent:
             raise OptionValueError(
-                f"{self.name!r} takes frequencies that stay, and those of {self.inner.name!r} follow the length here; "
-                "give over= a fixed factor, or an expected_length."
+                f"{self.name!r} needs fixed frequencies, and {self.inner.name!r} changes them with the length. Give "
+                f"{self.inner.name!r} a fixed factor or an expected_length."
             )
         self.base = self.inner.base
         self.trained_window = self.reads or self.inner.effective_window or self.inner.trained_window

@@ -179,7 +179,7 @@ class Rotation(Scheme):
     def plain_frequencies(
         self, theta: float | None = None, stretch: float | Tensor = 1.0, pairs: int | None = None
     ) -> Tensor:
-        """1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 when None; float32.
+        """Return 1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 if None; float32.
 
         The order of operations is Transformers', which must be matched bit for bit: torch computes powers in vectors of
         eight and the rest one by one, so slicing or dividing afterwards would round differently.
@@ -221,9 +221,9 @@ class Rotation(Scheme):
 class Rotary(Rotation):
     """Rotation of every query and key by its own position (Su et al. 2021, arXiv 2104.09864).
 
-    A subclass overrides `frequencies(length)`. Length-dependent schemes cache keys as projected. Tokens of a first pass
-    use the regime of their document's length. A later token uses, for itself and for all keys that it attends to, the
-    smallest regime on a geometric grid that contains its position.
+    A subclass overrides `frequencies(length)`. Length-dependent schemes cache unrotated keys. A first pass uses the
+    frequencies for its document's length. A cached token uses the smallest length on a geometric grid (`regime`) that
+    contains its position, for itself and its keys.
     """
 
     head_sharded_attributes = SHARED
@@ -295,7 +295,7 @@ class Rotary(Rotation):
     def _rotations(
         self, positions: Positions, inv_query: Tensor, factor_query: Tensor, inv_key: Tensor, factor_key: Tensor
     ) -> tuple[Tensor, ...]:
-        """(no choice, cos and sin of the queries, cos and sin of the keys), each `[batch | 1, length, r]`, float32."""
+        """Return an empty regime index, then cos and sin of queries and keys, `[batch | 1, length, r]`, float32."""
         sides = ((positions.query, inv_query, factor_query), (positions.key, inv_key, factor_key))
         tables: list[Tensor] = [positions.query[:, :0]]
         for position, inv_freq, factor in sides:
@@ -347,7 +347,6 @@ class Scaled(Rotary):
     A subclass overrides `scaled(factor)` for s > 1. At s = 1 the frequencies are the plain ones, bit for bit. With
     `factor="auto"` s follows the length of the sequence in powers of two of the trained window, so decoding rarely
     changes the regime.
-
     """
 
     auto_allowed: ClassVar[bool] = True

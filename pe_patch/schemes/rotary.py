@@ -123,7 +123,7 @@ class DynamicNTK(Rotary):
     @property
     def effective_window(self) -> int | None:
         if self.factor == 1 and self.expected_length is None:
-            return None  # it follows the length without end, and starts to work where the window ends
+            return None  # unbounded: the base grows with the length beyond the window
         return max(int(self.factor * self.trained_window), self.longest_expected or 0)
 
     @property

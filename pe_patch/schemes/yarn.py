@@ -70,8 +70,10 @@ class YaRN(Scaled):
 
     @property
     def softmax_factor(self) -> float:
-        """0.1 mscale_all_dim ln s + 1, whatever the factor on cos and sin (DeepSeek-AI 2024, arXiv 2405.04434, whose
-        code multiplies the softmax scale by its square)."""
+        """Return 0.1 mscale_all_dim ln s + 1, whatever the factor on cos and sin.
+
+        Source: DeepSeek-AI 2024, arXiv 2405.04434, whose code multiplies the softmax scale by its square.
+        """
         all_dim = self.given.get("mscale_all_dim")
         if not all_dim:
             return 1.0
