@@ -256,10 +256,11 @@ class Engine(AttentionEngine):
             return output.transpose(1, 2)
         heads = torch.arange(query.shape[1], device=query.device)
         table = bias.score_bias(torch.arange(key.shape[2], device=query.device), heads[:, None])
-        table = table.to(self._precise(query))
+        # A bias that ignores the head or the distance has the shape of the other one alone, or is a scalar.
+        table = table.to(self._precise(query)).expand(query.shape[1], key.shape[2])
         reach, min_slope = None, bias.min_slope(query.device)
         if min_slope is not None and query.shape[2] == key.shape[2] >= LONG:
-            reach = reaches(query, key, self.scaling, min_slope)
+            reach = reaches(query, key, self.scaling, min_slope.expand(query.shape[1]))
         return attention_by_distance(query, key, value, table, self.scaling, reach)
 
     def relative(
