@@ -143,7 +143,7 @@ def _patches_whole_types(adapter: Adapter, config: Any, schemes: SchemeByLayerTy
     if chosen is None:
         return True
     return (
-        adapter.typed
+        adapter.rotary_per_layer_type
         and not {layer_type for i, layer_type in enumerate(config.layer_types) if i not in chosen} & schemes.keys()
     )
 
