@@ -15,7 +15,7 @@ from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
 from ..schemes.rope import cos_sin
 from .projections import ProjectionNames
-from .trained_window import TrainedWindow, native_parameters, trained_window
+from .trained_window import TrainedWindow, config_rope_parameters, trained_window
 from .vision import VisionEncoder
 
 DEFAULT_THETA = 10000.0
@@ -205,7 +205,7 @@ def native_theta(rotary: Any, config: PreTrainedConfig, layer_type: str | None =
     Raises:
         UnsupportedError: the frequencies follow no single base.
     """
-    parameters = native_parameters(config, layer_type)
+    parameters = config_rope_parameters(config, layer_type)
     theta = float(parameters.get("rope_theta") or DEFAULT_THETA)
     inv_freq = frequencies_of(rotary, layer_type)[1]
     width = 2 * inv_freq.shape[-1]

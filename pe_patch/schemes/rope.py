@@ -330,7 +330,7 @@ class Rotary(Rotation):
 Factor = float | Literal["auto"]
 
 
-def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
+def to_rope_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
     """Return Transformers' `rope_parameters` with the base and, if only a part of each head rotates, its share."""
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.base, **values}
     width, head = scheme.shape.rotary_dim, scheme.shape.head_dim
@@ -406,7 +406,7 @@ class Scaled(Rotary):
         if self.fixed_factor is None:
             return None
         if self.fixed_factor == 1 and self.unscaled()[1] == 1:
-            return native_parameters(self, "default")
+            return to_rope_parameters(self, "default")
         return self.native_scaled(self.fixed_factor)
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
@@ -426,7 +426,7 @@ class Linear(Scaled):
         return self.plain_frequencies() / factor, 1.0
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
-        return native_parameters(self, "linear", factor=factor)
+        return to_rope_parameters(self, "linear", factor=factor)
 
 
 @register_scheme
@@ -450,7 +450,7 @@ class NTK(Scaled):
         return self.plain_frequencies(self.scaled_theta(factor)), 1.0
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
-        return {**native_parameters(self, "default"), "rope_theta": self.scaled_theta(factor)}
+        return {**to_rope_parameters(self, "default"), "rope_theta": self.scaled_theta(factor)}
 
 
 def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -> Tensor:
@@ -522,7 +522,7 @@ class Llama3(Scaled):
         return scale_by_rotations(self, factor, self.low, self.high), 1.0
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
-        return native_parameters(
+        return to_rope_parameters(
             self,
             "llama3",
             factor=factor,

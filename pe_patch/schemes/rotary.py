@@ -14,7 +14,7 @@ from ..core.checks import LARGEST_FACTOR, check_length, check_list, check_number
 from ..errors import OptionValueError
 from .frequency_wrappers import ClippedRoPE, Resonance
 from .registry import register_scheme
-from .rope import NTK, Linear, Llama3, NTKByParts, Rotary, Scaled, native_parameters
+from .rope import NTK, Linear, Llama3, NTKByParts, Rotary, Scaled, to_rope_parameters
 from .yarn import DynamicYaRN, YaRN
 
 __all__ = [
@@ -46,7 +46,7 @@ class RoPE(Rotary):
         return self.plain_frequencies(), 1.0
 
     def native(self) -> dict[str, object] | None:
-        return native_parameters(self, "default")
+        return to_rope_parameters(self, "default")
 
 
 @register_scheme
@@ -85,7 +85,7 @@ class Proportional(Scaled):
     def native(self) -> dict[str, object] | None:
         if self.dim != self.shape.head_dim or self.fixed_factor is None:
             return None  # Transformers counts the proportion of the whole head
-        return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.fixed_factor)
+        return to_rope_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.fixed_factor)
 
 
 @register_scheme
@@ -133,7 +133,7 @@ class DynamicNTK(Rotary):
     def native(self) -> dict[str, object] | None:
         if self.regime_start > self.trained_window:
             return None
-        return native_parameters(self, "dynamic", factor=self.factor)
+        return to_rope_parameters(self, "dynamic", factor=self.factor)
 
 
 @register_scheme
@@ -193,7 +193,7 @@ class LongRoPE(Rotary):
         return max(int(self.extension * self.trained_window), self.longest_expected or 0)
 
     def native(self) -> dict[str, object] | None:
-        return native_parameters(
+        return to_rope_parameters(
             self,
             "longrope",
             long_factor=self.long,

@@ -11,7 +11,7 @@ from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number
 from ..errors import OptionValueError
 from .config_formats import yarn_temperature
 from .registry import register_scheme
-from .rope import Rotary, Scaled, native_parameters
+from .rope import Rotary, Scaled, to_rope_parameters
 
 
 @register_scheme
@@ -111,7 +111,7 @@ class YaRN(Scaled):
     def native_scaled(self, factor: float) -> dict[str, object] | None:
         values = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate, **self.given}
         values.setdefault("attention_factor", self.attention_factor_at(factor))
-        return native_parameters(
+        return to_rope_parameters(
             self, "yarn", factor=factor, original_max_position_embeddings=self.trained_window, **values
         )
 
