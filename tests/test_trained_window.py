@@ -22,7 +22,7 @@ from pe_patch.doctor import diagnose, examine
 from pe_patch.errors import OptionError
 from pe_patch.patching.api import unpatch_model
 from pe_patch.patching.targets import find_stack
-from pe_patch.schemes.config_formats import LEFT_AS_IT_WAS, read
+from pe_patch.schemes.config_formats import UNSCALED_MAXIMA, read
 
 from . import families
 from .models import build, error, logits, tokens
@@ -350,7 +350,7 @@ def test_qwen3s_card_is_no_fault(tmp_path):
 
 
 def test_the_windows_that_dialects_know_are_the_authors():
-    for (family, maximum), length in LEFT_AS_IT_WAS.items():
+    for (family, maximum), length in UNSCALED_MAXIMA.items():
         config = CONFIG_MAPPING[family](max_position_embeddings=maximum)
         word = author_facts(config, maximum, {"rope_type": "default", "rope_theta": 1e4})
         assert word is not None and word.trained_length == length

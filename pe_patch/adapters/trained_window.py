@@ -296,7 +296,7 @@ def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]
     by_factor = f"{carried} from {original:,}"
     if maximum is not None and maximum > original and (rope_type in NOT_A_RATIO or _agree(original, factor, maximum)):
         return replace(window, scaled_length=maximum, scaled_source=f"max_position_embeddings, {by_factor}")
-    if maximum is None or _left_as_it_was(config, window, parameters, original):
+    if maximum is None or _is_unscaled_maximum(config, window, parameters, original):
         return replace(window, scaled_length=reached, scaled_source=by_factor)
     if reached is None:
         return replace(window, scaled_source=f"the config's {quoted(rope_type)} scaling names no factor")
@@ -341,7 +341,7 @@ def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindo
     return replace(window, source=unclear, scaled_source=unclear, choices=((before, maximum), (maximum, after)))
 
 
-def _left_as_it_was(config: Any, window: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
+def _is_unscaled_maximum(config: Any, window: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
     """Return whether this `max_position_embeddings` is from before a scaling that starts at `original` was added, as
     Qwen3's model card asks for and YaRN's authors did with Mistral."""
     if window.maximum == original:
