@@ -66,12 +66,12 @@ class Positions(NamedTuple):
         return self._replace(key=self.key[:, index], kept=index)
 
 
-def from_mask(mask: Tensor) -> Tensor:
+def positions_from_mask(mask: Tensor) -> Tensor:
     """Return the rank of each token among the real ones of its row, `[batch, length]`; padding gets zero."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def without_holes(mask: Tensor) -> Tensor:
+def positions_skipping_gaps(mask: Tensor) -> Tensor:
     """Return positions that skip masked tokens behind the first real one of a row, `[batch, length]`.
 
     Padding on the left counts, so that a row without a hole gets 0, 1, 2 ..., the positions that Transformers
@@ -82,7 +82,7 @@ def without_holes(mask: Tensor) -> Tensor:
     return torch.arange(mask.shape[-1], device=mask.device) - holes
 
 
-def counts_holes(mask: Tensor, past_length: int, window: int | None, chunk: int | None) -> bool:
+def slot_mask_is_wrong(mask: Tensor, past_length: int, window: int | None, chunk: int | None) -> bool:
     """Return whether a mask built from cache slots differs from one built from positions.
 
     Transformers builds the masks of sliding and chunked layers from cache slots. They agree with positions unless

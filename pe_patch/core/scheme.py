@@ -389,7 +389,7 @@ def check_causal(scheme: Scheme, engine: AttentionEngine) -> None:
         raise UnsupportedError(f"{scheme.name!r} is defined for causal attention only, and this one looks ahead.")
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or unchanged if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

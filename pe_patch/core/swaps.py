@@ -27,10 +27,10 @@ class Absent(Enum):
     """
 
     ABSENT = "absent"
-    GIVEN_UP = "given up"
+    RELEASED = "released"
 
 
-ABSENT, GIVEN_UP = Absent.ABSENT, Absent.GIVEN_UP
+ABSENT, RELEASED = Absent.ABSENT, Absent.RELEASED
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 from .. import compat
 from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary
 from ..core.scheme import Scheme, overrides
-from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
+from ..core.swaps import ABSENT, RELEASED, Removal, Swap
 from ..errors import PePatchError
 from ..mla.protocol import converts
 from .api import find_patch
@@ -231,7 +231,7 @@ def _new(swap: Swap) -> str:
 def _name(value: Any) -> str:
     if value is ABSENT:
         return "the class's own"
-    if value is GIVEN_UP:
+    if value is RELEASED:
         return "not kept"
     if isinstance(value, PatchedRotaryEmbedding):
         scheme = value.__dict__["scheme"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
 from ..core.positions import Positions
-from ..core.scheme import DistanceBias, check_heads, wide
+from ..core.scheme import DistanceBias, at_least_float32, check_heads
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -76,7 +76,7 @@ class ALiBi(DistanceBias):
         heads = self.shape.num_heads
         given = alibi_slopes(heads) if self.slopes is None else self.slopes
         self.head_slopes = check_list(
-            self.name, "slopes", given, heads, has="has", each="query head", high=LARGEST_SLOPE
+            self.name, "slopes", given, heads, verb="has", unit="query head", high=LARGEST_SLOPE
         )
 
     def _slopes(self, device: torch.device) -> Tensor:
@@ -175,12 +175,12 @@ class T5(DistanceBias):
         self.table = nn.Parameter(torch.zeros(self.num_buckets, heads))
 
     def score_bias(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
-        return wide(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
+        return at_least_float32(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions, both_ways: bool = False) -> Tensor | None:
         # Whole rows of the table: its gradient is a sum over pairs, which indexing by head as well makes slow.
         buckets = t5_buckets(positions.distance, self.num_buckets, self.max_distance, both_ways)
-        return nn.functional.embedding(buckets, wide(self.table)).permute(0, 3, 1, 2)
+        return nn.functional.embedding(buckets, at_least_float32(self.table)).permute(0, 3, 1, 2)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
@@ -244,7 +244,7 @@ class Kerple(DistanceBias):
 
 def _cut(weight: Tensor, high: float | None, low: float = 0.01) -> Tensor:
     """Clamp a weight and pass the gradient through unclamped, so that a clamped weight can recover."""
-    weight = wide(weight)
+    weight = at_least_float32(weight)
     return weight + (weight.clamp(low, high) - weight).detach()
 
 
@@ -265,7 +265,7 @@ class Sandwich(DistanceBias):
     def setup(self) -> None:
         super().setup()
         dim, heads = self.dim, self.shape.num_heads
-        if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, do="It is even.") % 2:
+        if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, remedy="It is even.") % 2:
             raise OptionValueError(f"'sandwich' got dim={quoted(dim)}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
         self.strength = [heads / 8 / head for head in range(1, heads + 1)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, plain
+from ..core.checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, to_builtin
 from ..errors import OptionError, OptionValueError, UnsupportedError, nearest, quoted, unknown
 
 
@@ -127,7 +127,7 @@ def read(config: Mapping[str, Any]) -> Reading:
     """
     if not isinstance(config, Mapping) or not config:
         raise OptionError(f"A positional config is a dict that is not empty; got {quoted(config)}.")
-    config = plain(config)
+    config = to_builtin(config)
     if stray := [key for key in config if not isinstance(key, str)]:
         raise OptionValueError(f"The keys of a positional config are strings; got {quoted(stray[0])}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
@@ -153,7 +153,7 @@ def _check_kind(key: str, value: Any) -> None:
             _check_kind(key, entry)
     elif value is not None and not isinstance(value, bool | int | float | str):
         raise OptionValueError(
-            f"{key}={quoted(value)} is a {type(value).__name__}; a config holds numbers, strings, lists and dicts."
+            f"{key}={quoted(value)} is of type {type(value).__name__}; a config holds numbers, strings, lists and dicts."
         )
 
 

@@ -156,7 +156,7 @@ class ALiBi2D(GridScheme):
         super().setup()
         heads = self.shape.num_heads
         given = alibi_slopes(heads) if self.slopes is None else self.slopes
-        self.head_slopes = check_list(self.name, "slopes", given, heads, has="has", each="head", high=LARGEST_SLOPE)
+        self.head_slopes = check_list(self.name, "slopes", given, heads, verb="has", unit="head", high=LARGEST_SLOPE)
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         check_heads(self, query)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_length, check_table
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import Scheme, causal_distance, check_causal, check_heads, wide
+from ..core.scheme import Scheme, at_least_float32, causal_distance, check_causal, check_heads
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -84,7 +84,7 @@ class Shaw(ContentRelative):
 
     def _behind(self, table: Tensor, count: int) -> Tensor:
         back = torch.arange(count, device=table.device).clamp(max=self.max_distance)
-        return wide(table)[None, self.max_distance - back]
+        return at_least_float32(table)[None, self.max_distance - back]
 
     def _entries(self, positions: Positions) -> Tensor:
         """Return the table index of each pair, `[batch | 1, 1, query, key]`."""
@@ -102,14 +102,14 @@ class Shaw(ContentRelative):
             return fast
 
         def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            by_distance = (wide(query) @ wide(self.keys).T) * part.scaling
+            by_distance = (at_least_float32(query) @ at_least_float32(self.keys).T) * part.scaling
             return part.scores(query, key) + _pick(by_distance, self._entries(seen))
 
         def also(weights: Tensor, seen: Positions) -> Tensor:
             assert values is not None
-            weights, entries = wide(weights), self._entries(seen)
+            weights, entries = at_least_float32(weights), self._entries(seen)
             sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
-            return sums.scatter_add(-1, entries.expand_as(weights), weights) @ wide(values)
+            return sums.scatter_add(-1, entries.expand_as(weights), weights) @ at_least_float32(values)
 
         return engine.rows(query, key, value, positions, scores, None if values is None else also)
 
@@ -177,7 +177,7 @@ class TransformerXL(ContentRelative):
 
     def _by_head(self, layer: int) -> Tensor:
         """Return W_R of each head, `[heads, head, hidden]`."""
-        return wide(self.projection[layer]).view(self.shape.num_heads, self.shape.head_dim, -1)
+        return at_least_float32(self.projection[layer]).view(self.shape.num_heads, self.shape.head_dim, -1)
 
     def _projected(self, sinusoids: Tensor, layer: int) -> Tensor:
         return sinusoids.to(self._by_head(layer).dtype) @ self._by_head(layer).transpose(1, 2)
@@ -195,7 +195,9 @@ class TransformerXL(ContentRelative):
         def by_distance(distance: Tensor) -> Tensor:
             return self._projected(sinusoids, engine.layer)[:, distance.clamp(max=sinusoids.shape[0] - 1)]
 
-        fast = engine.relative(query, key, value, positions, wide(self.u), wide(self.v), by_distance)
+        fast = engine.relative(
+            query, key, value, positions, at_least_float32(self.u), at_least_float32(self.v), by_distance
+        )
         if fast is not None:
             return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
@@ -203,7 +205,7 @@ class TransformerXL(ContentRelative):
         vectors = None if few else self._projected(sinusoids, engine.layer)
 
         def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            biased = wide(query) + wide(self.v)[:, None]
+            biased = at_least_float32(query) + at_least_float32(self.v)[:, None]
             if vectors is None:
                 by_distance = (biased @ self._by_head(engine.layer)) @ sinusoids.to(biased.dtype).T
             else:
@@ -225,7 +227,9 @@ class TransformerXL(ContentRelative):
             return turned.sin(), turned.cos()
 
         def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            with_sin, with_cos = ((wide(query) + wide(self.v)[:, None]) @ self._by_head(engine.layer)).chunk(2, -1)
+            with_sin, with_cos = (
+                (at_least_float32(query) + at_least_float32(self.v)[:, None]) @ self._by_head(engine.layer)
+            ).chunk(2, -1)
             sin, cos = angles(seen.query)
             turned = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
             of_key = self._key_bias(key) + turned @ torch.cat(angles(seen.key), -1).to(turned.dtype).transpose(2, 3)
@@ -235,8 +239,8 @@ class TransformerXL(ContentRelative):
 
     def _key_bias(self, key: Tensor) -> Tensor:
         """Return u k, `[batch, heads, 1, key]`, which is the same for every query."""
-        by_group = wide(self.u).view(key.shape[1], -1, key.shape[-1])
-        return (by_group @ wide(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
+        by_group = at_least_float32(self.u).view(key.shape[1], -1, key.shape[-1])
+        return (by_group @ at_least_float32(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
 
 
 @register_scheme
@@ -278,7 +282,7 @@ class CoPE(ContentRelative):
             gates = own.sigmoid().masked_fill(~part.allowed(query, key), 0)
             # From the query backwards: far sums are cut off anyway, near ones keep their digits.
             place = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
-            by_place = (wide(query) @ wide(self.table)) * part.scaling
+            by_place = (at_least_float32(query) @ at_least_float32(self.table)) * part.scaling
             whole = place.detach().long()
             step = nn.functional.pad(by_place.diff(dim=-1), (0, 1))
             return own + by_place.gather(-1, whole) + (place - whole) * step.gather(-1, whole)

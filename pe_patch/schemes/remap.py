@@ -131,7 +131,7 @@ class SelfExtend(Windowed):
         remedy = "Give the target window over the trained one, or leave it out."
         given, target = check_length(self.name, "group", self.group), 0
         if self.factor is not None:
-            target = math.ceil(check_number(self.name, "factor", self.factor, 1.0, do=remedy) * self.trained_window)
+            target = math.ceil(check_number(self.name, "factor", self.factor, 1.0, remedy=remedy) * self.trained_window)
         if given is None:
             self.group_size = self._group_for(target) if target else 8
         else:

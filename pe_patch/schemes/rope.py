@@ -117,7 +117,7 @@ class Rotation(Scheme):
         super().setup()
         given = self.shape.rope_theta if self.theta is None else self.theta
         remedy = "It is the base of the frequencies."
-        self.base = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
+        self.base = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, remedy=remedy)
         option = "original_max_position_embeddings"
         length = check_window(self.name, option, self.original_max_position_embeddings)
         self.trained_window = self.shape.trained_length if length is None else length
@@ -364,7 +364,7 @@ class Scaled(Rotary):
         if self.auto_allowed and isinstance(self.factor, str) and self.factor == "auto":
             return None
         remedy = "Give the target window over the trained one" + (', or "auto".' if self.auto_allowed else ".")
-        return check_number(self.name, "factor", self.factor, 1.0, do=remedy)
+        return check_number(self.name, "factor", self.factor, 1.0, remedy=remedy)
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         """Return inverse frequencies and attention factor for s = `factor` > 1."""

@@ -106,7 +106,9 @@ class DynamicNTK(Rotary):
 
     def setup(self) -> None:
         super().setup()
-        self.factor = self.extension = check_number(self.name, "factor", self.factor, 1.0, do="1 is the plain form.")
+        self.factor = self.extension = check_number(
+            self.name, "factor", self.factor, 1.0, remedy="1 is the plain form."
+        )
         self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
         check_width(self.name, self.dim)
 
@@ -171,7 +173,7 @@ class LongRoPE(Rotary):
             self.short = check_list(self.name, "short_factor", self.short_factor, pairs)
         remedy = "Give the target window over the trained one, or leave it out."
         given = self.factor
-        self.extension = 1.0 if given is None else check_number(self.name, "factor", given, 1.0, do=remedy)
+        self.extension = 1.0 if given is None else check_number(self.name, "factor", given, 1.0, remedy=remedy)
         self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
         if self.attention_factor is not None:
             self.scale = check_number(self.name, "attention_factor", self.attention_factor, 0.0, LARGEST_FACTOR)

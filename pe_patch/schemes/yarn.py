@@ -136,7 +136,9 @@ class DynamicYaRN(YaRN):
 
     def read_factor(self) -> float | None:
         remedy = "It is the largest scaling; leave it out for none."
-        self.cap = math.inf if self.factor is None else check_number(self.name, "factor", self.factor, 1.0, do=remedy)
+        self.cap = (
+            math.inf if self.factor is None else check_number(self.name, "factor", self.factor, 1.0, remedy=remedy)
+        )
         return None
 
     def factor_at(self, length: int | None) -> float:
