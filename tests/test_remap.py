@@ -189,11 +189,11 @@ def test_what_turns_alike_is_turned_once(name, queries, keys):
     query, key = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 20, 16)
     ranges = scheme("attend", query, key, key, positions, Recorder())
     tables = [{id(None if turn is None else turn.cos) for turn in turns} for turns in zip(
-        *((one.turn_query, one.turn_key) for one in ranges), strict=True
+        *((one.rotate_query, one.rotate_key) for one in ranges), strict=True
     )]  # fmt: skip
     assert [len(distinct) for distinct in tables] == [queries, keys]
     if name in ("rerope", "lm_infinite"):
-        assert ranges[1].turn_key is None
+        assert ranges[1].rotate_key is None
     with pytest.raises(UnsupportedError, match="looks ahead"):
         scheme("attend", query, key, key, positions, Recorder(causal=False))
 

@@ -173,8 +173,8 @@ class Engine(AttentionEngine):
         ) -> Tensor:
             merged: Tensor | None = None
             for whole_range in ranges:
-                chunk_range = whole_range.part(*bounds)
-                range_scores = engine.scores(*chunk_range.turned(chunk, keys))
+                chunk_range = whole_range.slice_pairs(*bounds)
+                range_scores = engine.scores(*chunk_range.rotate(chunk, keys))
                 if merged is None:
                     merged = torch.full_like(range_scores, torch.finfo(range_scores.dtype).min)
                 merged = torch.where(chunk_range.covers(chunk_positions)[:, None], range_scores, merged)
@@ -191,7 +191,7 @@ class Engine(AttentionEngine):
             return flex.ranges(query, key, value, positions, ranges, cast(Any, self.mask), self.scaling), None
         if cpu.is_supported(self, query, value):
             (key, value), positions = chunked.first_pass(self, count, (key, value), positions)
-            sliced = [whole_range.part(0, count, key.shape[2]) for whole_range in ranges]
+            sliced = [whole_range.slice_pairs(0, count, key.shape[2]) for whole_range in ranges]
             return cpu_ranges.attention(query, key, value, positions, sliced, self.mask, self.scaling), None
         return chunked.by_rows(self, query, key, value, positions, scores), None
 

@@ -32,7 +32,7 @@ class Heads(NamedTuple):
         return self.stop - self.start
 
 
-def declared(cls: type) -> bool:
+def declares_head_sharding(cls: type) -> bool:
     """Return whether a class declares `head_sharded_attributes`, and that no subclass below it overrides a hook."""
     order = cls.__mro__
     says = next((place for place, owner in enumerate(order) if "head_sharded_attributes" in owner.__dict__), None)
@@ -42,7 +42,7 @@ def declared(cls: type) -> bool:
     return all(place >= says for place in owners)
 
 
-def part(scheme: Any, heads: Heads) -> Any:
+def slice_heads(scheme: Any, heads: Heads) -> Any:
     """Return the scheme sliced to a range of its heads.
 
     `Scheme.head_sharded_attributes` names the slopes, tables and parameters to slice, and the dimension of their heads.
@@ -52,7 +52,7 @@ def part(scheme: Any, heads: Heads) -> Any:
     Raises:
         UnsupportedError: the scheme does not say what it keeps for each head.
     """
-    if not declared(type(scheme)):
+    if not declares_head_sharding(type(scheme)):
         raise UnsupportedError(
             f"{scheme.name!r} is split by heads over processes here and does not declare which attributes have entries "
             "for each head: declare head_sharded_attributes = {attribute: dimension of the heads} on the class ({} "
@@ -68,7 +68,7 @@ def part(scheme: Any, heads: Heads) -> Any:
     }
     compat.replace_parameters(view, sliced)
     parts = {
-        name: part(module, heads) if hasattr(module, "head_sharded_attributes") else module
+        name: slice_heads(module, heads) if hasattr(module, "head_sharded_attributes") else module
         for name, module in modules.items()
     }
     compat.replace_submodules(view, parts)

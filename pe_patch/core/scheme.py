@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 from ..errors import OptionError, UnsupportedError, nearest, quoted
-from .head_slices import Heads, declared, part
+from .head_slices import Heads, declares_head_sharding, slice_heads
 from .positions import Positions
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class Scheme(_Options, nn.Module):
     def forward(self, hook: str, *arguments: object) -> object:
         """Call a hook by name through `__call__`, so that module hooks that fetch offloaded or sharded weights run."""
         heads = getattr(arguments[-1], "heads", None) if hook == "attend" else None
-        return getattr(self if heads is None else part(self, heads), hook)(*arguments)
+        return getattr(self if heads is None else slice_heads(self, heads), hook)(*arguments)
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Add to the input embeddings. hidden `[batch, query, hidden]`, positions `[batch | 1, query]`."""
@@ -325,7 +325,7 @@ class Scheme(_Options, nn.Module):
     @property
     def shares_heads(self) -> bool:
         """Return whether all heads are treated alike, so a subset of heads needs no index."""
-        return declared(type(self)) and not self.head_sharded_attributes
+        return declares_head_sharding(type(self)) and not self.head_sharded_attributes
 
     @property
     def scorer(self) -> Scheme | None:

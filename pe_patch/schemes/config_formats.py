@@ -153,7 +153,8 @@ def _check_kind(key: str, value: Any) -> None:
             _check_kind(key, entry)
     elif value is not None and not isinstance(value, bool | int | float | str):
         raise OptionValueError(
-            f"{key}={quoted(value)} is of type {type(value).__name__}; a config holds numbers, strings, lists and dicts."
+            f"{key}={quoted(value)} is of type {type(value).__name__}; a config holds numbers, strings, lists and "
+            "dicts."
         )
 
 

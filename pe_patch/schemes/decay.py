@@ -77,7 +77,7 @@ class XPos(Rotation):
         cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
         if positions.kept is not None:
             cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]
-        query, key = self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
+        query, key = self.rotate(query, cos_query, sin_query), self.rotate(key, cos_key, sin_key)
         fast = engine.blocks(query, key, value, positions, 2 * self._span, self._around)
         return engine.rows(query, key, value, positions, self._scores) if fast is None else fast
 

@@ -43,9 +43,9 @@ class Zone:
     """Steps of queries and keys that `low` and `high` compare; None for positions."""
     below: int | None = None
 
-    def range(self, turn_query: RotaryTransform | None = None, turn_key: RotaryTransform | None = None) -> Range:
+    def range(self, rotate_query: RotaryTransform | None = None, rotate_key: RotaryTransform | None = None) -> Range:
         """Return the `Range` of this zone with its rotations."""
-        return Range(self.low, self.high, *self.steps, self.below, turn_query, turn_key)
+        return Range(self.low, self.high, *self.steps, self.below, rotate_query, rotate_key)
 
 
 class Remapped(Rotation):
@@ -122,13 +122,13 @@ class Remapped(Rotation):
         end = middle + 2 * len(_distinct(at_key))
         if len(tables) > end:
             query = query * tables[end][:, None, :, None].to(query.dtype)
-        of_queries = self._turns(query.device, at_query, tables[:middle])
+        of_queries = self._rotations(query.device, at_query, tables[:middle])
         kept = positions.kept
         of_keys = tables[middle:end] if kept is None else tuple(table[:, kept] for table in tables[middle:end])
-        turns = zip(zones, of_queries, self._turns(query.device, at_key, of_keys), strict=True)
-        return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in turns])
+        rotations = zip(zones, of_queries, self._rotations(query.device, at_key, of_keys), strict=True)
+        return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in rotations])
 
-    def _turns(
+    def _rotations(
         self, device: torch.device, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]
     ) -> list[RotaryTransform | None]:
         """Return the rotation of each zone; None for no rotation."""
@@ -137,12 +137,12 @@ class Remapped(Rotation):
         for place in places:
             index = _index(place, distinct)
             if place is not None:
-                made.append(self.turned(*tables[2 * index : 2 * index + 2]))
+                made.append(self.rotation(*tables[2 * index : 2 * index + 2]))
             elif self.attention_scaling == 1:
                 made.append(None)
-            else:  # nothing turns, and the factor stays
+            else:  # no rotation, but the factor stays
                 origin = torch.zeros(1, 1, dtype=torch.long, device=device)
-                made.append(self.turned(*self.cos_sin(origin)))
+                made.append(self.rotation(*self.cos_sin(origin)))
         return made
 
     def relative_position(self, length: int) -> Tensor:

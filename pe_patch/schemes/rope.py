@@ -40,8 +40,8 @@ def _product(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, arithmetic:
     dtype = x.dtype
     if arithmetic == "complex":
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        turn = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
-        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2).to(dtype)
+        rotation = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+        return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(dtype)
     table = torch.float32 if arithmetic == "float32 tables" else dtype
     cos, sin = cos.to(table).unsqueeze(1), sin.to(table).unsqueeze(1)
     if arithmetic == "float32":
@@ -61,8 +61,8 @@ def cos_sin(
     `polar` takes them from `torch.polar`, as families with a complex product do.
     """
     if polar:
-        turn = torch.polar(torch.ones_like(angles), angles) * factor
-        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (turn.real, turn.imag))
+        rotation = torch.polar(torch.ones_like(angles), angles) * factor
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (rotation.real, rotation.imag))
         return cos.to(dtype), sin.to(dtype)
     angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -86,7 +86,7 @@ class RotaryTransform:
         """Rotate gradients the other way; the factor on cos and sin stays."""
         return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
 
-    def part(self, start: int, stop: int) -> RotaryTransform:
+    def slice_tokens(self, start: int, stop: int) -> RotaryTransform:
         """Return the rotation of the tokens `start` to `stop`; a single angle applies to all tokens."""
         if self.cos.shape[1] == 1:
             return self
@@ -198,13 +198,13 @@ class Rotation(Scheme):
         polar = self.shape.arithmetic == "complex"
         return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
 
-    def turned(self, cos: Tensor, sin: Tensor) -> RotaryTransform:
+    def rotation(self, cos: Tensor, sin: Tensor) -> RotaryTransform:
         """Return the rotation of this attention's queries or keys with given tables."""
         return RotaryTransform(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate queries or keys `[batch, heads, length, head]` with float32 tables; the dtype stays."""
-        return self.turned(cos, sin)(x)
+        return self.rotation(cos, sin)(x)
 
     def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Return frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, cached."""
@@ -308,7 +308,7 @@ class Rotary(Rotation):
         cos_query, sin_query, cos_key, sin_key = tables
         if kept is not None:
             cos_key, sin_key = cos_key[:, kept], sin_key[:, kept]
-        return self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
+        return self.rotate(query, cos_query, sin_query), self.rotate(key, cos_key, sin_key)
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
