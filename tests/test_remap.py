@@ -63,7 +63,7 @@ def test_the_authors_own_distances_of_string():
 def test_the_authors_own_log_scaling():
     entry = goldens.load("logn_scale/")["logn_scale/base8"]
     scheme: Any = SCHEMES["self_extend"](shape(window=8), log_scaling=True)
-    close(scheme.sharpness(torch.arange(len(entry["value"]))), entry["value"])
+    close(scheme.query_scale(torch.arange(len(entry["value"]))), entry["value"])
     assert not scheme.shift_invariant and not SCHEMES["rerope"](shape(), log_scaling=True).shift_invariant
 
 

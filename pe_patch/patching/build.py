@@ -23,7 +23,7 @@ from ..core.scheme import Scheme
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError, quoted
 from ..mla.protocol import converts, touches_rotation
 from ..schemes import config_formats
-from ..schemes.frequency_wrappers import Over
+from ..schemes.frequency_wrappers import FrequencyWrapper
 from ..schemes.grid import GridScheme
 from ..schemes.registry import SCHEMES, find_scheme
 from ..schemes.remapped_base import Remapped
@@ -288,7 +288,7 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
     The check covers lengths up to the effective window, and up to twice the trained window at most.
     """
     for scheme in schemes:
-        if not isinstance(scheme, Over | Remapped):
+        if not isinstance(scheme, FrequencyWrapper | Remapped):
             continue
         known = window.scaled_length or scheme.trained_window
         reach = min(scheme.effective_window or 2 * known, 2 * known)

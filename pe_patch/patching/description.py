@@ -142,7 +142,7 @@ def effective(scheme: Scheme) -> dict[str, Any]:
             numbers[name] = value
     inner: Any = getattr(scheme, "inner", None)
     if getattr(inner, "trained_window", None) is not None:  # the model was trained with the inner scheme
-        numbers["trained_window"] = getattr(scheme, "reads", None) or inner.trained_window
+        numbers["trained_window"] = getattr(scheme, "model_window", None) or inner.trained_window
     numbers |= scheme.resolved_options
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
     inv_freq = getattr(scheme, "inv_freq", None)

@@ -14,7 +14,7 @@ from ..core.head_slices import SHARED
 from ..core.positions import Positions
 from ..core.scheme import Scheme, causal_distance, check_causal
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
-from .frequency_wrappers import Over
+from .frequency_wrappers import FrequencyWrapper
 from .registry import register_scheme
 from .rope import Rotation
 
@@ -133,7 +133,7 @@ class XPos(Rotation):
 
 
 @register_scheme
-class RoPEALiBi(Over):
+class RoPEALiBi(FrequencyWrapper):
     """ALiBi's penalty on the scores of a rotation, -s m_h (i - j) beside any rotary scheme."""
 
     name = "rope_alibi"
@@ -154,5 +154,5 @@ class RoPEALiBi(Over):
     def scorer(self) -> Scheme | None:
         return self.penalty
 
-    def change(self, inv_freq: Tensor) -> Tensor:
+    def change_frequencies(self, inv_freq: Tensor) -> Tensor:
         return inv_freq
