@@ -21,7 +21,7 @@ from ..adapters.trained_window import OPTION, TrainedWindow, config_rope_paramet
 from ..attention.parallel import check_conversion
 from ..core.scheme import Scheme
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError, quoted
-from ..mla.protocol import converts, touches_rotation
+from ..mla.protocol import converts, replaces_rotation
 from ..schemes import config_formats
 from ..schemes.frequency_wrappers import FrequencyWrapper
 from ..schemes.grid import GridScheme
@@ -57,7 +57,7 @@ def build(
     if converts(cls):
         check_conversion(target.attentions[first], cls.name)
     window = target.window(first)
-    if touches_rotation(cls, options):
+    if replaces_rotation(cls, options):
         options, window = resolve_existing_scaling(target, cls, options, on_existing)
     placement = device_and_dtype(target.base)
     schemes: dict[Any, Scheme] = {}

@@ -37,9 +37,9 @@ from ..core.positions import Positions
 from ..core.scheme import AttentionShape, Scheme, overrides
 from ..core.swaps import Chain, Swap, bind, finally_do
 from ..errors import OptionError, UnsupportedError
-from ..mla.conversion import Conversion, convert, loss, smallest_rank
+from ..mla.conversion import Conversion, convert_model, loss, smallest_rank
 from ..mla.protocol import ProjectionScheme, converts, keeps_rotation, replaces_projections
-from ..mla.replacement import native_latent_swaps, no_early_cache, replacement_swaps
+from ..mla.replacement import native_latent_swaps, replacement_swaps, skip_static_cache_allocation
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotary, Rotation
 from .config import (
@@ -105,7 +105,7 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
 
     if not places.replaces_projections:
         return collect({})
-    conversion = convert(target.model, target.base, target.adapter, scheme_by_layer)
+    conversion = convert_model(target.model, target.base, target.adapter, scheme_by_layer)
     if conversion.latents:
         return _narrowest(target.model, scheme_by_layer, conversion, collect)
     return collect(conversion.modules)
@@ -181,7 +181,7 @@ def _collect(
         original |= replaced if cast(ProjectionScheme, first).keep_original else {}
         swaps += replacing
         if hasattr(model, compat.STATIC_CACHE_SHAPE):
-            swaps.append(bind(model, compat.STATIC_CACHE_SHAPE, no_early_cache))
+            swaps.append(bind(model, compat.STATIC_CACHE_SHAPE, skip_static_cache_allocation))
     elif places.converts:
         swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, first)
     scores = _score_schemes(target, scheme_by_layer, places)
