@@ -272,7 +272,7 @@ def broadcast_parameters(schemes: Iterable[Any], attention: nn.Module) -> None:
             dist.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
 
 
-def check_masks(module: nn.Module, name: str) -> None:
+def check_context_parallel(module: nn.Module, name: str) -> None:
     """Raise `UnsupportedError` under accelerate's context parallelism, which drops masks and biases."""
     if compat.drops_masks(module):
         raise UnsupportedError(

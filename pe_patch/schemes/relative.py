@@ -101,17 +101,17 @@ class Shaw(ContentRelative):
         if fast is not None:
             return fast
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            by_distance = (at_least_float32(query) @ at_least_float32(self.keys).T) * part.scaling
-            return part.scores(query, key) + _pick(by_distance, self._entries(seen))
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
+            by_distance = (at_least_float32(query) @ at_least_float32(self.keys).T) * chunk_engine.scaling
+            return chunk_engine.scores(query, key) + _pick(by_distance, self._entries(chunk_positions))
 
-        def also(weights: Tensor, seen: Positions) -> Tensor:
+        def extra_output(weights: Tensor, chunk_positions: Positions) -> Tensor:
             assert values is not None
-            weights, entries = at_least_float32(weights), self._entries(seen)
+            weights, entries = at_least_float32(weights), self._entries(chunk_positions)
             sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
             return sums.scatter_add(-1, entries.expand_as(weights), weights) @ at_least_float32(values)
 
-        return engine.rows(query, key, value, positions, scores, None if values is None else also)
+        return engine.rows(query, key, value, positions, scores, None if values is None else extra_output)
 
 
 @register_scheme
@@ -204,15 +204,15 @@ class TransformerXL(ContentRelative):
         few = query.shape[2] <= self.shape.head_dim
         vectors = None if few else self._projected(sinusoids, engine.layer)
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
             biased = at_least_float32(query) + at_least_float32(self.v)[:, None]
             if vectors is None:
                 by_distance = (biased @ self._by_head(engine.layer)) @ sinusoids.to(biased.dtype).T
             else:
                 by_distance = biased @ vectors.transpose(1, 2)
-            distance = seen.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
+            distance = chunk_positions.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
             of_key = self._key_bias(key) + _pick(by_distance, distance)
-            return part.scores(query, key) + of_key * part.scaling
+            return chunk_engine.scores(query, key) + of_key * chunk_engine.scaling
 
         return engine.rows(query, key, value, positions, scores)
 
@@ -223,17 +223,18 @@ class TransformerXL(ContentRelative):
         origin, frequencies = positions.query[:, -1:], self.frequencies(query.device)
 
         def angles(at: Tensor) -> tuple[Tensor, Tensor]:
-            turned = (at - origin)[:, None, :, None].float() * frequencies
-            return turned.sin(), turned.cos()
+            rotated = (at - origin)[:, None, :, None].float() * frequencies
+            return rotated.sin(), rotated.cos()
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
             with_sin, with_cos = (
                 (at_least_float32(query) + at_least_float32(self.v)[:, None]) @ self._by_head(engine.layer)
             ).chunk(2, -1)
-            sin, cos = angles(seen.query)
-            turned = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
-            of_key = self._key_bias(key) + turned @ torch.cat(angles(seen.key), -1).to(turned.dtype).transpose(2, 3)
-            return part.scores(query, key) + of_key * part.scaling
+            sin, cos = angles(chunk_positions.query)
+            rotated = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
+            waves = torch.cat(angles(chunk_positions.key), -1).to(rotated.dtype)
+            of_key = self._key_bias(key) + rotated @ waves.transpose(2, 3)
+            return chunk_engine.scores(query, key) + of_key * chunk_engine.scaling
 
         return engine.rows(query, key, value, positions, scores)
 
@@ -277,14 +278,14 @@ class CoPE(ContentRelative):
     ) -> Output:
         check_causal(self, engine)
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            own = part.scores(query, key)
-            gates = own.sigmoid().masked_fill(~part.allowed(query, key), 0)
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
+            raw_scores = chunk_engine.scores(query, key)
+            gates = raw_scores.sigmoid().masked_fill(~chunk_engine.allowed(query, key), 0)
             # From the query backwards: far sums are cut off anyway, near ones keep their digits.
-            place = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
-            by_place = (at_least_float32(query) @ at_least_float32(self.table)) * part.scaling
-            whole = place.detach().long()
-            step = nn.functional.pad(by_place.diff(dim=-1), (0, 1))
-            return own + by_place.gather(-1, whole) + (place - whole) * step.gather(-1, whole)
+            counted_position = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
+            by_position = (at_least_float32(query) @ at_least_float32(self.table)) * chunk_engine.scaling
+            whole = counted_position.detach().long()
+            step = nn.functional.pad(by_position.diff(dim=-1), (0, 1))
+            return raw_scores + by_position.gather(-1, whole) + (counted_position - whole) * step.gather(-1, whole)
 
         return engine.rows(query, key, value, positions, scores)
