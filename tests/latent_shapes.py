@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_patch.core.projections import Latents, Projections, Statistics
-from pe_patch.mla.convert import convert, full_rank
+from pe_patch.mla.convert import convert_layer, full_rank
 
 HIDDEN = 48
 SHAPES: dict[str, dict[str, Any]] = {  # of heads: heads, kv_heads, head_dim, rotary_dim, and what else there is
@@ -66,4 +66,4 @@ def options(method: str, of: Projections, everything: bool) -> dict[str, Any]:
 
 def converted(of: Projections, statistics: Statistics | None, rank: int | None = None, **given: Any) -> Latents:
     most = full_rank(of, given["method"], given["rope_dim"], given.get("svd", "joint"))
-    return convert(of, statistics, kv_rank=rank or most, **given)
+    return convert_layer(of, statistics, kv_rank=rank or most, **given)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pe_patch import SCHEMES, Positions
+from pe_patch import SCHEMES, DistanceBias, Positions
+from pe_patch.attention import engine
 
 from . import oracles_relative as oracle
 from .goldens import load
-from .test_relative import LENGTH, SHAPE, core, filled
+from .test_relative import LENGTH, SHAPE, core, filled, inputs
 
 
 def golden(key: str) -> dict[str, Any]:
@@ -188,3 +190,60 @@ def test_a_bfloat16_table_by_distance_is_float32(name):
     table = scheme.score_bias(torch.arange(LENGTH), torch.arange(4)[:, None])
     assert table.dtype == torch.float32 and table.requires_grad
     torch.testing.assert_close(table.double(), expected[:, -1].flip(-1), rtol=0, atol=1e-5)
+
+
+class OneSlope(DistanceBias):
+    """A learned slope for all heads, so that `score_bias` ignores the head."""
+
+    name = "one_slope"
+    head_sharded_attributes = MappingProxyType({})
+
+    def setup(self) -> None:
+        super().setup()
+        self.slope = torch.nn.Parameter(torch.tensor(0.05))
+
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
+        return -self.slope * distance
+
+    def min_slope(self, device: torch.device) -> Tensor | None:
+        return self.slope.detach()
+
+
+class OneBiasPerHead(OneSlope):
+    """A bias that ignores the distance."""
+
+    name = "one_bias_per_head"
+
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
+        return self.slope * head
+
+    def min_slope(self, device: torch.device) -> Tensor | None:
+        return None
+
+
+class OneBias(OneBiasPerHead):
+    """A bias that ignores both."""
+
+    name = "one_bias"
+
+    def score_bias(self, distance: Tensor, head: Tensor) -> Tensor:
+        return self.slope
+
+
+@pytest.mark.parametrize("kind", [OneSlope, OneBiasPerHead, OneBias])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("long", [1, LENGTH])
+def test_a_bias_may_ignore_the_head_or_the_distance(kind, learns, long, monkeypatch):
+    """In the CPU kernels, with bands from one token on and without, against eager."""
+    monkeypatch.setattr(engine, "LONG", long)
+    results = []
+    for backend in ("eager", "sdpa"):
+        scheme = kind(SHAPE).double()
+        scheme.slope.requires_grad_(learns)
+        tensors = [tensor.requires_grad_() for tensor in inputs()]
+        output = scheme.attend(*tensors, along(LENGTH), core(backend))[0]
+        output.square().sum().backward()
+        grads = [tensor.grad for tensor in (*tensors, scheme.slope) if tensor.requires_grad]
+        results.append([output.detach(), *grads])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

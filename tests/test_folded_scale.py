@@ -16,7 +16,7 @@ from .families import VOCABULARY, build
 from .models import snapshot, unchanged
 from .rotary_cases import close, shape
 
-FOLDING = sorted(name for name, adapter in ADAPTERS.items() if adapter.folds_scale)
+FOLDING = sorted(name for name, adapter in ADAPTERS.items() if adapter.scaling_includes_mscale)
 WINDOW, FACTOR = 16, 4.0
 YARNS = {
     "V3": {"mscale": 1.0, "mscale_all_dim": 1.0},

@@ -172,9 +172,9 @@ def test_attention_over_ranges_equals_dense_attention(kind):
     turns = [rotation_at(at.float()), rotation_at(at / 3), rotation_at(at // 4 + 7)]
     chunk = at // WINDOW
     ranges = [
-        Range(high=2, step_query=chunk, step_key=chunk, turn_query=turns[0], turn_key=turns[0]),
-        Range(low=2, high=4, step_query=chunk, step_key=chunk, turn_query=turns[1], turn_key=turns[2]),
-        Range(low=4, step_query=chunk, step_key=chunk, below=9, turn_query=turns[2]),
+        Range(high=2, step_query=chunk, step_key=chunk, rotate_query=turns[0], rotate_key=turns[0]),
+        Range(low=2, high=4, step_query=chunk, step_key=chunk, rotate_query=turns[1], rotate_key=turns[2]),
+        Range(low=4, step_query=chunk, step_key=chunk, below=9, rotate_query=turns[2]),
     ]
 
     def slow(query, key, value):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pe_patch import PePatchError
 from pe_patch.core.projections import Latents, Projections
 from pe_patch.mla.checks import check_freqfold
-from pe_patch.mla.convert import convert, full_rank, truncated
+from pe_patch.mla.convert import convert_layer, full_rank, truncated
 from pe_patch.mla.statistics import gather
 
 from .latent_oracle import inverse_frequencies, over_latents, projected, trained
@@ -186,7 +186,7 @@ def test_what_cannot_be_is_said(given, said):
         given = {"statistics": gather(of, inputs(0))}
     base.update(given)
     with pytest.raises(PePatchError, match=said):
-        convert(of, base.pop("statistics"), **base)
+        convert_layer(of, base.pop("statistics"), **base)
 
 
 def test_a_cut_needs_a_smaller_rank_and_the_statistics_of_a_norm():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pe_patch.core.projections import Projections
-from pe_patch.mla.convert import convert, full_rank
+from pe_patch.mla.convert import convert_layer, full_rank
 from pe_patch.mla.statistics import gather
 
 from .goldens import load
@@ -43,7 +43,7 @@ def test_the_attention_that_is_converted_is_transformers(attention):
 @pytest.mark.parametrize("select", ["high", "low", "uniform"])
 def test_mha2mla_keeps_the_authors_dims(attention, select):
     dims = load("mha2mla/rope_dims")["mha2mla/rope_dims_head8_r4"][select]
-    found = convert(attention, None, method="mha2mla", kv_rank=8, rope_dim=4, select=select)
+    found = convert_layer(attention, None, method="mha2mla", kv_rank=8, rope_dim=4, select=select)
     assert found.rope_key.argmax(1).tolist() == [*dims, *(8 + dim for dim in dims)]
 
 
@@ -54,7 +54,7 @@ def test_mha2mla_scores_pairs_as_the_authors(attention):
     query, key = statistics.pair_norms / statistics.tokens
     close((query * key).view(2, 2, 4).sum(1), case["qk_contribution"])
     for kept in (1, 2, 3):
-        found = convert(attention, statistics, method="mha2mla", kv_rank=8, rope_dim=2 * kept)
+        found = convert_layer(attention, statistics, method="mha2mla", kv_rank=8, rope_dim=2 * kept)
         expected = double(case["rank"])[0, :, :4] < kept
         assert torch.zeros(2, 4, dtype=torch.bool).scatter(1, found.frequency, True).equal(expected)
 
@@ -65,7 +65,7 @@ def test_mha2mla_is_the_authors(attention, key):
     select, rope_dim = case["params"]["partial_rope"], case["params"]["rope_dim_for_mla"]
     whole = case["params"]["svd"] == "none"
     rank = full_rank(attention, "mha2mla", rope_dim) if whole else case["params"]["latent_rank"]
-    found = convert(
+    found = convert_layer(
         attention, gather(attention, HIDDEN), method="mha2mla", kv_rank=rank, rope_dim=rope_dim, select=select
     )
     close(over_latents(attention, found, HIDDEN, OUTPUT), case["out"])
@@ -81,7 +81,7 @@ def test_transmla_is_the_authors(attention, key):
     options: dict[str, Any] = {"rope_dim": case["params"]["qk_mqa_dim"], "freqfold": case["params"]["freqfold"]}
     statistics = gather(attention, calibration)
     for rank in (28, 16, 8):
-        found = convert(attention, statistics, method="transmla", kv_rank=rank, **options)
+        found = convert_layer(attention, statistics, method="transmla", kv_rank=rank, **options)
         close(over_latents(attention, found, HIDDEN, OUTPUT), case[f"out_mla_kv_lora_rank{rank}"])
         if rank == full_rank(attention, "transmla", options["rope_dim"]):
             close(over_latents(attention, found, HIDDEN, OUTPUT), case["out_partial_rope"])

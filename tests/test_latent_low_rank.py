@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pe_patch.core.projections import Latents, Projections, Statistics
-from pe_patch.mla.convert import convert, full_rank, truncated
+from pe_patch.mla.convert import convert_layer, full_rank, truncated
 from pe_patch.mla.low_rank import balance_of, weights
-from pe_patch.mla.rotary_keys import principal, shared
+from pe_patch.mla.rotary_keys import principal, shared_rotary_key
 from pe_patch.mla.statistics import SLICE, gather
 
 from .latent_oracle import projected
@@ -53,7 +53,7 @@ def test_statistics_are_the_same_whatever_the_slices():
 def lost(of: Projections, statistics: Statistics, found: Latents, balance: float = 1.0) -> float:
     """Mean square that the latents lose of calibration's key dims without position (over `balance`) and values."""
     width = of.kv_heads * of.head_dim
-    whole = convert(
+    whole = convert_layer(
         of, statistics, method="transmla", kv_rank=full_rank(of, "transmla", found.rope), rope_dim=found.rope
     )
     makes = []
@@ -69,7 +69,7 @@ def lost(of: Projections, statistics: Statistics, found: Latents, balance: float
 def test_more_rank_loses_less_and_activations_beat_weights(name):
     of = attention(name)
     statistics = gather(of, inputs())
-    keys = shared(of, statistics, of.rotary_dim // 2, 2)
+    keys = shared_rotary_key(of, statistics, of.rotary_dim // 2, 2)
     balance = balance_of(of, keys, statistics, 1.0)
     most = full_rank(of, "transmla", of.rotary_dim // 2)
     before = float("inf")
@@ -90,7 +90,7 @@ def test_the_balance_decides_who_gets_the_rank(ratio):
     """Values lose less the smaller keys count, and keys without position have the mean norm that was asked for."""
     of = attention("multi-head")
     statistics = gather(of, inputs())
-    keys = shared(of, statistics, 6, 2)
+    keys = shared_rotary_key(of, statistics, 6, 2)
     balance = balance_of(of, keys, statistics, ratio)
     _, key, value = projected(of, inputs())
     rest = (key.flatten(1) @ keys.rest.T / balance).norm(dim=0).mean()
@@ -99,7 +99,7 @@ def test_the_balance_decides_who_gets_the_rank(ratio):
 
 def errors_of_value(ratio: float) -> float:
     of = attention("multi-head")
-    found = convert(of, gather(of, inputs()), method="transmla", kv_rank=16, rope_dim=6, balance_kv_ratio=ratio)
+    found = convert_layer(of, gather(of, inputs()), method="transmla", kv_rank=16, rope_dim=6, balance_kv_ratio=ratio)
     value = torch.cat((torch.zeros(48, 48), torch.eye(48)), 1).double()
     gone = value - (found.up_value @ found.down).flatten(0, 1)
     return float(((gone @ gather(of, inputs()).moment) * gone).sum())

@@ -17,7 +17,7 @@ from pe_patch.mla import attention as over_latents
 from .families import LATENT, build
 from .models import cached_logits, error, in_chunks, logits, padded, snapshot, tokens, unchanged
 
-FAMILIES = sorted(name for name, adapter in ADAPTERS.items() if adapter.folds_scale)
+FAMILIES = sorted(name for name, adapter in ADAPTERS.items() if adapter.scaling_includes_mscale)
 TOLERANCE = 1e-5
 """Relative to the largest logit where that exceeds 1, as everywhere that `error` is asked."""
 RANK, ROPE = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]

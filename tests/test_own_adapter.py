@@ -22,7 +22,7 @@ UNSUPPORTED = {
     "jais2": Adapter(),
     "diffllama": Adapter(),
     "cohere2_moe": Adapter(layout="interleaved", interleaved_pairs=True, full_precision_product=True),
-    "laguna": Adapter(typed=True),
+    "laguna": Adapter(rotary_per_layer_type=True),
     "flint": Adapter(rotates="sliding_window"),
     "vaultgemma": Adapter(),
 }
@@ -125,7 +125,7 @@ WRONG = {
     "rotates": ({"rotates": "use_rope"}, "has no 'use_rope'"),
     "learned": ({"learned": "wpe"}, "has no 'wpe'"),
     "multiplier": ({"embedding_multiplier": "scale"}, "has no 'scale'"),
-    "typed": ({"typed": True}, "no layer_types for 2 layers"),
+    "rotary_per_layer_type": ({"rotary_per_layer_type": True}, "no layer_types for 2 layers"),
     "number": ({"layers": 4}, "not the name of an attribute"),
     "path": ({"layers": "decoder.layers"}, "has no 'decoder'"),
 }

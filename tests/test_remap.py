@@ -63,7 +63,7 @@ def test_the_authors_own_distances_of_string():
 def test_the_authors_own_log_scaling():
     entry = goldens.load("logn_scale/")["logn_scale/base8"]
     scheme: Any = SCHEMES["self_extend"](shape(window=8), log_scaling=True)
-    close(scheme.sharpness(torch.arange(len(entry["value"]))), entry["value"])
+    close(scheme.query_scale(torch.arange(len(entry["value"]))), entry["value"])
     assert not scheme.shift_invariant and not SCHEMES["rerope"](shape(), log_scaling=True).shift_invariant
 
 
@@ -189,11 +189,11 @@ def test_what_turns_alike_is_turned_once(name, queries, keys):
     query, key = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 20, 16)
     ranges = scheme("attend", query, key, key, positions, Recorder())
     tables = [{id(None if turn is None else turn.cos) for turn in turns} for turns in zip(
-        *((one.turn_query, one.turn_key) for one in ranges), strict=True
+        *((one.rotate_query, one.rotate_key) for one in ranges), strict=True
     )]  # fmt: skip
     assert [len(distinct) for distinct in tables] == [queries, keys]
     if name in ("rerope", "lm_infinite"):
-        assert ranges[1].turn_key is None
+        assert ranges[1].rotate_key is None
     with pytest.raises(UnsupportedError, match="looks ahead"):
         scheme("attend", query, key, key, positions, Recorder(causal=False))
 
@@ -246,7 +246,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("string", {"attention_factor": 0}, "above 0"),
     ("lm_infinite", {"window": 4097}, "at most 4096"),
     ("lm_infinite", {"sinks": 0}, "sinks=0"),
-    ("rerope", {"over": "dynamic_ntk"}, "follow the length"),
+    ("rerope", {"over": "dynamic_ntk"}, "needs fixed frequencies"),
     ("rerope", {"over": "self_extend"}, "not defined by those alone"),
 ]
 

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pe_patch import ADAPTERS, NoEffectError, UnsupportedError, describe, load_patched, patch_model
-from pe_patch.adapters.trained_window import authors_word, trained_window
+from pe_patch.adapters.trained_window import author_facts, trained_window
 from pe_patch.advice import advise
 from pe_patch.checkpoints.sources import empty_model
 from pe_patch.cli import main as cli
@@ -22,7 +22,7 @@ from pe_patch.doctor import diagnose, examine
 from pe_patch.errors import OptionError
 from pe_patch.patching.api import unpatch_model
 from pe_patch.patching.targets import find_stack
-from pe_patch.schemes.config_formats import LEFT_AS_IT_WAS, read
+from pe_patch.schemes.config_formats import UNSCALED_MAXIMA, read
 
 from . import families
 from .models import build, error, logits, tokens
@@ -350,7 +350,7 @@ def test_qwen3s_card_is_no_fault(tmp_path):
 
 
 def test_the_windows_that_dialects_know_are_the_authors():
-    for (family, maximum), length in LEFT_AS_IT_WAS.items():
+    for (family, maximum), length in UNSCALED_MAXIMA.items():
         config = CONFIG_MAPPING[family](max_position_embeddings=maximum)
-        word = authors_word(config, maximum, {"rope_type": "default", "rope_theta": 1e4})
+        word = author_facts(config, maximum, {"rope_type": "default", "rope_theta": 1e4})
         assert word is not None and word.trained_length == length

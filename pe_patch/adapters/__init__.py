@@ -14,7 +14,7 @@ from .projections import Fused, ProjectionNames, Separate
 from .vision import VisionEncoder
 
 
-def slides_or_all_do(attention: Any) -> bool:
+def exaone4_rotates(attention: Any) -> bool:
     """Return whether an attention of EXAONE 4 rotates: in sliding layers, or in all layers if none slides.
 
     This is a named function, since a lambda cannot be pickled.
@@ -50,10 +50,10 @@ PROJECTIONS: dict[str, ProjectionNames] = {
     "phi": Separate(output="dense", norms=("q_layernorm", "k_layernorm")),
 }
 """Projection names of the families in `PLAIN` that can be converted to latents. Other families give theirs in their
-    row.
+row.
 
-    Their attention only projects, normalises each head, rotates, attends and projects.
-    """
+Their attention only projects, normalises each head, rotates, attends and projects.
+"""
 
 LATENT = {
     "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
@@ -69,10 +69,11 @@ ADAPTERS: Registry[Adapter] = Registry("pe_patch.adapters")
 
 FAMILIES: Mapping[str, Adapter] = MappingProxyType(
     {family: Adapter(projections=PROJECTIONS.get(family), summary=summary) for family, summary in PLAIN.items()}
-    | {family: Adapter(folds_scale=True, summary=summary) for family, summary in LATENT.items()}
+    | {family: Adapter(scaling_includes_mscale=True, summary=summary) for family, summary in LATENT.items()}
     | {
         "deepseek_v2": Adapter(
-            layout="complex", interleaved_pairs=True, folds_scale=True, summary="DeepSeek-V2, DeepSeek-V2-Lite"
+            layout="complex", interleaved_pairs=True, scaling_includes_mscale=True,
+            summary="DeepSeek-V2, DeepSeek-V2-Lite",
         ),
         "gpt_neox": Adapter(
             attention="attention", projections=Fused(module="query_key_value", per_head=True, output="dense"),
@@ -80,8 +81,8 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         ),
         "bloom": Adapter(
             layers="h", attention="self_attention", rotary=None, alibi=True, forward=bloom_attention,
-            pass_positions=carry_positions, keep_positions=keep_positions,
-            build_bias=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
+            pass_positions=carry_positions, wrap_base_forward=keep_positions,
+            replace_bias_builder=("build_alibi_tensor", build_alibi_tensor), summary="BLOOM, BLOOMZ",
         ),
         "phi3": Adapter(drops_cache_at_window=True, projections=Fused(), summary="Phi-3, Phi-4"),
         "phimoe": Adapter(drops_cache_at_window=True, projections=Separate(), summary="Phi-3.5-MoE"),
@@ -92,11 +93,11 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
             layout="interleaved", interleaved_pairs=True, full_precision_product=True, rotates="sliding_window",
             summary="Command R7B, Command A",
         ),
-        "exaone4": Adapter(rotates=slides_or_all_do, summary="EXAONE 4.0"),
+        "exaone4": Adapter(rotates=exaone4_rotates, summary="EXAONE 4.0"),
         "olmo": Adapter(full_precision=True, summary="OLMo 1"),
         "olmo2": Adapter(full_precision=True, summary="OLMo 2"),
-        "olmo3": Adapter(full_precision=True, typed=True, summary="OLMo 3"),
-        "gemma3_text": Adapter(typed=True, summary="Gemma 3"),
+        "olmo3": Adapter(full_precision=True, rotary_per_layer_type=True, summary="OLMo 3"),
+        "gemma3_text": Adapter(rotary_per_layer_type=True, summary="Gemma 3"),
         "llama4_text": Adapter(
             layout="complex", interleaved_pairs=True, rotates="use_rope", norm_after_rotation="qk_norm",
             summary="Llama 4 Scout, Maverick",
@@ -110,7 +111,7 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "helium": Adapter(interleaved_pairs=True, projections=Separate(), summary="Helium 1"),
         "stablelm": Adapter(forwards_kwargs=False, summary="StableLM 2"),
         "nemotron": Adapter(forwards_kwargs=False, summary="Nemotron-4, Minitron"),
-        "hunyuan_v1_dense": Adapter(late_norm=True, summary="Hunyuan dense"),
+        "hunyuan_v1_dense": Adapter(weighted_norm_after_rotation=True, summary="Hunyuan dense"),
         "glm": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4 9B"),
         "glm4": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4-0414"),
         "gpt_oss": Adapter(layout="single", summary="gpt-oss-20b, gpt-oss-120b"),

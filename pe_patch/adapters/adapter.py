@@ -15,7 +15,7 @@ from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
 from ..schemes.rope import cos_sin
 from .projections import ProjectionNames
-from .trained_window import TrainedWindow, native_parameters, trained_window
+from .trained_window import TrainedWindow, config_rope_parameters, trained_window
 from .vision import VisionEncoder
 
 DEFAULT_THETA = 10000.0
@@ -44,7 +44,7 @@ class Adapter:
     full_precision_product: bool = False
     """Queries and keys are cast to float32 before the multiplication by cos and sin, which have the dtype of the
     model."""
-    typed: bool = False
+    rotary_per_layer_type: bool = False
     """The rotary module is called once for each of `config.layer_types`, with separate frequencies for each."""
     interleaved_pairs: bool = False
     """The two dimensions of a rotated pair are neighbours; otherwise they are half a head apart."""
@@ -52,7 +52,7 @@ class Adapter:
     """Attribute of the base model: the factor that it multiplies `inputs_embeds` by. None if there is no factor."""
     rotates: str | Callable[[nn.Module], bool] | None = None
     """Attribute of an attention, or function of it, that is true if this layer rotates. None if all layers do."""
-    late_norm: bool = False
+    weighted_norm_after_rotation: bool = False
     """A norm with weights follows the rotation of queries and keys, so that the rotation cannot move to the scores."""
     norm_after_rotation: str | None = None
     """Attribute of an attention: a norm without weights that follows the rotation of queries and keys. None if there is
@@ -62,7 +62,7 @@ class Adapter:
     """The base model forwards extra keyword arguments to the attention function."""
     drops_cache_at_window: bool = False
     """Generation drops the cache and processes the whole sequence again when it crosses the trained window."""
-    folds_scale: bool = False
+    scaling_includes_mscale: bool = False
     """The model multiplies the `mscale_all_dim` factor of YaRN into `attention.scaling` when it is built."""
     learned: str | None = None
     """Attribute of the base model: its table of learned positions. None if it has none."""
@@ -76,9 +76,10 @@ class Adapter:
     pass_positions: Callable[..., dict[str, object]] | None = None
     """Function that passes positions to the attention of a base model that drops keyword arguments; else None. Use with
     `forward`."""
-    keep_positions: Callable[..., object] | None = None
-    """Wrapper of the base model's forward that stores what `pass_positions` added; else None. Use with `build_bias`."""
-    build_bias: tuple[str, Callable[..., object]] | None = None
+    wrap_base_forward: Callable[..., object] | None = None
+    """Wrapper of the base model's forward that stores what `pass_positions` added; else None. Use with
+    `replace_bias_builder`."""
+    replace_bias_builder: tuple[str, Callable[..., object]] | None = None
     """Name of the base model's method that builds the native bias, and its replacement; else None. Use with
     `pass_positions`."""
     projections: ProjectionNames | None = None
@@ -113,7 +114,7 @@ class Adapter:
     def layer_types(self, base: nn.Module, config: PreTrainedConfig) -> list[str | None]:
         """Return the type of each layer, or None for each if all layers share their frequencies."""
         count = len(self.blocks(base))
-        return list(config.layer_types)[:count] if self.typed else [None] * count
+        return list(config.layer_types)[:count] if self.rotary_per_layer_type else [None] * count
 
     def skips_rope(self, attention: nn.Module) -> bool:
         """Return whether this attention does not rotate, in a family whose other layers do."""
@@ -204,7 +205,7 @@ def native_theta(rotary: Any, config: PreTrainedConfig, layer_type: str | None =
     Raises:
         UnsupportedError: the frequencies follow no single base.
     """
-    parameters = native_parameters(config, layer_type)
+    parameters = config_rope_parameters(config, layer_type)
     theta = float(parameters.get("rope_theta") or DEFAULT_THETA)
     inv_freq = frequencies_of(rotary, layer_type)[1]
     width = 2 * inv_freq.shape[-1]

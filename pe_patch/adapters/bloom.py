@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..attention.interface import BACKENDS, attend, backend_for
-from ..core.handover import hand_down, handed_down
+from ..core.handover import call_with_value, current_value
 from ..errors import UnsupportedError
 
 
@@ -77,9 +77,9 @@ def carry_positions(base: Any, kwargs: dict[str, Any], positions: Any, position_
 
 def keep_positions(base: Any, inner: Callable[..., Any], **kwargs: Any) -> Any:
     """Store the positions of this pass while BLOOM's own forward runs, which has no argument for them."""
-    return hand_down("positions", base, kwargs.pop("pe_positions", None), inner, **kwargs)
+    return call_with_value("positions", base, kwargs.pop("pe_positions", None), inner, **kwargs)
 
 
 def build_alibi_tensor(base: Any, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Any:
     """Return the positions of this pass, which BLOOM passes to its layers in place of a bias."""
-    return handed_down("positions", base)
+    return current_value("positions", base)

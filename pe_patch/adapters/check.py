@@ -67,10 +67,14 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
             )
         return
     types = getattr(base.config, "layer_types", None) or ()
-    if adapter.typed and (not isinstance(types, list | tuple) or len(types) < count):
-        raise _wrong(adapter, "typed", f"and the config of {type(base).__name__} has no layer_types for {count} layers")
+    if adapter.rotary_per_layer_type and (not isinstance(types, list | tuple) or len(types) < count):
+        raise _wrong(
+            adapter,
+            "rotary_per_layer_type",
+            f"and the config of {type(base).__name__} has no layer_types for {count} layers",
+        )
     rotary = getattr(base, adapter.rotary)
-    if adapter.typed:
+    if adapter.rotary_per_layer_type:
         expected = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[:count])]
     else:
         expected = [FREQUENCIES]
@@ -78,10 +82,10 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
         return
     present = sorted(name for name in dir(rotary) if name.endswith(FREQUENCIES) and "original" not in name)
     by_type = {f"{kind}_{FREQUENCIES}" for kind in types}
-    if adapter.typed and FREQUENCIES in present:
-        remedy = "leave typed out"
-    elif not adapter.typed and present and set(present) <= by_type:
-        remedy = "give typed=True"
+    if adapter.rotary_per_layer_type and FREQUENCIES in present:
+        remedy = "leave rotary_per_layer_type out"
+    elif not adapter.rotary_per_layer_type and present and set(present) <= by_type:
+        remedy = "give rotary_per_layer_type=True"
     else:
         remedy = "this format is not supported"
     raise UnsupportedError(

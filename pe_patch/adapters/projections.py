@@ -21,7 +21,7 @@ LoadedLinear = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class ProjectionNames:
-    """The names of an attention's modules, which compute the same as those of Llama."""
+    """Names of the projections of an attention that computes what Llama's does."""
 
     output: str = "o_proj"
     """The linear layer after the attention, which a conversion keeps."""
@@ -33,7 +33,7 @@ class ProjectionNames:
 
     @property
     def taken(self) -> tuple[str, ...]:
-        """The names of the modules that latents replace, without the norms."""
+        """Return the names of the modules that latents replace, without the norms."""
         raise NotImplementedError
 
     def parts(self, attention: nn.Module, shape: AttentionShape, empty: bool) -> list[LoadedLinear]:

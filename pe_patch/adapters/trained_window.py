@@ -27,10 +27,10 @@ NOT_A_RATIO = ("longrope", "llama3")
 
 
 @dataclass(frozen=True)
-class AuthorsWord:
+class AuthorFacts:
     """Facts that a model's authors state besides its config."""
 
-    said: str
+    statement: str
     """A sentence with the value in the config and the value that the authors state."""
     source: str
     """A short form of the sentence, for a table or a log line."""
@@ -85,10 +85,10 @@ def _is_gemma3(config: Any, maximum: Maximum, parameters: Parameters) -> bool:
     return config.model_type == "gemma3_text" and parameters.get("rope_type") == "linear"
 
 
-KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...] = (
+KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorFacts], ...] = (
     (
         _is_mistral_1,
-        AuthorsWord(
+        AuthorFacts(
             "The config allows 32,768 tokens; Transformers' page of the model says it was trained on 8,192, and YaRN's "
             "authors extend it from there (arXiv 2309.00071).",
             "Transformers' page of Mistral 7B v0.1; its config says 32,768",
@@ -97,7 +97,7 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
     ),
     (
         _is_qwen3,
-        AuthorsWord(
+        AuthorFacts(
             "The config allows 40,960 tokens: the 32,768 that the model was trained on and 8,192 more for a prompt. "
             "Its authors' model card counts from 32,768 and recommends YaRN of factor 4 for 131,072.",
             "the model card of Qwen3; its config says 40,960, which adds 8,192 for a prompt",
@@ -108,7 +108,7 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
     ),
     (
         _is_qwen25,
-        AuthorsWord(
+        AuthorFacts(
             "Its authors' model card recommends YaRN of factor 4 over 32,768 tokens for 131,072.",
             "the model card of Qwen2.5, and its config",
             trained_length=32768,
@@ -118,7 +118,7 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
     ),
     (
         _is_bloom,
-        AuthorsWord(
+        AuthorFacts(
             "The config names no window; the model was trained on 2,048 tokens (arXiv 2211.05100).",
             "BLOOM's paper, arXiv 2211.05100; its config names none",
             trained_length=2048,
@@ -126,7 +126,7 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
     ),
     (
         _is_gemma3,
-        AuthorsWord(
+        AuthorFacts(
             "Its authors trained it on 32,768 tokens and rescaled its far-reaching layers to the window that the "
             "config names (Gemma Team 2025, arXiv 2503.19786), which therefore counts the factor.",
             "Gemma 3's report, arXiv 2503.19786",
@@ -136,7 +136,7 @@ KNOWN: tuple[tuple[Callable[[Any, Maximum, Parameters], bool], AuthorsWord], ...
 )
 
 
-def authors_word(config: Any, maximum: Maximum, parameters: Parameters) -> AuthorsWord | None:
+def author_facts(config: Any, maximum: Maximum, parameters: Parameters) -> AuthorFacts | None:
     """Return the facts that the authors state about this model, or None if they state nothing beyond its config.
 
     Args:
@@ -171,7 +171,7 @@ class TrainedWindow:
     """The `max_position_embeddings` that the model was built with; None if unknown."""
     config_maximum: int | None = None
     """The `max_position_embeddings` of the config, which may have been changed since."""
-    word: AuthorsWord | None = None
+    word: AuthorFacts | None = None
     """The facts that the model's authors state; None if there are none."""
 
     @property
@@ -191,7 +191,7 @@ class TrainedWindow:
         source = (self.scaled_source or self.source) if composed else self.source
         return f"unknown ({source})" if number is None else f"{number:,} tokens ({source})"
 
-    def question(self, composed: bool = False, option: str = OPTION) -> str:
+    def missing_window_message(self, composed: bool = False, option: str = OPTION) -> str:
         """Return why the window is unknown and what to type, with an example for each reading of the config."""
         reason = (self.scaled_source or self.source) if composed else self.source
         numbers = dict.fromkeys(pair[composed] for pair in self.choices)
@@ -200,7 +200,7 @@ class TrainedWindow:
             example = " or ".join(f"{option}={number}" for number in numbers)
         return f"{reason}: give {option}=<tokens>, {example}."
 
-    def settle(self, given: Any, composed: bool) -> TrainedWindow:
+    def with_window(self, given: Any, composed: bool) -> TrainedWindow:
         """Return a copy with the window that the user gives.
 
         Args:
@@ -222,9 +222,9 @@ class TrainedWindow:
                 if number == before:
                     source = f"the option {OPTION}={number}, before the scaling"
                     return replace(self, length=before, scaled_length=after, source=source, scaled_source=source)
-        return self.settle_scaled(number)
+        return self.with_scaled_window(number)
 
-    def settle_scaled(self, given: Any, option: str = OPTION) -> TrainedWindow:
+    def with_scaled_window(self, given: Any, option: str = OPTION) -> TrainedWindow:
         """Return a copy with the window that the user gives for the model with its scaling."""
         number, source = _count(given, option), f"the option {option}"
         if not self.scaled:
@@ -237,7 +237,7 @@ class TrainedWindow:
         return self.choices or ((self.length or 0, self.scaled_length or 0),)
 
 
-def native_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
+def config_rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
     """Return the rotary parameters in a config, or those of one layer type; an empty dict if it has none."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     return parameters if layer_type is None else dict(parameters[layer_type] or {})
@@ -247,7 +247,7 @@ def trained_window(base: Any, config: Any, layer_type: str | None = None) -> Tra
     """Return the window that a model was trained for, with its source.
 
     The sources in order of trust: the model's authors (`KNOWN`), the scaling in the config, the built modules,
-    and `max_position_embeddings`. A value from the user overrides all of them: see `TrainedWindow.settle`.
+    and `max_position_embeddings`. A value from the user overrides all of them: see `TrainedWindow.with_window`.
 
     Args:
         base: the model, for the window that its modules were built with; None if there is only a config.
@@ -257,7 +257,7 @@ def trained_window(base: Any, config: Any, layer_type: str | None = None) -> Tra
     parameters = _parameters(config, layer_type)
     maximum, source = _maximum(base, config)
     rope_type = str(parameters.get("rope_type") or "default")
-    word = authors_word(config, maximum, parameters)
+    word = author_facts(config, maximum, parameters)
     named = getattr(config, "max_position_embeddings", None)
     window = TrainedWindow(
         source=source,
@@ -296,7 +296,7 @@ def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]
     by_factor = f"{carried} from {original:,}"
     if maximum is not None and maximum > original and (rope_type in NOT_A_RATIO or _agree(original, factor, maximum)):
         return replace(window, scaled_length=maximum, scaled_source=f"max_position_embeddings, {by_factor}")
-    if maximum is None or _left_as_it_was(config, window, parameters, original):
+    if maximum is None or _is_unscaled_maximum(config, window, parameters, original):
         return replace(window, scaled_length=reached, scaled_source=by_factor)
     if reached is None:
         return replace(window, scaled_source=f"the config's {quoted(rope_type)} scaling names no factor")
@@ -306,8 +306,10 @@ def _with_scaling(window: TrainedWindow, config: Any, parameters: dict[str, Any]
 
 
 def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindow:
-    """Return both windows where the config has a factor (`linear`, `proportional`) and one length. Some configs count
-    the factor in that length (Gemma 3), others do not (Vicuna), and nothing in Transformers tells them apart."""
+    """Return both windows of a config with a factor and one length.
+
+    Whether the length includes the factor depends on the family (Gemma 3: yes, Vicuna: no).
+    """
     maximum, factor = window.maximum, window.factor or 1.0
     if maximum is None:
         return window
@@ -339,12 +341,12 @@ def _by_factor(window: TrainedWindow, config: Any, carried: str) -> TrainedWindo
     return replace(window, source=unclear, scaled_source=unclear, choices=((before, maximum), (maximum, after)))
 
 
-def _left_as_it_was(config: Any, window: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
+def _is_unscaled_maximum(config: Any, window: TrainedWindow, parameters: dict[str, Any], original: int) -> bool:
     """Return whether this `max_position_embeddings` is from before a scaling that starts at `original` was added, as
     Qwen3's model card asks for and YaRN's authors did with Mistral."""
     if window.maximum == original:
         return True
-    before = authors_word(config, window.maximum, {**parameters, "rope_type": "default", OPTION: None})
+    before = author_facts(config, window.maximum, {**parameters, "rope_type": "default", OPTION: None})
     return before is not None and before.trained_length == original
 
 
@@ -372,7 +374,7 @@ def _factor(parameters: dict[str, Any], maximum: int | None, original: int | Non
 
 def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     """Return the rotary parameters of one layer type, or of the type with the largest base."""
-    parameters = native_parameters(config, layer_type)
+    parameters = config_rope_parameters(config, layer_type)
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     if nested and not parameters.get("rope_type"):
         return max(nested, key=lambda each: float(each.get("rope_theta") or 0))

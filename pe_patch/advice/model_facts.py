@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import Adapter
-from ..adapters.trained_window import AuthorsWord, TrainedWindow, native_parameters
+from ..adapters.trained_window import AuthorFacts, TrainedWindow, config_rope_parameters
 from ..checkpoints.sources import empty_model
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
@@ -79,7 +79,7 @@ class ModelFacts:
     layers: tuple[int, ...]
     """The layers to patch if layer types rotate by different bases; empty for all layers."""
     layer_type: str | None
-    word: AuthorsWord | None
+    word: AuthorFacts | None
     """Statements of the authors that the config lacks; None without any."""
 
     @property
@@ -178,9 +178,9 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     first = layers[0] if layers else 0
     trained = adapter.window(base, config, first)
     if trained_length is not None:
-        trained = trained.settle_scaled(trained_length, "trained_length")
+        trained = trained.with_scaled_window(trained_length, "trained_length")
     if trained.scaled_length is None or trained.length is None:
-        question = trained.question(composed=trained.scaled, option="trained_length")
+        question = trained.missing_window_message(composed=trained.scaled, option="trained_length")
         raise OptionError(f"Advice needs the trained window of {name}, but {question}")
     shape = replace(adapter.shape(base, config, first), trained_length=trained.length)
     config_window = int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or 0)
@@ -225,7 +225,7 @@ def _slowest_layers(adapter: Adapter, base: PreTrainedModel) -> tuple[str | None
 
 def _scaling(config: Any, layer_type: str | None) -> dict[str, Any]:
     """Return the rope parameters of the scaling in a config, or an empty dict without one."""
-    parameters = native_parameters(config, layer_type)
+    parameters = config_rope_parameters(config, layer_type)
     return {} if parameters.get("rope_type", "default") == "default" else parameters
 
 

@@ -119,7 +119,7 @@ def _describe_choice(case: Case, choice: Choice) -> str:
 def notes(case: Case) -> list[str]:
     """Return traps of this model and target, one or two sentences each."""
     facts = case.facts
-    lines = [facts.word.said] if facts.word else []
+    lines = [facts.word.statement] if facts.word else []
     if facts.scaling:
         lines.append(_scaling_note(case))
     if facts.sliding:

@@ -112,7 +112,7 @@ def by_rows(
     value: Tensor,
     positions: Positions,
     scores: Callable[..., Tensor],
-    also: Callable[[Tensor, Positions], Tensor] | None = None,
+    extra_output: Callable[[Tensor, Positions], Tensor] | None = None,
 ) -> Tensor:
     """Compute attention from whole rows of scores, `[batch, query, heads, head]`.
 
@@ -124,7 +124,8 @@ def by_rows(
         positions: positions of the queries and keys.
         scores: `scores(query, key, positions, engine, (start, stop, end))` returns `[batch, heads, query, key]` for the
             queries `start` to `stop` and the keys up to `end`.
-        also: `also(weights, positions)` returns a term `[batch, heads, query, head]` that is added to the output.
+        extra_output: `extra_output(weights, positions)` returns a term `[batch, heads, query, head]` to add to the
+            output.
     """
     count = query.shape[2]
     (key, value), positions = first_pass(engine, count, (key, value), positions)
@@ -135,9 +136,9 @@ def by_rows(
         sliced = engine.slice_queries(start, stop, end)
         chunk_scores = scores(chunk, keys, chunk_positions, sliced, (start, stop, end))
         output, weights = sliced.softmax_and_mix(chunk_scores, values)
-        if also is None:
+        if extra_output is None:
             return output
         assert weights is not None
-        return output + also(weights, chunk_positions).transpose(1, 2).to(output.dtype)
+        return output + extra_output(weights, chunk_positions).transpose(1, 2).to(output.dtype)
 
     return by_chunks(engine, count, value.shape[2], (query, key, value), compute)

@@ -75,9 +75,9 @@ class Engine(AttentionEngine):
             and not is_row
             and not self.has_sinks
         ):
-            features = bias.bias_as_head_dims(positions, self.scaling, query.dtype)
-            if features is not None:
-                return self._with_extra_head_dims(query, key, value, *features)
+            extra_dims = bias.bias_as_head_dims(positions, self.scaling, query.dtype)
+            if extra_dims is not None:
+                return self._with_extra_head_dims(query, key, value, *extra_dims)
         return BIASED[self.backend.name](self, query, key, value, positions, bias)
 
     @property
@@ -138,7 +138,7 @@ class Engine(AttentionEngine):
         value: Tensor,
         positions: Positions,
         scores: Callable[[Tensor, Tensor, Positions, Engine], Tensor],
-        also: Callable[[Tensor, Positions], Tensor] | None = None,
+        extra_output: Callable[[Tensor, Positions], Tensor] | None = None,
     ) -> Output:
         """Compute attention from scores that the scheme computes row by row.
 
@@ -149,19 +149,20 @@ class Engine(AttentionEngine):
             positions: positions of the queries and keys.
             scores: `scores(query, key, positions, engine)` returns float32 scores `[batch, heads, query, key]` for a
                 chunk of the queries and all keys that they attend to. `engine.scores` and `engine.allowed` help.
-            also: `also(weights, positions)` returns a term `[batch, heads, query, head]` that is added to the output.
+            extra_output: `extra_output(weights, positions)` returns a term `[batch, heads, query, head]` to add to the
+                output.
         """
 
         if self.backend.dense:
             output, weights = self.softmax_and_mix(scores(query, key, positions, self), value)
             assert weights is not None
-            term = 0 if also is None else also(weights, positions).transpose(1, 2).to(output.dtype)
+            term = 0 if extra_output is None else extra_output(weights, positions).transpose(1, 2).to(output.dtype)
             return output + term, weights
 
         def chunk_scores(chunk: Tensor, keys: Tensor, chunk_positions: Positions, engine: Engine, _: Any) -> Tensor:
             return scores(chunk, keys, chunk_positions, engine)
 
-        return chunked.by_rows(self, query, key, value, positions, chunk_scores, also), None
+        return chunked.by_rows(self, query, key, value, positions, chunk_scores, extra_output), None
 
     def ranges(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, ranges: Sequence[Range]
@@ -173,8 +174,8 @@ class Engine(AttentionEngine):
         ) -> Tensor:
             merged: Tensor | None = None
             for whole_range in ranges:
-                chunk_range = whole_range.part(*bounds)
-                range_scores = engine.scores(*chunk_range.turned(chunk, keys))
+                chunk_range = whole_range.slice_pairs(*bounds)
+                range_scores = engine.scores(*chunk_range.rotate(chunk, keys))
                 if merged is None:
                     merged = torch.full_like(range_scores, torch.finfo(range_scores.dtype).min)
                 merged = torch.where(chunk_range.covers(chunk_positions)[:, None], range_scores, merged)
@@ -191,7 +192,7 @@ class Engine(AttentionEngine):
             return flex.ranges(query, key, value, positions, ranges, cast(Any, self.mask), self.scaling), None
         if cpu.is_supported(self, query, value):
             (key, value), positions = chunked.first_pass(self, count, (key, value), positions)
-            sliced = [whole_range.part(0, count, key.shape[2]) for whole_range in ranges]
+            sliced = [whole_range.slice_pairs(0, count, key.shape[2]) for whole_range in ranges]
             return cpu_ranges.attention(query, key, value, positions, sliced, self.mask, self.scaling), None
         return chunked.by_rows(self, query, key, value, positions, scores), None
 
@@ -256,10 +257,11 @@ class Engine(AttentionEngine):
             return output.transpose(1, 2)
         heads = torch.arange(query.shape[1], device=query.device)
         table = bias.score_bias(torch.arange(key.shape[2], device=query.device), heads[:, None])
-        table = table.to(self._precise(query))
+        # A bias that ignores the head or the distance has the shape of the other one alone, or is a scalar.
+        table = table.to(self._precise(query)).expand(query.shape[1], key.shape[2])
         reach, min_slope = None, bias.min_slope(query.device)
         if min_slope is not None and query.shape[2] == key.shape[2] >= LONG:
-            reach = reaches(query, key, self.scaling, min_slope)
+            reach = reaches(query, key, self.scaling, min_slope.expand(query.shape[1]))
         return attention_by_distance(query, key, value, table, self.scaling, reach)
 
     def relative(
@@ -455,8 +457,8 @@ def _flex(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: 
     """Compute attention with a distance bias as the `score_mod` of FlexAttention."""
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
-    of = getattr(bias, "score_bias", None)
-    if of is None:
+    score_bias = getattr(bias, "score_bias", None)
+    if score_bias is None:
         raise UnsupportedError(
             f"backend='flex' needs a bias that is a function of distance and head, and {bias.name!r} has no such "
             "`score_bias`; use backend='sdpa' or 'eager'."
@@ -466,7 +468,7 @@ def _flex(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions: 
     at_key = positions.key.expand(query.shape[0], -1)
 
     def modify(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + of(at_query[batch, q] - at_key[batch, k], head)
+        return score + score_bias(at_query[batch, q] - at_key[batch, k], head)
 
     output: Any = compile_friendly_flex_attention(
         query, key, value, score_mod=modify, block_mask=engine.mask, enable_gqa=key.shape[1] != query.shape[1],

@@ -13,7 +13,7 @@ from ..core.positions import Positions
 from ..errors import NoEffectError
 from .backends import BACKENDS, BY_IMPLEMENTATION, NO_PAGING, Backend, Output, backend_for, check_backend
 from .engine import Engine
-from .parallel import check_masks, local_heads, local_sinks, mask_of_layer, sequence_of
+from .parallel import check_context_parallel, local_heads, local_sinks, mask_of_layer, sequence_of
 
 __all__ = ["BACKENDS", "BY_IMPLEMENTATION", "NO_PAGING", "Backend", "Engine", "attend", "backend_for", "check_backend"]
 
@@ -85,7 +85,7 @@ def attend(
             if shift is None
             else shift(engine, query, key, value, mask)
         )
-    check_masks(module, scheme.name)
+    check_context_parallel(module, scheme.name)
     if positions is None:
         raise NoEffectError(
             f"No positions reached {type(module).__name__}, so {scheme.name!r} would have no effect there. Call the "

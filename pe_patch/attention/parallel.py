@@ -272,8 +272,8 @@ def broadcast_parameters(schemes: Iterable[Any], attention: nn.Module) -> None:
             dist.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
 
 
-def check_masks(module: nn.Module, name: str) -> None:
-    """Raise `UnsupportedError` if accelerate's context parallelism would compute plain causal attention instead."""
+def check_context_parallel(module: nn.Module, name: str) -> None:
+    """Raise `UnsupportedError` under accelerate's context parallelism, which drops masks and biases."""
     if compat.drops_masks(module):
         raise UnsupportedError(
             f"Context parallelism computes plain causal attention, so it would drop {name!r}, which acts on the "

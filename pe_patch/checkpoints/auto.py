@@ -39,7 +39,7 @@ class EarlierConfig(SavedConfig):
 
 
 class _Loader(compat.BuiltFromConfig):
-    """Loads a patched model if an auto class finds its config; registered as a model class."""
+    """Load a patched model if an auto class finds its config; registered as a model class."""
 
     auto: Any
 

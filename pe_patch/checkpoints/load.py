@@ -285,8 +285,8 @@ def _load_weights(
 ) -> None:
     """Load the weights that the patch added, and the original ones that it set aside, from the checkpoint.
 
-    Transformers saves multi-part models under names of earlier versions, which differ before the part's own prefix. It
-    renames only the weights that it loads itself, so this matches names by their ends.
+    Transformers saves multi-part models under older prefixes and renames only weights that it loads itself. So match
+    names by suffix.
     """
     if not wanted:
         return

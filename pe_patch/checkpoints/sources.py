@@ -34,7 +34,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
 
     if dtype not in DTYPES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    quiet_host()
+    quiet_transformers()
     _check_folder(name)
     saved, _ = PreTrainedConfig.get_config_dict(name)
     read = load_patched if saved.get("pe_patch") else AutoModelForCausalLM.from_pretrained
@@ -47,7 +47,7 @@ def empty_model(name: str) -> Any:
     """Build the model on the meta device, without weights, and patch it if it was saved patched."""
     from .load import build_empty
 
-    quiet_host()
+    quiet_transformers()
     _check_folder(name)
     return build_empty(name)
 
@@ -106,7 +106,7 @@ def continue_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int) ->
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True), ids.shape[1]
 
 
-def quiet_host() -> None:
+def quiet_transformers() -> None:
     """Disable Transformers' progress bars, and escape its log messages, which may quote a checkpoint."""
     from transformers.utils import logging
 

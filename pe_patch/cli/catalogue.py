@@ -37,7 +37,7 @@ def catalogue() -> dict[str, Entries]:
             {
                 "name": name,
                 "native": adapter.native,
-                "mla": "has it" if adapter.folds_scale else "converts" if adapter.projections else "",
+                "mla": "has it" if adapter.scaling_includes_mscale else "converts" if adapter.projections else "",
                 "summary": adapter.summary,
             }
             for name, adapter in ADAPTERS.items()

@@ -27,10 +27,10 @@ def demo(
 
     from rich.console import Console
 
-    from ..checkpoints.sources import quiet_host
+    from ..checkpoints.sources import quiet_transformers
     from ..compare import demo as demonstration
 
-    quiet_host()
+    quiet_transformers()
     settings = demonstration.quick(output) if quick else demonstration.DemoSettings(output=output)
     chosen = replace(settings, from_scratch=from_scratch, seed=seed, steps=settings.steps if steps is None else steps)
     chosen = replace(chosen, overwrite=overwrite)

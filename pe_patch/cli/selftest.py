@@ -27,11 +27,11 @@ def selftest(
 
     Exits with code 1 if values differ that must be equal.
     """
-    from ..checkpoints.sources import quiet_host
+    from ..checkpoints.sources import quiet_transformers
     from ..doctor.self_test import selftest as run
     from ..doctor.self_test.result import render
 
-    quiet_host()
+    quiet_transformers()
     result = run(model, dtype=dtype, device=device)
     if as_json:
         print_json(result.to_dict())

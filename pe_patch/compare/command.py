@@ -43,9 +43,9 @@ def run(
     Raises:
         OptionError: options are missing or contradict each other.
     """
-    from ..checkpoints.sources import parse_options, quiet_host
+    from ..checkpoints.sources import parse_options, quiet_transformers
 
-    quiet_host()
+    quiet_transformers()
     seed, given = arguments["seed"], {key: arguments[key] for key in DEFAULTS}
     if preset is not None:
         presets.refuse(given, DEFAULTS)

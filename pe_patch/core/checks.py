@@ -20,7 +20,7 @@ LARGEST_TABLE = 2**31
 """Limit of the entries of a table, 8 GiB in float32."""
 
 
-def plain(value: Any) -> Any:
+def to_builtin(value: Any) -> Any:
     """Convert numbers and lists of other libraries to Python's, which checks and saved records understand.
 
     This covers scalars of NumPy and PyTorch, fractions, and one-dimensional arrays of floating-point numbers.
@@ -28,9 +28,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | str | bytes) or type(value) in (int, float):
         return value
     if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: to_builtin(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(plain(entry) for entry in value)
+        return type(value)(to_builtin(entry) for entry in value)
     dimensions, dtype = getattr(value, "ndim", None), str(getattr(value, "dtype", ""))
     if dimensions == 0 and hasattr(value, "item") and not getattr(value, "is_meta", False):
         return value.item()
@@ -54,15 +54,22 @@ def _number(value: Any) -> float | None:
 
 
 def check_number(
-    scheme: str, option: str, value: Any, low: float, high: float = LARGEST, *, exclusive: bool = False, do: str = ""
+    scheme: str,
+    option: str,
+    value: Any,
+    low: float,
+    high: float = LARGEST,
+    *,
+    exclusive: bool = False,
+    remedy: str = "",
 ) -> float:
     """Return `value` as a float in [low, high], or (low, high] if exclusive; else raise `OptionValueError`."""
     number = _number(value)
     if number is not None and (low < number if exclusive else low <= number) and number <= high:
         return number
     allowed = f"a finite number {'above' if exclusive else 'of at least'} {low:g} and at most {high:g}"
-    do = f" {do}" if do else ""
-    raise OptionValueError(f"{scheme!r} got {option}={quoted(value)}; {option} must be {allowed}.{do}")
+    remedy = f" {remedy}" if remedy else ""
+    raise OptionValueError(f"{scheme!r} got {option}={quoted(value)}; {option} must be {allowed}.{remedy}")
 
 
 def check_length(
@@ -85,14 +92,14 @@ def check_window(scheme: str, option: str, value: Any) -> int | None:
     return check_length(scheme, option, whole)
 
 
-def check_count(scheme: str, option: str, value: Any, low: int, high: int, do: str = "") -> int:
+def check_count(scheme: str, option: str, value: Any, low: int, high: int, remedy: str = "") -> int:
     """Return `value` as a whole number from `low` to `high`, or raise `OptionValueError`."""
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
-    do = f" {do}" if do else ""
+    remedy = f" {remedy}" if remedy else ""
     raise OptionValueError(
         f"{scheme!r} got {option}={quoted(value)}; {option} must be a whole number of at least {low} and at most "
-        f"{high}.{do}"
+        f"{high}.{remedy}"
     )
 
 
@@ -127,21 +134,29 @@ def check_order(scheme: str, low: tuple[str, float], high: tuple[str, float]) ->
 
 
 def check_list(
-    scheme: str, option: str, value: Any, count: int, *, has: str = "rotates", each: str = "pair", high: float = LARGEST
+    scheme: str,
+    option: str,
+    value: Any,
+    count: int,
+    *,
+    verb: str = "rotates",
+    unit: str = "pair",
+    high: float = LARGEST,
 ) -> list[float]:
     """Return `value` as `count` positive floats, or raise `OptionValueError`."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise OptionValueError(
-            f"{scheme!r} got {option}={quoted(value)}; give a list of {count} positive numbers, one for each {each}."
+            f"{scheme!r} got {option}={quoted(value)}; give a list of {count} positive numbers, one for each {unit}."
         )
     if len(value) != count:
         raise OptionValueError(
-            f"{scheme!r} got {len(value)} entries in {option}, and this attention {has} {count} {each}s; "
-            f"{option} needs {count} positive numbers, one for each {each}."
+            f"{scheme!r} got {len(value)} entries in {option}, and this attention {verb} {count} {unit}s; "
+            f"{option} needs {count} positive numbers, one for each {unit}."
         )
-    do = f"{option} needs {count} positive numbers, one for each {each}."
+    remedy = f"{option} needs {count} positive numbers, one for each {unit}."
     return [
-        check_number(scheme, f"{option}[{k}]", entry, 0.0, high, exclusive=True, do=do) for k, entry in enumerate(value)
+        check_number(scheme, f"{option}[{k}]", entry, 0.0, high, exclusive=True, remedy=remedy)
+        for k, entry in enumerate(value)
     ]
 
 

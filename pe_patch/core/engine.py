@@ -82,14 +82,15 @@ class AttentionEngine(Protocol):
         value: Tensor,
         positions: Positions,
         scores: Callable[[Tensor, Tensor, Positions, AttentionEngine], Tensor],
-        also: Callable[[Tensor, Positions], Tensor] | None = None,
+        extra_output: Callable[[Tensor, Positions], Tensor] | None = None,
     ) -> Output:
         """Compute attention from scores that the scheme computes row by row.
 
         Args:
             scores: `scores(query, key, positions, engine)` returns float32 scores `[batch, heads, query, key]` for a
                 chunk of the queries and all keys that they attend to.
-            also: `also(weights, positions)` returns a term `[batch, heads, query, head]` that is added to the output.
+            extra_output: `extra_output(weights, positions)` returns a term `[batch, heads, query, head]` to add to the
+                output.
         """
         ...
 

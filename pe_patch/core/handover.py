@@ -10,20 +10,20 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_HELD = threading.local()
+_THREAD = threading.local()
 
 
-def hand_down(name: str, base: Any, value: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return `call(*args, **kwargs)`, in which `handed_down(name, base)` is `value`."""
-    before = getattr(_HELD, name, None)
-    setattr(_HELD, name, (base, value))
+def call_with_value(name: str, base: Any, value: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return `call(*args, **kwargs)`, in which `current_value(name, base)` is `value`."""
+    before = getattr(_THREAD, name, None)
+    setattr(_THREAD, name, (base, value))
     try:
         return call(*args, **kwargs)
     finally:
-        setattr(_HELD, name, before)
+        setattr(_THREAD, name, before)
 
 
-def handed_down(name: str, base: Any) -> Any:
+def current_value(name: str, base: Any) -> Any:
     """Return the value that this thread passed to `base`, or None."""
-    held = getattr(_HELD, name, None)
+    held = getattr(_THREAD, name, None)
     return held[1] if held is not None and held[0] is base else None

@@ -32,8 +32,8 @@ class Heads(NamedTuple):
         return self.stop - self.start
 
 
-def declared(cls: type) -> bool:
-    """Return whether a class declares `head_sharded_attributes`, and no subclass has overridden a hook since."""
+def declares_head_sharding(cls: type) -> bool:
+    """Return whether a class declares `head_sharded_attributes`, and that no subclass below it overrides a hook."""
     order = cls.__mro__
     says = next((place for place, owner in enumerate(order) if "head_sharded_attributes" in owner.__dict__), None)
     if says is None or order[says].__dict__["head_sharded_attributes"] is None:
@@ -42,23 +42,21 @@ def declared(cls: type) -> bool:
     return all(place >= says for place in owners)
 
 
-def part(scheme: Any, heads: Heads) -> Any:
+def slice_heads(scheme: Any, heads: Heads) -> Any:
     """Return the scheme sliced to a range of its heads.
 
-    `Scheme.head_sharded_attributes` names the slopes, tables and parameters to slice, and the dimension of their
-    heads. Parameters
-    are views of the full ones, so gradients reach those. Hooks on a full parameter do not run for kernels that compute
-    their own gradients. Everything else is shared.
+    `Scheme.head_sharded_attributes` names the slopes, tables and parameters to slice, and the dimension of their heads.
+    Parameters are views of the full ones, so gradients reach those. Hooks on a full parameter do not run for kernels
+    that compute their own gradients. Everything else is shared.
 
     Raises:
         UnsupportedError: the scheme does not say what it keeps for each head.
     """
-    if not declared(type(scheme)):
+    if not declares_head_sharding(type(scheme)):
         raise UnsupportedError(
             f"{scheme.name!r} is split by heads over processes here and does not declare which attributes have entries "
-            "for each head: declare head_sharded_attributes = {attribute: dimension of the heads} on the class "
-            "({} where all heads "
-            "share everything), or keep the heads together."
+            "for each head: declare head_sharded_attributes = {attribute: dimension of the heads} on the class ({} "
+            "where all heads share everything), or keep the heads together."
         )
     view: Any = copy(scheme)
     parameters, modules = compat.own_parameters(scheme), compat.submodules(scheme)
@@ -70,7 +68,7 @@ def part(scheme: Any, heads: Heads) -> Any:
     }
     compat.replace_parameters(view, sliced)
     parts = {
-        name: part(module, heads) if hasattr(module, "head_sharded_attributes") else module
+        name: slice_heads(module, heads) if hasattr(module, "head_sharded_attributes") else module
         for name, module in modules.items()
     }
     compat.replace_submodules(view, parts)

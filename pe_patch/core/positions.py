@@ -22,8 +22,8 @@ class Positions(NamedTuple):
     key: Tensor
     """Position of each key in the cache and in this pass, `[batch | 1, key]`, int64."""
     length: Tensor | int | None = None
-    """Sequence length by which a length-dependent scheme chooses its regime: for each query, `[batch | 1, query]`, or
-    one number for a whole first pass. None for other schemes."""
+    """Sequence length that selects the frequencies of a length-dependent scheme. For each query, `[batch | 1, query]`,
+    or one number for a whole first pass. None for other schemes."""
     fresh: bool = True
     """True if the cache was empty before this pass."""
     filled: Tensor | int | None = None
@@ -66,27 +66,27 @@ class Positions(NamedTuple):
         return self._replace(key=self.key[:, index], kept=index)
 
 
-def from_mask(mask: Tensor) -> Tensor:
+def positions_from_mask(mask: Tensor) -> Tensor:
     """Return the rank of each token among the real ones of its row, `[batch, length]`; padding gets zero."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def without_holes(mask: Tensor) -> Tensor:
+def positions_skipping_gaps(mask: Tensor) -> Tensor:
     """Return positions that skip masked tokens behind the first real one of a row, `[batch, length]`.
 
-    Padding on the left counts, so that a row without a hole gets 0, 1, 2 ..., the positions that its host would make.
+    Padding on the left counts, so that a row without a hole gets 0, 1, 2 ..., the positions that Transformers
+    would assign.
     """
     real = mask.long().cumsum(-1)
     holes = ((mask == 0) & (real > 0)).long().cumsum(-1)
     return torch.arange(mask.shape[-1], device=mask.device) - holes
 
 
-def counts_holes(mask: Tensor, past_length: int, window: int | None, chunk: int | None) -> bool:
-    """Return whether a mask by slots hides or shows other keys than one by positions would, because of masked tokens
-    between real ones.
+def slot_mask_is_wrong(mask: Tensor, past_length: int, window: int | None, chunk: int | None) -> bool:
+    """Return whether a mask built from cache slots differs from one built from positions.
 
-    Transformers builds the masks of sliding and chunked layers by slots. They agree with positions unless a hole lies
-    within the window of a later token, or moves a token into another chunk.
+    Transformers builds the masks of sliding and chunked layers from cache slots. They agree with positions unless
+    masked tokens between real ones lie within the window of a later token, or move a token into another chunk.
 
     Args:
         mask: 1 for real tokens, `[batch, length]`.
@@ -108,7 +108,7 @@ def counts_holes(mask: Tensor, past_length: int, window: int | None, chunk: int 
 
 
 def document_lengths(positions: Tensor) -> Tensor:
-    """Number of tokens of the document that each token belongs to, `[batch, length]`.
+    """Return the length of each token's document, `[batch, length]`.
 
     Documents packed into one row restart their position ids, so a document begins wherever the next position is not
     the successor of the one before; its length is the last position in it plus one (skipped ids count as read).

@@ -74,7 +74,7 @@ class Statistics:
 
 @dataclass
 class Latents:
-    """One attention as latent attention, in terms of what the trained one projects.
+    """Weights of latent attention, as maps from the trained queries, keys and values.
 
     With q_h = the query of head h (`[head_dim]`, bias included), z = [keys | values] of all key-value heads without
     biases (`[2 * kv_heads * head_dim]`) and k the keys with their bias:
@@ -89,8 +89,8 @@ class Latents:
 
     `up_key` and `up_value` have either one entry for each query head or one for each key-value head.
 
-    Biases are not lost: one on the part of a key that does not rotate adds the same to all scores of a query, which
-    softmax ignores; one on a value adds itself to the output.
+    The bias of a non-rotating key part adds one constant to all scores of a query, so softmax ignores it. The bias of a
+    value is added to the output.
     """
 
     query: Tensor

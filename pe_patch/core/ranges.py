@@ -10,7 +10,7 @@ from torch import Tensor
 from .positions import Positions
 
 
-class Turn(Protocol):
+class PositionTransform(Protocol):
     """A linear transform of each query, or of each key, that depends on its position."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class Turn(Protocol):
         """Return the gradient of the input, given that of the output."""
         ...
 
-    def part(self, start: int, stop: int) -> Turn:
+    def slice_tokens(self, start: int, stop: int) -> PositionTransform:
         """Return the transform of the tokens `start` to `stop`."""
         ...
 
@@ -43,9 +43,9 @@ class Range:
     """`[batch | 1, key]`, int64; None for the positions."""
     below: int | None = None
     """Include only keys at positions below this one (attention sinks)."""
-    turn_query: Turn | None = None
+    rotate_query: PositionTransform | None = None
     """Transform of the queries in this range; None for none."""
-    turn_key: Turn | None = None
+    rotate_key: PositionTransform | None = None
 
     def steps(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the steps of queries and keys, `[batch | 1, query]` and `[batch | 1, key]`."""
@@ -65,19 +65,19 @@ class Range:
             inside = inside & (positions.key[:, None, :] < self.below)
         return inside
 
-    def part(self, start: int, stop: int, end: int) -> Range:
+    def slice_pairs(self, start: int, stop: int, end: int) -> Range:
         """Return the range restricted to the queries `start` to `stop` and the keys before `end`."""
         return replace(
             self,
             step_query=None if self.step_query is None else self.step_query[:, start:stop],
             step_key=None if self.step_key is None else self.step_key[:, :end],
-            turn_query=None if self.turn_query is None else self.turn_query.part(start, stop),
-            turn_key=None if self.turn_key is None else self.turn_key.part(0, end),
+            rotate_query=None if self.rotate_query is None else self.rotate_query.slice_tokens(start, stop),
+            rotate_key=None if self.rotate_key is None else self.rotate_key.slice_tokens(0, end),
         )
 
-    def turned(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Transform queries and keys for the pairs of this range."""
         return (
-            query if self.turn_query is None else self.turn_query(query),
-            key if self.turn_key is None else self.turn_key(key),
+            query if self.rotate_query is None else self.rotate_query(query),
+            key if self.rotate_key is None else self.rotate_key(key),
         )

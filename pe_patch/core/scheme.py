@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
 from ..errors import OptionError, UnsupportedError, nearest, quoted
-from .head_slices import Heads, declared, part
+from .head_slices import Heads, declares_head_sharding, slice_heads
 from .positions import Positions
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Option:
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
 class _Options:
-    """Makes type checkers read the annotated fields of a scheme as keyword arguments."""
+    """Make type checkers read the annotated fields of a scheme as keyword arguments."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -100,9 +100,9 @@ class Scheme(_Options, nn.Module):
 
     1. `embed` adds to the input embeddings.
     2. `angles` rotates queries and keys before the cache; decoding then costs nothing.
-    3. `encode` changes queries and keys at the scores; keys are cached as they were projected.
+    3. `encode` changes queries and keys after the cache is read. The cache holds unrotated keys.
     4. `bias` adds to the scores. A bias by distance and head derives from `DistanceBias` instead.
-    5. `attend` is everything after the projections.
+    5. `attend` computes attention from the projected queries, keys and values.
 
     The options of a scheme are the annotated fields of its class. Other attributes are `ClassVar`, have no
     annotation, or are set in `setup`. `YaRN(factor=4)` only holds options until a model is patched with it.
@@ -235,7 +235,7 @@ class Scheme(_Options, nn.Module):
     def forward(self, hook: str, *arguments: object) -> object:
         """Call a hook by name through `__call__`, so that module hooks that fetch offloaded or sharded weights run."""
         heads = getattr(arguments[-1], "heads", None) if hook == "attend" else None
-        return getattr(self if heads is None else part(self, heads), hook)(*arguments)
+        return getattr(self if heads is None else slice_heads(self, heads), hook)(*arguments)
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Add to the input embeddings. hidden `[batch, query, hidden]`, positions `[batch | 1, query]`."""
@@ -325,7 +325,7 @@ class Scheme(_Options, nn.Module):
     @property
     def shares_heads(self) -> bool:
         """Return whether all heads are treated alike, so a subset of heads needs no index."""
-        return declared(type(self)) and not self.head_sharded_attributes
+        return declares_head_sharding(type(self)) and not self.head_sharded_attributes
 
     @property
     def scorer(self) -> Scheme | None:
@@ -389,7 +389,7 @@ def check_causal(scheme: Scheme, engine: AttentionEngine) -> None:
         raise UnsupportedError(f"{scheme.name!r} is defined for causal attention only, and this one looks ahead.")
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or unchanged if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -404,9 +404,9 @@ def causal_distance(length: int) -> Tensor:
 class DistanceBias(Scheme):
     """An additive bias that depends only on the distance and the head.
 
-    A subclass overrides `score_bias(distance, head)`, one pointwise function. Broadcasting makes the dense bias, and
-    FlexAttention calls it on scalars. If the bias is a sum of products of one function of the query's position and one
-    of the key's, override `bias_as_head_dims` too: then a few extra dimensions of the heads compute it in any kernel.
+    A subclass overrides `score_bias(distance, head)`, which is pointwise: SDPA calls it on tensors, FlexAttention on
+    scalars. If the bias is a dot product of a function of the query position and one of the key position, also override
+    `bias_as_head_dims`, so that every kernel can add it as extra head dimensions.
     """
 
     mechanism = "distance bias"

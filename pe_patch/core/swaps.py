@@ -1,7 +1,7 @@
 """Replaced attributes as data, so that they can be undone, copied and pickled.
 
-A swap writes its value whatever the attribute holds. It can be applied or undone twice, after an interrupt, or after
-somebody deleted the attribute, so one more call always completes a list of swaps.
+A swap writes its value whatever the attribute holds. Applying or undoing a swap twice is safe, so an interrupted list
+can be run again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ Result = TypeVar("Result")
 
 
 class Absent(Enum):
-    """Markers of an attribute that did not exist or was released. Copies of an enum member are the same object."""
+    """Mark an attribute that did not exist, or whose original was released.
+
+    Enum members survive copying, so `is` works.
+    """
 
     ABSENT = "absent"
-    GIVEN_UP = "given up"
+    RELEASED = "released"
 
 
-ABSENT, GIVEN_UP = Absent.ABSENT, Absent.GIVEN_UP
+ABSENT, RELEASED = Absent.ABSENT, Absent.RELEASED
 
 
 @dataclass

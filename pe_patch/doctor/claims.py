@@ -37,9 +37,9 @@ def read_claim(examined: ExaminedModel) -> tuple[Reading | None, list[Finding]]:
         try:
             return config_formats.read(raw_config), [*findings, *_unread_keys(examined, findings)]
         except ConfigFault as fault:
-            if fault.kind in ("silent", "lists"):  # `check_lengths` checks the lists
+            if fault.kind in ("no_rotary_keys", "lists"):  # `check_lengths` checks the lists
                 return None, findings
-            if fault.kind == "beside" and fault.keys == ("truncate",):
+            if fault.kind == "outside_layer_type" and fault.keys == ("truncate",):
                 _push_down(raw_config, "truncate")
                 continue
             explain, repair = FAULTS.get(fault.kind, (_contradiction, _keep_inner))
@@ -252,8 +252,8 @@ FAULTS: dict[
 ] = {
     "unread": (_unread_key, _remove),
     "untyped": (_untyped, _remove),
-    "beside": (_beside, _remove),
-    "two_dialects": (_two_dialects, _keep_scaling),
+    "outside_layer_type": (_beside, _remove),
+    "two_formats": (_two_dialects, _keep_scaling),
     "ratio": (_ratio, _drop_window),
 }
 """For each kind of fault, the function that describes it and the one that removes it from the config."""

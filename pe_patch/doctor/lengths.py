@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..adapters.trained_window import built_window, is_count, trained_window
-from ..schemes.config_formats import TYPES, left_as_it_was, yarn_temperature
+from ..schemes.config_formats import TYPES, trained_window_below, yarn_temperature
 from .claims import filled_in, named_window, rope_dicts, window_reversed, written_window
 from .examined import ExaminedModel
 from .finding import Finding
@@ -111,7 +111,7 @@ def _window(examined: ExaminedModel, path: str, entries: dict[str, Any], scheme:
         scheme != "longrope"
         and factor
         and factor > 1
-        and (written == maximum or written == left_as_it_was(examined.family, maximum))
+        and (written == maximum or written == trained_window_below(examined.family, maximum))
     ):
         yield Finding(
             "window_not_widened", "note", "max_position_embeddings",

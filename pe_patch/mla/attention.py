@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.projections import Latents, Projections
-from .folding import Folding
+from .folding import EffectiveWeightCache
 
 MOST_QUERIES = 256
 """Maximum number of queries for absorbed attention; larger passes expand the latents and use the fast kernels."""
@@ -34,7 +34,7 @@ class LatentHeads(Protocol):
     split: bool
     """Keys and values have one latent each, concatenated, rather than a joint one."""
 
-    def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def effective_weights(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the effective up-projections in the dtype and on the device of `like`.
 
         A constant that an adapter adds to the keys is left out: it adds the same to all scores of a query, and softmax
@@ -58,7 +58,7 @@ class LatentHeads(Protocol):
         """
         ...
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Discard the weights that were prepared for decoding."""
         ...
 
@@ -94,7 +94,7 @@ def absorbed(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor, 
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
     """
-    up_key, up_value, value_bias = heads.folded(query)
+    up_key, up_value, value_bias = heads.effective_weights(query)
     batch, count, rows = query.shape[0], query.shape[1], query.shape[2]
     latent = latent.squeeze(1)
     on_keys, on_values = latent.chunk(2, -1) if heads.split else (latent, latent)
@@ -129,7 +129,7 @@ def attention(heads: LatentHeads, query: Tensor, latent: Tensor, shared: Tensor,
         The output `[batch, query, heads, value_dim]`, and the weights `[batch, heads, query, key]` or None.
     """
     if query.shape[2] > 1 or query.shape[2] == latent.shape[2]:
-        heads.drop()
+        heads.clear()
     if absorbs(heads, query, latent, engine):
         size = max(1, MOST_SCORES // (query.shape[0] * query.shape[1] * latent.shape[2]))
         total, end = query.shape[2], latent.shape[2]
@@ -207,7 +207,7 @@ class LatentSizes:
         return self.latent + self.rope_heads * self.rope
 
 
-class Features(nn.Module):
+class NormalizedProjections(nn.Module):
     """The trained projections of a family that normalizes the query and key of each head.
 
     Such a norm is not linear, so no single matrix can replace projection and norm.
@@ -219,7 +219,7 @@ class Features(nn.Module):
         self.q_norm, self.k_norm = query_norm, key_norm
 
     @classmethod
-    def copy(cls, projections: Projections) -> Features:
+    def copy(cls, projections: Projections) -> NormalizedProjections:
         """Copy the projections and norms of a layer. The value bias is left out, because it is added to the output."""
         query = _linear(projections.query, projections.query_bias)
         key = _linear(projections.key, projections.key_bias)
@@ -257,9 +257,9 @@ class LatentAttention(nn.Module):
 
     frequency: Tensor
 
-    def __init__(self, sizes: LatentSizes, features: Features | None = None, **factory: Any) -> None:
+    def __init__(self, sizes: LatentSizes, features: NormalizedProjections | None = None, **factory: Any) -> None:
         super().__init__()
-        self.sizes, self.folding = sizes, Folding()
+        self.sizes, self.weight_cache = sizes, EffectiveWeightCache()
         self.nope, self.rope, self.rank, self.value_dim = sizes.nope, sizes.rope, sizes.rank, sizes.head_dim
         self.rope_heads, self.split = sizes.rope_heads, sizes.split
         width = sizes.heads * (sizes.nope + sizes.rope)
@@ -328,16 +328,16 @@ class LatentAttention(nn.Module):
 
     def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the up-projections of keys and values, without the value bias."""
-        key, value, _ = self.folded(like)
+        key, value, _ = self.effective_weights(like)
         return key, value
 
-    def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        value, bias = self.folding.weight("value", self.v_b_proj, self.rank, like)
+    def effective_weights(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        value, bias = self.weight_cache.weight("value", self.v_b_proj, self.rank, like)
         value = value.view(-1, self.value_dim, self.rank)
         value_bias = None if bias is None else bias.view(-1, self.value_dim)
         if self.k_b_proj is None:
             return value.new_zeros(len(value), 0, self.rank), value, value_bias
-        key, _ = self.folding.weight("key", self.k_b_proj, self.rank, like)
+        key, _ = self.weight_cache.weight("key", self.k_b_proj, self.rank, like)
         return key.view(-1, self.nope, self.rank), value, value_bias
 
     def expand(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,11 +352,11 @@ class LatentAttention(nn.Module):
         nope = self.k_b_proj(on_keys).unflatten(-1, (up_heads, self.nope)).transpose(1, 2)
         return torch.cat((nope, shared.to(nope.dtype)), -1), value
 
-    def drop(self) -> None:
-        self.folding.drop()
+    def clear(self) -> None:
+        self.weight_cache.clear()
 
     @torch.no_grad()
-    def take(self, latents: Latents, projections: Projections) -> LatentAttention:
+    def load_conversion(self, latents: Latents, projections: Projections) -> LatentAttention:
         """Copy the weights of a conversion into this module, and return it."""
         work, heads = projections.work_dtype, self.sizes.heads
         key, value = projections.key.to(work), projections.value.to(work)

@@ -49,11 +49,11 @@ class Conversion:
         for index, (projections, latents, statistics) in self.latents.items():
             scheme = scheme_by_layer[index]
             scheme.rank = rank
-            modules[index] = scheme.filled(projections, scheme.narrowed(latents, rank, statistics))
+            modules[index] = scheme.converted_module(projections, scheme.truncated(latents, rank, statistics))
         return modules
 
 
-def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer: dict[int, Any]) -> Conversion:
+def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer: dict[int, Any]) -> Conversion:
     """Build the modules that replace the projections of the chosen layers.
 
     Args:
@@ -95,7 +95,7 @@ def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer
         logger.warning("%r ignores calibration= with these options; leave it out.", first.name)
     if first.restored or not first.needs_calibration:
         modules = {index: _replace(scheme, projections[index], None) for index, scheme in scheme_by_layer.items()}
-        if first.starts_fresh:
+        if first.random_init:
             for module in modules.values():
                 module.apply(compat.weight_initializer(model))
         return Conversion(modules)
@@ -118,7 +118,9 @@ def convert(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by_layer
 
     def each(index: int, hidden: Tensor) -> None:
         if index in scheme_by_layer:
-            statistics[index] = scheme_by_layer[index].observe(projections[index], hidden, statistics.get(index))
+            statistics[index] = scheme_by_layer[index].collect_statistics(
+                projections[index], hidden, statistics.get(index)
+            )
 
     def done(index: int) -> None:
         if index not in scheme_by_layer:

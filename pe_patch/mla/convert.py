@@ -20,11 +20,11 @@ from .checks import (
     check_unused,
 )
 from .low_rank import balance_of, full_ranks, second_moment, spans
-from .rotary_keys import RotaryKeys, principal, selected, shared
+from .rotary_keys import RotaryKeys, principal, select_rotary_dims, shared_rotary_key
 
 
 @torch.no_grad()
-def convert(
+def convert_layer(
     projections: Projections,
     statistics: Statistics | None,
     *,
@@ -176,9 +176,9 @@ def _rotary_keys(
 ) -> RotaryKeys:
     """Return the rotary keys of a method."""
     if method == "mha2mla":
-        return selected(projections, statistics, rope_dim, select)
+        return select_rotary_dims(projections, statistics, rope_dim, select)
     assert statistics is not None
-    return shared(projections, statistics, rope_dim, check_freqfold(projections, method, rope_dim, freqfold))
+    return shared_rotary_key(projections, statistics, rope_dim, check_freqfold(projections, method, rope_dim, freqfold))
 
 
 def _check_statistics(statistics: Statistics | None, method: str, select: str, latent_norm: bool) -> None:

@@ -21,7 +21,7 @@ def _signature(linear: nn.Module) -> tuple[Any, ...]:
     return (*((t.data_ptr(), compat.version_counter(t), t.dtype, t.device) for t in tensors), *state)
 
 
-class Folding:
+class EffectiveWeightCache:
     """A cache of the effective weights and biases of linear layers that LoRA, quantization or offloading wraps.
 
     A plain layer's weight is used directly. The effective weight of a wrapped layer is computed by applying the layer
@@ -40,7 +40,7 @@ class Folding:
     def __setstate__(self, _: dict[str, Any]) -> None:
         self._cache = {}
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Discard all cached weights."""
         if self._cache:
             self._cache.clear()

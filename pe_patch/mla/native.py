@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .folding import Folding
+from .folding import EffectiveWeightCache
 
 
 class NativeHeads(nn.Module):
@@ -25,10 +25,10 @@ class NativeHeads(nn.Module):
         self.__dict__["attention"] = attention  # not a submodule: the layer contains this module
         self.nope, self.rope = attention.qk_nope_head_dim, attention.qk_rope_head_dim
         self.value_dim, self.rank = attention.v_head_dim, attention.kv_lora_rank
-        self.folding = Folding()
+        self.weight_cache = EffectiveWeightCache()
 
-    def folded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight, bias = self.folding.weight("key and value", self.__dict__["attention"].kv_b_proj, self.rank, like)
+    def effective_weights(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight, bias = self.weight_cache.weight("key and value", self.__dict__["attention"].kv_b_proj, self.rank, like)
         key, value = weight.view(-1, self.nope + self.value_dim, self.rank).split((self.nope, self.value_dim), 1)
         return key, value, None if bias is None else bias.view(len(value), -1)[:, self.nope :]
 
@@ -36,8 +36,8 @@ class NativeHeads(nn.Module):
         attention = self.__dict__["attention"]
         return type(attention).expand_kv(attention, latent, shared)
 
-    def drop(self) -> None:
-        self.folding.drop()
+    def clear(self) -> None:
+        self.weight_cache.clear()
 
 
 def keep_latents(attention: nn.Module, inner: Callable[..., Any], latent: Tensor, shared: Tensor) -> Any:

@@ -22,13 +22,13 @@ class ProjectionScheme(Scheme):
     keep_original = True
     """Keep the replaced weights with the model, so that the patch can be undone."""
     calibration = cast(Any, None)
-    """Token ids or texts for `observe`; None without calibration."""
+    """Token ids or texts for `collect_statistics`; None without calibration."""
     seed = 0
     """Random seed that selects rows of calibration if there are too many tokens."""
     restored = False
     """The weights of the new modules come from a checkpoint, so none are computed."""
 
-    def replace(self, projections: Projections, seen: Statistics | None) -> nn.Module | None:
+    def replace(self, projections: Projections, statistics: Statistics | None) -> nn.Module | None:
         """Return a module that replaces one layer's query, key and value projections.
 
         The module is called as `module(hidden, cos, sin)` with hidden `[batch, length, hidden]` and the rotation of the
@@ -37,17 +37,19 @@ class ProjectionScheme(Scheme):
 
         Args:
             projections: the weights of the layer.
-            seen: what `observe` returned for the calibration tokens; None without calibration.
+            statistics: what `collect_statistics` returned for the calibration tokens; None without calibration.
         """
         return None
 
-    def observe(self, projections: Projections, hidden: Tensor, seen: Statistics | None) -> Statistics | None:
-        """Add statistics of calibration tokens to `seen`, and return it.
+    def collect_statistics(
+        self, projections: Projections, hidden: Tensor, statistics: Statistics | None
+    ) -> Statistics | None:
+        """Add statistics of calibration tokens to `statistics`, and return it.
 
         Args:
             projections: the weights of the layer.
             hidden: inputs of the attention, `[tokens, hidden]`.
-            seen: the statistics of earlier tokens; None at the first call.
+            statistics: the statistics of earlier tokens; None at the first call.
         """
         return None
 
@@ -60,7 +62,7 @@ class ProjectionScheme(Scheme):
         return False
 
     @property
-    def starts_fresh(self) -> bool:
+    def random_init(self) -> bool:
         """Return whether the new modules start from random weights, initialized by the model's own `_init_weights`."""
         return False
 
@@ -70,12 +72,12 @@ class ProjectionScheme(Scheme):
         return False
 
     @property
-    def rescaling(self) -> float:
+    def softmax_rescale(self) -> float:
         """Return the factor on the softmax scale of an attention whose projections are replaced."""
         return 1.0
 
     @classmethod
-    def touches_rotation(cls, options: Mapping[str, object]) -> bool:
+    def replaces_rotation(cls, options: Mapping[str, object]) -> bool:
         """Return whether the scheme, with these options, replaces the rotation of the model's config."""
         return True
 
@@ -97,6 +99,6 @@ def keeps_rotation(scheme: Scheme) -> bool:
     return isinstance(scheme, ProjectionScheme) and scheme.keeps_rotation
 
 
-def touches_rotation(scheme: type[Scheme], options: Mapping[str, object]) -> bool:
+def replaces_rotation(scheme: type[Scheme], options: Mapping[str, object]) -> bool:
     """Return whether a scheme, with these options, replaces the rotation of the model's config."""
-    return not issubclass(scheme, ProjectionScheme) or scheme.touches_rotation(options)
+    return not issubclass(scheme, ProjectionScheme) or scheme.replaces_rotation(options)

@@ -122,7 +122,7 @@ def replacement_swaps(
             scheme.name,
             names.output,
             adapter.layout,
-            cast(ProjectionScheme, scheme).rescaling,
+            cast(ProjectionScheme, scheme).softmax_rescale,
             names.residual_dropout,
             arguments,
         )
@@ -130,7 +130,7 @@ def replacement_swaps(
     return swaps, original
 
 
-def no_early_cache(head: Any, inner: Callable[..., Any], *_: Any, **__: Any) -> None:
+def skip_static_cache_allocation(model: Any, inner: Callable[..., Any], *_: Any, **__: Any) -> None:
     """Do nothing, in place of the method by which `generate` allocates a static cache early.
 
     That method takes the shape from the config's heads. Without it, the cache takes its shape from the first pass.

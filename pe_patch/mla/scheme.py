@@ -17,10 +17,10 @@ from ..schemes.frequency_wrappers import build_inner
 from ..schemes.registry import register_scheme
 from ..schemes.rope import Rotary
 from . import attention as over_latents
-from .attention import Features, LatentAttention, LatentSizes
+from .attention import LatentAttention, LatentSizes, NormalizedProjections
 from .calibration import Calibration
 from .checks import DECOMPOSITIONS, METHODS, SELECTIONS, check_freqfold, refuse_unused
-from .convert import convert, full_rank, truncated, widest_rank
+from .convert import convert_layer, full_rank, truncated, widest_rank
 from .protocol import ProjectionScheme
 from .sizes import FRESH, fit_ratio, nope_dim, rope_heads
 from .statistics import gather
@@ -59,11 +59,11 @@ class MLA(ProjectionScheme):
     cache_ratio: float | None = None
     """Size of the new cache relative to the present one, in (0, 1)."""
     max_loss: float | None = None
-    """Relative increase of the loss on held-out calibration tokens that is allowed; the smallest such rank is used."""
+    """Largest allowed relative increase of the held-out loss. The smallest rank that meets it is used."""
     rope_dim: int | None = None
-    """Rotary dimensions to keep. For "transmla" and "svd" those of the key that all heads share: a divisor of the
-    trained rotary width, or a multiple of it up to that of all key-value heads. For "mha2mla" those of each key-value
-    head. None for as many as possible up to 64, or as many as `cache_ratio` allows."""
+    """Rotary dimensions to keep. "transmla", "svd": width of the shared key, a divisor or a multiple of the trained
+    rotary width, up to that of all key-value heads. "mha2mla": per key-value head. None for up to 64, or as many as
+    `cache_ratio` allows."""
     method: str = "transmla"
     """"transmla" (Meng et al. 2025, arXiv 2502.07864: rotary energy concentrated in few dimensions, principal
     components of the activations), "mha2mla" (Ji et al. 2025, arXiv 2502.14837: a selection of rotary dimensions,
@@ -308,14 +308,14 @@ class MLA(ProjectionScheme):
         return angles, 1.0 if self.converting else factor
 
     @property
-    def rescaling(self) -> float:
+    def softmax_rescale(self) -> float:
         width_factor = 1.0
         if self.method == FRESH:  # heads are wider than the trained ones by the rotary dimensions
             width_factor = (self.shape.head_dim / (self.shape.head_dim + self.rotary_width)) ** 0.5
         return width_factor * self.softmax_factor**2
 
     @property
-    def starts_fresh(self) -> bool:
+    def random_init(self) -> bool:
         return self.converting and self.method == FRESH and not self.restored
 
     @property
@@ -323,7 +323,7 @@ class MLA(ProjectionScheme):
         return self.inner is None and not self.converting
 
     @classmethod
-    def touches_rotation(cls, options: Mapping[str, object]) -> bool:
+    def replaces_rotation(cls, options: Mapping[str, object]) -> bool:
         return options.get("factor") is not None or options.get("over") is not None
 
     @property
@@ -339,19 +339,20 @@ class MLA(ProjectionScheme):
 
     # ---- conversion
 
-    def observe(self, projections: Projections, hidden: Tensor, seen: Statistics | None) -> Statistics:
-        return gather(projections, hidden, seen)
+    def collect_statistics(self, projections: Projections, hidden: Tensor, statistics: Statistics | None) -> Statistics:
+        return gather(projections, hidden, statistics)
 
-    def convert(self, projections: Projections, seen: Statistics | None) -> Latents:
+    def convert(self, projections: Projections, statistics: Statistics | None) -> Latents:
         """Convert one layer at the scheme's rank."""
-        return convert(
-            projections, seen, method=self.method, kv_rank=self.rank, rope_dim=self.rotary_width, select=self.select,
-            svd=self.svd, freqfold=self.freqfold, balance_kv_ratio=self.balance_kv_ratio, latent_norm=self.latent_norm,
+        return convert_layer(
+            projections, statistics, method=self.method, kv_rank=self.rank, rope_dim=self.rotary_width,
+            select=self.select, svd=self.svd, freqfold=self.freqfold, balance_kv_ratio=self.balance_kv_ratio,
+            latent_norm=self.latent_norm,
         )  # fmt: skip
 
-    def narrowed(self, latents: Latents, rank: int, seen: Statistics | None) -> Latents:
+    def truncated(self, latents: Latents, rank: int, statistics: Statistics | None) -> Latents:
         """Truncate a conversion to a smaller rank."""
-        return truncated(latents, rank, seen)
+        return truncated(latents, rank, statistics)
 
     def sizes(self, projections: Projections) -> LatentSizes:
         """Return the sizes of the module that replaces the projections of a layer."""
@@ -374,19 +375,19 @@ class MLA(ProjectionScheme):
             norm=self.latent_norm,
         )
 
-    def replace(self, projections: Projections, seen: Statistics | None) -> nn.Module | None:
+    def replace(self, projections: Projections, statistics: Statistics | None) -> nn.Module | None:
         if self.restored or self.method == FRESH:
-            return self.fresh(projections)
-        return self.filled(projections, self.convert(projections, seen))
+            return self.random_module(projections)
+        return self.converted_module(projections, self.convert(projections, statistics))
 
-    def filled(self, projections: Projections, latents: Latents) -> LatentAttention:
+    def converted_module(self, projections: Projections, latents: Latents) -> LatentAttention:
         """Return the module of one layer with the weights of a conversion."""
-        return self.fresh(projections).take(latents, projections)
+        return self.random_module(projections).load_conversion(latents, projections)
 
-    def fresh(self, projections: Projections) -> LatentAttention:
+    def random_module(self, projections: Projections) -> LatentAttention:
         """Return the module of one layer with the weights of PyTorch's default initialization."""
         factory = {"dtype": projections.query.dtype, "device": projections.query.device}
-        features = None if projections.key_norm is None else Features.copy(projections)
+        features = None if projections.key_norm is None else NormalizedProjections.copy(projections)
         module = LatentAttention(self.sizes(projections), features, **factory)
         if self.method == FRESH:
             step = self.shape.rotary_dim // self.rotary_width

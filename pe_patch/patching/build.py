@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from ..adapters import ADAPTERS, Adapter
 from ..adapters.adapter import frequencies_of, native_theta
-from ..adapters.trained_window import OPTION, TrainedWindow, native_parameters
+from ..adapters.trained_window import OPTION, TrainedWindow, config_rope_parameters
 from ..attention.parallel import check_conversion
 from ..core.scheme import Scheme
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, UnsupportedError, quoted
-from ..mla.protocol import converts, touches_rotation
+from ..mla.protocol import converts, replaces_rotation
 from ..schemes import config_formats
-from ..schemes.frequency_wrappers import Over
+from ..schemes.frequency_wrappers import FrequencyWrapper
 from ..schemes.grid import GridScheme
 from ..schemes.registry import SCHEMES, find_scheme
 from ..schemes.remapped_base import Remapped
@@ -57,7 +57,7 @@ def build(
     if converts(cls):
         check_conversion(target.attentions[first], cls.name)
     window = target.window(first)
-    if touches_rotation(cls, options):
+    if replaces_rotation(cls, options):
         options, window = resolve_existing_scaling(target, cls, options, on_existing)
     placement = device_and_dtype(target.base)
     schemes: dict[Any, Scheme] = {}
@@ -108,12 +108,12 @@ def resolve_existing_scaling(
     """
     base, adapter, layer_types = target.base, target.adapter, target.layer_types
     config = base.config
-    parameters_by_type = {layer_type: native_parameters(config, layer_type) for layer_type in target.chosen_types}
+    parameters_by_type = {layer_type: config_rope_parameters(config, layer_type) for layer_type in target.chosen_types}
     layer = next((i for i in target.layers if _scaled(parameters_by_type[layer_types[i]])), target.layers[0])
     window, parameters = target.window(layer), parameters_by_type[layer_types[layer]]
     composed = on_existing == "compose" and _scaled(parameters) and adapter.rotary is not None
     if options.get(OPTION) is not None and OPTION in scheme.option_names():
-        window = window.settle(options[OPTION], composed)
+        window = window.with_window(options[OPTION], composed)
     if _scaled(parameters) and adapter.rotary is not None:
         if on_existing == "error":
             raise _already_scaled(
@@ -128,7 +128,7 @@ def resolve_existing_scaling(
         return options, window
     number = window.scaled_length if composed else window.length
     if number is None:
-        raise OptionError(f"{scheme.name!r} extends a trained window, and {window.question(composed)}")
+        raise OptionError(f"{scheme.name!r} extends a trained window, and {window.missing_window_message(composed)}")
     if composed and number != window.length:
         options = {**options, OPTION: number}
     return options, window
@@ -197,7 +197,7 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
         UnsupportedError: the module does not rotate by what the config says.
     """
     layer_type = adapter.layer_types(base, base.config)[layer]
-    parameters = native_parameters(base.config, layer_type)
+    parameters = config_rope_parameters(base.config, layer_type)
     if window.factor is not None and parameters["rope_type"] in config_formats.FACTOR_IS_RATIO:
         parameters = {**parameters, "factor": window.factor}
     if window.length is not None:
@@ -257,7 +257,7 @@ def _check_built(base: PreTrainedModel, adapter: Adapter, layer_type: str | None
         return
     rebuilt = frequencies_of(type(rotary)(copy.deepcopy(base.config)), layer_type)[1]
     if not _same(rebuilt, inv_freq):
-        raise _changed(base, adapter, native_parameters(base.config, layer_type), rebuilt, inv_freq)
+        raise _changed(base, adapter, config_rope_parameters(base.config, layer_type), rebuilt, inv_freq)
 
 
 def _same(expected: Tensor, built: Tensor) -> bool:
@@ -288,7 +288,7 @@ def check_effect(schemes: Iterable[Scheme], window: TrainedWindow) -> None:
     The check covers lengths up to the effective window, and up to twice the trained window at most.
     """
     for scheme in schemes:
-        if not isinstance(scheme, Over | Remapped):
+        if not isinstance(scheme, FrequencyWrapper | Remapped):
             continue
         known = window.scaled_length or scheme.trained_window
         reach = min(scheme.effective_window or 2 * known, 2 * known)

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from .. import compat
 from ..adapters import Adapter
-from ..adapters.adapter import native_parameters
+from ..adapters.adapter import config_rope_parameters
 from ..core.scheme import Scheme
 from ..core.swaps import Swap
 from ..errors import OptionError
@@ -143,7 +143,7 @@ def _patches_whole_types(adapter: Adapter, config: Any, schemes: SchemeByLayerTy
     if chosen is None:
         return True
     return (
-        adapter.typed
+        adapter.rotary_per_layer_type
         and not {layer_type for i, layer_type in enumerate(config.layer_types) if i not in chosen} & schemes.keys()
     )
 
@@ -155,9 +155,9 @@ def _nested(config: Any, each: dict[str | None, dict[str, Any]]) -> dict[str, An
     """
     nested = {}
     for layer_type, parameters in each.items():
-        share = native_parameters(config, layer_type).get("partial_rotary_factor")
+        share = config_rope_parameters(config, layer_type).get("partial_rotary_factor")
         nested[layer_type] = parameters if share is None else {"partial_rotary_factor": share, **parameters}
-    return nested[None] if None in nested else {**native_parameters(config), **nested}
+    return nested[None] if None in nested else {**config_rope_parameters(config), **nested}
 
 
 def config_swaps(
@@ -190,13 +190,13 @@ def config_swaps(
     parameters = expressible(adapter, config, schemes, record)
     needs_pe_patch = parameters is None
     if adapter.rotary is not None:
-        written["rope_parameters"] = native_parameters(config)
+        written["rope_parameters"] = config_rope_parameters(config)
     if adapter.rotary is not None and not keeps_rotation(scheme):
         if parameters is None or scheme.native_window not in (None, current if window is None else window):
-            bases = {layer_type: native_parameters(config, layer_type).get("rope_theta") for layer_type in schemes}
+            bases = {layer_type: config_rope_parameters(config, layer_type).get("rope_theta") for layer_type in schemes}
             parameters = _nested(config, {k: {"rope_type": RECORD_KEY, "rope_theta": t} for k, t in bases.items()})
             needs_pe_patch = True
-        native["rope_parameters"] = native_parameters(config)
+        native["rope_parameters"] = config_rope_parameters(config)
         rotary = getattr(base, adapter.rotary)
         if getattr(rotary, "config", None) is config:  # the native module may read its config at every call (PhiMoE)
             swaps.append(Swap.of(rotary, "config", copy.copy(config), direct=True))

@@ -11,7 +11,7 @@ from torch import nn
 from .. import compat
 from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary
 from ..core.scheme import Scheme, overrides
-from ..core.swaps import ABSENT, GIVEN_UP, Removal, Swap
+from ..core.swaps import ABSENT, RELEASED, Removal, Swap
 from ..errors import PePatchError
 from ..mla.protocol import converts
 from .api import find_patch
@@ -142,7 +142,7 @@ def effective(scheme: Scheme) -> dict[str, Any]:
             numbers[name] = value
     inner: Any = getattr(scheme, "inner", None)
     if getattr(inner, "trained_window", None) is not None:  # the model was trained with the inner scheme
-        numbers["trained_window"] = getattr(scheme, "reads", None) or inner.trained_window
+        numbers["trained_window"] = getattr(scheme, "model_window", None) or inner.trained_window
     numbers |= scheme.resolved_options
     numbers["effective_window"] = scheme.effective_window if scheme.effective_window is not None else "unbounded"
     inv_freq = getattr(scheme, "inv_freq", None)
@@ -231,7 +231,7 @@ def _new(swap: Swap) -> str:
 def _name(value: Any) -> str:
     if value is ABSENT:
         return "the class's own"
-    if value is GIVEN_UP:
+    if value is RELEASED:
         return "not kept"
     if isinstance(value, PatchedRotaryEmbedding):
         scheme = value.__dict__["scheme"]

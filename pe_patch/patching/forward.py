@@ -14,8 +14,14 @@ from transformers import DynamicCache, GenerationMixin
 from .. import compat
 from ..attention.interface import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from ..attention.parallel import Sequence, layer_masks, sequence_of
-from ..core.handover import hand_down, handed_down
-from ..core.positions import Positions, counts_holes, document_lengths, from_mask, without_holes
+from ..core.handover import call_with_value, current_value
+from ..core.positions import (
+    Positions,
+    document_lengths,
+    positions_from_mask,
+    positions_skipping_gaps,
+    slot_mask_is_wrong,
+)
 from ..core.scheme import Scheme
 from ..errors import BeyondWindowError, NoEffectError, UnsupportedError, quoted
 from .cache_record import CacheRecord, close_record, key_positions, open_record, slots_of
@@ -82,7 +88,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     for name, value in zip(runtime.arguments, args, strict=False):
         kwargs[name] = value
     sequence = _check_attention(base, runtime)
-    from_model = handed_down("position_ids", base)
+    from_model = current_value("position_ids", base)
     if from_model is not None:
         kwargs.setdefault("position_ids", from_model)
     ids = kwargs.get("input_ids")
@@ -271,7 +277,7 @@ def _native_positions(mask: Any, inputs: Tensor, past_length: int | Tensor) -> t
         return index[None], False
     if isinstance(past_length, int) and mask.shape[1] < past_length + count:
         return index[None], False
-    at = without_holes(mask.to(inputs.device)).index_select(1, index)
+    at = positions_skipping_gaps(mask.to(inputs.device)).index_select(1, index)
     if not torch.compiler.is_compiling() and bool((at == index).all()):
         return index[None], False
     return at, True
@@ -279,7 +285,9 @@ def _native_positions(mask: Any, inputs: Tensor, past_length: int | Tensor) -> t
 
 def _check_holes(runtime: Runtime, mask: Any, past_length: int | Tensor) -> None:
     """Raise if masked tokens between real ones would change which keys a sliding or chunked layer attends to."""
-    if torch.compiler.is_compiling() or not counts_holes(mask, int(past_length), runtime.sliding_window, runtime.chunk):
+    if torch.compiler.is_compiling() or not slot_mask_is_wrong(
+        mask, int(past_length), runtime.sliding_window, runtime.chunk
+    ):
         return
     kind = "sliding window" if runtime.chunk is None else "attention chunk"
     raise UnsupportedError(
@@ -317,7 +325,7 @@ def _ranks(mask: Tensor | None, count: int, past_length: int | Tensor) -> Tensor
             f"cache and {count} in this pass. Give a mask of [rows, {past_length + count}], or leave it out."
         )
     index = torch.arange(count, device=mask.device) + past_length
-    return from_mask(mask).index_select(1, index)
+    return positions_from_mask(mask).index_select(1, index)
 
 
 def _open_cache(base: Any, runtime: Runtime, past: Any, kwargs: dict[str, Any]) -> Any:
@@ -416,7 +424,7 @@ def hand_down_position_ids(model: Any, inner: Callable[..., Any], *args: Any, **
     """Pass `position_ids` to the base model for one call of an outer model that does not forward them."""
     _by_name(model, args, kwargs)
     position_ids = kwargs.pop("position_ids", None)
-    return hand_down("position_ids", model.pe_base, position_ids, inner, **kwargs)
+    return call_with_value("position_ids", model.pe_base, position_ids, inner, **kwargs)
 
 
 CUT = ("input_ids", "position_ids")

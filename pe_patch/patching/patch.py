@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..adapters import Adapter
 from ..adapters.trained_window import TrainedWindow
 from ..core.scheme import AttentionShape, Scheme
-from ..core.swaps import GIVEN_UP, Removal, Result, Swap, do_all, do_or_repeat, finally_do
+from ..core.swaps import RELEASED, Removal, Result, Swap, do_all, do_or_repeat, finally_do
 from ..errors import AlreadyPatchedError, OptionError, PePatchError, UnsupportedError
 from ..mla.protocol import ProjectionScheme
 from .config import ConfigCopy, SchemeByLayerType
@@ -178,7 +178,7 @@ class Patch:
     @property
     def undoable(self) -> bool:
         """Return whether all originals were kept."""
-        return not any(swap.original is GIVEN_UP for swap in self.swaps)
+        return not any(swap.original is RELEASED for swap in self.swaps)
 
     def release_originals(self) -> None:
         """Discard the calibration text and, with `keep_original=False`, the original weights.
@@ -190,7 +190,7 @@ class Patch:
                 scheme.calibration = None
                 scheme.options.pop("calibration", None)
         if isinstance(self.scheme, ProjectionScheme) and not self.scheme.keep_original:
-            swaps = [replace(swap, original=GIVEN_UP) if isinstance(swap, Removal) else swap for swap in self.swaps]
+            swaps = [replace(swap, original=RELEASED) if isinstance(swap, Removal) else swap for swap in self.swaps]
             self.swaps = swaps  # in one step: an interrupt leaves all originals or none
 
 

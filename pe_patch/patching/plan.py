@@ -37,9 +37,9 @@ from ..core.positions import Positions
 from ..core.scheme import AttentionShape, Scheme, overrides
 from ..core.swaps import Chain, Swap, bind, finally_do
 from ..errors import OptionError, UnsupportedError
-from ..mla.conversion import Conversion, convert, loss, smallest_rank
+from ..mla.conversion import Conversion, convert_model, loss, smallest_rank
 from ..mla.protocol import ProjectionScheme, converts, keeps_rotation, replaces_projections
-from ..mla.replacement import native_latent_swaps, no_early_cache, replacement_swaps
+from ..mla.replacement import native_latent_swaps, replacement_swaps, skip_static_cache_allocation
 from ..schemes.registry import SCHEMES
 from ..schemes.rope import Rotary, Rotation
 from .config import (
@@ -105,7 +105,7 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
 
     if not places.replaces_projections:
         return collect({})
-    conversion = convert(target.model, target.base, target.adapter, scheme_by_layer)
+    conversion = convert_model(target.model, target.base, target.adapter, scheme_by_layer)
     if conversion.latents:
         return _narrowest(target.model, scheme_by_layer, conversion, collect)
     return collect(conversion.modules)
@@ -181,7 +181,7 @@ def _collect(
         original |= replaced if cast(ProjectionScheme, first).keep_original else {}
         swaps += replacing
         if hasattr(model, compat.STATIC_CACHE_SHAPE):
-            swaps.append(bind(model, compat.STATIC_CACHE_SHAPE, no_early_cache))
+            swaps.append(bind(model, compat.STATIC_CACHE_SHAPE, skip_static_cache_allocation))
     elif places.converts:
         swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, first)
     scores = _score_schemes(target, scheme_by_layer, places)
@@ -269,7 +269,7 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
             f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
             "Use a static rotary scheme, an embedding or 'nope' instead."
         )
-    if at_scores and rotates and adapter.late_norm:
+    if at_scores and rotates and adapter.weighted_norm_after_rotation:
         raise UnsupportedError(
             f"{scheme.name!r} rotates at the scores, and this family normalises queries and keys after rotating. "
             "Use a static rotary scheme instead."
@@ -387,7 +387,7 @@ def _native_swaps(
     if places.rotates or not places.converts:
         if adapter.rotary is not None:
             swaps = _rotary_swaps(target, scheme_by_layer, places, original)
-        if adapter.folds_scale:
+        if adapter.scaling_includes_mscale:
             for index, scheme in scheme_by_layer.items():
                 attention: Any = attentions[index]
                 swaps.append(Swap.of(attention, "scaling", adapter.softmax_scale(attention, scheme), direct=True))
@@ -440,7 +440,7 @@ def _rotary_swaps(
         by_type = {layer_type: module for (_, layer_type), module in modules.items()}
         original[adapter.rotary] = native_rotary
         per_type = PerLayerTypeRotary({str(each): module for each, module in by_type.items()}, native_rotary)
-        return [Swap.of(base, adapter.rotary, per_type if adapter.typed else by_type[None])]
+        return [Swap.of(base, adapter.rotary, per_type if adapter.rotary_per_layer_type else by_type[None])]
     swaps, layers = [], adapter.blocks(base)
     for index, key in key_by_layer.items():
         swaps.append(Swap.of(layers[index], "pe_rotary", modules[key], direct=True))
@@ -597,8 +597,8 @@ def _forward_swaps(
     )
     broadcast_parameters({id(each): each for each in scores if each is not None}.values(), target.attentions[0])
     forward: Callable[..., Any] = base_forward if adapter.vision_encoder is None else vision_forward
-    if adapter.keep_positions is not None:
-        forward = Chain(forward, adapter.keep_positions)
+    if adapter.wrap_base_forward is not None:
+        forward = Chain(forward, adapter.wrap_base_forward)
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
     for owner in {id(model): model, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
@@ -607,8 +607,8 @@ def _forward_swaps(
         swaps.append(bind(model, "prepare_inputs_for_generation", keep_cache))
     if hasattr(model, "init_continuous_batching"):
         swaps.append(bind(model, "init_continuous_batching", refuse_paging))
-    if adapter.build_bias is not None:
-        swaps.append(bind(base, adapter.build_bias[0], WithoutInner(adapter.build_bias[1])))
+    if adapter.replace_bias_builder is not None:
+        swaps.append(bind(base, adapter.replace_bias_builder[0], WithoutInner(adapter.replace_bias_builder[1])))
     if scheme.length_dependent and hasattr(model, compat.PREFILL):
         swaps.append(bind(model, compat.PREFILL, refuse_prefill_chunks))
     before_model = [read_prompt_first] if scheme.length_dependent else []

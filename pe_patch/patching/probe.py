@@ -124,7 +124,7 @@ class RotationTrial:
     def differing(self, adapter: Adapter, at_scores: bool) -> tuple[list[int], Exception | None]:
         """Return the layers whose queries or keys differ from the native ones, and the error if the model fails to
         run."""
-        if at_scores and (adapter.late_norm or not adapter.forwards_kwargs):
+        if at_scores and (adapter.weighted_norm_after_rotation or not adapter.forwards_kwargs):
             return [], None
         base = self.patch.base
         layer_types, attentions = adapter.layer_types(base, base.config), adapter.attentions(base)
@@ -183,7 +183,7 @@ class RotationTrial:
             remedy = (
                 f"No other layout= ({', '.join(LAYOUTS)}) or interleaved_pairs= fits. Either `rotary` is not the "
                 "module that rotates, or the family does more to queries and keys after it rotates them "
-                "(late_norm=True), or it rotates the other way round."
+                "(weighted_norm_after_rotation=True), or it rotates the other way round."
             )
         layers = "any layer" if len(wrong) == len(self.native) else f"layers {', '.join(map(str, wrong))}"
         why = f" ({type(error).__name__}: {error})" if error is not None else ""
@@ -216,7 +216,8 @@ def _native(base: Any, adapter: Adapter, layer_type: str | None, at_scores: bool
     """Return a scheme with the frequencies of the native rotary module."""
     rotary = getattr(base, str(adapter.rotary))
     prefix = "" if layer_type is None else f"{layer_type}_"
-    width = getattr(attention, "qk_head_dim", None) if adapter.folds_scale else None  # None without an attention
+    # None without an attention
+    width = getattr(attention, "qk_head_dim", None) if adapter.scaling_includes_mscale else None
     members = {
         "inverse": frequencies_of(rotary, layer_type)[0].detach().float().cpu(),
         "factor": float(getattr(rotary, f"{prefix}attention_scaling", 1.0)),

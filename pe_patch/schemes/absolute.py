@@ -67,8 +67,8 @@ class DroPE(NoPE):
 class Integer(Scheme):
     """The position as a number along one learned direction: x_i += (scale i / N) v, N the trained window.
 
-    The baseline that sinusoids were made to replace: its magnitude grows with the position, so it is measured against
-    the window and is of size `scale` at its end. v starts at zero, where it is `nope`, and must be trained.
+    A baseline. The value grows with the position, so it is divided by the trained window and reaches `scale` at its
+    end. v starts at zero, where the scheme equals `nope`, and must be trained.
     """
 
     name = "integer"
@@ -249,9 +249,8 @@ class Learned(Scheme):
 class OneHot(Scheme):
     """A projection of the one-hot position, added to the input embeddings: x_i += W e_i.
 
-    The same function as a learned table, seen as a linear layer: weight `[hidden, max_positions]` as `nn.Linear` lays
-    it out, of which the one-hot vector picks a column. It is the textbook's blank start, zeros on every model: it takes
-    over no table, has no extension, and with `keep_native=True` may be added to a table that stays.
+    Equals a learned table, written as a linear layer: the weight is `[hidden, max_positions]`, as in `nn.Linear`. It
+    starts at zero and ignores the model's table; with `keep_native=True` it adds to it.
     """
 
     name = "one_hot"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_choice, check_count, check_list
 from ..core.positions import Positions
-from ..core.scheme import DistanceBias, check_heads, wide
+from ..core.scheme import DistanceBias, at_least_float32, check_heads
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LARGEST_SLOPE = 1e4
 LARGEST_SANDWICH = 8192
-"""Width of the sinusoids, each of which costs a pass over the scores."""
+"""Largest width of Sandwich's sinusoids. Each cosine costs a pass over the scores."""
 
 WIDTH = 8
 """GPU kernels need head widths that are multiples of this number."""
@@ -49,7 +49,10 @@ def position_limbs(positions: Tensor, base: int, count: int) -> list[Tensor]:
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 t / p) for the largest power of two p <= heads; for the other heads every other slope of 2p heads."""
+    """Return one ALiBi slope per head: 2^(-8 t / p) for the largest power of two p <= heads.
+
+    The other heads get every other slope of 2p heads.
+    """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * t / power) for t in range(1, power + 1)]
     return slopes + [2.0 ** (-4 * t / power) for t in range(1, 2 * (heads - power), 2)]
@@ -73,7 +76,7 @@ class ALiBi(DistanceBias):
         heads = self.shape.num_heads
         given = alibi_slopes(heads) if self.slopes is None else self.slopes
         self.head_slopes = check_list(
-            self.name, "slopes", given, heads, has="has", each="query head", high=LARGEST_SLOPE
+            self.name, "slopes", given, heads, verb="has", unit="query head", high=LARGEST_SLOPE
         )
 
     def _slopes(self, device: torch.device) -> Tensor:
@@ -95,11 +98,10 @@ class ALiBi(DistanceBias):
     def bias_as_head_dims(
         self, positions: Positions, scaling: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        """Return slope j - slope i as a sum of exact products.
+        """Write the bias, slope j - slope i, as exact products.
 
-        Neither a position beyond 256 nor most slopes are bfloat16 numbers, so both are cut into limbs that are. The
-        query's own term is subtracted although the softmax ignores it, right after its counterpart: sums stay small,
-        where float32 is fine.
+        Positions above 256 and most slopes are not exact in bfloat16, so both are split. Subtracting the query's term
+        next to its counterpart keeps partial sums small.
         """
         cuts, base, count, weights = LIMBS[dtype]
         if max(self.head_slopes) / scaling * float(base ** (count - 1)) > torch.finfo(dtype).max:
@@ -131,8 +133,8 @@ class ALiBi(DistanceBias):
 def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = False) -> Tensor:
     """Return the bucket of query position - key position: exact at first, then logarithmic up to `farthest` tokens.
 
-    `both_ways` keeps half of the buckets for keys that lie ahead; without, those share the bucket of distance 0. The
-    logarithm is float32 and truncated, as in every implementation that trained weights come from.
+    With `both_ways`, as in bidirectional attention, half of the buckets are for later keys. Without it, later keys
+    share the bucket of distance 0. The logarithm is float32 and truncated, as in the implementations of trained models.
     """
     start = 0
     if both_ways:
@@ -150,8 +152,8 @@ def t5_buckets(distance: Tensor, buckets: int, farthest: int, both_ways: bool = 
 class T5(DistanceBias):
     """A learned bias for each head and bucket of distances (Raffel et al. 2019, arXiv 1910.10683, section 2.1).
 
-    One table `[num_buckets, heads]` for all layers, zeros at the start. In an attention that looks ahead half of the
-    buckets are for what lies there.
+    One table `[num_buckets, heads]` for all layers, zeros at the start. In bidirectional attention, half of the buckets
+    are for later keys.
     """
 
     name = "t5"
@@ -173,12 +175,12 @@ class T5(DistanceBias):
         self.table = nn.Parameter(torch.zeros(self.num_buckets, heads))
 
     def score_bias(self, distance: Tensor, head: Tensor, both_ways: bool = False) -> Tensor:
-        return wide(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
+        return at_least_float32(self.table)[t5_buckets(distance, self.num_buckets, self.max_distance, both_ways), head]
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions, both_ways: bool = False) -> Tensor | None:
         # Whole rows of the table: its gradient is a sum over pairs, which indexing by head as well makes slow.
         buckets = t5_buckets(positions.distance, self.num_buckets, self.max_distance, both_ways)
-        return nn.functional.embedding(buckets, wide(self.table)).permute(0, 3, 1, 2)
+        return nn.functional.embedding(buckets, at_least_float32(self.table)).permute(0, 3, 1, 2)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
@@ -213,9 +215,9 @@ KINDS = ("log", "power")
 class Kerple(DistanceBias):
     """A learned kernel of the distance for each head and layer (Chi et al. 2022, arXiv 2205.09921).
 
-    "log": -p ln(1 + a |i - j|); "power": -a |i - j|^p. The authors draw a from U(0, 1) and p from U(0, 2) and, before
-    every use, cut both at 0.01 from below and the power's p at 2 from above. They cut the weights themselves; here
-    the weights are left alone and the gradient goes through the cut, so that a forward pass changes no model.
+    "log": -p ln(1 + a |i - j|); "power": -a |i - j|^p. The authors draw a from U(0, 1) and p from U(0, 2). They clamp a
+    and p to at least 0.01, and the power's p to at most 2, in the weights. Here the clamp is in the forward pass, and
+    the gradient ignores it.
     """
 
     name = "kerple"
@@ -242,7 +244,7 @@ class Kerple(DistanceBias):
 
 def _cut(weight: Tensor, high: float | None, low: float = 0.01) -> Tensor:
     """Clamp a weight and pass the gradient through unclamped, so that a clamped weight can recover."""
-    weight = wide(weight)
+    weight = at_least_float32(weight)
     return weight + (weight.clamp(low, high) - weight).detach()
 
 
@@ -263,7 +265,7 @@ class Sandwich(DistanceBias):
     def setup(self) -> None:
         super().setup()
         dim, heads = self.dim, self.shape.num_heads
-        if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, do="It is even.") % 2:
+        if check_count(self.name, "dim", dim, 2, LARGEST_SANDWICH, remedy="It is even.") % 2:
             raise OptionValueError(f"'sandwich' got dim={quoted(dim)}; dim must be an even number of at least 2.")
         self.frequencies = [10000.0 ** (-2 * k / dim) for k in range(dim // 2)]
         self.strength = [heads / 8 / head for head in range(1, heads + 1)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, plain
+from ..core.checks import LARGEST_BASE, LARGEST_FACTOR, check_number, check_window, to_builtin
 from ..errors import OptionError, OptionValueError, UnsupportedError, nearest, quoted, unknown
 
 
@@ -17,7 +17,8 @@ class ConfigFault(OptionError):
     def __init__(self, message: str, kind: str, *keys: str) -> None:
         super().__init__(message)
         self.kind = kind
-        """"silent", "unread", "untyped", "two_dialects", "beside", "ratio", "lists" or one of `SYNONYMS`."""
+        """"no_rotary_keys", "unread", "untyped", "two_formats", "outside_layer_type", "ratio", "lists" or one of
+        `SYNONYMS`."""
         self.keys = keys
 
 
@@ -84,7 +85,7 @@ NEEDS_WINDOW = {"dynamic_ntk", "yarn", "dynamic_yarn", "llama3", "longrope"}
 FACTOR_IS_RATIO = {"linear", "yarn", "longrope"}
 """Schemes whose factor is max_position_embeddings over the trained window (Llama 3.1 has 8 where that ratio is 16)."""
 
-LEFT_AS_IT_WAS = {("qwen3", 40960): 32768, ("qwen3_moe", 40960): 32768, ("mistral", 32768): 8192}
+UNSCALED_MAXIMA = {("qwen3", 40960): 32768, ("qwen3_moe", 40960): 32768, ("mistral", 32768): 8192}
 """Trained windows of models whose config allows more, by family and `max_position_embeddings`. A scaling that their
 authors add starts from the trained window and leaves that number as it was."""
 
@@ -101,14 +102,16 @@ WHOLE_CONFIG |= {"rope_scaling", "rope_parameters", "max_position_embeddings"}
 
 
 def yarn_temperature(factor: float, slope: float = 1.0) -> float:
-    """0.1 m ln s + 1, the square root of YaRN's inverse temperature (Peng et al. 2023, arXiv 2309.00071, equation 22);
-    1 where nothing is extended."""
+    """Return 0.1 m ln s + 1, the square root of YaRN's inverse temperature; 1 without an extension.
+
+    Source: Peng et al. 2023, arXiv 2309.00071, equation 22.
+    """
     return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
 
 
-def left_as_it_was(family: Any, maximum: Any) -> int | None:
-    """Return the trained window of a family whose unscaled `max_position_embeddings` this is, where the two differ."""
-    return LEFT_AS_IT_WAS.get((family, maximum)) if isinstance(family, str) and isinstance(maximum, int) else None
+def trained_window_below(family: Any, maximum: Any) -> int | None:
+    """Return the trained window of a family that ships this larger `max_position_embeddings`; else None."""
+    return UNSCALED_MAXIMA.get((family, maximum)) if isinstance(family, str) and isinstance(maximum, int) else None
 
 
 def read(config: Mapping[str, Any]) -> Reading:
@@ -124,20 +127,20 @@ def read(config: Mapping[str, Any]) -> Reading:
     """
     if not isinstance(config, Mapping) or not config:
         raise OptionError(f"A positional config is a dict that is not empty; got {quoted(config)}.")
-    config = plain(config)
+    config = to_builtin(config)
     if stray := [key for key in config if not isinstance(key, str)]:
         raise OptionValueError(f"The keys of a positional config are strings; got {quoted(stray[0])}.")
     entries = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     if isinstance(record := entries.get("pe_patch", entries), Mapping) and "scheme" in record:
-        return _own(record)
+        return _read_library_dict(record)
     for key, value in entries.items():
         _check_kind(key, value)
     typed = any(key in entries for key in SYNONYMS["type"])
     if entries.keys() & {"rope_scaling", "rope_parameters"} or (not typed and entries.keys() & WHOLE_CONFIG):
-        return _whole(entries)
+        return _read_model_config(entries)
     if any(isinstance(value, Mapping) for value in entries.values()):
         return _nested(dict(config), {})
-    return _flat(entries, {})
+    return _read_rotary_dict(entries, {})
 
 
 def _check_kind(key: str, value: Any) -> None:
@@ -149,37 +152,43 @@ def _check_kind(key: str, value: Any) -> None:
         for entry in value:
             _check_kind(key, entry)
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise OptionValueError(f"{key}={quoted(value)} is no number, string, list or dict, which a config consists of.")
+        raise OptionValueError(
+            f"{key}={quoted(value)} is of type {type(value).__name__}; a config holds numbers, strings, lists and "
+            "dicts."
+        )
 
 
-def _take(entries: dict[str, Any], what: str, around: Mapping[str, Any] | None = None) -> Any:
-    """Remove every synonym of `what` from `entries` and return their one value; `around` is what surrounds the dict."""
-    found = {key: entries.pop(key) for key in SYNONYMS[what] if entries.get(key) is not None}
-    if around and around.get(what) is not None:
-        found["the surrounding config's value"] = around[what]
+def _pop_value(entries: dict[str, Any], setting: str, outer: Mapping[str, Any] | None = None) -> Any:
+    """Remove every synonym of `setting` from `entries` and return their one value.
+
+    `outer` has the values of the config around the dict.
+    """
+    found = {key: entries.pop(key) for key in SYNONYMS[setting] if entries.get(key) is not None}
+    if outer and outer.get(setting) is not None:
+        found["the surrounding config's value"] = outer[setting]
     values = [
-        TYPES.get(value, value) if what == "type" and isinstance(value, str) else value for value in found.values()
+        TYPES.get(value, value) if setting == "type" and isinstance(value, str) else value for value in found.values()
     ]
     if any(value != values[0] for value in values):
-        said = " and ".join(f"{key}={quoted(value)}" for key, value in found.items())
-        raise ConfigFault(f"Contradiction: {said}. Keep the one that is meant.", what, *found)
-    return _checked(what, values[0], next(iter(found))) if values else None
+        values_shown = " and ".join(f"{key}={quoted(value)}" for key, value in found.items())
+        raise ConfigFault(f"Contradiction: {values_shown}. Keep the one that is meant.", setting, *found)
+    return _checked(setting, values[0], next(iter(found))) if values else None
 
 
-def _checked(what: str, value: Any, key: str) -> Any:
+def _checked(setting: str, value: Any, key: str) -> Any:
     """Check the value of one of `SYNONYMS` and return it, or raise `OptionValueError`."""
-    if what == "type":
+    if setting == "type":
         if not isinstance(value, str):
             raise OptionValueError(f"{key}={quoted(value)} is no name of a rope type, such as 'yarn'.")
         return value
-    if what == "part":
+    if setting == "part":
         return check_number("config", key, value, 0.0, 1.0, exclusive=True)
-    if what == "theta":
+    if setting == "theta":
         return check_number("config", key, value, 1.0, LARGEST_BASE, exclusive=True)
     return check_window("config", key, value)
 
 
-def _own(entries: Mapping[str, Any]) -> Specification:
+def _read_library_dict(entries: Mapping[str, Any]) -> Specification:
     """Read `{"scheme": name, **options}`, or the record of a saved patch, `{"version", "scheme", "options"}`."""
     options = {key: value for key, value in entries.items() if key not in ("scheme", "version")}
     if isinstance(options.get("options"), Mapping):
@@ -192,17 +201,18 @@ def _own(entries: Mapping[str, Any]) -> Specification:
     return Specification(entries["scheme"], options)
 
 
-def _whole(config: dict[str, Any]) -> Reading:
+def _read_model_config(config: dict[str, Any]) -> Reading:
     """Read a model's whole config."""
     own_keys = {"rope_scaling", "rope_parameters", *SYNONYMS["theta"], *SYNONYMS["part"]}
     if isinstance(config.get("text_config"), Mapping) and not config.keys() & own_keys:
         return read(config["text_config"])
     if stray := config.keys() & {"factor", "long_factor", "attention_factor", "low_freq_factor"}:
         key = sorted(stray)[0]
-        raise ConfigFault(f"{quoted(key)} says nothing without a type: add 'rope_type'.", "untyped", *stray)
+        message = f"{quoted(key)} has no effect without a rope_type. Add rope_type='yarn', for example."
+        raise ConfigFault(message, "untyped", *stray)
     if not config.keys() & own_keys:
         message = "This config says nothing of rotary positions: neither rope_parameters nor rope_theta."
-        raise ConfigFault(message, "silent")
+        raise ConfigFault(message, "no_rotary_keys")
     _refuse(config)
     inner, other = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     for key, value in (("rope_parameters", inner), ("rope_scaling", other)):
@@ -210,45 +220,45 @@ def _whole(config: dict[str, Any]) -> Reading:
             raise OptionValueError(f"{key}={quoted(value)} is not a dict whose keys are strings.")
     if inner and other and dict(inner) != dict(other):
         message = "Contradiction: rope_parameters and rope_scaling differ. Keep rope_parameters."
-        raise ConfigFault(message, "two_dialects", "rope_parameters", "rope_scaling")
+        raise ConfigFault(message, "two_formats", "rope_parameters", "rope_scaling")
     inner = dict(inner or other)
-    around = {what: _take(config, what) for what in ("theta", "part", "trained", "maximum")}
+    outer = {setting: _pop_value(config, setting) for setting in ("theta", "part", "trained", "maximum")}
     local = config.get("rope_local_base_freq")  # Gemma 3 before Transformers 5: one base for the sliding layers
     if any(isinstance(value, Mapping) for value in inner.values()):
-        return _nested(inner, around)
-    before = left_as_it_was(config.get("model_type"), around["maximum"])
-    if before is not None and before in (inner.get(SYNONYMS["trained"][0]), around["trained"]):
-        around["maximum"] = before
-    whole = _flat(inner, around)
+        return _nested(inner, outer)
+    before = trained_window_below(config.get("model_type"), outer["maximum"])
+    if before is not None and before in (inner.get(SYNONYMS["trained"][0]), outer["trained"]):
+        outer["maximum"] = before
+    whole = _read_rotary_dict(inner, outer)
     if local is None:
         return whole
     local = check_number("config", "rope_local_base_freq", local, 1.0, LARGEST_BASE, exclusive=True)
     return {"full_attention": whole, "sliding_attention": Specification("rope", {"theta": local})}
 
 
-def _nested(config: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Specification]:
+def _nested(config: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Specification]:
     """Read one dict for each layer type; None means layers without positions."""
     for key, value in config.items():
         if value is not None and not isinstance(value, Mapping):
             message = f"{quoted(key)}={quoted(value)} is beside layer types; move it into the dict of each layer type."
-            raise ConfigFault(message, "beside", key)
+            raise ConfigFault(message, "outside_layer_type", key)
     specifications = {}
     for layer, value in config.items():
         entries = dict(value or {})
         if stray := [key for key in (layer, *entries) if not isinstance(key, str)]:
             raise OptionValueError(f"The keys of a positional config are strings; got {quoted(stray[0])}.")
-        default = {what: said for what, said in around.items() if not entries.keys() & set(SYNONYMS[what])}
-        specifications[layer] = Specification("nope") if value is None else _flat(entries, default)
+        default = {setting: value for setting, value in outer.items() if not entries.keys() & set(SYNONYMS[setting])}
+        specifications[layer] = Specification("nope") if value is None else _read_rotary_dict(entries, default)
     return specifications
 
 
-def _flat(entries: dict[str, Any], around: Mapping[str, Any]) -> Specification:
-    """Read a dict of rotary parameters; `around` has theta, part, trained and maximum of the whole config."""
+def _read_rotary_dict(entries: dict[str, Any], outer: Mapping[str, Any]) -> Specification:
+    """Read a dict of rotary parameters; `outer` has theta, part, trained and maximum of the whole config."""
     entries = {key: value for key, value in entries.items() if value is not None}
     scheme = _scheme(entries)
     _refuse(entries)
-    theta, part = _take(entries, "theta", around), _take(entries, "part", around)
-    trained, maximum = _take(entries, "trained", around), _take(entries, "maximum", around)
+    theta, part = _pop_value(entries, "theta", outer), _pop_value(entries, "part", outer)
+    trained, maximum = _pop_value(entries, "trained", outer), _pop_value(entries, "maximum", outer)
     if scheme == "proportional" and part is not None:
         entries["partial_rotary_factor"], part = part, None
     if rewrite := REWRITES.get(scheme):
@@ -272,11 +282,11 @@ def _flat(entries: dict[str, Any], around: Mapping[str, Any]) -> Specification:
 
 def _scheme(entries: dict[str, Any]) -> str:
     """Return the scheme that the dict's type names; without a type, plain RoPE if no key needs another scheme."""
-    rope_type = _take(entries, "type")
+    rope_type = _pop_value(entries, "type")
     if rope_type is None:
         extra = entries.keys() - {key for keys in SYNONYMS.values() for key in keys} - UNSUPPORTED_KEYS.keys()
         if extra:
-            message = f"{sorted(extra)[0]!r} says nothing without a type: add 'rope_type', for example 'yarn'."
+            message = f"{sorted(extra)[0]!r} has no effect without a rope_type. Add rope_type='yarn', for example."
             raise ConfigFault(message, "untyped", *extra)
         return "rope"
     if rope_type in UNSUPPORTED_TYPES:
@@ -315,8 +325,11 @@ def _reconcile(scheme: str, entries: dict[str, Any], trained: Any, maximum: Any)
 
 
 def _rewrite_yarn(entries: dict[str, Any], maximum: Any) -> None:
-    """The YaRN authors' and vLLM's keys: `attn_factor` multiplies the temperature, `extrapolation_factor` is always 1,
-    `finetuned` says nothing about a fixed factor."""
+    """Convert the YaRN authors' and vLLM's keys to options.
+
+    `attn_factor` multiplies the temperature, `extrapolation_factor` is always 1, and `finetuned` does not affect a
+    fixed factor.
+    """
     entries.pop("finetuned", None)
     _rewrite_multiplier(entries)
     if entries.pop("extrapolation_factor", 1) != 1:
@@ -342,7 +355,7 @@ def _rewrite_multiplier(entries: dict[str, Any]) -> None:
 
 
 def _rewrite_dynamic_yarn(entries: dict[str, Any], maximum: Any) -> None:
-    """A model that was fine-tuned at its longest length starts from the scaling of that length."""
+    """Set `expected_length` for a model fine-tuned at its longest length."""
     if entries.get("finetuned") and maximum is not None:
         entries.setdefault("expected_length", maximum)
     _rewrite_yarn(entries, maximum)

@@ -14,7 +14,7 @@ from ..core.head_slices import SHARED
 from ..core.positions import Positions
 from ..core.scheme import Scheme, causal_distance, check_causal
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
-from .frequency_wrappers import Over
+from .frequency_wrappers import FrequencyWrapper
 from .registry import register_scheme
 from .rope import Rotation
 
@@ -30,9 +30,8 @@ class XPos(Rotation):
     """xPos: rotation, and pair k of a score times zeta_k^((i - j) / B), zeta_k = (2 k / r + 0.4) / 1.4 (Sun et al.
     2022, arXiv 2212.10554, section 3.2).
 
-    The factor is split into zeta^((i - c) / B) on the query and zeta^((c - j) / B) on the key, which overflows where
-    the centre c lies far from i. So every few queries have a centre among them: what underflows then is what the
-    product would be anyway.
+    The factor is split between query and key around a centre c, zeta^((i - c) / B) and zeta^((c - j) / B). Far from c
+    it would overflow, so each block of queries has its own centre. Underflow is harmless: the product underflows too.
     """
 
     name = "xpos"
@@ -78,7 +77,7 @@ class XPos(Rotation):
         cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
         if positions.kept is not None:
             cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]
-        query, key = self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
+        query, key = self.rotate(query, cos_query, sin_query), self.rotate(key, cos_key, sin_key)
         fast = engine.blocks(query, key, value, positions, 2 * self._span, self._around)
         return engine.rows(query, key, value, positions, self._scores) if fast is None else fast
 
@@ -134,7 +133,7 @@ class XPos(Rotation):
 
 
 @register_scheme
-class RoPEALiBi(Over):
+class RoPEALiBi(FrequencyWrapper):
     """ALiBi's penalty on the scores of a rotation, -s m_h (i - j) beside any rotary scheme."""
 
     name = "rope_alibi"
@@ -155,5 +154,5 @@ class RoPEALiBi(Over):
     def scorer(self) -> Scheme | None:
         return self.penalty
 
-    def change(self, inv_freq: Tensor) -> Tensor:
+    def change_frequencies(self, inv_freq: Tensor) -> Tensor:
         return inv_freq

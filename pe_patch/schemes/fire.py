@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.kernels.fire import Network
 from ..core.checks import LARGEST_LENGTH, LARGEST_TABLE, check_count, check_number
 from ..core.positions import Positions
-from ..core.scheme import Scheme, causal_distance, check_causal, check_heads, wide
+from ..core.scheme import Scheme, at_least_float32, causal_distance, check_causal, check_heads
 from .registry import register_scheme
 
 if TYPE_CHECKING:
@@ -59,24 +59,26 @@ class FIRE(Scheme):
         return causal_distance(length)
 
     def _psi(self, x: Tensor) -> Tensor:
-        return torch.log1p((wide(self.c) * x).abs())
+        return torch.log1p((at_least_float32(self.c) * x).abs())
 
     def _denominator(self, position: Tensor) -> Tensor:
         """Return psi of the larger of each query's position and the threshold."""
-        least = (wide(self.multiplier) * self.threshold).abs()
+        least = (at_least_float32(self.multiplier) * self.threshold).abs()
         return self._psi(torch.maximum(position.to(least.dtype), least)) + EPSILON
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         denominator = self._denominator(positions.query)
         relative = self._psi(positions.distance.to(denominator.dtype)) / denominator[:, :, None]
-        hidden = torch.relu(relative[..., None] * wide(self.weight_in) + wide(self.bias_in))
-        return (hidden @ wide(self.weight_out).T + wide(self.bias_out)).permute(0, 3, 1, 2)
+        hidden = torch.relu(relative[..., None] * at_least_float32(self.weight_in) + at_least_float32(self.bias_in))
+        return (hidden @ at_least_float32(self.weight_out).T + at_least_float32(self.bias_out)).permute(0, 3, 1, 2)
 
     def bias_block(self, query: Tensor, key: Tensor) -> Tensor:
         """Return `bias` for query positions `[q]` and key positions `[k]`, `[heads, q, k]`, without a hidden layer in
         memory."""
         layers = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
-        result = Network.apply(query, key, wide(self.c), self._denominator(query), *(wide(one) for one in layers))
+        result = Network.apply(
+            query, key, at_least_float32(self.c), self._denominator(query), *(at_least_float32(one) for one in layers)
+        )
         assert isinstance(result, Tensor)
         return result
 

@@ -28,11 +28,11 @@ def build_inner(
 
     Args:
         theta: the base of its frequencies, where `over` does not set one.
-        window: the trained window. If `over` sets a window itself, that one belongs to the frequencies, and this one is
-            what the model reads with them (Llama 3.1: frequencies from 8,192, a window of 131,072).
+        window: the trained window. If `over` sets one, that applies to the frequencies only, and this stays the model's
+            window (Llama 3.1: frequencies from 8,192, a window of 131,072).
 
     Returns:
-        The scheme, and the window that the model reads with its frequencies; None where that follows from them.
+        The scheme, and the model's window if it differs from the scheme's; else None.
     """
     if not isinstance(over, str | Mapping | None):
         raise OptionValueError(f"{scheme!r} got over={quoted(over)}; give the name of a rotary scheme, or a dict.")
@@ -50,11 +50,10 @@ def build_inner(
     return built, check_length(scheme, WINDOW, window) if own is not None and window != own else None
 
 
-class Over(Rotary):
+class FrequencyWrapper(Rotary):
     """A change to the frequencies of another rotary scheme, whose attention factor, window and regimes it keeps.
 
-    A subclass overrides `change(inv_freq)`.
-
+    A subclass overrides `change_frequencies(inv_freq)`.
     """
 
     over: str | Mapping[str, object] | None = None
@@ -62,19 +61,19 @@ class Over(Rotary):
 
     def setup(self) -> None:
         super().setup()
-        self.inner, self.reads = build_inner(
+        self.inner, self.model_window = build_inner(
             self.name, self.over, self.shape, self.theta, self.original_max_position_embeddings
         )
         self.base, self.trained_window = self.inner.base, self.inner.trained_window
         self.longest_expected = self.inner.longest_expected
 
-    def change(self, inv_freq: Tensor) -> Tensor:
+    def change_frequencies(self, inv_freq: Tensor) -> Tensor:
         """Return new frequencies, `[rotary_dim / 2]`, given those of the other scheme."""
         raise NotImplementedError
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
         inv_freq, factor = self.inner.frequencies(length)
-        return self.change(inv_freq), factor
+        return self.change_frequencies(inv_freq), factor
 
     def regime(self, length: int) -> int:
         return self.inner.regime(length)
@@ -89,7 +88,7 @@ class Over(Rotary):
 
     @property
     def effective_window(self) -> int | None:
-        return self.reads or self.inner.effective_window
+        return self.model_window or self.inner.effective_window
 
     def differs_within(self, length: int) -> bool:
         """Return whether anything is encoded otherwise than by the other scheme in a sequence of `length` tokens."""
@@ -99,7 +98,7 @@ class Over(Rotary):
 
 
 @register_scheme
-class ClippedRoPE(Over):
+class ClippedRoPE(FrequencyWrapper):
     """Clipped RoPE (CoPE): the n slowest frequencies are multiplied by (1 + cos(pi t / (n - 1))) / 2, t = 0 .. n - 1,
     so that the slowest of all stands still (Li et al. 2026, arXiv 2602.05258).
     """
@@ -119,12 +118,12 @@ class ClippedRoPE(Over):
             raise OptionValueError(f"{self.name!r} got dims={dims!r}; give a whole number of frequencies.")
         if pairs < 2 or ("dims" not in self.options and dims >= pairs):
             raise OptionValueError(
-                f"{self.name!r} tapers {dims} frequencies by default and this attention has {pairs}, so that none "
-                f"would stay as it is; say how many with dims=<2 to {pairs}>."
+                f"{self.name!r} tapers {dims} frequencies by default, and this attention has only {pairs}. Give "
+                f"dims=<2 to {pairs}>."
             )
         self.dims = min(int(dims), pairs)
 
-    def change(self, inv_freq: Tensor) -> Tensor:
+    def change_frequencies(self, inv_freq: Tensor) -> Tensor:
         steps = torch.arange(self.dims, dtype=torch.float64, device="cpu") / (self.dims - 1)
         taper = torch.ones(len(inv_freq), dtype=torch.float64, device="cpu")
         taper[-self.dims :] = 0.5 * (1 + (math.pi * steps).cos())
@@ -132,7 +131,7 @@ class ClippedRoPE(Over):
 
 
 @register_scheme
-class Resonance(Over):
+class Resonance(FrequencyWrapper):
     """Resonance RoPE: wavelengths rounded to whole tokens, w' = 2 pi / round(2 pi / w) (Wang et al. 2024, arXiv
     2403.00071, algorithm 1)."""
 
@@ -141,5 +140,5 @@ class Resonance(Over):
     paper = "Wang et al. 2024, arXiv 2403.00071"
     training_free = True
 
-    def change(self, inv_freq: Tensor) -> Tensor:
+    def change_frequencies(self, inv_freq: Tensor) -> Tensor:
         return 2 * math.pi / (2 * math.pi / inv_freq).round()

@@ -63,10 +63,10 @@ MODES = {"axial": 100.0, "mixed": 10.0}
 class RoPE2D(GridScheme):
     """Rotary positions of image patches (Heo et al. 2024, arXiv 2403.13298).
 
-    "axial" turns the first half of the pairs of a head by x and the second by y, at theta^(-4t / d). "mixed" turns
+    "axial" rotates the first half of the pairs of a head by x and the second by y, at theta^(-4t / d). "mixed" rotates
     every pair by x f_x + y f_y with frequencies learned for each head and layer; they start at the same magnitudes
-    along two perpendicular directions that are random for each head. Pairs are neighbours. The class token is not
-    turned.
+    along two perpendicular directions that are random for each head. Pairs are neighbours. The class token does
+    not rotate.
     """
 
     name = "rope_2d"
@@ -128,10 +128,10 @@ class RoPE2D(GridScheme):
             angles = self.angles_at(positions.prepared[0])
             cos, sin = angles.cos(), angles.sin()
         cos, sin = cos.to(query.dtype), sin.to(query.dtype)
-        return turn(query, cos, sin), turn(key, cos, sin)
+        return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring pairs of `x` `[batch, heads, tokens, head]` by cos, sin `[heads | 1, tokens, head / 2]`."""
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
@@ -156,7 +156,7 @@ class ALiBi2D(GridScheme):
         super().setup()
         heads = self.shape.num_heads
         given = alibi_slopes(heads) if self.slopes is None else self.slopes
-        self.head_slopes = check_list(self.name, "slopes", given, heads, has="has", each="head", high=LARGEST_SLOPE)
+        self.head_slopes = check_list(self.name, "slopes", given, heads, verb="has", unit="head", high=LARGEST_SLOPE)
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         check_heads(self, query)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ..core.checks import plain
+from ..core.checks import to_builtin
 from ..core.registry import Registry
 from ..core.scheme import AttentionShape, Scheme
 from ..errors import OptionError, OptionValueError, UnknownNameError, quoted, unknown
@@ -52,9 +52,9 @@ def find_scheme(
         scheme: a scheme with its options such as `YaRN(factor=4)`, a name or alias, a `Scheme` class, or a dict in any
             config format.
         options: further options; none of them may be given in `scheme` too.
-        shape: where known, a dict that says how much of the head rotates is compared with it.
+        shape: sizes of the layer, to check a `partial_rotary_factor`; None if unknown.
     """
-    options = {option: plain(value) for option, value in options.items()}
+    options = {option: to_builtin(value) for option, value in options.items()}
     if isinstance(scheme, Scheme):
         if scheme.is_built:
             raise OptionError(
@@ -65,9 +65,12 @@ def find_scheme(
             raise OptionError(
                 f"The option {sorted(twice)[0]!r} is given twice, in {scheme!r} and beside it; give it once."
             )
-        scheme, options = type(scheme), {**{name: plain(value) for name, value in scheme.options.items()}, **options}
+        scheme, options = (
+            type(scheme),
+            {**{name: to_builtin(value) for name, value in scheme.options.items()}, **options},
+        )
     if isinstance(scheme, Mapping):
-        specification = read(plain(dict(scheme)))
+        specification = read(to_builtin(dict(scheme)))
         if not isinstance(specification, Specification):
             raise OptionValueError(
                 f"This dict has parameters for each layer type ({', '.join(specification)}); give those of one of them."
@@ -96,7 +99,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _check_width(specification: Specification, shape: AttentionShape | None) -> None:
-    """Raise if a dict rotates another share of the head than the model."""
+    """Raise if a dict rotates a different share of the head than the model."""
     part = specification.partial_rotary_factor
     if part is None or shape is None or specification.scheme == "proportional":
         return

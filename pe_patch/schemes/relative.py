@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.checks import check_flag, check_length, check_table
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
-from ..core.scheme import Scheme, causal_distance, check_causal, check_heads, wide
+from ..core.scheme import Scheme, at_least_float32, causal_distance, check_causal, check_heads
 from ..errors import OptionValueError, quoted
 from .registry import register_scheme
 
@@ -56,7 +56,9 @@ class Shaw(ContentRelative):
         shape, with_values = self.shape, check_flag("shaw", "values", self.values)
         farthest = check_length("shaw", "max_distance", self.max_distance)
         if farthest is None:
-            raise OptionValueError("'shaw' got max_distance=None; its tables end somewhere: give a number of tokens.")
+            raise OptionValueError(
+                "'shaw' got max_distance=None; max_distance must be a number of tokens. Example: max_distance=16."
+            )
         self.max_distance = check_table("shaw", "max_distance", farthest, 2 * (shape.head_dim + shape.value_dim))
         entries = 2 * self.max_distance + 1
         self.keys = nn.Parameter(torch.zeros(entries, shape.head_dim))
@@ -82,7 +84,7 @@ class Shaw(ContentRelative):
 
     def _behind(self, table: Tensor, count: int) -> Tensor:
         back = torch.arange(count, device=table.device).clamp(max=self.max_distance)
-        return wide(table)[None, self.max_distance - back]
+        return at_least_float32(table)[None, self.max_distance - back]
 
     def _entries(self, positions: Positions) -> Tensor:
         """Return the table index of each pair, `[batch | 1, 1, query, key]`."""
@@ -99,17 +101,17 @@ class Shaw(ContentRelative):
         if fast is not None:
             return fast
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            by_distance = (wide(query) @ wide(self.keys).T) * part.scaling
-            return part.scores(query, key) + _pick(by_distance, self._entries(seen))
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
+            by_distance = (at_least_float32(query) @ at_least_float32(self.keys).T) * chunk_engine.scaling
+            return chunk_engine.scores(query, key) + _pick(by_distance, self._entries(chunk_positions))
 
-        def also(weights: Tensor, seen: Positions) -> Tensor:
+        def extra_output(weights: Tensor, chunk_positions: Positions) -> Tensor:
             assert values is not None
-            weights, entries = wide(weights), self._entries(seen)
+            weights, entries = at_least_float32(weights), self._entries(chunk_positions)
             sums = weights.new_zeros(*weights.shape[:3], values.shape[0])
-            return sums.scatter_add(-1, entries.expand_as(weights), weights) @ wide(values)
+            return sums.scatter_add(-1, entries.expand_as(weights), weights) @ at_least_float32(values)
 
-        return engine.rows(query, key, value, positions, scores, None if values is None else also)
+        return engine.rows(query, key, value, positions, scores, None if values is None else extra_output)
 
 
 @register_scheme
@@ -118,7 +120,7 @@ class TransformerXL(ContentRelative):
 
     Scores are ((q_i + u) k_j + (q_i + v) W_R R_{i-j}) / sqrt(d) with u and v `[heads, head]` shared by all layers, a
     projection W_R `[heads * head, hidden]` for each, and R_n = [sin(n w), cos(n w)] of the model's width. One module
-    for the model; all of it is zeros at the start. Memory of earlier segments is the cache's business.
+    for the model; all of it is zeros at the start. The KV cache holds earlier segments.
     """
 
     name = "transformer_xl"
@@ -175,7 +177,7 @@ class TransformerXL(ContentRelative):
 
     def _by_head(self, layer: int) -> Tensor:
         """Return W_R of each head, `[heads, head, hidden]`."""
-        return wide(self.projection[layer]).view(self.shape.num_heads, self.shape.head_dim, -1)
+        return at_least_float32(self.projection[layer]).view(self.shape.num_heads, self.shape.head_dim, -1)
 
     def _projected(self, sinusoids: Tensor, layer: int) -> Tensor:
         return sinusoids.to(self._by_head(layer).dtype) @ self._by_head(layer).transpose(1, 2)
@@ -193,22 +195,24 @@ class TransformerXL(ContentRelative):
         def by_distance(distance: Tensor) -> Tensor:
             return self._projected(sinusoids, engine.layer)[:, distance.clamp(max=sinusoids.shape[0] - 1)]
 
-        fast = engine.relative(query, key, value, positions, wide(self.u), wide(self.v), by_distance)
+        fast = engine.relative(
+            query, key, value, positions, at_least_float32(self.u), at_least_float32(self.v), by_distance
+        )
         if fast is not None:
             return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
         few = query.shape[2] <= self.shape.head_dim
         vectors = None if few else self._projected(sinusoids, engine.layer)
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            biased = wide(query) + wide(self.v)[:, None]
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
+            biased = at_least_float32(query) + at_least_float32(self.v)[:, None]
             if vectors is None:
                 by_distance = (biased @ self._by_head(engine.layer)) @ sinusoids.to(biased.dtype).T
             else:
                 by_distance = biased @ vectors.transpose(1, 2)
-            distance = seen.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
+            distance = chunk_positions.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
             of_key = self._key_bias(key) + _pick(by_distance, distance)
-            return part.scores(query, key) + of_key * part.scaling
+            return chunk_engine.scores(query, key) + of_key * chunk_engine.scaling
 
         return engine.rows(query, key, value, positions, scores)
 
@@ -219,22 +223,25 @@ class TransformerXL(ContentRelative):
         origin, frequencies = positions.query[:, -1:], self.frequencies(query.device)
 
         def angles(at: Tensor) -> tuple[Tensor, Tensor]:
-            turned = (at - origin)[:, None, :, None].float() * frequencies
-            return turned.sin(), turned.cos()
+            rotated = (at - origin)[:, None, :, None].float() * frequencies
+            return rotated.sin(), rotated.cos()
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            with_sin, with_cos = ((wide(query) + wide(self.v)[:, None]) @ self._by_head(engine.layer)).chunk(2, -1)
-            sin, cos = angles(seen.query)
-            turned = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
-            of_key = self._key_bias(key) + turned @ torch.cat(angles(seen.key), -1).to(turned.dtype).transpose(2, 3)
-            return part.scores(query, key) + of_key * part.scaling
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
+            with_sin, with_cos = (
+                (at_least_float32(query) + at_least_float32(self.v)[:, None]) @ self._by_head(engine.layer)
+            ).chunk(2, -1)
+            sin, cos = angles(chunk_positions.query)
+            rotated = torch.cat((with_cos * sin - with_sin * cos, with_sin * sin + with_cos * cos), -1)
+            waves = torch.cat(angles(chunk_positions.key), -1).to(rotated.dtype)
+            of_key = self._key_bias(key) + rotated @ waves.transpose(2, 3)
+            return chunk_engine.scores(query, key) + of_key * chunk_engine.scaling
 
         return engine.rows(query, key, value, positions, scores)
 
     def _key_bias(self, key: Tensor) -> Tensor:
         """Return u k, `[batch, heads, 1, key]`, which is the same for every query."""
-        by_group = wide(self.u).view(key.shape[1], -1, key.shape[-1])
-        return (by_group @ wide(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
+        by_group = at_least_float32(self.u).view(key.shape[1], -1, key.shape[-1])
+        return (by_group @ at_least_float32(key).transpose(2, 3)).flatten(1, 2)[:, :, None]
 
 
 @register_scheme
@@ -271,14 +278,14 @@ class CoPE(ContentRelative):
     ) -> Output:
         check_causal(self, engine)
 
-        def scores(query: Tensor, key: Tensor, seen: Positions, part: AttentionEngine) -> Tensor:
-            own = part.scores(query, key)
-            gates = own.sigmoid().masked_fill(~part.allowed(query, key), 0)
+        def scores(query: Tensor, key: Tensor, chunk_positions: Positions, chunk_engine: AttentionEngine) -> Tensor:
+            raw_scores = chunk_engine.scores(query, key)
+            gates = raw_scores.sigmoid().masked_fill(~chunk_engine.allowed(query, key), 0)
             # From the query backwards: far sums are cut off anyway, near ones keep their digits.
-            place = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
-            by_place = (wide(query) @ wide(self.table)) * part.scaling
-            whole = place.detach().long()
-            step = nn.functional.pad(by_place.diff(dim=-1), (0, 1))
-            return own + by_place.gather(-1, whole) + (place - whole) * step.gather(-1, whole)
+            counted_position = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=self.max_positions - 1)
+            by_position = (at_least_float32(query) @ at_least_float32(self.table)) * chunk_engine.scaling
+            whole = counted_position.detach().long()
+            step = nn.functional.pad(by_position.diff(dim=-1), (0, 1))
+            return raw_scores + by_position.gather(-1, whole) + (counted_position - whole) * step.gather(-1, whole)
 
         return engine.rows(query, key, value, positions, scores)

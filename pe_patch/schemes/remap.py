@@ -19,14 +19,14 @@ class Windowed(Remapped):
     """True positions within a window of near pairs, remapped ones beyond it."""
 
     window: int | None = None
-    """Window of near pairs in tokens, at most the trained window; None for the usual one."""
+    """Window of near pairs in tokens, at most the trained window; None for the default."""
     log_scaling: bool = False
     """Multiply queries by max(1, ln(i + 1) / ln L) at position i. It keeps the entropy of attention over more tokens
     than the model was trained for, and makes the scores depend on more than the distance."""
 
     def setup(self) -> None:
         super().setup()
-        self.near = self.tokens("window", self.window, self.usual_window)
+        self.near_window = self.tokens("window", self.window, self.default_window)
         self.log_scaling = check_flag(self.name, "log_scaling", self.log_scaling)
         if self.log_scaling:
             if self.trained_window < 2:
@@ -36,22 +36,24 @@ class Windowed(Remapped):
             self.shift_invariant = False
 
     @property
-    def usual_window(self) -> int:
+    def default_window(self) -> int:
         """Return the default window in tokens."""
         return min(512, self.trained_window // 2)
 
     @property
     def resolved_options(self) -> dict[str, object]:
-        return {"near_window": self.near}
+        return {"near_window": self.near_window}
 
-    def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
+    def far_positions(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
         """Return the positions by which queries and keys of far pairs rotate."""
         raise NotImplementedError
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
-        return Zone(positions.query, positions.key, high=self.near), Zone(*self.far(positions), low=self.near)
+        return Zone(positions.query, positions.key, high=self.near_window), Zone(
+            *self.far_positions(positions), low=self.near_window
+        )
 
-    def sharpness(self, positions: Tensor) -> Tensor | None:
+    def query_scale(self, positions: Tensor) -> Tensor | None:
         if not self.log_scaling:
             return None
         return ((positions + 1).float().clamp(min=1).log() / math.log(self.trained_window)).clamp(min=1)
@@ -69,8 +71,8 @@ class ReRoPE(Windowed):
     summary = "counts every distance beyond a window as the window"
     paper = "Su 2023, https://kexue.fm/archives/9708"
 
-    def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
-        return torch.full_like(positions.query[:1], self.near), None
+    def far_positions(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
+        return torch.full_like(positions.query[:1], self.near_window), None
 
 
 @register_scheme
@@ -93,8 +95,8 @@ class LeakyReRoPE(Windowed):
         super().setup()
         self.k = check_number(self.name, "k", self.k, 1.0)
 
-    def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
-        shift = self.near * (self.k - 1)
+    def far_positions(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
+        shift = self.near_window * (self.k - 1)
         return (positions.query.float() + shift) / self.k, positions.key.float() / self.k
 
     @property
@@ -103,7 +105,7 @@ class LeakyReRoPE(Windowed):
 
     @property
     def effective_window(self) -> int | None:
-        return int((self.trained_window - self.near) * self.k + self.near)
+        return int((self.trained_window - self.near_window) * self.k + self.near_window)
 
 
 @register_scheme
@@ -111,10 +113,9 @@ class SelfExtend(Windowed):
     """Self-Extend: beyond W positions are counted in groups of G, floor(i / G) + W - floor(W / G) - floor(j / G)
     (Jin et al. 2024, arXiv 2401.01325, section 3.2).
 
-    Distances reach the trained window L at (L - W) G + W tokens. What is not given follows from `factor`, the target
-    N over L, by the authors' rule of thumb that W + (N - W) / G stay below two thirds of L, since large distances are
-    not as well trained as small ones: the smallest such G, and W of 1024 or a quarter of L, whichever is less, or less
-    than that where a given G asks for it. Without `factor` G is 8.
+    Distances reach the trained window L at (L - W) G + W tokens. `factor` is N / L. If G is not given, use the smallest
+    G with W + (N - W) / G <= 2 L / 3. W defaults to min(1024, L / 4), or less if the given G needs it. Without
+    `factor`, G is 8. The bound of 2 L / 3 is the authors': large distances are less well trained than small ones.
     """
 
     name = "self_extend"
@@ -132,38 +133,38 @@ class SelfExtend(Windowed):
         remedy = "Give the target window over the trained one, or leave it out."
         given, target = check_length(self.name, "group", self.group), 0
         if self.factor is not None:
-            target = math.ceil(check_number(self.name, "factor", self.factor, 1.0, do=remedy) * self.trained_window)
+            target = math.ceil(check_number(self.name, "factor", self.factor, 1.0, remedy=remedy) * self.trained_window)
         if given is None:
             self.group_size = self._group_for(target) if target else 8
         else:
             self.group_size = given
-            self.near = self._window_for(target) if target and self.window is None else self.near
+            self.near_window = self._window_for(target) if target and self.window is None else self.near_window
         if self._reach() < target:
             raise OptionValueError(
-                f"{self.name!r} with group={self.group_size} and window={self.near} reaches {self._reach()} tokens of "
-                f"the {target} that factor={self.factor} asks for; give a larger group."
+                f"{self.name!r} with group={self.group_size} and window={self.near_window} reaches {self._reach()} "
+                f"tokens of the {target} that factor={self.factor} asks for; give a larger group."
             )
 
     @property
-    def usual_window(self) -> int:
+    def default_window(self) -> int:
         return min(1024, self.trained_window // 4)
 
     def _group_for(self, target: int) -> int:
         """Return the smallest G with W + (N - W) / G <= 2 L / 3, or 1 if there is nothing to extend."""
         if target <= self.trained_window:
             return 1
-        room = 2 * self.trained_window - 3 * self.near
+        room = 2 * self.trained_window - 3 * self.near_window
         if room <= 0:
             raise OptionValueError(
-                f"{self.name!r} got window={self.near}, which leaves nothing for groups of two thirds of the trained "
-                f"window of {self.trained_window}; give a smaller window, or group= too."
+                f"{self.name!r} got window={self.near_window}, which leaves nothing for groups of two thirds of the "
+                f"trained window of {self.trained_window}; give a smaller window, or group= too."
             )
-        return -(-3 * (target - self.near) // room)
+        return -(-3 * (target - self.near_window) // room)
 
     def _window_for(self, target: int) -> int:
         """Return the default W, or a smaller one that W + (N - W) / G <= 2 L / 3 needs."""
         if self.group_size == 1:
-            return self.near
+            return self.near_window
         most = (2 * self.trained_window * self.group_size - 3 * target) // (3 * (self.group_size - 1))
         if most < 1:
             needed = -(-3 * (target - 1) // (2 * self.trained_window - 3))
@@ -171,10 +172,10 @@ class SelfExtend(Windowed):
                 f"{self.name!r} with group={self.group_size} leaves no room for a window on the way to {target} "
                 f"tokens; give a group of {needed} or more, or window= too."
             )
-        return min(self.near, most)
+        return min(self.near_window, most)
 
     def _reach(self) -> int:
-        return (self.trained_window - self.near) * self.group_size + self.near
+        return (self.trained_window - self.near_window) * self.group_size + self.near_window
 
     @property
     def changes_nothing(self) -> bool:
@@ -188,8 +189,8 @@ class SelfExtend(Windowed):
     def resolved_options(self) -> dict[str, object]:
         return {"group": self.group_size, **super().resolved_options}
 
-    def far(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
-        shift = self.near - self.near // self.group_size
+    def far_positions(self, positions: Positions) -> tuple[Tensor | None, Tensor | None]:
+        shift = self.near_window - self.near_window // self.group_size
         return positions.query // self.group_size + shift, positions.key // self.group_size
 
 
@@ -260,13 +261,13 @@ class STRING(Remapped):
     def setup(self) -> None:
         super().setup()
         self.far_shift = self.tokens("shift", self.shift, self.trained_window // 3)
-        self.near = self.tokens("window", self.window, min(128, self.far_shift // 2))
+        self.near_window = self.tokens("window", self.window, min(128, self.far_shift // 2))
         scale = self.attention_factor
         self.scale = check_number(self.name, "attention_factor", scale, 0.0, LARGEST_FACTOR, exclusive=True)
-        if self.near >= self.far_shift:
+        if self.near_window >= self.far_shift:
             raise OptionValueError(
-                f"{self.name!r} got shift={self.far_shift} and window={self.near}; distances are shifted down by their "
-                "difference, so the shift is the larger one."
+                f"{self.name!r} got shift={self.far_shift} and window={self.near_window}; distances are shifted down "
+                "by their difference, so the shift is the larger one."
             )
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
@@ -275,10 +276,10 @@ class STRING(Remapped):
 
     @property
     def resolved_options(self) -> dict[str, object]:
-        return {"shift": self.far_shift, "near_window": self.near}
+        return {"shift": self.far_shift, "near_window": self.near_window}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
-        shifted = positions.query - self.far_shift + self.near
+        shifted = positions.query - self.far_shift + self.near_window
         return (
             Zone(positions.query, positions.key, high=self.far_shift),
             Zone(shifted, positions.key, low=self.far_shift),
@@ -303,16 +304,16 @@ class LMInfinite(Remapped):
 
     def setup(self) -> None:
         super().setup()
-        self.near = self.tokens("window", self.window, self.trained_window)
+        self.near_window = self.tokens("window", self.window, self.trained_window)
         self.sinks = self.tokens("sinks", self.sinks, 10)
 
     @property
     def resolved_options(self) -> dict[str, object]:
-        return {"near_window": self.near}
+        return {"near_window": self.near_window}
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
-        ceiling = torch.full_like(positions.query[:1], self.near)
+        ceiling = torch.full_like(positions.query[:1], self.near_window)
         return (
-            Zone(positions.query, positions.key, high=self.near),
-            Zone(ceiling, None, low=self.near, below=self.sinks),
+            Zone(positions.query, positions.key, high=self.near_window),
+            Zone(ceiling, None, low=self.near_window, below=self.sinks),
         )

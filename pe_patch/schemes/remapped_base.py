@@ -30,7 +30,7 @@ SAMPLED, ROWS = 4096, 64
 class Zone:
     """A range of query-key pairs, as in `Range`, and the positions by which the two rotate in it.
 
-    Zones that name the same tensor share what was rotated by it.
+    Zones with the same positions tensor share one rotation.
     """
 
     query: Tensor | None
@@ -43,9 +43,9 @@ class Zone:
     """Steps of queries and keys that `low` and `high` compare; None for positions."""
     below: int | None = None
 
-    def range(self, turn_query: RotaryTransform | None = None, turn_key: RotaryTransform | None = None) -> Range:
+    def range(self, rotate_query: RotaryTransform | None = None, rotate_key: RotaryTransform | None = None) -> Range:
         """Return the `Range` of this zone with its rotations."""
-        return Range(self.low, self.high, *self.steps, self.below, turn_query, turn_key)
+        return Range(self.low, self.high, *self.steps, self.below, rotate_query, rotate_key)
 
 
 class Remapped(Rotation):
@@ -65,16 +65,16 @@ class Remapped(Rotation):
 
     def setup(self) -> None:
         super().setup()
-        self.inner, self.reads = build_inner(
+        self.inner, self.model_window = build_inner(
             self.name, self.over, self.shape, self.theta, self.original_max_position_embeddings
         )
         if self.inner.length_dependent:
             raise OptionValueError(
-                f"{self.name!r} takes frequencies that stay, and those of {self.inner.name!r} follow the length here; "
-                "give over= a fixed factor, or an expected_length."
+                f"{self.name!r} needs fixed frequencies, and {self.inner.name!r} changes them with the length. Give "
+                f"{self.inner.name!r} a fixed factor or an expected_length."
             )
         self.base = self.inner.base
-        self.trained_window = self.reads or self.inner.effective_window or self.inner.trained_window
+        self.trained_window = self.model_window or self.inner.effective_window or self.inner.trained_window
         self._factor: float | None = None
 
     def zones(self, positions: Positions) -> Sequence[Zone]:
@@ -98,19 +98,19 @@ class Remapped(Rotation):
     def effective_window(self) -> int | None:
         return None
 
-    def sharpness(self, positions: Tensor) -> Tensor | None:
+    def query_scale(self, positions: Tensor) -> Tensor | None:
         """Return a factor on each query, `[batch | 1, query]`, float32, or None."""
         return None
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """Return cos and sin for each distinct tensor of query positions, then of key positions, then the sharpness."""
+        """Return cos and sin for each distinct tensor of query positions, then of key positions, then the scale."""
         zones = self.zones(positions)
         prepared: tuple[Tensor, ...] = ()
-        for places in (_distinct([zone.query for zone in zones]), _distinct([zone.key for zone in zones])):
-            for place in places:
-                prepared += self.cos_sin(place)
-        sharpness = self.sharpness(positions.query)
-        return prepared if sharpness is None else (*prepared, sharpness)
+        for distinct in (_distinct([zone.query for zone in zones]), _distinct([zone.key for zone in zones])):
+            for at in distinct:
+                prepared += self.cos_sin(at)
+        query_scale = self.query_scale(positions.query)
+        return prepared if query_scale is None else (*prepared, query_scale)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
@@ -122,28 +122,28 @@ class Remapped(Rotation):
         end = middle + 2 * len(_distinct(at_key))
         if len(tables) > end:
             query = query * tables[end][:, None, :, None].to(query.dtype)
-        of_queries = self._turns(query.device, at_query, tables[:middle])
+        of_queries = self._rotations(query.device, at_query, tables[:middle])
         kept = positions.kept
         of_keys = tables[middle:end] if kept is None else tuple(table[:, kept] for table in tables[middle:end])
-        turns = zip(zones, of_queries, self._turns(query.device, at_key, of_keys), strict=True)
-        return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in turns])
+        rotations = zip(zones, of_queries, self._rotations(query.device, at_key, of_keys), strict=True)
+        return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in rotations])
 
-    def _turns(
-        self, device: torch.device, places: Sequence[Tensor | None], tables: tuple[Tensor, ...]
+    def _rotations(
+        self, device: torch.device, zone_positions: Sequence[Tensor | None], tables: tuple[Tensor, ...]
     ) -> list[RotaryTransform | None]:
         """Return the rotation of each zone; None for no rotation."""
-        distinct = _distinct(places)
-        made: list[RotaryTransform | None] = []
-        for place in places:
-            index = _index(place, distinct)
-            if place is not None:
-                made.append(self.turned(*tables[2 * index : 2 * index + 2]))
+        distinct = _distinct(zone_positions)
+        rotations: list[RotaryTransform | None] = []
+        for at in zone_positions:
+            index = _index(at, distinct)
+            if at is not None:
+                rotations.append(self.rotation(*tables[2 * index : 2 * index + 2]))
             elif self.attention_scaling == 1:
-                made.append(None)
-            else:  # nothing turns, and the factor stays
+                rotations.append(None)
+            else:  # no rotation, but the factor stays
                 origin = torch.zeros(1, 1, dtype=torch.long, device=device)
-                made.append(self.turned(*self.cos_sin(origin)))
-        return made
+                rotations.append(self.rotation(*self.cos_sin(origin)))
+        return rotations
 
     def relative_position(self, length: int) -> Tensor:
         at = torch.arange(length, device="cpu")
@@ -174,8 +174,8 @@ class Remapped(Rotation):
         key = torch.linspace(0, length - 1, min(length, SAMPLED), dtype=torch.float64, device="cpu").long()
         query = key[:: max(1, len(key) // ROWS)]
         query = torch.cat((query, key[-1:]))
-        sharpness = self.sharpness(query[None])
-        if sharpness is not None and bool((sharpness != 1).any()):
+        query_scale = self.query_scale(query[None])
+        if query_scale is not None and bool((query_scale != 1).any()):
             return True
         plain = (query[:, None] - key).double()
         return not torch.equal(self._distances(query, key)[plain >= 0], plain[plain >= 0])
@@ -191,15 +191,15 @@ class Remapped(Rotation):
         return max(1, default) if given is None else given
 
 
-def _index(place: Tensor | None, places: Sequence[Tensor]) -> int:
-    """Return the index of this very tensor in `places`, or their number."""
-    return next((index for index, other in enumerate(places) if other is place), len(places))
+def _index(tensor: Tensor | None, tensors: Sequence[Tensor]) -> int:
+    """Return the index of this very tensor in `tensors`, or their number."""
+    return next((index for index, other in enumerate(tensors) if other is tensor), len(tensors))
 
 
-def _distinct(places: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the distinct tensors of `places` in order."""
-    found: list[Tensor] = []
-    for place in places:
-        if place is not None and _index(place, found) == len(found):
-            found.append(place)
-    return found
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the distinct objects among `tensors` in order."""
+    distinct: list[Tensor] = []
+    for tensor in tensors:
+        if tensor is not None and _index(tensor, distinct) == len(distinct):
+            distinct.append(tensor)
+    return distinct

@@ -40,8 +40,8 @@ def _product(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, arithmetic:
     dtype = x.dtype
     if arithmetic == "complex":
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        turn = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
-        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2).to(dtype)
+        rotation = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+        return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(dtype)
     table = torch.float32 if arithmetic == "float32 tables" else dtype
     cos, sin = cos.to(table).unsqueeze(1), sin.to(table).unsqueeze(1)
     if arithmetic == "float32":
@@ -61,8 +61,8 @@ def cos_sin(
     `polar` takes them from `torch.polar`, as families with a complex product do.
     """
     if polar:
-        turn = torch.polar(torch.ones_like(angles), angles) * factor
-        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (turn.real, turn.imag))
+        rotation = torch.polar(torch.ones_like(angles), angles) * factor
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (rotation.real, rotation.imag))
         return cos.to(dtype), sin.to(dtype)
     angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -86,7 +86,7 @@ class RotaryTransform:
         """Rotate gradients the other way; the factor on cos and sin stays."""
         return rotate(grad, self.cos, -self.sin, self.start, self.interleaved, self.arithmetic)
 
-    def part(self, start: int, stop: int) -> RotaryTransform:
+    def slice_tokens(self, start: int, stop: int) -> RotaryTransform:
         """Return the rotation of the tokens `start` to `stop`; a single angle applies to all tokens."""
         if self.cos.shape[1] == 1:
             return self
@@ -117,7 +117,7 @@ class Rotation(Scheme):
         super().setup()
         given = self.shape.rope_theta if self.theta is None else self.theta
         remedy = "It is the base of the frequencies."
-        self.base = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, do=remedy)
+        self.base = check_number(self.name, "theta", given, 1.0, LARGEST_BASE, exclusive=True, remedy=remedy)
         option = "original_max_position_embeddings"
         length = check_window(self.name, option, self.original_max_position_embeddings)
         self.trained_window = self.shape.trained_length if length is None else length
@@ -179,7 +179,7 @@ class Rotation(Scheme):
     def plain_frequencies(
         self, theta: float | None = None, stretch: float | Tensor = 1.0, pairs: int | None = None
     ) -> Tensor:
-        """1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 when None; float32.
+        """Return 1 / (stretch theta^(2k / r)) for the first `pairs` k, all r / 2 if None; float32.
 
         The order of operations is Transformers', which must be matched bit for bit: torch computes powers in vectors of
         eight and the rest one by one, so slicing or dividing afterwards would round differently.
@@ -198,13 +198,13 @@ class Rotation(Scheme):
         polar = self.shape.arithmetic == "complex"
         return cos_sin(angles, factor, torch.float32, self.shape.interleaved, polar)
 
-    def turned(self, cos: Tensor, sin: Tensor) -> RotaryTransform:
+    def rotation(self, cos: Tensor, sin: Tensor) -> RotaryTransform:
         """Return the rotation of this attention's queries or keys with given tables."""
         return RotaryTransform(cos, sin, self.shape.rotary_start, self.shape.interleaved, self.shape.arithmetic)
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate queries or keys `[batch, heads, length, head]` with float32 tables; the dtype stays."""
-        return self.turned(cos, sin)(x)
+        return self.rotation(cos, sin)(x)
 
     def _table(self, kind: str, device: torch.device, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Return frequencies `[lengths, r / 2]` and factors `[lengths]` on a device, cached."""
@@ -221,9 +221,9 @@ class Rotation(Scheme):
 class Rotary(Rotation):
     """Rotation of every query and key by its own position (Su et al. 2021, arXiv 2104.09864).
 
-    A subclass overrides `frequencies(length)`. Length-dependent schemes cache keys as projected. Tokens of a first pass
-    use the regime of their document's length. A later token uses, for itself and for all keys that it attends to, the
-    smallest regime on a geometric grid that contains its position.
+    A subclass overrides `frequencies(length)`. Length-dependent schemes cache unrotated keys. A first pass uses the
+    frequencies for its document's length. A cached token uses the smallest length on a geometric grid (`regime`) that
+    contains its position, for itself and its keys.
     """
 
     head_sharded_attributes = SHARED
@@ -295,7 +295,7 @@ class Rotary(Rotation):
     def _rotations(
         self, positions: Positions, inv_query: Tensor, factor_query: Tensor, inv_key: Tensor, factor_key: Tensor
     ) -> tuple[Tensor, ...]:
-        """(no choice, cos and sin of the queries, cos and sin of the keys), each `[batch | 1, length, r]`, float32."""
+        """Return an empty regime index, then cos and sin of queries and keys, `[batch | 1, length, r]`, float32."""
         sides = ((positions.query, inv_query, factor_query), (positions.key, inv_key, factor_key))
         tables: list[Tensor] = [positions.query[:, :0]]
         for position, inv_freq, factor in sides:
@@ -308,7 +308,7 @@ class Rotary(Rotation):
         cos_query, sin_query, cos_key, sin_key = tables
         if kept is not None:
             cos_key, sin_key = cos_key[:, kept], sin_key[:, kept]
-        return self.turn(query, cos_query, sin_query), self.turn(key, cos_key, sin_key)
+        return self.rotate(query, cos_query, sin_query), self.rotate(key, cos_key, sin_key)
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
@@ -330,7 +330,7 @@ class Rotary(Rotation):
 Factor = float | Literal["auto"]
 
 
-def native_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
+def to_rope_parameters(scheme: Rotary, rope_type: str, **values: Any) -> dict[str, Any]:
     """Return Transformers' `rope_parameters` with the base and, if only a part of each head rotates, its share."""
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": scheme.base, **values}
     width, head = scheme.shape.rotary_dim, scheme.shape.head_dim
@@ -347,7 +347,6 @@ class Scaled(Rotary):
     A subclass overrides `scaled(factor)` for s > 1. At s = 1 the frequencies are the plain ones, bit for bit. With
     `factor="auto"` s follows the length of the sequence in powers of two of the trained window, so decoding rarely
     changes the regime.
-
     """
 
     auto_allowed: ClassVar[bool] = True
@@ -365,7 +364,7 @@ class Scaled(Rotary):
         if self.auto_allowed and isinstance(self.factor, str) and self.factor == "auto":
             return None
         remedy = "Give the target window over the trained one" + (', or "auto".' if self.auto_allowed else ".")
-        return check_number(self.name, "factor", self.factor, 1.0, do=remedy)
+        return check_number(self.name, "factor", self.factor, 1.0, remedy=remedy)
 
     def scaled(self, factor: float) -> tuple[Tensor, float]:
         """Return inverse frequencies and attention factor for s = `factor` > 1."""
@@ -407,7 +406,7 @@ class Scaled(Rotary):
         if self.fixed_factor is None:
             return None
         if self.fixed_factor == 1 and self.unscaled()[1] == 1:
-            return native_parameters(self, "default")
+            return to_rope_parameters(self, "default")
         return self.native_scaled(self.fixed_factor)
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
@@ -427,7 +426,7 @@ class Linear(Scaled):
         return self.plain_frequencies() / factor, 1.0
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
-        return native_parameters(self, "linear", factor=factor)
+        return to_rope_parameters(self, "linear", factor=factor)
 
 
 @register_scheme
@@ -451,7 +450,7 @@ class NTK(Scaled):
         return self.plain_frequencies(self.scaled_theta(factor)), 1.0
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
-        return {**native_parameters(self, "default"), "rope_theta": self.scaled_theta(factor)}
+        return {**to_rope_parameters(self, "default"), "rope_theta": self.scaled_theta(factor)}
 
 
 def scale_by_rotations(scheme: Rotary, factor: float, low: float, high: float) -> Tensor:
@@ -523,7 +522,7 @@ class Llama3(Scaled):
         return scale_by_rotations(self, factor, self.low, self.high), 1.0
 
     def native_scaled(self, factor: float) -> dict[str, object] | None:
-        return native_parameters(
+        return to_rope_parameters(
             self,
             "llama3",
             factor=factor,

@@ -14,7 +14,7 @@ from ..core.checks import LARGEST_FACTOR, check_length, check_list, check_number
 from ..errors import OptionValueError
 from .frequency_wrappers import ClippedRoPE, Resonance
 from .registry import register_scheme
-from .rope import NTK, Linear, Llama3, NTKByParts, Rotary, Scaled, native_parameters
+from .rope import NTK, Linear, Llama3, NTKByParts, Rotary, Scaled, to_rope_parameters
 from .yarn import DynamicYaRN, YaRN
 
 __all__ = [
@@ -46,7 +46,7 @@ class RoPE(Rotary):
         return self.plain_frequencies(), 1.0
 
     def native(self) -> dict[str, object] | None:
-        return native_parameters(self, "default")
+        return to_rope_parameters(self, "default")
 
 
 @register_scheme
@@ -85,7 +85,7 @@ class Proportional(Scaled):
     def native(self) -> dict[str, object] | None:
         if self.dim != self.shape.head_dim or self.fixed_factor is None:
             return None  # Transformers counts the proportion of the whole head
-        return native_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.fixed_factor)
+        return to_rope_parameters(self, "proportional", partial_rotary_factor=self.proportion, factor=self.fixed_factor)
 
 
 @register_scheme
@@ -106,7 +106,9 @@ class DynamicNTK(Rotary):
 
     def setup(self) -> None:
         super().setup()
-        self.factor = self.extension = check_number(self.name, "factor", self.factor, 1.0, do="1 is the plain form.")
+        self.factor = self.extension = check_number(
+            self.name, "factor", self.factor, 1.0, remedy="1 is the plain form."
+        )
         self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
         check_width(self.name, self.dim)
 
@@ -123,7 +125,7 @@ class DynamicNTK(Rotary):
     @property
     def effective_window(self) -> int | None:
         if self.factor == 1 and self.expected_length is None:
-            return None  # it follows the length without end, and starts to work where the window ends
+            return None  # unbounded: the base grows with the length beyond the window
         return max(int(self.factor * self.trained_window), self.longest_expected or 0)
 
     @property
@@ -133,7 +135,7 @@ class DynamicNTK(Rotary):
     def native(self) -> dict[str, object] | None:
         if self.regime_start > self.trained_window:
             return None
-        return native_parameters(self, "dynamic", factor=self.factor)
+        return to_rope_parameters(self, "dynamic", factor=self.factor)
 
 
 @register_scheme
@@ -171,7 +173,7 @@ class LongRoPE(Rotary):
             self.short = check_list(self.name, "short_factor", self.short_factor, pairs)
         remedy = "Give the target window over the trained one, or leave it out."
         given = self.factor
-        self.extension = 1.0 if given is None else check_number(self.name, "factor", given, 1.0, do=remedy)
+        self.extension = 1.0 if given is None else check_number(self.name, "factor", given, 1.0, remedy=remedy)
         self.longest_expected = check_length(self.name, "expected_length", self.expected_length)
         if self.attention_factor is not None:
             self.scale = check_number(self.name, "attention_factor", self.attention_factor, 0.0, LARGEST_FACTOR)
@@ -193,7 +195,7 @@ class LongRoPE(Rotary):
         return max(int(self.extension * self.trained_window), self.longest_expected or 0)
 
     def native(self) -> dict[str, object] | None:
-        return native_parameters(
+        return to_rope_parameters(
             self,
             "longrope",
             long_factor=self.long,

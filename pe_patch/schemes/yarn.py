@@ -11,7 +11,7 @@ from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number
 from ..errors import OptionValueError
 from .config_formats import yarn_temperature
 from .registry import register_scheme
-from .rope import Rotary, Scaled, native_parameters
+from .rope import Rotary, Scaled, to_rope_parameters
 
 
 @register_scheme
@@ -70,8 +70,10 @@ class YaRN(Scaled):
 
     @property
     def softmax_factor(self) -> float:
-        """0.1 mscale_all_dim ln s + 1, whatever the factor on cos and sin (DeepSeek-AI 2024, arXiv 2405.04434, whose
-        code multiplies the softmax scale by its square)."""
+        """Return 0.1 mscale_all_dim ln s + 1, whatever the factor on cos and sin.
+
+        Source: DeepSeek-AI 2024, arXiv 2405.04434, whose code multiplies the softmax scale by its square.
+        """
         all_dim = self.given.get("mscale_all_dim")
         if not all_dim:
             return 1.0
@@ -109,7 +111,7 @@ class YaRN(Scaled):
     def native_scaled(self, factor: float) -> dict[str, object] | None:
         values = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate, **self.given}
         values.setdefault("attention_factor", self.attention_factor_at(factor))
-        return native_parameters(
+        return to_rope_parameters(
             self, "yarn", factor=factor, original_max_position_embeddings=self.trained_window, **values
         )
 
@@ -134,7 +136,9 @@ class DynamicYaRN(YaRN):
 
     def read_factor(self) -> float | None:
         remedy = "It is the largest scaling; leave it out for none."
-        self.cap = math.inf if self.factor is None else check_number(self.name, "factor", self.factor, 1.0, do=remedy)
+        self.cap = (
+            math.inf if self.factor is None else check_number(self.name, "factor", self.factor, 1.0, remedy=remedy)
+        )
         return None
 
     def factor_at(self, length: int | None) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pe_patch.attention.interface import BACKENDS, Engine
-from pe_patch.core.head_slices import Heads, part
+from pe_patch.core.head_slices import Heads, slice_heads
 from pe_patch.core.positions import Positions
 from pe_patch.core.scheme import AttentionShape, DistanceBias
 from pe_patch.errors import UnsupportedError
@@ -115,9 +115,9 @@ def test_what_does_not_say_what_is_per_head_is_refused():
 
     for cls in (Undeclared, Changed):
         with pytest.raises(UnsupportedError, match="head_sharded_attributes"):
-            part(cls(SHAPE), Heads(0, 2, 2))
+            slice_heads(cls(SHAPE), Heads(0, 2, 2))
     with pytest.raises(UnsupportedError, match="head_sharded_attributes"):
-        part(SCHEMES["mla"](replace(SHAPE, latent_rank=8)), Heads(0, 2, 2))
+        slice_heads(SCHEMES["mla"](replace(SHAPE, latent_rank=8)), Heads(0, 2, 2))
 
 
 def test_a_size_that_heads_do_not_share_equally_is_refused():
@@ -125,7 +125,7 @@ def test_a_size_that_heads_do_not_share_equally_is_refused():
     scheme.head_sharded_attributes = {"odd": 0}
     scheme.odd = nn.Parameter(torch.zeros(HEADS + 1))
     with pytest.raises(UnsupportedError, match="share equally"):
-        part(scheme, Heads(0, 2, 2))
+        slice_heads(scheme, Heads(0, 2, 2))
 
 
 def test_an_unknown_split_is_refused():

@@ -154,7 +154,7 @@ def _scores(band: _Band, query: Tensor, key: Tensor, value: Tensor, on_keys: Ten
 def _weight_by_step(weights: Tensor, steps: Tensor, count: int, has_far_keys: bool) -> Tensor:
     """Sum the attention weights at each clipped distance, `[batch, heads, queries, count]`.
 
-    With `has_far_keys`, the weight that is missing from 1 belongs to keys beyond the bound and joins the last entry.
+    With `has_far_keys`, add 1 - sum(weights), the weight of the far keys, to the last entry.
     """
     sums = weights.new_zeros(*weights.shape[:3], count).scatter_add_(-1, steps, weights)
     if has_far_keys:

@@ -44,7 +44,7 @@ def ranges(
     kernel = compiled if query.is_cuda else flex_attention
     merged: tuple[Tensor, Tensor] | None = None
     for each in ranges:
-        encoded_query, encoded_key = each.turned(query, key)
+        encoded_query, encoded_key = each.rotate(query, key)
         result: Any = kernel(
             encoded_query, encoded_key, value, block_mask=_block_mask(each, query, key, positions, mask), scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1], return_aux=AuxRequest(lse=True),

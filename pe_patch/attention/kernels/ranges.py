@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...core.positions import Positions
-from ...core.ranges import Range, Turn
+from ...core.ranges import PositionTransform, Range
 from . import cpu
 
 
@@ -100,7 +100,7 @@ class Layout:
         chunk_positions = self.positions._replace(
             query=self.positions.query[:, start:stop], key=self.positions.key[:, :end]
         )
-        inside, mask_values = each.part(start, stop, end).covers(chunk_positions)[:, None], None
+        inside, mask_values = each.slice_pairs(start, stop, end).covers(chunk_positions)[:, None], None
         if self.mask is None:
             inside = inside & torch.ones(stop - start, end, dtype=torch.bool).tril(end - (stop - start))
         elif self.mask.dtype == torch.bool:
@@ -170,7 +170,7 @@ class Ranges(torch.autograd.Function):
             reach = ctx.layout.reach(index)
             encoded_key, values = _encode_keys(each, key, reach), value[:, :, reach]
             to_key = sums.sums[1][:, :, reach]
-            to_encoded = to_key if each.turn_key is None else torch.zeros_like(to_key)
+            to_encoded = to_key if each.rotate_key is None else torch.zeros_like(to_key)
             for queries, block in ctx.layout.chunks(index):
                 encoding = _query_encoding(each, queries)
                 sums.add(
@@ -179,21 +179,21 @@ class Ranges(torch.autograd.Function):
                     lse[:, :, queries], grads[0][:, :, queries], _expand_mask(block.mask, query), ctx.scaling,
                     None if encoding is None else encoding.back, (to_encoded, sums.sums[2][:, :, reach]),
                 )  # fmt: skip
-            if each.turn_key is not None:
+            if each.rotate_key is not None:
                 for keys in _spans(reach):
-                    back = each.turn_key.part(keys.start, keys.stop).back
+                    back = each.rotate_key.slice_tokens(keys.start, keys.stop).back
                     sums.sums[1][:, :, keys] += back(
                         to_encoded[:, :, keys.start - reach.start : keys.stop - reach.start]
                     )
         return *sums.finished(), None, None
 
 
-def _query_encoding(each: Range, queries: slice) -> Turn | None:
+def _query_encoding(each: Range, queries: slice) -> PositionTransform | None:
     """Return the encoding of a slice of queries in a range; None if it leaves them unchanged."""
-    return None if each.turn_query is None else each.turn_query.part(queries.start, queries.stop)
+    return None if each.rotate_query is None else each.rotate_query.slice_tokens(queries.start, queries.stop)
 
 
-def _encode(encoding: Turn | None, x: Tensor) -> Tensor:
+def _encode(encoding: PositionTransform | None, x: Tensor) -> Tensor:
     """Apply an encoding to queries or keys."""
     return x if encoding is None else encoding(x)
 
@@ -206,12 +206,12 @@ def _spans(reach: slice) -> Iterator[slice]:
 
 def _encode_keys(each: Range, key: Tensor, reach: slice) -> Tensor:
     """Return the encoded keys that a range reaches, encoded span by span to bound the memory of temporary copies."""
-    if each.turn_key is None:
+    if each.rotate_key is None:
         return key[:, :, reach]
     encoded = torch.empty_like(key[:, :, reach])
     for keys in _spans(reach):
         local = slice(keys.start - reach.start, keys.stop - reach.start)
-        encoded[:, :, local] = each.turn_key.part(keys.start, keys.stop)(key[:, :, keys])
+        encoded[:, :, local] = each.rotate_key.slice_tokens(keys.start, keys.stop)(key[:, :, keys])
     return encoded
 
 

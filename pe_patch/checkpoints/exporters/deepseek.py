@@ -157,7 +157,7 @@ def _weights(model: Any, patch: Patch, config: DeepseekV3Config, scaling: float)
         layer = f"{prefix}layers.{index}.self_attn."
         query = latent.q_proj.weight.unflatten(0, (latent.sizes.heads, -1))
         query = torch.cat((query[:, :nope], query[:, nope + pairs]), 1)
-        factor = attention.scaling * patch.scheme.rescaling / scaling
+        factor = attention.scaling * patch.scheme.softmax_rescale / scaling
         down = latent.kv_a_proj_with_mqa.weight
         key, value = (heads.repeat_interleave(latent.groups, 0) for heads in latent.up(latent.v_b_proj.weight))
         weights |= {

@@ -48,8 +48,8 @@ def export(
         The folder.
 
     Raises:
-            UnsupportedError: the target cannot express the scheme; nothing is written.
-            OutputError: `path` has other content, or is the folder that the model was loaded from.
+        UnsupportedError: the target cannot express the scheme; nothing is written.
+        OutputError: `path` has other content, or is the folder that the model was loaded from.
     """
     if not isinstance(model, PreTrainedModel):
         raise PePatchError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...adapters import ADAPTERS
-from ...adapters.adapter import native_parameters
+from ...adapters.adapter import config_rope_parameters
 from ...checkpoints.load import load_patched
 from ...errors import NoEffectError, PePatchError, UnsupportedError
 from ...patching.api import find_patch, patch_model, unpatch_model
@@ -296,7 +296,7 @@ def _native_scheme(model: Any) -> str | dict[str, Any]:
     adapter = ADAPTERS.get(config.model_type)
     if adapter is None:
         raise UnsupportedError(f"{config.model_type!r} is not a supported family.")
-    parameters = native_parameters(config) if adapter.rotary is not None else {}
+    parameters = config_rope_parameters(config) if adapter.rotary is not None else {}
     if any(isinstance(value, dict) for value in parameters.values()):
         raise NotChecked("its layer types rotate differently, so no single scheme is native")
     return dict(parameters) if parameters.get("rope_type", "default") != "default" else adapter.native
