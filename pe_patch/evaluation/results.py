@@ -155,9 +155,9 @@ class Results:
         """
         folder = Path(directory)
         try:
-            lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")  # splitlines() splits answers
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return cls([Row(**json.loads(line)) for line in lines], config)
+            return cls([Row(**json.loads(line)) for line in lines if line], config)
         except (OSError, ValueError, TypeError) as error:
             raise PePatchError(f"No readable results in {folder}: {error}") from error
 

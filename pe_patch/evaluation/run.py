@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.sources import check_loaded
 from ..errors import PePatchError
 from .context import EvaluationContext, PromptTemplate, WorkUnit
 from .corpus import Corpus
@@ -43,7 +44,7 @@ def evaluate(
     retrieval: bool = True,
     autocast: torch.dtype | None = None,
     label: str | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[int, int], None] = True,
     chat: bool = False,
     task_options: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -69,7 +70,7 @@ def evaluate(
         retrieval: Add the task `needle` if no task retrieves, because loss alone does not show that context is used.
         autocast: Dtype for torch.autocast. None disables it.
         label: Name of the model in the rows. None describes its scheme.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr; or a function of the tokens read so far and of all tokens.
         chat: Put prompts into the tokenizer's chat template.
         task_options: Options for the named tasks that have them.
         output: Folder for the results. Each row is saved as soon as it is measured, and rows that the folder already
@@ -87,6 +88,7 @@ def evaluate(
         OptionError: No task has an option of `task_options`, or `chat` has no chat template.
         OutputError: `output` holds something else and `overwrite` is False.
     """
+    check_loaded(model, tokenizer)
     if output is not None:
         output = Path(output).expanduser()
         name = label or scheme_label(model)
@@ -225,8 +227,21 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress_bar(context: EvaluationContext, tokens: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar over tokens on stderr. Yields a function that sets its text."""
+def _progress_bar(
+    context: EvaluationContext, tokens: int, shown: bool | Callable[[int, int], None]
+) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar over tokens on stderr, or report them. Yields a function that sets the bar's text."""
+    if callable(shown):
+        report, total_read = shown, 0
+
+        def advance(count: int) -> None:
+            nonlocal total_read
+            total_read += count
+            report(total_read, tokens)
+
+        context.model.advance = advance
+        yield lambda text: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

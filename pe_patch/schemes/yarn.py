@@ -134,6 +134,10 @@ class DynamicYaRN(YaRN):
         self.cap = math.inf if self.factor is None else check_number(self.name, "factor", self.factor, 1.0, do=remedy)
         return None
 
+    @property
+    def changes_nothing(self) -> bool:
+        return self.cap == 1 and not self.given and self.base == self.shape.rope_theta
+
     def factor_at(self, length: int | None) -> float:
         return min(max(length or 0, self.trained_window) / self.trained_window, self.cap)
 
