@@ -297,7 +297,9 @@ def _rotates_as_built(patch: Patch, index: int) -> bool:
     layer_type = adapter.layer_types(base, base.config)[index]
     factor = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", 1.0)
     built = frequencies_of(rotary, layer_type)[0]
-    return factor == scheme.attention_scaling and (built.is_meta or torch.equal(built.cpu(), scheme.inv_freq))
+    if built.is_meta:  # no values to compare
+        return scheme.changes_nothing
+    return factor == scheme.attention_scaling and torch.equal(built.cpu(), scheme.inv_freq)
 
 
 def _changes_short_texts(patch: Patch) -> bool:
@@ -306,6 +308,11 @@ def _changes_short_texts(patch: Patch) -> bool:
     if patch.adapter.native != "rope" or not isinstance(scheme, Rotary) or not scheme.rotates_early:
         return False
     return not all(_rotates_as_built(patch, index) for index in patch.layers)
+
+
+def _trains(patch: Patch) -> bool:
+    """Return whether the model is in training mode. A model built without weights is so by default, and does not."""
+    return patch.base.training and not any(parameter.is_meta for parameter in patch.base.parameters())
 
 
 def _unchanged_alternative(scheme: Scheme) -> str:
@@ -347,7 +354,7 @@ def _announce(patch: Patch) -> None:
             "%r %s the %r that this %s was trained with; it must be trained before its output means anything.",
             scheme.name, verb, adapter.native, patch.base.config.model_type,
         )  # fmt: skip
-    elif not patch.settings.restored and not patch.base.training and _changes_short_texts(patch):
+    elif not patch.settings.restored and not _trains(patch) and _changes_short_texts(patch):
         logger.warning(
             "%r changes every text, also within the trained window of %s tokens, so an untrained model reads short "
             "texts less well. Train it with the scheme, or use %s.",
