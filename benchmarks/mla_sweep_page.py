@@ -254,7 +254,7 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     file = RESULTS / "mla_sweep_text.jsonl"
     if not file.exists():
         return
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     yield "## Calibrated on plain text"
     yield ""
     yield (

@@ -124,7 +124,7 @@ class Bench:
         wanted = recipe(folder / "run", source, [self.phase], seed=self.seed)
         wanted.evaluation = Evaluation(every=EVERY, tasks=TASKS, lengths=[LENGTH], samples=SAMPLES)
         train(wanted)
-        lines = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().split("\n") if line]
         measured = [line for line in lines if line["event"] == "evaluation"]
         for step in dict.fromkeys(line["step"] for line in measured):
             curve.append({"step": step, **summed([line for line in measured if line["step"] == step])})

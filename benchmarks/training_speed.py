@@ -80,7 +80,7 @@ class Theirs(transformers.Trainer):
 def run_ours(options: argparse.Namespace, folder: str) -> tuple[list[Clock], list[float]]:
     trainer = Ours(recipe(options, folder))
     trainer.run()
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().split("\n") if line]
     return trainer.begins, [line["loss"] for line in lines if line["event"] == "step"]
 
 

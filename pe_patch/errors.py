@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,15 @@ def printable(value: Any, keep: str = "\n\t") -> str:
         keep: control characters that stay as they are.
     """
     return escape(str(value), lambda character: character.encode("unicode_escape").decode("ascii"), keep)
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON, with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def quoted(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
@@ -18,8 +17,6 @@ from pe_patch.errors import OptionError, PePatchError, UnknownNameError, Unsuppo
 from pe_patch.training.reading import load_recipe
 
 from .advised import ASKED, CONFIGS, advise_on, advised
-
-ROOT = Path(__file__).parent.parent
 
 
 def scheme(advice, name, which=0):
@@ -173,8 +170,8 @@ def test_the_patch_is_what_inspect_shows(name, tmp_path, capsys, monkeypatch):
 def test_the_recipe_takes_the_overrides(name):
     advice = advised(name)
     [words] = [words for words in commands(advice) if words[0] == "accelerate"]
-    assert words[1:3] == ["launch", "recipes/finetune.py"]
-    recipe = load_recipe(ROOT / words[3], words[4:])
+    assert words[1:4] == ["launch", "-m", "pe_patch.training"]  # works in any folder, and from a wheel
+    recipe = load_recipe(words[4], words[5:])
     assert recipe.dry_run and recipe.phases[0].length == advice.case.target
     assert recipe.scheme.name == "yarn" and recipe.scheme.options == advice.choice.trained.options
     assert (recipe.phases[0].batch, recipe.phases[0].steps, recipe.phases[0].learning_rate) == (64, 400, 2e-5)

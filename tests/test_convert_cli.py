@@ -106,7 +106,7 @@ def test_options_of_the_scheme_reach_it(run):
     [
         ((), "one of --kv-rank N"),
         (("--kv-rank", 8, "--max-loss", 0.1), "--kv-rank and --max-loss exclude each other"),
-        (("--kv-rank", 9999), "kv_rank=9999"),
+        (("--kv-rank", 9999), "got --kv-rank 9999"),
         (("--cache-ratio", "an eighth"), "such as 1/8"),
         (("--cache-ratio", "1/4", "1/8"), "--sweep to compare several"),
         (("--method", "transmlo", "--kv-rank", 8), "Did you mean 'transmla'"),

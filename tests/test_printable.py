@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pe_patch import load_patched
+from pe_patch.checkpoints.generation import Generated
 from pe_patch.cli.main import main
 from pe_patch.cli.output import PrintableFormatter, console
 from pe_patch.errors import CheckpointError, PePatchError, printable
@@ -115,6 +116,12 @@ def test_a_patched_checkpoint_with_a_hostile_record(tmp_path, capfd):
 
 def test_generated_text_is_escaped(tmp_path, capfd, monkeypatch):
     shutil.copytree(DEMO, tmp_path / "demo")
-    monkeypatch.setattr("pe_patch.checkpoints.sources.continue_text", lambda *_, **__: (HOSTILE, 3))
-    assert main(["generate", str(tmp_path / "demo"), "--prompt", "The sea"]) == 0
-    assert harmless("".join(capfd.readouterr()))
+
+    def generated(*arguments, stream, **options):
+        stream and stream(HOSTILE)
+        return Generated(HOSTILE, 3)
+
+    monkeypatch.setattr("pe_patch.checkpoints.generation.continue_ids", generated)
+    for flags in ([], ["--json"]):
+        assert main(["generate", str(tmp_path / "demo"), "--prompt", "The sea", *flags]) == 0
+        assert harmless("".join(capfd.readouterr()))

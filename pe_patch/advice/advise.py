@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from ..checkpoints.sources import DTYPES
+from ..checkpoints.sources import full_dtype
 from ..errors import OptionError
 from . import memory, report
 from .case import Case
@@ -108,7 +108,7 @@ def advise(
         target_length: the length to reach, in tokens.
         trained_length: the length that the unpatched model was trained for, in tokens; overrides the config.
         train_tokens: the training budget in tokens, which affects the choice of scheme.
-        dtype: the dtype of weights and cache: float32, bfloat16 or float16. None takes the config's.
+        dtype: the dtype of weights and cache: float32, bfloat16 or float16, or a short name. None takes the config's.
         batch_size: sequences per batch, for the memory of inference.
 
     Returns:
@@ -123,8 +123,7 @@ def advise(
     for option, value in (("trained_length", trained_length), ("train_tokens", train_tokens)):
         if value is not None:
             _check_count(option, value)
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    dtype = None if dtype is None else full_dtype(dtype)
     empty = build(model)
     name = empty.config.name_or_path or empty.config.model_type
     facts = read_facts(empty, name, trained_length, None if dtype == "auto" else dtype)

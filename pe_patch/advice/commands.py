@@ -7,13 +7,14 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.packaged import shipped_recipes
 from .case import Case
 from .recommend import Choice, Judgement
 from .training import TrainingRecipe, recipes_for
 from .verdict import must_lift_sliding_window
 
-RECIPE = "recipes/configs/yarn_llama_32k.yaml"
-"""The recipe that the commands override; it trains every weight under a scheme with one factor."""
+RECIPE = "yarn_llama_32k"
+"""The shipped recipe that the commands override; it trains every weight under a scheme with one factor."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def _training_steps(case: Case, model: str, chosen: Judgement, measure: list[str
     afterwards += _export_step(case, result, chosen)
     if "factor" not in chosen.options:
         block = json.dumps({"name": chosen.scheme, "options": chosen.options})
-        return [Step(f"Train with a copy of {RECIPE} whose scheme is", block=f"scheme: {block}"), *afterwards]
+        purpose = f"Train with a copy of the recipe {RECIPE} ({shipped_recipes()[RECIPE]}) whose scheme is"
+        return [Step(purpose, block=f"scheme: {block}"), *afterwards]
     overrides = _overrides(case, model, chosen, paper, run)
-    command = _line("accelerate", "launch", "recipes/finetune.py", RECIPE, *overrides, "dry_run=true")
+    command = _line("accelerate", "launch", "-m", "pe_patch.training", RECIPE, *overrides, "dry_run=true")
     return [Step("Check the training in a dry run; remove dry_run=true to train", command), *afterwards]
 
 

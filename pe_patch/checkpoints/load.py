@@ -185,8 +185,9 @@ def build_empty(path: str | Path) -> Any:
         CheckpointError: the model does not exist, or its patch record is damaged.
     """
     stored, source = read_config(path), config_file(path)
+    check_no_custom_code(stored, str(path))
     if RECORD_KEY not in stored:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     record = check_record(stored[RECORD_KEY], stored, source)
@@ -273,6 +274,20 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file(path)} must hold a JSON object, found {quoted(config)}.")
     return config
+
+
+def check_no_custom_code(stored: dict[str, Any], name: str) -> None:
+    """Raise `UnsupportedError` for a config that only custom code of its checkpoint can read.
+
+    Transformers would ask on the terminal whether to run that code.
+    """
+    family = stored.get("model_type")
+    if stored.get("auto_map") and RECORD_KEY not in stored and family not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"{name} needs custom code of its checkpoint (auto_map in config.json, model_type {quoted(family)}), which "
+            "pe-patch does not run. Load it in Python with from_pretrained(..., trust_remote_code=True) if you trust "
+            "it, and patch it with patch_model(model, ..., adapter=pe_patch.Adapter(...))."
+        )
 
 
 def native_config(stored: dict[str, Any], native: dict[str, Any], source: str = "config.json") -> PreTrainedConfig:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import yaml
 
-from ..errors import CheckpointError, OptionError, PrintableFilter
+from ..errors import CheckpointError, OptionError, PrintableFilter, nearest, quoted
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Values of `--dtype`."""
+SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16",
+     "half": "float16"}
+)  # fmt: skip
+"""Other names of dtypes."""
 
 
 def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -21,26 +27,72 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
 
     Args:
         name: a local folder or a hub name.
-        dtype: one of `DTYPES`.
+        dtype: one of `DTYPES`, or a short name such as bf16.
         device: a device; None uses CUDA if available.
 
     Raises:
-        OptionError: `dtype` is not one of `DTYPES`.
+        OptionError: the dtype or the device does not exist.
+        UnsupportedError: the model needs custom code.
         CheckpointError: the folder does not exist or holds no model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .load import load_patched
+    from .load import check_no_custom_code, load_patched, read_config
 
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    dtype, where = full_dtype(dtype), check_device(device)
     quiet_transformers()
     _check_folder(name)
-    saved, _ = PreTrainedConfig.get_config_dict(name)
+    saved = read_config(name)
+    check_no_custom_code(saved, name)
     read = load_patched if saved.get("pe_patch") else AutoModelForCausalLM.from_pretrained
-    model: Any = read(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(where).eval(), AutoTokenizer.from_pretrained(name)
+    # Without trust_remote_code=False, Transformers would ask on the terminal whether to run code of the checkpoint.
+    model: Any = read(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False)
+    return model.to(where).eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def full_dtype(name: str, choices: Sequence[str] = DTYPES) -> str:
+    """Return the full name of a dtype: bfloat16 for bf16.
+
+    Raises:
+        OptionError: the dtype is not one of `choices`.
+    """
+    word = str(name).removeprefix("torch.")
+    word = SHORT_DTYPES.get(word.lower(), word)
+    if word in choices:
+        return word
+    raise OptionError(f"dtype must be one of {', '.join(choices)}, got {quoted(name)}.{nearest(word, choices)}")
+
+
+def check_device(name: str | None) -> str:
+    """Return the name of a device on which tensors can be made; None gives CUDA if available, else the CPU.
+
+    Raises:
+        OptionError: the device does not exist here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise OptionError(
+            f"The device {quoted(name)} cannot be used here ({reason}). Available: {', '.join(here)}."
+        ) from error
+    return name
+
+
+def check_loaded(model: Any, tokenizer: Any) -> None:
+    """Raise `OptionError` for a path or anything else in the place of a loaded model or its tokenizer."""
+    for option, value, fits, loader in (
+        ("model", model, hasattr(model, "config") and callable(model), "AutoModelForCausalLM.from_pretrained(path)"),
+        ("tokenizer", tokenizer, callable(tokenizer), "AutoTokenizer.from_pretrained(path)"),
+    ):
+        if not fits:
+            order = "Pass the model, then its tokenizer, then the rest."
+            raise OptionError(
+                f"{option} must be a loaded {option}, got {quoted(value)}. {order} Load it with {loader}."
+            )
 
 
 def empty_model(name: str) -> Any:
@@ -53,7 +105,12 @@ def empty_model(name: str) -> Any:
 
 
 def apply(
-    model: Any, scheme: str | None, factor: str | None, options: Sequence[str] | None, on_existing: str | None
+    model: Any,
+    scheme: str | None,
+    factor: str | None,
+    options: Sequence[str] | None,
+    on_existing: str | None,
+    target_length: int | None = None,
 ) -> None:
     """Patch the model with the scheme given on the command line, if any.
 
@@ -66,11 +123,13 @@ def apply(
     if factor is not None:
         values["factor"] = _value(factor)
     if scheme is None:
-        if values or on_existing:
+        if values or on_existing or target_length:
             raise OptionError("Scheme options need a scheme; add --scheme NAME.")
         return
     if on_existing is not None:
         values["on_existing"] = on_existing
+    if target_length is not None:
+        values["target_length"] = target_length
     patch_model(model, _value(scheme) if scheme.lstrip().startswith("{") else scheme, **values)
 
 
@@ -87,23 +146,6 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             raise OptionError(f"An option must be key=value, got {word!r}.")
         options[key] = _value(value)
     return options
-
-
-def continue_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int) -> tuple[str, int]:
-    """Return the greedy continuation of a text, and the number of tokens in the text."""
-    if not text:
-        raise OptionError("The prompt is empty.")
-    inputs = tokenizer(text, return_tensors="pt", verbose=False)
-    ids = inputs["input_ids"].to(model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True), ids.shape[1]
 
 
 def quiet_transformers() -> None:

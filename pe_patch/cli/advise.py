@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Dtype, Model
+from .options import AsJson, Dtype, Model, parse_length_option
 from .output import console, print_json
 
 
@@ -17,9 +17,19 @@ from .output import console, print_json
 )
 def advise(
     model: Model,
-    target_length: Annotated[int, typer.Option(help="Target context length in tokens.")],
+    target_length: Annotated[
+        int,
+        typer.Option(
+            parser=parse_length_option,
+            metavar="TOKENS",
+            help="Target context length in tokens, such as 131072 or 128k.",
+        ),
+    ],
     trained_length: Annotated[
-        int | None, typer.Option(help="Override the trained length of the config, in tokens.")
+        int | None,
+        typer.Option(
+            parser=parse_length_option, metavar="TOKENS", help="Override the trained length of the config, in tokens."
+        ),
     ] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Number of tokens available for training.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch, for the memory estimate.")] = 1,

@@ -11,9 +11,8 @@ from ..data.packaged import __version__
 app = typer.Typer(
     name="pe-patch",
     help="Replace the positional logic of a Transformers model, and measure the effect. "
-    "Add --debug to any command for a traceback.",
+    "Every command also takes -v (log what is patched), -q (print results and errors only) and --debug (tracebacks).",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

@@ -6,10 +6,45 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import unknown
 
 Entries = list[dict[str, Any]]
+
+
+ANNOTATIONS = {"Factor": 'float | "auto"'}
+"""Types of options in words, where their annotation is an alias."""
+
+
+def untrained(name: str) -> str:
+    """Return how well a scheme works without training: yes, weak or no, as `advise` judges it."""
+    from ..advice.candidates import CANDIDATES
+    from ..schemes.registry import SCHEMES
+
+    answers = [each.untrained for each in CANDIDATES["rope"] if each.scheme == name]
+    if answers:
+        return answers[0]
+    native = name in ("rope", "mla")  # what models of their families have
+    return "as it is" if native else "yes" if SCHEMES[name].training_free else "no"
+
+
+def options_of(scheme: Any) -> list[dict[str, Any]]:
+    """Return the options of a scheme with their types and defaults, required ones first."""
+    options = [
+        {
+            "name": option.name,
+            "type": ANNOTATIONS.get(option.annotation, option.annotation),
+            "required": option.required,
+            "default": None if option.required else _plain(option.default),
+        }
+        for option in scheme.declared_options()
+    ]
+    return sorted(options, key=lambda option: not option["required"])
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def catalogue() -> dict[str, Entries]:
@@ -28,7 +63,8 @@ def catalogue() -> dict[str, Entries]:
                 "aliases": aliases.get(name, []),
                 "mechanism": scheme.mechanism,
                 "summary": scheme.summary,
-                "works untrained": scheme.training_free,
+                "options": options_of(scheme),
+                "works untrained": untrained(name),
                 "paper": scheme.paper,
             }
             for name, scheme in SCHEMES.items()
@@ -64,11 +100,19 @@ def tables(entries_by_kind: Mapping[str, Entries]) -> Iterator[Table]:
         for column in entries[0] if entries else ():
             table.add_column(column, overflow="fold")
         for entry in entries:
-            table.add_row(*map(_cell, entry.values()))
+            table.add_row(*(Text(_cell(value)) for value in entry.values()))  # as text: `[str]` is no markup
         yield table
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(_option(each) if isinstance(each, dict) else str(each) for each in value)
+    return str(value)
+
+
+def _option(option: Mapping[str, Any]) -> str:
+    """Return an option as in a signature: `factor: float` or `beta_fast: float = 32`."""
+    default = "" if option["required"] else f" = {option['default']!r}"
+    return f"{option['name']}: {option['type']}{default}"

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Device, Dtype, Factor, Overwrite
-from .output import command_line, console, echo, print_json
+from .options import AsJson, Device, Dtype, Factor, Overwrite, parse_length_option
+from .output import command_line, console, echo, is_quiet, note, print_json
 
 
 @app.command(
@@ -30,7 +30,9 @@ def compare(
     length: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, metavar="TOKENS...", help="One or more lengths in tokens (default: the window x 1, 2, 4 and 8)."
+            parser=parse_length_option,
+            metavar="TOKENS...",
+            help="One or more lengths in tokens, such as 8192 or 8k (default: the window x 1, 2, 4 and 8).",
         ),
     ] = None,
     task: Annotated[
@@ -74,13 +76,20 @@ def compare(
         "device": device,
     }  # fmt: skip
     comparison, page = command.run(
-        arguments, output, preset=preset, quick=quick, workers=workers, line=command_line(), overwrite=overwrite
+        arguments,
+        output,
+        preset=preset,
+        quick=quick,
+        workers=workers,
+        line=command_line(),
+        overwrite=overwrite,
+        progress=not is_quiet(),
     )
     if as_json:
         print_json(comparison.to_dict())
     else:
         command.show(comparison, console())
-    echo(f"Report: {page}", err=True)
+    note(f"Report: {page}")
     for label, reason in comparison.failures.items():
         echo(f"pe-patch: {label} failed: {reason}", err=True)
     if comparison.failures:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Device, Dtype, Model, Options, Overwrite
-from .output import console, print_json
+from .options import AsJson, Device, Dtype, Model, Options, Overwrite, parse_length_option
+from .output import console, is_quiet, print_json
 
 
 @app.command(
@@ -35,12 +35,19 @@ def convert(
     calibration: Annotated[
         str, typer.Option(help="Calibration text: stdlib, a folder, a file or a hub data set.")
     ] = "stdlib",
-    calibration_tokens: Annotated[int, typer.Option(min=2, help="Number of calibration tokens.")] = 65536,
+    calibration_tokens: Annotated[
+        int, typer.Option(parser=parse_length_option, metavar="TOKENS", help="Number of calibration tokens.")
+    ] = 65536,
     text: Annotated[
         str | None, typer.Option(help="Text to measure on (default: held-out files of the calibration text).")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Length in tokens to measure at (default: the window, at most 2048).")
+        int | None,
+        typer.Option(
+            parser=parse_length_option,
+            metavar="TOKENS",
+            help="Length to measure at (default: the window, at most 2048).",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of questions about facts hidden in the text.")] = 100,
     no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Measure loss only, without retrieval.")] = False,
@@ -72,7 +79,9 @@ def convert(
         "length": length,
         "seed": seed,
     }
-    result = command.run(model, request, {**measurement, "questions": questions}, (dtype, device))
+    result = command.run(
+        model, request, {**measurement, "questions": questions}, (dtype, device), progress=not is_quiet()
+    )
     if as_json:
         print_json(result.to_dict())
     else:

@@ -12,8 +12,20 @@ from rich.table import Table
 from ..compat import require_extra
 from ..errors import OptionError
 from .application import app
-from .options import AsJson, Device, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
-from .output import command_line, console, echo, print_results
+from .options import (
+    AsJson,
+    Device,
+    Dtype,
+    Factor,
+    Model,
+    OnExisting,
+    Options,
+    Overwrite,
+    SchemeName,
+    TargetLength,
+    parse_length_option,
+)
+from .output import command_line, console, is_quiet, note, print_results
 
 
 @app.command(
@@ -23,13 +35,15 @@ def evaluate(
     model: Model,
     scheme: SchemeName = None,
     factor: Factor = None,
+    target_length: TargetLength = None,
     option: Options = None,
     on_existing: OnExisting = None,
     task: Annotated[
         list[str] | None, typer.Option(metavar="TASK...", help="One or more tasks; see `pe-patch list tasks`.")
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option(min=1, metavar="TOKENS...", help="One or more lengths in tokens.")
+        list[int] | None,
+        typer.Option(parser=parse_length_option, metavar="TOKENS...", help="One or more lengths in tokens, or 32k."),
     ] = None,
     depth: Annotated[
         list[float] | None,
@@ -52,7 +66,10 @@ def evaluate(
         typer.Option(min=0, help="Maximum number of documents of each lm-eval task; below 1, their share."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Maximum length in tokens for lm-eval (default: the model's window).")
+        int | None,
+        typer.Option(
+            parser=parse_length_option, metavar="TOKENS", help="Maximum length for lm-eval (default: the window)."
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Format prompts with the tokenizer's chat template.")] = False,
     bos: Annotated[
@@ -65,7 +82,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Random seed for questions and text positions.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass.")] = None,
     control_length: Annotated[
-        int | None, typer.Option(min=1, help="Length of the control in tokens (default: native window).")
+        int | None,
+        typer.Option(
+            parser=parse_length_option, metavar="TOKENS", help="Length of the control (default: native window)."
+        ),
     ] = None,
     beyond_window: Annotated[bool, typer.Option("--beyond-window", help="Allow lengths beyond the window.")] = False,
     no_retrieval: Annotated[
@@ -101,7 +121,7 @@ def evaluate(
         require_extra("report")  # before anything is measured
         check_results_folder(output, inputs=[model, text], overwrite=overwrite)
     loaded, tokenizer = sources.load(model, dtype, device)
-    sources.apply(loaded, scheme, factor, option, on_existing)
+    sources.apply(loaded, scheme, factor, option, on_existing, target_length)
     results = Results()
     if harness:
         results += run_harness(
@@ -128,6 +148,7 @@ def evaluate(
             output=output,
             overwrite=overwrite,
             dry_run=dry_run,
+            **({"progress": False} if is_quiet() else {}),
             **({"depths": depth} if depth else {}),
         )
     if dry_run:
@@ -140,7 +161,7 @@ def evaluate(
         page = evaluation.write_report(
             results, output, title=f"Evaluation of {model}", command=command_line(), overwrite=overwrite
         )
-        echo(f"Report: {page}", err=True)
+        note(f"Report: {page}")
 
 
 def _print_plan(plan: dict[str, dict[str, int]], as_json: bool) -> None:

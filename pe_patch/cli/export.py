@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .application import app
-from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName
+from .options import AsJson, Dtype, Factor, Model, OnExisting, Options, Overwrite, SchemeName, TargetLength
 from .output import echo, print_json
 
 TARGET = "Target: transformers, transformers4, vllm, sglang, llamacpp, or deepseek (latent attention)."
@@ -20,6 +20,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Output folder.")],
     scheme: SchemeName = None,
     factor: Factor = None,
+    target_length: TargetLength = None,
     option: Options = None,
     on_existing: OnExisting = None,
     target: Annotated[str, typer.Option(help=TARGET)] = "transformers",
@@ -39,7 +40,7 @@ def export(
         raise unknown("export target", target, TARGETS)
     check_output(output, EXPORT, inputs=[model], overwrite=overwrite)
     loaded, tokenizer = sources.load(model, dtype, "cpu")
-    sources.apply(loaded, scheme, factor, option, on_existing)
+    sources.apply(loaded, scheme, factor, option, on_existing, target_length)
     written = export_model(loaded, output, target=target, tokenizer=tokenizer, overwrite=overwrite)
     commands = read_commands(written)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .application import app
-from .options import AsJson, Factor, Model, OnExisting, Options, SchemeName
+from .options import AsJson, Factor, Model, OnExisting, Options, SchemeName, TargetLength
 from .output import echo, print_json
 
 
@@ -14,6 +14,7 @@ def inspect(
     model: Model,
     scheme: SchemeName = None,
     factor: Factor = None,
+    target_length: TargetLength = None,
     option: Options = None,
     on_existing: OnExisting = None,
     as_json: AsJson = False,
@@ -23,7 +24,7 @@ def inspect(
     from ..patching.description import describe
 
     empty = sources.empty_model(model)
-    sources.apply(empty, scheme, factor, option, on_existing)
+    sources.apply(empty, scheme, factor, option, on_existing, target_length)
     description = describe(empty)
     if as_json:
         print_json(description.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,8 +26,12 @@ from . import (  # noqa: F401
     train,
 )
 from .application import app
-from .output import echo, json_alone, log_to_terminal, print_traceback
+from .output import echo, json_alone, log_to_terminal, print_traceback, set_quiet
 from .several import spread
+from .wording import for_command_line
+
+EVERYWHERE = {"--debug": "debug", "-v": "verbose", "--verbose": "verbose", "-q": "quiet", "--quiet": "quiet"}
+"""Flags that every command takes, at any place."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,18 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `pe-patch`; None takes `sys.argv`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    log_to_terminal()
+    flags = {EVERYWHERE[word] for word in words if word in EVERYWHERE}
+    words = [word for word in words if word not in EVERYWHERE]
+    command = words[0] if words else ""
+    set_quiet("quiet" in flags)
+    log_to_terminal(command, logging.ERROR if "quiet" in flags else logging.INFO if "verbose" in flags else None)
     try:
+        if {"quiet", "verbose"} <= flags:
+            raise OptionError("-q and -v exclude each other: leave one out.")
         with json_alone() if "--json" in words else nullcontext():
-            app(spread([word for word in words if word != "--debug"]), prog_name="pe-patch")
+            app(spread(words), prog_name="pe-patch")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
-        if debug:
+        if "debug" in flags:
             sys.excepthook = print_traceback
             raise
         kind = "" if isinstance(error, PePatchError) else f"{type(error).__name__}: "
-        echo(f"pe-patch: {kind}{' '.join(str(error).split())}", err=True)
+        message = for_command_line(" ".join(str(error).split()), command)
+        echo(f"pe-patch: {kind}{message}", err=True)
         return 2 if isinstance(error, UnknownNameError | OptionError) else 1
     return 0

@@ -16,10 +16,35 @@ from typing import Any
 
 import typer
 
-from ..errors import escape, printable
+from ..errors import escape, finite, printable
+from .wording import for_command_line
 
+_quiet = False
 _stdout: Any = None
 """Destination of JSON while other output is redirected; None is the current standard output."""
+
+
+def set_quiet(quiet: bool) -> None:
+    """Set whether commands print only results and errors."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Return whether commands print only results and errors."""
+    return _quiet
+
+
+def note(text: Any, always: bool = False) -> None:
+    """Print a line about the run on stderr; a quiet command prints it only with `always`."""
+    if always or not _quiet:
+        echo(text, err=True)
+
+
+def write(text: str) -> None:
+    """Print a piece of text without a line break, with control characters escaped."""
+    typer.echo(printable(text), nl=False)
+    sys.stdout.flush()
 
 
 def echo(text: Any, err: bool = False) -> None:
@@ -42,8 +67,8 @@ def console(stderr: bool = False) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON, with control characters escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    """Print a value as JSON, with control characters escaped, and null for NaN and infinity."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     typer.echo(escape(text, lambda character: f"\\u{ord(character):04x}"), file=_stdout)
 
 
@@ -60,17 +85,27 @@ def json_alone() -> Iterator[None]:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escapes log messages of this and other libraries."""
+    """Escape log messages of this and other libraries, and name the flags of the command in those of this one."""
+
+    command = ""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        text = super().format(record)
+        return printable(for_command_line(text, self.command) if record.name.startswith("pe_patch") else text)
 
 
-def log_to_terminal() -> None:
-    """Send log messages and Python's warnings to stderr, as `logging.basicConfig` does, escaped."""
+def log_to_terminal(command: str = "", level: int | None = None) -> None:
+    """Send log messages and Python's warnings to stderr, as `logging.basicConfig` does, escaped.
+
+    Args:
+        command: the name of the command.
+        level: the least level of this library's messages; None for warnings and above.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler])
+    PrintableFormatter.command = command
+    logging.getLogger("pe_patch").setLevel(logging.NOTSET if level is None else level)
 
 
 def print_traceback(kind: Any, error: Any, trace: Any) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError
 from .application import app
-from .options import AsJson, Device, Dtype, Model, OnExisting, Overwrite
+from .options import AsJson, Device, Dtype, Model, OnExisting, Overwrite, parse_length_option
 from .output import console, echo, print_json
 
 
@@ -20,7 +20,9 @@ from .output import console, echo, print_json
 )
 def search(
     model: Model,
-    length: Annotated[int, typer.Option(help="Target context length in tokens.")],
+    length: Annotated[
+        int, typer.Option(parser=parse_length_option, metavar="TOKENS", help="Target context length in tokens, or 32k.")
+    ],
     method: Annotated[
         str,
         typer.Option(help="Score candidates by the loss on documents (longrope) or on answers in them (longrope2)."),

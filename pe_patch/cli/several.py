@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from .options import parse_length
+
 
 def _is_number(word: str) -> bool:
     try:
@@ -11,6 +13,10 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _are_lengths(word: str) -> bool:
+    return all(parse_length(each) is not None for each in word.split(",") if each)
 
 
 def _is_task(word: str) -> bool:
@@ -35,7 +41,7 @@ def _is_scheme(word: str) -> bool:
 
 
 SEVERAL: dict[str, Callable[[str], bool]] = {
-    "--length": lambda word: word.replace(",", "").isdigit(),
+    "--length": _are_lengths,
     "--depth": lambda word: all(map(_is_number, word.split(","))),
     "--scheme": _is_scheme,
     "--task": _is_task,

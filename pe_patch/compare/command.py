@@ -28,6 +28,7 @@ def run(
     workers: int | None,
     line: str,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> tuple[Comparison, Path]:
     """Compare, write the report page, and return the comparison and the page's path.
 
@@ -39,6 +40,7 @@ def run(
         workers: number of parallel processes; None uses the default.
         line: the command line, for the page.
         overwrite: write into a folder with other content.
+        progress: show a progress bar and the estimate.
 
     Raises:
         OptionError: options are missing or contradict each other.
@@ -53,7 +55,11 @@ def run(
         chosen, settings = presets.find(preset, output, seed=seed, quick=quick)
         # The presets' models are so small that one thread each on two models is faster than two threads on one.
         comparison = carry_out(
-            settings, output, workers=processes.cores() if workers is None else workers, overwrite=overwrite
+            settings,
+            output,
+            workers=processes.cores() if workers is None else workers,
+            overwrite=overwrite,
+            progress=progress,
         )
         return comparison, page.write(comparison, output, title=chosen.title, command=line, more=chosen.notes)
     if quick:
@@ -80,6 +86,7 @@ def run(
         batch_size=given["batch_size"],
         workers=workers,
         overwrite=overwrite,
+        progress=progress,
     )
     return comparison, page.write(comparison, output, title=f"Schemes on {given['model']}", command=line)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from ..checkpoints.sources import parse_options
 from ..errors import OptionError
 from ..schemes.registry import ALIASES, SCHEMES, find_scheme
 
+LONGEST_NAME = 120
+"""Characters in the name of a scheme's folder."""
 AS_IT_IS = "as it is"
 """Label of the unpatched model."""
 TUNED = ", fine-tuned"
@@ -29,8 +32,11 @@ class ComparedScheme:
 
     @property
     def folder(self) -> str:
-        """The label as a folder name."""
-        return re.sub(r"[^a-zA-Z0-9.=-]+", "_", self.label).strip("_")
+        """The label as a folder name. A long one ends in a hash, because file systems stop at 255 bytes."""
+        name = re.sub(r"[^a-zA-Z0-9.=-]+", "_", self.label).strip("_")
+        if len(name) <= LONGEST_NAME:
+            return name
+        return f"{name[: LONGEST_NAME - 13]}-{hashlib.sha256(self.label.encode()).hexdigest()[:12]}"
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `patch_model`."""

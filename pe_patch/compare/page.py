@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,10 @@ def picture(comparison: Comparison, name: str, title: str = "Within the window a
     short = comparison.settings.short
     panels = []
     for measure, what in (("retrieval", "share of questions answered"), ("loss", "loss (nats per token)")):
-        scores = {line["scheme"]: line[measure] for line in lines}
+        scores = {
+            line["scheme"]: {length: value for length, value in line[measure].items() if math.isfinite(value)}
+            for line in lines
+        }
         least = min((value for by_length in scores.values() for value in by_length.values()), default=0.0)
         marks = [
             {

@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoints import sources
+from ..checkpoints.folders import COMPARISON, check_output
 from ..data.packaged import shipped_recipes
 from ..errors import OptionError, PePatchError, UnknownNameError, silence_log_warnings
 from ..evaluation.model import windows
 from ..evaluation.run import DEPTHS
-from . import processes, timing, worker
+from . import facts, processes, timing, worker
 from .compared_scheme import ComparedScheme, parse_schemes
 from .comparison import Comparison, load
-from .settings import Folder, Settings, Training, load_recipe
+from .settings import Folder, Settings, Training, load_recipe, read_json
 
 FACTORS = (1, 2, 4, 8)
 """Default lengths as multiples of the window."""
+LINE_SECONDS = 60
+"""Seconds between two lines of progress where standard error is no terminal."""
+TIMED_TOKENS = 1024
+"""Greatest number of tokens in the forward pass that the estimate is made from."""
 TAIL = 8192
 """Bytes at the end of a growing log that include its last lines."""
 
@@ -113,7 +123,12 @@ def compare(
         batch_size=batch_size,
         window=window,
     )
-    return carry_out(settings, Path(output).expanduser(), workers=workers, progress=progress, overwrite=overwrite)
+    folder = Path(output).expanduser()
+    if progress and not (folder / "settings.json").exists():
+        _check(settings)
+        check_output(folder, COMPARISON, inputs=[settings.model, settings.text], overwrite=overwrite)
+        print(estimate(settings), file=sys.stderr, flush=True)
+    return carry_out(settings, folder, workers=workers, progress=progress, overwrite=overwrite)
 
 
 def carry_out(
@@ -205,6 +220,9 @@ def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Calla
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    if shown and not sys.stderr.isatty():
+        yield _progress_lines(settings, folder)
+        return
     columns = (BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(), TextColumn("left"))
     last = (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.description}"))
     with Progress(*columns, *last, console=Console(stderr=True), disable=not shown, speed_estimate_period=600) as bar:
@@ -218,6 +236,58 @@ def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Calla
 
         yield tick
         bar.update(task, completed=1.0 - start, description="")
+
+
+def _progress_lines(settings: Settings, folder: Folder) -> Callable[[list[str]], None]:
+    """Return a function that prints a line if other schemes run than before, and once a minute."""
+    shown, printed = [""], -math.inf
+
+    def tick(running: list[str]) -> None:
+        nonlocal shown, printed
+        if running and (running != shown or time.monotonic() - printed >= LINE_SECONDS):
+            shown, printed = list(running), time.monotonic()
+            print(f"{done(settings, folder):.0%} finished; running: {', '.join(running)}", file=sys.stderr, flush=True)
+
+    return tick
+
+
+def estimate(settings: Settings) -> str:
+    """Time a forward pass, and return a sentence on the least time that the measurements take in one process.
+
+    Training, timing and the second process of a scheme are not part of it.
+    """
+    model, _ = sources.load(settings.model, settings.dtype, settings.device)
+    length = min(settings.lengths[0], TIMED_TOKENS)
+    with torch.inference_mode():
+        facts.forward(model, min(length, facts.WARM_UP))
+        started = time.perf_counter()
+        facts.forward(model, length)
+        seconds = time.perf_counter() - started
+    tokens = _tokens(settings) * len(settings.contenders) * len(settings.stages)
+    return (
+        f"About {tokens:,} tokens are read by {len(settings.contenders)} models: at least "
+        f"{duration(tokens * seconds / length)} in one process, from {length:,} tokens in {seconds:.2g} s. --length, "
+        "--samples and fewer schemes shorten it."
+    )
+
+
+def _tokens(settings: Settings) -> int:
+    """Return about how many tokens one model reads: each question with its control, and each place in the text."""
+    from ..evaluation.tasks import find_tasks
+
+    total, short = 0, settings.short
+    for task in find_tasks(settings.tasks):
+        places = getattr(task, "spots", None)
+        for length in settings.lengths:
+            total += places * length if places is not None else settings.samples * (length + short)
+    return total
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def done(settings: Settings, folder: Folder) -> float:
@@ -234,11 +304,17 @@ def _share(settings: Settings, compared: ComparedScheme, folder: Folder) -> floa
         rows = _lines(here / stage / "journal.jsonl")
         lengths = [row["length"] for entry in rows for row in entry.get("rows", ())]
         complete = (here / stage / "finished.json").exists()
-        shares.append(1.0 if complete else sum(set(lengths)) / sum(settings.lengths))
+        finished_lengths = sum(set(lengths[:-1])) / sum(settings.lengths)  # the last one may not be complete
+        shares.append(1.0 if complete else max(finished_lengths, _read_share(here / stage / "progress.json")))
     if settings.training is not None:
         # Training takes longer than measuring.
         shares += [_step(here / "training" / "log.jsonl") / _steps(settings.training)] * 2
     return min(1.0, sum(shares) / len(shares))
+
+
+def _read_share(file: Path) -> float:
+    """Return the share of the tokens that a running evaluation has read."""
+    return float(read_json(file)["share"]) if file.exists() else 0.0
 
 
 @cache
@@ -260,5 +336,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Parse the complete lines of a JSON-lines file that is still being written."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    # Not splitlines(): an answer may contain other line separators, such as U+2028.
+    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in complete]

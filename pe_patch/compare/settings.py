@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import sources
 from ..checkpoints.folders import COMPARISON, check_output
 from ..data.packaged import __version__
-from ..errors import PePatchError
+from ..errors import PePatchError, finite
 from ..evaluation.results import write_atomically
 from ..evaluation.run import DEPTHS
 from .compared_scheme import TUNED, ComparedScheme
@@ -106,7 +109,7 @@ class Folder:
         is_preset = Path(settings.model) == self.root.resolve() / "start"  # a model that the preset built here
         inputs = [None if is_preset else settings.model, settings.text]
         check_output(self.root, COMPARISON, inputs=inputs, overwrite=overwrite)
-        file, ours = self.root / "settings.json", settings.record()
+        file, ours = self.root / "settings.json", settings.record() | fingerprints(settings)
         if not file.exists():
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(file, ours)
@@ -115,7 +118,8 @@ class Folder:
         if different := differences(ours, theirs):
             raise PePatchError(
                 f"{self.root} holds a comparison with another {', '.join(different)}. A folder holds one "
-                "comparison: give a new folder, or use that comparison's settings (settings.json) to continue it."
+                "comparison: give a new folder, or use that comparison's settings (settings.json) to continue it. "
+                "model_files and text_files change when files at the same path change."
             )
 
     def failures(self, everyone: Sequence[ComparedScheme]) -> dict[str, str]:
@@ -141,10 +145,44 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     return [] if ours == theirs else [name]
 
 
+MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+"""Files of a model's folder that its results depend on."""
+
+
+def fingerprints(settings: Settings) -> dict[str, str]:
+    """Return hashes of the model's and the text's files, so that results of changed files are not mixed.
+
+    A hub name has its commit in place of a hash; of a hub data set nothing is known. The standard library changes with
+    Python's version.
+    """
+    found = {}
+    if (folder := Path(settings.model)).is_dir():
+        found["model_files"] = _hash_files(file for pattern in MODEL_FILES for file in folder.glob(pattern))
+    else:
+        found["model_files"] = str(getattr(sources.empty_model(settings.model).config, "_commit_hash", None))
+    text = Path(settings.text).expanduser()
+    if settings.text == "stdlib":
+        found["text_files"] = f"Python {platform.python_version()}"
+    elif text.exists():
+        found["text_files"] = _hash_files([text] if text.is_file() else text.rglob("*"))
+    return found
+
+
+def _hash_files(files: Iterable[Path]) -> str:
+    """Return sixteen hexadecimal digits that identify the names and the contents of files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(file for file in set(files) if file.is_file()):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically, with its folder."""
+    """Write a JSON file atomically, with its folder. NaN and infinity, which JSON does not have, become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -107,11 +107,25 @@ def _measure(
             control_length=max(settings.lengths) if lengths != settings.lengths else settings.short,
             beyond_window=True,
             label=settings.label(compared, stage),
-            progress=False,
+            progress=_progress_file(here / stage / "progress.json"),
             output=here / stage,
             overwrite=True,  # the folder already holds facts.json
         )
     write_json(here / stage / "finished.json", {"lengths": lengths})
+
+
+def _progress_file(file: Path) -> Callable[[int, int], None]:
+    """Return a function that writes the share of read tokens to a file, at most once a second."""
+    written = 0.0
+
+    def report(read: int, tokens: int) -> None:
+        nonlocal written
+        if (now := time.monotonic()) - written >= 1:
+            written = now
+            write_json(file, {"share": min(1.0, read / max(tokens, 1))})
+
+    file.unlink(missing_ok=True)  # a share of the work that a stopped run had left
+    return report
 
 
 def train(settings: Settings, training: Training, compared: ComparedScheme, folder: Path) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,25 @@ class Outcome:
             console.print(note, highlight=False, soft_wrap=True)
 
 
-def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, str | None]) -> Outcome:
+@contextmanager
+def reporting(shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the current step on stderr: with a clock in a terminal, else as a line."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: print(what, file=sys.stderr, flush=True) if shown else None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda what: bar.update(task, description=what)
+
+
+def run(
+    name: str, request: Request, text: Mapping[str, Any], where: tuple[str, str | None], progress: bool = True
+) -> Outcome:
     """Load a model and run the requested conversion or sweep.
 
     Args:
@@ -106,6 +126,7 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
         request: the conversion.
         text: keyword arguments of `prepare`.
         where: data type and device of the model.
+        progress: show on stderr what is being done.
     """
     settings, ratios = request.settings(), request.ratios()
     request.check_folders([name, text.get("calibration"), text.get("text")])
@@ -115,11 +136,12 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
     config = {"model": called, "to": request.target, **settings, "calibration": material.calibrated_on}
     config |= {"length": material.ruler.length, "seed": text["seed"], "text": material.ruler.corpus.name}
     if request.sweep:
-        return _sweep(model, request, material, settings, ratios, config)
-    rows = convert_model(model, material, settings)
+        return _sweep(model, request, material, settings, ratios, config, progress)
+    with reporting(progress) as report:
+        rows = convert_model(model, material, settings, report)
     notes = [
         f"Calibrated on {material.calibrated_on}.",
-        "A short training recovers what a conversion loses; see recipes/configs/tiny_mla_heal.yaml.",
+        "Train the result before you use it: the recipe tiny_mla_heal shows how, and docs/mla.md how much came back.",
     ]
     if request.out is not None:
         save(model, tokenizer, request.out, overwrite=request.overwrite)
@@ -129,14 +151,17 @@ def run(name: str, request: Request, text: Mapping[str, Any], where: tuple[str, 
 
 
 def _sweep(
-    model: Any, request: Request, material: Material, settings: Any, ratios: Sequence[float], config: dict[str, Any]
+    model: Any,
+    request: Request,
+    material: Material,
+    settings: Any,
+    ratios: Sequence[float],
+    config: dict[str, Any],
+    progress: bool,
 ) -> Outcome:
-    from rich.console import Console
-
-    console = Console(stderr=True)
     methods = list(dict.fromkeys(request.methods)) or list(METHODS)
-    with console.status("measuring") as status:
-        rows = sweep(model, material, methods, ratios, settings, lambda what: status.update(f"measuring: {what}"))
+    with reporting(progress) as report:
+        rows = sweep(model, material, methods, ratios, settings, report)
     paths = write(rows, json.loads(json.dumps(config, default=str)), request.output, overwrite=request.overwrite)
     files = {name: str(path) for name, path in paths.items()}
     notes = [f"Calibrated on {material.calibrated_on}.", f"Wrote {', '.join(_names(paths))} to {request.output}."]

@@ -24,14 +24,26 @@ Row = dict[str, Any]
 Report = Callable[[str], None]
 
 
-def convert_model(model: Any, material: Material, options: Mapping[str, Any]) -> dict[str, Row]:
-    """Convert a model in place, and return its measurements `before` and `after`."""
+def convert_model(
+    model: Any, material: Material, options: Mapping[str, Any], report: Report = lambda what: None
+) -> dict[str, Row]:
+    """Convert a model in place, and return its measurements `before` and `after`.
+
+    Args:
+        model: the model.
+        material: the text of the conversion.
+        options: options of `mla`.
+        report: called with the name of each step as it starts.
+    """
     from ..patching.api import patch_model
 
     check_unquantised(model)
+    report("1 of 3: measuring the original model")
     before = original_row(model, material)
     started = time.perf_counter()
+    report(f"2 of 3: converting, calibrated on {material.calibrated_on}")
     patch_model(model, "mla", calibration=material.rows, **options)
+    report("3 of 3: measuring the converted model")
     return {"before": before, "after": converted_row(model, material, before, started)}
 
 
@@ -82,8 +94,9 @@ def sweep(
     check_unquantised(model)
     report(ORIGINAL)
     rows, problem = [original_row(model, material)], None
-    for method, ratio in ((method, ratio) for method in methods for ratio in ratios):
-        report(f"{method} at {share_name(ratio)}")
+    points = [(method, ratio) for method in methods for ratio in ratios]
+    for number, (method, ratio) in enumerate(points, 1):
+        report(f"{number} of {len(points)}: {method} at {share_name(ratio)}")
         try:
             row = _point(model, material, rows[0], {"method": method, "cache_ratio": ratio, **(options or {})})
         except OptionError as error:

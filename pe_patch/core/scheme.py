@@ -23,7 +23,9 @@ from .positions import Positions
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine, Output
 
-RESERVED = frozenset({"on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"})
+RESERVED = frozenset(
+    {"target_length", "on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"}
+)
 """Keyword arguments of `patch_model`; no option of a scheme may have one of these names."""
 
 

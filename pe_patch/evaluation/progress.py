@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -22,10 +23,12 @@ class Progress:
         label: Name of the model.
         total: Tokens to read.
         plan: What is to be measured, in a sentence, for the first line.
-        shown: False shows nothing.
+        shown: False shows nothing. A function is called with the tokens read so far and with all tokens instead.
     """
 
-    def __init__(self, label: str, total: int, plan: str, shown: bool) -> None:
+    def __init__(self, label: str, total: int, plan: str, shown: bool | Callable[[int, int], None]) -> None:
+        self.report = shown if callable(shown) else None
+        shown = shown is True
         self.label, self.total, self.plan, self.shown = label, total, plan, shown
         self.text, self.done, self.start = "", 0, time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -52,6 +55,8 @@ class Progress:
             first = self.done == 0
             self.done += tokens
         self._bar.advance(self._work, tokens)
+        if self.report is not None:
+            self.report(self.done, self.total)
         if first and self._lines:
             self._print(self.status())
 

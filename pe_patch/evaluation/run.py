@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..checkpoints.sources import check_loaded
 from ..errors import PePatchError
 from .context import EvaluationContext, PromptTemplate, WorkUnit
 from .corpus import Corpus
@@ -45,7 +46,7 @@ def evaluate(
     retrieval: bool = True,
     autocast: torch.dtype | None = None,
     label: str | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[int, int], None] = True,
     chat: bool = False,
     bos: bool | None = None,
     task_options: Mapping[str, object] | None = None,
@@ -72,7 +73,8 @@ def evaluate(
         retrieval: Add the task `needle` if no task retrieves, because loss alone does not show that context is used.
         autocast: Dtype for torch.autocast. None disables it.
         label: Name of the model in the rows. None describes its scheme.
-        progress: Show the progress on stderr: a bar in a terminal, else a line at least every 30 seconds.
+        progress: Show the progress on stderr: a bar in a terminal, else a line at least every 30 seconds. Or a
+            function of the tokens read so far and of all tokens, which shows nothing else.
         chat: Put prompts into the tokenizer's chat template.
         bos: Start every window of a loss, every prompt and every control with BOS. None does as the tokenizer does: a
             model that was trained with BOS is much worse without it. The rows say which.
@@ -92,6 +94,7 @@ def evaluate(
         OptionError: No task has an option of `task_options`, `chat` has no chat template, or `bos` no BOS token.
         OutputError: `output` holds something else and `overwrite` is False.
     """
+    check_loaded(model, tokenizer)
     if output is not None:
         output = Path(output).expanduser()
         name = label or scheme_label(model)

@@ -28,6 +28,8 @@ SCALE = "attention_scaling"
 """The attribute of Transformers' rotary modules with the factor on cos and sin."""
 ROUNDING = 1e-5
 """Relative tolerance of the loss bound, for rounding in float32."""
+TOKENS_PER_NUMBER = 32
+"""Calibration tokens for each number that the original model caches for a token and layer."""
 LENGTH, LIMIT, SHARE = 512, 65536, 0.25
 """Tokens in a row of calibration, tokens in all, and the share of rows held out to measure the loss."""
 
@@ -107,7 +109,14 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
     rows, held_out_rows = tokens(first.calibration, model, length=LENGTH, limit=LIMIT, seed=first.seed), []
     if first.loss_bound is not None:
         rows, held_out_rows = held_out([row for row in rows if len(row) > 1], SHARE, first.seed)
-    if (count := sum(map(len, rows))) < first.rank:
+    count, needed = sum(map(len, rows)), tokens_needed(next(iter(projections.values())))
+    if first.rank <= count < needed:
+        logger.warning(
+            "%s calibration tokens are few for keys and values of this width: give at least %s of the kind of text "
+            "that the model is for.",
+            f"{count:,}", f"{needed:,}",
+        )  # fmt: skip
+    if count < first.rank:
         logger.warning(
             "%d calibration tokens are fewer than the rank of %d, so the remaining directions are arbitrary; give more "
             "text.",
@@ -135,6 +144,15 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
 
     stream(base, list(adapter.blocks(base)), attentions, rows, each, done=done)
     return conversion
+
+
+def tokens_needed(projections: Projections) -> int:
+    """Return the number of calibration tokens from which more of them help little, at most `LIMIT`.
+
+    It is 32 for each number that the original model caches for a token and layer. On the demo's model (256 numbers) a
+    quarter of the cache costs 13.1 % of the loss with 2,048 tokens, 10.8 % with 8,192 and 10.1 % with 65,536.
+    """
+    return min(TOKENS_PER_NUMBER * (len(projections.key) + len(projections.value)), LIMIT)
 
 
 def _replace(scheme: ProjectionScheme, projections: Projections, statistics: Any) -> nn.Module:

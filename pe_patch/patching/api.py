@@ -21,13 +21,13 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary, frequencies_of
-from ..core.checks import check_choice, check_flag
+from ..core.checks import check_choice, check_flag, check_length
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import Swap, with_swaps
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from ..mla.protocol import converts
-from ..schemes.rope import Rotation
-from .build import EXISTING, build
+from ..schemes.rope import Rotary, Rotation, Scaled
+from .build import EXISTING, build, factor_reaching
 from .patch import ModelLock, Patch, Settings
 from .peft import detach, wrapper_swaps
 from .plan import plan
@@ -52,6 +52,7 @@ def patch_model(
     model: Model,
     scheme: str | Scheme | type[Scheme] | Mapping[str, object],
     *,
+    target_length: int | None = None,
     on_existing: str = "error",
     backend: str | None = None,
     adapter: Adapter | None = None,
@@ -67,6 +68,8 @@ def patch_model(
         model: a PreTrainedModel, or a PEFT, accelerate or torch.compile wrapper around one.
         scheme: a scheme with its options such as `YaRN(factor=4)`, a name in `SCHEMES` or `ALIASES`, a `Scheme` class,
             or a dict in any known config format.
+        target_length: the length to reach, in tokens, instead of the option `factor`, which becomes this length over
+            the trained window. A typed scheme goes with it as a class: `patch_model(model, YaRN, target_length=32768)`.
         on_existing: how to treat a scaling in the config or an earlier patch. "error" raises, "replace" starts from
             the original window and theta, "compose" builds on the scaling if the scheme supports that.
         backend: "eager", "sdpa", "flex" or "flash". None keeps the model's attention implementation, or uses "sdpa" if
@@ -85,11 +88,12 @@ def patch_model(
     Raises:
         PePatchError: the patch is not possible. The model is unchanged.
     """
+    check_length("patch_model", "target_length", target_length)
     check_choice("patch_model", "on_existing", on_existing, EXISTING)
     check_flag("patch_model", "keep_native", keep_native)
     check_flag("patch_model", "strict", strict)
     settings = Settings(on_existing, backend, adapter, layers, submodule, keep_native, strict)
-    _patch_or_leave(model, scheme, options, settings)
+    _patch_or_leave(model, scheme, options, settings, target_length)
     return model
 
 
@@ -107,18 +111,20 @@ def restore_patch(model: Any, scheme: str, options: dict[str, Any], arguments: d
     _patch_or_leave(model, scheme, options, Settings(**{"on_existing": "replace", **arguments}, restored=True))
 
 
-def _patch_or_leave(model: Any, scheme: Any, options: dict[str, Any], settings: Settings) -> None:
+def _patch_or_leave(
+    model: Any, scheme: Any, options: dict[str, Any], settings: Settings, target_length: int | None = None
+) -> None:
     """Patch the model completely, or leave it as it was: native or under the earlier patch."""
     unwrapped = unwrap(model)
     with ModelLock(unwrapped):
         earlier = _earlier_patch(unwrapped, settings.on_existing)
         if earlier is None:
-            _patch_native(model, unwrapped, scheme, options, settings)
+            _patch_native(model, unwrapped, scheme, options, settings, target_length)
             return
         state = earlier.current()
         try:
             earlier.undo()
-            _patch_native(model, unwrapped, scheme, options, settings)
+            _patch_native(model, unwrapped, scheme, options, settings, target_length)
         except BaseException:
             current = find_patch(unwrapped)
             if current is None or current is earlier:  # else the new patch is complete: keep it
@@ -126,10 +132,17 @@ def _patch_or_leave(model: Any, scheme: Any, options: dict[str, Any], settings: 
             raise
 
 
-def _patch_native(model: Any, unwrapped: Any, scheme: Any, options: dict[str, Any], settings: Settings) -> None:
+def _patch_native(
+    model: Any, unwrapped: Any, scheme: Any, options: dict[str, Any], settings: Settings, target_length: int | None
+) -> None:
     """Patch an unpatched model completely, or leave it unpatched."""
     try:
         target = resolve(unwrapped, settings.adapter, settings.layers, settings.submodule)
+        if target_length is not None:
+            options = {
+                **options,
+                "factor": factor_reaching(target_length, scheme, options, target, settings.on_existing),
+            }
         scheme_by_layer, window = build(scheme, options, target, settings.on_existing)
         patch = plan(target, scheme_by_layer, window, settings)
         if target.users_adapter:
@@ -276,14 +289,43 @@ def _verify(patch: Patch, probe: bool) -> None:
 
 def _is_native(patch: Patch, index: int) -> bool:
     """Return whether a layer rotates exactly as it did before the patch."""
+    scheme = patch.scheme_by_layer[index]
+    return isinstance(scheme, Rotation) and scheme.changes_nothing and _rotates_as_built(patch, index)
+
+
+def _rotates_as_built(patch: Patch, index: int) -> bool:
+    """Return whether a layer rotates by the frequencies and the factor of the module that the patch replaced."""
     base, adapter, scheme = patch.base, patch.adapter, patch.scheme_by_layer[index]
-    if adapter.rotary is None or not isinstance(scheme, Rotation) or not scheme.changes_nothing:
+    if adapter.rotary is None or not isinstance(scheme, Rotation):
         return False
     native: Any = base.get_submodule("position_schemes").original
     rotary: Any = native[adapter.rotary] if adapter.rotary in native else getattr(base, adapter.rotary)
     layer_type = adapter.layer_types(base, base.config)[index]
     factor = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", 1.0)
-    return factor == 1 and torch.equal(frequencies_of(rotary, layer_type)[0].cpu(), scheme.inv_freq)
+    built = frequencies_of(rotary, layer_type)[0]
+    if built.is_meta:  # no values to compare
+        return scheme.changes_nothing
+    return factor == scheme.attention_scaling and torch.equal(built.cpu(), scheme.inv_freq)
+
+
+def _changes_short_texts(patch: Patch) -> bool:
+    """Return whether a rotary model now rotates texts within its trained window in another way than in training."""
+    scheme = patch.scheme
+    if patch.adapter.native != "rope" or not isinstance(scheme, Rotary) or not scheme.rotates_early:
+        return False
+    return not all(_rotates_as_built(patch, index) for index in patch.layers)
+
+
+def _trains(patch: Patch) -> bool:
+    """Return whether the model is in training mode. A model built without weights is so by default, and does not."""
+    return patch.base.training and not any(parameter.is_meta for parameter in patch.base.parameters())
+
+
+def _unchanged_alternative(scheme: Scheme) -> str:
+    """Return the schemes that leave short texts as they are, for a warning."""
+    if isinstance(scheme, Scaled):
+        return "factor='auto', which changes nothing within that window, or 'dca' or 'self_extend'"
+    return "'dynamic_yarn', 'dca' or 'self_extend', which change nothing within that window"
 
 
 def _announce(patch: Patch) -> None:
@@ -317,4 +359,10 @@ def _announce(patch: Patch) -> None:
         logger.warning(
             "%r %s the %r that this %s was trained with; it must be trained before its output means anything.",
             scheme.name, verb, adapter.native, patch.base.config.model_type,
+        )  # fmt: skip
+    elif not patch.settings.restored and not _trains(patch) and _changes_short_texts(patch):
+        logger.warning(
+            "%r changes every text, also within the trained window of %s tokens, so an untrained model reads short "
+            "texts less well. Train it with the scheme, or use %s.",
+            scheme.name, patch.window.length or "?", _unchanged_alternative(scheme),
         )  # fmt: skip

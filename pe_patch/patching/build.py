@@ -25,7 +25,7 @@ from ..mla.protocol import converts, replaces_rotation
 from ..schemes import config_formats
 from ..schemes.frequency_wrappers import FrequencyWrapper
 from ..schemes.grid import GridScheme
-from ..schemes.registry import SCHEMES, find_scheme
+from ..schemes.registry import ALIASES, SCHEMES, find_scheme
 from ..schemes.remapped_base import Remapped
 from ..schemes.rope import Rotary, Rotation
 from .targets import Target, device_and_dtype
@@ -71,6 +71,55 @@ def build(
     if on_existing == "compose" and window.scaled:
         check_effect(schemes.values(), window)
     return scheme_by_layer, window
+
+
+def factor_reaching(
+    length: int, scheme: Any, options: Mapping[str, Any], target: Target, on_existing: str
+) -> float | int:
+    """Return the factor by which a scheme reaches `length` tokens from the window that it extends.
+
+    Args:
+        length: the target length in tokens.
+        scheme: as for `patch_model`.
+        options: options of the scheme, without a factor.
+        target: the layers to patch.
+        on_existing: one of `EXISTING`.
+
+    Raises:
+        OptionError: the scheme has no factor, a factor is given too, or the length is within the trained window.
+    """
+    given = scheme.options if isinstance(scheme, Scheme) else scheme if isinstance(scheme, Mapping) else {}
+    if "factor" in {*given, *options}:
+        value = quoted({**given, **options}["factor"])
+        raise OptionError(f"target_length={length} and factor={value} both set the reach of the scheme: give one.")
+    known = SCHEMES.get(ALIASES.get(scheme, scheme)) if isinstance(scheme, str) else scheme
+    if isinstance(known, type) and issubclass(known, Scheme):
+        if known.name == "dynamic_ntk":
+            raise OptionError("'dynamic_ntk' follows the length of each sequence: leave target_length out.")
+        if "factor" not in known.option_names():
+            names = ", ".join(sorted(known.option_names())) or "none"
+            raise OptionError(
+                f"{known.name!r} has no factor, so target_length={length} does not apply: leave it out. Its options "
+                f"are: {names}."
+            )
+    cls, checked = find_scheme(scheme, {**options, "factor": 1.0}, target.shape(target.layers[0]))
+    window = target.window(target.layers[0])
+    if replaces_rotation(cls, checked):
+        checked, window = resolve_existing_scaling(target, cls, checked, on_existing)
+    start = checked.get(OPTION) or window.length
+    if start is None:
+        raise OptionError(
+            f"target_length needs the trained window, and {window.missing_window_message(composed=False)}"
+        )
+    if length <= start:
+        raise OptionError(
+            f"target_length={length} is within the trained window of {start} tokens, so no scheme is needed. Give more "
+            f"than {start}."
+        )
+    factor = length / start
+    while int(factor * start) < length:  # the quotient was rounded down
+        factor = math.nextafter(factor, math.inf)
+    return int(factor) if factor.is_integer() else factor
 
 
 def check_modality(target: Target, cls: type[Scheme]) -> None:

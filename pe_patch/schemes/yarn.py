@@ -141,6 +141,10 @@ class DynamicYaRN(YaRN):
         )
         return None
 
+    @property
+    def changes_nothing(self) -> bool:
+        return self.cap == 1 and not self.given and self.base == self.shape.rope_theta
+
     def factor_at(self, length: int | None) -> float:
         return min(max(length or 0, self.trained_window) / self.trained_window, self.cap)
 

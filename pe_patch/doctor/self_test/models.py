@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoXConfig
 
 from ...adapters import ADAPTERS
-from ...checkpoints.load import load_patched, read_config
+from ...checkpoints.load import check_no_custom_code, load_patched, read_config
+from ...checkpoints.sources import check_device, full_dtype
 from ...data.packaged import DEMO_MODEL
-from ...errors import CheckpointError, OptionError, UnsupportedError, nearest
+from ...errors import CheckpointError, UnsupportedError
 from ...patching.api import find_patch, unpatch_model
 from ...patching.record import RECORD_KEY
 
@@ -78,8 +79,8 @@ def built_in_cases() -> dict[str, Callable[[], Case]]:
 
 def given_case(model: str | Path | None, dtype: str, device: str | None) -> list[Callable[[], Case]]:
     """Return the function that loads the user's model in a list, or an empty list if `model` is None."""
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{nearest(dtype, DTYPES)}")
+    dtype = full_dtype(dtype, DTYPES)
+    device = check_device(device)
     return [] if model is None else [partial(_given, str(model), dtype, device)]
 
 
@@ -116,8 +117,10 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
     name = str(Path(name).expanduser()) if looks_local else name
     if looks_local and not Path(name).is_dir():
         raise CheckpointError(f"There is no folder {name}; give a model folder or a hub name.")
-    load = load_patched if RECORD_KEY in read_config(name) else AutoModelForCausalLM.from_pretrained
-    model: Any = load(name, dtype=getattr(torch, dtype))
+    stored = read_config(name)
+    check_no_custom_code(stored, name)
+    load = load_patched if RECORD_KEY in stored else AutoModelForCausalLM.from_pretrained
+    model: Any = load(name, dtype=getattr(torch, dtype), trust_remote_code=False)
     if find_patch(model) is not None:
         unpatch_model(model)
     text_config = model.config.get_text_config()
@@ -126,7 +129,7 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
         raise UnsupportedError(f"{name} has positions for {window} tokens; the self-test reads {TOKENS}.")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         ids = _text_ids(tokenizer)
     except (OSError, ValueError):  # without a tokenizer, the model reads random tokens
         tokenizer, ids = None, _random_ids(text_config.vocab_size)
