@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache as memoised
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -374,9 +375,9 @@ TRAINER_METHODS = tuple(
 """Methods of Transformers' Trainer that the trainer of recipes overrides."""
 
 
-def check_trainer(trainer_class: type) -> None:
-    """Raise `UnsupportedError` if a class lacks a method in `TRAINER_METHODS`: an override would never be called."""
-    missing = [name for name in TRAINER_METHODS if not hasattr(trainer_class, name)]
+def check_trainer(trainer_class: type, methods: tuple[str, ...]) -> None:
+    """Raise `UnsupportedError` if a class lacks one of the methods: an override would never be called."""
+    missing = [name for name in methods if not hasattr(trainer_class, name)]
     if missing:
         raise UnsupportedError(
             f"Trainer of transformers {INSTALLED} has no {missing[0]!r}, which training replaces. Install a tested "
@@ -420,10 +421,13 @@ def is_quantized(cache_layer: Any) -> bool:
 # Private names of torch.
 
 
-@uses("torch.nn.Module", "_modules")
-def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the dict in which a module holds its submodules; empty if its `__init__` has not run."""
-    return vars(module).get("_modules", {})
+submodules: Callable[[nn.Module], dict[str, Any]] = attrgetter(private("_modules", "torch.nn.Module", "submodules"))
+"""Return the dict in which a module holds its submodules."""
+
+
+def submodules_of_any(module: nn.Module) -> dict[str, Any]:
+    """Return what `submodules` does, and an empty dict for a module whose `__init__` has not run."""
+    return submodules(module) if hasattr(module, "training") else {}
 
 
 @uses("torch.nn.Module", "_modules")

@@ -304,7 +304,7 @@ def _function(ours):
 
 def test_a_trainer_without_a_method_that_training_replaces_is_refused():
     methods = dict.fromkeys(compat.TRAINER_METHODS)
-    compat.check_trainer(type("Trainer", (), methods))
+    compat.check_trainer(type("Trainer", (), methods), compat.TRAINER_METHODS)
     del methods["_save_checkpoint"]
     with pytest.raises(UnsupportedError, match=r"has no '_save_checkpoint'.*pip install 'transformers=="):
-        compat.check_trainer(type("Trainer", (), methods))
+        compat.check_trainer(type("Trainer", (), methods), compat.TRAINER_METHODS)

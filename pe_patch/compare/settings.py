@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import compat
 from ..checkpoints import sources
 from ..checkpoints.folders import COMPARISON, check_output
 from ..data.packaged import __version__
@@ -159,7 +160,7 @@ def fingerprints(settings: Settings) -> dict[str, str]:
     if (folder := Path(settings.model)).is_dir():
         found["model_files"] = _hash_files(file for pattern in MODEL_FILES for file in folder.glob(pattern))
     else:
-        found["model_files"] = str(getattr(sources.empty_model(settings.model).config, "_commit_hash", None))
+        found["model_files"] = str(compat.commit_hash(sources.empty_model(settings.model).config))
     text = Path(settings.text).expanduser()
     if settings.text == "stdlib":
         found["text_files"] = f"Python {platform.python_version()}"

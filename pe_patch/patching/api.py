@@ -287,6 +287,12 @@ def _verify(patch: Patch, probe: bool) -> None:
             )
 
 
+def _distinct_layers(patch: Patch) -> list[int]:
+    """Return one layer for each scheme and layer type: all others rotate like one of them."""
+    layer_types = patch.adapter.layer_types(patch.base, patch.base.config)
+    return list({(id(scheme), layer_types[index]): index for index, scheme in patch.scheme_by_layer.items()}.values())
+
+
 def _is_native(patch: Patch, index: int) -> bool:
     """Return whether a layer rotates exactly as it did before the patch."""
     scheme = patch.scheme_by_layer[index]
@@ -313,12 +319,13 @@ def _changes_short_texts(patch: Patch) -> bool:
     scheme = patch.scheme
     if patch.adapter.native != "rope" or not isinstance(scheme, Rotary) or not scheme.rotates_early:
         return False
-    return not all(_rotates_as_built(patch, index) for index in patch.layers)
+    return not all(_rotates_as_built(patch, index) for index in _distinct_layers(patch))
 
 
 def _trains(patch: Patch) -> bool:
     """Return whether the model is in training mode. A model built without weights is so by default, and does not."""
-    return patch.base.training and not any(parameter.is_meta for parameter in patch.base.parameters())
+    weight = next(patch.base.parameters(), None)
+    return patch.base.training and weight is not None and not weight.is_meta
 
 
 def _unchanged_alternative(scheme: Scheme) -> str:
@@ -343,7 +350,7 @@ def _announce(patch: Patch) -> None:
             "not change the model: its trained window is taken to be %s.",
             patch.window.config_maximum, patch.window.maximum, patch.window.in_words(patch.composed),
         )  # fmt: skip
-    if scheme.name != adapter.native and all(_is_native(patch, index) for index in patch.layers):
+    if scheme.name != adapter.native and all(_is_native(patch, index) for index in _distinct_layers(patch)):
         logger.warning(
             "%r with these options is what %s already does, so no logit changes.",
             scheme.name,

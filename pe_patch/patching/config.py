@@ -263,7 +263,7 @@ def models_around(model: Any) -> list[nn.Module]:
         return []
     parents: dict[int, list[nn.Module]] = {}
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
-        for child in list(compat.submodules(module).values()):
+        for child in list(compat.submodules_of_any(module).values()):
             parents.setdefault(id(child), []).append(module)
     around: dict[int, nn.Module] = {}
     inner = [model]

@@ -164,7 +164,7 @@ class RecipeTrainer(transformers.Trainer):
         start: Callable[[Any], None] | None = None,
         signal: Signal | None = None,
     ) -> None:
-        compat.check_trainer(transformers.Trainer)
+        compat.check_trainer(transformers.Trainer, compat.TRAINER_METHODS)
         self.launch, self.recipe, self.batches, self.step_log = launch, recipe, batches, log
         self.progress, self.facts, self.measure = progress or Progress(), facts, evaluate
         self.signal = signal or Signal()
