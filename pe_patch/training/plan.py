@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from .. import compat
 from ..evaluation.model import free_bytes
 from .checkpoints import Progress
 from .data import mix_notes, mix_table
@@ -84,7 +85,7 @@ def _mask_bytes(model: Any, recipe: Recipe, phase: Phase, rows: int) -> int:
     Flash and FlexAttention build none, and attention without a mask needs none.
     """
     config = model.config.get_text_config()
-    implementation = str(getattr(config, "_attn_implementation", None) or "sdpa")
+    implementation = str(compat.attention_implementation(config) or "sdpa")
     if "flash" in implementation or "flex" in implementation:
         return 0
     eager = "eager" in implementation
