@@ -273,7 +273,8 @@ def test_the_survey_runs_from_end_to_end(folder, monkeypatch):
     assert list(lines["rope"]["loss"]) == [128, 256, 512, 1024] and list(lines["learned"]["loss"]) == [128]
     assert lines["rope"]["cache_bytes_per_token"] == 2 * 2 * 64 * 4
     assert lines["mla"]["cache_bytes_per_token"] == 2 * (24 + 8) * 4
-    starts = [json.loads(line) for line in _log(folder, "rope") + _log(folder, "learned")]
+    steps = [json.loads(line) for line in _log(folder, "rope") + _log(folder, "learned")]
+    starts = [step for step in steps if step["event"] == "step"]
     assert [step["targets"] for step in starts[:12]] == [step["targets"] for step in starts[12:]]  # the same sequences
     assert starts[0]["loss"] == pytest.approx(torch.log(torch.tensor(128.0)).item(), abs=0.05)  # 128 tokens compete
     assert picture(found, "survey").png()[:4] == b"\x89PNG" and len(columns(found)) > 10

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pe_patch import SCHEMES, YaRN, cli, describe, evaluate, patch_model
+from pe_patch import SCHEMES, YaRN, describe, evaluate, patch_model
 from pe_patch.advice.candidates import CANDIDATES
 from pe_patch.checkpoints import generation, sources
+from pe_patch.cli import main as cli
 from pe_patch.cli.catalogue import catalogue
 from pe_patch.cli.options import parse_length
 from pe_patch.cli.wording import for_command_line

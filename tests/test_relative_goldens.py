@@ -96,7 +96,7 @@ def test_cope_is_the_authors(key):
         ("sandwich", {"dim": 7}, "dim must be an even number"),
         ("fire", {"width": 0}, "width=0"),
         ("fire", {"threshold": 0}, "threshold must be a finite number above 0"),
-        ("shaw", {"max_distance": None}, "give a number of tokens"),
+        ("shaw", {"max_distance": None}, "must be a number of tokens"),
         ("shaw", {"values": 1}, "give True or False"),
         ("transformer_xl", {"clamp_length": 0}, "clamp_length=0"),
         ("cope", {"max_positions": 1}, "at least 2"),

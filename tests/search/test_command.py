@@ -54,7 +54,7 @@ def test_a_baseline_that_is_better_is_named(command):
     ("words", "code", "message"),
     [
         (["--method", "longrop"], 2, "Did you mean 'longrope'"),
-        (["--population", "7", "--parents", "8"], 2, "population=7 is below parents=8"),
+        (["--population", "7", "--parents", "8"], 2, "--population 7 is below --parents 8"),
         (["--length", "200"], 2, "lies within the trained window of 256"),
         (["--text", "no/such.txt"], 1, "There is no file or folder"),
         (["--start", "no.json"], 2, "cannot be read as JSON"),

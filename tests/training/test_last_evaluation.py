@@ -153,7 +153,7 @@ STOPS = {"memory": (out_of_memory, 1, "out of memory"), "error": (wrong, 1, "max
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, stop: Callable[[], None]) -> list[bool]:
     """Make the evaluation with this number fail, and record whether the model was saved at each evaluation."""
-    inner, calls = Measure._evaluate, []
+    inner, calls = Measure._run_evaluation, []
 
     def evaluate(self: Any, model: Any, text: Any, *, dry_run: bool = False) -> Any:
         if not dry_run:
@@ -162,7 +162,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, stop: Callable[[], Non
                 stop()
         return inner(self, model, text, dry_run=dry_run)
 
-    monkeypatch.setattr(Measure, "_evaluate", evaluate)
+    monkeypatch.setattr(Measure, "_run_evaluation", evaluate)
     return calls
 
 
@@ -202,14 +202,14 @@ def test_the_model_is_on_disk_when_it_is_measured_and_the_card_has_the_scores(
 ) -> None:
     """Evaluations run during training, but the one after the last step runs after the model is saved."""
     there: list[bool] = []
-    inner = Measure._evaluate
+    inner = Measure._run_evaluation
 
     def evaluate(self: Any, model: Any, text: Any, *, dry_run: bool = False) -> Any:
         if not dry_run:
             there.append((tmp_path / "run/model/model.safetensors").is_file())
         return inner(self, model, text, dry_run=dry_run)
 
-    monkeypatch.setattr(Measure, "_evaluate", evaluate)
+    monkeypatch.setattr(Measure, "_run_evaluation", evaluate)
     trained = train(load_recipe(recipe_file, [*SHORT, "evaluation.every=2", "evaluation.before=true"]))
     assert there == [False, False, True]
     rows = logged(tmp_path / "run", "evaluation")

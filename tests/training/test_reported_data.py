@@ -62,7 +62,7 @@ def test_ids_beyond_the_embedding_are_found_before_the_first_step(
     size = len(tokenizer)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr("pe_patch.training.trainer.Trainer.run", lambda self: pytest.fail("it was started"))
+    monkeypatch.setattr("pe_patch.training.run.Run.run", lambda self: pytest.fail("it was started"))
     given = [str(recipe_file), *SHORT, f"data.source={folder}", f"tokenizer.source={tmp_path / 'tokenizer'}"]
     assert main([*given, "--dry-run"]) == 0  # the text does not use it
     capsys.readouterr()
