@@ -257,7 +257,7 @@ def _errors_of(path: Path, encoding: str | None) -> Iterator[None]:
 
 
 def _check_pointer(path: Path) -> None:
-    """Raise `UnreadableError` for a Git LFS pointer, which stands in for a file that was not downloaded."""
+    """Raise `UnreadableError` for a Git LFS pointer, the placeholder of a file that was not downloaded."""
     with path.open("rb") as file:
         pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     if pointer:

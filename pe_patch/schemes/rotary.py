@@ -148,7 +148,7 @@ class LongRoPE(Rotary):
     """
 
     name = "longrope"
-    summary = "divides each frequency by a searched factor of its own, beyond the window by another list"
+    summary = "divides each frequency by its searched factor, and beyond the window by another list"
     paper = "Ding et al. 2024, arXiv 2402.13753"
     examples = MappingProxyType({"long_factor": "long_factor=[1.0, 1.2, 1.5, ...] (one number for each rotated pair)"})
     training_free = True

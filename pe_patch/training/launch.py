@@ -71,7 +71,7 @@ class Launch:
         self.uses_fsdp = self._uses_fsdp()
         if self.cut_by_ring and not self.uses_fsdp:
             raise RecipeError("cp_size: context parallelism needs FSDP2; enable it in accelerate's configuration.")
-        # A group of its own has a longer time limit than the steps, whose limit finds processes that hang.
+        # A separate group has a longer time limit than the steps, whose limit finds processes that hang.
         self.waiting: Any = dist.new_group(backend="gloo", timeout=WAIT) if self.world > 1 else None
 
     def _configured_deepspeed(self, recipe: Recipe) -> dict[str, Any]:

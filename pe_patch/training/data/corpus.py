@@ -159,7 +159,7 @@ class Tokeniser:
         return np.concatenate([self.start, ids, [] if ends else self.end], dtype=np.int32, casting="unsafe")
 
     def _ids(self, batch: list[str]) -> list[Any]:
-        if len(batch) == 1:  # a long text is in a batch of its own
+        if len(batch) == 1:  # a long text has a separate batch
             return [text_ids(self.tokenizer, batch[0], split_special_tokens=self.split)]
         # verbose=False: documents may exceed the tokenizer's length limit
         return self.tokenizer(
