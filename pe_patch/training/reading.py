@@ -31,6 +31,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     config = OmegaConf.structured(Recipe)
     content = _checked(str(path), lambda: OmegaConf.load(path))
     _check_version(content, path)
+    if content.get(NO_FIELD) is False:
+        content[NO_FIELD] = "no"
     config = _checked(str(path), lambda: cast(DictConfig, OmegaConf.merge(config, content)))
     for override in overrides:
         if "=" not in override:
@@ -42,6 +44,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe.scheme.options_file = str(beside) if beside.is_file() else recipe.scheme.options_file
     check(recipe, str(path))
     return recipe
+
+
+NO_FIELD = "mixed_precision"
+"""The field whose value may be the word "no", which YAML reads as false."""
 
 
 def _find(path: Path) -> Path:
@@ -79,6 +85,8 @@ def _check_version(content: Any, path: Path) -> None:
 def _overridden(config: DictConfig, override: str) -> DictConfig:
     override = override.removeprefix("--")
     key, _, value = override.partition("=")
+    if key == NO_FIELD and value == "no":
+        override = f"{key}='no'"
     if not any(component.isdigit() for component in key.split(".")):
         return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
     # A merge replaces a whole list; an update changes one item.

@@ -65,3 +65,12 @@ def test_contradictions_and_missing_files(recipe_file: Path) -> None:
     assert main([str(recipe_file), "data.source=/no/such/folder"]) == 1
     with pytest.raises(PePatchError, match="/no/such/model"):
         train(load_recipe(recipe_file, ["model.source=/no/such/model"]))
+
+
+@pytest.mark.parametrize("place", ["file", "override"])
+def test_the_word_no_is_no_boolean(recipe_file: Path, place: str) -> None:
+    """YAML 1.1 reads `no` as false, and messages advise mixed_precision=no."""
+    if place == "file":
+        recipe_file.write_text(recipe_file.read_text() + "\nmixed_precision: no\n")
+    given = ["mixed_precision=bf16"] if place == "override" else []
+    assert load_recipe(recipe_file, [*given, *["mixed_precision=no"] * (place == "override")]).mixed_precision == "no"
