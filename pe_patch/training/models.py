@@ -23,6 +23,8 @@ from ..evaluation.retrieval import TOKEN_KEYS
 from ..patching.api import patch_model
 from ..patching.peft import attach
 from ..patching.peft_record import scheme_modules, train_scheme
+from ..schemes.registry import ALIASES, SCHEMES
+from ..schemes.rope import Rotary
 from .quantise import prepare_quantised, quantisation_config
 from .recipe import Lora, Model, Phase, Recipe, RecipeError, Scheme
 from .shifted_attention import shift_attention
@@ -122,7 +124,7 @@ def with_scheme(
     if scheme is not None:
         options = {**options_of(scheme), **({"calibration": calibration} if calibration else {})}
         model = model.to(device) if calibration or warm_start else model
-        _patch(model, scheme.name, options, flash and "backend" not in options)
+        _patch(model, scheme.name, options, flash and "backend" not in options, trains=bool(recipe.phases))
         if warm_start:
             fit(model, warm_start, limit=sum(map(len, warm_start)))
     elif flash:
@@ -167,15 +169,22 @@ def refuse_documents_that_leak(model: Any, recipe: Recipe, world: int) -> None:
             )
 
 
-def _patch(model: Any, name: str, options: dict[str, Any], flash: bool) -> None:
-    """Patch the model, with flash attention if that is wanted and the scheme allows it."""
-    if flash:
-        try:
-            patch_model(model, name, **options, backend="flash")
-            return
-        except UnsupportedError:
-            pass
-    patch_model(model, name, **options)
+def _patch(model: Any, name: str, options: dict[str, Any], flash: bool, trains: bool) -> None:
+    """Patch the model, with flash attention if that is wanted and the scheme allows it.
+
+    A model that will be trained is patched in training mode, so that `patch_model` does not advise training. Schemes
+    that run the model on calibration tokens keep its mode, since dropout would disturb them.
+    """
+    known, mode = SCHEMES.get(ALIASES.get(name, name)), model.training
+    model.train(mode or (trains and known is not None and issubclass(known, Rotary)))
+    try:
+        if flash:
+            with suppress(UnsupportedError):
+                patch_model(model, name, **options, backend="flash")
+                return
+        patch_model(model, name, **options)
+    finally:
+        model.train(mode)
 
 
 def options_of(scheme: Scheme) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pe_patch.training.checkpoints import Progress
 from pe_patch.training.guard import INTERRUPTED_EXIT_CODE, TrainingError, fault
 from pe_patch.training.launch import Launch
 from pe_patch.training.recipe import Guard, Loss, Model, Recipe, RecipeError
-from pe_patch.training.run import load_recipe, main, train
+from pe_patch.training.run import Run, load_recipe, main, train
 from pe_patch.training.trainer import RecipeTrainer
 
 from ..models import build
@@ -274,3 +274,11 @@ def test_a_patched_model_reads_packed_rows_through_a_mask_of_that_size() -> None
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
         model(input_ids=ids, position_ids=positions, use_cache=False)
     assert seen and seen[0].dtype is torch.bool and seen[0].numel() == 2 * 64**2
+
+
+def test_a_model_that_will_be_trained_is_not_advised_to_train(recipe_file: Path, caplog: Any) -> None:
+    run = Run(load_recipe(recipe_file, ["scheme={name: yarn, options: {factor: 4}}"]))
+    assert not [record for record in caplog.records if "Train it with the scheme" in record.getMessage()]
+    assert not run.model.training and not run.model.model.position_schemes.training
+    pe_patch.patch_model(build("llama"), "yarn", factor=4)
+    assert [record for record in caplog.records if "Train it with the scheme" in record.getMessage()]
