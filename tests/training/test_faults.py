@@ -241,8 +241,8 @@ def test_flash_attention_is_the_default_where_it_can_be(monkeypatch: pytest.Monk
             raise UnsupportedError("Flash attention would drop the bias of 't5'")
 
     monkeypatch.setattr(models, "patch_model", patch)
-    models._patch(None, "yarn", {"factor": 4}, True)
-    models._patch(None, "t5", {}, True)
+    models._patch(torch.nn.Linear(1, 1), "yarn", {"factor": 4}, True, trains=True)
+    models._patch(torch.nn.Linear(1, 1), "t5", {}, True, trains=True)
     assert asked == [("yarn", "flash"), ("t5", "flash"), ("t5", None)]
 
 
