@@ -33,17 +33,6 @@ def text(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*words):
-        code = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

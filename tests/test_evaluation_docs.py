@@ -1,4 +1,4 @@
-"""Every snippet about evaluation in README and docs runs as it stands, on a tiny model at shorter lengths."""
+"""Run every snippet about evaluation in README and docs unchanged, on a tiny model at shorter lengths."""
 
 from __future__ import annotations
 

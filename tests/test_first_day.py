@@ -1,4 +1,4 @@
-"""What a new user meets first: lengths as `32k`, flags in errors, `generate --chat`, warnings with a remedy."""
+"""Test first contacts: lengths such as `32k`, flags in errors, `generate --chat`, warnings with a remedy."""
 
 import json
 import logging
@@ -27,17 +27,6 @@ from pe_patch.mla.conversion import tokens_needed
 from .models import build, logits, tokens
 
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<assistant>"
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words):
-        code = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def _declared_splits(folder: Path) -> Mapping[str, Iterable[str]]:
 def _of_named_split(
     files: list[tuple[str, Path]], names: Mapping[str, set[str]], split: Split | None, reading: Reading
 ) -> list[tuple[str, Path]]:
-    """Return the files of a split that the folder names; None stands for all files of its splits."""
+    """Return the files of a named split, or of all splits if `split` is None."""
     wanted = names[_held_out(names) if split == "test" else split] if split else set().union(*names.values())
     for name, path in files:
         if not any(os.path.abspath(path) in paths for paths in names.values()):

@@ -96,7 +96,7 @@ def model_fingerprint(model: Any) -> str:
 
 @dataclass
 class Work:
-    """What a model does for an evaluation, controls included."""
+    """Count the work of an evaluation, including its controls."""
 
     prompts: int = 0
     """Prompts to answer."""
@@ -124,7 +124,7 @@ class EvaluatedModel:
     advance: Callable[[int], Any] = field(default=lambda tokens: None)
     """Progress callback. It receives the number of tokens after every forward pass."""
     work: Work = field(default_factory=Work)
-    """What was asked of the model so far."""
+    """The work done so far."""
 
     @property
     def device(self) -> torch.device:

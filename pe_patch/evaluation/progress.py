@@ -22,7 +22,7 @@ class Progress:
     Args:
         label: Name of the model.
         total: Tokens to read.
-        plan: What is to be measured, in a sentence, for the first line.
+        plan: A sentence about the planned work, for the first line.
         shown: False shows nothing. A function is called with the tokens read so far and with all tokens instead.
     """
 

@@ -54,7 +54,7 @@ class Run:
         self.trainer: RecipeTrainer | None = None
         self.launch = Launch(recipe)
         self.skipped: list[Skipped] = []
-        """What was skipped of the held-out text."""
+        """Skipped parts of the held-out text."""
         set_seed(recipe.seed)
         self.tokenizer = build_tokenizer(recipe, lambda: self._documents("train"))
         self.corpora = load_corpora(recipe.data, recipe.phases, self.tokenizer, progress=recipe.progress)

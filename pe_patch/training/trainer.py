@@ -101,7 +101,7 @@ class Sums(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What Trainer calls a batch: all micro-batches of one optimiser step, on this process's device."""
+    """Hold all micro-batches of one optimiser step, on this process's device. Trainer treats it as one batch."""
 
     batches: MicroBatches
 
@@ -125,8 +125,8 @@ class Steps:
 class RecipeTrainer(transformers.Trainer):
     """Transformers' Trainer on the phases of a recipe.
 
-    What Trainer calls a batch is a whole step of this process. Its micro-batches are passed within `training_step`,
-    since phases differ in their number, and Trainer accumulates over a constant one.
+    A batch of Trainer is a whole step of this process. Phases differ in their number of micro-batches, and Trainer
+    accumulates over a constant one, so `training_step` runs the micro-batches itself.
 
     Args:
         model: the model to train.
@@ -174,7 +174,7 @@ class RecipeTrainer(transformers.Trainer):
         self.unfinished = self.checkpoints / ".unfinished"
         self.scorer = Scorer(model, recipe.loss, recipe.distill, teacher)
         self.values: dict[str, Any] = {}
-        """What the log says about the current step."""
+        """Values of the current step for the log."""
         self.started = 0.0
         self.rates = [learning_rates(phase) for phase in recipe.phases]
         use_cache = model.config.use_cache

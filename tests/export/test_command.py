@@ -7,8 +7,6 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from pe_patch.cli import main as cli
-
 from ..evaluation_doubles import make_tokenizer, tiny_llama
 
 
@@ -20,17 +18,6 @@ def checkpoint(tmp_path_factory):
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words):
-        code = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
 
 
 COMMANDS = {

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import DistributedType
@@ -135,5 +136,5 @@ def run_fsdp2(**arguments: Any) -> dict[str, Any]:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return True
 
-    launch.Launch._uses_fsdp = pretend  # type: ignore[method-assign]
-    return run(**arguments)
+    with mock.patch.object(launch.Launch, "_uses_fsdp", pretend):
+        return run(**arguments)

@@ -18,7 +18,7 @@ from .launch import on_processes
 
 
 def measured(free: list[int]) -> dict[str, Any]:
-    """What each process plans and runs, where each has other free memory."""
+    """Return the planned and the executed passes of each process, with different free memory on each."""
     recipe = Recipe(
         output="/nowhere", phases=[Phase(length=256, batch=2)], dry_run=True,
         evaluation=Evaluation(every=1, tasks=["perplexity"], lengths=[128, 256], samples=4),

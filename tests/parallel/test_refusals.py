@@ -1,4 +1,4 @@
-"""What a launch would drop is an error by name, before anything is trained."""
+"""Raise an error that names each feature that a launch would drop, before training starts."""
 
 from __future__ import annotations
 
