@@ -11,7 +11,7 @@ from transformers import BloomConfig, T5Config
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pe_patch.schemes.rope import cos_sin, rotate
+from pe_patch.schemes.rotary import cos_sin, rotate
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

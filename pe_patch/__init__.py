@@ -44,8 +44,8 @@ from .schemes.registry import ALIASES, SCHEMES, register_scheme
 from .schemes.relative import CoPE, Shaw, TransformerXL
 from .schemes.remap import DCA, STRING, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend
 from .schemes.remapped_base import Remapped
-from .schemes.rope import NTK, Linear, Llama3, NTKByParts, Rotary
-from .schemes.rotary import DynamicNTK, LongRoPE, Proportional, RoPE
+from .schemes.rotary import Rotary
+from .schemes.scalings import NTK, DynamicNTK, Linear, Llama3, LongRoPE, NTKByParts, Proportional, RoPE
 from .schemes.yarn import DynamicYaRN, YaRN
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pe_patch.core.scheme import AttentionShape
 from pe_patch.schemes.registry import SCHEMES
-from pe_patch.schemes.rope import Rotary
+from pe_patch.schemes.rotary import Rotary
 
 CASES = 50
 

@@ -17,7 +17,7 @@ from pe_patch.attention.kernels.ranges import attention as attention_over_ranges
 from pe_patch.attention.kernels.relative import Relative, distances
 from pe_patch.attention.kernels.toeplitz import Toeplitz
 from pe_patch.core.ranges import Range
-from pe_patch.schemes.rope import RotaryTransform, cos_sin
+from pe_patch.schemes.rotary import RotaryTransform, cos_sin
 
 from .models import build, error, logits, tokens, wearing
 

@@ -10,7 +10,7 @@ from transformers import StaticCache
 from pe_patch import PePatchError, Scheme, UnsupportedError, describe, patch_model, unpatch_model
 from pe_patch.core.projections import Projections
 from pe_patch.mla.protocol import ProjectionScheme
-from pe_patch.schemes.rope import rotate
+from pe_patch.schemes.rotary import rotate
 
 from .models import build, cached_logits, error, logits, snapshot, tokens, unchanged
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pe_patch.core.scheme import AttentionShape
 from pe_patch.schemes.registry import SCHEMES
-from pe_patch.schemes.rope import Rotary, cos_sin, rotate
+from pe_patch.schemes.rotary import Rotary, cos_sin, rotate
 
 from . import goldens, oracles
 from .rotary_cases import CASES, Draw, build, shape, transformers_says

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pe_patch.schemes.rope import Rotary
+from pe_patch.schemes.rotary import Rotary
 
 from . import goldens, oracles
 from .rotary_cases import CASES, Draw, build, close, shape

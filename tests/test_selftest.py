@@ -17,7 +17,7 @@ from pe_patch.cli import main as cli
 from pe_patch.doctor import selftest
 from pe_patch.doctor.self_test import checks, models, result
 from pe_patch.patching import plan
-from pe_patch.schemes.rotary import RoPE
+from pe_patch.schemes.scalings import RoPE
 
 from . import families
 from .test_structure import ROOT, run

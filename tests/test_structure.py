@@ -104,7 +104,7 @@ def test_every_module_has_a_room_and_imports_go_down():
         ("import torch, pe_patch.patching.api", "pe_patch.core.wrong imports pe_patch.patching.api"),
         ("from pe_patch import patching", "pe_patch.core.wrong imports pe_patch.patching"),
         ("import pe_patch.schemes as s", "pe_patch.core.wrong imports pe_patch.schemes"),
-        ("def f():\n    from ..schemes import rope", "pe_patch.core.wrong imports pe_patch.schemes.rope"),
+        ("def f():\n    from ..schemes import rotary", "pe_patch.core.wrong imports pe_patch.schemes.rotary"),
         (
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..attention.engine import Engine",
             "pe_patch.core.wrong imports pe_patch.attention.engine",
@@ -116,7 +116,7 @@ def test_every_module_has_a_room_and_imports_go_down():
 def test_a_wrong_import_is_found_in_every_form(tmp_path, line, fault):
     package = tmp_path / "pe_patch"
     for name in ("__init__", "core/wrong", "core/__init__", "patching/__init__", "patching/api", "schemes/__init__",
-                 "schemes/rope", "attention/__init__", "attention/engine"):  # fmt: skip
+                 "schemes/rotary", "attention/__init__", "attention/engine"):  # fmt: skip
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / f"{name}.py").write_text("")
     assert faults(package) == []

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
-from ..schemes.rope import cos_sin
+from ..schemes.rotary import cos_sin
 from .projections import ProjectionNames
 from .trained_window import TrainedWindow, config_rope_parameters, trained_window
 from .vision import VisionEncoder

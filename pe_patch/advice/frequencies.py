@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..schemes.rope import Rotary
+from ..schemes.rotary import Rotary
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedErro
 from ..patching.build import existing_scheme
 from ..patching.targets import find_adapter, find_stack
 from ..schemes.registry import find_scheme
-from ..schemes.rope import Rotary
+from ..schemes.rotary import Rotary
 
 
 @dataclass(frozen=True)

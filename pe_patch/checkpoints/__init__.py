@@ -1,1 +1,1 @@
-"""Save, load and export models, and guard output folders."""
+"""Load and export models, and guard output folders."""

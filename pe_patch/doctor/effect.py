@@ -17,7 +17,7 @@ from ..core.scheme import Scheme
 from ..errors import PePatchError
 from ..schemes.config_formats import Reading, Specification
 from ..schemes.registry import SCHEMES
-from ..schemes.rope import Rotation
+from ..schemes.rotary import Rotation
 from .claims import filled_in, format_value, rope_dicts
 from .examined import BuiltRotation, ExaminedModel
 from .finding import Finding

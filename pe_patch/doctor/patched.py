@@ -16,7 +16,7 @@ from ..patching.api import find_patch, restore_patch
 from ..patching.patch import Patch
 from ..patching.record import RECORD_KEY, VERSION
 from ..schemes.registry import SCHEMES
-from ..schemes.rope import Rotation
+from ..schemes.rotary import Rotation
 from .effect import format_frequencies, plain_base
 from .examined import BuiltRotation, ExaminedModel, build_empty, quiet
 from .finding import Finding

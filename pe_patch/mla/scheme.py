@@ -15,7 +15,7 @@ from ..core.projections import Latents, Projections, Statistics
 from ..errors import OptionValueError, UnsupportedError, nearest, quoted
 from ..schemes.frequency_wrappers import build_inner
 from ..schemes.registry import register_scheme
-from ..schemes.rope import Rotary
+from ..schemes.rotary import Rotary
 from . import attention as over_latents
 from .attention import LatentAttention, LatentSizes, NormalizedProjections
 from .calibration import Calibration

@@ -1,1 +1,1 @@
-"""Put a scheme into a model, and take it out again."""
+"""Put a scheme into a model, take it out again, and save both together."""

@@ -26,7 +26,7 @@ from ..core.scheme import Scheme, overrides
 from ..core.swaps import Swap, with_swaps
 from ..errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchError
 from ..mla.protocol import converts
-from ..schemes.rope import Rotary, Rotation, Scaled
+from ..schemes.rotary import Rotary, Rotation, Scaled
 from .build import EXISTING, build, factor_reaching
 from .patch import ModelLock, Patch, Settings
 from .peft import detach, wrapper_swaps

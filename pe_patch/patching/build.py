@@ -27,7 +27,7 @@ from ..schemes.frequency_wrappers import FrequencyWrapper
 from ..schemes.grid import GridScheme
 from ..schemes.registry import ALIASES, SCHEMES, find_scheme
 from ..schemes.remapped_base import Remapped
-from ..schemes.rope import Rotary, Rotation
+from ..schemes.rotary import Rotary, Rotation
 from .targets import Target, device_and_dtype
 
 EXISTING = ("error", "replace", "compose")

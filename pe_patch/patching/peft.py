@@ -31,7 +31,6 @@ from .peft_record import (
     write_record,
 )
 from .record import RECORD_KEY
-from .saved_config import write_back
 from .targets import unwrap
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def save_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: 
     _end_pending(wrapper)
     result, given, target = (
         inner(*args, **kwargs),
-        _given(wrapper, "save_pretrained", args, kwargs),
+        call_arguments(wrapper, "save_pretrained", args, kwargs),
         _patched_model(wrapper),
     )
     if target is not None and given.get("is_main_process", True):
@@ -206,7 +205,7 @@ def save_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: 
 def load_into_wrapper(wrapper: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `PeftModel.load_adapter` for an adapter that fits, and load its weights of the scheme."""
     _end_pending(wrapper)
-    given = _given(wrapper, "load_adapter", args, kwargs)
+    given = call_arguments(wrapper, "load_adapter", args, kwargs)
     source, name, trainable = given["model_id"], given["adapter_name"], given.get("is_trainable", False)
     target = _patched_model(wrapper)
     if target is None:
@@ -236,7 +235,7 @@ def _add_adapter(wrapper: Any, name: str, config: Any, given: dict[str, Any]) ->
 
 def load_into_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `PreTrainedModel.load_adapter` for an adapter that fits, and load its weights of the scheme."""
-    given = _given(model, "load_adapter", args, kwargs)
+    given = call_arguments(model, "load_adapter", args, kwargs)
     hub = given.get("adapter_kwargs") or {}
     source, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
     if source is None:  # tensors have no record
@@ -267,45 +266,6 @@ def _check(
     record = read_record(source, **hub)
     check_compatible(record, target, source)
     return record, SchemeWeights(target, record, source, others, **hub)
-
-
-def _sync_before_saving(model: Any) -> None:
-    """Make the patch and the config of a model agree with what it computes, before they are saved.
-
-    Layers may have been removed, and the config changed, after the patch.
-    """
-    for patch in [module.__dict__["pe_patch"] for module in model.modules() if "pe_patch" in module.__dict__]:
-        patch.renumber()
-    if changed := write_back(model.config):
-        logger.warning(
-            "The config was changed after patch_model: %s. The model does not compute by it, so it is saved as it was. "
-            "To change the positions, call patch_model(model, ..., on_existing='replace').",
-            "; ".join(changed),
-        )
-
-
-def save_base(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `PreTrainedModel.save_pretrained` of a base model."""
-    _sync_before_saving(base)
-    return inner(*args, **kwargs)
-
-
-def save_model(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `PreTrainedModel.save_pretrained`, and write the record if it saved an adapter from `add_adapter`."""
-    _sync_before_saving(model)
-    result, given = inner(*args, **kwargs), _given(model, "save_pretrained", args, kwargs)
-    if compat.has_adapter(model) and given.get("is_main_process", True):
-        write_record(model, Path(given["save_directory"]), given.get("state_dict"))
-    return result
-
-
-def saving_swaps(model: PreTrainedModel, base: PreTrainedModel) -> list[Swap]:
-    """Return the swaps for saving a model, and for saving and loading its adapters."""
-    swaps = [bind(model, "save_pretrained", save_model), bind(model, "load_adapter", load_into_model)]
-    swaps.append(bind(model, "named_modules", attach_containers))
-    if base is not model:
-        swaps += [bind(base, "save_pretrained", save_base), bind(base, "named_modules", attach_containers)]
-    return swaps
 
 
 def wrapper_swaps(model: Any) -> list[Swap]:
@@ -355,7 +315,7 @@ def _patched_model(model: Any) -> PreTrainedModel | None:
         return None
 
 
-def _given(module: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+def call_arguments(module: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call by name, including those of `**kwargs`."""
     bound = inspect.signature(getattr(type(module), name)).bind(module, *args, **kwargs).arguments
     del bound["self"]

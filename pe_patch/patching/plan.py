@@ -41,7 +41,7 @@ from ..mla.conversion import Conversion, convert_model, loss, smallest_rank
 from ..mla.protocol import ProjectionScheme, converts, keeps_rotation, replaces_projections
 from ..mla.replacement import native_latent_swaps, replacement_swaps, skip_static_cache_allocation
 from ..schemes.registry import SCHEMES
-from ..schemes.rope import Rotary, Rotation
+from ..schemes.rotary import Rotary, Rotation
 from .config import (
     SchemeByLayerType,
     cache_specification,
@@ -65,7 +65,7 @@ from .forward import (
     vision_forward,
 )
 from .patch import Patch, PositionSchemes, Settings
-from .peft import saving_swaps
+from .saving import saving_swaps
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def _check_hooks(scheme: Scheme, rotates: bool, has_place: bool, replaces: bool)
     if rotates and not has_place:
         raise UnsupportedError(
             f"{scheme.name!r} only overrides `angles`, but this family has no rotary module. Derive the scheme from "
-            "pe_patch.schemes.rope.Rotary, which also rotates at the scores."
+            "pe_patch.schemes.rotary.Rotary, which also rotates at the scores."
         )
 
 

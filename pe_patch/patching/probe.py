@@ -20,7 +20,7 @@ from ..attention.interface import backend_for
 from ..core.scheme import Scheme
 from ..errors import OptionValueError, PePatchError
 from ..mla.protocol import converts
-from ..schemes.rope import Rotary, Rotation
+from ..schemes.rotary import Rotary, Rotation
 from .build import build
 from .patch import Patch, Settings
 from .plan import plan

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -20,6 +21,8 @@ from .. import compat
 from ..core.swaps import Swap
 from ..errors import CheckpointError, PePatchError, UnsupportedError, quoted
 from .record import BESIDE, RECORD_KEY, check_record, differences
+
+logger = logging.getLogger("pe_patch")
 
 MODEL_TYPE = "pe_patch (import pe_patch before loading)"
 """The model type of a marked config in its file. Transformers quotes it in its error."""
@@ -164,6 +167,21 @@ def write_back(config: Any) -> list[str]:
             vars(patched)[stored] = copy.deepcopy(value)
             changed += [f"{where}={quoted(theirs)} (it is {quoted(ours)})" for where, ours, theirs in apart]
     return changed
+
+
+def sync_before_saving(model: Any) -> None:
+    """Make the patch and the config of a model agree with what it computes, before they are saved.
+
+    Layers may have been removed, and the config changed, after the patch.
+    """
+    for patch in [module.__dict__["pe_patch"] for module in model.modules() if "pe_patch" in module.__dict__]:
+        patch.renumber()
+    if changed := write_back(model.config):
+        logger.warning(
+            "The config was changed after patch_model: %s. The model does not compute by it, so it is saved as it was. "
+            "To change the positions, call patch_model(model, ..., on_existing='replace').",
+            "; ".join(changed),
+        )
 
 
 def _record_of(values: dict[str, Any]) -> dict[str, Any]:

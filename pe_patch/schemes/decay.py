@@ -16,7 +16,7 @@ from ..core.scheme import Scheme, causal_distance, check_causal
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
 from .frequency_wrappers import FrequencyWrapper
 from .registry import register_scheme
-from .rope import Rotation
+from .rotary import Rotation
 
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine, Output

@@ -13,7 +13,7 @@ from ..core.checks import check_length, check_number
 from ..core.scheme import AttentionShape
 from ..errors import OptionValueError, quoted
 from .registry import find_scheme, register_scheme
-from .rope import Rotary
+from .rotary import Rotary
 
 HOOKS = ("embed", "angles", "encode", "bias", "attend", "prepare")
 

@@ -16,7 +16,7 @@ from ..core.ranges import Range
 from ..core.scheme import check_causal
 from ..errors import OptionValueError
 from .frequency_wrappers import build_inner
-from .rope import RotaryTransform, Rotation
+from .rotary import RotaryTransform, Rotation
 
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine, Output

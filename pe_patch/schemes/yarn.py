@@ -11,7 +11,7 @@ from ..core.checks import LARGEST_FACTOR, check_flag, check_length, check_number
 from ..errors import OptionValueError
 from .config_formats import yarn_temperature
 from .registry import register_scheme
-from .rope import Rotary, Scaled, to_rope_parameters
+from .rotary import Rotary, Scaled, to_rope_parameters
 
 
 @register_scheme

@@ -24,7 +24,7 @@ from ..patching.api import patch_model
 from ..patching.peft import attach
 from ..patching.peft_record import scheme_modules, train_scheme
 from ..schemes.registry import ALIASES, SCHEMES
-from ..schemes.rope import Rotary
+from ..schemes.rotary import Rotary
 from .quantise import prepare_quantised, quantisation_config
 from .recipe import Lora, Model, Phase, Recipe, RecipeError, Scheme
 from .shifted_attention import shift_attention

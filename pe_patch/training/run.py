@@ -19,7 +19,7 @@ from ..checkpoints.exporters.export import check_export
 from ..compat import require_extra
 from ..data.text import Skipped, iter_documents
 from ..errors import PePatchError
-from . import finish, plan, saving
+from . import finish, output_checks, plan
 from .checkpoints import (
     Progress,
     check_resumable,
@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.output, self.folder = recipe, Path(recipe.output), Path(recipe.output) / "checkpoints"
-        saving.check_folders(recipe)
+        output_checks.check_folders(recipe)
         self.checkpoint = None if recipe.dry_run else find_checkpoint(recipe, self.folder)
         self.signal, self.progress = Signal(), Progress()
         self.trainer: RecipeTrainer | None = None
@@ -80,9 +80,9 @@ class Run:
         for target in recipe.export:
             check_export(self.model, target)
         self.measure.check_positions(self.model)
-        saving.check_inputs(recipe)
-        saving.check_saved(self)
-        saving.check_room(self)
+        output_checks.check_inputs(recipe)
+        output_checks.check_saved(self)
+        output_checks.check_room(self)
         self.teacher = None if recipe.distill is None else build_teacher(recipe, self.model, device)
 
     def tokens(self, count: int | None) -> list[list[int]]:

@@ -18,7 +18,7 @@ import pe_patch
 from pe_patch import evaluation as measuring
 from pe_patch.cli import main as cli
 from pe_patch.data import text
-from pe_patch.training import saving
+from pe_patch.training import output_checks
 from pe_patch.training.guard import TERMINATED_EXIT_CODE, PostTrainingError
 from pe_patch.training.measure import Measure
 from pe_patch.training.recipe import RecipeError
@@ -293,7 +293,7 @@ def test_sigterm_while_the_model_is_saved_waits_until_it_is(
 def test_a_model_that_cannot_be_saved_is_not_trained(
     dry: str, recipe_file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Phi-3 is an example: its config rejects some rotary types on saving."""
+    """Phi-3 is an example: its config rejects some rotary types on output_checks."""
     monkeypatch.setattr(RecipeTrainer, "training_step", no_step)
     from transformers import LlamaConfig
 
@@ -356,7 +356,7 @@ def test_a_full_disk_is_found_before_the_first_step(
     weights = 4 * sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(
         load_recipe(recipe_file).model.source).parameters())  # fmt: skip
     usage = type(shutil.disk_usage("/"))
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(10 * weights, 5 * weights, 5 * weights))
+    monkeypatch.setattr(output_checks.shutil, "disk_usage", lambda path: usage(10 * weights, 5 * weights, 5 * weights))
     train(load_recipe(recipe_file, ["phases.0.steps=1", f"dry_run={dry}", "export=[]"]))
     told = ["phases.0.steps=1", "checkpoints={every: 1, keep: 1}", f"dry_run={dry}", f"output={recipe_file.parent}/b"]
     with pytest.raises(RecipeError, match=r"free, but the run needs .*2 checkpoints"):  # 1 + 2 * 3 copies

@@ -14,7 +14,7 @@ from ...patching.config import expressible, native_rope_parameters, refusal
 from ...patching.patch import Patch
 from ...patching.record import RECORD_KEY
 from ...patching.saved_config import unmarked
-from ...schemes.rope import Rotary
+from ...schemes.rotary import Rotary
 from .checkpoint import Writer, save_model
 
 
