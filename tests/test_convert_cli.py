@@ -3,12 +3,15 @@
 import argparse
 import inspect
 import json
+import logging
+import sys
 
 import pytest
 import torch
 
 from pe_patch import load_patched
 from pe_patch.cli import main as cli
+from pe_patch.cli.output import FirstOnly
 from pe_patch.compare.demo import BASE
 from pe_patch.convert import command, measure
 from pe_patch.errors import OptionError
@@ -91,6 +94,29 @@ def test_the_table_says_what_changed_and_on_what(run, size):
     ):
         assert expected in out
     assert "saved" not in out.lower()
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(1024, True), (8192, False)])
+def test_too_few_calibration_tokens_are_named_before_anything_is_measured(run, caplog, monkeypatch, tokens, warned):
+    logged = []
+
+    def convert(model, material, options, report):
+        logged.append(caplog.text)
+        raise OptionError("stop")
+
+    monkeypatch.setattr(command, "convert_model", convert)
+    run("--cache-ratio", "1/4", "--calibration-tokens", tokens)
+    # 32 for each of the 2 x 4 x 32 numbers that a layer of this model caches for a token
+    assert ("1,024 calibration tokens are few: give at least 8,192" in logged[0]) == warned
+
+
+def test_the_terminal_shows_a_repeated_warning_once(capsys):
+    handler, logger = logging.StreamHandler(sys.stderr), logging.Logger("sweep")
+    handler.addFilter(FirstOnly())
+    logger.addHandler(handler)
+    for count in (3, 3, 4):
+        logger.warning("%d tokens are few", count)
+    assert capsys.readouterr().err.splitlines() == ["3 tokens are few", "4 tokens are few"]
 
 
 def test_options_of_the_scheme_reach_it(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,12 @@ from typing import Any
 from ..checkpoints.folders import MODEL, SWEEP, check_output
 from ..checkpoints.sources import load, parse_options
 from ..errors import OptionError
+from ..evaluation.model import cache_size
+from ..mla.conversion import few_tokens
 from .measure import METHODS, Material, check_request, prepare, save, share
 from .sweep import RATIOS, change_table, convert_model, sweep, sweep_table, write
+
+logger = logging.getLogger("pe_patch")
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ def run(
     request.check_folders([name, text.get("calibration"), text.get("text")])
     model, tokenizer = load(name, *where)
     material = prepare(model, tokenizer, **text)
+    if warning := few_tokens(sum(map(len, material.rows)), cache_size(model).numbers_per_layer):
+        logger.warning(warning)  # before the measurements, which take long
     called = Path(name).name if Path(name).is_dir() else name
     config = {"model": called, "to": request.target, **settings, "calibration": material.calibrated_on}
     config |= {"length": material.ruler.length, "seed": text["seed"], "text": material.ruler.corpus.name}
