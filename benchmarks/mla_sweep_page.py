@@ -22,7 +22,7 @@ WITHIN, ANSWERED = 0.02, 0.95
 """What is asked of a healed conversion at 1/4: growth of the loss at most, share of questions at least."""
 
 TOKENS = {512: 0.118, 2048: 0.114, 8192: 0.099, 65536: 0.091}
-"""Change of the loss by the number of calibration tokens, from `pe-patch convert`; the last is in the sweep on plain text."""
+"""Change of the loss by the number of calibration tokens, from `pe-patch convert`; the last is in the plain sweep."""
 SAME = ("method", "kv_rank", "rope_dim")
 """What two conversions have in common that differ in nothing but their calibration."""
 
@@ -289,8 +289,8 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     yield "| loss against the original's | " + " | ".join(f"{change:+.1%}" for change in TOKENS.values()) + " |"
     yield ""
     yield (
-        "A conversion warns below 32 tokens for each number that the original caches for a token and layer: 8,192 here, "
-        "12,288 for SmolLM2 135M. (`pe-patch convert demo --to mla --cache-ratio 1/4 --calibration-tokens 2048`)"
+        "A conversion warns below 32 tokens for each number that the original caches for a token and layer: 8,192 "
+        "here, 12,288 for SmolLM2 135M. (`pe-patch convert demo --to mla --cache-ratio 1/4 --calibration-tokens 2048`)"
     )
     yield ""
 

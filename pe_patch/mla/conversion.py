@@ -153,8 +153,8 @@ def few_tokens(count: int, cached_numbers: int) -> str:
     if count >= needed:
         return ""
     return (
-        f"{count:,} calibration tokens are few: give at least {needed:,} of the kind of text that the model is for. With "
-        "too few, loss and answers get worse, and short training may not repair them (docs/mla.md)."
+        f"{count:,} calibration tokens are few: give at least {needed:,} of the kind of text that the model is for. "
+        "With too few, loss and answers get worse, and short training may not repair them (docs/mla.md)."
     )
 
 
