@@ -260,7 +260,7 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Calibrated on plain text"
     yield ""
     yield (
-        "`pe-patch convert pe_patch/assets/demo --to mla --sweep` calibrates on text without hidden facts, whose keys "
+        "`pe-patch convert demo --to mla --sweep` calibrates on text without hidden facts, whose keys "
         "and values are tokens that this text never has, and takes the widths that the library takes by itself. "
         f"Untuned loss / share of {rows[0]['questions']} questions answered:"
     )

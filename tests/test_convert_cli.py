@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import logging
+import re
 import sys
 
 import pytest
@@ -94,6 +95,13 @@ def test_the_table_says_what_changed_and_on_what(run, size):
     ):
         assert expected in out
     assert "saved" not in out.lower()
+    # without a terminal: the plan, an estimate after the first batch, and the end
+    plan, *lines = [line for line in err.splitlines() if line.startswith("convert: ")]
+    assert re.search(r"to read: about [\d,]+ tokens, in 2 measurements at 64 tokens and 1 x 1,0\d\d tokens of", plan)
+    assert "1 of 3, measuring the original model" in lines[0] and re.search(r"[\d,]+ tokens/s, about .* left", lines[0])
+    total = int(plan.split("about ")[1].split()[0].replace(",", ""))
+    read = int(re.search(r"finished, ([\d,]+) tokens", lines[-1]).group(1).replace(",", ""))
+    assert 0.9 * total <= read <= 1.5 * total  # the plan leaves out the targets without context
 
 
 @pytest.mark.parametrize(("tokens", "warned"), [(1024, True), (8192, False)])
