@@ -46,51 +46,25 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars of the time ratios at the longest length that every scheme has, and memory by length as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """A PNG: time and memory of every scheme at the longest length that every scheme has."""
+    from pe_patch.evaluation.charts import dots
 
     measured = [row for row in result["rows"] if "left_out" not in row]
     lengths = sorted({row["length"] for row in measured})
     shown = 8192 if 8192 in lengths else lengths[-1]
     at = [row for row in measured if row["length"] == shown]
     host, setting = result["machine"], result["setting"]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(14, 0.33 * len(at) + 2.2), gridspec_kw={"width_ratios": [1.25, 1]}, layout="constrained"
-    )
-    place = range(len(at))
-    longest = min(12.0, max(row[kind]["ratio"] for row in at for kind in KINDS) * 1.12)
-    for kind, offset, colour in zip(KINDS, (-0.2, 0.2), ("#3b6fb6", "#e08a3c"), strict=True):
-        values = [row[kind]["ratio"] for row in at]
-        left.barh([n + offset for n in place], [min(v, longest) for v in values], height=0.38, color=colour, label=kind)
-        for n, value in zip(place, values, strict=True):
-            left.text(min(value, longest * 0.9), n + offset, f" {value:.2f}", va="center", fontsize=7.5)
-    left.axvline(1, color="#444444", linewidth=1, linestyle="--")
-    left.set(yticks=list(place), yticklabels=[row["scheme"] for row in at], xlim=(0, longest))
-    left.invert_yaxis()
-    left.set_xlabel(f"time over plain causal attention, {shown:,} tokens")
-    left.legend(frameon=False, loc="lower right")
-    names = list(dict.fromkeys(row["scheme"] for row in at))
-    outside = {row["scheme"] for row in at if " in Transformers" in row["scheme"] or "dense" in row["scheme"]}
-    for name in names:
-        own = sorted((row["length"], row[KINDS[1]]["bytes"] / 2**20) for row in measured if row["scheme"] == name)
-        loud = name in outside
-        right.plot(
-            *zip(*own, strict=True), marker="o", markersize=3, linewidth=1.6 if loud else 0.9,
-            color=None if loud else "#9db4d3", label=name if loud else None, zorder=3 if loud else 2,
-        )  # fmt: skip
-    right.plot([], [], color="#9db4d3", label="each of ours")
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB above the inputs, forward + backward")
-    right.set_xticks(lengths, [f"{n // 1024}k" for n in lengths], minor=False)
-    right.minorticks_off()
-    right.legend(frameon=False, fontsize=8)
-    right.grid(alpha=0.25)
+    panels = [(f"time, {kind}", kind, "ratio") for kind in KINDS]
+    panels.append((f"memory, {KINDS[1]}", KINDS[1], "of_qkv_and_output"))
+    points = [
+        {"label": row["scheme"], "column": column, "value": row[kind][key], "number": f"{row[kind][key]:.2f}"}
+        for column, kind, key in panels
+        for row in at
+    ]
     where = host["gpu"] if setting["device"].startswith("cuda") else f"{host['cpu']}, {host['threads']} thread(s)"
-    figure.suptitle(
-        f"{where}, torch {host['torch']}, {setting['dtype']}, {setting['heads']} heads of {setting['head_dim']}",
-        fontsize=10,
+    subtitle = (
+        f"{shown:,} tokens, {setting['heads']} heads of {setting['head_dim']}, {setting['dtype']}; {where}, torch "
+        f"{host['torch']}. Time over plain causal attention; memory above the inputs over query, key, value and output."
     )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    chart = dots(points, name="attention", title="Attention against plain causal attention", subtitle=subtitle)
+    path.write_bytes(chart.png())

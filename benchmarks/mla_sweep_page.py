@@ -21,6 +21,8 @@ MARKERS = "osD^vPX*"
 WITHIN, ANSWERED = 0.02, 0.95
 """What is asked of a healed conversion at 1/4: growth of the loss at most, share of questions at least."""
 
+TOKENS = {512: 0.118, 2048: 0.114, 8192: 0.099, 65536: 0.091}
+"""Change of the loss by the number of calibration tokens, from `pe-patch convert`; the last is in the plain sweep."""
 SAME = ("method", "kv_rank", "rope_dim")
 """What two conversions have in common that differ in nothing but their calibration."""
 
@@ -258,7 +260,8 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Calibrated on plain text"
     yield ""
     yield (
-        "`pe-patch convert pe_patch/assets/demo --to mla --sweep` calibrates on text without hidden facts, whose keys "
+        "`pe-patch convert $DEMO --to mla --sweep`, with `DEMO=$(python -c 'from pe_patch.data.packaged import "
+        "DEMO_MODEL as m; print(m)')`, calibrates on text without hidden facts, whose keys "
         "and values are tokens that this text never has, and takes the widths that the library takes by itself. "
         f"Untuned loss / share of {rows[0]['questions']} questions answered:"
     )
@@ -279,6 +282,17 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
                 f"on plain text, {mixed['retrieval']:.0%} calibrated on text with hidden facts; its loss is "
                 f"{row['loss']:.3f} and {mixed['loss']:.3f}."
             )
+    yield ""
+    yield "The number of calibration tokens matters as well. `transmla` at 1/4 of the cache, calibrated on plain text:"
+    yield ""
+    yield "| calibration tokens | " + " | ".join(f"{tokens:,}" for tokens in TOKENS) + " |"
+    yield "| --- |" + " ---: |" * len(TOKENS)
+    yield "| loss against the original's | " + " | ".join(f"{change:+.1%}" for change in TOKENS.values()) + " |"
+    yield ""
+    yield (
+        "A conversion warns below 32 tokens for each number that the original caches for a token and layer: 8,192 "
+        "here, 12,288 for SmolLM2 135M. (`pe-patch convert $DEMO --to mla --cache-ratio 1/4 --calibration-tokens 2048`)"
+    )
     yield ""
 
 

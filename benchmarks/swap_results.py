@@ -12,6 +12,9 @@ ORIGINAL = {"demo": "rope (original)", "bloom": "bloom: alibi (original)"}
 TITLES = {"demo": "The demo model: RoPE for a bias by distance", "bloom": "A BLOOM: its ALiBi for RoPE"}
 
 
+DASHES = {"as it starts": [1, 0], "warm start": [5, 3]}
+
+
 def original(runs: list[dict[str, Any]], base: str, seed: int) -> dict[str, float] | None:
     """What the base had before anything was changed."""
     found = [run["curve"][0] for run in runs if run["run"] == ORIGINAL[base]]
@@ -83,7 +86,7 @@ def markdown(result: dict[str, Any]) -> str:
 def _looks(run: dict[str, Any]) -> dict[str, str]:
     """What a run's line is told by: colour and dashes."""
     name = run["run"].removeprefix("bloom: ")
-    return {"positions": name.removesuffix(", warm"), "start": "warm start" if run["warm"] else "as it starts"}
+    return {"scheme": name.removesuffix(", warm"), "start": list(DASHES)[bool(run["warm"])]}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -91,25 +94,35 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import altair as alt
 
     from pe_patch.evaluation.charts.chart import Chart, data
+    from pe_patch.evaluation.charts.components import scheme_encoding
 
+    trained = [run for run in result["runs"] if len(run["curve"]) > 1]
+    names = list(dict.fromkeys(_looks(run)["scheme"] for run in trained))
     panels = []
     for base in TITLES:
-        own = [run for run in result["runs"] if run["base"] == base]
-        points = [{**point, **_looks(run), "seed": run["seed"]} for run in own for point in run["curve"]]
+        points = [
+            {**point, **_looks(run), "seed": run["seed"]}
+            for run in trained if run["base"] == base
+            for point in run["curve"]
+        ]  # fmt: skip
         start = original(result["runs"], base, 0)
         for measure, unit in (("loss", "nats per token"), ("retrieval", "share answered")):
             if not points:
                 continue
             scale = alt.Scale(zero=False) if measure == "loss" else alt.Scale(domain=[0, 1])
-            lines = alt.Chart(data(points)).mark_line(point=alt.OverlayMarkDef(size=14))
-            panel: Any = lines.encode(
-                x=alt.X("step:Q", title="step"), y=alt.Y(f"{measure}:Q", title=unit, scale=scale),
-                color=alt.Color("positions:N", title=None, scale=alt.Scale(scheme="tableau10")),
-                strokeDash=alt.StrokeDash("start:N", title=None),
+            dashes = alt.Scale(domain=list(DASHES), range=list(DASHES.values()))
+            lines = alt.Chart(data(points)).encode(
+                x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=6)),
+                y=alt.Y(f"{measure}:Q", title=unit, scale=scale),
+                color=scheme_encoding(names, names)["color"],
                 detail="seed:N",
-            )  # fmt: skip
+            )
+            legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=400)
+            dash = alt.StrokeDash("start:N", scale=dashes, legend=legend)
+            panel: Any = alt.layer(lines.mark_line().encode(strokeDash=dash), lines.mark_point(filled=True, size=14))
             if start is not None and measure == "loss":
-                bound = alt.Chart(data([{"bound": CLOSE * start["loss"]}])).mark_rule(strokeDash=[4, 3], opacity=0.6)
+                bound = alt.Chart(data([{"bound": CLOSE * start["loss"]}])).mark_rule(strokeDash=[2, 3], opacity=0.7)
                 panel = alt.layer(panel, bound.encode(y="bound:Q"))
             panels.append(panel.properties(width=420, height=260, title=f"{base}: {measure}"))
-    path.write_bytes(Chart("swap", "Recovery after a change of scheme", tuple(panels), columns=2).png())
+    told = "Dotted: 2 % above the loss of the model as it was."
+    path.write_bytes(Chart("swap", "Recovery after a change of scheme", tuple(panels), told, columns=2).png())

@@ -55,41 +55,26 @@ def _with_error(value: str, error: float) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars of the difference to `nope`, with 95 % intervals, within the window and at twice that."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
+    """A PNG: difference to `nope` with 95 % intervals, within the window and at twice that."""
+    from pe_patch.evaluation.charts import dots
 
     setting = result["setting"]
-    rows = [row for row in result["schemes"] if row["scheme"] != "nope"]
     nope = next(row for row in result["schemes"] if row["scheme"] == "nope")
-    figure, axes = plt.subplots(
-        1, 2, figsize=(12, 0.36 * len(rows) + 1.8), sharex=True, sharey=True, layout="constrained"
-    )
-    for axis, length in zip(axes, (setting["window"], 2 * setting["window"]), strict=True):
-        for place, row in enumerate(rows):
+    points = []
+    for length in (setting["window"], 2 * setting["window"]):
+        column = f"at {length} tokens (nope: {nope[str(length)]['loss']:.3f})"
+        for row in result["schemes"]:
             found = row.get(str(length))
-            if found is None:
-                axis.text(0, place, " no position there", va="center", fontsize=8, color="#656d76")
-                continue
-            gap, half = found["to_nope"], found["half_width"]
-            axis.barh(place, gap, height=0.62, color=COLOURS[found["verdict"]])
-            if not math.isnan(half):
-                axis.errorbar(gap, place, xerr=half, color="#1f2328", capsize=2.5, linewidth=1)
-        axis.axvline(0, color="#1f2328", linewidth=1.2)
-        axis.set_xlabel(f"loss minus nope's ({nope[str(length)]['loss']:.3f}) at {length} tokens, nats per token")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(rows)), [row["scheme"] for row in rows])
-    axes[0].invert_yaxis()
-    handles = [Patch(color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, list(COLOURS), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(
-        f"{nope['seeds']} seeds of {result['tokens']:,} tokens; {result['machine']['cpu']}, float32; bars are means, "
-        "lines 95 % intervals of the paired difference",
-        fontsize=10,
+            point: dict[str, Any] = {"label": row["scheme"], "column": column, "value": None}
+            if found is not None:
+                gap, half = found["to_nope"], found["half_width"]
+                point |= {"value": gap, "number": f"{gap:+.3f}"}
+                point |= {} if math.isnan(half) else {"low": gap - half, "high": gap + half}
+            if row is not nope:
+                points.append(point)
+    subtitle = (
+        f"Nats per token, with 95 % intervals of the paired difference; an empty line has no position there. "
+        f"{nope['seeds']} seeds of {result['tokens']:,} tokens; {result['machine']['cpu']}, float32."
     )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    chart = dots(points, name="training", title="Loss minus that of nope, trained from scratch", subtitle=subtitle)
+    path.write_bytes(chart.png())

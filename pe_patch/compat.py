@@ -30,7 +30,7 @@ from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.hub import cached_file
 
-from .errors import MissingPackageError, NoEffectError, UnsupportedError
+from .errors import CheckpointError, MissingPackageError, NoEffectError, UnsupportedError
 
 OLDEST_TESTED = "5.17.0"
 NEWEST_TESTED = "5.24.0"
@@ -589,3 +589,24 @@ class ChecksRequests:
         self.check_tokens(requests)
         inner: Any = super()
         return inner._loglikelihood_tokens(requests, *arguments, **options)
+
+
+def source_tokenizer(model: Any) -> Any:
+    """Load the tokenizer of the folder or hub name that a model was loaded from.
+
+    Raises:
+        CheckpointError: the model has no source, or the source has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise CheckpointError("this model was not loaded from anywhere that has a tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the type of error depends on the hub, the folder and the tokenizer class
+        raise CheckpointError(f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__})") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # For some families Transformers builds a tokenizer without vocabulary if the folder has no tokenizer files.
+        raise CheckpointError(f"{name!r} has no tokenizer")
+    return tokenizer

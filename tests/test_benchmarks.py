@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,3 +95,22 @@ def test_a_healed_loss_is_compared_place_by_place(scripts):
     said = " ".join(scripts.page._findings({}, runs, best))
     assert "questions answered by `transmla` (rope_dim 8)" in said and "not told apart from `mha2mla`" in said
     assert "`mha2mla` (rope_dim 2) least (80.0%)" in said
+
+
+def test_the_legend_of_a_picture_names_what_is_drawn(scripts, monkeypatch, tmp_path):
+    import swap_results
+
+    from pe_patch.evaluation.charts.chart import Chart
+
+    drawn = []
+    monkeypatch.setattr(Chart, "png", lambda self: drawn.extend(self.panels) or b"")
+    runs = [
+        json.loads(file.read_text())
+        for file in sorted((Path(__file__).parent.parent / "benchmarks/results/swap").glob("*.json"))
+    ]
+    swap_results.draw({"runs": runs}, tmp_path / "swap.png")
+    specifications = [json.dumps(panel.to_dict()) for panel in drawn]
+    lines = {name for specification in specifications for name in re.findall(r'"scheme": "([^"]+)"', specification)}
+    domains = re.findall(r'"color": .*?"domain": (\[.*?\])', specifications[0])
+    assert domains and all(set(json.loads(domain)) == lines for domain in domains)
+    assert "rope (original)" not in lines and "kerple" in lines

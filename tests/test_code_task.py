@@ -39,7 +39,7 @@ def test_one_definition_one_answer_and_whole_statements(tokenizer, texts, length
     bench = make_bench(tokenizer, texts=texts, depths=[depth])
     files = {ast.dump(node) for text in texts for node in ast.parse(text).body}
     questions = CodeParameters().questions(bench, length, depth)
-    assert len({question.references for question in questions}) == len(questions) == bench.samples_per_depth
+    assert len({question.references for question in questions}) == len(questions) == bench.samples
     for question in questions:
         code, name = code_of(tokenizer, question)
         tree = ast.parse(code)

@@ -3,12 +3,16 @@
 import argparse
 import inspect
 import json
+import logging
+import re
+import sys
 
 import pytest
 import torch
 
 from pe_patch import load_patched
 from pe_patch.cli import main as cli
+from pe_patch.cli.output import FirstOnly
 from pe_patch.compare.demo import BASE
 from pe_patch.convert import command, measure
 from pe_patch.errors import OptionError
@@ -91,6 +95,36 @@ def test_the_table_says_what_changed_and_on_what(run, size):
     ):
         assert expected in out
     assert "saved" not in out.lower()
+    # without a terminal: the plan, an estimate after the first batch, and the end
+    plan, *lines = [line for line in err.splitlines() if line.startswith("convert: ")]
+    assert re.search(r"to read: about [\d,]+ tokens, in 2 measurements at 64 tokens and 1 x 1,0\d\d tokens of", plan)
+    assert "1 of 3, measuring the original model" in lines[0] and re.search(r"[\d,]+ tokens/s, about .* left", lines[0])
+    total = int(plan.split("about ")[1].split()[0].replace(",", ""))
+    read = int(re.search(r"finished, ([\d,]+) tokens", lines[-1]).group(1).replace(",", ""))
+    assert 0.9 * total <= read <= 1.5 * total  # the plan leaves out the targets without context
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(1024, True), (8192, False)])
+def test_too_few_calibration_tokens_are_named_before_anything_is_measured(run, caplog, monkeypatch, tokens, warned):
+    logged = []
+
+    def convert(model, material, options, report):
+        logged.append(caplog.text)
+        raise OptionError("stop")
+
+    monkeypatch.setattr(command, "convert_model", convert)
+    run("--cache-ratio", "1/4", "--calibration-tokens", tokens)
+    # 32 for each of the 2 x 4 x 32 numbers that a layer of this model caches for a token
+    assert ("1,024 calibration tokens are few: give at least 8,192" in logged[0]) == warned
+
+
+def test_the_terminal_shows_a_repeated_warning_once(capsys):
+    handler, logger = logging.StreamHandler(sys.stderr), logging.Logger("sweep")
+    handler.addFilter(FirstOnly())
+    logger.addHandler(handler)
+    for count in (3, 3, 4):
+        logger.warning("%d tokens are few", count)
+    assert capsys.readouterr().err.splitlines() == ["3 tokens are few", "4 tokens are few"]
 
 
 def test_options_of_the_scheme_reach_it(run):

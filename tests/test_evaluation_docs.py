@@ -20,6 +20,12 @@ PAGES = ("README.md", "docs/evaluation.md")
 SHORTER = {"4096": "2048", "8192": "2048", "16384": "3000", "32768": "4096"}
 
 
+def test_commands_do_not_need_a_clone():
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    commands = [line for page in pages for line in page.splitlines() if "pe-patch " in line or "pe_patch." in line]
+    assert len(commands) > 50 and not [line for line in commands if "pe_patch/assets" in line]
+
+
 def blocks(language):
     found = []
     for page in PAGES:

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pe_patch.evaluation.journal import Journal
 from pe_patch.evaluation.lm_eval import harness
 from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.perplexity import Perplexity
-from pe_patch.evaluation.progress import Progress
+from pe_patch.evaluation.progress import Progress, fewer_samples
 from pe_patch.evaluation.report import write_report
 from pe_patch.evaluation.results import Results, summary_table
 from pe_patch.evaluation.tasks import TASKS
@@ -250,6 +251,33 @@ def test_there_is_a_line_at_least_every_half_minute(capsys, monkeypatch):
     assert "finished, 100 tokens in" in capsys.readouterr().err
 
 
+def test_a_long_run_names_a_cheaper_one_once(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LONG", 10.0)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    cheaper = partial(fewer_samples, 50, tokens=lambda samples: 100 * samples)
+    with Progress("yarn", 5000, "to read: 5,000 tokens", True, cheaper) as shown:
+        now[0] = 40.0
+        shown.advance(1000)  # 40 s for a fifth: 200 s in all
+        shown.advance(1000)
+    err = capsys.readouterr().err
+    # 20, 10 and 5 samples take 80, 40 and 20 s, so none less than 10 s, and the least is named
+    assert err.count("about 3 minutes in all. With 5 samples instead of 50: 500 tokens, about 20 s.") == 1
+
+
+def test_few_samples_shrink_every_part_of_an_evaluation(tokenizer):
+    model, read = tiny_llama(len(tokenizer), window=256), {}
+    for samples in (4, 32, 50):
+        results = measure(model, tokenizer, ["perplexity", "needle"], [64], samples=samples, dry_run=True)
+        read[samples] = results.config["plan"]
+    # 64 pieces, 8 windows by position and 8,192 tokens at a stride of 32; an eighth of each with 4 samples
+    assert read[32]["perplexity"] == read[50]["perplexity"]
+    assert read[4]["perplexity"]["tokens"] < 0.2 * read[32]["perplexity"]["tokens"]
+    rows = measure(model, tokenizer, ["perplexity", "needle"], [64], samples=4).rows
+    assert [row.details["spots"] for row in rows if "fixed" in row.measure] == [8]
+    assert sum(row.samples for row in rows if row.task == "needle") == 4  # over five depths
+
+
 def test_an_evaluation_says_what_it_reads_before_the_first_row(tokenizer, capsys):
     model = tiny_llama(len(tokenizer), window=256)
     measure(model, tokenizer, ["passkey", "perplexity"], [64, 128], samples=2, progress=True)
@@ -281,7 +309,7 @@ def test_a_dry_run_counts_what_the_run_reads(tokenizer, monkeypatch):
     assert set(plan) == {"passkey", "needle_single", "perplexity"}
     assert sum(work["prompts"] + work["windows"] for work in plan.values()) == len(read)
     assert sum(work["tokens"] for work in plan.values()) == sum(read)
-    # 2 depths x 2 samples at 2 lengths, one control in the window for both (it is the shorter length), one without text
-    assert plan["passkey"]["prompts"] == 2 * 2 * 2 + 2 * 2
+    # 3 samples at 2 lengths, one control in the window for both (it is the shorter length), one without text
+    assert plan["passkey"]["prompts"] == 3 * 2 + 3
     assert plan["passkey"]["forward_passes"] == plan["passkey"]["prompts"]  # an answer is one token
     assert np.all([work["forward_passes"] >= work["prompts"] + work["windows"] for work in plan.values()])

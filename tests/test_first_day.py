@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,13 @@ from pe_patch.cli.options import parse_length
 from pe_patch.cli.wording import for_command_line
 from pe_patch.compare import compare
 from pe_patch.compare.compared_scheme import ComparedScheme
+from pe_patch.compare.comparison import Comparison
 from pe_patch.compare.demo import BASE
-from pe_patch.compare.run import _lines, duration
+from pe_patch.compare.page import verdict
+from pe_patch.compare.run import _lines, _progress_lines
 from pe_patch.compare.settings import Folder, Settings, write_json
 from pe_patch.errors import OptionError, PePatchError
+from pe_patch.evaluation.results import Results
 from pe_patch.mla.conversion import tokens_needed
 
 from .models import build, logits, tokens
@@ -262,20 +267,40 @@ def test_json_without_nan_and_lines_with_other_separators(tmp_path):
     assert _lines(tmp_path / "journal.jsonl") == [entry]
 
 
-def test_times_in_words():
-    assert [duration(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
-
-
 def test_an_estimate_comes_before_the_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pe_patch.compare.run.carry_out", lambda settings, *_, **__: settings)
     compare(BASE, ["yarn"], factor=4, output=tmp_path / "out", samples=3, tasks=["needle"])
-    # three questions and their controls at four lengths, by two models
-    assert f"About {2 * 3 * (256 * (1 + 2 + 4 + 8) + 4 * 256):,} tokens" in capsys.readouterr().err
+    # three questions at four lengths, of which the first is the control's, by two models
+    told = capsys.readouterr().err
+    assert f"About {2 * 3 * 256 * (1 + 2 + 4 + 8):,} tokens" in told and "instead of" not in told
+    monkeypatch.setattr("pe_patch.compare.run.LONG", 0.0)
+    compare(BASE, ["yarn"], factor=4, output=tmp_path / "out", samples=30, tasks=["needle"])
+    assert f"With 20 samples instead of 30: {2 * 20 * 256 * 15:,} tokens, about" in capsys.readouterr().err
+
+
+def test_a_comparison_prints_lines_while_one_scheme_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pe_patch.evaluation.progress.SECONDS_PER_LINE", 0.05)
+    compared, folder = settings(tmp_path), Folder(tmp_path / "out")
+    with _progress_lines(compared, folder) as tick:
+        tick(["as it is"])
+        write_json(folder.of(compared.contenders[0]) / "before/progress.json", {"tokens": 300, "share": 0.25})
+        time.sleep(0.5)  # as in one long process, which ticks once
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("0% finished") and first.endswith("left; running: as it is")
+    found = re.fullmatch(r"25% finished in \d s, ([\d,]+) tokens/s read, about \d+ s left; running: as it is", last)
+    assert found and 300 / 5 < int(found[1].replace(",", "")) <= 300 / 0.1
+
+
+def test_a_verdict_does_not_compare_equal_percentages(tmp_path, monkeypatch):
+    comparison = Comparison(settings(tmp_path), Results(), {})
+
+    def line(scheme, share):
+        return {"scheme": scheme, "why": None, "retrieval": {64: share}, "loss_change": 0.0}
+
+    for other, expected in ((0.804, "as it is and yarn answer 80% of the questions."), (0.9, ", as it is 80%")):
+        monkeypatch.setattr(Comparison, "table", lambda self, other=other: [line("as it is", 0.8), line("yarn", other)])
+        assert expected in verdict(comparison) and verdict(comparison).count("80%") == 1
 
 
 def test_calibration_tokens_by_the_width_of_the_cache():
-    key = torch.zeros(128, 64)
-    projections = type("Sizes", (), {"key": key, "value": key})()
-    assert tokens_needed(projections) == 8192
-    wide = type("Sizes", (), {"key": key.repeat(16, 1), "value": key.repeat(16, 1)})()
-    assert tokens_needed(wide) == 65536
+    assert tokens_needed(2 * 128) == 8192 and tokens_needed(2 * 2048) == 65536

@@ -178,7 +178,7 @@ def test_prompts_fill_but_never_exceed_the_length(task, length, chat):
     unit = 150 if task is not CallChain else 4 * 60  # a line of noise, or one function for each layer
     for depth in bench.depths if task.by_depth else [None]:
         questions = task().questions(bench, length, depth)
-        assert len(questions) == (bench.samples_per_depth if task.by_depth else bench.samples)
+        assert len(questions) == (3 if task.by_depth else 6)
         for question in questions:
             assert length - unit <= len(question.prompt) + question.budget - 1 <= length
             assert len(tokenizer(" " + question.references[0])["input_ids"]) <= question.budget

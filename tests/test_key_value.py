@@ -34,7 +34,7 @@ def test_the_object_is_whole_and_fills_the_length(length, depth, chat):
     length += 100  # this tokenizer spends a token on every character of an identifier
     bench = make_bench(tokenizer, depths=[depth], chat=chat)
     questions = KeyValue().questions(bench, length, depth)
-    assert len(questions) == bench.samples_per_depth
+    assert len(questions) == bench.samples
     for question in questions:
         pairs, key, text = read(tokenizer, question)
         (value,) = question.references

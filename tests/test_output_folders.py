@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pe_patch import evaluate, export, patch_model
 from pe_patch.checkpoints import folders
-from pe_patch.checkpoints.exporters.tokenizer import save_tokenizer
 from pe_patch.checkpoints.folders import EXPORT, check_output, replaced_content
 from pe_patch.cli import main as cli
 from pe_patch.convert.measure import save
@@ -207,8 +206,6 @@ def test_functions_refuse_as_the_commands_do(model: Path, tmp_path: Path) -> Non
         lambda: save(loaded, tokenizer, model),
         lambda: save(loaded, tokenizer, model, overwrite=True),
         lambda: save(loaded, tokenizer, notes),
-        lambda: save_tokenizer(tokenizer, model),
-        lambda: save_tokenizer(tokenizer, notes),
         lambda: results.save(notes),
         lambda: write_report(results, notes),
         lambda: evaluate(loaded, tokenizer, "passkey", 64, output=model, progress=False),

@@ -224,6 +224,18 @@ def test_a_single_length_gives_dot_plots(results):
     }  # fmt: skip
 
 
+def test_a_verdict_does_not_compare_a_score_with_itself(results):
+    inside = [replace(row, control_length=row.length) for row in results.rows]
+    assert "against" in best_retrieval(results)
+    assert "against" not in best_retrieval(Results(inside, results.config))
+
+
+def test_nats_have_the_heading_loss(results, tmp_path):
+    page = write_report(results, tmp_path / "report").read_text(encoding="utf-8")
+    assert "Loss: nats per token" in page and "Perplexity: nats" not in page
+    assert "loss: nats per token" in str(results) and "perplexity: nats" not in str(results)
+
+
 def test_sections_follow_the_verdict(results, tmp_path):
     row = {"label": EVIL, "column": "bytes", "value": 4096.0, "low": 4000.0, "high": 5000.0, "samples": "3 runs"}
     chart = dots([row, row | {"label": "other", "value": None}], name="costs", title="Costs")

@@ -126,6 +126,17 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPa
         load_documents("someone/books")
 
 
+def test_a_data_set_made_by_a_script_says_how_to_read_it(tmp_path: Path) -> None:
+    from pe_patch.data import text
+
+    # `datasets` itself refuses the script, as it does that of a repository on the hub.
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "books.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "books" / "a.txt").write_text("text")
+    with pytest.raises(TextSourceError, match=r"made by a loading script.*Convert it to Parquet.*refs/convert/parquet"):
+        text._from_hub(str(tmp_path / "books"), None, Reading(), streaming=True)
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     no_split: Any = "dev"
     with pytest.raises(PePatchError, match="split"):

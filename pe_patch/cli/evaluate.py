@@ -49,7 +49,9 @@ def evaluate(
         list[float] | None,
         typer.Option(metavar="DEPTH...", help="Position of the answer in the text, from 0 (start) to 1 (end)."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of questions at each length.")] = 50,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Questions at each length; below 32, perplexity reads less text, too.")
+    ] = 50,
     task_option: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Set an option of the tasks that accept it. Repeatable."),

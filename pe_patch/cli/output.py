@@ -94,6 +94,20 @@ class PrintableFormatter(logging.Formatter):
         return printable(for_command_line(text, self.command) if record.name.startswith("pe_patch") else text)
 
 
+class FirstOnly(logging.Filter):
+    """Drop the warnings that were logged before, as where a command patches the same model for each of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        repeated = record.levelno == logging.WARNING and message in self.seen
+        self.seen.add(message)
+        return not repeated
+
+
 def log_to_terminal(command: str = "", level: int | None = None) -> None:
     """Send log messages and Python's warnings to stderr, as `logging.basicConfig` does, escaped.
 
@@ -103,6 +117,7 @@ def log_to_terminal(command: str = "", level: int | None = None) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
+    handler.addFilter(FirstOnly())
     logging.basicConfig(handlers=[handler])
     PrintableFormatter.command = command
     logging.getLogger("pe_patch").setLevel(logging.NOTSET if level is None else level)

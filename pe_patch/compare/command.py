@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def run(
         presets.refuse(given, DEFAULTS)
         check_output(output, COMPARISON, overwrite=overwrite)  # a preset may build its model there
         chosen, settings = presets.find(preset, output, seed=seed, quick=quick)
+        if progress and not quick and not (output / "settings.json").exists():
+            print(
+                f"The preset {preset} took {chosen.takes}. --quick tries it with few steps and questions.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         # The presets' models are so small that one thread each on two models is faster than two threads on one.
         comparison = carry_out(
             settings,

@@ -203,7 +203,7 @@ def table(results: Results) -> Table:
     result = Table(
         title="Retrieval / loss by length in tokens",
         caption=f"Retrieval: share of {counted} questions answered exactly, 8 needles in held-out Python source. "
-        f"Loss: nats per token, {loss.measured_on[0]}.",
+        f"Loss: nats per token, {loss.measured_on[0]}. Computed in {'float32' if _autocast() is None else 'bfloat16'}.",
         title_justify="left",
         caption_justify="left",
     )

@@ -152,14 +152,14 @@ def verdict(comparison: Comparison) -> str:
         return f"No scheme was measured at {longest:,} tokens."
     best = max(answering, key=lambda line: line["retrieval"][longest])
     share = best["retrieval"][longest]
-    level = [line["scheme"] for line in answering if line["retrieval"][longest] == share]
+    level = [line["scheme"] for line in answering if f"{line['retrieval'][longest]:.0%}" == f"{share:.0%}"]
     start = comparison.settings.contenders[0].label
     base = next((line for line in answering if line["scheme"] == start), None)
     sentence = (
         f"At {longest:,} tokens {' and '.join(level) if len(level) < 4 else f'{len(level)} of {len(answering)}'} "
     )
     sentence += f"answer{'s' if len(level) == 1 else ''} {share:.0%} of the questions"
-    if base is not None and base is not best:
+    if base is not None and start not in level:
         sentence += f", {base['scheme']} {base['retrieval'][longest]:.0%}"
     if len(level) == 1 and best["loss_change"] is not None:
         sentence += f"; at {short:,} tokens its loss is {best['loss_change']:+.3f} nats from that of {start}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -26,8 +25,10 @@ from ..checkpoints import sources
 from ..checkpoints.folders import COMPARISON, check_output
 from ..data.packaged import shipped_recipes
 from ..errors import OptionError, PePatchError, UnknownNameError, silence_log_warnings
+from ..evaluation.corpus import Corpus
 from ..evaluation.model import windows
-from ..evaluation.run import DEPTHS
+from ..evaluation.progress import LONG, duration, fewer_samples, repeated_lines
+from ..evaluation.run import DEPTHS, planned_tokens
 from . import facts, processes, timing, worker
 from .compared_scheme import ComparedScheme, parse_schemes
 from .comparison import Comparison, load
@@ -35,8 +36,6 @@ from .settings import Folder, Settings, Training, load_recipe, read_json
 
 FACTORS = (1, 2, 4, 8)
 """Default lengths as multiples of the window."""
-LINE_SECONDS = 60
-"""Seconds between two lines of progress where standard error is no terminal."""
 TIMED_TOKENS = 1024
 """Greatest number of tokens in the forward pass that the estimate is made from."""
 TAIL = 8192
@@ -77,7 +76,7 @@ def compare(
         tasks: names or instances of evaluation tasks.
         fine_tune: path of a recipe. Every scheme and the unpatched model are then measured before and after training.
         steps: steps of the recipe's last phase. Without `fine_tune`, trains with `tiny_yarn` at the greatest length.
-        samples: number of questions at each length.
+        samples: number of questions at each length. With fewer than 32, perplexity reads less text, too.
         depths: positions of the answer in the text, from 0 to 1.
         text: text source: stdlib, a folder, a file or a hub data set.
         seed: random seed for questions, text positions and training.
@@ -221,7 +220,8 @@ def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Calla
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     if shown and not sys.stderr.isatty():
-        yield _progress_lines(settings, folder)
+        with _progress_lines(settings, folder) as print_line:
+            yield print_line
         return
     columns = (BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(), TextColumn("left"))
     last = (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.description}"))
@@ -238,56 +238,60 @@ def _progress(settings: Settings, folder: Folder, shown: bool) -> Iterator[Calla
         bar.update(task, completed=1.0 - start, description="")
 
 
-def _progress_lines(settings: Settings, folder: Folder) -> Callable[[list[str]], None]:
-    """Return a function that prints a line if other schemes run than before, and once a minute."""
-    shown, printed = [""], -math.inf
+@contextlib.contextmanager
+def _progress_lines(settings: Settings, folder: Folder) -> Iterator[Callable[[list[str]], None]]:
+    """Print a line if other schemes run than before, and every half minute."""
+    current: list[str] = []
+    start, started, read = done(settings, folder), time.monotonic(), tokens_read(settings, folder)
+
+    def status() -> str:
+        share, seconds = done(settings, folder), max(time.monotonic() - started, 1e-6)
+        left = duration(seconds * (1 - share) / (share - start)) if share > start else "unknown"
+        speed = max(0, tokens_read(settings, folder) - read) / seconds
+        return (
+            f"{share:.0%} finished in {duration(seconds)}, {speed:,.0f} tokens/s read, about {left} left; running: "
+            f"{', '.join(current)}"
+        )
 
     def tick(running: list[str]) -> None:
-        nonlocal shown, printed
-        if running and (running != shown or time.monotonic() - printed >= LINE_SECONDS):
-            shown, printed = list(running), time.monotonic()
-            print(f"{done(settings, folder):.0%} finished; running: {', '.join(running)}", file=sys.stderr, flush=True)
+        if running and running != current:
+            current[:] = running
+            print(status(), file=sys.stderr, flush=True)
 
-    return tick
+    with repeated_lines(status):
+        yield tick
 
 
 def estimate(settings: Settings) -> str:
-    """Time a forward pass, and return a sentence on the least time that the measurements take in one process.
+    """Time a forward pass, and return sentences on the least time that the measurements take in one process.
 
-    Training, timing and the second process of a scheme are not part of it.
+    They name a cheaper alternative if that exceeds ten minutes. Training, timing and the second process of a scheme are
+    not part of it.
     """
-    model, _ = sources.load(settings.model, settings.dtype, settings.device)
+    model, tokenizer = sources.load(settings.model, settings.dtype, settings.device)
     length = min(settings.lengths[0], TIMED_TOKENS)
     with torch.inference_mode():
         facts.forward(model, min(length, facts.WARM_UP))
         started = time.perf_counter()
         facts.forward(model, length)
-        seconds = time.perf_counter() - started
-    tokens = _tokens(settings) * len(settings.contenders) * len(settings.stages)
-    return (
-        f"About {tokens:,} tokens are read by {len(settings.contenders)} models: at least "
-        f"{duration(tokens * seconds / length)} in one process, from {length:,} tokens in {seconds:.2g} s. --length, "
-        "--samples and fewer schemes shorten it."
+        speed = length / (time.perf_counter() - started)
+    corpus = Corpus.load(tokenizer, settings.text, needed=max(settings.lengths))
+    measured = len(settings.contenders) * len(settings.stages)
+
+    def tokens(samples: int) -> int:
+        return measured * planned_tokens(
+            model, tokenizer, settings.tasks, settings.lengths, samples=samples, text=corpus, depths=settings.depths,
+            control_length=settings.short,
+        )  # fmt: skip
+
+    seconds = tokens(settings.samples) / speed
+    training = "" if settings.training is None else ", without the training"
+    sentence = (
+        f"About {tokens(settings.samples):,} tokens are read by {len(settings.contenders)} models: at least "
+        f"{duration(seconds)} in one process{training}, at {speed:,.0f} tokens/s. --length, --samples and fewer "
+        "schemes shorten it."
     )
-
-
-def _tokens(settings: Settings) -> int:
-    """Return about how many tokens one model reads: each question with its control, and each place in the text."""
-    from ..evaluation.tasks import find_tasks
-
-    total, short = 0, settings.short
-    for task in find_tasks(settings.tasks):
-        places = getattr(task, "spots", None)
-        for length in settings.lengths:
-            total += places * length if places is not None else settings.samples * (length + short)
-    return total
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words, such as `40 s`, `12 min` or `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return sentence if seconds <= LONG else f"{sentence} {fewer_samples(settings.samples, seconds, tokens)}"
 
 
 def done(settings: Settings, folder: Folder) -> float:
@@ -315,6 +319,12 @@ def _share(settings: Settings, compared: ComparedScheme, folder: Folder) -> floa
 def _read_share(file: Path) -> float:
     """Return the share of the tokens that a running evaluation has read."""
     return float(read_json(file)["share"]) if file.exists() else 0.0
+
+
+def tokens_read(settings: Settings, folder: Folder) -> int:
+    """Return the tokens that the evaluations have read, by the files that they write while they run."""
+    files = [folder.of(entry) / stage / "progress.json" for entry in settings.contenders for stage in settings.stages]
+    return sum(int(read_json(file).get("tokens", 0)) for file in files if file.exists())
 
 
 @cache

@@ -115,14 +115,14 @@ def _measure(
 
 
 def _progress_file(file: Path) -> Callable[[int, int], None]:
-    """Return a function that writes the share of read tokens to a file, at most once a second."""
+    """Return a function that writes the number and the share of read tokens to a file, at most once a second."""
     written = 0.0
 
     def report(read: int, tokens: int) -> None:
         nonlocal written
         if (now := time.monotonic()) - written >= 1:
             written = now
-            write_json(file, {"share": min(1.0, read / max(tokens, 1))})
+            write_json(file, {"tokens": read, "share": min(1.0, read / max(tokens, 1))})
 
     file.unlink(missing_ok=True)  # a share of the work that a stopped run had left
     return report

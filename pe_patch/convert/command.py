@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,12 @@ from typing import Any
 from ..checkpoints.folders import MODEL, SWEEP, check_output
 from ..checkpoints.sources import load, parse_options
 from ..errors import OptionError
+from ..evaluation.model import cache_size
+from ..mla.conversion import few_tokens
 from .measure import METHODS, Material, check_request, prepare, save, share
-from .sweep import RATIOS, change_table, convert_model, sweep, sweep_table, write
+from .sweep import RATIOS, change_table, convert_model, sweep, sweep_table, work, write
+
+logger = logging.getLogger("pe_patch")
 
 
 @dataclass(frozen=True)
@@ -100,22 +103,6 @@ class Outcome:
             console.print(note, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def reporting(shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows the current step on stderr: with a clock in a terminal, else as a line."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what: print(what, file=sys.stderr, flush=True) if shown else None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda what: bar.update(task, description=what)
-
-
 def run(
     name: str, request: Request, text: Mapping[str, Any], where: tuple[str, str | None], progress: bool = True
 ) -> Outcome:
@@ -132,13 +119,15 @@ def run(
     request.check_folders([name, text.get("calibration"), text.get("text")])
     model, tokenizer = load(name, *where)
     material = prepare(model, tokenizer, **text)
+    if warning := few_tokens(material.calibration_tokens, round(cache_size(model).numbers_per_layer)):
+        logger.warning(warning)  # before the measurements, which take long
     called = Path(name).name if Path(name).is_dir() else name
     config = {"model": called, "to": request.target, **settings, "calibration": material.calibrated_on}
     config |= {"length": material.ruler.length, "seed": text["seed"], "text": material.ruler.corpus.name}
     if request.sweep:
         return _sweep(model, request, material, settings, ratios, config, progress)
-    with reporting(progress) as report:
-        rows = convert_model(model, material, settings, report)
+    with work(model, material, conversions=1, shown=progress) as shown:
+        rows = convert_model(model, material, settings, shown)
     notes = [
         f"Calibrated on {material.calibrated_on}.",
         "Train the result before you use it: the recipe tiny_mla_heal shows how, and docs/mla.md how much came back.",
@@ -160,8 +149,8 @@ def _sweep(
     progress: bool,
 ) -> Outcome:
     methods = list(dict.fromkeys(request.methods)) or list(METHODS)
-    with reporting(progress) as report:
-        rows = sweep(model, material, methods, ratios, settings, report)
+    with work(model, material, conversions=len(methods) * len(ratios), shown=progress) as shown:
+        rows = sweep(model, material, methods, ratios, settings, shown)
     paths = write(rows, json.loads(json.dumps(config, default=str)), request.output, overwrite=request.overwrite)
     files = {name: str(path) for name, path in paths.items()}
     notes = [f"Calibrated on {material.calibrated_on}.", f"Wrote {', '.join(_names(paths))} to {request.output}."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +17,8 @@ from ..errors import OptionError, PePatchError, unknown
 from ..evaluation.corpus import Corpus
 from ..evaluation.model import CacheSize, cache_size, windows
 from ..evaluation.perplexity import Perplexity
-from ..evaluation.run import evaluate
-from ..evaluation.tasks import Needle
+from ..evaluation.run import evaluate, planned_tokens
+from ..evaluation.tasks import Needle, Task
 from ..mla.checks import METHODS
 
 TARGETS = ("mla",)
@@ -28,6 +28,7 @@ LONGEST = 2048
 """Default length in tokens for measuring a model with a longer window."""
 
 Interval = tuple[float | None, float | None]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,29 @@ class Ruler:
     """Number of places in the text at which the loss is measured."""
     seed: int = 0
 
-    def measure(self, model: Any) -> Measured:
-        """Measure a model."""
-        tasks = [Perplexity(measures=("fixed",), spots=self.spots), *([Needle()] if self.questions else [])]
+    @property
+    def tasks(self) -> list[Task]:
+        """The measured tasks."""
+        return [Perplexity(measures=("fixed",), spots=self.spots), *([Needle()] if self.questions else [])]
+
+    def tokens(self, model: Any, questions: int) -> int:
+        """Return about how many tokens a measurement with so many questions reads."""
+        return planned_tokens(
+            model, self.tokenizer, self.tasks, [self.length], samples=max(1, questions), text=self.corpus
+        )
+
+    def measure(self, model: Any, advance: Advance = lambda tokens: None) -> Measured:
+        """Measure a model; `advance` is called with the tokens that were read since its last call."""
+        read = 0
+
+        def report(tokens: int, total: int) -> None:
+            nonlocal read
+            advance(tokens - read)
+            read = tokens
+
         results = evaluate(
-            model, self.tokenizer, tasks, [self.length], samples=max(1, self.questions), seed=self.seed,
-            text=self.corpus, retrieval=False, beyond_window=True, label=type(model).__name__, progress=False,
+            model, self.tokenizer, self.tasks, [self.length], samples=max(1, self.questions), seed=self.seed,
+            text=self.corpus, retrieval=False, beyond_window=True, label=type(model).__name__, progress=report,
         )  # fmt: skip
         loss, answers = results.select(task=Perplexity.name)[0], results.cell(task=Needle.name)
         measured = Measured(cache_size(model), loss.score, (loss.low, loss.high), loss.measured_on)
@@ -101,6 +119,11 @@ class Material:
     """Token ids for calibration, in rows."""
     calibrated_on: str
     ruler: Ruler
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Number of calibration tokens."""
+        return sum(map(len, self.rows))
 
 
 def prepare(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,69 @@ from ..adapters.projections import check_unquantised
 from ..checkpoints.folders import SWEEP, check_output
 from ..errors import OptionError
 from ..evaluation.charts import CacheLine, cache_chart
+from ..evaluation.progress import Progress, fewer_samples
 from ..evaluation.results import write_atomically
-from .measure import Material, share_name
+from .measure import Advance, Material, share_name
 
 RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 ORIGINAL = "original"
 
 Row = dict[str, Any]
-Report = Callable[[str], None]
 
 
-def convert_model(
-    model: Any, material: Material, options: Mapping[str, Any], report: Report = lambda what: None
-) -> dict[str, Row]:
+def convert_model(model: Any, material: Material, options: Mapping[str, Any], progress: Progress) -> dict[str, Row]:
     """Convert a model in place, and return its measurements `before` and `after`.
 
     Args:
         model: the model.
         material: the text of the conversion.
         options: options of `mla`.
-        report: called with the name of each step as it starts.
+        progress: shows each step and counts the tokens that are read.
     """
     from ..patching.api import patch_model
 
     check_unquantised(model)
-    report("1 of 3: measuring the original model")
-    before = original_row(model, material)
+    progress.describe("1 of 3, measuring the original model")
+    before = original_row(model, material, progress.advance)
     started = time.perf_counter()
-    report(f"2 of 3: converting, calibrated on {material.calibrated_on}")
+    progress.describe(f"2 of 3, converting, calibrated on {material.calibrated_on}")
     patch_model(model, "mla", calibration=material.rows, **options)
-    report("3 of 3: measuring the converted model")
-    return {"before": before, "after": converted_row(model, material, before, started)}
+    progress.advance(material.calibration_tokens)
+    progress.describe("3 of 3, measuring the converted model")
+    return {"before": before, "after": converted_row(model, material, before, started, progress.advance)}
 
 
-def original_row(model: Any, material: Material) -> Row:
-    """Measure the model before a conversion."""
-    return {"method": ORIGINAL, "cache_ratio": 1.0, **material.ruler.measure(model).to_dict()}
+def work(model: Any, material: Material, *, conversions: int, shown: bool) -> Progress:
+    """Return the progress over all tokens that a number of conversions and their measurements read.
+
+    Args:
+        model: the model before the conversion.
+        material: the text of the conversion.
+        conversions: number of conversions.
+        shown: False shows nothing.
+    """
+    ruler = material.ruler
+
+    def tokens(questions: int) -> int:
+        return (1 + conversions) * ruler.tokens(model, questions) + conversions * material.calibration_tokens
+
+    total = tokens(ruler.questions)
+    plan = (
+        f"to read: about {total:,} tokens, in {1 + conversions} measurements at {ruler.length:,} tokens and "
+        f"{conversions} x {material.calibration_tokens:,} tokens of calibration"
+    )
+    return Progress("convert", total, plan, shown, partial(fewer_samples, ruler.questions, tokens=tokens))
 
 
-def converted_row(model: Any, material: Material, original: Row, started: float) -> Row:
+def original_row(model: Any, material: Material, advance: Advance = lambda tokens: None) -> Row:
+    """Measure the model before a conversion; `advance` counts the tokens that are read."""
+    measured = material.ruler.measure(model, advance)
+    return {"method": ORIGINAL, "cache_ratio": 1.0, **measured.to_dict()}
+
+
+def converted_row(
+    model: Any, material: Material, original: Row, started: float, advance: Advance = lambda tokens: None
+) -> Row:
     """Measure a converted model.
 
     Args:
@@ -60,6 +85,7 @@ def converted_row(model: Any, material: Material, original: Row, started: float)
         material: the text of the conversion.
         original: the row of the original model.
         started: `time.perf_counter()` at the start of the conversion.
+        advance: counts the tokens that are read.
     """
     from ..patching.api import find_patch
 
@@ -67,7 +93,7 @@ def converted_row(model: Any, material: Material, original: Row, started: float)
     patch = find_patch(model)
     assert patch is not None
     scheme: Any = patch.scheme
-    measured = material.ruler.measure(model).to_dict()
+    measured = material.ruler.measure(model, advance).to_dict()
     return {
         "method": scheme.method,
         "cache_ratio": measured["cached_bytes_per_token"] / original["cached_bytes_per_token"],
@@ -83,22 +109,22 @@ def sweep(
     model: Any,
     material: Material,
     methods: Sequence[str],
-    ratios: Sequence[float] = RATIOS,
-    options: Mapping[str, Any] | None = None,
-    report: Report = lambda what: None,
+    ratios: Sequence[float],
+    options: Mapping[str, Any],
+    progress: Progress,
 ) -> list[Row]:
     """Measure the original, then each method at each share of its cache, and restore the model.
 
     A size that a method does not support gives a row with a `note`. If no size works, the last error is raised.
     """
     check_unquantised(model)
-    report(ORIGINAL)
-    rows, problem = [original_row(model, material)], None
+    progress.describe(ORIGINAL)
+    rows, problem = [original_row(model, material, progress.advance)], None
     points = [(method, ratio) for method in methods for ratio in ratios]
     for number, (method, ratio) in enumerate(points, 1):
-        report(f"{number} of {len(points)}: {method} at {share_name(ratio)}")
+        progress.describe(f"{number} of {len(points)}, {method} at {share_name(ratio)}")
         try:
-            row = _point(model, material, rows[0], {"method": method, "cache_ratio": ratio, **(options or {})})
+            row = _point(model, material, rows[0], {"method": method, "cache_ratio": ratio, **options}, progress)
         except OptionError as error:
             problem, row = error, {"method": method, "note": str(error)}
         rows.append({**row, "asked_ratio": ratio})
@@ -107,12 +133,13 @@ def sweep(
     return rows
 
 
-def _point(model: Any, material: Material, original: Row, options: Mapping[str, Any]) -> Row:
+def _point(model: Any, material: Material, original: Row, options: Mapping[str, Any], progress: Progress) -> Row:
     from ..patching.api import patched
 
     started = time.perf_counter()
     with patched(model, "mla", calibration=material.rows, **options):
-        return converted_row(model, material, original, started)
+        progress.advance(material.calibration_tokens)
+        return converted_row(model, material, original, started, progress.advance)
 
 
 def write(rows: Sequence[Row], config: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> dict[str, Path]:

@@ -417,12 +417,23 @@ def _from_splits(
     return _split(records, None if named else split)
 
 
+SCRIPTS = "Dataset scripts are no longer supported"
+"""What `datasets` says of a data set that is made by code in its repository."""
+
+
 def _hub(name: str, function: str, **options: Any) -> Any:
     import datasets
 
     try:
         return getattr(datasets, function)(name, **options)
     except Exception as error:  # the hub client raises many kinds of errors
+        if SCRIPTS in str(error) or "trust_remote_code" in str(error):
+            raise TextSourceError(
+                f"The data set {name!r} is made by a loading script, which pe_patch and `datasets` 4 and later do not "
+                f"run ({type(error).__name__}: {error}). Convert it to Parquet and give the folder or the new name. "
+                "Many data sets have a copy in Parquet in the revision refs/convert/parquet: hf download --repo-type "
+                f"dataset {name} --revision refs/convert/parquet --local-dir FOLDER."
+            ) from error
         raise TextSourceError(
             f"There is no file or folder {Path(name).absolute()}, and no data set {name!r} could be loaded from the "
             f"hub ({type(error).__name__}: {error}). Give {ALLOWED}."

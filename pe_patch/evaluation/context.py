@@ -143,10 +143,24 @@ class EvaluationContext:
         """Longest length in tokens, including the control length."""
         return max(*self.lengths, self.control_length)
 
-    @property
-    def samples_per_depth(self) -> int:
-        """`samples` divided by the number of depths, rounded up."""
-        return -(-self.samples // len(self.depths))
+    def control_tokens(self, length: int) -> int:
+        """Return the tokens of a control that all lengths share at the length that measures it, and 0 at all others."""
+        beyond = [value for value in self.lengths if value >= self.control_length]
+        return self.control_length if beyond and length == min(beyond) > self.control_length else 0
+
+    def samples_at(self, depth: float | None) -> int:
+        """Return how many of the `samples` ask at a depth, or all of them for None.
+
+        The depths have equally many, or one more than others. Their sum is `samples`, so some have none if `samples` is
+        less than the number of depths.
+        """
+        if depth is None:
+            return self.samples
+        count = len(self.depths)
+        if depth not in self.depths:  # of a caller who asks for a depth of their choice
+            return -(-self.samples // count)
+        index = list(self.depths).index(depth)
+        return (index + 1) * self.samples // count - index * self.samples // count
 
     @property
     def start_ids(self) -> np.ndarray:

@@ -25,6 +25,7 @@ from .perplexity_measures import (
     JournalKey,
     Measure,
     Span,
+    amount,
     control_loss,
     limited_option,
     sliding_losses,
@@ -202,7 +203,7 @@ class LongPPL(Measure):
         Each text counts once for the score, once for the judge with the whole context, and about
         (short_context + shared_context) / shared_context = 5 times for the judge with the short context.
         """
-        return (self.windows or WINDOWS) * length * 7
+        return amount(context, self.windows, WINDOWS) * length * 7
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row | None:
         """Score the key tokens of texts of `length` tokens; the control scores the same tokens in a shorter window."""
@@ -294,7 +295,8 @@ class LongPPL(Measure):
         longest = context.max_length
         long_enough = [i for i, ids in enumerate(context.corpus.documents) if len(ids) >= longest]
         order = np.random.default_rng([context.seed, longest]).permutation(len(long_enough))
-        chosen = [context.corpus.texts[long_enough[index]] for index in order[: self.windows or WINDOWS]]
+        count = amount(context, self.windows, WINDOWS)
+        chosen = [context.corpus.texts[long_enough[index]] for index in order[:count]]
         texts = []
         for text in chosen or ["".join(context.corpus.texts)]:
             ids, offsets = _encode_with_offsets(context.model.tokenizer, text)

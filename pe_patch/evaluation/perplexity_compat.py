@@ -27,6 +27,7 @@ from .perplexity_measures import (
     Measure,
     Span,
     StridedMeasure,
+    amount,
     sliding_spans,
     span_losses,
     start_facts,
@@ -201,12 +202,12 @@ class YarnTruncate(Measure):
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of all pieces."""
-        return (self.windows or WINDOWS) * length
+        return amount(context, self.windows, WINDOWS) * length
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the beginnings of some pieces of text."""
         start, size = required_bos(context, "yarn_truncate"), context.max_length
-        texts, where = context.corpus.spots(size, size, self.windows or WINDOWS, context.seed)
+        texts, where = context.corpus.spots(size, size, amount(context, self.windows, WINDOWS), context.seed)
         with context.timed() as usage:
             windows = [span_losses(context.model, ids, [Span(0, length - 1, length - 1)], start)[0] for ids in texts]
         return _compat_row(
@@ -268,12 +269,14 @@ class HuggingFaceEvaluate(Measure):
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of the cut documents."""
-        return sum(min(length, len(ids)) for ids in context.corpus.documents[: self.documents or DOCUMENTS])
+        return sum(
+            min(length, len(ids)) for ids in context.corpus.documents[: amount(context, self.documents, DOCUMENTS)]
+        )
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the beginnings of the first documents."""
         start = required_bos(context, "evaluate")
-        texts = [ids[: length - 1] for ids in context.corpus.documents[: self.documents or DOCUMENTS]]
+        texts = [ids[: length - 1] for ids in context.corpus.documents[: amount(context, self.documents, DOCUMENTS)]]
         with context.timed() as usage:
             windows = [span_losses(context.model, ids, [Span(0, len(ids), len(ids))], start)[0] for ids in texts]
         return _compat_row(
@@ -298,11 +301,11 @@ class LmEvalRolling(Measure):
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of the documents."""
-        return sum(map(len, context.corpus.documents[: self.documents or DOCUMENTS]))
+        return sum(map(len, context.corpus.documents[: amount(context, self.documents, DOCUMENTS)]))
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score every token of the first documents."""
-        texts = context.corpus.texts[: self.documents or DOCUMENTS]
+        texts = context.corpus.texts[: amount(context, self.documents, DOCUMENTS)]
         with context.timed() as usage:
             windows = [rolling_losses(context.model, text, length) for text in texts]
         total = math.fsum(loss for losses in windows for loss in losses)

@@ -21,6 +21,8 @@ SPOTS = 64
 STRIDE = 256
 STRETCH_TOKENS = 8192
 WINDOWS = 8
+FULL_SAMPLES = 32
+"""Questions at each length from which on a measure reads its whole default amount of text."""
 
 JournalKey = Callable[..., str]
 """Makes the journal key of a value from the names that identify it."""
@@ -71,6 +73,14 @@ def start_words(context: EvaluationContext, start: Sequence[int] | np.ndarray) -
     return f"every window starts with {' '.join(tokens)}" if tokens else "no window starts with a BOS token"
 
 
+def amount(context: EvaluationContext, value: int | None, default: int) -> int:
+    """Return an option that sets how much text is read; None is the default, in proportion to few `samples`.
+
+    At least 2, so that the loss has an interval.
+    """
+    return value or max(2, -(-default * min(context.samples, FULL_SAMPLES) // FULL_SAMPLES))
+
+
 def limited_option(context: EvaluationContext, name: str, value: int | None, default: int, start: int = 0) -> int:
     """Return an option in tokens that must be below every length; None is the default, or half the shortest length.
 
@@ -101,12 +111,6 @@ def summarise(context: EvaluationContext, losses: np.ndarray, groups: np.ndarray
     if groups is None:
         groups = np.repeat(np.arange(len(losses)), losses.shape[1])
     return context.token_loss(losses.ravel().tolist(), groups.ravel().tolist())
-
-
-def control_tokens(context: EvaluationContext, length: int) -> int:
-    """Return the tokens of a window of the control at the length that measures it, and 0 at all others."""
-    beyond = [value for value in context.lengths if value >= context.control_length]
-    return context.control_length if beyond and length == min(beyond) > context.control_length else 0
 
 
 def control_loss(
@@ -177,13 +181,15 @@ class FixedTargets(Measure):
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of all pieces, and of the control."""
-        return (self.spots or SPOTS) * (length + control_tokens(context, length))
+        return amount(context, self.spots, SPOTS) * (length + context.control_tokens(length))
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score the last tokens of pieces of `length` tokens; the control shortens the text before them."""
         start = window_start(context, self.bos)
         targets = limited_option(context, "targets", self.targets, TARGETS, len(start))
-        pieces, where = context.corpus.spots(context.max_length, targets, self.spots or SPOTS, context.seed)
+        pieces, where = context.corpus.spots(
+            context.max_length, targets, amount(context, self.spots, SPOTS), context.seed
+        )
         losses_at = partial(self._losses, context, pieces, targets, start)
         with context.timed() as usage:
             losses = losses_at(length)
@@ -267,13 +273,15 @@ class LossByPosition(Measure):
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of all windows."""
-        return (self.windows or WINDOWS) * length
+        return amount(context, self.windows, WINDOWS) * length
 
     def row(self, context: EvaluationContext, length: int, key: JournalKey) -> Row:
         """Score windows of `length` tokens in one pass; the control is the mean up to the control length."""
         start = window_start(context, self.bos)
         before = max(1, len(start))
-        pieces, where = context.corpus.spots(context.max_length, TARGETS, self.windows or WINDOWS, context.seed)
+        pieces, where = context.corpus.spots(
+            context.max_length, TARGETS, amount(context, self.windows, WINDOWS), context.seed
+        )
         with context.timed() as usage:
             losses = context.model.losses([window_of(piece, length, start) for piece in pieces], length - before)
         inside = min(length, context.control_length)
@@ -358,8 +366,8 @@ class StridedMeasure(Measure):
 
     def tokens(self, context: EvaluationContext, length: int) -> int:
         """Return the tokens of one window per stride, and of the control."""
-        windows = -(-(self.stretch_tokens or STRETCH_TOKENS) // self.stride_for(context))
-        return windows * (length + control_tokens(context, length))
+        windows = -(-amount(context, self.stretch_tokens, STRETCH_TOKENS) // self.stride_for(context))
+        return windows * (length + context.control_tokens(length))
 
     def stride_for(self, context: EvaluationContext) -> int:
         """Return the stride: 256 tokens by default, or half the shortest length if that is less."""
@@ -367,7 +375,7 @@ class StridedMeasure(Measure):
 
     def stretches(self, context: EvaluationContext) -> tuple[list[np.ndarray], str]:
         """Return about `stretch_tokens` tokens of text in stretches of equal length, and where they are from."""
-        total = self.stretch_tokens or STRETCH_TOKENS
+        total = amount(context, self.stretch_tokens, STRETCH_TOKENS)
         size = max(context.max_length, min(total, 4 * context.max_length))
         return context.corpus.spots(size, size, max(1, total // size), context.seed)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.progress import Progress as Bar
 
 SECONDS_PER_LINE = 30.0
 """Longest time without a line where stderr is not a terminal."""
+LONG = 600.0
+"""Seconds from which on a run names a cheaper alternative."""
 
 
 class Progress:
@@ -24,14 +27,24 @@ class Progress:
         total: Tokens to read.
         plan: A sentence about the planned work, for the first line.
         shown: False shows nothing. A function is called with the tokens read so far and with all tokens instead.
+        cheaper: Returns a sentence about a cheaper alternative to a run of so many seconds. It is printed with the
+            first estimate if that exceeds ten minutes.
     """
 
-    def __init__(self, label: str, total: int, plan: str, shown: bool | Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        plan: str,
+        shown: bool | Callable[[int, int], None],
+        cheaper: Callable[[float], str] | None = None,
+    ) -> None:
+        self.cheaper = cheaper
         self.report = shown if callable(shown) else None
         shown = shown is True
         self.label, self.total, self.plan, self.shown = label, total, plan, shown
         self.text, self.done, self.start = "", 0, time.monotonic()
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock, self._watch = threading.Lock(), ExitStack()
         console = Console(stderr=True)
         self._lines = shown and not console.is_terminal
         columns = (
@@ -57,8 +70,16 @@ class Progress:
         self._bar.advance(self._work, tokens)
         if self.report is not None:
             self.report(self.done, self.total)
-        if first and self._lines:
+        if not first or not self.shown:
+            return
+        if self._lines:
             self._print(self.status())
+        seconds = self.total * (time.monotonic() - self.start) / max(self.done, 1)
+        if seconds > LONG and self.cheaper is not None:
+            self._bar.console.print(
+                f"{self.label}: about {duration(seconds)} in all. {self.cheaper(seconds)}", highlight=False,
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
 
     def status(self) -> str:
         """Return a line with what is done, the speed and the time left."""
@@ -75,31 +96,58 @@ class Progress:
     def _print(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    def _watch(self) -> None:
-        while not self._ended.wait(SECONDS_PER_LINE):
-            self._print(self.status())
-
     def __enter__(self) -> Progress:
         if self.shown:
             self._print(f"{self.label}: {self.plan}")
         self._bar.start()
         self.start = time.monotonic()
         if self._lines:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+            self._watch.enter_context(repeated_lines(self.status))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
+        self._watch.close()
         self._bar.stop()
-        if self._lines:
-            self._thread.join()
-            if error is None:
-                self._print(
-                    f"{self.label}: finished, {self.done:,} tokens in {duration(time.monotonic() - self.start)}"
-                )
+        if self._lines and error is None:
+            self._print(f"{self.label}: finished, {self.done:,} tokens in {duration(time.monotonic() - self.start)}")
+
+
+@contextmanager
+def repeated_lines(status: Callable[[], str]) -> Iterator[None]:
+    """Print a line about the work to stderr every `SECONDS_PER_LINE`, until the block ends."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SECONDS_PER_LINE):
+            print(status(), file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def fewer_samples(samples: int, seconds: float, tokens: Callable[[int], int]) -> str:
+    """Return a sentence on how many questions take less than ten minutes, or on what else is cheaper.
+
+    Args:
+        samples: Questions at each length.
+        seconds: Time that they take.
+        tokens: Returns the tokens that so many questions read.
+    """
+    rest = "Shorter lengths and fewer tasks take less time as well."
+    for fewer in (20, 10, 5):
+        if fewer < samples:
+            read = tokens(fewer)
+            expected = seconds * read / max(1, tokens(samples))
+            if expected <= LONG or fewer == 5:
+                return f"With {fewer} samples instead of {samples}: {read:,} tokens, about {duration(expected)}. {rest}"
+    return rest
 
 
 def duration(seconds: float) -> str:

@@ -84,21 +84,21 @@ class QuestionTask:
 
     def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
         """Yield one unit per depth, or a single unit if all depths share their text."""
+        depths = tuple(depth for depth in context.depths if context.samples_at(depth))
         if not self.by_depth:
-            yield self._work_unit(context, length, (None,), context.samples)
+            yield self._work_unit(context, length, (None,))
         elif self.shares_text:
-            yield self._work_unit(context, length, tuple(context.depths), context.samples_per_depth)
+            yield self._work_unit(context, length, depths)
         else:
-            for depth in context.depths:
-                yield self._work_unit(context, length, (depth,), context.samples_per_depth)
+            for depth in depths:
+                yield self._work_unit(context, length, (depth,))
 
-    def _work_unit(
-        self, context: EvaluationContext, length: int, depths: tuple[float | None, ...], count: int
-    ) -> WorkUnit:
-        has_control = length > context.control_length and not self.same_at_every_length
+    def _work_unit(self, context: EvaluationContext, length: int, depths: tuple[float | None, ...]) -> WorkUnit:
+        control = context.control_tokens(length) if self.same_at_every_length else context.control_length
+        has_control = length > context.control_length and control > 0
         name = "all" if len(depths) != 1 or depths[0] is None else f"depth {depths[0]}"
-        asked = count * len(depths)
-        tokens = asked * (length + (context.control_length if has_control else 0))
+        asked = sum(map(context.samples_at, depths))
+        tokens = asked * (length + (control if has_control else 0))
         # each question, its control, and the question without its text, which is short
         work = Work(prompts=asked * (2 + has_control), tokens=tokens)
         return WorkUnit(name, work, partial(self._measure, context, length, depths))

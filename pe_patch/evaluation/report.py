@@ -46,6 +46,7 @@ from .results import (
     cell_notes,
     format_interval,
     mean_pivot,
+    measure_title,
     pivots,
     sample_unit,
     write_atomically,
@@ -185,7 +186,8 @@ def best_retrieval(results: Results) -> str:
         f"At {pivot.lengths[-1]} tokens {best} answers {cell.score:.0%} of {cell.samples} questions "
         f"({pivot.task}; 95 % interval {format_interval(cell)})"
     )
-    if cell.control is not None:
+    measured = results.select(scheme=best, task=pivot.task, measure=pivot.measure, length=pivot.lengths[-1])[0]
+    if cell.control is not None and (measured.control_length or 0) < measured.length:
         sentence += f", against {cell.control:.0%} of the same questions within the trained window"
     return sentence + "."
 
@@ -263,7 +265,8 @@ def _pivot_section(pivot: Pivot) -> Section:
         [scheme, *(_score_entry(cell, column, pivot) for column, cell in enumerate(line))]
         for scheme, line in pivot.cells.items()
     ]
-    title = f"{pivot.task.capitalize()}: {pivot.measure}"
+    title = measure_title(pivot.task, pivot.measure)
+    title = title[:1].upper() + title[1:]
     return Section(title, columns=["scheme", *(f"{length:,}" for length in pivot.lengths)], rows=lines, caption=caption)
 
 

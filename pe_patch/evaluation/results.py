@@ -208,6 +208,11 @@ def is_loss(measure: str) -> bool:
     return name.startswith("nats") or any(part in name for part in ("perplexity", "longppl", "bits per"))
 
 
+def measure_title(task: str, measure: str) -> str:
+    """Return the heading of a measure: nats per token are a loss, whatever the task is called."""
+    return f"{'loss' if measure.startswith('nats') else task}: {measure}"
+
+
 def sample_unit(measure: str) -> str:
     """Return the plural noun for the samples of a measure."""
     return "tokens" if is_loss(measure) else "questions"
@@ -300,7 +305,7 @@ def _summary_line(results: Results, key: dict[str, str | int]) -> list[str]:
     memory = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
     return [
         str(key["scheme"]),
-        f"{key['task']}: {key['measure']}",
+        measure_title(str(key["task"]), str(key["measure"])),
         str(key["length"]),
         f"{cell.score:.3f}",
         format_interval(cell) or "-",

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from .context import EvaluationContext, PromptTemplate, WorkUnit
 from .corpus import Corpus
 from .journal import Journal
 from .model import DryRunModel, EvaluatedModel, Work, model_fingerprint, scheme_label, tokenizer_hash, windows
-from .progress import Progress
+from .progress import Progress, fewer_samples
 from .results import Results, Row, check_results_folder, json_text, write_atomically
 from .tasks import Needle, Task, find_tasks
 
@@ -61,7 +62,7 @@ def evaluate(
         tokenizer: Its tokenizer.
         tasks: Names from TASKS or GROUPS, or task instances.
         lengths: Lengths in tokens, answer included. None is the model's effective window.
-        samples: Questions per length, divided over `depths`.
+        samples: Questions per length, divided over `depths`. With fewer than 32, perplexity reads less text, too.
         depths: Positions of the answer in the text, from 0 (start) to 1 (end).
         batch_size: Sequences per forward pass. None plans it from the free memory.
         seed: Random seed for questions and text spots.
@@ -103,27 +104,23 @@ def evaluate(
         )
     native, effective = windows(model)
     chosen = _with_retrieval(_find_tasks(tasks, task_options), retrieval)
-    checked_lengths = _check_lengths(lengths, effective, beyond_window)
-    control = control_length or min(native or min(checked_lengths), max(checked_lengths))
-    if min(samples, control) < 1 or not depths:
-        raise PePatchError(
-            f"samples and control_length must be at least 1, and depths must not be empty; got samples={samples}, "
-            f"control_length={control} and depths={tuple(depths)}."
-        )
-    corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*checked_lengths, control))
-    context = EvaluationContext(
-        model=(DryRunModel if dry_run else EvaluatedModel)(model, tokenizer, batch_size, autocast),
-        corpus=corpus,
-        lengths=checked_lengths,
-        depths=tuple(depths),
+    context = _context(
+        model,
+        tokenizer,
+        lengths,
         samples=samples,
+        depths=depths,
+        batch_size=batch_size,
         seed=seed,
-        control_length=control,
-        scheme=label or scheme_label(model),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        model_hash="" if output is None or dry_run else model_fingerprint(model),
-        template=PromptTemplate.of(tokenizer, chat, bos),
-        journal=Journal(None if dry_run else output),
+        text=text,
+        control_length=control_length,
+        beyond_window=beyond_window,
+        autocast=autocast,
+        label=label,
+        chat=chat,
+        bos=bos,
+        output=output,
+        dry_run=dry_run,
     )
     plan = _plan(context, chosen)
     results = Results(config=_config(context, chosen, native, effective))
@@ -139,7 +136,8 @@ def evaluate(
             remaining = add_work(remaining, task.name, unit.work)
     total = sum(work["tokens"] for work in remaining.values())
     answers: list[dict[str, Any]] = []
-    with Progress(context.scheme, total, plan_sentence(remaining), progress) as shown:
+    cheaper = partial(fewer_samples, samples, tokens=partial(_tokens_with, context, chosen))
+    with Progress(context.scheme, total, plan_sentence(remaining), progress, cheaper) as shown:
         context.model.advance = shown.advance
         for key, task, length, unit in plan:
             shown.describe(f"{task.name} at {length}")
@@ -150,6 +148,78 @@ def evaluate(
         folder = results.save(output, overwrite=True)  # check_results_folder has checked it
         write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))
     return results
+
+
+def planned_tokens(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | Task] | str | Task,
+    lengths: Sequence[int],
+    *,
+    samples: int,
+    text: str | Sequence[str] | Corpus,
+    control_length: int | None = None,
+    depths: Sequence[float] = DEPTHS,
+) -> int:
+    """Return about how many tokens `evaluate` reads with these arguments, controls included, without running the model.
+
+    `model` may be on the meta device.
+    """
+    context = _context(
+        model, tokenizer, lengths, samples=samples, depths=depths, text=text, control_length=control_length,
+        beyond_window=True, dry_run=True,
+    )  # fmt: skip
+    return _tokens_with(context, _find_tasks(tasks, None), samples)
+
+
+def _context(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int] | int | None,
+    *,
+    samples: int,
+    depths: Sequence[float],
+    text: str | Sequence[str] | Corpus,
+    control_length: int | None,
+    beyond_window: bool,
+    dry_run: bool,
+    batch_size: int | None = None,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+    label: str | None = None,
+    chat: bool = False,
+    bos: bool | None = None,
+    output: Path | None = None,
+) -> EvaluationContext:
+    """Check the arguments of `evaluate`, read the text, and return the context of the evaluation."""
+    native, effective = windows(model)
+    checked_lengths = _check_lengths(lengths, effective, beyond_window)
+    control = control_length or min(native or min(checked_lengths), max(checked_lengths))
+    if min(samples, control) < 1 or not depths:
+        raise PePatchError(
+            f"samples and control_length must be at least 1, and depths must not be empty; got samples={samples}, "
+            f"control_length={control} and depths={tuple(depths)}."
+        )
+    corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*checked_lengths, control))
+    return EvaluationContext(
+        model=(DryRunModel if dry_run else EvaluatedModel)(model, tokenizer, batch_size, autocast),
+        corpus=corpus,
+        lengths=checked_lengths,
+        depths=tuple(depths),
+        samples=samples,
+        seed=seed,
+        control_length=control,
+        scheme=label or scheme_label(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        model_hash="" if output is None or dry_run else model_fingerprint(model),
+        template=PromptTemplate.of(tokenizer, chat, bos),
+        journal=Journal(None if dry_run else output),
+    )
+
+
+def _tokens_with(context: EvaluationContext, tasks: Sequence[Task], samples: int) -> int:
+    """Return about how many tokens the tasks read with so many questions at each length, controls included."""
+    return sum(unit.work.tokens for *_, unit in _plan(replace(context, samples=samples), tasks))
 
 
 def _plan(context: EvaluationContext, tasks: Sequence[Task]) -> list[tuple[str, Task, int, WorkUnit]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import OptionError
+from .. import compat
+from ..errors import CheckpointError, OptionError
 from . import calibration as latent
 
 
@@ -22,17 +23,10 @@ def tokenize(model: Any, texts: list[str]) -> list[list[int]]:
     Raises:
         OptionError: the tokenizer cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
-    name = getattr(model, "name_or_path", "")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name) if name else None
-    except Exception as problem:  # the type of error depends on the hub, the folder and the tokenizer class
-        raise _no_tokenizer(f"the tokenizer of {name!r} cannot be loaded ({type(problem).__name__})") from problem
-    if tokenizer is None:
-        raise _no_tokenizer("this model was not loaded from anywhere that has a tokenizer")
+        tokenizer = compat.source_tokenizer(model)
+    except CheckpointError as error:
+        raise OptionError(
+            f'calibration: {error}; give token ids instead of texts: tokenizer(texts)["input_ids"].'
+        ) from error
     return tokenizer(texts, verbose=False)["input_ids"]
-
-
-def _no_tokenizer(why: str) -> OptionError:
-    return OptionError(f'calibration: {why}; give token ids instead of texts: tokenizer(texts)["input_ids"].')

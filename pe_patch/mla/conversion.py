@@ -109,13 +109,9 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
     rows, held_out_rows = tokens(first.calibration, model, length=LENGTH, limit=LIMIT, seed=first.seed), []
     if first.loss_bound is not None:
         rows, held_out_rows = held_out([row for row in rows if len(row) > 1], SHARE, first.seed)
-    count, needed = sum(map(len, rows)), tokens_needed(next(iter(projections.values())))
-    if first.rank <= count < needed:
-        logger.warning(
-            "%s calibration tokens are few for keys and values of this width: give at least %s of the kind of text "
-            "that the model is for.",
-            f"{count:,}", f"{needed:,}",
-        )  # fmt: skip
+    count, projection = sum(map(len, rows)), next(iter(projections.values()))
+    if warning := few_tokens(count, len(projection.key) + len(projection.value)):
+        logger.warning(warning)
     if count < first.rank:
         logger.warning(
             "%d calibration tokens are fewer than the rank of %d, so the remaining directions are arbitrary; give more "
@@ -146,13 +142,28 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
     return conversion
 
 
-def tokens_needed(projections: Projections) -> int:
+def few_tokens(count: int, cached_numbers: int) -> str:
+    """Return a warning if a conversion has too few calibration tokens, else an empty string.
+
+    Args:
+        count: number of calibration tokens.
+        cached_numbers: numbers that the original model caches for a token and layer.
+    """
+    needed = tokens_needed(cached_numbers)
+    if count >= needed:
+        return ""
+    return (
+        f"{count:,} calibration tokens are few: give at least {needed:,} of the kind of text that the model is for. "
+        "With too few, loss and answers get worse, and short training may not repair them (docs/mla.md)."
+    )
+
+
+def tokens_needed(cached_numbers: int) -> int:
     """Return the number of calibration tokens from which more of them help little, at most `LIMIT`.
 
-    It is 32 for each number that the original model caches for a token and layer. On the demo's model (256 numbers) a
-    quarter of the cache costs 13.1 % of the loss with 2,048 tokens, 10.8 % with 8,192 and 10.1 % with 65,536.
+    docs/mla.md has the loss by the number of tokens.
     """
-    return min(TOKENS_PER_NUMBER * (len(projections.key) + len(projections.value)), LIMIT)
+    return min(TOKENS_PER_NUMBER * cached_numbers, LIMIT)
 
 
 def _replace(scheme: ProjectionScheme, projections: Projections, statistics: Any) -> nn.Module:

@@ -45,9 +45,15 @@ def search_chart(
 def _scores(
     history: Sequence[Scored], curve: Sequence[float], baselines: Mapping[str, float], names: list[str]
 ) -> alt.LayerChart:
-    scores = [scored.score for scored in history] + list(baselines.values())
-    wide = min(scores) > 0 and max(scores) > WIDE_RANGE * min(scores)
-    scale = alt.Scale(type="log") if wide else alt.Scale(zero=False)
+    # The scores of the start may be so high that the best line would look flat, so they do not set the axis.
+    later = [scored.score for scored in history if scored.generation > 0]
+    close = [*later, *curve, min(baselines.values(), default=curve[0])]
+    low, high = min(close), max(close)
+    wide = low > 0 and high > WIDE_RANGE * low
+    margin = 0.05 * (high - low or abs(high) or 1.0)
+    scale = alt.Scale(type="log") if wide else alt.Scale(domain=[low - margin, high + margin], nice=False)
+    left_out = [f"{name} {score:.3f}" for name, score in baselines.items() if not wide and score > high + margin]
+    above = f"above: {', '.join(left_out)}" if left_out else ""
     look = scheme_encoding(names, names)
     x = alt.X(
         "generation:Q", title="generation", scale=alt.Scale(nice=False, padding=6),
@@ -59,10 +65,14 @@ def _scores(
     known = [{"scheme": name, "score": score} for name, score in baselines.items()]
     line = alt.Chart(data(best)).encode(x=x, y=y, color=look["color"])
     return alt.layer(
-        alt.Chart(data(known)).mark_rule(strokeDash=[4, 3], strokeWidth=1.6).encode(y=y, color=look["color"]),
-        alt.Chart(data(each)).mark_point(filled=True, size=14, opacity=0.35).encode(x=x, y=y, color=look["color"]),
+        alt.Chart(data(known))
+        .mark_rule(clip=True, strokeDash=[4, 3], strokeWidth=1.6)
+        .encode(y=y, color=look["color"]),
+        alt.Chart(data(each))
+        .mark_point(clip=True, filled=True, size=14, opacity=0.35)
+        .encode(x=x, y=y, color=look["color"]),
         line.mark_line(strokeWidth=2),
-    ).properties(width=WIDTH, height=HEIGHT)
+    ).properties(width=WIDTH, height=HEIGHT, title=above)
 
 
 def _factors(factors: Mapping[str, Factors], names: list[str]) -> alt.LayerChart:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from pe_patch import export, patch_model
 
 from ..evaluation_doubles import make_tokenizer, tiny_llama
 
@@ -70,3 +72,29 @@ def test_nothing_of_an_earlier_target_stays(run, checkpoint, tmp_path):
     assert not (tmp_path / "out" / "serve.json").exists() and not (tmp_path / "out" / "SERVE.md").exists()
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 128  # though the config of this type holds the trained 64
+
+
+def test_python_exports_the_tokenizer_of_the_source(checkpoint, tmp_path):
+    model = patch_model(AutoModelForCausalLM.from_pretrained(checkpoint), "yarn", factor=4)
+    source = AutoTokenizer.from_pretrained(checkpoint)
+    text = "the door of the river runs <k3><v7>"
+    for name, given in (("copied", {}), ("given", {"tokenizer": source})):
+        found = AutoTokenizer.from_pretrained(export(model, tmp_path / name, "vllm", **given))
+        assert found(text)["input_ids"] == source(text)["input_ids"]
+        assert found.model_max_length == 256 and source.model_max_length == 64
+        record = json.loads((tmp_path / name / "pe_patch_export.json").read_text())
+        assert "tokenizer.json" in record["files"]
+
+
+def test_an_export_without_a_tokenizer_says_so(tmp_path, caplog):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    built = Qwen2ForCausalLM(Qwen2Config(**small, intermediate_size=16, vocab_size=32, max_position_embeddings=32))
+    built.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    # Transformers builds a Qwen2 tokenizer without vocabulary for such a folder.
+    for model, reason in ((loaded, f"'{tmp_path / 'model'}' has no tokenizer"), (built, "not loaded from anywhere")):
+        patch_model(model, "linear", factor=2)
+        caplog.clear()
+        out = export(model, tmp_path / "out")
+        assert "No tokenizer is exported: " in caplog.text and reason in caplog.text
+        assert "tokenizer=tokenizer" in caplog.text and not list(out.glob("tokenizer*"))

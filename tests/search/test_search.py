@@ -16,7 +16,9 @@ from pe_patch import AlreadyPatchedError, UnsupportedError, describe, patch_mode
 from pe_patch.compare.demo import BASE
 from pe_patch.errors import OptionError, PePatchError
 from pe_patch.search import Schedule, search
+from pe_patch.search.evolution import Candidate, Scored
 from pe_patch.search.objective import make_material
+from pe_patch.search.picture import search_chart
 
 from ..models import build
 from .cases import LENGTH, SMALL, TEXT, WINDOW, demo, run
@@ -197,3 +199,14 @@ def test_the_result_is_json():
     assert told["score"] == found("longrope2").best.score and told["scored"] == 16
     assert set(told["baselines"]) == {"PI", "NTK", "YaRN"}
     assert told["options"]["long_factor"] == list(found("longrope2").best.factors)
+
+
+def test_the_axis_of_the_scores_fits_the_best_line():
+    scored = ((4.1, 0), (3.0, 0), (3.02, 1), (2.97, 2))
+    history = [Scored(Candidate(0, (1.0,), "mutation"), score, generation) for score, generation in scored]
+    known, factors = {"PI": 3.55, "YaRN": 2.99}, {"PI": (8.0,), "YaRN": (1.0,)}
+    chart = search_chart("", "", history=history, curve=[3.0, 3.0, 2.97], baselines=known, factors=factors, best=(1.0,))
+    scores = chart.panels[0].to_dict()
+    low, high = scores["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    assert 2.9 < low < 2.97 and 3.02 < high < 3.1  # the best line falls over more than a third of the panel
+    assert scores["title"] == "above: PI 3.550"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import PePatchError, unknown
+from ... import compat
+from ...errors import CheckpointError, PePatchError, unknown
 from ...patching.api import find_patch
 from ...patching.patch import Patch
 from ...patching.targets import unwrap
@@ -20,6 +22,8 @@ from .checkpoint import read_commands as read_commands
 from .native import transformers_config as transformers_config
 from .native import transformers_writer
 from .tokenizer import add_tokenizer
+
+logger = logging.getLogger("pe_patch")
 
 
 def export(
@@ -41,7 +45,8 @@ def export(
         target: "transformers" (v5 `rope_parameters`), "transformers4" (v4 `rope_scaling`), "vllm", "sglang",
             "llamacpp", or for a model converted to latent attention "deepseek" (loads as `DeepseekV3ForCausalLM`;
             needs `latent_norm=True`).
-        tokenizer: tokenizer to save with the model, with the new window; `save_tokenizer` adds one later.
+        tokenizer: tokenizer to save with the model, with the new window. None takes that of the folder or hub name from
+            which the model was loaded; a warning says so if there is none.
         overwrite: write into a folder with other content. This removes weights there; other files stay.
 
     Returns:
@@ -59,6 +64,11 @@ def export(
     write = check_export(model, target)
     inputs = [getattr(model, "name_or_path", None), getattr(tokenizer, "name_or_path", None)]
     folder = check_output(path, EXPORT, inputs=inputs, overwrite=overwrite)
+    if tokenizer is None:
+        try:
+            tokenizer = compat.source_tokenizer(model)
+        except CheckpointError as error:
+            logger.warning("No tokenizer is exported: %s. Give export(..., tokenizer=tokenizer).", error)
     shown = Path(path).expanduser()
     stale = [*WEIGHTS, *SERVING_FILES, *exported_files(folder)]
     with replaced_content(folder, stale=stale) as content:

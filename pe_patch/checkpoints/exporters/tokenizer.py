@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from ...errors import OutputError
 from ...patching.config import write_json
-from ..folders import EXPORT, EXPORT_RECORD, refuse_input, replaced_content
-
-
-def save_tokenizer(tokenizer: Any, folder: str | Path, target: str = "transformers") -> None:
-    """Save a tokenizer into an exported folder, with the model's window as its `model_max_length`.
-
-    vLLM limits the length to the smaller of the two, and pipelines truncate at it.
-
-    Args:
-        tokenizer: the tokenizer of the model.
-        folder: a folder that `pe_patch.export` wrote.
-        target: the target of that export.
-
-    Raises:
-        OutputError: the folder is not an export, or the tokenizer was loaded from it.
-    """
-    refuse_input(folder, [getattr(tokenizer, "name_or_path", None)])
-    folder = Path(folder).expanduser()
-    if not EXPORT.wrote(folder):
-        raise OutputError(
-            f"{folder} is not an export of pe_patch; export the model first: pe_patch.export(model, {str(folder)!r})."
-        )
-    with replaced_content(folder) as content:
-        for name in READ:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, content / name)
-        add_tokenizer(tokenizer, content, target)
-        for name in READ:
-            (content / name).unlink(missing_ok=True)
-        before = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8"))
-        files = sorted({*before.get("files", []), *(file.name for file in content.iterdir())})
-        write_json(content / EXPORT_RECORD, before | {"files": files})
-
-
-READ = ("config.json", "serve.json")
-"""Files of an export that state the window."""
 
 
 def add_tokenizer(tokenizer: Any, folder: Path, target: str) -> None:
-    """Write the tokenizer's files into a folder with the exported config."""
+    """Write the tokenizer's files into a folder with the exported config.
+
+    `model_max_length` becomes the model's window: vLLM limits the length to the smaller of the two, and pipelines
+    truncate at it.
+    """
     window = _window(folder)
     tokenizer = copy.copy(tokenizer)
     if window is not None:

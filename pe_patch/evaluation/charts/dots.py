@@ -79,7 +79,7 @@ def _panel(points: list[dict[str, Any]], column: str, labels: list[str], domain:
     )
     # label and value first, `measured_on` last
     tips = [*tips[-len(LABEL_TOOLTIPS) :], *tips[: -len(LABEL_TOOLTIPS)]]
-    names = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=150)
+    names = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=180)
     style = "~s" if max(abs(point["value"] or 0) for point in points) >= 10_000 else ",.4~r"
     scale = alt.Scale(zero=False, padding=14) if domain is None else alt.Scale(domain=list(domain))
     x = alt.X("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, format=style))

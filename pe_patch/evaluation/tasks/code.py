@@ -51,21 +51,21 @@ class CodeParameters(QuestionTask):
         code = read_code(tuple(context.corpus.texts))
         seeds = [context.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6)]
         rng = np.random.default_rng(seeds)
-        functions = self._functions(context, code, rng)
-        count = context.samples_per_depth
+        count = context.samples_at(depth)
+        functions = self._functions(context, code, rng, count)
         stamps = {"different_functions": min(len(functions), count)}
         return [
             replace(_question(context, code, function, within or length, depth or 0.0, start), stamps=stamps)
             for function, start in zip(islice(cycle(functions), count), rng.random(count).tolist(), strict=True)
         ]
 
-    def _functions(self, context: EvaluationContext, code: Code, rng: np.random.Generator) -> list[Block]:
-        """Return different functions, up to one per sample."""
+    def _functions(self, context: EvaluationContext, code: Code, rng: np.random.Generator, count: int) -> list[Block]:
+        """Return up to `count` different functions."""
         candidates = [block for block in code.blocks if block.parameters]
         functions: list[Block] = []
         for index in rng.permutation(len(candidates)):
             block = candidates[index]
-            if len(functions) < context.samples_per_depth and context.count(block.text) <= ASKED_TOKENS:
+            if len(functions) < count and context.count(block.text) <= ASKED_TOKENS:
                 functions += [block] if code.has_unique_parameters(block) else []
         if not functions:
             raise PePatchError(

@@ -47,8 +47,8 @@ class GeneratedTask(QuestionTask):
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        count = context.samples_per_depth if self.by_depth else context.samples
-        return [self._question(context, within or length, depth, number) for number in range(count)]
+        numbers = range(context.samples_at(depth))
+        return [self._question(context, within or length, depth, number) for number in numbers]
 
     def _question(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> Question:
         seeds = [context.seed, zlib.crc32(self.name.encode()), round((depth or 0.0) * 1e6), number]

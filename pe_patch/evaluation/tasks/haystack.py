@@ -65,7 +65,7 @@ class _HeatMap(QuestionTask):
     def questions(
         self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
     ) -> Sequence[Question]:
-        numbers = range(context.samples_per_depth)
+        numbers = range(context.samples_at(depth))
         return [
             question
             for number in numbers

@@ -42,7 +42,7 @@ class KeyValue(QuestionTask):
         """Return questions whose pair does not depend on the length; a longer object appends further pairs."""
         return [
             self._question(context, within or length, depth or 0.0, number)
-            for number in range(context.samples_per_depth)
+            for number in range(context.samples_at(depth))
         ]
 
     def _question(self, context: EvaluationContext, length: int, depth: float, number: int) -> Question:

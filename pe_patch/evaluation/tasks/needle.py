@@ -37,7 +37,7 @@ class _HiddenFact(QuestionTask):
     ) -> Sequence[Question]:
         """Return questions whose facts do not depend on the length, so that a control asks for the same facts."""
         total = within or length
-        samples = [self._sample(context, total, depth, number) for number in range(context.samples_per_depth)]
+        samples = [self._sample(context, total, depth, number) for number in range(context.samples_at(depth))]
         if {len(sample.input_ids) + len(sample.answer_ids) for sample in samples} != {total}:
             raise PePatchError(f"A prompt and its answer do not have {total} tokens together.")
         return [
