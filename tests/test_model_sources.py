@@ -292,6 +292,23 @@ def test_llama_3s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
         build_empty(other)
 
 
+def test_longropes_factors_are_read_from_their_tensors(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    long, short = [1.0, 2.0, 4.0, 8.0], [1.0, 1.0, 1.5, 2.0]
+    tensors = {"rope_factors_long.weight": torch.tensor(long), "rope_factors_short.weight": torch.tensor(short)}
+    facts = {"rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.25}
+    model = source_model()
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), facts, tensors, quantise=False))
+    assert loaded.config.rope_parameters == {
+        "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": long, "short_factor": short,
+        "original_max_position_embeddings": 32, "attention_factor": 1.25,
+    }  # fmt: skip
+    model.config.rope_parameters = dict(loaded.config.rope_parameters)
+    expected = type(model)(model.config)
+    expected.load_state_dict(model.state_dict())
+    assert torch.equal(logits(loaded), logits(expected))
+
+
 def test_the_halves_of_another_family_stay(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     torch.manual_seed(0)
