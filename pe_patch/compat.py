@@ -94,6 +94,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "report": ("altair", "vl_convert", "jinja2"),
     "eval": ("wonderwords",),
     "train": ("omegaconf", "altair", "vl_convert"),
+    "gguf": ("gguf",),
 }
 """Optional packages of this library, by the extra that installs them."""
 
@@ -322,6 +323,25 @@ def find_file(source: str, name: str, gated: bool = True, **options: Any) -> str
     """
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": gated}
     return cached_file(source, name, **options, **quiet)
+
+
+def gguf_options() -> dict[str, Any]:
+    """Return the keywords by which `from_pretrained` turns the blocks of a GGUF file into floats.
+
+    Earlier versions, which have no `GgufConfig`, always do.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def forget_quantizer(model: Any) -> None:
+    """Make a model an ordinary one: some versions call it quantised, and refuse to save it, though it holds floats."""
+    for owner, names in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config",)),
+    ):
+        for name in names:
+            vars(owner).pop(name, None)
 
 
 @uses("transformers.integrations.PeftAdapterMixin", "_hf_peft_config_loaded")

@@ -48,6 +48,12 @@ def test_patching_needs_no_extra():
         ("report", "from pe_patch.compare import command"),
         ("train", "from pe_patch.training.run import load_recipe"),
         ("train", "from pe_patch.cli.main import main; sys.exit(main(['train', 'tiny_yarn']))"),
+        (
+            "gguf",
+            "import tempfile; from pathlib import Path; from pe_patch.cli.main import main; "
+            "file = Path(tempfile.mkdtemp(), 'model.gguf'); file.write_bytes(b'GGUF'); "
+            "sys.exit(main(['inspect', str(file), '--scheme', 'rope']))",
+        ),
         ("eval", "from pe_patch.evaluation.tasks.ruler.material import word_list; word_list('noun')"),
     ],
 )

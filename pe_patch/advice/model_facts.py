@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .. import compat
 from ..adapters import Adapter
 from ..adapters.trained_window import AuthorFacts, TrainedWindow, config_rope_parameters
+from ..checkpoints.load import read_config
 from ..checkpoints.sources import empty_model
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
@@ -138,7 +139,7 @@ def build(source: Any) -> Any:
             _check_causal_and_unpatched(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
         raise
     except (ValueError, KeyError) as error:
-        _check_causal_and_unpatched(PreTrainedConfig.get_config_dict(str(source))[0])
+        _check_causal_and_unpatched(read_config(source))
         raise PePatchError(f"Cannot build a causal language model from the config of {source} ({error}).") from error
     _check_causal_and_unpatched(model.config.to_dict())
     return model

@@ -113,7 +113,7 @@ def refuse_input(folder: PathLike, inputs: Iterable[Any], *, shown: PathLike | N
         above: also refuse a folder that contains an input.
     """
     real = Path(os.path.realpath(Path(folder).expanduser()))
-    for name in inputs:
+    for name in _with_bases(inputs):
         source = existing_path(name)
         if source is None:
             continue
@@ -128,6 +128,17 @@ def refuse_input(folder: PathLike, inputs: Iterable[Any], *, shown: PathLike | N
                 f"{folder if shown is None else shown} {relation} {name}, which is an input. Inputs are never "
                 "overwritten; give another folder."
             )
+
+
+def _with_bases(inputs: Iterable[Any]) -> list[Any]:
+    """Return the inputs, and the base models of those that are adapters."""
+    everything = list(inputs)
+    for name in everything:  # it grows: a base may be an adapter, too
+        source = existing_path(name)
+        base = None if source is None else _json(source / "adapter_config.json").get("base_model_name_or_path")
+        if base is not None and base not in everything:
+            everything.append(base)
+    return everything
 
 
 def existing_path(name: Any) -> Path | None:

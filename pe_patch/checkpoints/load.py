@@ -1,4 +1,4 @@
-"""Load a model that was saved while patched."""
+"""Load a model in each of its forms: saved, saved while patched, an adapter on its base, and a GGUF file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -36,6 +37,7 @@ from ..patching.record import RECORD_KEY, check_record, framework_of
 from ..patching.saved_config import configured, native_values
 from ..patching.targets import unwrap
 from ..schemes.registry import find_scheme
+from .gguf_file import build_empty_gguf, is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
 
 logger = logging.getLogger("pe_patch")
 
@@ -72,9 +74,13 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         MismatchError: the base of an adapter was saved under another scheme.
     """
     if is_adapter(path):
-        return _load_adapted(path, **from_pretrained_kwargs)
-    hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
-    stored, source = read_config(path, **hub), config_file(path)
+        if peft_record.read_record(path) is None:
+            raise CheckpointError(
+                f"The adapter {path} was not saved from a patched model; load it with peft.AutoPeftModelForCausalLM, "
+                "and patch the result to use a scheme."
+            )
+        return load_adapted(path, **from_pretrained_kwargs)
+    stored, source = read_config(path, **_hub(from_pretrained_kwargs)), config_file(path)
     if RECORD_KEY not in stored:
         if str(stored.get("model_type")).startswith(RECORD_KEY):
             raise CheckpointError(
@@ -87,6 +93,44 @@ def load_patched(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", AutoModelForCausalLM)
     return load_restored(path, config, record, model_class, **from_pretrained_kwargs)
+
+
+def load_model(path: str | Path, auto_class: Any = AutoModelForCausalLM, **from_pretrained_kwargs: Any) -> Any:
+    """Load a model in any form: saved, saved while patched, a PEFT adapter, or a GGUF file.
+
+    An adapter is merged into its base, and the weights of a GGUF file become floats, so that the result is an ordinary
+    model. Custom code of a checkpoint is not run without `trust_remote_code=True`.
+
+    Args:
+        path: a local folder, a GGUF file or a hub name.
+        auto_class: the auto class of a model without a patch.
+        **from_pretrained_kwargs: passed to the model class's `from_pretrained` (dtype, attn_implementation ...).
+
+    Raises:
+        CheckpointError: the checkpoint does not exist, or is damaged.
+        UnsupportedError: the model needs custom code, its adapter cannot be merged, or its GGUF file cannot be read.
+        MissingPackageError: the package that reads GGUF files is not installed.
+    """
+    if is_gguf(path):
+        return load_gguf(path, auto_class, **from_pretrained_kwargs)
+    if is_adapter(path):
+        return _merged(path, load_adapted(path, **from_pretrained_kwargs))
+    stored = read_config(path, **_hub(from_pretrained_kwargs))
+    if not from_pretrained_kwargs.get("trust_remote_code"):
+        check_no_custom_code(stored, str(path))
+    if RECORD_KEY in stored:
+        return load_patched(path, **from_pretrained_kwargs)
+    # Without trust_remote_code=False, Transformers would ask on the terminal whether to run code of the checkpoint.
+    return auto_class.from_pretrained(path, **{"trust_remote_code": False, **from_pretrained_kwargs})
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer of a model in any form that `load_model` takes; an adapter without one has its base's."""
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
+    if is_adapter(path) and compat.find_file(str(path), "tokenizer_config.json") is None:
+        return load_tokenizer(_base_of(path, *_adapter(path)))
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_restored(
@@ -134,8 +178,8 @@ def load_restored(
     _check_missing(path, model, config, set(report["missing_keys"]) & after)
     if unknown := sorted(set(report["unexpected_keys"]) - after):
         logger.warning("%s has %r and %d more weights that this model does not use", path, unknown[0], len(unknown))
-    hub = {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
-    _load_weights(model, path, after - before, record["scheme"], hub, from_pretrained_kwargs.get("variant"))
+    variant = from_pretrained_kwargs.get("variant")
+    _load_weights(model, path, after - before, record["scheme"], _hub(from_pretrained_kwargs), variant)
     return (model, report) if output_loading_info else model
 
 
@@ -181,9 +225,22 @@ def _check_missing(path: str | Path, model: Any, config: Any, missing: set[str])
 def build_empty(path: str | Path) -> Any:
     """Build a causal language model on the meta device, without weights, and patch it if it was saved patched.
 
+    Args:
+        path: as for `load_model`. The adapter itself is left out.
+
     Raises:
         CheckpointError: the model does not exist, or its patch record is damaged.
     """
+    if is_adapter(path):
+        record, config = _adapter(path)
+        model = build_empty(_base_of(path, record, config))
+        if record is not None and find_patch(model) is None:
+            with torch.device("meta"):
+                _apply_adapter_record(model, path, record)
+        model.name_or_path = model.config.name_or_path = str(path)
+        return model
+    if is_gguf(path):
+        return build_empty_gguf(path)
     stored, source = read_config(path), config_file(path)
     check_no_custom_code(stored, str(path))
     if RECORD_KEY not in stored:
@@ -209,35 +266,68 @@ def is_adapter(path: str | Path) -> bool:
     return config is None and adapter is not None
 
 
-def _load_adapted(path: str | Path, is_trainable: bool = False, **from_pretrained_kwargs: Any) -> Any:
-    """Load the base of an adapter, patch it from the adapter's record, and add the adapter."""
-    record = peft_record.read_record(path)
-    if record is None:
-        raise CheckpointError(
-            f"The adapter {path} was not saved from a patched model; load it with peft.AutoPeftModelForCausalLM, and "
-            "patch the result to use a scheme."
-        )
-    config = adapter_config(path, record)
-    base = config.base_model_name_or_path
-    if not base:
-        raise CheckpointError(
-            f"The adapter {path} does not name its base model: load the base, patch it with "
-            f"{peft_record.format_record(record)}, and call pe_patch.load_adapter(model, {quoted(str(path))})."
-        )
+def load_adapted(path: str | Path, is_trainable: bool = False, **from_pretrained_kwargs: Any) -> Any:
+    """Load the base of an adapter, patch it from the adapter's record if there is one, and add the adapter.
+
+    The base may itself be an adapter, which is merged, or a GGUF file.
+    """
+    record, config = _adapter(path)
+    base = _base_of(path, record, config)
     if config.revision is not None:
         from_pretrained_kwargs.setdefault("revision", config.revision)
-    if RECORD_KEY in read_config(base):
-        model = load_patched(base, **from_pretrained_kwargs)
-    elif converts(find_scheme(record["scheme"], record["options"])[0]):
+    auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
+    model = load_model(base, auto_class, **from_pretrained_kwargs)
+    if record is not None and find_patch(model) is None:
+        _apply_adapter_record(model, path, record)
+    if record is None and compat.find_file(str(path), "tokenizer_config.json") is not None:
+        tokens = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        if tokens > model.get_input_embeddings().weight.shape[0]:  # it was trained with added tokens
+            model.resize_token_embeddings(tokens)
+    return load_adapter(model, path, is_trainable=is_trainable)
+
+
+def _adapter(path: str | Path) -> tuple[dict[str, Any] | None, Any]:
+    """Return the record of an adapter, None without one, and PEFT's config of it."""
+    from peft import PeftConfig
+
+    record = peft_record.read_record(path)
+    return record, PeftConfig.from_pretrained(str(path)) if record is None else adapter_config(path, record)
+
+
+def _base_of(path: str | Path, record: dict[str, Any] | None, config: Any) -> str:
+    """Return the path or hub name of an adapter's base model."""
+    if base := config.base_model_name_or_path:
+        return base
+    patch = "" if record is None else f"patch it with {peft_record.format_record(record)}, "
+    raise CheckpointError(
+        f"The adapter {path} does not name its base model: load the base, {patch}and call "
+        f"pe_patch.load_adapter(model, {quoted(str(path))})."
+    )
+
+
+def _apply_adapter_record(model: Any, path: str | Path, record: dict[str, Any]) -> None:
+    """Patch the unpatched base of an adapter from the adapter's record."""
+    if converts(find_scheme(record["scheme"], record["options"])[0]):
         raise CheckpointError(
             f"The adapter {path} belongs to a model converted to {record['scheme']!r}, whose weights cannot be rebuilt "
-            f"from {base}: load the converted model, and call pe_patch.load_adapter(model, {quoted(str(path))})."
+            f"from {model.name_or_path}: load the converted model, and call "
+            f"pe_patch.load_adapter(model, {quoted(str(path))})."
         )
-    else:
-        auto_class = AUTO_CLASSES.get(str(config.task_type), AutoModelForCausalLM)
-        model = auto_class.from_pretrained(base, **from_pretrained_kwargs)
-        apply_record(model, record, f"{path}/{peft_record.CONFIG}")
-    return load_adapter(model, path, is_trainable=is_trainable)
+    apply_record(model, record, f"{path}/{peft_record.CONFIG}")
+
+
+def _merged(path: str | Path, adapted: Any) -> Any:
+    """Merge a loaded adapter into its base, and return the base."""
+    kind = adapted.active_peft_config.peft_type
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise UnsupportedError(
+            f"The adapter {path} ({kind}) cannot be merged into its base model, as pe-patch does with adapters. Use it "
+            "in Python: pe_patch.load_patched, or peft.AutoPeftModelForCausalLM."
+        )
+    model = adapted.merge_and_unload()
+    logger.warning("Merged the adapter %s into its base %s in memory.", path, model.name_or_path)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
 
 
 @contextmanager
@@ -251,17 +341,24 @@ def _without_load_report() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
+def _hub(from_pretrained_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords that locate the files."""
+    return {key: from_pretrained_kwargs[key] for key in HUB if from_pretrained_kwargs.get(key) is not None}
+
+
 def config_file(path: str | Path) -> str:
     """Return the path of a model's config for messages."""
     return f"{path}/config.json"
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
-    """Return the config.json of a folder or hub name.
+    """Return the config.json of a folder or hub name, or the config of a GGUF file.
 
     Raises:
         CheckpointError: the config is missing or is not a JSON object.
     """
+    if is_gguf(path):
+        return read_gguf_config(path).to_dict()
     folder = Path(path) / str(hub.get("subfolder") or "")
     if folder.exists() and not (folder / "config.json").exists():
         raise CheckpointError(

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..errors import CheckpointError, OptionError, PrintableFilter, nearest, quoted
+from .folders import WEIGHTS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Values of `--dtype`."""
@@ -23,31 +24,25 @@ SHORT_DTYPES: Mapping[str, str] = MappingProxyType(
 
 
 def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a folder or the hub, with the patch if it was saved patched.
+    """Load a model and its tokenizer, with the patch if it was saved patched.
 
     Args:
-        name: a local folder or a hub name.
+        name: a local folder of a model or an adapter, a GGUF file or a hub name.
         dtype: one of `DTYPES`, or a short name such as bf16.
         device: a device; None uses CUDA if available.
 
     Raises:
         OptionError: the dtype or the device does not exist.
-        UnsupportedError: the model needs custom code.
-        CheckpointError: the folder does not exist or holds no model.
+        UnsupportedError: the model needs custom code, or cannot be read from its GGUF file.
+        CheckpointError: the folder or file does not exist or holds no model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .load import check_no_custom_code, load_patched, read_config
+    from .load import load_model, load_tokenizer
 
     dtype, where = full_dtype(dtype), check_device(device)
     quiet_transformers()
-    _check_folder(name)
-    saved = read_config(name)
-    check_no_custom_code(saved, name)
-    read = load_patched if saved.get("pe_patch") else AutoModelForCausalLM.from_pretrained
-    # Without trust_remote_code=False, Transformers would ask on the terminal whether to run code of the checkpoint.
-    model: Any = read(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False)
-    return model.to(where).eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    name = check_source(name)
+    model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return model.to(where).eval(), load_tokenizer(name)
 
 
 def full_dtype(name: str, choices: Sequence[str] = DTYPES) -> str:
@@ -100,8 +95,7 @@ def empty_model(name: str) -> Any:
     from .load import build_empty
 
     quiet_transformers()
-    _check_folder(name)
-    return build_empty(name)
+    return build_empty(check_source(name, weights=False))
 
 
 def apply(
@@ -158,14 +152,43 @@ def quiet_transformers() -> None:
             handler.addFilter(PrintableFilter())
 
 
-def _check_folder(name: str) -> None:
-    """Raise for a missing folder, which Transformers would look up on the hub and report confusingly."""
+def check_source(name: str, weights: bool = True) -> str:
+    """Return the path or hub name of a model, with `~` expanded.
+
+    Transformers would look up a missing folder on the hub and report it confusingly.
+
+    Args:
+        name: a local folder of a model or an adapter, a GGUF file or a hub name.
+        weights: the model's weights are needed, not only its config.
+
+    Raises:
+        CheckpointError: the folder or file does not exist, or is not a model.
+    """
+    from .load import is_adapter, is_gguf
+
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    folder = Path(name).expanduser()
-    if looks_local and not folder.is_dir():
+    path = Path(name).expanduser()
+    if is_gguf(path) or path.is_file():
+        if not path.is_file():
+            raise CheckpointError(f"The file {name} does not exist.")
+        if not is_gguf(path):
+            raise CheckpointError(f"{name} is a file; give a folder, a GGUF file (NAME.gguf) or a hub name.")
+        return str(path)
+    if looks_local and not path.is_dir():
         raise CheckpointError(f"The folder {name} does not exist.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not path.is_dir() or is_adapter(path):
+        return str(path) if looks_local else name
+    complete = (path / "config.json").is_file()
+    files = sorted(path.glob("*.gguf"))
+    others = [file for pattern in WEIGHTS if pattern != "*.gguf" for file in path.glob(pattern)]
+    if files and not (complete and (others or not weights)):
+        more = f" ({len(files)} GGUF files are there)" if len(files) > 1 else ""
+        raise CheckpointError(
+            f"The folder {name} has its weights in GGUF files. Give the file instead of the folder: {files[0]}{more}"
+        )
+    if not complete:
         raise CheckpointError(f"The folder {name} is not a model: it has no config.json.")
+    return str(path)
 
 
 def _value(word: str) -> Any:

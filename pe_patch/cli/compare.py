@@ -19,7 +19,7 @@ from .output import command_line, console, echo, is_quiet, note, print_json
     "  pe-patch compare --preset survey --output survey"
 )
 def compare(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A local folder or a hub name.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A folder, GGUF file or hub name.")] = None,
     scheme: Annotated[
         list[str] | None,
         typer.Option(

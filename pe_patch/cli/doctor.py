@@ -13,7 +13,9 @@ from .output import console, print_json
 
 @app.command(epilog="\b\nExample:\n  pe-patch doctor ./my-llama-32k\n  pe-patch doctor ./config.json --json")
 def doctor(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, a config.json, or a hub name.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A checkpoint folder, GGUF file, config.json or hub name.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Compare what a config claims about positions with what the built model does. Needs no weights.

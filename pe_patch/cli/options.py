@@ -32,7 +32,9 @@ def parse_length_option(word: Any) -> int:
     return tokens
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder of a model or adapter, a GGUF file or a hub name.")
+]
 SchemeName = Annotated[
     str | None, typer.Option("--scheme", help="Scheme to patch the model with, by name or as a JSON dict.")
 ]

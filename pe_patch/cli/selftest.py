@@ -16,7 +16,8 @@ def selftest(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A local folder or a hub name to check in addition to the built-in models."
+            metavar="[MODEL]",
+            help="A folder, GGUF file or hub name to check in addition to the built-in models.",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of MODEL: float32, bfloat16 or float16.")] = "float32",

@@ -68,7 +68,7 @@ def compare(
     Results are written under `output` as they finish, and a repeated call continues there.
 
     Args:
-        model: a local folder or a hub name.
+        model: a local folder, a GGUF file or a hub name.
         schemes: names, `name:option=value,...` or dicts.
         lengths: lengths in tokens; None uses the window x 1, 2, 4 and 8.
         output: the output folder.

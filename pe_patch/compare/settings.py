@@ -39,7 +39,7 @@ class Settings:
     """The settings of one comparison, equal for all schemes and for all runs in one folder."""
 
     model: str
-    """A local folder or a hub name."""
+    """A local folder, a GGUF file or a hub name."""
     contenders: tuple[ComparedScheme, ...]
     """The compared schemes, with the unpatched model first."""
     lengths: tuple[int, ...]
@@ -157,8 +157,9 @@ def fingerprints(settings: Settings) -> dict[str, str]:
     Python's version.
     """
     found = {}
-    if (folder := Path(settings.model)).is_dir():
-        found["model_files"] = _hash_files(file for pattern in MODEL_FILES for file in folder.glob(pattern))
+    if (path := Path(settings.model)).exists():
+        files = [path] if path.is_file() else [file for pattern in MODEL_FILES for file in path.glob(pattern)]
+        found["model_files"] = _hash_files(files)
     else:
         found["model_files"] = str(compat.commit_hash(sources.empty_model(settings.model).config))
     text = Path(settings.text).expanduser()

@@ -109,7 +109,7 @@ def run(
     """Load a model and run the requested conversion or sweep.
 
     Args:
-        name: a local folder or a hub name.
+        name: a local folder, a GGUF file or a hub name.
         request: the conversion.
         text: keyword arguments of `prepare`.
         where: data type and device of the model.
@@ -121,7 +121,7 @@ def run(
     material = prepare(model, tokenizer, **text)
     if warning := few_tokens(material.calibration_tokens, round(cache_size(model).numbers_per_layer)):
         logger.warning(warning)  # before the measurements, which take long
-    called = Path(name).name if Path(name).is_dir() else name
+    called = Path(name).name if Path(name).exists() else name
     config = {"model": called, "to": request.target, **settings, "calibration": material.calibrated_on}
     config |= {"length": material.ruler.length, "seed": text["seed"], "text": material.ruler.corpus.name}
     if request.sweep:

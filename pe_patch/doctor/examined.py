@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrained
 
 from .. import compat
 from ..adapters.adapter import frequencies_of
-from ..checkpoints.load import native_config, read_config
+from ..checkpoints.load import build_empty as build_empty_model
+from ..checkpoints.load import is_adapter, is_gguf, native_config, read_config
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, UnsupportedError, nearest
 from ..patching.record import RECORD_KEY
@@ -164,7 +165,7 @@ def from_model(model: Any) -> ExaminedModel:
 
 
 def from_path(path: str | Path) -> ExaminedModel:
-    """Read a checkpoint folder, a config file or a hub name, and build the model without weights.
+    """Read a checkpoint folder, a GGUF or config file or a hub name, and build the model without weights.
 
     Raises:
         OptionError: if the path does not exist.
@@ -172,8 +173,17 @@ def from_path(path: str | Path) -> ExaminedModel:
     """
     name, file = str(path), Path(path).expanduser()
     if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise OptionError(f"There is no folder or file {name}; give a checkpoint folder, a config.json or a hub name.")
-    if file.is_file():
+        raise OptionError(
+            f"There is no folder or file {name}; give a checkpoint folder, a GGUF file, a config.json or a hub name."
+        )
+    if is_adapter(file):  # it has no config of its own, but the patch and the base that it names
+        with quiet():
+            examined = from_model(build_empty_model(file))
+        examined.name = name
+        return examined
+    if is_gguf(file):
+        examined = ExaminedModel(name, read_config(file))
+    elif file.is_file():
         examined = ExaminedModel(name, _read_json(file))
     else:
         raw_config = _read_json(file / "config.json") if (file / "config.json").is_file() else read_config(path)

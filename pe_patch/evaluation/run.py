@@ -314,10 +314,16 @@ def _config(context: EvaluationContext, tasks: list[Task], native: int | None, e
         "tokenizer_hash": context.tokenizer_hash,
         "chat": context.template.chat,
         "bos": bos_stamp(context),
-        "precision": str(context.model.autocast or next(model.parameters()).dtype),
+        "precision": str(context.model.autocast or next(model.parameters()).dtype) + _dequantised(model),
         "device": str(context.model.device),
         "versions": _versions(),
     }
+
+
+def _dequantised(model: Any) -> str:
+    """Say which type the weights had in the GGUF file that they are from, if they were quantised there."""
+    kind = getattr(model, "dequantised", None)
+    return "" if kind is None else f", dequantised from {kind}"
 
 
 def bos_stamp(context: EvaluationContext) -> str:

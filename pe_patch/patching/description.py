@@ -117,7 +117,7 @@ def describe(model: nn.Module) -> Description:
         num_layers=patch.shape.num_layers,
         backend=str(compat.attention_implementation(patch.base.config)),
         keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
-        effective=effective(patch.scheme) | _window_source(patch) | _cache(patch),
+        effective=effective(patch.scheme) | _window_source(patch) | _cache(patch) | _weights(patch),
         replaced=replaced,
         left_out=left_out,
     )
@@ -166,6 +166,12 @@ def _window_source(patch: Patch) -> dict[str, Any]:
         source = window.scaled_source if patch.composed else window.source
         return {"trained_window_source": source or window.source}
     return {"trained_window_source": f"an option of {patch.scheme.name}"}
+
+
+def _weights(patch: Patch) -> dict[str, Any]:
+    """Return the type that the weights had in the GGUF file that they are from, if they were quantised there."""
+    kind = getattr(patch.model, "dequantised", None)
+    return {} if kind is None else {"weights": f"dequantised from {kind}"}
 
 
 def _cache(patch: Patch) -> dict[str, Any]:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from .. import compat
 from ..checkpoints.exporters.export import export
 from ..checkpoints.folders import WEIGHTS, replaced_content
-from ..checkpoints.load import load_patched, read_config
+from ..checkpoints.load import is_adapter, load_adapted, load_model
 from ..patching.api import find_patch
-from ..patching.peft_record import read_record
 from . import card
 from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError, TerminationSignal, sigterm_raises
 from .measure import longest
@@ -144,13 +142,7 @@ def _reload(run: Run, trained: Any) -> Any:
 def load_saved(folder: Path, attention: str | None = None) -> Any:
     """Load the model of a run as a user would, with an attention implementation if it is not the default one."""
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if (folder / "adapter_config.json").is_file() and read_record(folder) is None:
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **extra)
-    if (folder / "adapter_config.json").is_file() or "pe_patch" in read_config(folder):
-        return load_patched(folder, **extra)
-    return AutoModelForCausalLM.from_pretrained(folder, **extra)
+    return (load_adapted if is_adapter(folder) else load_model)(folder, **extra)
 
 
 def _attention(model: Any) -> str | None:
@@ -199,15 +191,8 @@ def _post_training_error(run: Run, step: str, error: BaseException | None) -> Po
         why = message if named else f"{type(error).__name__}: {message}"
     message = f"The model is trained and saved in {folder}, but {step} did not finish: {why}."
     if run.measure.pending(run.progress.step):
-        message += f" {_how_to_measure(run)}"
+        message += f" Evaluate it with: {run.measure.command(folder)}"
     return PostTrainingError(message, code)
-
-
-def _how_to_measure(run: Run) -> str:
-    folder, recipe = run.output / "model", run.recipe
-    if recipe.lora is not None and not recipe.lora.merge:
-        return f"Evaluate the adapter in Python: pe_patch.evaluate(pe_patch.load_patched({str(folder)!r}), tokenizer)."
-    return f"Evaluate it with: {run.measure.command(folder)}"
 
 
 def _merge_into_reloaded(run: Run, model: Any, weights: dict[str, Any] | None) -> Any:
@@ -219,6 +204,6 @@ def _merge_into_reloaded(run: Run, model: Any, weights: dict[str, Any] | None) -
 
 def _export(run: Run, target: str) -> Any:
     """Export the model from the saved files."""
-    saved = load_patched(run.output / "model")
+    saved = load_model(run.output / "model")
     folder = run.output / "export" / target
     return export(saved, folder, target, tokenizer=run.tokenizer, overwrite=run.recipe.overwrite)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from .. import compat
-from ..checkpoints.load import load_patched, read_config
+from ..checkpoints.load import load_model as load_saved_model
+from ..checkpoints.load import load_tokenizer
+from ..checkpoints.sources import check_source
 from ..data.packaged import DEMO_MODEL
 from ..errors import UnsupportedError, nearest
 from ..evaluation.retrieval import TOKEN_KEYS
@@ -51,7 +53,7 @@ def build_tokenizer(recipe: Recipe, texts: Callable[[], Iterable[str]]) -> Any:
     else:
         source = locate(wanted.source or recipe.model.source or "")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = load_tokenizer(source if wanted.source else check_source(source))
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"tokenizer: cannot load one from {source!r}: {str(error)[:300]} Set tokenizer.source to a local "
@@ -221,8 +223,7 @@ def _pretrained(wanted: Model, quantised: Any = None) -> Any:
     extra: dict[str, Any] = {} if wanted.attention is None else {"attn_implementation": wanted.attention}
     if quantised is not None:
         extra["quantization_config"] = quantised
-    load = load_patched if "pe_patch" in read_config(source) else AutoModelForCausalLM.from_pretrained
-    return load(source, dtype=getattr(torch, wanted.dtype), use_safetensors=True, **extra)
+    return load_saved_model(check_source(source), dtype=getattr(torch, wanted.dtype), use_safetensors=True, **extra)
 
 
 def _fresh(wanted: Model, tokenizer: Any) -> Any:

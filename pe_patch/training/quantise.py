@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from ..checkpoints.load import load_patched
-from ..patching.peft_record import read_record
+from ..checkpoints.load import load_adapted
 from .recipe import Recipe, RecipeError
 
 INSTALL = 'pip install "pe_patch[qlora]"'
@@ -67,8 +66,4 @@ def merge_saved(adapter: Path, dtype: torch.dtype) -> Any:
 
     A merge into 4-bit weights would round the update away.
     """
-    if read_record(adapter) is not None:
-        return load_patched(adapter, dtype=dtype).merge_and_unload()
-    from peft import AutoPeftModelForCausalLM
-
-    return AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=dtype).merge_and_unload()
+    return load_adapted(adapter, dtype=dtype).merge_and_unload()

@@ -20,7 +20,7 @@ class Model:
     """The model to train: give either `source` or `config`."""
 
     source: str | None = None
-    """A local folder or a hub name. `demo` is the small model that comes with pe_patch."""
+    """A local folder, a GGUF file or a hub name. `demo` is the small model that comes with pe_patch."""
     config: dict[str, Any] | None = None
     """The fields of a Transformers config, including `model_type`. Creates a model with fresh weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -45,7 +45,7 @@ class Tokenizer:
     """The tokenizer; by default the model's."""
 
     source: str | None = None
-    """A local folder or a hub name; null uses the model's source."""
+    """A local folder, a GGUF file or a hub name; null uses the model's source."""
     train_size: int | None = None
     """Train a byte-level BPE of this many tokens on the documents instead. It keeps digits separate."""
     retrieval_tokens: bool = False
@@ -79,7 +79,7 @@ class Distill:
     """Temperature T: both distributions are softmax(logits / T), and the divergence is scaled by T^2 (Hinton et al.
     2015)."""
     source: str | None = None
-    """A local folder or a hub name with the same vocabulary; null uses `model.source` without the scheme."""
+    """A folder, a GGUF file or a hub name with the same vocabulary; null uses `model.source` without the scheme."""
 
 
 @dataclass

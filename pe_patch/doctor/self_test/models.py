@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoXConfig
 
 from ...adapters import ADAPTERS
-from ...checkpoints.load import check_no_custom_code, load_patched, read_config
-from ...checkpoints.sources import check_device, full_dtype
+from ...checkpoints.load import load_model, load_tokenizer
+from ...checkpoints.sources import check_device, check_source, full_dtype
 from ...data.packaged import DEMO_MODEL
 from ...errors import CheckpointError, UnsupportedError
 from ...patching.api import find_patch, unpatch_model
-from ...patching.record import RECORD_KEY
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 74
@@ -113,14 +112,8 @@ def _random(family: str) -> Case:
 
 
 def _given(name: str, dtype: str, device: str | None) -> Case:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    name = str(Path(name).expanduser()) if looks_local else name
-    if looks_local and not Path(name).is_dir():
-        raise CheckpointError(f"There is no folder {name}; give a model folder or a hub name.")
-    stored = read_config(name)
-    check_no_custom_code(stored, name)
-    load = load_patched if RECORD_KEY in stored else AutoModelForCausalLM.from_pretrained
-    model: Any = load(name, dtype=getattr(torch, dtype), trust_remote_code=False)
+    name = check_source(name)
+    model = load_model(name, dtype=getattr(torch, dtype))
     if find_patch(model) is not None:
         unpatch_model(model)
     text_config = model.config.get_text_config()
@@ -129,7 +122,7 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
         raise UnsupportedError(f"{name} has positions for {window} tokens; the self-test reads {TOKENS}.")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
         ids = _text_ids(tokenizer)
     except (OSError, ValueError):  # without a tokenizer, the model reads random tokens
         tokenizer, ids = None, _random_ids(text_config.vocab_size)
