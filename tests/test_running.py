@@ -16,6 +16,7 @@ from pe_patch.evaluation.question import Question
 from pe_patch.evaluation.tasks import GROUPS, TASKS, find_tasks
 
 from .evaluation_doubles import Copier, Mute, double, make_tokenizer, measure, tiny_llama
+from .families import build
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,6 +256,45 @@ def test_pooled_depths_of_the_same_texts_are_not_independent(tokenizer):
     cell = results.cell(task="needle_single", length=300)
     assert cell is not None and cell.samples == 6
     assert (cell.low, cell.high) == score_interval([1.0, 1.0])
+
+
+# Losses of long sequences
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt_neox"])
+@pytest.mark.parametrize("scheme", [None, "alibi"])
+def test_losses_in_chunks_are_those_of_whole_logits(tokenizer, family, scheme, monkeypatch):
+    """Gemma 2 caps its logits and Cohere scales them, behind the output layer."""
+    model = build(family)
+    if scheme is not None:
+        patch_model(model, scheme)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    sequences = np.random.default_rng(0).integers(1, vocabulary, (3, 40))
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor(sequences)).logits.double()
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, 9:-1].flatten(0, 1), torch.tensor(sequences[:, 10:]).flatten(), reduction="none"
+    )
+    monkeypatch.setattr(evaluated, "LOGITS_PER_CHUNK", 7 * vocabulary)
+    subject = EvaluatedModel(model, tokenizer, batch_size=2)
+    assert subject.output_head is not None
+    found = subject.losses(list(sequences), 30)
+    assert found.shape == (3, 30)
+    np.testing.assert_allclose(found.flatten(), expected.numpy(), rtol=1e-5)
+    whole = EvaluatedModel(model, tokenizer, batch_size=2)
+    monkeypatch.setattr(evaluated, "LOGITS_PER_CHUNK", 2**28)
+    np.testing.assert_allclose(whole.losses(list(sequences), 30), found, rtol=1e-5)
+
+
+def test_the_memory_of_a_long_loss_is_that_of_a_chunk_of_logits(tokenizer, llama, monkeypatch):
+    vocabulary = len(tokenizer)
+    one_chunk = evaluated.sequence_bytes(llama, 200, 0, 10)
+    monkeypatch.setattr(evaluated, "LOGITS_PER_CHUNK", 10 * vocabulary)
+    monkeypatch.setattr(evaluated, "free_bytes", lambda device: int(1.01 * one_chunk / evaluated.USABLE_MEMORY))
+    assert EvaluatedModel(llama, tokenizer).losses([np.ones(200, dtype=np.int64)], 190).shape == (1, 190)
+    monkeypatch.setattr(evaluated, "LOGITS_PER_CHUNK", 2**28)
+    with pytest.raises(PePatchError, match="A sequence of 200 tokens takes"):
+        EvaluatedModel(llama, tokenizer).losses([np.ones(200, dtype=np.int64)], 190)
 
 
 # Chat

@@ -19,9 +19,10 @@ from transformers import DynamicCache, GenerationConfig
 
 from .. import compat
 from ..adapters.trained_window import trained_window
-from ..errors import PePatchError
+from ..errors import PePatchError, UnsupportedError
 from ..patching.api import find_patch
 from ..patching.description import describe
+from ..patching.output_head import Layer, OutputHead
 from ..patching.targets import unwrap
 from .question import Question
 
@@ -35,6 +36,8 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary types of Transformers whose frequencies depend on the length of a forward pass."""
 USABLE_MEMORY = 0.8
 """Fraction of the free memory to plan with. The rest covers what the estimate leaves out."""
+LOGITS_PER_CHUNK = 2**28
+"""Logits that are computed at once for a loss, 1 GiB in float32."""
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 131072}
 """Tokens per forward pass above which a larger batch is not faster."""
 
@@ -202,18 +205,46 @@ class EvaluatedModel:
         """
         self._count_windows(sequences)
         length, rows = len(sequences[0]), []
-        size = self.plan_batch_size(length, logits=targets + 1, cached=False)
+        size = self.plan_batch_size(length, logits=self._logits_at_once(targets), cached=False)
         for start in range(0, len(sequences), size):
             ids = torch.from_numpy(np.stack(sequences[start : start + size])).to(self.device)
             with self.inference_mode():
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=targets + 1).logits[
-                    :, -targets - 1 : -1
-                ]
-            labels = ids[:, -targets:]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-            rows.append(loss.view(labels.shape).double().cpu().numpy())
+                rows.append(self._losses(ids, targets).double().cpu().numpy())
             self.advance(ids.numel())
         return np.concatenate(rows)
+
+    @cached_property
+    def output_head(self) -> OutputHead | None:
+        """The output layer, if it can be called on chunks of the hidden states."""
+        try:
+            head = OutputHead(self.model)
+            with self.inference_mode():
+                head.learn(self.model)
+        except UnsupportedError:  # then `losses` computes all logits at once
+            return None
+        return head
+
+    def _logits_at_once(self, targets: int) -> int:
+        """Return the number of positions per sequence whose logits are in memory at the same time."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        chunk = max(1, LOGITS_PER_CHUNK // vocabulary)
+        return targets + 1 if targets < chunk or self.output_head is None else chunk
+
+    def _losses(self, ids: torch.Tensor, targets: int) -> torch.Tensor:
+        """Return the losses of the last targets [batch, targets] of ids [batch, n]."""
+        labels = ids[:, -targets:]
+        inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": targets + 1}
+        chunk = self._logits_at_once(targets)
+        if chunk > targets or (head := self.output_head) is None:
+            return _cross_entropy(self.model(**inputs).logits[:, -targets - 1 : -1], labels)
+
+        def in_chunks(hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
+            hidden_rows, wanted = hidden[:, -targets - 1 : -1].flatten(0, 1), labels.flatten()
+            pieces = zip(hidden_rows.split(chunk), wanted.split(chunk), strict=True)
+            return torch.cat([_cross_entropy(head.logits(rows, layer), tokens) for rows, tokens in pieces])
+
+        with head.replaced(in_chunks):
+            return self.model(**inputs).loss.view(labels.shape)
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """Answer each question greedily, with at most `budget` tokens and up to an end-of-text token.
@@ -342,6 +373,12 @@ class EvaluatedModel:
 
     def _tensor(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(self.device)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each label, in the shape of the labels."""
+    loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
+    return loss.view(labels.shape)
 
 
 class DryRunModel(EvaluatedModel):
