@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import pe_patch
 from pe_patch.checkpoints import sources
 from pe_patch.checkpoints.load import build_empty, load_adapted, load_model, load_tokenizer
+from pe_patch.doctor import diagnose
 from pe_patch.errors import CheckpointError, OutputError, UnsupportedError
 
 from .evaluation_doubles import make_text, make_tokenizer, tiny_llama
@@ -317,18 +319,36 @@ def test_longropes_factors_are_read_from_their_tensors(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(expected))
 
 
-def test_the_halves_of_another_family_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ({}, None),
+        ({"rope.scaling.factor": None}, "rope.scaling.factor.*has no such key"),
+        ({"rope.scaling.type": None, "rope.scaling.factor": None}, "rope.scaling.type.*has no such key"),
+        ({"rope.scaling.original_context_length": 64}, "original_context_length.*the file has 64"),
+    ],
+)
+def test_the_doctor_finds_what_a_converter_dropped(tmp_path: Path, lost: dict[str, Any], message: str | None) -> None:
+    """An old converter of llama.cpp reports success and writes no scaling."""
     pytest.importorskip("gguf")
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(make_tokenizer()), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=128, max_position_embeddings=64,
-            tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), quantise=False))
-    assert torch.equal(logits(loaded), logits(model))
+    model = source_model()
+    window = model.config.max_position_embeddings
+    facts = {
+        "context_length": 4 * window, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": window, "rope.scaling.yarn_attn_factor": 0.1 * math.log(4) + 1,
+        "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+    }  # fmt: skip
+    pe_patch.patch_model(model, "yarn", factor=4.0)
+    folder = pe_patch.export(model, tmp_path / "out", target="llamacpp", tokenizer=make_tokenizer())
+    commands = json.loads((folder / "serve.json").read_text())["commands"]
+    file = write_gguf(folder / "model.gguf", pe_patch.unpatch_model(model), make_tokenizer(), {**facts, **lost})
+    assert ["pe-patch", "doctor", str(file)] in commands
+    diagnosis = diagnose(file)
+    found = [finding for finding in diagnosis.findings if finding.code == "not_converted"]
+    assert "the keys that the export beside the file announces" in diagnosis.checked
+    assert diagnosis.healthy == (message is None) == (found == [])
+    if message is not None:
+        assert re.search(message, " ".join(f"{finding.where} {finding.in_effect}" for finding in found))
 
 
 @pytest.mark.parametrize(

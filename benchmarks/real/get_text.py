@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import TEXT
 from lxml import html
 
-TEXT_FOLDER = Path("build/real/text")
 ENDINGS = {"english": ".txt", "code": ".py"}
 LEAST_CHARACTERS = 2_000
 """Shorter documents are left out."""
@@ -62,7 +62,7 @@ PACKAGES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=TEXT_FOLDER)
+    parser.add_argument("--output", type=Path, default=TEXT)
     output = parser.parse_args().output
     if (output / "sources.json").exists():
         raise SystemExit(f"{output} is complete. Delete it to assemble it again.")

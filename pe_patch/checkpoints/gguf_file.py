@@ -45,8 +45,10 @@ SCALING_KEYS = (
     "type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned",
 )  # fmt: skip
 """Keys after `rope.scaling.` that a Transformers config can express."""
-NEUTRAL = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0, "alpha": 0.0}
+NEUTRAL = {"yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0, "alpha": 0.0}
 """Further keys, with the value at which they have no effect."""
+UNREAD = "yarn_attn_factor"
+"""A key that llama.cpp's converter writes for YaRN and that llama.cpp reads for Grok alone."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def _scaling(header: Header) -> dict[str, Any]:
     """
     prefix = f"{header.architecture}.rope.scaling."
     facts = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
-    facts = {key: value for key, value in facts.items() if NEUTRAL.get(key) != value}
+    facts = {key: value for key, value in facts.items() if key != UNREAD and NEUTRAL.get(key) != value}
     if strange := sorted(facts.keys() - {*SCALING_KEYS}):
         raise _lost(header, f"{prefix}{strange[0]}={quoted(facts[strange[0]])}")
     kind = facts.get("type", "linear")  # as in llama.cpp

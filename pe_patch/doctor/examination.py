@@ -14,6 +14,7 @@ from ..patching.api import find_patch
 from ..patching.record import RECORD_KEY
 from ..schemes.config_formats import TYPES, Reading
 from .claims import TYPES_OF_TRANSFORMERS, read_claim, rope_dicts
+from .converted import announced_keys, check_converted
 from .effect import compare, effective
 from .examined import ExaminedModel, from_model, from_path, quiet
 from .files import check_files
@@ -74,6 +75,9 @@ def _run_checks(examined: ExaminedModel) -> tuple[list[Finding], list[str]]:
         else:
             findings += _compare_with_claim(examined, reading, findings, checked)
     findings += _check_precision(examined)
+    if examined.gguf is not None and announced_keys(examined.gguf):
+        findings += check_converted(examined.gguf)
+        checked.append("the keys that the export beside the file announces")
     if examined.files or examined.folder:
         findings += check_files(examined)
         checked += [*examined.files, *(["names and types of the weights"] if _has_weights(examined) else [])]

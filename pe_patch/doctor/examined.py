@@ -64,6 +64,8 @@ class ExaminedModel:
     """The exception if Transformers cannot build the config or the model."""
     live: bool = False
     folder: Path | None = None
+    gguf: Path | None = None
+    """The GGUF file, if the checkpoint is one."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The contents of the `FILES` that exist, by name."""
 
@@ -182,7 +184,7 @@ def from_path(path: str | Path) -> ExaminedModel:
         examined.name = name
         return examined
     if is_gguf(file):
-        examined = ExaminedModel(name, read_config(file))
+        examined = ExaminedModel(name, read_config(file), gguf=file)
     elif file.is_file():
         examined = ExaminedModel(name, _read_json(file))
     else:

@@ -29,6 +29,7 @@ COMMANDS = {
     "sglang": ["python -m sglang.launch_server --model-path OUT --context-length 256"],
     "llamacpp": [
         "python convert_hf_to_gguf.py OUT --outfile OUT/model.gguf",
+        "pe-patch doctor OUT/model.gguf",
         "llama-server -c 256 -m OUT/model.gguf",
     ],
 }

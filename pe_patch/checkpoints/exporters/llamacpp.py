@@ -33,6 +33,8 @@ from .native import (
 )
 
 TOOL, VERSION = "llama.cpp", "as llama-cpp-python 0.3.36 ships it"
+OLDEST_BUILD = "b6000"
+"""Oldest llama.cpp whose converter and server were run with our exports."""
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -77,7 +79,7 @@ def writer(model: PreTrainedModel, patch: Patch) -> Writer:
         patch.scheme.name,
         rotary.trained,
         rotary.window,
-        [convert, [*serve, FOLDER + GGUF]],
+        [convert, ["pe-patch", "doctor", FOLDER + GGUF], [*serve, FOLDER + GGUF]],
         [] if flags is None else [*serve, ORIGINAL + ".gguf", *flags],
         metadata(rotary, architecture),
     )
