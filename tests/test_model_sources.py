@@ -351,6 +351,20 @@ def test_the_doctor_finds_what_a_converter_dropped(tmp_path: Path, lost: dict[st
         assert re.search(message, " ".join(f"{finding.where} {finding.in_effect}" for finding in found))
 
 
+def test_the_halves_of_another_family_stay(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(make_tokenizer()), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=128, max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, make_tokenizer(), quantise=False))
+    assert torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize(
     ("facts", "tensors", "kind", "message"),
     [
