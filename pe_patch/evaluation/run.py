@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..checkpoints.folders import sole_writer
 from ..checkpoints.sources import check_loaded
 from ..errors import PePatchError
 from .context import EvaluationContext, PromptTemplate, WorkUnit
@@ -92,7 +93,7 @@ def evaluate(
         PePatchError: A prompt would be cut, a length is beyond the window, or the text is too short.
         UnknownNameError: A task or one of its named options does not exist.
         OptionError: No task has an option of `task_options`, `chat` has no chat template, or `bos` no BOS token.
-        OutputError: `output` holds something else and `overwrite` is False.
+        OutputError: `output` holds something else and `overwrite` is False, or another run is writing to it.
     """
     check_loaded(model, tokenizer)
     if output is not None:
@@ -111,45 +112,48 @@ def evaluate(
             f"control_length={control} and depths={tuple(depths)}."
         )
     corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*checked_lengths, control))
-    context = EvaluationContext(
-        model=(DryRunModel if dry_run else EvaluatedModel)(model, tokenizer, batch_size, autocast),
-        corpus=corpus,
-        lengths=checked_lengths,
-        depths=tuple(depths),
-        samples=samples,
-        seed=seed,
-        control_length=control,
-        scheme=label or scheme_label(model),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        model_hash="" if output is None or dry_run else model_fingerprint(model),
-        template=PromptTemplate.of(tokenizer, chat, bos),
-        journal=Journal(None if dry_run else output),
-    )
-    plan = _plan(context, chosen)
-    results = Results(config=_config(context, chosen, native, effective))
-    if dry_run:
-        for _, task, _, unit in plan:
-            before = replace(context.model.work)
-            unit.measure()
-            results.config["plan"] = add_work(results.config.get("plan", {}), task.name, context.model.work - before)
+    with sole_writer(None if dry_run else output):
+        context = EvaluationContext(
+            model=(DryRunModel if dry_run else EvaluatedModel)(model, tokenizer, batch_size, autocast),
+            corpus=corpus,
+            lengths=checked_lengths,
+            depths=tuple(depths),
+            samples=samples,
+            seed=seed,
+            control_length=control,
+            scheme=label or scheme_label(model),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            model_hash="" if output is None or dry_run else model_fingerprint(model),
+            template=PromptTemplate.of(tokenizer, chat, bos),
+            journal=Journal(None if dry_run else output),
+        )
+        plan = _plan(context, chosen)
+        results = Results(config=_config(context, chosen, native, effective))
+        if dry_run:
+            for _, task, _, unit in plan:
+                before = replace(context.model.work)
+                unit.measure()
+                results.config["plan"] = add_work(
+                    results.config.get("plan", {}), task.name, context.model.work - before
+                )
+            return results
+        remaining: dict[str, dict[str, int]] = {}
+        for key, task, _, unit in plan:
+            if key not in context.journal:
+                remaining = add_work(remaining, task.name, unit.work)
+        total = sum(work["tokens"] for work in remaining.values())
+        answers: list[dict[str, Any]] = []
+        with Progress(context.scheme, total, plan_sentence(remaining), progress) as shown:
+            context.model.advance = shown.advance
+            for key, task, length, unit in plan:
+                shown.describe(f"{task.name} at {length}")
+                entry = context.journal.get(key) or _measure(context, key, unit)
+                results.rows += [Row(**row) for row in entry["rows"]]
+                answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
+        if output is not None:
+            folder = results.save(output, overwrite=True)  # check_results_folder has checked it
+            write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))
         return results
-    remaining: dict[str, dict[str, int]] = {}
-    for key, task, _, unit in plan:
-        if key not in context.journal:
-            remaining = add_work(remaining, task.name, unit.work)
-    total = sum(work["tokens"] for work in remaining.values())
-    answers: list[dict[str, Any]] = []
-    with Progress(context.scheme, total, plan_sentence(remaining), progress) as shown:
-        context.model.advance = shown.advance
-        for key, task, length, unit in plan:
-            shown.describe(f"{task.name} at {length}")
-            entry = context.journal.get(key) or _measure(context, key, unit)
-            results.rows += [Row(**row) for row in entry["rows"]]
-            answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
-    if output is not None:
-        folder = results.save(output, overwrite=True)  # check_results_folder has checked it
-        write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))
-    return results
 
 
 def _plan(context: EvaluationContext, tasks: Sequence[Task]) -> list[tuple[str, Task, int, WorkUnit]]:

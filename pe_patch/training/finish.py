@@ -15,10 +15,11 @@ from .. import compat
 from ..checkpoints.exporters.export import export
 from ..checkpoints.folders import WEIGHTS, replaced_content
 from ..checkpoints.load import load_patched, read_config
+from ..errors import TerminationSignal, sigterm_raises
 from ..patching.api import find_patch
 from ..patching.peft_record import read_record
 from . import card
-from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError, TerminationSignal, sigterm_raises
+from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError
 from .measure import longest
 from .models import FLASH
 from .quantise import merge_saved

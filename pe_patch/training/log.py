@@ -24,11 +24,14 @@ class Log:
         path: the file of JSON lines.
         writes: this process writes; the others keep silent.
         from_step: steps that the run has behind it.
+        trained: all of its steps are behind it: what it logged after the last one is dropped too, and logged again.
         total_steps: steps of the whole run.
         progress: show a progress bar.
     """
 
-    def __init__(self, path: Path, *, writes: bool, from_step: int, total_steps: int, progress: bool) -> None:
+    def __init__(
+        self, path: Path, *, writes: bool, from_step: int, total_steps: int, progress: bool, trained: bool = False
+    ) -> None:
         self.path, self.writes = path, writes
         self.track: Callable[[dict[str, float]], None] = lambda values: None
         """Sends numbers by name to the trackers."""
@@ -45,6 +48,8 @@ class Log:
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             earlier = [line for line in read_lines(path) if line["step"] <= from_step] if from_step else []
+            if trained:
+                earlier = [line for line in earlier if line["event"] == "step" or line["step"] < from_step]
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in earlier))
 
     def __enter__(self) -> Log:

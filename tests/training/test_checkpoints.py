@@ -189,6 +189,14 @@ def test_a_log_whose_last_line_was_cut_is_continued(whole: Path, copy: Path) -> 
     assert [line["step"] for line in logged(copy)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_was_killed_after_its_last_step_logs_its_end_once(whole: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(whole / "run", tmp_path / "run"))
+    before = [line["event"] for line in map(json.loads, (output / "log.jsonl").read_text().splitlines())]
+    run(whole / "plain.yaml", output, "resume=auto")
+    again = [line["event"] for line in map(json.loads, (output / "log.jsonl").read_text().splitlines())]
+    assert again == before and before[-1] == "reloaded" and before.count("reloaded") == 1
+
+
 def test_weights_that_are_no_numbers_are_never_saved(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
