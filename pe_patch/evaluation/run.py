@@ -22,7 +22,7 @@ from .corpus import Corpus
 from .journal import Journal
 from .model import DryRunModel, EvaluatedModel, Work, model_fingerprint, scheme_label, tokenizer_hash, windows
 from .progress import Progress
-from .results import Results, Row, check_results_folder, json_text, write_atomically
+from .results import Results, check_results_folder, json_text, row_of, write_atomically
 from .tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
@@ -148,8 +148,11 @@ def evaluate(
             for key, task, length, unit in plan:
                 shown.describe(f"{task.name} at {length}")
                 entry = context.journal.get(key) or _measure(context, key, unit)
-                results.rows += [Row(**row) for row in entry["rows"]]
-                answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
+                try:
+                    results.rows += [row_of(row) for row in entry["rows"]]
+                    answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
+                except (KeyError, TypeError) as error:
+                    raise context.journal.damaged(key, error) from error
         if output is not None:
             folder = results.save(output, overwrite=True)  # check_results_folder has checked it
             write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))

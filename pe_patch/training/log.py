@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..errors import PePatchError
 from ..evaluation.results import write_atomically
 
 COLUMNS = ("phase", "loss", "divergence", "accuracy", "gradient_norm", "tokens_per_second")
@@ -83,15 +84,28 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log. A last line that an interrupted write has cut is left out."""
+    """Return the lines of a log. A last line that an interrupted write has cut is left out.
+
+    Raises:
+        PePatchError: another line is damaged.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    read = [json.loads(line) for line in lines[:-1] if line]
-    try:
-        return [*read, json.loads(lines[-1])] if lines[-1] else read
-    except ValueError:
-        return read
+    read: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int or "event" not in entry:
+                raise ValueError("it is not an event with a step")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise PePatchError(f"{path}, line {number} is damaged ({error}). Delete the line and rerun.") from error
+        read.append(entry)
+    return read
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from pe_patch.errors import PePatchError
 from pe_patch.training import checkpoints
 from pe_patch.training.checkpoints import RECORD, complete_checkpoints, digest, find_checkpoint, prune
 from pe_patch.training.guard import TrainingError
@@ -79,6 +80,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert [line["step"] for line in logged(copy)] == [1, 2, 3, 4, 5, 6]
     ours, theirs = weights(copy), weights(whole / "run")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("files", []), ("facts", "x"), ("recipe", None), ("progress", {"step": 4, "phase": []}),
+     ("progress", {"step": 4, "lowest": {}}), ("progress", {"step": 4, "losses": [None]}),
+     ("progress", {"step": 4, "recent": 3}), ("progress", {"step": True})],
+)  # fmt: skip
+def test_a_record_with_a_value_of_another_type_is_damaged(key: str, value: Any, copy: Path) -> None:
+    file = copy / "checkpoints/step-000004" / RECORD
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=r"progress.json cannot be read"):
+        checkpoints.read_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[]", '{"event": "step"}', '{"step": "1", "event": "step"}', "{", "[" * 100_000]
+)
+def test_a_damaged_line_of_a_log_is_named(line: str, whole: Path, copy: Path) -> None:
+    log = copy / "log.jsonl"
+    log.write_text(f"{line}\n{log.read_text()}")
+    with pytest.raises(PePatchError, match=r"log.jsonl, line 1 is damaged .* Delete the line and rerun"):
+        run(whole / "plain.yaml", copy, "resume=auto")
 
 
 def test_files_of_another_checkpoint_are_noticed(whole: Path, copy: Path) -> None:

@@ -63,6 +63,18 @@ def test_numbers_without_sense_are_refused(override: str, recipe_file: Path) -> 
         load_recipe(recipe_file, [override])
 
 
+@pytest.mark.parametrize("override", ["optimizer.betas=[0.9, {}]", "phases.0.mixture.text.needles=[[], 2]"])
+def test_a_pair_holds_numbers(override: str, recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(betas|needles) must be two numbers"):
+        load_recipe(recipe_file, [override])
+
+
+def test_a_recipe_that_is_a_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "three.yaml").write_text("3")
+    with pytest.raises(RecipeError, match=r"three\.yaml: Invalid"):
+        load_recipe(tmp_path / "three.yaml")
+
+
 def test_a_clip_of_zero_clips_nothing(recipe_file: Path, tmp_path: Path) -> None:
     """As in Transformers, and not to zero."""
     for clip in ("0", "1e9"):

@@ -22,7 +22,7 @@ from ...errors import OptionError, PePatchError
 from ..journal import Journal, key_of
 from ..memory import PeakMemory
 from ..model import EvaluatedModel, model_fingerprint, scheme_label, tokenizer_hash, windows
-from ..results import Results, Row, check_results_folder
+from ..results import Results, Row, check_results_folder, row_of
 from ..retrieval import start_ids, starts_with_bos
 
 if TYPE_CHECKING:
@@ -142,7 +142,10 @@ def harness(
                     rows = _run(model, tokenizer, requested, task, length, settings, autocast, stamps)
                     rows = [replace(row, key=key, details={**row.details, "prompt_start": start}) for row in rows]
                     journal.put(key, {"rows": [asdict(row) for row in rows]})
-                results.rows += [Row(**row) for row in (journal.get(key) or {})["rows"]]
+                try:
+                    results.rows += [row_of(row) for row in (journal.get(key) or {})["rows"]]
+                except (KeyError, TypeError) as error:
+                    raise journal.damaged(key, error) from error
     return results
 
 
