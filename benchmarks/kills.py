@@ -1,7 +1,7 @@
 """Disturb training, evaluation and comparison at random moments, rerun them, and compare with undisturbed runs.
 
 python benchmarks/kills.py                 # all cases, four at a time
-python benchmarks/kills.py "full disk"     # only the cases with these words in their name; prints, writes no files
+python benchmarks/kills.py "full disk"     # only the cases with these words in their name; other rows stay
 
 Each case starts the same command, waits for a moment that shows in its files, waits a random time longer, and strikes:
 SIGKILL, SIGTERM, SIGINT, a full disk (a small tmpfs that a second file fills), a folder that becomes read-only (a bind
@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,8 @@ class Case:
 class Outcome:
     """What a case showed."""
 
-    case: Case
+    number: int
+    """Index of the case in `CASES`."""
     struck: str = ""
     exit_code: int | None = None
     message: str = ""
@@ -210,6 +211,7 @@ def enter(words: list[str], said: Path) -> None:
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts with `&`
     sys.argv = ["pe-patch", *words]
     from pe_patch.cli.main import main
 
@@ -271,9 +273,11 @@ def disturb(case: Case, process: Command, output: Path, chance: random.Random) -
         return code, said, "" if first == 0 else f"the first run ended with {first}: {last_line(errors)}"
     if case.strike == "full disk":
         ballast = output.parent / "ballast"
-        free = shutil.disk_usage(output.parent).free
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free - chance.choice([0, 100_000])))
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        if chance.random() < 0.5:  # some writes still fit
+            os.truncate(ballast, max(0, ballast.stat().st_size - 100_000))
         code, said = process.finish()
         ballast.unlink()
         return code, said, ""
@@ -286,7 +290,7 @@ def disturb(case: Case, process: Command, output: Path, chance: random.Random) -
 
 def attempt(case: Case, output: Path, chance: random.Random) -> Outcome | None:
     """Run a case once. Return None if the command ended before the strike, or the strike missed the moment."""
-    moment, outcome = MOMENTS[case.moment], Outcome(case)
+    moment, outcome = MOMENTS[case.moment], Outcome(CASES.index(case))
     process = Command(case.command, output)
     begins, limit = moment.begins(output, process.pid, chance), time.monotonic() + 120
     while process.process.is_alive() and not begins() and time.monotonic() < limit:
@@ -327,13 +331,14 @@ def carry_out(case: Case, number: int, folder: Path, reference: Path) -> Outcome
             outcome = attempt(case, output, chance)
             if outcome is None:
                 continue
+            outcome.number = number
             outcome.faults += [f"{name} counts as complete, but differs" for name in half_written(output, reference)]
             outcome.rerun, said = Command(case.command, output).finish()
             if outcome.rerun:
                 outcome.faults.append(f"the rerun ended with {outcome.rerun}: {last_line(said)}")
             outcome.faults += differences(output, reference)
             break
-    outcome = outcome or Outcome(case, faults=["the strike never hit the moment"])
+    outcome = outcome or Outcome(number, faults=["the strike never hit the moment"])
     print(
         f"{case.name}: {outcome.struck}; {outcome.exit_code} {outcome.message!r}; {outcome.faults or 'equal'}",
         flush=True,
@@ -402,8 +407,8 @@ def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
 # The page
 
 
-def markdown(outcomes: list[Outcome], seconds: float, left_out: int) -> str:
-    host, bad = machine(), sum(bool(outcome.faults) for outcome in outcomes)
+def markdown(rows: list[dict[str, Any]]) -> str:
+    host, bad = machine(), sum(bool(row["faults"]) for row in rows)
     page = [
         "# Runs that were disturbed, and rerun",
         "",
@@ -413,27 +418,25 @@ def markdown(outcomes: list[Outcome], seconds: float, left_out: int) -> str:
         "except for times and memory, no file is missing or left over, and no file of the disturbed run that counted "
         "as complete differed.",
         "",
-        f"{len(outcomes) - bad} of {len(outcomes)} cases are equal and say what to do. A full disk is a tmpfs of "
-        f"{DISK} MB that another file fills; a read-only folder is a bind mount."
-        + (f" {left_out} cases that mount a file system were left out: they need root." if left_out else ""),
+        f"{len(rows) - bad} of {len(rows)} cases are equal and say what to do; {len(CASES) - len(rows)} were left out. "
+        f"A full disk is a tmpfs of {DISK} MB that another file fills; a read-only folder is a bind mount.",
         "",
-        f"`python benchmarks/kills.py`, {seconds:.0f} s on {host['cpu']}, {WORKERS} runs at a time, one thread each; "
-        f"torch {host['torch']}, transformers {host['transformers']}, Python {host['python']}.",
+        f"`python benchmarks/kills.py` on {host['cpu']}, shared with other work, {WORKERS} runs at a time with one "
+        f"thread each; torch {host['torch']}, transformers {host['transformers']}, Python {host['python']}.",
         "",
         "| command | disturbed by | when | its files then | exit code | message | after the rerun |",
         "| --- | --- | --- | --- | ---: | --- | --- |",
     ]
-    for outcome in outcomes:
-        case, message = outcome.case, re.sub(r"/\S*/run\b", "RUN", outcome.message).replace("|", "\\|")
+    for row in rows:
+        case, message = CASES[row["number"]], re.sub(r"/\S*/run\b", "RUN", row["message"]).replace("|", "\\|")
         page.append(
-            f"| {case.command} | {case.strike} | {case.moment} | {outcome.struck} | {outcome.exit_code} | "
-            f"{message or '-'} | {'; '.join(outcome.faults) or 'equal'} |"
+            f"| {case.command} | {case.strike} | {case.moment} | {row['struck']} | {row['exit_code']} | "
+            f"{message or '-'} | {'; '.join(row['faults']) or 'equal'} |"
         )
     return "\n".join(page) + "\n"
 
 
 def main(wanted: str = "") -> int:
-    started = time.perf_counter()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     FORKS.set_forkserver_preload(
         ["pe_patch.cli.main", "pe_patch.training.run", "pe_patch.evaluation", "pe_patch.compare"]
@@ -456,10 +459,11 @@ def main(wanted: str = "") -> int:
             pool.submit(carry_out, case, number, folder, references[case.command]) for number, case in possible.items()
         ]
         outcomes = [job.result() for job in jobs]
-    if not wanted:
-        seconds = time.perf_counter() - started
-        save("kills", {"seed": SEED, "seconds": seconds, "cases": [asdict(outcome) for outcome in outcomes]})
-        (RESULTS / "kills.md").write_text(markdown(outcomes, seconds, len(cases) - len(possible)), encoding="utf-8")
+    file = RESULTS / "kills.json"
+    kept = json.loads(file.read_text())["cases"] if file.exists() and wanted else []
+    rows = {row["number"]: row for row in [*kept, *map(asdict, outcomes)]}
+    save("kills", {"seed": SEED, "cases": [rows[number] for number in sorted(rows)]})
+    (RESULTS / "kills.md").write_text(markdown([rows[number] for number in sorted(rows)]), encoding="utf-8")
     return int(any(outcome.faults for outcome in outcomes))
 
 

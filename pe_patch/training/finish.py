@@ -199,9 +199,8 @@ def _post_training_error(run: Run, step: str, error: BaseException | None) -> Po
         named = error is None or isinstance(error, EvaluationError)
         why = message if named else f"{type(error).__name__}: {message}"
     message = f"The model is trained and saved in {folder}, but {step} did not finish: {why}."
-    if run.measure.pending(run.progress.step):
-        message += f" {_how_to_measure(run)}"
-    return PostTrainingError(message, code)
+    remedy = _how_to_measure(run) if run.measure.pending(run.progress.step) else run.how_to_resume()
+    return PostTrainingError(f"{message} {remedy}", code)
 
 
 def _how_to_measure(run: Run) -> str:

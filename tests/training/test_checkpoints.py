@@ -143,7 +143,8 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (999950, 1000000, 42):
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir()
-        (folder / RECORD).write_text(json.dumps({"progress": {"step": step}, "files": {}}))
+        record = {"progress": {"step": step}, "files": {}, "recipe": {}, "facts": {}}
+        (folder / RECORD).write_text(json.dumps(record))
     (tmp_path / "step-000099").mkdir()  # never completed
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000042", "step-999950", "step-1000000"]
     newest = find_checkpoint(Recipe(output="x", resume="auto"), tmp_path)

@@ -188,6 +188,19 @@ def test_a_log_that_cannot_be_written_says_what_to_do(
     assert "No space left on device. Correct this and rerun with resume=auto." in capsys.readouterr().err
 
 
+def test_a_card_that_cannot_be_written_says_what_to_do(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pe_patch.training.finish.card.write", full)
+    assert main([str(recipe_file), f"output={tmp_path}/run", "checkpoints.every=6"]) == 1
+    error = capsys.readouterr().err
+    assert f"saved in {tmp_path}/run/model, but its model card did not finish" in error
+    assert f"The last checkpoint is {tmp_path}/run/checkpoints/step-000006. Rerun with resume=auto." in error
+
+
 # The saved model is the measured model
 
 
