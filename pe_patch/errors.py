@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -83,6 +85,27 @@ class PePatchError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class TerminationSignal(BaseException):
+    """Raised where SIGTERM arrives. It is not an `Exception`, so that ordinary handlers do not catch it."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raise `TerminationSignal` if SIGTERM arrives within the block."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TerminationSignal
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class UnknownNameError(PePatchError, ValueError):

@@ -1,7 +1,9 @@
 """The command line: exit codes, messages without tracebacks, JSON, and flags with several values."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -218,3 +220,32 @@ def test_recipes_are_found_from_any_folder(tmp_path):
             [sys.executable, *start, "no_such_recipe"], capture_output=True, text=True, cwd=tmp_path, check=False
         )
         assert done.returncode == 2 and "yarn_llama_32k" in done.stderr
+
+
+def terminate(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def fill(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [(terminate, 143, "SIGTERM received."), (interrupt, 130, "Interrupted."), (fill, 1, "No space left on device.")],
+)
+def test_a_stopped_command_says_how_to_continue(stop, code, said, checkpoint, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pe_patch.evaluation.journal.Journal.put", stop)
+    words = ["evaluate", checkpoint, "--task", "needle", "--length", "64", "--samples", "1", "--text", text]
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main([*words, "--output", str(tmp_path)]) == code
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error
+    assert f"Give the same command again: it continues from what is finished in {tmp_path}." in error
+    assert cli.main(words) == code  # it keeps nothing
+    error = " ".join(capsys.readouterr().err.split())
+    assert "same command" not in error and signal.getsignal(signal.SIGTERM) is before

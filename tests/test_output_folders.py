@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pe_patch import evaluate, export, patch_model
@@ -292,6 +293,40 @@ def test_new_content_takes_the_place_of_the_old_in_one_piece(tmp_path: Path) -> 
         assert sorted(content(folder)) == ["kept.txt", "old.safetensors", "same.json"]
     assert content(folder) == {"kept.txt": b"old", "same.json": b"new", "part": None}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_deleted_but_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    def left(name: str, *files: str) -> Path:
+        for file in (".writing", *files):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("")
+        return tmp_path / name
+
+    killed = left(".out-killed", "new/model.safetensors")
+    moving = left(".out-moving", "old/model.safetensors")  # the only copy of what `out` held before
+    own = tmp_path / ".out-of-a-user"
+    own.mkdir()
+    writing = left(".out-writing", "new/model.safetensors")
+    with FileLock(writing / ".writing"), replaced_content(folder) as new:
+        (new / "file").write_text("")
+    assert not killed.exists() and moving.exists() and own.exists() and writing.exists()
+    assert content(folder) == {"file": b""}
+
+
+def test_two_runs_never_write_to_one_folder(model: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "rows"
+    output.mkdir()
+    words = ["evaluate", str(model), "--task", "needle", "--length", "64", "--samples", "1", "--text", str(text),
+             "--output", str(output)]  # fmt: skip
+    with FileLock(output / ".lock"):
+        assert cli.main(words) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"Another run is writing to {output}. Give another folder" in said
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert cli.main(words) == 0
+    assert (output / "results.jsonl").exists()
 
 
 def test_what_may_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

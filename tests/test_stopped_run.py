@@ -178,3 +178,46 @@ def test_a_damaged_journal_line_raises_with_its_number(tmp_path):
     journal.path.write_text("nonsense\n" + journal.path.read_text())
     with pytest.raises(PePatchError, match=r"journal.jsonl, line 1 is damaged"):
         Journal(tmp_path)
+
+
+DEEP = "[" * 100_000
+"""More levels than Python's parser of JSON takes."""
+
+
+@pytest.mark.parametrize("line", ["null", "3", "[1]", '"key"', "{}", '{"key": []}', '{"key": {}}', DEEP])
+def test_a_journal_line_of_another_type_raises_with_its_number(tmp_path, line):
+    (tmp_path / Journal.NAME).write_text('{"key": "a", "rows": []}\n' + line + "\n")
+    with pytest.raises(PePatchError, match=r"line 2 is damaged .* Delete the line"):
+        Journal(tmp_path)
+
+
+def test_a_line_without_its_value_is_named(tmp_path):
+    (tmp_path / Journal.NAME).write_text('{"key": "a", "values": 3}\n')
+    with pytest.raises(PePatchError, match=r"'a' is damaged \('value' is missing\)"):
+        Journal(tmp_path).value("a", "value")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda entry: entry.pop("rows"), "'rows' is missing"),
+        (lambda entry: entry["rows"].append(3), "a row must be an object"),
+        (lambda entry: entry["rows"][0].pop("samples"), "samples"),
+        (lambda entry: entry["rows"][0].update(samples="5"), "samples is '5'"),
+        (lambda entry: entry["rows"][0].update(score=[]), r"score is \[\]"),
+        (lambda entry: entry["rows"][0].update(details=None), "details is None"),
+        (lambda entry: entry["answers"].append(None), "NoneType"),
+    ],
+)
+def test_a_damaged_entry_is_named(tokenizer, llama, tmp_path, damage, said):
+    def run():
+        return measure(llama, tokenizer, ["needle"], [64], output=tmp_path, control_length=64)
+
+    run()
+    journal = tmp_path / Journal.NAME
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    entry = next(entry for entry in entries if "rows" in entry)
+    damage(entry)
+    journal.write_text("".join(json.dumps(each) + "\n" for each in entries))
+    with pytest.raises(PePatchError, match=rf"{entry['key']}' is damaged \(.*{said}.*Delete it"):
+        run()

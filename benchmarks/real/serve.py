@@ -221,7 +221,8 @@ class LlamaCpp(Server):
         extra = printed[3 : printed.index("-m")]
         command = [str(root / "build/bin/llama-server"), "-m", str(file), "-c", str(WINDOW), *extra]
         place = ["--host", "127.0.0.1", "--port", str(port), "-t", str(self.arguments.threads), "--parallel", "1"]
-        return [*command, *place, "--cache-type-k", "f32", "--cache-type-v", "f32"], {}
+        # Its fused attention rounds to half precision.
+        return [*command, *place, "--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"], {}
 
     def complete(self, address: str, prompt: list[int], count: int) -> Answer:
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": 1, "cache_prompt": True}

@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..errors import OutputError
 
 PathLike = str | os.PathLike[str]
@@ -21,6 +23,8 @@ HARMLESS = (".*", "*.log", "*.out", "*.err")
 """Files that do not count as content: hidden files and logs of the command."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.gguf")
 """Model files that loaders find by name."""
+WRITING = ".writing"
+"""File in the temporary folder of `replaced_content`, locked by the process that writes there."""
 EXPORT_RECORD = "pe_patch_export.json"
 """File in which an export lists its files, so that a later export knows what it may replace."""
 
@@ -180,12 +184,37 @@ def exported_files(folder: Path) -> list[str]:
 
 
 @contextmanager
+def sole_writer(folder: PathLike | None) -> Iterator[None]:
+    """Keep other runs out of an output folder, which is created if needed. None locks nothing.
+
+    Raises:
+        OutputError: another run is writing to the folder.
+    """
+    if folder is None:
+        yield
+        return
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"Another run is writing to {path}. Give another folder, or wait and give the same command again."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def replaced_content(folder: PathLike, *, stale: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder to write to, and move its files into `folder` at the end of the block.
 
     If the block or the move fails or is interrupted, `folder` is unchanged, and no new files stay beside it. New files
     replace files with the same name and files that match a pattern in `stale`. Other files stay. `config.json` moves
-    last, so that an incomplete model cannot be loaded.
+    last, so that an incomplete model cannot be loaded. What a killed process left beside `folder` is deleted first.
 
     Args:
         folder: the output folder.
@@ -195,15 +224,18 @@ def replaced_content(folder: PathLike, *, stale: Collection[str] = ()) -> Iterat
     missing = [parent for parent in (folder.parent, *folder.parent.parents) if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     parent_folder = folder if folder.is_dir() and _only_inside(folder) else folder.parent
-    temporary = Path(tempfile.mkdtemp(dir=parent_folder, prefix=f".{folder.name}-"))
+    prefix = f".{folder.name}-"
+    _delete_abandoned(parent_folder, prefix)
+    temporary = Path(tempfile.mkdtemp(dir=parent_folder, prefix=prefix))
     try:
-        content = temporary / "new"
-        content.mkdir()
-        yield content
-        if folder.exists():
-            _move(content, folder, temporary / "old", stale)
-        else:
-            os.replace(content, folder)
+        with FileLock(temporary / WRITING):
+            content = temporary / "new"
+            content.mkdir()
+            yield content
+            if folder.exists():
+                _move(content, folder, temporary / "old", stale)
+            else:
+                os.replace(content, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:
@@ -211,6 +243,19 @@ def replaced_content(folder: PathLike, *, stale: Collection[str] = ()) -> Iterat
                 parent.rmdir()
         raise
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _delete_abandoned(parent: Path, prefix: str) -> None:
+    """Delete temporary folders whose process is gone. If it was killed while moving files, the old ones stay."""
+    for file in parent.glob(f"{prefix}*/{WRITING}"):
+        if any((file.parent / "old").glob("*")):
+            continue
+        try:
+            with FileLock(file, timeout=0):
+                pass
+        except Timeout:  # another process is writing there
+            continue
+        shutil.rmtree(file.parent)
 
 
 def _only_inside(folder: Path) -> bool:

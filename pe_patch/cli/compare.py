@@ -9,7 +9,7 @@ import typer
 
 from .application import app
 from .options import AsJson, Device, Dtype, Factor, Overwrite, parse_length_option
-from .output import command_line, console, echo, is_quiet, note, print_json
+from .output import command_line, console, echo, is_quiet, note, print_json, set_continues
 
 
 @app.command(
@@ -77,6 +77,7 @@ def compare(
         "steps": steps, "samples": samples, "text": text, "seed": seed, "batch_size": batch_size, "dtype": dtype,
         "device": device,
     }  # fmt: skip
+    set_continues(output)
     comparison, page = command.run(
         arguments,
         output,

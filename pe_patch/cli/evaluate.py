@@ -25,7 +25,7 @@ from .options import (
     TargetLength,
     parse_length_option,
 )
-from .output import command_line, console, is_quiet, note, print_results
+from .output import command_line, console, is_quiet, note, print_results, set_continues
 
 
 @app.command(
@@ -122,6 +122,7 @@ def evaluate(
     if output is not None:
         require_extra("report")  # before anything is measured
         check_results_folder(output, inputs=[model, text], overwrite=overwrite)
+        set_continues(output)
     loaded, tokenizer = sources.load(model, dtype, device)
     sources.apply(loaded, scheme, factor, option, on_existing, target_length)
     results = Results()

@@ -20,6 +20,8 @@ from ..errors import escape, finite, printable
 from .wording import for_command_line
 
 _quiet = False
+_continues: Any = None
+"""Output folder in which the same command continues; None if it starts over."""
 _stdout: Any = None
 """Destination of JSON while other output is redirected; None is the current standard output."""
 
@@ -33,6 +35,19 @@ def set_quiet(quiet: bool) -> None:
 def is_quiet() -> bool:
     """Return whether commands print only results and errors."""
     return _quiet
+
+
+def set_continues(output: Any) -> None:
+    """Set the output folder in which the same command continues after it was stopped; None if it starts over."""
+    global _continues
+    _continues = output
+
+
+def how_to_continue() -> str:
+    """Return what to type after the command was stopped, or an empty string if it keeps nothing."""
+    if _continues is None:
+        return ""
+    return f" Give the same command again: it continues from what is finished in {_continues}."
 
 
 def note(text: Any, always: bool = False) -> None:

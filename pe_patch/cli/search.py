@@ -11,7 +11,7 @@ import typer
 from ..errors import OptionError
 from .application import app
 from .options import AsJson, Device, Dtype, Model, OnExisting, Overwrite, parse_length_option
-from .output import console, echo, print_json
+from .output import console, echo, print_json, set_continues
 
 
 @app.command(
@@ -64,6 +64,7 @@ def search(
     from ..search.result import result_table
 
     check_output(output, SEARCH, inputs=[model, text], overwrite=overwrite)
+    set_continues(output)
     initial_factors = None if start is None else _factors(start)
     loaded, tokenizer = sources.load(model, dtype, device)
     result = run(

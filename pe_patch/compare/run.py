@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import sources
-from ..checkpoints.folders import COMPARISON, check_output
+from ..checkpoints.folders import COMPARISON, check_output, sole_writer
 from ..data.packaged import shipped_recipes
 from ..errors import OptionError, PePatchError, UnknownNameError, silence_log_warnings
 from ..evaluation.corpus import Corpus
@@ -151,7 +151,7 @@ def carry_out(
         if not finished(settings, entry, folder)
     ]
     clock = processes.Job("timing", timing.time_all, (settings, folder), output / "timing-failed.json")
-    with _progress(settings, folder, progress) as tick:
+    with sole_writer(output), _progress(settings, folder, progress) as tick:
         processes.run(jobs, number, tick)
         if not (output / "timing.json").exists():
             processes.run([clock], min(number, 1), tick)  # alone, because other jobs would slow it down

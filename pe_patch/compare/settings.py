@@ -195,5 +195,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PePatchError(f"Cannot read {path}: {error}. Delete it to repeat that part.") from error

@@ -218,8 +218,7 @@ class EvaluationContext:
 
     def recall(self, key: str) -> Any:
         """Return the value that `remember` stored under a key, or None."""
-        entry = self.journal.get(key)
-        return None if entry is None else entry["value"]
+        return self.journal.value(key, "value") if key in self.journal else None
 
     def remember(self, key: str, value: Any) -> Any:
         """Store a JSON-able value that several rows share, such as a control, in the journal.
@@ -227,11 +226,9 @@ class EvaluationContext:
         Returns:
             The value, or the one that the journal already has under this key.
         """
-        entry = self.journal.get(key)
-        if entry is None:
-            entry = {"value": value}
-            self.journal.put(key, entry)
-        return entry["value"]
+        if key not in self.journal:
+            self.journal.put(key, {"value": value})
+        return self.journal.value(key, "value")
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[ResourceUsage]:

@@ -51,6 +51,25 @@ class Journal:
         """Return the entry of a key, or None."""
         return self._entries.get(key)
 
+    def value(self, key: str, name: str) -> Any:
+        """Return one value of an entry.
+
+        Raises:
+            PePatchError: The entry is damaged and lacks it.
+        """
+        try:
+            return self._entries[key][name]
+        except KeyError as error:
+            raise self.damaged(key, error) from error
+
+    def damaged(self, key: str, error: Exception) -> PePatchError:
+        """Return the error for an entry that does not hold what it must."""
+        detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        return PePatchError(
+            f"{self.path}: the line with the key {key!r} is damaged ({detail}). Delete it to measure it again, or "
+            "the file to start over."
+        )
+
     def put(self, key: str, entry: Entry) -> None:
         """Store a JSON-able entry."""
         self._entries[key] = entry
@@ -66,8 +85,10 @@ class Journal:
         for number, line in enumerate(complete.split(b"\n")[:-1], 1):
             try:
                 entry = json.loads(line)
+                if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+                    raise ValueError("it is not an object with a key")
                 self._entries[entry.pop("key")] = entry
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise PePatchError(
                     f"{path}, line {number} is damaged ({error}). Delete the line to measure it again, or the file to "
                     "start over."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.folders import EVALUATION, check_output
-from ..errors import OutputError, PePatchError
+from ..errors import OutputError, PePatchError, quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -162,7 +162,7 @@ class Results:
             lines = json_lines((folder / "results.jsonl").read_text(encoding="utf-8"))
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return cls([_row(line) for line in lines], config)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise PePatchError(f"No readable results in {folder}: {error}") from error
 
     def __add__(self, other: Results) -> Results:
@@ -372,9 +372,31 @@ def finite(value: Any) -> Any:
     return value
 
 
+NUMBERS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("length", "tokens", "samples"), (int,)),
+    **dict.fromkeys(("score", "low", "high", "depth", "control", "without_context"), (int, float, type(None))),
+}
+"""Types of the numbers in a row."""
+
+
+def row_of(values: Any) -> Row:
+    """Make a row from its values in a file.
+
+    Raises:
+        TypeError: a value is missing, unknown or of another type.
+    """
+    if not isinstance(values, dict):
+        raise TypeError("a row must be an object")
+    row = Row(**values)
+    for name, kinds in {**NUMBERS, "details": (dict,)}.items():
+        if type(getattr(row, name)) not in kinds:
+            raise TypeError(f"{name} is {quoted(getattr(row, name))}")
+    return row
+
+
 def _row(line: dict[str, Any]) -> Row:
     """Make a row from its JSON, in which a score or a loss of null was NaN or infinite."""
-    row = Row(**line)
+    row = row_of(line)
     for bucket in row.details.get("buckets", ()):
         bucket["loss"] = math.nan if bucket["loss"] is None else bucket["loss"]
     return replace(row, score=math.nan) if row.score is None else row

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..checkpoints.folders import sole_writer
 from ..checkpoints.sources import check_loaded
 from ..errors import PePatchError
 from .context import EvaluationContext, PromptTemplate, WorkUnit
@@ -22,7 +23,7 @@ from .corpus import Corpus
 from .journal import Journal
 from .model import DryRunModel, EvaluatedModel, Work, model_fingerprint, scheme_label, tokenizer_hash, windows
 from .progress import Progress, fewer_samples
-from .results import Results, Row, check_results_folder, json_text, write_atomically
+from .results import Results, check_results_folder, json_text, row_of, write_atomically
 from .tasks import Needle, Task, find_tasks
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def evaluate(
         PePatchError: A prompt would be cut, a length is beyond the window, or the text is too short.
         UnknownNameError: A task or one of its named options does not exist.
         OptionError: No task has an option of `task_options`, `chat` has no chat template, or `bos` no BOS token.
-        OutputError: `output` holds something else and `overwrite` is False.
+        OutputError: `output` holds something else and `overwrite` is False, or another run is writing to it.
     """
     check_loaded(model, tokenizer)
     if output is not None:
@@ -104,50 +105,56 @@ def evaluate(
         )
     native, effective = windows(model)
     chosen = _with_retrieval(_find_tasks(tasks, task_options), retrieval)
-    context = _context(
-        model,
-        tokenizer,
-        lengths,
-        samples=samples,
-        depths=depths,
-        batch_size=batch_size,
-        seed=seed,
-        text=text,
-        control_length=control_length,
-        beyond_window=beyond_window,
-        autocast=autocast,
-        label=label,
-        chat=chat,
-        bos=bos,
-        output=output,
-        dry_run=dry_run,
-    )
-    plan = _plan(context, chosen)
-    results = Results(config=_config(context, chosen, native, effective))
-    if dry_run:
-        for _, task, _, unit in plan:
-            before = replace(context.model.work)
-            unit.measure()
-            results.config["plan"] = add_work(results.config.get("plan", {}), task.name, context.model.work - before)
+    with sole_writer(None if dry_run else output):
+        context = _context(
+            model,
+            tokenizer,
+            lengths,
+            samples=samples,
+            depths=depths,
+            batch_size=batch_size,
+            seed=seed,
+            text=text,
+            control_length=control_length,
+            beyond_window=beyond_window,
+            autocast=autocast,
+            label=label,
+            chat=chat,
+            bos=bos,
+            output=output,
+            dry_run=dry_run,
+        )
+        plan = _plan(context, chosen)
+        results = Results(config=_config(context, chosen, native, effective))
+        if dry_run:
+            for _, task, _, unit in plan:
+                before = replace(context.model.work)
+                unit.measure()
+                results.config["plan"] = add_work(
+                    results.config.get("plan", {}), task.name, context.model.work - before
+                )
+            return results
+        remaining: dict[str, dict[str, int]] = {}
+        for key, task, _, unit in plan:
+            if key not in context.journal:
+                remaining = add_work(remaining, task.name, unit.work)
+        total = sum(work["tokens"] for work in remaining.values())
+        answers: list[dict[str, Any]] = []
+        cheaper = partial(fewer_samples, samples, tokens=partial(_tokens_with, context, chosen))
+        with Progress(context.scheme, total, plan_sentence(remaining), progress, cheaper) as shown:
+            context.model.advance = shown.advance
+            for key, task, length, unit in plan:
+                shown.describe(f"{task.name} at {length}")
+                entry = context.journal.get(key) or _measure(context, key, unit)
+                try:
+                    results.rows += [row_of(row) for row in entry["rows"]]
+                    answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
+                except (KeyError, TypeError) as error:
+                    raise context.journal.damaged(key, error) from error
+        if output is not None:
+            folder = results.save(output, overwrite=True)  # check_results_folder has checked it
+            write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))
         return results
-    remaining: dict[str, dict[str, int]] = {}
-    for key, task, _, unit in plan:
-        if key not in context.journal:
-            remaining = add_work(remaining, task.name, unit.work)
-    total = sum(work["tokens"] for work in remaining.values())
-    answers: list[dict[str, Any]] = []
-    cheaper = partial(fewer_samples, samples, tokens=partial(_tokens_with, context, chosen))
-    with Progress(context.scheme, total, plan_sentence(remaining), progress, cheaper) as shown:
-        context.model.advance = shown.advance
-        for key, task, length, unit in plan:
-            shown.describe(f"{task.name} at {length}")
-            entry = context.journal.get(key) or _measure(context, key, unit)
-            results.rows += [Row(**row) for row in entry["rows"]]
-            answers += [{"scheme": context.scheme, **answer} for answer in entry["answers"]]
-    if output is not None:
-        folder = results.save(output, overwrite=True)  # check_results_folder has checked it
-        write_atomically(folder / "answers.jsonl", "".join(f"{json_text(a)}\n" for a in answers))
-    return results
 
 
 def planned_tokens(

@@ -47,7 +47,7 @@ def write_or_check_settings(
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         now = {**settings, "batch_size": batch_size if batch_size_given else before["batch_size"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OptionError(f"{path} is damaged ({error!r}); give another output folder.") from error
     if different := [name for name in now if before.get(name) != now[name]]:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in different)

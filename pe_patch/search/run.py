@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.folders import SEARCH, check_output
+from ..checkpoints.folders import SEARCH, check_output, sole_writer
 from ..compat import require_extra
 from ..evaluation.corpus import Corpus
 from ..evaluation.model import EvaluatedModel, model_fingerprint
@@ -105,15 +105,15 @@ def search(
         method=method, target=target, known=known_factors(target.shape, target.factor),
         measured_on=material.measured_on, model=_model_name(model), settings=settings,
     )  # fmt: skip
-    with Progress(len(KNOWN) + schedule.candidates, schedule.iterations, progress) as bar:
+    with sole_writer(output), Progress(len(KNOWN) + schedule.candidates, schedule.iterations, progress) as bar:
         scorer = Scorer(Objective(subject, material, on_existing), SearchJournal(output), target, bar)
         result.baselines.update({paper: scorer.baseline(paper, scheme) for paper, scheme in KNOWN.items()})
         for generation in evolve(space, starts, schedule, seed, scorer):
             result.history.extend(generation)
             if output is not None:
                 write_best(Path(output), result.options)
-    if output is not None:
-        result.save(output, overwrite=True)  # the check ran at the start
+        if output is not None:
+            result.save(output, overwrite=True)  # the check ran at the start
     return result
 
 

@@ -31,11 +31,12 @@ class Scorer:
         return self._score(paper, {"baseline": scheme}, scheme, options)
 
     def _score(self, key: str, description: dict[str, Any], scheme: str, options: dict[str, Any]) -> float:
-        entry, seconds = self.journal.get(key), None
-        if entry is None:
+        seconds = None
+        if key not in self.journal:
             started = time.perf_counter()
             entry = {**description, "score": self.objective(scheme, **options)}
             seconds = time.perf_counter() - started
             self.journal.put(key, entry)
-        self.bar.advance(entry["score"], description.get("generation"), seconds)
-        return entry["score"]
+        score = self.journal.value(key, "score")
+        self.bar.advance(score, description.get("generation"), seconds)
+        return score

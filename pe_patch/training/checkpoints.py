@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import quoted
 from .libraries import OmegaConf
 from .recipe import Recipe, RecipeError
 
@@ -45,6 +46,20 @@ class Progress:
     """Losses of the last steps of this phase in nats, oldest first."""
     lowest: float | None = None
     """Lowest mean of that many losses in this phase; None until there are enough."""
+
+    def check(self) -> None:
+        """Raise `TypeError` if a value that was read from a file has another type."""
+        for name in ("step", "phase", "phase_step", "tokens"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise TypeError(f"{name} is {quoted(getattr(self, name))}")
+        numbers = {
+            "recent": self.recent,
+            "losses": self.losses,
+            "lowest": [0.0 if self.lowest is None else self.lowest],
+        }
+        for name, values in numbers.items():
+            if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+                raise TypeError(f"{name} is {quoted(getattr(self, name))}")
 
     def next_phase(self) -> None:
         """Move to the next phase and reset what belongs to one phase."""
@@ -131,7 +146,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         files, progress = record["files"], Progress(**record["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        progress.check()
+        if wrong := [name for name in ("files", "recipe", "facts") if not isinstance(record[name], dict)]:
+            raise TypeError(f"{wrong[0]} is not an object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path / RECORD} cannot be read ({type(error).__name__}: {error}).") from error
     if progress.step != step_of(path):
         raise DamagedCheckpoint(f"{path} holds the files of step {progress.step}.")

@@ -14,9 +14,10 @@ from .. import compat
 from ..checkpoints.exporters.export import export
 from ..checkpoints.folders import WEIGHTS, replaced_content
 from ..checkpoints.load import is_adapter, load_adapted, load_model
+from ..errors import TerminationSignal, sigterm_raises
 from ..patching.api import find_patch
 from . import card
-from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError, TerminationSignal, sigterm_raises
+from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError
 from .measure import longest
 from .models import FLASH
 from .quantise import merge_saved
@@ -190,9 +191,9 @@ def _post_training_error(run: Run, step: str, error: BaseException | None) -> Po
         named = error is None or isinstance(error, EvaluationError)
         why = message if named else f"{type(error).__name__}: {message}"
     message = f"The model is trained and saved in {folder}, but {step} did not finish: {why}."
-    if run.measure.pending(run.progress.step):
-        message += f" Evaluate it with: {run.measure.command(folder)}"
-    return PostTrainingError(message, code)
+    pending = run.measure.pending(run.progress.step)
+    remedy = f"Evaluate it with: {run.measure.command(folder)}" if pending else run.how_to_resume()
+    return PostTrainingError(f"{message} {remedy}", code)
 
 
 def _merge_into_reloaded(run: Run, model: Any, weights: dict[str, Any] | None) -> Any:

@@ -6,8 +6,6 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -46,27 +44,6 @@ class PostTrainingError(PePatchError, RuntimeError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-class TerminationSignal(BaseException):
-    """Raised where SIGTERM arrives. It is not an `Exception`, so that ordinary handlers do not catch it."""
-
-
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Raise `TerminationSignal` if SIGTERM arrives within the block."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TerminationSignal
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def fault(loss: float, norm: float, progress: Progress, limits: Guard) -> str | None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..errors import PePatchError
 from ..evaluation.results import write_atomically
 
 COLUMNS = ("phase", "loss", "divergence", "accuracy", "gradient_norm", "tokens_per_second")
@@ -24,11 +25,14 @@ class Log:
         path: the file of JSON lines.
         writes: this process writes; the others keep silent.
         from_step: steps that the run has behind it.
+        trained: all of its steps are behind it: what it logged after the last one is dropped too, and logged again.
         total_steps: steps of the whole run.
         progress: show a progress bar.
     """
 
-    def __init__(self, path: Path, *, writes: bool, from_step: int, total_steps: int, progress: bool) -> None:
+    def __init__(
+        self, path: Path, *, writes: bool, from_step: int, total_steps: int, progress: bool, trained: bool = False
+    ) -> None:
         self.path, self.writes = path, writes
         self.track: Callable[[dict[str, float]], None] = lambda values: None
         """Sends numbers by name to the trackers."""
@@ -45,6 +49,8 @@ class Log:
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             earlier = [line for line in read_lines(path) if line["step"] <= from_step] if from_step else []
+            if trained:
+                earlier = [line for line in earlier if line["event"] == "step" or line["step"] < from_step]
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in earlier))
 
     def __enter__(self) -> Log:
@@ -78,15 +84,28 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log. A last line that an interrupted write has cut is left out."""
+    """Return the lines of a log. A last line that an interrupted write has cut is left out.
+
+    Raises:
+        PePatchError: another line is damaged.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    read = [json.loads(line) for line in lines[:-1] if line]
-    try:
-        return [*read, json.loads(lines[-1])] if lines[-1] else read
-    except ValueError:
-        return read
+    read: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int or "event" not in entry:
+                raise ValueError("it is not an event with a step")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise PePatchError(f"{path}, line {number} is damaged ({error}). Delete the line and rerun.") from error
+        read.append(entry)
+    return read
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any, cast
 import yaml
 
 from ..data.packaged import shipped_recipes
-from ..errors import nearest
+from ..errors import nearest, quoted
+from ..evaluation.results import write_atomically
 from ..schemes.registry import SCHEMES
 from .libraries import DictConfig, OmegaConf, OmegaConfBaseException
 from .recipe import VERSION, Recipe, RecipeError
@@ -96,7 +97,7 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe as YAML, including all defaults."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
 def _checked(where: str, action: Any) -> Any:
@@ -105,7 +106,7 @@ def _checked(where: str, action: Any) -> Any:
         return action()
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: invalid YAML: {' '.join(str(error).split())}") from error
-    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+    except (OmegaConfBaseException, OSError, TypeError, ValueError, IndexError, RecursionError) as error:
         message, *details = str(error).splitlines()
         key = next((line.split(":", 1)[1].strip() for line in details if "full_key" in line), "")
         raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}") from error
@@ -113,6 +114,12 @@ def _checked(where: str, action: Any) -> Any:
 
 def check(recipe: Recipe, where: str = "recipe") -> None:
     """Raise `RecipeError` if values of the recipe contradict each other."""
+    pairs = {"optimizer.betas": recipe.optimizer.betas}  # OmegaConf does not check what is in a tuple
+    for number, phase in enumerate(recipe.phases):
+        pairs |= {f"phases.{number}.mixture.{name}.needles": each.needles for name, each in phase.mixture.items()}
+    for name, pair in pairs.items():
+        if len(pair) != 2 or not all(type(value) in (int, float) for value in pair):
+            raise RecipeError(f"{where}: {name} must be two numbers, got {quoted(pair)}.")
     demands = [
         ((recipe.model.source is None) != (recipe.model.config is None), "give either model.source or model.config"),
         (bool(recipe.phases) or _needs_no_training(recipe), "phases is empty; give at least one (only a training-free "

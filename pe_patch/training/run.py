@@ -18,7 +18,7 @@ from transformers import set_seed
 from ..checkpoints.exporters.export import check_export
 from ..compat import require_extra
 from ..data.text import Skipped, iter_documents
-from ..errors import PePatchError
+from ..errors import PePatchError, TerminationSignal, sigterm_raises
 from . import finish, output_checks, plan
 from .checkpoints import (
     Progress,
@@ -120,6 +120,7 @@ class Run:
                 self.output / "log.jsonl",
                 writes=self.launch.is_main,
                 from_step=self.progress.step,
+                trained=self.progress.phase == len(recipe.phases),
                 total_steps=total,
                 progress=recipe.progress,
             )
@@ -202,7 +203,7 @@ class Run:
         """Return a sentence that names the newest checkpoint."""
         saved = complete_checkpoints(self.folder)
         if not saved:
-            return "There is no checkpoint yet."
+            return "There is no checkpoint yet: rerun to start again."
         return f"The last checkpoint is {saved[-1]}. Rerun with resume=auto."
 
     def data_notes(self) -> list[str]:
@@ -227,10 +228,16 @@ def train(recipe: Recipe) -> Any:
         return run.show_plan()
     try:
         return run.run()
-    except KeyboardInterrupt as error:
-        raise Terminated(
-            f"Interrupted after step {run.progress.step}. {run.how_to_resume()}", INTERRUPTED_EXIT_CODE
-        ) from error
+    except (KeyboardInterrupt, TerminationSignal) as error:
+        why, code = _cause(error)
+        raise Terminated(f"{why} after step {run.progress.step}. {run.how_to_resume()}", code) from error
+
+
+def _cause(error: BaseException) -> tuple[str, int]:
+    """Return what ended a run, in words, and the exit code for it."""
+    if isinstance(error, TerminationSignal):
+        return "SIGTERM received", TERMINATED_EXIT_CODE
+    return "Interrupted", INTERRUPTED_EXIT_CODE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -240,8 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after the command; None takes `sys.argv`.
 
     Returns:
-        0 after a complete run, 2 for an invalid recipe, 1 for a failed run, 143 for a run that SIGTERM ended after a
-        checkpoint was saved, and 130 for a run that was interrupted.
+        0 after a complete run, 2 for an invalid recipe, 1 for a failed run, 143 for a run that SIGTERM ended, and 130
+        for a run that was interrupted.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -256,16 +263,21 @@ def main(arguments: list[str] | None = None) -> int:
     known, dashed = parser.parse_known_args(arguments)
     overrides = [*known.overrides, *dashed, *["dry_run=true"] * known.dry_run]
     try:
-        train(load_recipe(known.recipe, overrides))
+        with sigterm_raises():
+            train(load_recipe(known.recipe, overrides))
     except tuple(EXIT_CODES) as error:
         print(error, file=sys.stderr)
         if isinstance(error, PostTrainingError | Terminated):
             return error.exit_code
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except OSError as error:  # a full disk, a folder that became read-only, a hub that does not answer
-        print(f"The run failed: {type(error).__name__}: {error}", file=sys.stderr)
+        print(
+            f"The run failed: {type(error).__name__}: {error}. Correct this and rerun with resume=auto.",
+            file=sys.stderr,
+        )
         return 1
-    except KeyboardInterrupt:
-        print("Interrupted before the first step. Nothing was trained.", file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+    except (KeyboardInterrupt, TerminationSignal) as error:
+        why, code = _cause(error)
+        print(f"{why} before the first step. Nothing was trained: rerun to start again.", file=sys.stderr)
+        return code
     return 0

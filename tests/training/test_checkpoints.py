@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from pe_patch.errors import PePatchError
 from pe_patch.training import checkpoints
 from pe_patch.training.checkpoints import RECORD, complete_checkpoints, digest, find_checkpoint, prune
 from pe_patch.training.guard import TrainingError
@@ -81,6 +82,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("files", []), ("facts", "x"), ("recipe", None), ("progress", {"step": 4, "phase": []}),
+     ("progress", {"step": 4, "lowest": {}}), ("progress", {"step": 4, "losses": [None]}),
+     ("progress", {"step": 4, "recent": 3}), ("progress", {"step": True})],
+)  # fmt: skip
+def test_a_record_with_a_value_of_another_type_is_damaged(key: str, value: Any, copy: Path) -> None:
+    file = copy / "checkpoints/step-000004" / RECORD
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=r"progress.json cannot be read"):
+        checkpoints.read_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[]", '{"event": "step"}', '{"step": "1", "event": "step"}', "{", "[" * 100_000]
+)
+def test_a_damaged_line_of_a_log_is_named(line: str, whole: Path, copy: Path) -> None:
+    log = copy / "log.jsonl"
+    log.write_text(f"{line}\n{log.read_text()}")
+    with pytest.raises(PePatchError, match=r"log.jsonl, line 1 is damaged .* Delete the line and rerun"):
+        run(whole / "plain.yaml", copy, "resume=auto")
+
+
 def test_files_of_another_checkpoint_are_noticed(whole: Path, copy: Path) -> None:
     for name in ("optimizer.pt", "weights.safetensors", "rng_state.pth"):
         newest = copy / "checkpoints/step-000004"
@@ -119,7 +143,8 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (999950, 1000000, 42):
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir()
-        (folder / RECORD).write_text(json.dumps({"progress": {"step": step}, "files": {}}))
+        record = {"progress": {"step": step}, "files": {}, "recipe": {}, "facts": {}}
+        (folder / RECORD).write_text(json.dumps(record))
     (tmp_path / "step-000099").mkdir()  # never completed
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000042", "step-999950", "step-1000000"]
     newest = find_checkpoint(Recipe(output="x", resume="auto"), tmp_path)
@@ -187,6 +212,14 @@ def test_a_log_whose_last_line_was_cut_is_continued(whole: Path, copy: Path) -> 
     log.write_text(log.read_text()[:-40])
     run(whole / "plain.yaml", copy, "resume=auto")
     assert [line["step"] for line in logged(copy)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_was_killed_after_its_last_step_logs_its_end_once(whole: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(whole / "run", tmp_path / "run"))
+    before = [line["event"] for line in map(json.loads, (output / "log.jsonl").read_text().splitlines())]
+    run(whole / "plain.yaml", output, "resume=auto")
+    again = [line["event"] for line in map(json.loads, (output / "log.jsonl").read_text().splitlines())]
+    assert again == before and before[-1] == "reloaded" and before.count("reloaded") == 1
 
 
 def test_weights_that_are_no_numbers_are_never_saved(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -17,7 +18,7 @@ import pe_patch
 from pe_patch.errors import UnsupportedError
 from pe_patch.training import models, plan
 from pe_patch.training.checkpoints import Progress
-from pe_patch.training.guard import INTERRUPTED_EXIT_CODE, TrainingError, fault
+from pe_patch.training.guard import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, TrainingError, fault
 from pe_patch.training.launch import Launch
 from pe_patch.training.recipe import Guard, Loss, Model, Recipe, RecipeError
 from pe_patch.training.run import Run, load_recipe, main, train
@@ -60,6 +61,18 @@ def test_numbers_without_sense_are_refused(override: str, recipe_file: Path) -> 
     key = override.partition("=")[0].rpartition(".")[2]
     with pytest.raises(RecipeError, match=key):
         load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize("override", ["optimizer.betas=[0.9, {}]", "phases.0.mixture.text.needles=[[], 2]"])
+def test_a_pair_holds_numbers(override: str, recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(betas|needles) must be two numbers"):
+        load_recipe(recipe_file, [override])
+
+
+def test_a_recipe_that_is_a_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "three.yaml").write_text("3")
+    with pytest.raises(RecipeError, match=r"three\.yaml: Invalid"):
+        load_recipe(tmp_path / "three.yaml")
 
 
 def test_a_clip_of_zero_clips_nothing(recipe_file: Path, tmp_path: Path) -> None:
@@ -143,6 +156,49 @@ def test_ctrl_c_before_the_first_step(recipe_file: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("pe_patch.training.run.load_corpora", interrupt)
     assert main([str(recipe_file)]) == INTERRUPTED_EXIT_CODE
     assert "Nothing was trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("load_corpora", "before the first step. Nothing was trained"),
+        ("finish.finish", "after step 6. There is no checkpoint yet"),
+    ],
+)
+def test_sigterm_outside_of_the_steps_says_what_to_do(
+    place: str, said: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def terminate(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(f"pe_patch.training.run.{place}", terminate)
+    assert main([str(recipe_file), f"output={tmp_path}/run", "phases.0.steps=6"]) == TERMINATED_EXIT_CODE
+    error = capsys.readouterr().err
+    assert f"SIGTERM received {said}" in error and "rerun to start again" in error
+
+
+def test_a_log_that_cannot_be_written_says_what_to_do(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pe_patch.training.log.Log.step", full)
+    assert main([str(recipe_file), f"output={tmp_path}/run"]) == 1
+    assert "No space left on device. Correct this and rerun with resume=auto." in capsys.readouterr().err
+
+
+def test_a_card_that_cannot_be_written_says_what_to_do(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pe_patch.training.finish.card.write", full)
+    assert main([str(recipe_file), f"output={tmp_path}/run", "checkpoints.every=6"]) == 1
+    error = capsys.readouterr().err
+    assert f"saved in {tmp_path}/run/model, but its model card did not finish" in error
+    assert f"The last checkpoint is {tmp_path}/run/checkpoints/step-000006. Rerun with resume=auto." in error
 
 
 # The saved model is the measured model

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...checkpoints.folders import sole_writer
 from ...errors import OptionError, PePatchError
 from ..journal import Journal, key_of
 from ..memory import PeakMemory
 from ..model import EvaluatedModel, model_fingerprint, scheme_label, tokenizer_hash, windows
-from ..results import Results, Row, check_results_folder
+from ..results import Results, Row, check_results_folder, row_of
 from ..retrieval import start_ids, starts_with_bos
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def harness(
         PePatchError: lm-eval would cut a prompt (raised before the model reads one), or cannot prepare a task.
         UnknownNameError: lm-eval has no task of this name.
         OptionError: An option has no effect.
-        OutputError: `output` holds something else and `overwrite` is False.
+        OutputError: `output` holds something else and `overwrite` is False, or another run is writing to it.
     """
     if output is not None:
         output = Path(output).expanduser()
@@ -101,7 +102,7 @@ def harness(
     if bos and not starts_with_bos(tokenizer):
         raise OptionError("bos=True has no effect in lm-eval: this tokenizer adds no BOS token. Leave bos out.")
     tokenizer = _with_eos(model, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, sole_writer(output):
         requested = RequestedTasks(chosen, Path(folder), None if include_path is None else os.fspath(include_path))
         with_lengths = any(map(requested.has_lengths, chosen))
         if ordered_lengths and not with_lengths:
@@ -141,7 +142,10 @@ def harness(
                     rows = _run(model, tokenizer, requested, task, length, settings, autocast, stamps)
                     rows = [replace(row, key=key, details={**row.details, "prompt_start": start}) for row in rows]
                     journal.put(key, {"rows": [asdict(row) for row in rows]})
-                results.rows += [Row(**row) for row in (journal.get(key) or {})["rows"]]
+                try:
+                    results.rows += [row_of(row) for row in (journal.get(key) or {})["rows"]]
+                except (KeyError, TypeError) as error:
+                    raise journal.damaged(key, error) from error
     return results
 
 
