@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.exporters.checkpoint import SERVING_FILES
-from ..checkpoints.exporters.llamacpp import OLDEST_BUILD
+from ..checkpoints.exporters.llamacpp import OLDEST
 from ..checkpoints.gguf_file import Header, read_header
 from .finding import Finding
 
@@ -42,7 +42,7 @@ def _finding(file: Path, where: str, claimed: str, in_effect: str) -> Finding:
     return Finding(
         "not_converted", "error", f"{file.name}: {where}", claimed,
         f"{in_effect}, so llama.cpp does not compute the exported positions",
-        f"Convert again with the convert_hf_to_gguf.py of llama.cpp {OLDEST_BUILD} or newer.",
+        f"Convert again with a newer convert_hf_to_gguf.py: that of llama.cpp {OLDEST}, or a later one.",
     )  # fmt: skip
 
 

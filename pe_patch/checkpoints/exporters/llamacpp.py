@@ -33,8 +33,8 @@ from .native import (
 )
 
 TOOL, VERSION = "llama.cpp", "as llama-cpp-python 0.3.36 ships it"
-OLDEST_BUILD = "b6000"
-"""Oldest llama.cpp whose converter and server were run with our exports."""
+OLDEST = "as llama-cpp-python 0.3.17 ships it"
+"""Oldest llama.cpp whose converter writes the scaling of an export. That of 0.3.16 drops it and reports success."""
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
