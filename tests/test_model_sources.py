@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -323,9 +322,12 @@ def test_longropes_factors_are_read_from_their_tensors(tmp_path: Path) -> None:
     ("lost", "message"),
     [
         ({}, None),
-        ({"rope.scaling.factor": None}, "rope.scaling.factor.*has no such key"),
-        ({"rope.scaling.type": None, "rope.scaling.factor": None}, "rope.scaling.type.*has no such key"),
-        ({"rope.scaling.original_context_length": 64}, "original_context_length.*the file has 64"),
+        ({"rope.scaling.factor": None}, "rope.scaling.factor is missing"),
+        (
+            {"rope.scaling.type": None, "rope.scaling.factor": None},
+            "rope.scaling.factor is missing, llama.rope.scaling.type is missing",
+        ),
+        ({"rope.scaling.original_context_length": 64}, "original_context_length is 64"),
     ],
 )
 def test_the_doctor_finds_what_a_converter_dropped(tmp_path: Path, lost: dict[str, Any], message: str | None) -> None:
@@ -348,7 +350,7 @@ def test_the_doctor_finds_what_a_converter_dropped(tmp_path: Path, lost: dict[st
     assert "the keys that the export beside the file announces" in diagnosis.checked
     assert diagnosis.healthy == (message is None) == (found == [])
     if message is not None:
-        assert re.search(message, " ".join(f"{finding.where} {finding.in_effect}" for finding in found))
+        assert message in found[0].in_effect
 
 
 def test_the_halves_of_another_family_stay(tmp_path: Path) -> None:

@@ -21,29 +21,31 @@ def announced_keys(file: Path) -> dict[str, Any]:
 
 
 def check_converted(file: Path) -> list[Finding]:
-    """Return one finding for each key or tensor that the export announces and the file lacks or has otherwise."""
-    announced = announced_keys(file)
-    return list(_differences(file, read_header(file), announced)) if announced else []
+    """Return a finding that names the announced keys and tensors which the file lacks or has with another value."""
+    claimed, found = [], []
+    header = read_header(file)
+    for name, value, in_file in _differences(header, announced_keys(file)):
+        claimed.append(f"{name}={value!r}")
+        found.append(f"{name} is {'missing' if in_file is None else repr(in_file)}")
+    if not found:
+        return []
+    return [
+        Finding(
+            "not_converted", "error", file.name, f"{SERVING_FILES[0]}: {', '.join(claimed)}",
+            f"{', '.join(found)}, so llama.cpp does not compute the exported positions",
+            f"Convert again with a newer convert_hf_to_gguf.py: that of llama.cpp {OLDEST}, or a later one.",
+        )
+    ]  # fmt: skip
 
 
-def _differences(file: Path, header: Header, announced: dict[str, Any]) -> Iterator[Finding]:
+def _differences(header: Header, announced: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, the announced value and the value in the file of each key or tensor that differs."""
     for name, value in announced.items():
         if name == "tensors":
-            missing = [tensor for tensor in value if tensor not in header.tensors]
-            if missing:
-                yield _finding(file, ", ".join(missing), "tensors of the scheme", "the file has no such tensor")
-        elif not _equal(header.fields.get(name), value):
-            found = header.fields.get(name)
-            said = "the file has no such key" if found is None else f"the file has {found!r}"
-            yield _finding(file, name, f"{value!r} in {SERVING_FILES[0]}", said)
-
-
-def _finding(file: Path, where: str, claimed: str, in_effect: str) -> Finding:
-    return Finding(
-        "not_converted", "error", f"{file.name}: {where}", claimed,
-        f"{in_effect}, so llama.cpp does not compute the exported positions",
-        f"Convert again with a newer convert_hf_to_gguf.py: that of llama.cpp {OLDEST}, or a later one.",
-    )  # fmt: skip
+            if missing := [tensor for tensor in value if tensor not in header.tensors]:
+                yield name, missing, None
+        elif not _equal(found := header.fields.get(name), value):
+            yield name, value, found
 
 
 def _equal(found: Any, announced: Any) -> bool:
