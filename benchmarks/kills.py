@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -282,10 +282,18 @@ def disturb(case: Case, process: Command, output: Path, chance: random.Random) -
         ballast.unlink()
         return code, said, ""
     mount("--bind", str(output), str(output))
-    mount("-o", "remount,ro,bind", str(output))
-    code, said = process.finish()
-    subprocess.run(["umount", "-l", str(output)], check=True)
+    try:
+        while not read_only(output) and process.process.is_alive():
+            time.sleep(0.01)  # the mount is busy while a file is open for writing
+        code, said = process.finish()
+    finally:
+        subprocess.run(["umount", "-l", str(output)], check=True)
     return code, said, ""
+
+
+def read_only(folder: Path) -> bool:
+    """Make a bind mount read-only, and return whether it became so."""
+    return subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], capture_output=True).returncode == 0
 
 
 def attempt(case: Case, output: Path, chance: random.Random) -> Outcome | None:
@@ -458,13 +466,21 @@ def main(wanted: str = "") -> int:
         jobs = [
             pool.submit(carry_out, case, number, folder, references[case.command]) for number, case in possible.items()
         ]
-        outcomes = [job.result() for job in jobs]
-    file = RESULTS / "kills.json"
-    kept = json.loads(file.read_text())["cases"] if file.exists() and wanted else []
-    rows = {row["number"]: row for row in [*kept, *map(asdict, outcomes)]}
-    save("kills", {"seed": SEED, "cases": [rows[number] for number in sorted(rows)]})
-    (RESULTS / "kills.md").write_text(markdown([rows[number] for number in sorted(rows)]), encoding="utf-8")
+        outcomes = []
+        for job in as_completed(jobs):  # a case that crashes this script loses no other
+            outcomes.append(job.result())
+            store(outcomes, keep=bool(wanted))
     return int(any(outcome.faults for outcome in outcomes))
+
+
+def store(outcomes: list[Outcome], *, keep: bool) -> None:
+    """Write the table of these outcomes; `keep` leaves the rows of other cases."""
+    file = RESULTS / "kills.json"
+    kept = json.loads(file.read_text())["cases"] if keep and file.exists() else []
+    rows = {row["number"]: row for row in [*kept, *map(asdict, outcomes)]}
+    ordered = [rows[number] for number in sorted(rows)]
+    save("kills", {"seed": SEED, "cases": ordered})
+    (RESULTS / "kills.md").write_text(markdown(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":

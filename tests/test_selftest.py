@@ -184,7 +184,7 @@ def test_a_user_model_is_checked_and_refused_schemes_are_listed(tmp_path: Path, 
     assert list(skipped) == ["mla"] and "rotates" in skipped["mla"]
     assert {check.model for check in found.checks} == {str(tmp_path)}
     assert cli.main(["selftest", str(tmp_path / "missing")]) == 1
-    assert "There is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert cli.main(["selftest", str(tmp_path), "--dtype", "float23"]) == 2
 
 

@@ -205,7 +205,7 @@ class EvaluatedModel:
         """
         self._count_windows(sequences)
         length, rows = len(sequences[0]), []
-        size = self.plan_batch_size(length, logits=self._logits_at_once(targets), cached=False)
+        size = self.plan_batch_size(length, logits=self.logits_at_once(targets), cached=False)
         for start in range(0, len(sequences), size):
             ids = torch.from_numpy(np.stack(sequences[start : start + size])).to(self.device)
             with self.inference_mode():
@@ -224,7 +224,7 @@ class EvaluatedModel:
             return None
         return head
 
-    def _logits_at_once(self, targets: int) -> int:
+    def logits_at_once(self, targets: int) -> int:
         """Return the number of positions per sequence whose logits are in memory at the same time."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         chunk = max(1, LOGITS_PER_CHUNK // vocabulary)
@@ -234,7 +234,7 @@ class EvaluatedModel:
         """Return the losses of the last targets [batch, targets] of ids [batch, n]."""
         labels = ids[:, -targets:]
         inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": targets + 1}
-        chunk = self._logits_at_once(targets)
+        chunk = self.logits_at_once(targets)
         if chunk > targets or (head := self.output_head) is None:
             return _cross_entropy(self.model(**inputs).logits[:, -targets - 1 : -1], labels)
 

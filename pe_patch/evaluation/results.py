@@ -389,8 +389,9 @@ def row_of(values: Any) -> Row:
         raise TypeError("a row must be an object")
     row = Row(**values)
     for name, kinds in {**NUMBERS, "details": (dict,)}.items():
-        if type(getattr(row, name)) not in kinds:
-            raise TypeError(f"{name} is {quoted(getattr(row, name))}")
+        value = getattr(row, name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name} is {quoted(value)}")
     return row
 
 

@@ -1,9 +1,11 @@
-"""Log a run: JSON lines in a file, a progress bar, and the trackers of Transformers."""
+"""Log a run: JSON lines in a file, its progress (a bar in a terminal, else lines), and Transformers' trackers."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import PePatchError
+from ..evaluation.progress import duration, repeated_lines
 from ..evaluation.results import write_atomically
 
 COLUMNS = ("phase", "loss", "divergence", "accuracy", "gradient_norm", "tokens_per_second")
-"""Values that the progress bar shows."""
+"""Values that the progress shows."""
 
 
 class Log:
@@ -27,7 +30,7 @@ class Log:
         from_step: steps that the run has behind it.
         trained: all of its steps are behind it: what it logged after the last one is dropped too, and logged again.
         total_steps: steps of the whole run.
-        progress: show a progress bar.
+        progress: show the progress: a bar in a terminal, else a line at least every 30 seconds.
     """
 
     def __init__(
@@ -37,13 +40,18 @@ class Log:
         self.track: Callable[[dict[str, float]], None] = lambda values: None
         """Sends numbers by name to the trackers."""
         self.console = Console(stderr=True)
+        shown = progress and writes
+        self.lines = shown and not self.console.is_terminal
+        self.work, self.start = "starting", time.monotonic()
+        self.first = from_step
+        self._watch = ExitStack()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not (progress and writes),
+            disable=not shown or self.lines,
         )
         self.task = self.bar.add_task("", total=total_steps, completed=from_step)
         if writes:
@@ -55,10 +63,29 @@ class Log:
 
     def __enter__(self) -> Log:
         self.bar.start()
+        if self.lines:
+            self._watch.enter_context(repeated_lines(self.status))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._watch.close()
         self.bar.stop()
+
+    def status(self) -> str:
+        """Return a line with the steps done, the work at hand and the time left."""
+        task, seconds = self.bar.tasks[0], time.monotonic() - self.start
+        done, total = int(task.completed), int(task.total or 0)
+        # Evaluations on the way count as time of the steps.
+        left = duration(seconds / (done - self.first) * (total - done)) if done > self.first else "unknown"
+        return f"step {done:,} of {total:,}: {self.work}; {duration(seconds)} so far, about {left} left"
+
+    def evaluated(self, done: int, total: int) -> None:
+        """Show the progress of an evaluation, in tokens."""
+        self._show(f"evaluating, {done:,} of about {total:,} tokens")
+
+    def _show(self, work: str) -> None:
+        self.work = work
+        self.bar.update(self.task, description=work)
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one line. `values` must include `step`."""
@@ -75,7 +102,10 @@ class Log:
         self.write("step", values)
         shown = [f"{name.replace('_', ' ')} {_short(values[name])}" for name in COLUMNS if values.get(name) is not None]
         shown.append(gigabytes(values["memory"]))
-        self.bar.update(self.task, completed=values["step"], description="  ".join(shown).replace(" per ", "/"))
+        self.bar.update(self.task, completed=values["step"])
+        self._show("  ".join(shown).replace(" per ", "/"))
+        if self.lines and values["step"] == self.first + 1:
+            self.console.print(self.status(), highlight=False, markup=False, soft_wrap=True)
 
     def skip(self, steps: int) -> None:
         """Shorten the progress bar by `steps`, after a phase that ended early."""

@@ -20,6 +20,9 @@ from .launch import Launch
 from .log import Log
 from .recipe import Phase, Recipe, RecipeError
 
+Progress = bool | Callable[[int, int], None]
+"""As the `progress` of `pe_patch.evaluate`."""
+
 
 def longest(phases: list[Phase]) -> int:
     """Return the longest distance in tokens that the phases train."""
@@ -48,7 +51,7 @@ class Measure:
 
     def __init__(self, recipe: Recipe, launch: Launch, tokenizer: Any, documents: Callable[[], Iterable[str]]) -> None:
         self.wanted, self.launch, self.tokenizer, self.documents = recipe.evaluation, launch, tokenizer, documents
-        data = recipe.data
+        self.shown, data = recipe.progress and launch.is_main, recipe.data
         self.source = data.source
         if data.source != "stdlib":  # what the command evaluates must be held out there, too
             column = data.text_column if data.text_column != "text" else None
@@ -112,7 +115,7 @@ class Measure:
     def original(self, model: Any) -> None:
         """Measure the original model if the recipe asks for it; the rows wait for the log."""
         if self.wanted.every and self.wanted.original:
-            rows = self._shared(lambda: list(self._rows(model.to(self.launch.device))), self.launch.is_main)
+            rows = self._shared(lambda: list(self._rows(model.to(self.launch.device), self.shown)), self.launch.is_main)
             self.first = [{"step": 0, "original": True, **row} for row in rows]
 
     def at_the_start(self, model: Any, log: Log) -> None:
@@ -135,7 +138,8 @@ class Measure:
         """
         if self.everywhere:
             self._agree_on_batch_size(model)
-        for row in self._shared(lambda: list(self._rows(model)), self.launch.is_main or self.everywhere):
+        rows = self._shared(lambda: list(self._rows(model, log.evaluated)), self.launch.is_main or self.everywhere)
+        for row in rows:
             log.write("evaluation", {"step": step, "original": False, **row})
         self.last = step
 
@@ -157,7 +161,7 @@ class Measure:
         longest, problem = max(self.lengths), None
         try:
             planner = EvaluatedModel(model, self.tokenizer, autocast=self.autocast)
-            size = planner.plan_batch_size(longest, logits=longest)
+            size = planner.plan_batch_size(longest, logits=planner.logits_at_once(longest))
         except PePatchError as error:  # the other processes wait for this one and must raise too
             size, problem = 0, error
         self.batch_size = self.launch.least(size)
@@ -190,10 +194,10 @@ class Measure:
             raise EvaluationError(message) from problem
         return rows
 
-    def _rows(self, model: Any) -> Iterator[dict[str, Any]]:
-        return (asdict(row) for row in self._run_evaluation(model, self.corpus).rows)
+    def _rows(self, model: Any, progress: Progress) -> Iterator[dict[str, Any]]:
+        return (asdict(row) for row in self._run_evaluation(model, self.corpus, progress).rows)
 
-    def _run_evaluation(self, model: Any, text: Any, *, dry_run: bool = False) -> Any:
+    def _run_evaluation(self, model: Any, text: Any, progress: Progress = False, *, dry_run: bool = False) -> Any:
         # Import late: this loads plotting and metrics, which a run without evaluation does not need.
         from ..evaluation import evaluate
 
@@ -205,7 +209,7 @@ class Measure:
             samples=self.wanted.samples,
             text=text,
             beyond_window=True,
-            progress=False,
+            progress=progress,
             autocast=self.autocast,
             batch_size=self.batch_size,
             dry_run=dry_run,
