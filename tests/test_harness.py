@@ -19,6 +19,7 @@ from pe_patch.evaluation.results import Results
 from .evaluation_doubles import Copier, double, make_text, make_tokenizer, tiny_llama
 
 lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.tasks")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 
 

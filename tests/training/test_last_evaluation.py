@@ -155,12 +155,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, stop: Callable[[], Non
     """Make the evaluation with this number fail, and record whether the model was saved at each evaluation."""
     inner, calls = Measure._run_evaluation, []
 
-    def evaluate(self: Any, model: Any, text: Any, *, dry_run: bool = False) -> Any:
+    def evaluate(self: Any, *args: Any, dry_run: bool = False) -> Any:
         if not dry_run:
             calls.append(True)
             if len(calls) == number:
                 stop()
-        return inner(self, model, text, dry_run=dry_run)
+        return inner(self, *args, dry_run=dry_run)
 
     monkeypatch.setattr(Measure, "_run_evaluation", evaluate)
     return calls
@@ -204,10 +204,10 @@ def test_the_model_is_on_disk_when_it_is_measured_and_the_card_has_the_scores(
     there: list[bool] = []
     inner = Measure._run_evaluation
 
-    def evaluate(self: Any, model: Any, text: Any, *, dry_run: bool = False) -> Any:
+    def evaluate(self: Any, *args: Any, dry_run: bool = False) -> Any:
         if not dry_run:
             there.append((tmp_path / "run/model/model.safetensors").is_file())
-        return inner(self, model, text, dry_run=dry_run)
+        return inner(self, *args, dry_run=dry_run)
 
     monkeypatch.setattr(Measure, "_run_evaluation", evaluate)
     trained = train(load_recipe(recipe_file, [*SHORT, "evaluation.every=2", "evaluation.before=true"]))
