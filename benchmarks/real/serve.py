@@ -297,20 +297,22 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         "# Servers against the patched model",
         "",
-        f"{TITLES['smollm2']}, float32, prompts of {SHARED + OWN:,} tokens (its window is 8,192), greedy answers of "
-        f"{ANSWER} tokens. An answer is equal if the patched model's most probable token is the server's at every "
+        f"{TITLES['smollm2']}, float32, prompts of {SHARED + OWN:,} tokens (its window is 8,192), greedy answers. An "
+        f"answer is equal if the patched model's most probable token is the server's at every "
         f"position. A near tie: the first other token is less probable by at most {NEAR_TIE} nats.",
         "",
-        "| server | scheme | equal answers | parted at a near tie | largest difference of a log-probability |",
-        "| --- | --- | --- | --- | --- |",
+        "| server | scheme | equal answers | tokens of each | parted at a near tie | largest difference of a "
+        "log-probability |",
+        "| --- | --- | --- | ---: | ---: | --- |",
     ]
     for key, entry in content.items():
         server, scheme = key.split(": ", 1)
         if "refused" in entry:
-            lines.append(f"| {server} | {scheme} | refused: {entry['refused']} | | |")
+            lines.append(f"| {server} | {scheme} | refused: {entry['refused']} | | | |")
             continue
         lines.append(
-            f"| {entry['server']} | {scheme} | {entry['equal']} of {entry['prompts']} | {entry['near_ties']} | "
+            f"| {entry['server']} | {scheme} | {entry['equal']} of {entry['prompts']} | "
+            f"{entry['answer_tokens']} | {entry['near_ties']} | "
             f"{entry['largest_difference']:.1e} nats |"
         )
     return "\n".join(lines) + "\n"
