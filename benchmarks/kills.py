@@ -105,7 +105,7 @@ class Moment:
     begins: Beginning
     lasts: float
     shows: Callable[[Path], bool] = lambda output: True
-    """Whether the files of a run killed in this moment show it."""
+    """Return whether the files show that the run was killed at this moment."""
 
 
 def after(count: Callable[[Path], int], first: int, last: int) -> Beginning:
@@ -177,7 +177,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a case showed."""
+    """The result of a case."""
 
     number: int
     """Index of the case in `CASES`."""
@@ -244,7 +244,7 @@ def mount(*words: str) -> None:
 
 @contextmanager
 def place(case: Case, folder: Path) -> Iterator[Path]:
-    """Yield the output folder of a case, which is on a file system of its own if the disk will be full."""
+    """Yield the output folder of a case. If the case fills the disk, mount a small file system for it."""
     folder.mkdir()
     if case.strike == "full disk":
         mount("-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder))
@@ -315,7 +315,7 @@ def attempt(case: Case, output: Path, chance: random.Random) -> Outcome | None:
         if not moment.shows(output):
             return None
         outcome.struck = state(output)
-    outcome.message = last_line(said)
+    outcome.message = last_line(said).replace(str(output), "RUN")
     outcome.faults += [other] if other else []
     outcome.faults += ["a traceback"] if "Traceback" in said else []
     if outcome.exit_code not in CODES[case.strike]:
@@ -436,7 +436,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | ---: | --- | --- |",
     ]
     for row in rows:
-        case, message = CASES[row["number"]], re.sub(r"/\S*/run\b", "RUN", row["message"]).replace("|", "\\|")
+        case, message = CASES[row["number"]], row["message"].replace("|", "\\|")
         page.append(
             f"| {case.command} | {case.strike} | {case.moment} | {row['struck']} | {row['exit_code']} | "
             f"{message or '-'} | {'; '.join(row['faults']) or 'equal'} |"

