@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def measured(free: list[int]) -> dict[str, Any]:
         lambda module, arguments, named: passes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     written: list[Any] = []
-    log: Any = type("Log", (), {"write": lambda self, event, row: written.append(row["score"])})()
+    log: Any = SimpleNamespace(
+        write=lambda event, row: written.append(row["score"]), evaluated=lambda done, total: None
+    )
     try:
         measure.during(model, log, 1)
     except EvaluationError as error:
