@@ -41,6 +41,27 @@ def ask(samples):
 # Retrieval
 
 
+def test_a_shared_text_has_a_fact_at_every_depth_and_is_read_once(tokenizer, llama, monkeypatch):
+    read, real = [], llama.forward
+
+    def spy(*args, **named):
+        read.append(named["input_ids"].numel())
+        return real(*args, **named)
+
+    monkeypatch.setattr(llama, "forward", spy)
+    rows = measure(llama, tokenizer, Needle(shared_text=True, wording="english"), [700], samples=10, beyond_window=True)
+    assert [row.depth for row in rows.rows] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert sum(row.samples for row in rows.rows) == 10
+    examples = [example for row in rows.rows for example in row.details["examples"]]
+    assert len({example["references"][0] for example in examples}) == 10
+    long = [count for count in read if count > 300]
+    assert len(long) == 2, read
+    pooled = rows.cell(task="needle")
+    assert pooled is not None and pooled.samples == 10
+    with pytest.raises(OptionError, match="needles is 3"):
+        measure(llama, tokenizer, Needle(needles=3, shared_text=True), [700], beyond_window=True)
+
+
 @pytest.mark.parametrize("task", [Needle(wording="tokens"), Passkey(wording="tokens"), Passkey(wording="english")])
 @pytest.mark.parametrize(("kind", "score"), [(Copier, 1.0), (Mute, 0.0)])
 def test_a_model_that_reads_scores_one_and_a_mute_model_zero(tokenizer, task, kind, score):

@@ -100,6 +100,23 @@ def test_a_training_sequence_marks_its_answers(tokenizer, haystack):
         assert len(occurrences(ids, ids[at - 1 : at + 1])) == 2
 
 
+def test_a_prompt_can_ask_for_any_of_its_facts(tokenizer, haystack):
+    samples = [
+        make_sample(
+            tokenizer, haystack, WORDINGS["english"], length=900, needles=3, depth=[0.0, 0.5, 1.0], asked=asked,
+            rng=np.random.default_rng(1),
+        )
+        for asked in range(3)
+    ]  # fmt: skip
+    texts = [tokenizer.decode(sample.input_ids) for sample in samples]
+    for asked, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+        key = text.split("Which code opens the ")[1].split(" locker")[0]
+        assert text.count(f"the {key} locker opens with the code {sample.answer}") == 1
+        assert sample.depth == pytest.approx(asked / 2, abs=0.05)
+    assert len({text.split("Which code")[0] for text in texts}) == 1
+    assert len({sample.answer for sample in samples}) == 3
+
+
 def test_the_shortest_training_sequence_has_two_pairs_and_two_questions(tokenizer):
     rng = np.random.default_rng(0)
     sample = make_sample(
@@ -114,6 +131,9 @@ def test_the_shortest_training_sequence_has_two_pairs_and_two_questions(tokenize
         ({"length": 10}, "too few"),
         ({"length": 100_000}, "Give a longer text"),
         ({"depth": 1.2}, "depth"),
+        ({"depth": [0.5, -0.1]}, "depth"),
+        ({"depth": [0.1] * 9}, "9 depths need as many needles"),
+        ({"asked": 8}, "asked"),
         ({"needles": 65}, "64 keys"),
         ({"queries": 2}, "answer_in_sequence"),
         ({"queries": 0}, "queries"),

@@ -118,6 +118,20 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(tokenizer, llama, sc
     assert sum(counts) < 126 + 3 * 7 + (47 + 27 + 17) + 90 + 7 * 6 + 10 < sum(map(len, prompts))
 
 
+def test_a_cache_with_sliding_layers_shares_only_what_all_prompts_share(tokenizer, monkeypatch):
+    """It cannot be cropped, so that prompts that part at different tokens share the shortest common prefix."""
+    torch.manual_seed(0)
+    gemma = build("gemma3_text", vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=0).eval()
+    prompts = prompts_with_a_shared_prefix(len(tokenizer))[:6]
+    subject = EvaluatedModel(gemma, tokenizer)
+    assert subject.cache_bytes
+    expected = [step_by_step(gemma, tokenizer, ids, 6) for ids in prompts]
+    counts = read_tokens(gemma, monkeypatch)
+    assert subject.answers([question(ids) for ids in prompts]) == expected
+    # the first 80 tokens once, and each prompt from there
+    assert sum(counts) <= 80 + sum(len(ids) - 80 for ids in prompts) + 6 * 6
+
+
 def test_length_dependent_frequencies_do_not_share_prefixes(tokenizer, llama, monkeypatch):
     """Dynamic NTK sets its frequencies by the length of a pass, so reading half a prompt first changes the result."""
     patch_model(llama, "dynamic_ntk")

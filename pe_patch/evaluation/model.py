@@ -302,10 +302,11 @@ class EvaluatedModel:
         """Answer a group of prompts whose shared text is read once.
 
         The model reads the leader's prompt. Its cache is then cropped step by step to the prefix that the next prompt
-        shares with the leader.
+        shares with the leader. A cache with sliding layers cannot be cropped: the model then reads only what all
+        prompts share.
 
         Returns:
-            Answer tokens by question index, or None if the cache cannot be cropped.
+            Answer tokens by question index, or None if the cache cannot be cropped and the prompts share too little.
         """
         leader = _most_shared(questions, group)
         prompt = questions[leader].prompt
@@ -313,12 +314,18 @@ class EvaluatedModel:
             _Member(i, len(prompt) - 1 if i == leader else shared_prefix_length(prompt, questions[i].prompt))
             for i in group
         ]
+        if any(DynamicCache(config=unwrap(self.model).config).is_sliding):
+            least = min(member.shared for member in members)
+            if least < _least_shared(max(len(questions[i].prompt) for i in group)):
+                return None
+            members = [_Member(member.index, least) for member in members]
         longest = max(member.shared for member in members)
         with self.inference_mode():
             shared_cache = compat.cache_of(
                 self.model(input_ids=self._tensor(prompt[None, :longest]), use_cache=True, logits_to_keep=1)
             )
-        if not isinstance(shared_cache, DynamicCache) or any(shared_cache.is_sliding):
+        cropped = any(member.shared < longest for member in members)
+        if not isinstance(shared_cache, DynamicCache) or (cropped and any(shared_cache.is_sliding)):
             return None
         answered: dict[int, list[int]] = {}
         for members_alike in _members_by_shape(questions, members):
@@ -420,7 +427,12 @@ def group_by_prefix(questions: Sequence[Question]) -> list[list[int]]:
 
 
 def _worth_sharing(leader: np.ndarray, prompt: np.ndarray) -> bool:
-    return shared_prefix_length(leader, prompt) >= max(MIN_SHARED_TOKENS, MIN_SHARED_FRACTION * len(prompt))
+    return shared_prefix_length(leader, prompt) >= _least_shared(len(prompt))
+
+
+def _least_shared(length: int) -> float:
+    """Return how many tokens of a prompt of `length` tokens must be shared before its cache is reused."""
+    return max(MIN_SHARED_TOKENS, MIN_SHARED_FRACTION * length)
 
 
 def shared_prefix_length(first: np.ndarray, second: np.ndarray) -> int:

@@ -232,15 +232,17 @@ def make_sample(
     length: int,
     needles: int = 1,
     queries: int = 1,
-    depth: float | None = None,
+    depth: float | Sequence[float] | None = None,
+    asked: int = 0,
     rng: np.random.Generator,
     answer_in_sequence: bool = False,
     head: np.ndarray | None = None,
     tail: str = "",
 ) -> RetrievalSample:
-    """Hide facts in a random piece of the haystack and ask for the first one.
+    """Hide facts in a random piece of the haystack and ask for the first one, or for another.
 
-    Prompt and answer together have exactly `length` tokens. The same state of `rng` gives the same facts, question and
+    Prompt and answer together have exactly `length` tokens; with several depths, those of the longest question have, so
+    that the text is the same for each question. The same state of `rng` gives the same facts, question and
     depths at every length.
 
     Args:
@@ -250,7 +252,9 @@ def make_sample(
         length: Tokens of the prompt and its answer.
         needles: Number of facts.
         queries: Number of questions at the end of a training sequence; 1 for a prompt.
-        depth: Position of the first requested needle, from 0 (start) to 1 (end). None draws it, as for all others.
+        depth: Position of the first needle, from 0 (start) to 1 (end), or positions of the first needles. All other
+            positions are drawn.
+        asked: Index of the depth whose needle a prompt asks for.
         rng: Random generator.
         answer_in_sequence: Return the whole sequence with questions and answers, for training.
         head: Ids that the prompt starts with [n]. None is what the tokenizer puts before a text.
@@ -263,35 +267,47 @@ def make_sample(
         raise PePatchError(f"queries must be between 1 and the number of needles ({needles}), got {queries}.")
     if queries > 1 and not answer_in_sequence:
         raise PePatchError(f"queries={queries} needs answer_in_sequence=True: a prompt has only one question.")
-    if depth is not None and not 0 <= depth <= 1:
-        raise PePatchError(f"depth must be between 0 (start of the haystack) and 1 (its end), got {depth}.")
+    placed = [] if depth is None else np.atleast_1d(depth).tolist()
+    if not 0 <= asked < max(1, len(placed)):
+        raise PePatchError(f"asked must be the index of one of the {len(placed)} depths, got {asked}.")
+    if len(placed) > 1 and answer_in_sequence:
+        raise PePatchError(f"{len(placed)} depths are for prompts; a training sequence has one depth or None.")
+    if outside := [each for each in placed if not 0 <= each <= 1]:
+        raise PePatchError(f"depth must be between 0 (start of the haystack) and 1 (its end), got {outside[0]}.")
+    if len(placed) > needles:
+        raise PePatchError(f"{len(placed)} depths need as many needles, got needles={needles}.")
     keys, values = wording.draw_keys(rng, needles), wording.draw_values(rng, needles)
     # No draw depends on the length, so that the control at another length asks the same question.
     depths, start = rng.random(needles), rng.random()
-    if depth is not None:
-        depths[0] = depth
+    depths[: len(placed)] = placed
     facts = [
         encode(tokenizer, wording.needle.format(key=key, value=value)) for key, value in zip(keys, values, strict=True)
     ]
-    asked = [_question(tokenizer, wording, tail, keys[i], values[i]) for i in range(queries)]
+
+    def end(index: int) -> tuple[np.ndarray, np.ndarray]:
+        return _question(tokenizer, wording, tail, keys[index], values[index])
+
+    ends = [end(index) for index in range(asked, asked + queries)]
+    sizes = [sum(map(len, end(index))) for index in range(needles)]
+    room = max(sizes[: len(placed)]) if len(placed) > 1 else sum(sizes[asked : asked + queries])
     head = np.concatenate([start_ids(tokenizer) if head is None else head, encode(tokenizer, wording.instruction)])
-    used = len(head) + sum(map(len, facts)) + sum(len(question) + len(answer) for question, answer in asked)
+    used = len(head) + sum(map(len, facts)) + room
     piece = take_piece(haystack_ids, length - used, start, f"{needles} needles and {queries} questions", used)
     cuts = place(tokenizer, wording, piece, depths)
     segments = [(head, 1), *splice(piece, facts, cuts)]
-    for question, answer in asked:
+    for question, answer in ends:
         segments += [(question, 1), (answer, 2)] if answer_in_sequence else [(question, 1)]
     ids = np.concatenate([segment for segment, _ in segments])
     kind = np.repeat([mark for _, mark in segments], [len(segment) for segment, _ in segments])
     return RetrievalSample(
         input_ids=ids,
-        answer_ids=asked[0][1],
-        answer=wording.answer.format(value=values[0]).strip(),
-        depth=float(cuts[0] / len(piece)) if len(piece) else 0.0,
+        answer_ids=ends[0][1],
+        answer=wording.answer.format(value=values[asked]).strip(),
+        depth=float(cuts[asked] / len(piece)) if len(piece) else 0.0,
         needles=needles,
         is_answer=kind == 2,
         is_needle=kind == 1,
-        bare_ids=np.concatenate([head, asked[0][0]]),
+        bare_ids=np.concatenate([head, ends[0][0]]),
     )
 
 

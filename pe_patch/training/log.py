@@ -76,8 +76,9 @@ class Log:
         task, seconds = self.bar.tasks[0], time.monotonic() - self.start
         done, total = int(task.completed), int(task.total or 0)
         # Evaluations on the way count as time of the steps.
-        left = duration(seconds / (done - self.first) * (total - done)) if done > self.first else "unknown"
-        return f"step {done:,} of {total:,}: {self.work}; {duration(seconds)} so far, about {left} left"
+        known = done > self.first
+        left = f", about {duration(seconds / (done - self.first) * (total - done))} left" if known else ""
+        return f"step {done:,} of {total:,}: {self.work}; {duration(seconds)} so far{left}"
 
     def evaluated(self, done: int, total: int) -> None:
         """Show the progress of an evaluation, in tokens."""

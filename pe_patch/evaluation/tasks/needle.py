@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import PePatchError, unknown
-from ..context import EvaluationContext
+from ...errors import OptionError, PePatchError, unknown
+from ..context import EvaluationContext, WorkUnit
 from ..question import Question
 from ..question_task import QuestionTask
 from ..retrieval import WORDINGS, RetrievalSample, Wording, make_sample, wording_for
@@ -38,15 +38,26 @@ class _HiddenFact(QuestionTask):
         """Return questions whose facts do not depend on the length, so that a control asks for the same facts."""
         total = within or length
         samples = [self._sample(context, total, depth, number) for number in range(context.samples_at(depth))]
-        if {len(sample.input_ids) + len(sample.answer_ids) for sample in samples} != {total}:
-            raise PePatchError(f"A prompt and its answer do not have {total} tokens together.")
         return [
             Question(sample.input_ids, (sample.answer,), len(sample.answer_ids), sample.bare_ids, sample.depth)
             for sample in samples
         ]
 
     def _sample(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> RetrievalSample:
-        depth_seed = round((depth or 0.0) * 1e6)
+        sample = self._make(context, length, number, [round((depth or 0.0) * 1e6)], depth)
+        if len(sample.input_ids) + len(sample.answer_ids) != length:
+            raise PePatchError(f"A prompt and its answer do not have {length} tokens together.")
+        return sample
+
+    def _make(
+        self,
+        context: EvaluationContext,
+        length: int,
+        number: int,
+        seeds: list[int],
+        depth: float | Sequence[float] | None,
+        asked: int = 0,
+    ) -> RetrievalSample:
         return make_sample(
             context.model.tokenizer,
             context.corpus.stream,
@@ -54,7 +65,8 @@ class _HiddenFact(QuestionTask):
             length=length,
             needles=self.needles,
             depth=depth,
-            rng=np.random.default_rng([context.seed, zlib.crc32(self.name.encode()), depth_seed, number]),
+            asked=asked,
+            rng=np.random.default_rng([context.seed, zlib.crc32(self.name.encode()), *seeds, number]),
             head=context.template.head_ids(context.model.tokenizer),
             tail=context.template.tail,
         )
@@ -90,10 +102,40 @@ class Needle(_HiddenFact):
     """A task that asks for one of several hidden facts; the others are distractors."""
 
     needles: int = 8
+    shared_text: bool = False
+    """Hide a fact at every depth of one text and ask for each in turn, so that the model reads one text for all depths.
+    It costs a fraction of a text for each depth; the answers about one text are not independent."""
 
     name: ClassVar[str] = "needle"
     summary: ClassVar[str] = "retrieve one of several facts hidden in real text (multi-key needle in a haystack)"
     paper: ClassVar[str] = "Hsieh et al. 2024, arXiv 2404.06654 (the idea; wording and generator are ours)"
+
+    def questions(
+        self, context: EvaluationContext, length: int, depth: float | None, within: int | None = None
+    ) -> Sequence[Question]:
+        made = super().questions(context, length, depth, within)
+        return [replace(each, group=number) for number, each in enumerate(made)] if self.shared_text else made
+
+    def work_units(self, context: EvaluationContext, length: int) -> Iterator[WorkUnit]:
+        if not self.shared_text:
+            yield from super().work_units(context, length)
+            return
+        if len(context.depths) > self.needles:
+            raise OptionError(
+                f"shared_text hides a fact at each of the {len(context.depths)} depths, and needles is {self.needles}. "
+                f"Set needles to at least {len(context.depths)}, or give fewer depths."
+            )
+        yield self._work_unit(context, length, tuple(depth for depth in context.depths if context.samples_at(depth)))
+
+    def measured_on(self, context: EvaluationContext, questions: Sequence[Question]) -> str:
+        same = ", about the same text at each depth" if self.shared_text else ""
+        return super().measured_on(context, questions) + same
+
+    def _sample(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> RetrievalSample:
+        if not self.shared_text:
+            return super()._sample(context, length, depth, number)
+        depths = list(context.depths)
+        return self._make(context, length, number, [], depths, 0 if depth is None else depths.index(depth))
 
 
 @dataclass(frozen=True)
