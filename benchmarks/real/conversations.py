@@ -1,6 +1,6 @@
 """Hold three conversations with a model before and after training, in its chat template.
 
-    python benchmarks/real/conversations.py "untouched"=build/real/models/smollm2 "yarn, trained"=runs/smollm2_yarn_32k/model
+    python benchmarks/real/conversations.py untouched=build/real/models/smollm2 trained=runs/smollm2_yarn_32k/model
 
 Answers are greedy. Each conversation has two questions; the second refers to the first. This shows whether training on
 plain text and hidden facts has kept the model's manners; it is not a score.
