@@ -26,6 +26,7 @@ from measures import corpus, loss, retrieval, text_of
 
 from pe_patch import describe, patch_model
 from pe_patch.checkpoints.sources import load
+from pe_patch.patching.api import find_patch
 
 Options = dict[str, Any]
 Layers = Callable[[Any], list[int] | None]
@@ -121,7 +122,8 @@ def main() -> None:
             scheme, options = cases[label]
             patch_model(model, scheme, **options, **chosen)
         case = content["cases"].setdefault(label, {})
-        case |= {"dtype": arguments.dtype, "machine": machine(), "scheme": describe(model).effective}
+        effective = describe(model).effective if find_patch(model) is not None else {}
+        case |= {"dtype": arguments.dtype, "machine": machine(), "scheme": effective}
         for length, amount in plan.amounts.items():
             if length > arguments.up_to:
                 continue
