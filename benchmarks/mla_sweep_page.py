@@ -260,9 +260,8 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Calibrated on plain text"
     yield ""
     yield (
-        "`pe-patch convert $DEMO --to mla --sweep`, with `DEMO=$(python -c 'from pe_patch.data.packaged import "
-        "DEMO_MODEL as m; print(m)')`, calibrates on text without hidden facts, whose keys "
-        "and values are tokens that this text never has, and takes the widths that the library takes by itself. "
+        "`pe-patch convert demo --to mla --sweep` calibrates on text without hidden facts, whose keys and values "
+        "are tokens that this text never has, and takes the widths that the library takes by itself. "
         f"Untuned loss / share of {rows[0]['questions']} questions answered:"
     )
     yield ""
@@ -291,7 +290,7 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     yield ""
     yield (
         "A conversion warns below 32 tokens for each number that the original caches for a token and layer: 8,192 "
-        "here, 12,288 for SmolLM2 135M. (`pe-patch convert $DEMO --to mla --cache-ratio 1/4 --calibration-tokens 2048`)"
+        "here, 12,288 for SmolLM2 135M. (`pe-patch convert demo --to mla --cache-ratio 1/4 --calibration-tokens 2048`)"
     )
     yield ""
 

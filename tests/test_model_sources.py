@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import pe_patch
 from pe_patch.checkpoints import sources
 from pe_patch.checkpoints.load import build_empty, load_adapted, load_model, load_tokenizer
+from pe_patch.data.packaged import DEMO_MODEL
 from pe_patch.doctor import diagnose
 from pe_patch.errors import CheckpointError, OutputError, UnsupportedError
 
@@ -155,6 +156,15 @@ def test_paths_that_are_no_model_are_named(name: str, message: str, tmp_path: Pa
             (tmp_path / folder / file).write_text("{}")
     with pytest.raises(CheckpointError, match=message):
         sources.load(str(tmp_path / name))
+
+
+def test_demo_is_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = sources.load("demo")
+    assert model.config.name_or_path == str(DEMO_MODEL) and len(tokenizer) == model.config.vocab_size
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(CheckpointError, match=r"Type \./demo for the folder"):
+        sources.load("demo")
 
 
 # GGUF files

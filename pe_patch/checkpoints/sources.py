@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..data.packaged import DEMO, DEMO_MODEL
 from ..errors import CheckpointError, OptionError, PrintableFilter, nearest, quoted
 from .folders import WEIGHTS
 
@@ -27,7 +28,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
     """Load a model and its tokenizer, with the patch if it was saved patched.
 
     Args:
-        name: a local folder of a model or an adapter, a GGUF file or a hub name.
+        name: a local folder of a model or an adapter, a GGUF file, a hub name or `demo`.
         dtype: one of `DTYPES`, or a short name such as bf16.
         device: a device; None uses CUDA if available.
 
@@ -153,19 +154,26 @@ def quiet_transformers() -> None:
 
 
 def check_source(name: str, weights: bool = True) -> str:
-    """Return the path or hub name of a model, with `~` expanded.
+    """Return the path or hub name of a model, with `~` expanded; `demo` is the model that comes with the package.
 
     Transformers would look up a missing folder on the hub and report it confusingly.
 
     Args:
-        name: a local folder of a model or an adapter, a GGUF file or a hub name.
+        name: a local folder of a model or an adapter, a GGUF file, a hub name or `demo`.
         weights: the model's weights are needed, not only its config.
 
     Raises:
-        CheckpointError: the folder or file does not exist, or is not a model.
+        CheckpointError: the folder or file does not exist, is not a model, or is called `demo`.
     """
     from .load import is_adapter, is_gguf
 
+    if name == DEMO:
+        if Path(DEMO).exists():
+            raise CheckpointError(
+                f"{DEMO} is the model that comes with the package, and there is a folder {DEMO} here. Type ./{DEMO} "
+                f"for the folder, or {DEMO_MODEL} for the packaged model."
+            )
+        return str(DEMO_MODEL)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if is_gguf(path) or path.is_file():

@@ -33,7 +33,7 @@ def parse_length_option(word: Any) -> int:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder of a model or adapter, a GGUF file or a hub name.")
+    str, typer.Argument(metavar="MODEL", help="A folder of a model or adapter, a GGUF file, a hub name or demo.")
 ]
 SchemeName = Annotated[
     str | None, typer.Option("--scheme", help="Scheme to patch the model with, by name or as a JSON dict.")

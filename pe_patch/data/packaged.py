@@ -7,7 +7,9 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 PACKAGE = Path(__file__).resolve().parents[1]
-DEMO_MODEL = PACKAGE / "assets" / "demo"
+DEMO = "demo"
+"""Name of the packaged model wherever a model is named."""
+DEMO_MODEL = PACKAGE / "assets" / DEMO
 
 
 def recipes_folder() -> Path:

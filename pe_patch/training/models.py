@@ -19,7 +19,7 @@ from .. import compat
 from ..checkpoints.load import load_model as load_saved_model
 from ..checkpoints.load import load_tokenizer
 from ..checkpoints.sources import check_source
-from ..data.packaged import DEMO_MODEL
+from ..data.packaged import DEMO, DEMO_MODEL
 from ..errors import UnsupportedError, nearest
 from ..evaluation.retrieval import TOKEN_KEYS
 from ..patching.api import patch_model
@@ -38,7 +38,7 @@ FLASH = "flash_attention_2"
 
 def locate(source: str) -> str:
     """Return the path or hub name of a model; `demo` is the checkpoint inside the package."""
-    return str(DEMO_MODEL) if source == "demo" else source
+    return str(DEMO_MODEL) if source == DEMO else source
 
 
 def build_tokenizer(recipe: Recipe, texts: Callable[[], Iterable[str]]) -> Any:
