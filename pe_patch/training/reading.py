@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(Path(path).expanduser())
     config = OmegaConf.structured(Recipe)
+    _check_nesting(path)
     content = _checked(str(path), lambda: OmegaConf.load(path))
     _check_version(content, path)
     if content.get(NO_FIELD) is False:
@@ -47,6 +49,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+DEEPEST = 50
+"""Levels of nesting up to which a recipe is read."""
 NO_FIELD = "mixed_precision"
 """The field whose value may be the word "no", which YAML reads as false."""
 
@@ -66,6 +70,16 @@ def _find(path: Path) -> Path:
         f"The recipe {path.absolute()} does not exist.{nearest(path.stem, shipped)} Recipes that come with pe_patch: "
         f"{', '.join(shipped)}."
     )
+
+
+def _check_nesting(path: Path) -> None:
+    """Raise `RecipeError` if brackets or dashes are nested so deep that YAML's reader would crash the process."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    steps = (1 if character in "[{" else -1 for character in text if character in "[{]}")
+    if max(accumulate(steps), default=0) > DEEPEST or "- " * DEEPEST in text:
+        raise RecipeError(
+            f"{path}: lists are nested more than {DEEPEST} deep. A recipe needs no more than five levels."
+        )
 
 
 def _check_version(content: Any, path: Path) -> None:

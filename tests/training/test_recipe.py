@@ -74,3 +74,11 @@ def test_the_word_no_is_no_boolean(recipe_file: Path, place: str) -> None:
         recipe_file.write_text(recipe_file.read_text() + "\nmixed_precision: no\n")
     given = ["mixed_precision=bf16"] if place == "override" else []
     assert load_recipe(recipe_file, [*given, *["mixed_precision=no"] * (place == "override")]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "\n  " + "- " * 100_000 + "a"])
+def test_a_recipe_that_is_nested_too_deep_is_refused(value: str, tmp_path: Path) -> None:
+    """YAML's reader would end the process."""
+    (tmp_path / "deep.yaml").write_text(f"version: 1\noutput: {value}\n")
+    with pytest.raises(RecipeError, match="nested more than 50 deep"):
+        load_recipe(tmp_path / "deep.yaml")
