@@ -203,6 +203,8 @@ def _value(word: str) -> Any:
     # Try JSON first: YAML 1.1 reads 1e-4 as a string.
     try:
         return json.loads(word)
+    except RecursionError as error:
+        raise OptionError(f"A value is nested too deep: {word[:40]!r}...") from error
     except ValueError:
         try:
             return yaml.safe_load(word)

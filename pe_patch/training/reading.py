@@ -31,7 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(Path(path).expanduser())
     config = OmegaConf.structured(Recipe)
-    _check_nesting(path)
+    _check_nesting(str(path), _checked(str(path), lambda: path.read_text(encoding="utf-8", errors="replace")))
     content = _checked(str(path), lambda: OmegaConf.load(path))
     _check_version(content, path)
     if content.get(NO_FIELD) is False:
@@ -40,6 +40,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise RecipeError(f"An override must be key=value, got {override!r}.")
+        _check_nesting(override.partition("=")[0], override)
         config = _checked(override, lambda config=config, override=override: _overridden(config, override))
     recipe = cast(Recipe, _checked(str(path), lambda: OmegaConf.to_object(config)))
     if recipe.scheme is not None and recipe.scheme.options_file is not None:
@@ -72,13 +73,12 @@ def _find(path: Path) -> Path:
     )
 
 
-def _check_nesting(path: Path) -> None:
+def _check_nesting(where: str, text: str) -> None:
     """Raise `RecipeError` if brackets or dashes are nested so deep that YAML's reader would crash the process."""
-    text = path.read_text(encoding="utf-8", errors="replace")
     steps = (1 if character in "[{" else -1 for character in text if character in "[{]}")
     if max(accumulate(steps), default=0) > DEEPEST or "- " * DEEPEST in text:
         raise RecipeError(
-            f"{path}: lists are nested more than {DEEPEST} deep. A recipe needs no more than five levels."
+            f"{where}: lists are nested more than {DEEPEST} deep. A recipe needs no more than five levels."
         )
 
 

@@ -82,3 +82,5 @@ def test_a_recipe_that_is_nested_too_deep_is_refused(value: str, tmp_path: Path)
     (tmp_path / "deep.yaml").write_text(f"version: 1\noutput: {value}\n")
     with pytest.raises(RecipeError, match="nested more than 50 deep"):
         load_recipe(tmp_path / "deep.yaml")
+    with pytest.raises(RecipeError, match="seed: lists are nested more than 50 deep"):
+        load_recipe("tiny_yarn", [f"seed={value}"])
