@@ -34,7 +34,7 @@ Layers = Callable[[Any], list[int] | None]
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is measured at a length."""
+    """The number of questions and texts at one length."""
 
     needle: int
     """Questions about one of eight facts; eight of them share a text."""
@@ -48,7 +48,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of a model."""
+    """The lengths and schemes to measure for one model."""
 
     window: int
     amounts: dict[int, Amount]
@@ -111,7 +111,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     plan, stored = PLANS[arguments.model], f"extension_{arguments.model}"
     content = read(stored) or {"model": TITLES[arguments.model], "window": plan.window, "cases": {}}
-    cases = {label: plan.cases()[label] for label in arguments.cases or plan.cases() if not arguments.draw}
+    labels = [] if arguments.draw else arguments.cases or plan.cases()
+    cases = {label: plan.cases()[label] for label in labels}
     folders = dict(each.rsplit("=", 1) for each in arguments.trained)
     for label in [*folders] if folders else [*cases]:
         folder = Path(folders.get(label, arguments.models / arguments.model))

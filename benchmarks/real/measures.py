@@ -11,6 +11,7 @@ import numpy as np
 
 from pe_patch import evaluate
 from pe_patch.evaluation.corpus import Corpus
+from pe_patch.evaluation.metrics import binomial_interval
 from pe_patch.evaluation.model import EvaluatedModel
 from pe_patch.evaluation.perplexity_measures import position_buckets
 from pe_patch.evaluation.retrieval import start_ids
@@ -53,8 +54,10 @@ def retrieval(model: Any, tokenizer: Any, text: Corpus, task: str, length: int, 
     )  # fmt: skip
     cell = results.cell(task=task)
     assert cell is not None
+    # One or two texts give no interval by text; this one takes the answers as independent, and the tables say so.
+    low, high = binomial_interval(round(cell.score * cell.samples), cell.samples)
     return {
-        "score": cell.score, "low": cell.low, "high": cell.high, "questions": cell.samples, "control": cell.control,
+        "score": cell.score, "low": low, "high": high, "questions": cell.samples, "control": cell.control,
         "control_length": min(CONTROL, length),
         "depths": {str(row.depth): row.score for row in results.rows},
         "seconds": round(sum(row.seconds for row in results.rows), 1),
@@ -63,7 +66,9 @@ def retrieval(model: Any, tokenizer: Any, text: Corpus, task: str, length: int, 
 
 
 def loss(model: Any, tokenizer: Any, text: Corpus, length: int, longest: int, windows: int = 1) -> dict[str, Any]:
-    """Return the loss of the last `TARGETS` tokens of texts, and the loss by position.
+    """Return the loss of the last `TARGETS` tokens of texts, and the loss by position, from one reading of each text.
+
+    The task `perplexity` reads a text once for each of the two.
 
     Args:
         model: The model.

@@ -269,7 +269,7 @@ def make_sample(
         raise PePatchError(f"queries={queries} needs answer_in_sequence=True: a prompt has only one question.")
     placed = [] if depth is None else np.atleast_1d(depth).tolist()
     if not 0 <= asked < max(1, len(placed)):
-        raise PePatchError(f"asked must be the index of one of the {len(placed)} depths, got {asked}.")
+        raise PePatchError(f"asked must be from 0 to {max(0, len(placed) - 1)}, the index of a depth, got {asked}.")
     if len(placed) > 1 and answer_in_sequence:
         raise PePatchError(f"{len(placed)} depths are for prompts; a training sequence has one depth or None.")
     if outside := [each for each in placed if not 0 <= each <= 1]:

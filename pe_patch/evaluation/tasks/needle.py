@@ -44,12 +44,12 @@ class _HiddenFact(QuestionTask):
         ]
 
     def _sample(self, context: EvaluationContext, length: int, depth: float | None, number: int) -> RetrievalSample:
-        sample = self._make(context, length, number, [round((depth or 0.0) * 1e6)], depth)
+        sample = self._make_sample(context, length, number, [round((depth or 0.0) * 1e6)], depth)
         if len(sample.input_ids) + len(sample.answer_ids) != length:
             raise PePatchError(f"A prompt and its answer do not have {length} tokens together.")
         return sample
 
-    def _make(
+    def _make_sample(
         self,
         context: EvaluationContext,
         length: int,
@@ -135,7 +135,7 @@ class Needle(_HiddenFact):
         if not self.shared_text:
             return super()._sample(context, length, depth, number)
         depths = list(context.depths)
-        return self._make(context, length, number, [], depths, 0 if depth is None else depths.index(depth))
+        return self._make_sample(context, length, number, [], depths, 0 if depth is None else depths.index(depth))
 
 
 @dataclass(frozen=True)
