@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from ..evaluation.progress import duration
+
 
 class Progress:
     """A progress bar on stderr, and one line with the expected time after the first scored candidate.
@@ -58,11 +60,3 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Return a time rounded to hours, minutes or seconds."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
