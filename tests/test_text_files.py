@@ -369,6 +369,9 @@ def test_folders_of_save_to_disk(tmp_path: Path, splits: list[str]) -> None:
     else:
         assert train == parts["train"] and test == parts[splits[1]]
     assert held_out_split(folder) == (None if len(splits) == 1 else "test")
+    moved = tmp_path / "elsewhere" / "saved"
+    shutil.copytree(folder, moved)
+    assert load_documents(moved, split="test") == test, "a folder that moves keeps its split"
     before = fingerprint(folder)
     assert manifest(folder) and all(name.endswith(".arrow") for name in manifest(folder))
     shutil.rmtree(folder)

@@ -208,7 +208,7 @@ def _some(texts: Iterator[str], source: str, split: Split | None, reading: Readi
     if first is None:
         reasons = "; ".join(map(str, reading.skipped))
         raise TextSourceError(
-            f"{source} has no text (split {split!r}){': ' + reasons if reasons else ''}. Give {ALLOWED}."
+            f"{source} has no text{_in_words(split)}{': ' + reasons if reasons else ''}. Give {ALLOWED}."
         )
     try:
         yield from chain([first], texts)
@@ -216,6 +216,17 @@ def _some(texts: Iterator[str], source: str, split: Split | None, reading: Readi
         unexpected = [str(record) for record in reading.skipped if record.reason != "hidden"]
         if warn and unexpected:
             logger.warning("%s: %s.", source, "; ".join(unexpected))
+
+
+def _in_words(split: Split | None) -> str:
+    """Return where text is missing, and why a split of a small source may have none."""
+    if split is None:
+        return ""
+    percent = TEST_PERCENT if split == "test" else 100 - TEST_PERCENT
+    return (
+        f" in its {split} split (without named splits, a hash of each document's name puts about {percent} % of the "
+        f"documents there, which may be none of a few)"
+    )
 
 
 def _records(source: str, split: Split | None, reading: Reading, streaming: bool) -> Iterator[tuple[str, str]]:
@@ -385,7 +396,7 @@ def _from_disk(folder: Path, split: Split | None, reading: Reading) -> Iterator[
         raise TextSourceError(f"Cannot read {folder}, which save_to_disk wrote: {error}.") from error
     tables = {"train": table} if isinstance(table, datasets.Dataset) else table
     splits = {str(name): rows for name, rows in tables.items()}
-    return _from_splits(splits, str(folder), split, reading)
+    return _from_splits(splits, str(folder), split, reading, label=folder.resolve().name)
 
 
 def _saved_splits(folder: Path) -> list[str]:
@@ -398,20 +409,22 @@ def _from_hub(name: str, split: Split | None, reading: Reading, *, streaming: bo
 
 
 def _from_splits(
-    splits: Mapping[str, Any], name: str, split: Split | None, reading: Reading
+    splits: Mapping[str, Any], name: str, split: Split | None, reading: Reading, label: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield rows from the split of that name or, without a held-out one, by a hash of row numbers.
+    """Yield rows from the split of that name or, without a held-out one, by a hash of labels and row numbers.
 
-    "validation" serves as "test".
+    "validation" serves as "test". `label` names the rows, by default `name`. A folder's label is not its whole path,
+    so that a data set keeps its split when it moves.
     """
+    label = label or name
     named = "train" in splits and ("test" in splits or "validation" in splits)
     native = _held_out(splits) if split == "test" and named else "train" if "train" in splits else next(iter(splits))
     if split == "test" and not named and ("test" in splits or "validation" in splits):
         native, named = _held_out(splits), True
     values = enumerate(column_of(splits[native], reading.text_column, name))
     records = (
-        (f"{name}:{row}", lambda value=value, where=where, row=row: reading.read(f"{name}:{row}", lambda: value,
-                                                                                 lambda: where))
+        (f"{label}:{row}", lambda value=value, where=where, row=row: reading.read(f"{label}:{row}", lambda: value,
+                                                                                  lambda: where))
         for row, (value, where) in values
     )  # fmt: skip
     return _split(records, None if named else split)
