@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import UnsupportedError
 from ..patching.output_head import Layer, OutputHead
-from .loss import Score, cross_entropy_and_hits, divergence, find_targets, next_token_score, restrict
+from .data.sequences import LEARN_FROM
+from .loss import Score, find_lessons, find_targets, next_token_score, restrict, score_targets
 from .recipe import Distill, Loss, RecipeError
 
 
@@ -65,6 +66,7 @@ class Scorer:
         shifted: bool = False,
         vocabulary: tuple[int, int] | None = None,
         accuracy: bool = False,
+        learn_from: Tensor | None = None,
     ) -> tuple[Tensor, Score]:
         """Call `model(**inputs)` once and score its predictions.
 
@@ -75,16 +77,18 @@ class Scorer:
             shifted: see `next_token_score`.
             vocabulary: see `next_token_score`.
             accuracy: see `next_token_score`.
+            learn_from: see `next_token_score`.
 
         Returns:
             The loss to minimise, summed over targets, with its gradient; and its parts, detached.
         """
         if self.head is None:
-            return self._whole(model, inputs, labels, shifted, vocabulary, accuracy)
+            return self._whole(model, inputs, labels, shifted, vocabulary, accuracy, learn_from)
         self.learn(model)
         chosen, wanted = find_targets(labels, shifted)
         wanted, places = wanted - (vocabulary or (0,))[0], chosen.flatten().nonzero().squeeze(1)
-        teacher_logits = self._teacher_logits(inputs, chosen)
+        lessons = find_lessons(chosen, learn_from)
+        teacher_logits = self._teacher_logits(inputs, chosen, learn_from)
         parts: list[Score] = []
 
         def compute(hidden: Tensor, layer: Layer) -> Tensor:
@@ -92,19 +96,20 @@ class Scorer:
             rows = hidden.flatten(0, 1).index_select(0, places)
             if self._can_fuse(rows, vocabulary, accuracy):
                 total = _fused(rows, self.head.layer, wanted)
-                parts.append(Score(total.detach(), total.new_zeros(()), total.new_zeros(())))
+                parts.append(Score(total.detach(), *(total.new_zeros(()) for _ in range(3))))
                 return total
 
             def score(chunk: Tensor, place: slice) -> Tensor:
                 assert self.head is not None
                 candidates = restrict(self.head.logits(chunk, layer), vocabulary)
-                total, correct = cross_entropy_and_hits(candidates, wanted[place], accuracy=accuracy)
-                parts.append(Score(total.detach(), correct, torch.zeros_like(total.detach())))
-                if self.distill is None or teacher_logits is None:
-                    return total
-                kl = divergence(restrict(teacher_logits(place), vocabulary), candidates, self.distill.temperature)
-                parts[-1] = parts[-1]._replace(divergence=kl.detach())
-                return total + self.distill.weight * kl
+                options: dict[str, Any] = {"accuracy": accuracy}
+                if self.distill is not None and teacher_logits is not None:
+                    taught = teacher_logits(place if lessons is None else lessons.taught(place))
+                    options |= {"teacher": restrict(taught, vocabulary), "temperature": self.distill.temperature}
+                here = None if lessons is None else lessons.of(place)
+                result = score_targets(candidates, wanted[place], here, **options)
+                parts.append(Score(*(value.detach() for value in result)))
+                return self._objective(result)
 
             grads = torch.is_grad_enabled()
             total = _Chunks.apply(score, self.loss.chunk, grads, rows, *self.head.trainable)
@@ -114,23 +119,46 @@ class Scorer:
             objective = model(**inputs).loss
         nothing = objective.detach().new_zeros(())
         sums = [torch.stack(list(values)).sum() if values else nothing for values in zip(*parts, strict=True)]
-        return objective, Score(*sums) if parts else Score(nothing, nothing, nothing)
+        return objective, Score(*sums) if parts else Score(*[nothing] * 4)
 
     def _whole(
-        self, model: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, vocabulary: Any, accuracy: bool
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        shifted: bool,
+        vocabulary: Any,
+        accuracy: bool,
+        learn_from: Tensor | None,
     ) -> tuple[Tensor, Score]:
         options: dict[str, Any] = {"vocabulary": vocabulary, "accuracy": accuracy, "shifted": shifted}
         if self.distill is not None:
-            with torch.no_grad():
-                options |= {"teacher": self.teacher(**inputs).logits, "temperature": self.distill.temperature}
-        score = next_token_score(model(**inputs).logits, labels, **options)
-        objective = score.loss if self.distill is None else score.loss + self.distill.weight * score.divergence
-        return objective, Score(*(value.detach() for value in score))
+            chosen = find_targets(labels, shifted)[0]
+            inputs_of_teacher, chosen = teacher_inputs(inputs, chosen, learn_from)
+            options["temperature"] = self.distill.temperature
+            if len(chosen):
+                with torch.no_grad():
+                    options["teacher"] = self.teacher(**inputs_of_teacher).logits[chosen]
+        score = next_token_score(model(**inputs).logits, labels, learn_from=learn_from, **options)
+        return self._objective(score), Score(*(value.detach() for value in score))
 
-    def _teacher_logits(self, inputs: dict[str, Any], chosen: Tensor) -> Callable[[slice], Tensor] | None:
-        """Run the teacher and return a function from a slice of the targets to its logits; None without a teacher."""
+    def _objective(self, score: Score) -> Tensor:
+        """Return the loss to minimise."""
+        return score.loss if self.distill is None else score.loss + self.distill.weight * score.divergence
+
+    def _teacher_logits(
+        self, inputs: dict[str, Any], chosen: Tensor, learn_from: Tensor | None
+    ) -> Callable[[slice], Tensor] | None:
+        """Run the teacher and return a function from a slice of the taught targets to its logits.
+
+        Returns:
+            The function; None without a teacher, or if no row learns from it.
+        """
         head = self.teacher_head
         if head is None:
+            return None
+        inputs, chosen = teacher_inputs(inputs, chosen, learn_from)
+        if not len(chosen):
             return None
         hidden_states: list[Tensor] = []
 
@@ -155,6 +183,30 @@ class Scorer:
         plain_loss = vocabulary is None and not accuracy and self.teacher is None
         allowed = self.loss.fused == "auto" and rows.is_cuda and len(rows) > 0
         return allowed and plain and plain_loss and find_spec("liger_kernel") is not None
+
+
+def teacher_inputs(inputs: dict[str, Any], chosen: Tensor, learn_from: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+    """Return what the teacher reads: the rows that learn from it, with consecutive positions in each document.
+
+    The teacher has no scheme for the positions that PoSE skips to.
+
+    Args:
+        inputs: the keyword arguments of the student's forward pass.
+        chosen: the positions with targets, bool `[rows, length]`.
+        learn_from: see `next_token_score`.
+
+    Returns:
+        The keyword arguments of the teacher's forward pass, and `chosen` of its rows.
+    """
+    if learn_from is not None:
+        rows = learn_from != LEARN_FROM.index("text")
+        inputs = {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        chosen = chosen[rows]
+    if "position_ids" in inputs:
+        given = inputs["position_ids"]
+        place = torch.arange(given.shape[1], device=given.device).expand_as(given)
+        inputs = {**inputs, "position_ids": place - (place * (given == 0)).cummax(1).values}
+    return inputs, chosen
 
 
 def _fused(rows: Tensor, layer: nn.Linear, wanted: Tensor) -> Tensor:

@@ -184,6 +184,14 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     for number, phase in enumerate(recipe.phases):
         name, sources = f"phases.{number}", phase.mixture.values()
         demands += [
+            (
+                recipe.distill is not None or source.learn_from != "teacher",
+                f"{name}.mixture.{key}.learn_from is teacher, "
+                "but the recipe has no teacher: add distill: {}, or remove learn_from",
+            )
+            for key, source in phase.mixture.items()
+        ]
+        demands += [
             (min(phase.steps, phase.batch, phase.micro_batch or 1) > 0, f"{name}: steps, batch and micro_batch must be "
              "at least 1"),
             (phase.length > 1, f"{name}.length must be at least 2"),

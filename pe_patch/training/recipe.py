@@ -71,7 +71,10 @@ class Scheme:
 
 @dataclass
 class Distill:
-    """Distillation: the loss adds the divergence from a teacher's next-token distribution."""
+    """Distillation: the loss adds the divergence from a teacher's next-token distribution.
+
+    With PoSE, the teacher reads the same tokens at consecutive positions.
+    """
 
     weight: float = 1.0
     """Weight of the divergence; the cross-entropy has weight 1."""
@@ -141,6 +144,9 @@ class Source:
     """Minimum and maximum number of hidden facts. The sequence asks for all of them."""
     targets: Literal["all", "answers"] = "all"
     """Tokens in the loss: all targets, or only those of the answers."""
+    learn_from: Literal["both", "text", "teacher"] = "both"
+    """With `distill`, what the targets are learnt from: the text (cross-entropy), the teacher (divergence) or both. A
+    teacher alone keeps what the model does on this text; the text alone teaches what the teacher cannot do."""
     source: str | None = None
     """Text source that replaces `data.source`; null uses `data.source`."""
     text_column: str | None = None

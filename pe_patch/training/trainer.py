@@ -98,6 +98,8 @@ class Sums(NamedTuple):
     loss: float
     correct: float
     divergence: float
+    taught: float
+    """The number of targets that the divergence sums over."""
 
 
 class Step(NamedTuple):
@@ -273,8 +275,8 @@ class RecipeTrainer(transformers.Trainer):
         sums = self.passes(model, inputs, num_items_in_batch)
         targets = max(1, int(num_items_in_batch))
         self.values = {"loss": sums.loss / targets}
-        if self.recipe.distill is not None:
-            self.values["divergence"] = sums.divergence / targets
+        if sums.taught:
+            self.values["divergence"] = sums.divergence / sums.taught
         if self.phase.until_accuracy is not None:
             self.values["accuracy"] = sums.correct / targets
         self.values |= {"targets": int(num_items_in_batch), "learning_rate": rate}
@@ -283,7 +285,7 @@ class RecipeTrainer(transformers.Trainer):
     def passes(self, model: nn.Module, step: Step, targets: Tensor) -> Sums:
         """Run the forward and backward passes of a step and return their sums over all processes."""
         model.train()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.launch.device)
+        sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.launch.device)
         for index, batch in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with self._micro_step(model, batch, last):
@@ -306,6 +308,7 @@ class RecipeTrainer(transformers.Trainer):
                 shifted=True,
                 vocabulary=self.phase.vocabulary,
                 accuracy=self.phase.until_accuracy is not None,
+                learn_from=batch.get("learn_from"),
             )
 
     @contextmanager

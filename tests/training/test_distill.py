@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pe_patch
 from pe_patch.training import loss, models, trainer
 from pe_patch.training.data import PhaseData
+from pe_patch.training.data.sequences import LEARN_FROM
 from pe_patch.training.recipe import RecipeError
 from pe_patch.training.run import Run, load_recipe, train
 
@@ -39,10 +40,11 @@ def test_the_divergence_and_its_gradient_are_pytorchs_on_whole_logits(
     labels = torch.randint(5, 40, (2, 20), generator=generator)
     labels[:, ::4] = -100
     student.requires_grad_()
-    score = loss.next_token_score(
-        student, labels, vocabulary=vocabulary, accuracy=False, teacher=teacher, temperature=temperature
-    )
     chosen = labels[:, 1:] != -100
+    score = loss.next_token_score(
+        student, labels, vocabulary=vocabulary, accuracy=False, teacher=teacher[:, :-1][chosen],
+        temperature=temperature,
+    )  # fmt: skip
     columns = slice(*(vocabulary or (None,)))
     expected = whole(teacher[:, :-1][chosen][:, columns], student[:, :-1][chosen][:, columns], temperature)
     torch.testing.assert_close(score.divergence.double(), expected, rtol=1e-6, atol=0)
@@ -50,10 +52,12 @@ def test_the_divergence_and_its_gradient_are_pytorchs_on_whole_logits(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     alone = loss.next_token_score(student, labels, vocabulary=vocabulary, accuracy=False)
     assert torch.equal(score.loss, alone.loss) and float(alone.divergence) == 0
-    same = loss.next_token_score(student, labels, vocabulary=None, accuracy=False, teacher=student.detach())
+    same = loss.next_token_score(
+        student, labels, vocabulary=None, accuracy=False, teacher=student.detach()[:, :-1][chosen]
+    )
     assert float(same.divergence.detach()) == 0
     none = loss.next_token_score(
-        student, torch.full_like(labels, -100), vocabulary=None, accuracy=False, teacher=teacher
+        student, torch.full_like(labels, -100), vocabulary=None, accuracy=False, teacher=teacher[:0, 0]
     )
     assert float(none.divergence) == 0
 
@@ -93,6 +97,32 @@ def test_the_teacher_is_the_model_before_the_patch_and_its_divergence_a_mean_ove
     assert step["loss"] == pytest.approx(float(text) / count, rel=1e-5)
     assert step["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert not any(parameter.requires_grad for parameter in run.teacher.parameters()) and not run.teacher.training
+
+
+def test_with_pose_the_teacher_reads_consecutive_positions_and_only_the_rows_that_learn_from_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = (
+        "phases.0.mixture={text: {share: 1, learn_from: teacher}, "
+        "facts: {share: 1, kind: needles, needles: [1, 2], targets: answers, learn_from: text}}"
+    )
+    options = ["distill={weight: 2}", "phases.0.pose={target: 4000}", mixture, "phases.0.steps=4", "model.source=demo"]
+    run, seen = Run(load_recipe(recipe_file, options)), []
+    run.teacher.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    data = PhaseData(run.corpora, run.tokenizer, run.recipe.phases[0], seed=(0, 0), boundaries=True)
+    items = [data[number] for number in range(4 * run.recipe.phases[0].batch)]
+    text = {tuple(item["input_ids"]) for item in items if item["learn_from"] != LEARN_FROM.index("text")}
+    assert 0 < len(text) < len(items) and max(item["position_ids"].max() for item in items) > 1000
+    run.run()
+    seen = [inputs for inputs in seen if inputs["input_ids"].shape[1] == run.recipe.phases[0].length]
+    read = {tuple(row.tolist()) for inputs in seen for row in inputs["input_ids"]}
+    assert text <= read and not read & ({tuple(item["input_ids"]) for item in items} - text)
+    length = run.recipe.phases[0].length
+    assert all((inputs["position_ids"] == torch.arange(length)).all() for inputs in seen)
+    assert all(inputs["attention_mask"].all() for inputs in seen)
+    lines = logged(tmp_path / "run")
+    assert all(line["divergence"] >= 0 for line in lines if "divergence" in line)
+    assert any("divergence" in line for line in lines)
 
 
 @pytest.mark.parametrize("lora", [[], ["lora={rank: 8, embeddings: false}"]])
@@ -137,6 +167,7 @@ def test_what_cannot_be_distilled_or_calibrated_is_named(recipe_file: Path) -> N
         ([*fresh, "distill={}"], r"distill\.source"),
         (["distill.temperature=0"], "temperature"),
         (["distill.weight=-1"], "weight"),
+        (["phases.0.mixture={text: {share: 1, learn_from: teacher}}"], r"mixture\.text\.learn_from.*distill"),
         (["scheme={name: mla, calibration_tokens: 0}"], "calibration_tokens"),
         (["scheme={name: mla, calibration_tokens: 9, options: {calibration: [a]}}"], r"options\.calibration"),
     ):

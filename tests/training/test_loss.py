@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 from pe_patch.training import memory
 from pe_patch.training.chunked import Scorer
+from pe_patch.training.data.sequences import LEARN_FROM
 from pe_patch.training.loss import next_token_score
 from pe_patch.training.recipe import Distill, Loss, RecipeError
 
@@ -153,6 +154,32 @@ def test_a_teacher_of_another_family_is_scored_in_chunks_as_it_is_whole() -> Non
         assert float(score.loss) == pytest.approx(float(plain), rel=1e-6)
         assert float(objective) == pytest.approx(float(plain + 3 * apart), rel=1e-6)
         assert_same(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 0), (0, 1), (1, 1), (2, 2)])
+@pytest.mark.parametrize("loss", [CHUNKED, WHOLE])
+def test_rows_learn_from_the_text_from_the_teacher_or_from_both(loss: Loss, numbers: tuple[int, int]) -> None:
+    model, teacher = build("llama"), build("gemma2", final_logit_softcapping=2.0).requires_grad_(False)
+    inputs, labels = batch()
+    model.zero_grad()
+    objective, text, apart, taught = torch.zeros(()), 0.0, 0.0, 0
+    for row, number in enumerate(numbers):
+        one, chosen = {**inputs, "input_ids": inputs["input_ids"][row][None]}, labels[row, 1:] != -100
+        logits = model(**one).logits[0, :-1][chosen]
+        entropy = F.cross_entropy(logits, labels[row, 1:][chosen], reduction="sum")
+        wanted = (teacher(**one).logits[0, :-1][chosen] / 2).softmax(-1)
+        kl = 4 * F.kl_div((logits / 2).log_softmax(-1), wanted, reduction="sum")
+        text += float(entropy.detach())
+        objective = objective + (entropy if LEARN_FROM[number] != "teacher" else 0)
+        if LEARN_FROM[number] != "text":
+            objective, apart, taught = objective + 3 * kl, apart + float(kl.detach()), taught + int(chosen.sum())
+    objective.backward()
+    expected = {name: value.clone() for name, value in gradients(model).items()}
+    options = {"distill": Distill(weight=3.0, temperature=2.0), "teacher": teacher}
+    _, score, found = scored(model, loss, learn_from=torch.tensor(numbers), **options)
+    assert_same(found, expected, 2e-6)
+    assert float(score.loss) == pytest.approx(text, rel=1e-6) and int(score.taught) == taught
+    assert float(score.divergence) == pytest.approx(apart, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ..recipe import Phase
 from . import pose
 from .corpus import Corpus
 from .mixture import Order, SourceDraw
-from .sequences import Item, Text, kind_of
+from .sequences import LEARN_FROM, Item, Text, kind_of
 from .store import Corpora
 
 
@@ -21,7 +21,8 @@ class PhaseData(Dataset[Item]):
 
     An item has `input_ids`, `labels` and `position_ids`, each `[length]`. Positions restart at each document. A label
     is `IGNORED` at a document's first token, which cannot be predicted, and in the padding. A sequence, and each
-    document in a packed one, begins with the start tokens of the tokenizer, unless the corpus has none.
+    document in a packed one, begins with the start tokens of the tokenizer, unless the corpus has none. If the sources
+    learn from different things, an item also has `learn_from`, the index of its source's in `LEARN_FROM`.
 
     Args:
         corpora: the result of `load_corpora`, or one corpus for all sources.
@@ -47,6 +48,8 @@ class PhaseData(Dataset[Item]):
             )
             for name, source in phase.mixture.items()
         ]
+        chosen = [source.learn_from for source in phase.mixture.values()]
+        self.learn_from = [LEARN_FROM.index(each) for each in chosen] if {*chosen} != {"both"} else []
         shares = np.array([source.share for source in phase.mixture.values()])
         self.turns = SourceDraw(shares / shares.sum(), self.seed)
         self.orders = [Order(len(source), self.seed) for source in self.sources]
@@ -54,7 +57,8 @@ class PhaseData(Dataset[Item]):
     def __getitem__(self, number: int) -> Item:
         index, turn = self.turns[number]
         rng = np.random.default_rng([*self.seed, number])
-        return self.sources[index].item(self.orders[index][turn], rng)
+        item = self.sources[index].item(self.orders[index][turn], rng)
+        return {**item, "learn_from": np.array(self.learn_from[index])} if self.learn_from else item
 
     def size(self, number: int) -> int:
         """Return the number of tokens in a sequence, without its padding."""

@@ -15,6 +15,9 @@ from .pose import check, draw_chunks
 IGNORED = -100
 """Label of a token that is not a target, as in PyTorch and Transformers."""
 
+LEARN_FROM = ("both", "text", "teacher")
+"""The values of a source's `learn_from`, in the order of their numbers in a batch."""
+
 STRETCH = 5
 """With PoSE, a document is split into stretches of this many sequence lengths; the authors use one at its start."""
 
