@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ class Plan:
     """By length."""
     layers: Layers = lambda config: None
     """Returns the layers to patch, from the config; None for all."""
+
+    trained_passkey: int = 10
+    """Questions about the only fact at the longest length, for a trained model."""
+
+    def of(self, trained: bool) -> dict[int, Amount]:
+        """Return the amounts by length, for a trained or an untrained model."""
+        longest = self.amounts[self.longest]
+        return self.amounts | ({self.longest: replace(longest, passkey=self.trained_passkey)} if trained else {})
 
     @property
     def longest(self) -> int:
@@ -125,7 +133,7 @@ def main() -> None:
         case = content["cases"].setdefault(label, {})
         effective = describe(model).effective if find_patch(model) is not None else {}
         case |= {"dtype": arguments.dtype, "machine": machine(), "scheme": effective}
-        for length, amount in plan.amounts.items():
+        for length, amount in plan.of(trained=label in folders).items():
             if length > arguments.up_to:
                 continue
             for name, count in pieces(amount):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Log:
         self.track: Callable[[dict[str, float]], None] = lambda values: None
         """Sends numbers by name to the trackers."""
         self.console = Console(stderr=True)
-        shown = progress and writes
-        self.lines = shown and not self.console.is_terminal
+        self.shown = progress and writes
+        self.lines = self.shown and not self.console.is_terminal
         self.work, self.start = "starting", time.monotonic()
         self.first = from_step
         self._watch = ExitStack()
@@ -51,7 +51,7 @@ class Log:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not shown or self.lines,
+            disable=not self.shown or self.lines,
         )
         self.task = self.bar.add_task("", total=total_steps, completed=from_step)
         if writes:
@@ -97,6 +97,12 @@ class Log:
         where = [str(values[key]) for key in ("task", "measure", "length") if key in values]
         name = prefix + "".join(f"{part}/" for part in where)
         self.track({name + key: value for key, value in values.items() if isinstance(value, int | float)})
+
+    def notes(self, sentences: Sequence[str]) -> None:
+        """Write and show sentences on the data of a run that begins."""
+        self.write("data", {"step": 0, "notes": [*sentences]})
+        for sentence in sentences if self.shown else ():
+            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Log one optimiser step and advance the progress bar."""

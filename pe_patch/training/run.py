@@ -126,7 +126,7 @@ class Run:
             )
             with log as self.log, self.signal:
                 if self.checkpoint is None and recipe.phases:
-                    log.write("data", {"step": 0, "notes": self.data_notes()})
+                    log.notes(self.data_notes())
                 self.trainer = self.build_trainer() if recipe.phases else None
                 if self.trainer is not None:
                     self.trainer.train(None if self.checkpoint is None else str(self.checkpoint))

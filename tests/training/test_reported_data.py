@@ -32,10 +32,11 @@ def test_plan_log_and_card_list_what_was_skipped(folder: Path, recipe_file: Path
     assert main([str(recipe_file), *given, "--dry-run"]) == 0
     plan = " ".join(capsys.readouterr().out.split())
     for _ in range(2):  # the second run reads the tokens from the cache
-        train(load_recipe(recipe_file, given))
+        train(load_recipe(recipe_file, [*given, "progress=true"]))
+        shown = " ".join(capsys.readouterr().err.split())
         (event,) = logged(tmp_path / "run", "data")
         card = " ".join((tmp_path / "run/model/README.md").read_text().split())
-        for words in (plan, " ".join(event["notes"]), card):
+        for words in (plan, shown, " ".join(event["notes"]), card):
             assert "1 skipped, .html is not a supported text format: page.html" in words
             assert "1 skipped, empty: empty.txt" in words
             assert "<eos> in 1" in words and "data.split_special_tokens=false" in words
