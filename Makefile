@@ -40,7 +40,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/pe-patch demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --durations 40 --durations-min 5
 
 # One scheme of each mechanism on Llama, GPT-NeoX and BLOOM in the situations that matter: under two minutes.
 test-fast: $(VENV)/.installed

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,12 @@ class Plan:
     layers: Layers = lambda config: None
     """Returns the layers to patch, from the config; None for all."""
 
-    trained_passkey: int = 10
-    """Questions about the only fact at the longest length, for a trained model."""
+    trained: Amount | None = None
+    """The amounts at the longest length for a trained model, where untrained ones answer next to nothing."""
 
     def of(self, trained: bool) -> dict[int, Amount]:
         """Return the amounts by length, for a trained or an untrained model."""
-        longest = self.amounts[self.longest]
-        return self.amounts | ({self.longest: replace(longest, passkey=self.trained_passkey)} if trained else {})
+        return self.amounts | ({self.longest: self.trained} if trained and self.trained else {})
 
     @property
     def longest(self) -> int:
@@ -96,13 +95,14 @@ PLANS = {
             512: Amount(16, 5, 4, 4),
             2_048: Amount(16, 5, 4, 4),
             8_192: Amount(16, 5),
-            16_384: Amount(8, 3),
-            32_768: Amount(8, 2, 1, 1),
+            16_384: Amount(8, 2),
+            32_768: Amount(8, 0),
         },
+        trained=Amount(8, 10, 1, 1),
     ),
     "gemma3": Plan(
         32_768, {2_048: Amount(16, 5, 4), 32_768: Amount(8, 2), 65_536: Amount(8, 0), 131_072: Amount(8, 0)},
-        full_attention,
+        layers=full_attention,
     ),
 }  # fmt: skip
 
