@@ -15,7 +15,14 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, GenerationConfig
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .. import compat
 from ..adapters.trained_window import trained_window
@@ -112,6 +119,47 @@ class Work:
 
     def __sub__(self, other: Work) -> Work:
         return Work(*(getattr(self, entry.name) - getattr(other, entry.name) for entry in fields(Work)))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw the tokens of a continuation."""
+
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that together have at least this probability."""
+    seed: int = 0
+
+    def processors(self, texts: Sequence[int], prompt: int) -> LogitsProcessorList:
+        """Return what turns the logits of a greedy generation into those of draws.
+
+        Args:
+            texts: The number of each row's text.
+            prompt: Tokens of the prompts.
+        """
+        if self.temperature == 0:
+            return LogitsProcessorList()
+        warpers = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
+        nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        return LogitsProcessorList([*warpers, *nucleus, _Gumbel(self.seed, texts, prompt)])
+
+
+class _Gumbel(LogitsProcessor):
+    """Add Gumbel noise, so that the largest logit is a draw from the softmax.
+
+    The noise depends on the seed, the number of the text and the place alone. So a text is continued the same way in
+    every batch.
+    """
+
+    def __init__(self, seed: int, texts: Sequence[int], prompt: int) -> None:
+        self.seed, self.texts, self.prompt = seed, texts, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step, noise = input_ids.shape[1] - self.prompt, np.empty(scores.shape, dtype=np.float32)
+        for row, text in enumerate(self.texts):
+            noise[row] = np.random.default_rng([self.seed, text, step]).gumbel(size=scores.shape[1])
+        return scores.float() + torch.from_numpy(noise).to(scores.device)
 
 
 @dataclass
@@ -265,6 +313,34 @@ class EvaluatedModel:
         ends = self.end_tokens
         return [self.tokenizer.decode(_until(tokens[index], ends)) for index in range(len(questions))]
 
+    def continuations(self, prompts: Sequence[np.ndarray], tokens: int, sampling: Sampling) -> list[list[int]]:
+        """Continue each prompt by exactly `tokens` tokens; end-of-text tokens are suppressed.
+
+        Args:
+            prompts: Token ids [n], all of the same length.
+            tokens: Number of new tokens.
+            sampling: How to draw them.
+
+        Returns:
+            The new token ids of each prompt.
+        """
+        self._count_continuations(prompts, tokens)
+        length, rows = len(prompts[0]), []
+        size = self.plan_batch_size(length + tokens)
+        for start in range(0, len(prompts), size):
+            ids = self._tensor(np.stack(prompts[start : start + size]))
+            texts = range(start, start + len(ids))
+            rows += self._generate(
+                ids, torch.ones_like(ids), tokens, least=tokens, processors=sampling.processors(texts, length)
+            )
+            self.advance(len(ids) * (length + tokens))
+        return rows
+
+    def _count_continuations(self, prompts: Sequence[np.ndarray], tokens: int) -> None:
+        self.work.prompts += len(prompts)
+        self.work.forward_passes += len(prompts) * tokens
+        self.work.tokens += sum(len(prompt) + tokens for prompt in prompts)
+
     def _count_windows(self, sequences: Sequence[np.ndarray]) -> None:
         self.work.windows += len(sequences)
         self.work.forward_passes += len(sequences)
@@ -345,7 +421,16 @@ class EvaluatedModel:
                 self.advance(len(batch) * (ids.shape[1] + first.budget))
         return answered
 
-    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, budget: int, cache: Any = None) -> list[list[int]]:
+    def _generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        budget: int,
+        cache: Any = None,
+        *,
+        least: int = 0,
+        processors: LogitsProcessorList | None = None,
+    ) -> list[list[int]]:
         """Generate `budget` tokens for each row.
 
         Args:
@@ -353,17 +438,20 @@ class EvaluatedModel:
             mask: Attention mask [batch, n].
             budget: Maximum number of new tokens.
             cache: Cache of a common prefix of all rows, or None.
+            least: Minimum number of new tokens.
+            processors: Change the logits before the largest is taken.
 
         Returns:
             New token ids for each row.
         """
         with self.inference_mode():
-            if budget == 1 and cache is None and bool(mask.all()):
+            if budget == 1 and cache is None and not processors and bool(mask.all()):
                 # One greedy token is the argmax after the prompt and needs no cache.
                 logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
                 return logits[:, -1:].argmax(-1).tolist()
             greedy = GenerationConfig(
                 max_new_tokens=budget,
+                min_new_tokens=least or None,
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=self.pad_token,
@@ -372,7 +460,11 @@ class EvaluatedModel:
             cache_argument = compat.cache_keyword(unwrap(self.model), cache)
             with _generation_config(self.model, greedy):
                 sequences = self.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=greedy, **cache_argument
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=greedy,
+                    logits_processor=processors,
+                    **cache_argument,
                 )
         if not torch.equal(sequences[:, : ids.shape[1]], ids):
             raise PePatchError("generate() did not return the prompt that it received: the prompt was cut or changed.")
@@ -398,6 +490,11 @@ class DryRunModel(EvaluatedModel):
         """Return an empty answer for each question."""
         self._count_prompts(questions)
         return [""] * len(questions)
+
+    def continuations(self, prompts: Sequence[np.ndarray], tokens: int, sampling: Sampling) -> list[list[int]]:
+        """Return an empty continuation for each prompt."""
+        self._count_continuations(prompts, tokens)
+        return [[] for _ in prompts]
 
     def losses(self, sequences: Sequence[np.ndarray], targets: int) -> np.ndarray:
         """Return zeros [sequences, targets]."""

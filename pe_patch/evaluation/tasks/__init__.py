@@ -13,6 +13,7 @@ from . import infinitebench, longbench
 from .code import CODE
 from .haystack import HEAT_MAP
 from .key_value import KEY_VALUE
+from .long_generation import LONG_GENERATION
 from .needle import NEEDLE, Needle, Passkey
 from .ruler import RULER, RULER_GROUPS
 
@@ -41,6 +42,7 @@ TASKS: Mapping[str, type[Task]] = {
     **RULER,
     **KEY_VALUE,
     **CODE,
+    **LONG_GENERATION,
     **longbench.LONGBENCH,
     **infinitebench.INFINITEBENCH,
 }
