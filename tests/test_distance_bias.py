@@ -15,6 +15,7 @@ from pe_patch.attention import engine
 
 from . import oracles_relative as oracle
 from .goldens import load
+from .models import build, put, tokens
 from .test_relative import LENGTH, SHAPE, core, filled, inputs
 
 
@@ -247,3 +248,40 @@ def test_a_bias_may_ignore_the_head_or_the_distance(kind, learns, long, monkeypa
         results.append([output.detach(), *grads])
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def by_the_paper(model: Any, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Attention in float64 with the penalty slope x |i - j|, `[1, length, heads, head]`."""
+    heads, length = queries.shape[1], queries.shape[2]
+    at = torch.arange(length)
+    slopes = torch.tensor([2.0 ** (-8 * (head + 1) / heads) for head in range(heads)], dtype=torch.float64)
+    keys, values = (x.double().repeat_interleave(heads // x.shape[1], 1) for x in (keys, values))
+    scores = queries.double() @ keys.mT / math.sqrt(queries.shape[-1])
+    scores = scores - slopes[:, None, None] * (at[:, None] - at).abs()
+    return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ values).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("ahead", ["config", "keyword", "mask", "never"])
+def test_alibi_is_the_absolute_distance_where_queries_see_keys_ahead(ahead: str, backend: str) -> None:
+    overrides = {"is_causal": False} if ahead == "config" else {}
+    model = put(build("llama", num_hidden_layers=1, **overrides), "alibi")
+    model.set_attn_implementation(backend)
+    length, found = 24, {}
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name).register_forward_hook(lambda m, i, output, name=name: found.update({name: output}))
+    attention.o_proj.register_forward_hook(lambda m, args, output: found.update(mixed=args[0]))
+    seen, options = torch.ones(1, 1, length, length, dtype=torch.bool), {}
+    if ahead in ("mask", "never"):
+        seen = seen.tril()
+    if ahead == "mask":  # the first third sees itself both ways, as a prefix or an image does
+        seen[..., :8, :8] = True
+        options["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    if ahead == "keyword":
+        options["is_causal"] = False
+    with torch.no_grad():
+        model(input_ids=tokens(1, length), use_cache=False, **options)
+    query, key, value = (found[name].view(1, length, -1, 16).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+    expected = by_the_paper(model, query, key, value, seen)
+    torch.testing.assert_close(found["mixed"].view(1, length, 4, 16).double(), expected, rtol=0, atol=1e-5)

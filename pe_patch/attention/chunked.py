@@ -87,9 +87,9 @@ def biased(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions:
     def compute(start: int, stop: int, end: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         chunk, keys, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
         chunk_positions = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
-        additive = engine.additive(bias, chunk, keys, chunk_positions)
-        lowest = torch.finfo(query.dtype).min
         sliced = engine.slice_queries(start, stop, end)
+        additive = sliced.additive(bias, chunk, keys, chunk_positions)
+        lowest = torch.finfo(query.dtype).min
         if sliced.mask is None:
             additive = additive.masked_fill(~sliced.allowed(chunk, keys), lowest)
         elif sliced.mask.dtype == torch.bool:

@@ -74,6 +74,7 @@ class Engine(AttentionEngine):
             and has_float64
             and not is_row
             and not self.has_sinks
+            and not self.looks_ahead(positions)
         ):
             extra_dims = bias.bias_as_head_dims(positions, self.scaling, query.dtype)
             if extra_dims is not None:
@@ -89,10 +90,12 @@ class Engine(AttentionEngine):
         """Return the bias to add to the scaled scores, broadcastable to `[batch, heads, query, key]`.
 
         Softmax over the keys ignores a constant for each query, so ALiBi may use the key's position alone. A learned
-        sink competes with the scores and makes such a constant matter, so there the bias uses the exact distance.
+        sink competes with the scores and makes such a constant matter, and a key ahead has another sign, so there the
+        bias uses the exact distance.
         """
         query = query * self.scaling
-        if isinstance(bias, DistanceBias) and self.has_sinks:
+        has_own_form = isinstance(bias, DistanceBias) and type(bias).bias is not DistanceBias.bias
+        if has_own_form and (self.has_sinks or self.looks_ahead(positions)):
             additive = DistanceBias.bias(bias, query, key, positions)
         else:
             additive = bias.bias(query, key, positions)
@@ -104,6 +107,19 @@ class Engine(AttentionEngine):
         """Return whether attention without a mask is causal."""
         is_causal = self.extra.get("is_causal")
         return getattr(self.module, "is_causal", True) if is_causal is None else is_causal
+
+    def looks_ahead(self, positions: Positions) -> bool:
+        """Return whether a query attends to a key with a greater position: in encoders, and by a mask of the caller's.
+
+        A compiled graph cannot read the mask, and takes the model's word.
+        """
+        if not self.causal:
+            return True
+        if positions.query.shape[1] == 1 or not isinstance(self.mask, Tensor) or torch.compiler.is_compiling():
+            return False
+        seen = self.mask[..., : positions.key.shape[1]]
+        seen = seen if seen.dtype == torch.bool else seen > HIDDEN
+        return bool((seen & (positions.distance < 0)[:, None]).any())
 
     def after_rotation(self, x: Tensor) -> Tensor:
         """Normalize rotated queries or keys if the family does so after its rotation; else return them unchanged."""
