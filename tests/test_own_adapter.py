@@ -149,3 +149,28 @@ def test_the_rows_of_the_table_prove_themselves(family):
     layers = {"layers": [3]} if family == "gemma3_text" else {}
     patch_model(model, "dynamic_ntk", adapter=ADAPTERS[family], **layers)
     unpatch_model(model)
+
+
+class Holder(torch.nn.Module):
+    """A module that holds a table and looks positions up in it."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, *arguments):
+        return self.table(*arguments)
+
+
+def test_only_the_table_of_positions_may_be_deeper_than_the_base_model():
+    with pytest.raises(PePatchError, match=r"rotary='model.rotary_emb', which must be an attribute of the base"):
+        patch_model(build("llama"), "yarn", factor=2, adapter=Adapter(rotary="model.rotary_emb"))
+    plain, moved = build("gpt2"), build("gpt2")
+    moved.transformer.wpe = Holder(moved.transformer.wpe)
+    native = logits(moved)
+    for model, learned in ((plain, "wpe"), (moved, "wpe.table")):
+        row = Adapter(layers="h", attention="attn", rotary=None, learned=learned)
+        patch_model(model, "rope", adapter=row)
+    assert torch.equal(logits(plain), logits(moved)) and not torch.allclose(logits(moved), native, atol=1e-3)
+    unpatch_model(moved)
+    assert torch.equal(logits(moved), native)

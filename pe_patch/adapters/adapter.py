@@ -65,7 +65,7 @@ class Adapter:
     scaling_includes_mscale: bool = False
     """The model multiplies the `mscale_all_dim` factor of YaRN into `attention.scaling` when it is built."""
     learned: str | None = None
-    """Attribute of the base model: its table of learned positions. None if it has none."""
+    """Path from the base model to its table of learned positions, such as "wpe". None if it has none."""
     learned_offset: int = 0
     """Number of rows of that table before the row of position zero."""
     alibi: bool = False
@@ -93,6 +93,13 @@ class Adapter:
     def native(self) -> str:
         """The name of the native scheme: "alibi", "learned" or "rope"."""
         return "alibi" if self.alibi else "learned" if self.learned or self.vision_encoder else "rope"
+
+    def learned_table(self, base: Any) -> tuple[Any, str, Any]:
+        """Return the module that holds the table of learned positions, the table's name in it, and the table."""
+        assert self.learned is not None
+        owner, _, name = self.learned.rpartition(".")
+        holder = attrgetter(owner)(base) if owner else base
+        return holder, name, getattr(holder, name)
 
     @property
     def arithmetic(self) -> str:

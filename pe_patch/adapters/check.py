@@ -48,6 +48,10 @@ def check_adapter(base: Any, adapter: Adapter) -> None:
         raise _missing(adapter, "attention", layers[index], f"layer {index}", nn.Module)
     for name in ("rotary", "learned", "embedding_multiplier"):
         if getattr(adapter, name) is not None:
+            if name != "learned" and "." in getattr(adapter, name):
+                raise _wrong(
+                    adapter, name, f"which must be an attribute of the base model ({type(base).__name__}) itself"
+                )
             _reach(base, adapter, name, "")
     if isinstance(adapter.rotates, str):
         for index, layer in enumerate(layers):

@@ -248,7 +248,7 @@ def _parameters(model: Any, config: Any, adapter: Adapter, base: nn.Module) -> P
     num_experts = next((n for key in NUM_EXPERTS_KEYS if (n := getattr(config, key, None))), 1)
     experts_per_token = getattr(config, "num_experts_per_tok", None) or num_experts
     input_embeddings, output_embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    position_table = getattr(base, adapter.learned) if adapter.learned else None
+    position_table = adapter.learned_table(base)[2] if adapter.learned else None
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output_embeddings]
     conv = [m for m in model.modules() if type(m).__name__ == "Conv1D"]  # GPT-2's linear layers
     total = sum(size for _, size in sizes.values())

@@ -394,10 +394,10 @@ def _native_swaps(
     if adapter.norm_after_rotation is not None and places.at_scores:
         swaps += _norm_swaps(adapter, {index: attentions[index] for index in scheme_by_layer}, scheme_by_layer)
     if adapter.learned is not None:
-        table: Any = getattr(base, adapter.learned)
+        holder, name, table = adapter.learned_table(base)
         scheme_by_layer[0].init_from_table(table.weight[adapter.learned_offset :])
-        swaps.append(Swap.of(base, adapter.learned, ZeroPositionEmbedding(table.weight.shape[1])))
-        original[adapter.learned] = table
+        swaps.append(Swap.of(holder, name, ZeroPositionEmbedding(table.weight.shape[1])))
+        original[name] = table
     if adapter.vision_encoder is not None:
         swaps.append(bind(getattr(base, adapter.vision_encoder.embeddings), "interpolate_pos_encoding", zero_positions))
     return swaps, original
