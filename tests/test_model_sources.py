@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import pe_patch
 from pe_patch.checkpoints import sources
 from pe_patch.checkpoints.load import build_empty, load_adapted, load_model, load_tokenizer
+from pe_patch.cli.main import main
 from pe_patch.data.packaged import DEMO_MODEL
 from pe_patch.doctor import diagnose
 from pe_patch.errors import CheckpointError, OutputError, UnsupportedError
@@ -433,3 +435,29 @@ def test_a_recipe_trains_a_gguf_file(gguf: Path, tmp_path: Path, run: Any) -> No
     assert json.loads((tmp_path / "run/model/adapter_config.json").read_text())["base_model_name_or_path"] == str(gguf)
     code, out, err = run("train", str(recipe), f"output={tmp_path / 'again'}", "model.quantization=nf4")
     assert code == 1 and "quantised" in err + out, err
+
+
+DEEP = '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "said"),
+    [
+        ("config.json", ["inspect"], "Cannot read a model from {folder}"),
+        ("config.json", ["doctor"], "{folder}/config.json cannot be read as JSON"),
+        ("config.json", ["advise", "--target-length", "1k"], "Cannot read a model from {folder}"),
+        ("tokenizer_config.json", ["generate", "--prompt", "a"], "A JSON file of {folder} is nested too deep"),
+        ("generation_config.json", ["generate", "--prompt", "a"], "{folder}"),
+        ("adapter_config.json", ["generate", "--prompt", "a"], "{folder}"),
+    ],
+)
+def test_a_file_that_is_nested_too_deep_is_named(
+    name: str, command: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL, folder)
+    (folder / name).write_text(DEEP)
+    verb, *options = command
+    assert main([verb, str(folder), *options]) == 1
+    found = capsys.readouterr().err
+    assert said.format(folder=folder) in found and "Traceback" not in found and "RecursionError" not in found

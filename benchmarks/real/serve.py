@@ -2,6 +2,7 @@
 
     python benchmarks/real/serve.py vllm --python path/to/vllm/bin/python
     python benchmarks/real/serve.py llamacpp --python path/to/vllm/bin/python --llamacpp path/to/llama.cpp
+    python benchmarks/real/serve.py vllm --python path/to/vllm/bin/python --trained "adapter alone"=runs/lora/model
 
 For each scheme: export SmolLM2, start the server on loopback, and let it continue 20 prompts greedily by 128 tokens.
 The prompts share their first 8,400 tokens, more than the trained window, and end in different text, so that a server
@@ -78,14 +79,16 @@ def main() -> None:
     _, tokenizer = load(str(model_path), "float32", "cpu")
     prompts = make_prompts(tokenizer, arguments.text, arguments.prompts)
     server = VLLM(arguments) if arguments.server == "vllm" else LlamaCpp(arguments)
-    for label in arguments.schemes:
+    folders = dict(each.rsplit("=", 1) for each in arguments.trained)
+    for label in [*folders] if folders else arguments.schemes:
         key = f"{server.name}: {label}"
         if key in content and not arguments.again:
             continue
         started = time.perf_counter()
-        model, _ = load(str(model_path), "float32", "cpu")
-        scheme, options = SCHEMES[label]
-        patch_model(model, scheme, **options)
+        model, _ = load(folders.get(label, str(model_path)), "float32", "cpu")
+        if label not in folders:
+            scheme, options = SCHEMES[label]
+            patch_model(model, scheme, **options)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 export(model, Path(folder) / "out", target=server.target, tokenizer=tokenizer)
@@ -97,7 +100,7 @@ def main() -> None:
                     answers = [server.complete(address, prompt, arguments.tokens) for prompt in prompts]
                 content[key] = {
                     **compare(model, prompts, answers),
-                    "scheme": describe(model).effective | {"name": scheme},
+                    "scheme": describe(model).effective | {"name": describe(model).scheme},
                     "server": server.version(), "served_as": server.written,
                     "machine": machine(), "dtype": "float32 (model and server)", "model": TITLES["smollm2"],
                     "minutes": round((time.perf_counter() - started) / 60, 1),
@@ -324,6 +327,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--python", help="the Python of vLLM's environment")
     parser.add_argument("--llamacpp", help="llama.cpp's source tree, built")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument(
+        "--trained", nargs="+", default=[], metavar="LABEL=FOLDER", help="serve these results of recipes instead"
+    )
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=ANSWER)
     parser.add_argument("--threads", type=int, default=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +135,7 @@ def build(source: Any) -> Any:
     except CheckpointError:
         # The patch is the reason to report, even if its record in the config is damaged.
         if (Path(source) / "config.json").is_file():
-            _check_causal_and_unpatched(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
+            _check_causal_and_unpatched(read_config(source))
         raise
     except (ValueError, KeyError) as error:
         _check_causal_and_unpatched(read_config(source))

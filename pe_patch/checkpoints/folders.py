@@ -301,7 +301,7 @@ def _json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file, or an empty dict."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -366,7 +366,7 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
         )
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(path), **hub)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two if it is not an object
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # TypeError: not an object
         raise CheckpointError(f"Cannot read a model from {path!s}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file(path)} must hold a JSON object, found {quoted(config)}.")
@@ -437,7 +437,7 @@ def _weight_files(path: str | Path, hub: dict[str, Any], variant: str | None) ->
         return [single]
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a weight index: {error!r}") from error
     files = [cached_file(str(path), name, **hub) for name in names]
     return [file for file in files if file is not None]

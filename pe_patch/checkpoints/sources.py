@@ -42,8 +42,11 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any
     dtype, where = full_dtype(dtype), check_device(device)
     quiet_transformers()
     name = check_source(name)
-    model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    return model.to(where).eval(), load_tokenizer(name)
+    try:
+        model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        return model.to(where).eval(), load_tokenizer(name)
+    except RecursionError as error:  # Transformers reads further files, such as tokenizer_config.json
+        raise CheckpointError(f"A JSON file of {name} is nested too deep to be read: {error}.") from error
 
 
 def full_dtype(name: str, choices: Sequence[str] = DTYPES) -> str:

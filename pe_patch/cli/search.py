@@ -86,7 +86,7 @@ def _factors(path: Path) -> Any:
     """Read a list of factors from a JSON file, or from the `long_factor` of the options in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"--start {path} cannot be read as JSON: {error}.") from error
     listed = content.get("long_factor") if isinstance(content, dict) else content
     if not isinstance(listed, list) or not all(type(value) in (int, float) for value in listed):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoints.sources import parse_options
-from ..errors import OptionError
+from ..errors import OptionError, quoted
 from ..schemes.registry import ALIASES, SCHEMES, find_scheme
 
 LONGEST_NAME = 120
@@ -95,8 +95,8 @@ def _read(word: str | Mapping[str, Any], factor: float | None) -> ComparedScheme
     if isinstance(word, str) and word.lstrip().startswith("{"):
         try:
             word = json.loads(word)
-        except ValueError as error:
-            raise OptionError(f"{word!r} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise OptionError(f"{quoted(word)} is not JSON: {error}") from error
     if isinstance(word, str):
         name, _, rest = word.partition(":")
         named, options = name.strip(), parse_options(split_options(rest))

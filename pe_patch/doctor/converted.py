@@ -11,13 +11,19 @@ from typing import Any
 from ..checkpoints.exporters.checkpoint import SERVING_FILES
 from ..checkpoints.exporters.llamacpp import OLDEST
 from ..checkpoints.gguf_file import Header, read_header
+from ..errors import CheckpointError
 from .finding import Finding
 
 
 def announced_keys(file: Path) -> dict[str, Any]:
     """Return the GGUF keys that an export in the same folder announces; empty if there is none."""
     serving = file.parent / SERVING_FILES[0]
-    return json.loads(serving.read_text(encoding="utf-8")).get("metadata", {}) if serving.is_file() else {}
+    if not serving.is_file():
+        return {}
+    try:
+        return json.loads(serving.read_text(encoding="utf-8")).get("metadata", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{serving} is not what an export writes there: {error}. Export again.") from error
 
 
 def check_converted(file: Path) -> list[Finding]:

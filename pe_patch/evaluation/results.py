@@ -339,7 +339,7 @@ def check_results_folder(
         return
     try:
         previous = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("scheme", scheme)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return  # no finished results, or none that can be read
     if previous != scheme:
         raise OutputError(

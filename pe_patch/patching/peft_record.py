@@ -139,7 +139,7 @@ def adapter_fields(source: Any, **hub: Any) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {content!r}, not the object that an adapter's config is.")

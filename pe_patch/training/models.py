@@ -196,7 +196,7 @@ def options_of(scheme: Scheme) -> dict[str, Any]:
     path = Path(scheme.options_file)
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"scheme.options_file: {path.absolute()} is not a JSON file of options: {error}") from error
     if not isinstance(options, dict):
         raise RecipeError(f"scheme.options_file: {path.absolute()} must hold a JSON object of options by name.")
