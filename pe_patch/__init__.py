@@ -50,6 +50,7 @@ from .schemes.yarn import DynamicYaRN, YaRN
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
+    from .extension import extend
 
 __all__ = [
     "ADAPTERS",
@@ -118,6 +119,7 @@ __all__ = [
     "describe",
     "evaluate",
     "export",
+    "extend",
     "load_adapter",
     "load_patched",
     "patch_model",
@@ -138,6 +140,10 @@ def __getattr__(name: str) -> Any:
         from .evaluation import evaluate
 
         return evaluate
+    if name == "extend":
+        from .extension import extend
+
+        return extend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

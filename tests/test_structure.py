@@ -17,6 +17,7 @@ PACKAGE = ROOT / "pe_patch"
 ORDER: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
+    ("extension",),
     ("compare", "convert", "advice", "doctor", "search"),
     ("training",),
     ("evaluation",),

@@ -94,7 +94,7 @@ class Adapter:
         """The name of the native scheme: "alibi", "learned" or "rope"."""
         return "alibi" if self.alibi else "learned" if self.learned or self.vision_encoder else "rope"
 
-    def learned_table(self, base: Any) -> tuple[Any, str, Any]:
+    def learned_table(self, base: nn.Module) -> tuple[nn.Module, str, nn.Embedding]:
         """Return the module that holds the table of learned positions, the table's name in it, and the table."""
         assert self.learned is not None
         owner, _, name = self.learned.rpartition(".")

@@ -55,10 +55,11 @@ DEMO = FolderKind(
     "a demonstration", ("yarn/recipe.yaml", "base/recipe.yaml", "config.json:factor"), frozenset({EVALUATION.name})
 )
 EXPORT = FolderKind("an export", (EXPORT_RECORD,))
+EXTENSION = FolderKind("an extension", ("extension.json",), frozenset({EVALUATION.name, TRAINING.name}))
 MODEL = FolderKind("a converted model")
 """A conversion writes only to a new or empty folder."""
 
-KINDS = (EVALUATION, COMPARISON, SEARCH, SWEEP, TRAINING, DEMO, EXPORT)
+KINDS = (EVALUATION, COMPARISON, SEARCH, SWEEP, TRAINING, DEMO, EXPORT, EXTENSION)
 
 
 def check_output(folder: PathLike, kind: FolderKind, *, inputs: Iterable[Any] = (), overwrite: bool = False) -> Path:

@@ -19,6 +19,7 @@ from . import (  # noqa: F401
     doctor,
     evaluate,
     export,
+    extend,
     generate,
     inspect,
     list_,

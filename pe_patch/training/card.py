@@ -87,7 +87,7 @@ def write(run: Run) -> None:
         scheme=_scheme(recipe),
         loading=_loading(run),
         steps=bool(steps),
-        trained=_trained(run, steps) if steps else "None: the scheme needs no training.",
+        trained=_trained(run, steps) if steps else "None.",
         scores=_scores(rows, steps[-1]["step"] if steps else 0),
         recovery=_recovery(rows),
         data=_mix(run) if steps else "No training data.",

@@ -161,7 +161,7 @@ class Run:
     def _measure_untrained(self) -> None:
         """Measure a model whose scheme needs no training."""
         assert self.recipe.scheme is not None
-        self.log.console.print(f"{self.recipe.scheme.name} needs no training: measuring and saving the model.")
+        self.log.console.print(f"No training: saving the model with {self.recipe.scheme.name}.")
         self.model.to(self.launch.device)
         self.measure.everywhere, self.measure.autocast = False, self.measure.mixed
         self.measure.at_the_start(self.model, self.log)

@@ -114,7 +114,7 @@ def test_a_scheme_that_needs_no_training_is_measured_and_saved(
     recipe_file.write_text(before + "phases: []\n")
     scheme = "scheme={name: self_extend, options: {factor: 4}}"
     assert main([str(recipe_file), scheme, MEASURED]) == 0
-    assert "needs no training" in capsys.readouterr().err
+    assert "No training: saving the model with" in capsys.readouterr().err
     assert logged(tmp_path / "run") == [] and logged(tmp_path / "run", "evaluation")
     assert pe_patch.load_patched(tmp_path / "run/model").config.pe_patch["scheme"] == "self_extend"
     assert "Training\n\nNone" in (tmp_path / "run/model/README.md").read_text()

@@ -1,0 +1,334 @@
+"""Carry an extension out: measure, choose, train if asked, write, check, and leave a page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..advice import Advice, advise
+from ..checkpoints import sources
+from ..checkpoints.folders import sole_writer
+from ..errors import OutputError
+from ..evaluation.model import free_bytes
+from ..evaluation.perplexity import Perplexity
+from ..evaluation.report import Entry, Section, write_report
+from ..evaluation.results import Results, write_atomically
+from ..evaluation.run import evaluate
+from ..evaluation.tasks import Needle
+from ..patching.api import patch_model, unpatch_model
+from ..training.run import train as train_recipe
+from .budget import time_reading
+from .plan import (
+    DEPTHS,
+    QUESTIONS,
+    SCORED,
+    SHORT,
+    Candidate,
+    ExtensionPlan,
+    candidates_of,
+    check_fits,
+    choose_measurement,
+    recipe_of,
+    trained_candidate,
+    training_of,
+)
+from .request import Request, make_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "extension.json"
+"""File that holds the request and the plan of an extension, so that a stopped one continues with the same."""
+MOST = 3
+"""Schemes that are measured at most."""
+FIXED = "nats per token, fixed targets"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A finished extension. `str()` shows it as text."""
+
+    plan: ExtensionPlan
+    chosen: Candidate
+    verdict: str
+    """What was chosen, why, and what it scores."""
+    results: Results
+    """The measurements of all candidates, and of the trained model."""
+    model: Path
+    """Folder of the checkpoint."""
+    exports: list[Path]
+    page: Path
+    """The page with the verdict, the table and the charts."""
+
+    def __str__(self) -> str:
+        lines = [self.verdict, f"Model: {self.model}", *(f"Export: {path}" for path in self.exports)]
+        return "\n".join([*lines, f"Page: {self.page}"])
+
+
+def extend(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    target_length: int,
+    output: str | os.PathLike[str],
+    budget: str | float = "10m",
+    train: bool = False,
+    train_budget: str | float = "1h",
+    export: Sequence[str] = (),
+    text: str = "stdlib",
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Callable[[str], object] = print,
+) -> Extension:
+    """Make a checkpoint that reads texts of `target_length` tokens.
+
+    It asks `advise` for the schemes that fit, measures the best of them within the budget, trains if asked, writes the
+    best one with its tokenizer and card, loads it again and checks it. A stopped extension continues: call it again
+    with the same arguments.
+
+    Args:
+        model: a folder, a hub name, or a loaded causal language model without a patch.
+        tokenizer: the tokenizer of a loaded model.
+        target_length: tokens that the model must read.
+        output: folder for the checkpoint (`model/`), the exports, the measurements and the page.
+        budget: time for the measurement: seconds, or 90s, 10m, 1h.
+        train: train the scheme that gains most from training.
+        train_budget: time for the training.
+        export: targets of `pe_patch.export`, such as "vllm".
+        text: source of the text to measure on and to train on; measurements use its held-out part.
+        dtype: dtype of the weights: auto, float32, bfloat16 or float16.
+        device: a device; None uses CUDA if available.
+        seed: random seed.
+        overwrite: write into a folder with other content.
+        say: receives sentences on the progress.
+
+    Returns:
+        The chosen scheme, its measurements and the folders.
+
+    Raises:
+        OptionError: the budget is too small, or an option is wrong.
+        UnsupportedError: no scheme fits the model.
+        OutputError: the folder holds something else, or another extension.
+    """
+    request = make_request(
+        model, tokenizer, target_length=target_length, output=output, budget=budget, train=train,
+        train_budget=train_budget, export=export, text=text, dtype=dtype, device=device, seed=seed, overwrite=overwrite,
+    )  # fmt: skip
+    return carry_out(request, say)
+
+
+def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
+    """Extend a model as `extend` does."""
+    plan, loaded, tokenizer = prepare(request)
+    say(str(plan))
+    with sole_writer(request.output):
+        _record(request, plan)
+        results = _measure_all(plan, loaded, tokenizer, request)
+    chosen = plan.trained or choose(plan, results)
+    recipe = recipe_of(plan, chosen, request)
+    recipe.overwrite = True  # the folder is checked, and holds the measurements
+    say(f"{'Train' if plan.trained else 'Write'} {chosen.label}.")
+    trained = train_recipe(recipe)
+    if plan.trained is not None:
+        chosen = replace(chosen, label=f"{chosen.label}, trained")
+        results += _measure(plan, trained.eval(), tokenizer, chosen, request)
+    verdict = write_verdict(plan, chosen, results)
+    exports = [request.output / "export" / target for target in request.export]
+    page = _page(plan, chosen, verdict, results, request)
+    return Extension(plan, chosen, verdict, results, request.output / "model", exports, page)
+
+
+# The plan
+
+
+def prepare(request: Request) -> tuple[ExtensionPlan, Any, Any]:
+    """Load the model and plan its extension; a stopped one keeps its plan.
+
+    Returns:
+        The plan, the model and its tokenizer.
+    """
+    advice = _advise(request)
+    check_fits(advice)
+    if isinstance(request.model, str):
+        loaded, tokenizer = sources.load(request.model, request.dtype, request.device)
+    else:
+        loaded, tokenizer = request.model, request.tokenizer
+    return _stored_plan(request) or _plan(request, advice, loaded), loaded, tokenizer
+
+
+def _advise(request: Request) -> Advice:
+    source = request.source
+    return advise(source if Path(source).is_dir() or isinstance(request.model, str) else request.model.config,
+                  request.target_length)  # fmt: skip
+
+
+def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
+    window, target = advice.case.facts.window, request.target_length
+    time = time_reading(loaded, window)
+    lengths = sorted({min(SHORT, window, target), min(window, target), target})
+    candidates, lengths, texts, seconds = choose_measurement(
+        candidates_of(advice, loaded, request.export, MOST), lengths, time, request.budget
+    )
+    plan = ExtensionPlan(
+        request.source, target, window, advice.verdict, tuple(candidates), tuple(lengths), texts, seconds,
+        request.budget,
+    )  # fmt: skip
+    if not request.train:
+        return plan
+    needed = advice.training.states["mixed"] + advice.training.activations + advice.training.chunked_logits
+    length, steps, taken = training_of(
+        target, window, time, request.train_budget, free_bytes(next(loaded.parameters()).device), needed
+    )
+    return replace(
+        plan,
+        trained=trained_candidate(advice, loaded, request.export),
+        train_length=length,
+        steps=steps,
+        train_seconds=taken,
+    )
+
+
+def _stored_plan(request: Request) -> ExtensionPlan | None:
+    """Return the plan of a stopped extension.
+
+    Raises:
+        OutputError: the folder holds an extension with other arguments.
+    """
+    file = request.output / RECORD
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        before, plan = stored["request"], stored["plan"]
+        known = {entry.name for entry in fields(ExtensionPlan)}
+        plan = {name: value for name, value in plan.items() if name in known}
+        plan["candidates"] = tuple(Candidate(**each) for each in plan["candidates"])
+        plan["lengths"] = tuple(plan["lengths"])
+        plan["trained"] = None if plan["trained"] is None else Candidate(**plan["trained"])
+        made = ExtensionPlan(**plan)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(f"{file} cannot be read ({error!r}). Delete {request.output} to start again.") from error
+    differs = [name for name, value in request.lasting().items() if before.get(name) != value]
+    if differs:
+        name = differs[0]
+        raise OutputError(
+            f"{request.output} holds an extension with another {name}: {before.get(name)!r}, and now "
+            f"{request.lasting()[name]!r}. Give another folder, or the same {name} to continue."
+        )
+    return made
+
+
+def _record(request: Request, plan: ExtensionPlan) -> None:
+    request.output.mkdir(parents=True, exist_ok=True)
+    content = {"request": request.lasting(), "plan": plan.to_dict()}
+    write_atomically(request.output / RECORD, json.dumps(content, indent=2) + "\n")
+
+
+# The measurement
+
+
+def _measure_all(plan: ExtensionPlan, loaded: Any, tokenizer: Any, request: Request) -> Results:
+    """Measure every candidate on the same text with the same questions."""
+    results = Results()
+    for candidate in plan.candidates:
+        if not candidate.untouched:
+            patch_model(loaded, candidate.scheme, **candidate.options)
+        try:
+            results += _measure(plan, loaded, tokenizer, candidate, request)
+        finally:
+            if not candidate.untouched:
+                unpatch_model(loaded)
+    return results
+
+
+def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candidate, request: Request) -> Results:
+    lengths = [n for n in plan.lengths if not candidate.untouched or n <= plan.window or len(plan.lengths) == 1]
+    number = (
+        [each.label for each in plan.candidates].index(candidate.label) if candidate in plan.candidates else "trained"
+    )
+    tasks = [Needle(shared_text=True), Perplexity(measures="fixed", targets=SCORED, spots=max(2, plan.texts))]
+    return evaluate(
+        model, tokenizer, tasks, lengths, samples=plan.texts * QUESTIONS, depths=DEPTHS, text=request.text,
+        seed=request.seed, control_length=plan.lengths[0], beyond_window=True, label=candidate.label,
+        output=request.output / "measurements" / str(number),
+    )  # fmt: skip
+
+
+def choose(plan: ExtensionPlan, results: Results) -> Candidate:
+    """Return the scheme with the least loss at the control and the target length among those that answer best.
+
+    A scheme is among them if its share of answers at the target length may be the best one's: so few questions tell no
+    more.
+    """
+    schemes = [candidate for candidate in plan.candidates if not candidate.untouched]
+    if not schemes:
+        return plan.candidates[0]
+    cells = {each.label: results.cell(scheme=each.label, task="needle", length=plan.target_length) for each in schemes}
+    best = max(cell.score for cell in cells.values() if cell is not None)
+    equal = [each for each in schemes if (cell := cells[each.label]) is not None and (cell.high or 0.0) >= best]
+
+    def total_loss(candidate: Candidate) -> float:
+        return sum(_loss(results, candidate, length) for length in (plan.lengths[0], plan.target_length))
+
+    return min(equal, key=total_loss)
+
+
+def _loss(results: Results, candidate: Candidate, length: int) -> float:
+    cell = results.cell(scheme=candidate.label, measure=FIXED, length=length)
+    assert cell is not None
+    return cell.score
+
+
+def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> str:
+    """Return what was chosen and what it scores, in sentences."""
+    short, target = plan.lengths[0], plan.target_length
+    untouched = plan.candidates[0]
+    cell = results.cell(scheme=chosen.label, task="needle", length=target)
+    before = results.cell(scheme=untouched.label, task="needle", length=short)
+    assert cell is not None and before is not None
+    cost = _loss(results, chosen, short) / _loss(results, untouched, short) - 1
+    sentences = [
+        f"{chosen.label} answers {cell.score:.0%} of {cell.samples} questions at {target:,} tokens "
+        f"({cell.low:.0%} to {cell.high:.0%}); the model as it is answers {before.score:.0%} at {short:,}.",
+        f"The loss on texts of {short:,} tokens changes by {cost:+.1%}.",
+    ]
+    if cell.score < before.score / 2:
+        remedy = "More training may help: raise --train-budget." if plan.trained else "Train it: add --train."
+        sentences.append(f"It does not read {target:,} tokens as the model reads {short:,}. {remedy}")
+    return " ".join(sentences)
+
+
+# The page
+
+
+def _page(plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results, request: Request) -> Path:
+    rows = []
+    for label in results.values("scheme"):
+        cells: list[Entry | str] = [Entry(label, text=True, best=label == chosen.label)]
+        for length in plan.lengths:
+            needle = results.cell(scheme=label, task="needle", length=length)
+            loss = results.cell(scheme=label, measure=FIXED, length=length)
+            cells += [
+                "-" if needle is None else Entry(f"{needle.score:.2f}", needle.score),
+                "-" if loss is None else Entry(f"{loss.score:.3f}", loss.score),
+            ]
+        rows.append(cells)
+    table = Section(
+        "Schemes that were measured",
+        text=plan.advice,
+        columns=["scheme", *(f"{name} at {length:,}" for length in plan.lengths for name in ("retrieval", "loss"))],
+        rows=rows,
+        caption=f"Retrieval: share of {plan.texts * QUESTIONS} questions about one of {QUESTIONS} hidden facts; more "
+        "is better. Loss: nats per token on the same last tokens; less is better.",
+    )
+    how = Section("What was done", text=" ".join(list(plan.lines())[1:]))
+    return write_report(
+        results, request.output / "report", title=f"{plan.model} at {plan.target_length:,} tokens", verdict=verdict,
+        sections=[table, how], overwrite=True,
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""`extend`: what the plan holds, which scheme wins, what is written, and that a stopped run continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pe_patch import describe, extend, load_patched, patch_model
+from pe_patch.advice import advise
+from pe_patch.cli.main import main
+from pe_patch.data.packaged import DEMO_MODEL
+from pe_patch.errors import OptionError, OutputError, UnknownNameError, UnsupportedError
+from pe_patch.evaluation.results import Results, Row
+from pe_patch.extension import budget, plan, run
+from pe_patch.extension.plan import UNTOUCHED, Candidate, ExtensionPlan
+from pe_patch.patching.api import find_patch
+
+PLAIN = Candidate("rope", {}, UNTOUCHED, "")
+FLAT = budget.ReadingTime(by_token=1e-3, by_pair=0.0)
+
+
+def schemes(count: int) -> list[Candidate]:
+    return [PLAIN, *(Candidate("yarn", {"factor": 2.0 + n}, f"scheme {n}", "") for n in range(count))]
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), (7, 7), ("7", 7), (" 2 M ", 120)]
+)
+def test_times_in_words(given: Any, seconds: float) -> None:
+    assert budget.parse_seconds("budget", given) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "ten minutes", "-3m", 0, "5d", "nan"])
+def test_what_is_no_time(given: Any) -> None:
+    with pytest.raises(OptionError, match="budget must be a time such as 90s, 10m or 2h"):
+        budget.parse_seconds("budget", given)
+
+
+def test_the_time_of_a_reading_is_fitted_to_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_seconds", lambda model, length: 2e-3 * length + 5e-7 * length**2)
+    fitted = budget.time_reading(None, 8192)
+    assert fitted.of(32_768) == pytest.approx(2e-3 * 32_768 + 5e-7 * 32_768**2)
+    monkeypatch.setattr(budget, "_seconds", lambda model, length: 1.0)  # a machine whose start costs more than all
+    assert budget.time_reading(None, 2048).of(4096) > 0
+
+
+def test_a_budget_buys_schemes_first_then_lengths_then_texts() -> None:
+    lengths = [1000, 2000, 8000]
+    # One text: two readings of each length, and the model as it is reads the target never.
+    least = 1.2 * (2 * 1 + 2 * (1 + 8))
+    chosen = [plan.choose_measurement(schemes(3), lengths, FLAT, limit) for limit in (1e6, 3.2 * least, least)]
+    assert [(len(found), len(where), texts) for found, where, texts, _ in chosen] == [(4, 3, 4), (4, 2, 1), (2, 2, 1)]
+    assert chosen[2][3] == pytest.approx(least) and chosen[2][1] == [1000, 8000]
+    with pytest.raises(OptionError, match=r"budget of 10 s is too small: to measure scheme 0 .* --budget 1m"):
+        plan.choose_measurement(schemes(3), lengths, FLAT, 10)
+
+
+def test_a_scheme_that_follows_the_length_reads_the_text_for_each_question() -> None:
+    following = Candidate("dynamic_ntk", {"factor": 2.0}, "dynamic", "", follows_length=True)
+    plain = plan.measurement_seconds(schemes(1)[1:], [8000], 1, FLAT)
+    assert plan.measurement_seconds([following], [8000], 1, FLAT) == pytest.approx(plain * 9 / 2)
+
+
+def test_candidates_fit_the_exports_and_know_whether_they_follow_the_length() -> None:
+    model, advice = AutoModelForCausalLM.from_pretrained(DEMO_MODEL), advise(str(DEMO_MODEL), 512)
+    free, bound = (plan.candidates_of(advice, model, exports, 9) for exports in ((), ("vllm",)))
+    following = {each.scheme: each.follows_length for each in free}
+    assert following["dynamic_ntk"] and not following["dca"] and not following["yarn"]
+    assert {each.scheme for each in bound} >= {"rope", "yarn"} and "dca" not in {each.scheme for each in bound}
+    assert find_patch(model) is None and len(plan.candidates_of(advice, model, (), 2)) == 3
+    with pytest.raises(UnsupportedError, match="No scheme that works without training can be exported"):
+        plan.candidates_of(advice, model, ("deepseek",), 9)
+
+
+def test_training_is_at_full_length_where_memory_and_time_allow_it() -> None:
+    full = plan.training_of(8000, 4000, FLAT, budget=1e6, free_memory=10, needed_memory=5)
+    assert full == (8000, 400, 400 * 4 * 3.6 * 8.0)
+    short = plan.training_of(8000, 4000, FLAT, budget=1e6, free_memory=5, needed_memory=10)
+    assert short[0] == 2048 and short[1] == 400
+    assert plan.training_of(8000, 4000, FLAT, budget=1000, free_memory=10, needed_memory=5)[:2] == (2048, 33)
+    with pytest.raises(OptionError, match=r"20 steps take about .* --train-budget 10m"):
+        plan.training_of(8000, 4000, FLAT, budget=60, free_memory=10, needed_memory=5)
+
+
+def results_of(scores: dict[str, tuple[list[float], float, float]]) -> Results:
+    """Results from right and wrong answers at 200, and the losses at 100 and 200, by label."""
+    shared: dict[str, Any] = {
+        "tokens": 0, "depth": None, "low": None, "control": None, "control_length": None, "seconds": 0,
+        "peak_memory": None, "memory_kind": "", "seed": 0, "text_hash": "", "tokenizer_hash": "", "measured_on": "",
+    }  # fmt: skip
+    rows = []
+    for label, (answers, short, long) in scores.items():
+        high = run_high(answers)
+        rows.append(
+            Row(
+                label,
+                "needle",
+                "exact",
+                200,
+                score=sum(answers) / len(answers),
+                high=high,
+                samples=len(answers),
+                **shared,
+            )
+        )
+        for length, loss in ((100, short), (200, long)):
+            rows.append(Row(label, "perplexity", run.FIXED, length, score=loss, high=None, samples=9, **shared))
+    return Results(rows)
+
+
+def run_high(answers: list[float]) -> float:
+    from pe_patch.evaluation.metrics import score_interval
+
+    return score_interval(answers)[1]
+
+
+def test_the_least_loss_wins_among_schemes_that_answer_equally_well() -> None:
+    first, second, third = schemes(3)[1:]
+    made = ExtensionPlan("m", 200, 100, "", (PLAIN, first, second, third), (100, 200), 1, 1.0, 9.0)
+    good, fair, none = [1.0] * 15 + [0.0], [1.0] * 14 + [0.0] * 2, [0.0] * 16
+    scores = {
+        first.label: (good, 3.3, 3.2), second.label: (fair, 3.0, 3.1), third.label: (none, 1.0, 1.0),
+    }  # fmt: skip
+    assert run.choose(made, results_of(scores)) is second
+    scores[second.label] = (none, 3.0, 3.1)
+    assert run.choose(made, results_of(scores)) is first
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def test_a_model_is_extended_and_a_stopped_extension_continues(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    ids = torch.arange(3, 200)[None]
+    native = model(ids).logits
+    options: dict[str, Any] = {"target_length": 512, "output": tmp_path / "out", "budget": "20s", "export": ["vllm"]}
+    measured, evaluate = [], run.evaluate
+
+    def stopped(*arguments: Any, **keywords: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(keywords["label"])
+        return evaluate(*arguments, **keywords)
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(run, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            extend(model, tokenizer, **options, say=said.append)
+    assert torch.equal(model(ids).logits, native), "a stopped extension leaves the model without a patch"
+    kept = json.loads((tmp_path / "out" / "extension.json").read_text())
+    with pytest.raises(OutputError, match="another target_length: 512, and now 600"):
+        extend(model, tokenizer, **{**options, "target_length": 600}, say=said.append)
+    done = extend(model, tokenizer, **options, say=said.append)
+    assert json.loads((tmp_path / "out" / "extension.json").read_text()) == kept, "the plan is kept"
+    assert done.plan.candidates[0].label == UNTOUCHED
+    assert {row.scheme for row in done.results.rows} == {each.label for each in done.plan.candidates}
+    loaded = load_patched(done.model).eval()
+    patch_model(model, done.chosen.scheme, **done.chosen.options)
+    assert describe(loaded).scheme == done.chosen.scheme and torch.equal(loaded(ids).logits, model(ids).logits)
+    assert AutoTokenizer.from_pretrained(done.model).get_vocab() == tokenizer.get_vocab()
+    assert all((path / "config.json").is_file() for path in done.exports)
+    page = done.page.read_text(encoding="utf-8")
+    assert "Schemes that were measured" in page and done.chosen.label in page
+    assert done.verdict in str(done) and "questions at 512 tokens" in done.verdict
+
+
+def test_the_command_plans_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "out")
+    words = ["extend", "demo", "--target-length", "512", "--output", output, "--budget", "20s"]
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "of a budget of 20 s" in shown and "Train nothing" in shown and not Path(output).exists()
+    assert main([*words, "--train", "--train-budget", "6s", "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scheme"] == "yarn" and "trained answers" in found["verdict"]
+    assert Path(found["model"], "README.md").is_file() and Path(found["page"]).is_file()
+    steps = [json.loads(line) for line in Path(output, "log.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "step" for line in steps) >= plan.STEPS[0]
+
+
+def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_length": 512, "output": tmp_path / "out"}
+    with pytest.raises(UnknownNameError, match=r"vlm.*vllm"):
+        extend("demo", **options, export=["vlm"])
+    with pytest.raises(OptionError, match="target_length must be a whole number"):
+        extend("demo", **{**options, "target_length": 5.5})
+    model = patch_model(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), "yarn", factor=2)
+    with pytest.raises(OptionError, match="without a patch"):
+        extend(model, AutoTokenizer.from_pretrained(DEMO_MODEL), **options)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt"):
+        extend("demo", **options)
+    assert advise(str(DEMO_MODEL), 512).case.needed
