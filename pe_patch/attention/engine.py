@@ -94,8 +94,8 @@ class Engine(AttentionEngine):
         bias uses the exact distance.
         """
         query = query * self.scaling
-        has_own_form = isinstance(bias, DistanceBias) and type(bias).bias is not DistanceBias.bias
-        if has_own_form and (self.has_sinks or self.looks_ahead(positions)):
+        own_form = type(bias).bias is not DistanceBias.bias
+        if isinstance(bias, DistanceBias) and own_form and (self.has_sinks or self.looks_ahead(positions)):
             additive = DistanceBias.bias(bias, query, key, positions)
         else:
             additive = bias.bias(query, key, positions)
