@@ -25,6 +25,9 @@ from .kernels.cpu import HIDDEN
 from .kernels.dense import Dense
 from .kernels.relative import Relative, distances
 
+ROWS = 1024
+"""Rows of a mask that are compared with the positions together."""
+
 
 @dataclass
 class Engine(AttentionEngine):
@@ -117,9 +120,13 @@ class Engine(AttentionEngine):
             return True
         if positions.query.shape[1] == 1 or not isinstance(self.mask, Tensor) or torch.compiler.is_compiling():
             return False
-        seen = self.mask[..., : positions.key.shape[1]]
-        seen = seen if seen.dtype == torch.bool else seen > HIDDEN
-        return bool((seen & (positions.distance < 0)[:, None]).any())
+        for start in range(0, positions.query.shape[1], ROWS):  # a whole comparison could be larger than the mask
+            rows = slice(start, start + ROWS)
+            seen = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(None), : positions.key.shape[1]]
+            seen = seen if seen.dtype == torch.bool else seen > HIDDEN
+            if bool((seen & (positions.key[:, None] > positions.query[:, rows, None])[:, None]).any()):
+                return True
+        return False
 
     def after_rotation(self, x: Tensor) -> Tensor:
         """Normalize rotated queries or keys if the family does so after its rotation; else return them unchanged."""
