@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import compat
 from ..checkpoints.exporters.export import export
@@ -19,7 +20,7 @@ from ..patching.api import find_patch
 from . import card
 from .guard import TERMINATED_EXIT_CODE, EvaluationError, PostTrainingError
 from .measure import longest
-from .models import FLASH
+from .models import FLASH, original_weights
 from .quantise import merge_saved
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def save(run: Run) -> tuple[Any, Any]:
     trained = model = run.model
     if run.trainer is not None:
         run.trainer.refuse_broken_weights()
+        if recipe.average < 1:
+            average(run.trainer.unwrapped(), original_weights(recipe), recipe.average)
         weights = run.trainer.full_state_dict()
         trained = model = run.trainer.unwrapped().eval()
     merges = recipe.lora is not None and recipe.lora.merge
@@ -63,6 +66,20 @@ def save(run: Run) -> tuple[Any, Any]:
             _tokenizer(run, model).save_pretrained(content)
     launch.wait()
     return model, trained
+
+
+@torch.no_grad()
+def average(model: Any, before: Mapping[str, Tensor], share: float) -> None:
+    """Mix the weights of a model with those from before its training, in place: before + share (trained - before).
+
+    The weights of a scheme that were not there before stay as trained.
+
+    Source: Wortsman et al. 2021, arXiv 2109.01903, section 3.
+    """
+    for name, weight in model.named_parameters():
+        if name in before and weight.is_floating_point():
+            old = before[name].to(weight.device, torch.float32)
+            weight.copy_(old + share * (weight.float() - old))
 
 
 def _in_saved_dtype(model: Any, dtype: torch.dtype) -> Any:

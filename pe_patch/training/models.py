@@ -22,7 +22,8 @@ from ..checkpoints.sources import check_source
 from ..data.packaged import DEMO, DEMO_MODEL
 from ..errors import UnsupportedError, nearest
 from ..evaluation.retrieval import TOKEN_KEYS
-from ..patching.api import patch_model
+from ..mla.protocol import replaces_projections
+from ..patching.api import find_patch, patch_model
 from ..patching.peft import attach
 from ..patching.peft_record import scheme_modules, train_scheme
 from ..schemes.registry import ALIASES, SCHEMES
@@ -216,6 +217,25 @@ def build_teacher(recipe: Recipe, student: Any, device: Any) -> Any:
             "vocabulary."
         )
     return teacher
+
+
+def original_weights(recipe: Recipe) -> dict[str, Any]:
+    """Return the parameters of the model as it was before training and before its scheme, by name."""
+    return dict(_pretrained(recipe.model).named_parameters())
+
+
+def check_average(recipe: Recipe, model: Any, sharded: bool) -> None:
+    """Raise `RecipeError` if the weights cannot be mixed with those from before the training."""
+    if recipe.average == 1:
+        return
+    if sharded:
+        raise RecipeError("average: sharded weights cannot be mixed with those of the original model. Train with DDP.")
+    patch = find_patch(model)
+    if patch is not None and replaces_projections(patch.scheme):
+        raise RecipeError(
+            f"average: {patch.scheme.name!r} replaces projections, whose new weights have no counterpart before the "
+            "training. Set average to 1."
+        )
 
 
 def _pretrained(wanted: Model, quantised: Any = None) -> Any:

@@ -172,6 +172,11 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
         (recipe.loss.chunk >= 0, "loss.chunk cannot be negative; 0 computes all logits in one piece"),
         (recipe.guard.rise is None or recipe.guard.rise > 0, "guard.rise must be above 0, or null"),
         (recipe.guard.window > 0, "guard.window must be at least 1"),
+        (0 < recipe.average <= 1, f"average must be above 0 and at most 1, got {recipe.average}"),
+        (recipe.average == 1 or bool(recipe.model.source and recipe.phases), "average mixes trained weights with those "
+         "of model.source: it needs both a source and phases"),
+        (recipe.average == 1 or recipe.lora is None, "average has no effect on adapters: lower lora.alpha, or train "
+         "without lora"),
         (recipe.scheme is None or not (recipe.scheme.calibration_tokens and "calibration" in recipe.scheme.options),
          "give either scheme.calibration_tokens or scheme.options.calibration"),
         (recipe.distill is None or bool(recipe.distill.source or recipe.model.source), "a model from a config has no "

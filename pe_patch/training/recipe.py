@@ -282,6 +282,9 @@ class Recipe:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     loss: Loss = field(default_factory=Loss)
     guard: Guard = field(default_factory=Guard)
+    average: float = 1.0
+    """Share of the trained weights in the saved ones; the rest are the weights before training. Below 1 keeps more of
+    what the model did before, such as chat, and often all that was learnt (Wortsman et al. 2021, arXiv 2109.01903)."""
     export: list[str] = field(default_factory=list)
     """Targets of `pe_patch.export`; each is written to `<output>/export/<target>`."""
     mixed_precision: Literal["no", "bf16"] = "no"

@@ -32,7 +32,7 @@ from .guard import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, PostTrainingErro
 from .launch import Launch
 from .log import Log
 from .measure import Measure
-from .models import build_teacher, build_tokenizer, load_model, refuse_documents_that_leak, with_scheme
+from .models import build_teacher, build_tokenizer, check_average, load_model, refuse_documents_that_leak, with_scheme
 from .reading import load_recipe, save_recipe
 from .recipe import Recipe, RecipeError
 from .trainer import MicroBatches, RecipeTrainer
@@ -77,6 +77,7 @@ class Run:
         self.model = with_scheme(self.model, recipe, calibration, warm_start, device, groups)
         refuse_documents_that_leak(self.model, recipe, groups)
         self.launch.refuse(recipe, self.model)
+        check_average(recipe, self.model, self.launch.sharded)
         for target in recipe.export:
             check_export(self.model, target)
         self.measure.check_positions(self.model)

@@ -128,3 +128,37 @@ def test_a_recipe_of_another_version_is_refused(recipe_file: Path, tmp_path: Pat
         with pytest.raises(RecipeError, match=said):
             load_recipe(recipe_file)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scheme", ["{name: yarn, options: {factor: 2}}", "{name: kerple}"])
+def test_saved_weights_are_averaged_with_those_before_training(recipe_file: Path, tmp_path: Path, scheme: str) -> None:
+    found = {}
+    for share in (1.0, 0.25):
+        options = [f"output={tmp_path}/{share}", f"average={share}", f"scheme={scheme}", "phases.0.learning_rate=1e-2"]
+        train(load_recipe(recipe_file, options))
+        found[share] = pe_patch.load_patched(tmp_path / str(share) / "model").state_dict()
+    source = load_recipe(recipe_file).model.source
+    before = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    moved = 0.0
+    for name, trained in found[1.0].items():
+        expected = trained if name not in before else before[name] + 0.25 * (trained - before[name])
+        torch.testing.assert_close(found[0.25][name], expected, rtol=1e-6, atol=1e-7)
+        moved = max(moved, float((trained - expected).abs().max()))
+    assert moved > 1e-3
+
+
+def test_where_weights_cannot_be_averaged(recipe_file: Path) -> None:
+    for options, said in (
+        (["average=0"], "above 0 and at most 1"),
+        (["average=1.5"], "above 0 and at most 1"),
+        (["average=0.5", "lora={}"], r"lora\.alpha"),
+        (["average=0.5", "phases=[]", "scheme={name: self_extend, options: {factor: 2}}"], "source and phases"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(recipe_file, options)
+    with pytest.raises(RecipeError, match="'mla' replaces projections"):
+        train(
+            load_recipe(
+                recipe_file, ["average=0.5", "scheme={name: mla, calibration_tokens: 200, options: {kv_rank: 8}}"]
+            )
+        )
