@@ -3,8 +3,8 @@
     python benchmarks/real/conversations.py untouched=build/real/models/smollm2 trained=runs/smollm2_yarn_32k/model
 
 Answers are greedy. Each conversation has two questions; the second refers to the first. Three conversations are no
-score, so each model also answers 48 single questions, and their repetition is counted. These come from the templates and
-topics of get_conversations.py, so that training may have seen the untouched model's answers to some of them.
+score, so each model also answers 48 single questions, and their repetition is counted. The questions come from the
+templates and topics of get_conversations.py: training may have seen the untouched model's answers to some of them.
 """
 
 from __future__ import annotations
