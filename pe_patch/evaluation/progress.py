@@ -86,11 +86,12 @@ class Progress:
         seconds = max(time.monotonic() - self.start, 1e-6)
         speed = self.done / seconds
         # The plan estimates the tokens, so more of them may be read.
-        left = duration(max(0, self.total - self.done) / speed) if self.done else "unknown"
+        left = duration(max(0, self.total - self.done) / max(speed, 1e-6))
+        rate = f", {speed:,.0f} tokens/s, about {left} left"
         percent = min(99, 100 * self.done // max(1, self.total))
         return (
             f"{self.label}: {self.text}: {self.done:,} of about {self.total:,} tokens ({percent} %) in "
-            f"{duration(seconds)}, {speed:,.0f} tokens/s, about {left} left"
+            f"{duration(seconds)}{rate if self.done else ''}"
         )
 
     def _print(self, line: str) -> None:
