@@ -1,4 +1,4 @@
-"""What the three experiments of this folder share: results, seeds and intervals."""
+"""Share results, seeds and intervals between the three experiments of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does a model lose without positions? A small encoder on a task for bags of words, and one where order decides.
+"""Measure what an encoder loses without positions, on a task where words suffice and on one where their order decides.
 
     python benchmarks/questions/order.py                       # about 20 minutes on two cores
     python benchmarks/questions/order.py --steps 20 --seeds 0  # to see that it runs

@@ -75,7 +75,7 @@ def caption(objects: tuple[int, int], relation: str) -> str:
 
 
 def draw_scene(objects: tuple[int, int], relation: str, rng: np.random.Generator) -> Scene:
-    """Return a scene in which two objects stand apart along the axis of the relation, and nearly level on the other."""
+    """Return a scene with two objects: apart on the axis of the relation, nearly aligned on the other axis."""
     along = np.array(RELATIONS[relation])
     centre, gap = rng.uniform(0.4, 0.6, 2), rng.uniform(0.18, 0.24)
     across = rng.uniform(-0.06, 0.06, 2) * (along == 0)

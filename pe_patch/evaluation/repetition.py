@@ -59,6 +59,8 @@ class WordCounts:
     texts: Counter[str]
     size: int
     """Number of texts."""
+    total: int
+    """Number of words."""
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> WordCounts:
@@ -69,7 +71,7 @@ class WordCounts:
             words.update(found)
             holding.update(set(found))
             size += 1
-        return cls(words, holding, size)
+        return cls(words, holding, size, words.total())
 
     def is_rare(self, word: str) -> bool:
         """Return whether few texts have a word of letters, and few of all words are this one."""
@@ -77,7 +79,7 @@ class WordCounts:
             len(word) >= LEAST_LETTERS
             and word.isalpha()
             and self.texts[word] <= max(1, RARE_TEXTS * self.size)
-            and self.words[word] <= max(1, RARE_WORDS * self.words.total())
+            and self.words[word] <= max(1, RARE_WORDS * self.total)
         )
 
 

@@ -60,7 +60,7 @@ UNTOUCHED = "as it is"
 
 @dataclass(frozen=True)
 class ExtensionPlan:
-    """What `extend` does, before it does it. `str()` shows it as text."""
+    """The measurements and the training that `extend` is about to run. `str()` shows them as text."""
 
     model: str
     target_length: int

@@ -55,7 +55,7 @@ class Extension:
     plan: ExtensionPlan
     chosen: Candidate
     verdict: str
-    """What was chosen, why, and what it scores."""
+    """The chosen scheme and its scores, in sentences."""
     results: Results
     """The measurements of all candidates, and of the trained model."""
     model: Path

@@ -64,7 +64,7 @@ def next_token_score(
 
 
 class Lessons(NamedTuple):
-    """What each target is learnt from, bool `[targets]` each."""
+    """Masks `[targets]` of the targets that learn from the text, and of those that learn from the teacher."""
 
     text: Tensor
     teacher: Tensor
