@@ -121,7 +121,7 @@ def run_high(answers: list[float]) -> float:
 
 def test_the_least_loss_wins_among_schemes_that_answer_equally_well() -> None:
     first, second, third = schemes(3)[1:]
-    made = ExtensionPlan("m", 200, 100, "", (PLAIN, first, second, third), (100, 200), 1, 1.0, 9.0)
+    made = ExtensionPlan("m", 200, 100, "float32", "", (PLAIN, first, second, third), (100, 200), 1, 1.0, 9.0)
     good, fair, none = [1.0] * 15 + [0.0], [1.0] * 14 + [0.0] * 2, [0.0] * 16
     scores = {
         first.label: (good, 3.3, 3.2), second.label: (fair, 3.0, 3.1), third.label: (none, 1.0, 1.0),
@@ -188,6 +188,14 @@ def test_the_command_plans_trains_and_reports(tmp_path: Path, capsys: pytest.Cap
     assert sum(line["event"] == "step" for line in steps) >= plan.STEPS[0]
 
 
+def test_the_checkpoint_has_the_type_that_was_measured(tmp_path: Path) -> None:
+    done = extend("demo", target_length=512, output=tmp_path / "out", budget="20s", dtype="bf16", say=lambda line: None)
+    loaded = load_patched(done.model)
+    assert loaded.dtype == torch.bfloat16 and describe(loaded).scheme == done.chosen.scheme
+    kept = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16)
+    assert torch.equal(loaded.get_input_embeddings().weight, kept.get_input_embeddings().weight)
+
+
 def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     options: dict[str, Any] = {"target_length": 512, "output": tmp_path / "out"}
     with pytest.raises(UnknownNameError, match=r"vlm.*vllm"):
@@ -197,6 +205,12 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     model = patch_model(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), "yarn", factor=2)
     with pytest.raises(OptionError, match="without a patch"):
         extend(model, AutoTokenizer.from_pretrained(DEMO_MODEL), **options)
+    with pytest.raises(OptionError, match=r"Nothing is needed: .* Give a greater target_length"):
+        extend("demo", **{**options, "target_length": 200})
+    with pytest.raises(OptionError, match="device has no effect"):
+        extend("demo", **options, train=True, device="cpu")
+    with pytest.raises(OptionError, match=r"float32 or bfloat16, and this model is torch\.float16"):
+        extend("demo", **options, dtype="float16")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds notes\.txt"):

@@ -45,11 +45,11 @@ def extend(
 
     A stopped run continues with the same command.
     """
-    from ..extension.request import make_request
+    from ..extension.request import Request
     from ..extension.run import carry_out, prepare
 
-    request = make_request(
-        model, target_length=target_length, output=output, budget=budget, train=train, train_budget=train_budget,
+    request = Request(
+        model=model, target_length=target_length, output=output, budget=budget, train=train, train_budget=train_budget,
         export=export or (), text=text, dtype=dtype, device=device, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     if dry_run:

@@ -65,6 +65,8 @@ class ExtensionPlan:
     model: str
     target_length: int
     window: int
+    dtype: str
+    """Type of the weights that are measured and written: float32 or bfloat16."""
     advice: str
     """The verdict of `advise`."""
     candidates: tuple[Candidate, ...]
@@ -179,7 +181,7 @@ def choose_measurement(
     fewest = [lengths[0], lengths[-1]] if len(lengths) > 1 else list(lengths)
     choices = [
         (count, list(chosen), texts)
-        for count in range(len(candidates), 1, -1)
+        for count in range(len(candidates), min(2, len(candidates)) - 1, -1)
         for chosen, texts in itertools.product((lengths, fewest), (4, 2, 1))
     ]
     # With two schemes or more to compare, more of them are worth more than more texts of each.
@@ -188,9 +190,10 @@ def choose_measurement(
         needed = measurement_seconds(candidates[:count], chosen, texts, time)
         if needed <= budget:
             return list(candidates[:count]), chosen, texts, needed
+    scheme = candidates[min(1, len(candidates) - 1)].label
     raise OptionError(
-        f"A budget of {duration(budget)} is too small: to measure {candidates[1].label} at {fewest[-1]:,} tokens takes "
-        f"about {duration(needed)}. Give --budget {math.ceil(needed / 60)}m (budget=... in Python) or a smaller target."
+        f"A budget of {duration(budget)} is too small: to measure {scheme} at {fewest[-1]:,} tokens takes about "
+        f"{duration(needed)}. Give --budget {math.ceil(needed / 60)}m (budget=... in Python) or a smaller target."
     )
 
 
@@ -246,9 +249,10 @@ def trained_candidate(advice: Advice, model: Any, exports: Sequence[str]) -> Can
 
 def recipe_of(plan: ExtensionPlan, chosen: Candidate, request: Request) -> Recipe:
     """Return the recipe that trains or only saves a model with a scheme."""
+    half = plan.dtype == "bfloat16"
     recipe = Recipe(
-        output=str(request.output),
-        model=Model(source=plan.model, dtype="bfloat16" if request.dtype in ("bfloat16", "bf16") else "float32"),
+        output=str(request.folder),
+        model=Model(source=plan.model, dtype="bfloat16" if half and plan.trained is None else "float32"),
         scheme=None if chosen.untouched else Scheme(name=chosen.scheme, options=dict(chosen.options)),
         data=Data(source=request.text), export=list(request.export), seed=request.seed, resume="auto",
         evaluation=Evaluation(every=None, lengths=[plan.lengths[0], plan.target_length]),
@@ -266,6 +270,7 @@ def recipe_of(plan: ExtensionPlan, chosen: Candidate, request: Request) -> Recip
         pose=Pose(target=plan.target_length) if plan.pose else None,
     )  # fmt: skip
     recipe.phases, recipe.distill = [phase], Distill()
+    recipe.mixed_precision = "bf16" if half else "no"
     recipe.checkpoints = Checkpoints(every=max(1, plan.steps // 10), keep=1)
     return recipe
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..advice import Advice, advise
 from ..checkpoints import sources
 from ..checkpoints.folders import sole_writer
-from ..errors import OutputError
+from ..errors import OptionError, OutputError, UnsupportedError
 from ..evaluation.model import free_bytes
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.report import Entry, Section, write_report
@@ -36,7 +38,7 @@ from .plan import (
     trained_candidate,
     training_of,
 )
-from .request import Request, make_request
+from .request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +48,8 @@ RECORD = "extension.json"
 MOST = 3
 """Schemes that are measured at most."""
 FIXED = "nats per token, fixed targets"
+DTYPES = (torch.float32, torch.bfloat16)
+"""Types of the weights that a checkpoint may have."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ def extend(
         UnsupportedError: no scheme fits the model.
         OutputError: the folder holds something else, or another extension.
     """
-    request = make_request(
-        model, tokenizer, target_length=target_length, output=output, budget=budget, train=train,
+    request = Request(
+        model=model, tokenizer=tokenizer, target_length=target_length, output=output, budget=budget, train=train,
         train_budget=train_budget, export=export, text=text, dtype=dtype, device=device, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     return carry_out(request, say)
@@ -127,7 +131,7 @@ def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
     """Extend a model as `extend` does."""
     plan, loaded, tokenizer = prepare(request)
     say(str(plan))
-    with sole_writer(request.output):
+    with sole_writer(request.folder):
         _record(request, plan)
         results = _measure_all(plan, loaded, tokenizer, request)
     chosen = plan.trained or choose(plan, results)
@@ -139,9 +143,9 @@ def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
         chosen = replace(chosen, label=f"{chosen.label}, trained")
         results += _measure(plan, trained.eval(), tokenizer, chosen, request)
     verdict = write_verdict(plan, chosen, results)
-    exports = [request.output / "export" / target for target in request.export]
+    exports = [request.folder / "export" / target for target in request.export]
     page = _page(plan, chosen, verdict, results, request)
-    return Extension(plan, chosen, verdict, results, request.output / "model", exports, page)
+    return Extension(plan, chosen, verdict, results, request.folder / "model", exports, page)
 
 
 # The plan
@@ -155,17 +159,26 @@ def prepare(request: Request) -> tuple[ExtensionPlan, Any, Any]:
     """
     advice = _advise(request)
     check_fits(advice)
-    if isinstance(request.model, str):
-        loaded, tokenizer = sources.load(request.model, request.dtype, request.device)
-    else:
+    if request.is_loaded:
         loaded, tokenizer = request.model, request.tokenizer
+    else:
+        loaded, tokenizer = sources.load(request.source, request.dtype, request.device)
+    if loaded.dtype not in DTYPES:
+        raise OptionError(f"extend writes float32 or bfloat16, and this model is {loaded.dtype}: give dtype bfloat16.")
     return _stored_plan(request) or _plan(request, advice, loaded), loaded, tokenizer
 
 
 def _advise(request: Request) -> Advice:
-    source = request.source
-    return advise(source if Path(source).is_dir() or isinstance(request.model, str) else request.model.config,
-                  request.target_length)  # fmt: skip
+    """Return the advice on a model that needs a scheme for the target.
+
+    Raises:
+        OptionError: the model reads the target without one.
+    """
+    by_config = request.is_loaded and not Path(request.source).is_dir()
+    advice = advise(request.model.config if by_config else request.source, request.target_length)
+    if not advice.case.needed:
+        raise OptionError(f"{advice.verdict} Give a greater target_length.")
+    return advice
 
 
 def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
@@ -173,17 +186,19 @@ def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
     time = time_reading(loaded, window)
     lengths = sorted({min(SHORT, window, target), min(window, target), target})
     candidates, lengths, texts, seconds = choose_measurement(
-        candidates_of(advice, loaded, request.export, MOST), lengths, time, request.budget
+        candidates_of(advice, loaded, request.export, MOST), lengths, time, request.seconds
     )
+    if len(candidates) == 1 and not request.train:
+        raise UnsupportedError(f"{advice.verdict} No scheme reads {target:,} tokens without training: add train.")
     plan = ExtensionPlan(
-        request.source, target, window, advice.verdict, tuple(candidates), tuple(lengths), texts, seconds,
-        request.budget,
+        request.source, target, window, str(loaded.dtype).removeprefix("torch."), advice.verdict, tuple(candidates),
+        tuple(lengths), texts, seconds, request.seconds,
     )  # fmt: skip
     if not request.train:
         return plan
     needed = advice.training.states["mixed"] + advice.training.activations + advice.training.chunked_logits
     length, steps, taken = training_of(
-        target, window, time, request.train_budget, free_bytes(next(loaded.parameters()).device), needed
+        target, window, time, request.train_seconds, free_bytes(next(loaded.parameters()).device), needed
     )
     return replace(
         plan,
@@ -200,34 +215,32 @@ def _stored_plan(request: Request) -> ExtensionPlan | None:
     Raises:
         OutputError: the folder holds an extension with other arguments.
     """
-    file = request.output / RECORD
+    file = request.folder / RECORD
     if not file.is_file():
         return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         before, plan = stored["request"], stored["plan"]
-        known = {entry.name for entry in fields(ExtensionPlan)}
-        plan = {name: value for name, value in plan.items() if name in known}
         plan["candidates"] = tuple(Candidate(**each) for each in plan["candidates"])
         plan["lengths"] = tuple(plan["lengths"])
         plan["trained"] = None if plan["trained"] is None else Candidate(**plan["trained"])
         made = ExtensionPlan(**plan)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{file} cannot be read ({error!r}). Delete {request.output} to start again.") from error
+        raise OutputError(f"{file} cannot be read ({error!r}). Delete {request.folder} to start again.") from error
     differs = [name for name, value in request.lasting().items() if before.get(name) != value]
     if differs:
         name = differs[0]
         raise OutputError(
-            f"{request.output} holds an extension with another {name}: {before.get(name)!r}, and now "
+            f"{request.folder} holds an extension with another {name}: {before.get(name)!r}, and now "
             f"{request.lasting()[name]!r}. Give another folder, or the same {name} to continue."
         )
     return made
 
 
 def _record(request: Request, plan: ExtensionPlan) -> None:
-    request.output.mkdir(parents=True, exist_ok=True)
-    content = {"request": request.lasting(), "plan": plan.to_dict()}
-    write_atomically(request.output / RECORD, json.dumps(content, indent=2) + "\n")
+    request.folder.mkdir(parents=True, exist_ok=True)
+    content = {"request": request.lasting(), "plan": asdict(plan)}
+    write_atomically(request.folder / RECORD, json.dumps(content, indent=2) + "\n")
 
 
 # The measurement
@@ -256,7 +269,7 @@ def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candida
     return evaluate(
         model, tokenizer, tasks, lengths, samples=plan.texts * QUESTIONS, depths=DEPTHS, text=request.text,
         seed=request.seed, control_length=plan.lengths[0], beyond_window=True, label=candidate.label,
-        output=request.output / "measurements" / str(number),
+        output=request.folder / "measurements" / str(number),
     )  # fmt: skip
 
 
@@ -329,6 +342,6 @@ def _page(plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results
     )
     how = Section("What was done", text=" ".join(list(plan.lines())[1:]))
     return write_report(
-        results, request.output / "report", title=f"{plan.model} at {plan.target_length:,} tokens", verdict=verdict,
+        results, request.folder / "report", title=f"{plan.model} at {plan.target_length:,} tokens", verdict=verdict,
         sections=[table, how], overwrite=True,
     )  # fmt: skip
