@@ -22,6 +22,7 @@ from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.retrieval import start_ids, starts_with_bos
 from pe_patch.evaluation.run import evaluate
 from pe_patch.evaluation.tasks import TASKS
+from pe_patch.evaluation.tasks.long_generation import LongGeneration
 
 from .bench_doubles import CHAT, make_bench
 from .evaluation_doubles import TEXT, Mute, double, make_tokenizer, tiny_llama
@@ -169,7 +170,7 @@ def test_a_tokenizer_may_change_its_mind():
 WITHOUT_FILES = [
     name
     for name in TASKS
-    if name != "perplexity"
+    if name not in ("perplexity", "long_generation")  # They ask no question, and have their own tests here.
     and not name.startswith(("longbench", "infinitebench"))
     and name not in ("qa_1", "qa_2", "vt")
 ]
@@ -198,6 +199,23 @@ def test_every_prompt_and_control_starts_with_bos_once(name, code_bench):
                 assert ids is not None and ids.tolist().count(token) == count
                 assert count == 0 or ids[0] == token
             assert len(question.prompt) + question.budget - 1 <= 3000
+
+
+@pytest.mark.parametrize(("bos", "count"), [(None, 1), (True, 1), (False, 0)])
+def test_every_continuation_of_a_text_starts_with_bos_once(bos, count, monkeypatch):
+    tokenizer, read = bos_tokenizer(), []
+    monkeypatch.setattr(
+        EvaluatedModel,
+        "continuations",
+        lambda model, prompts, tokens, sampling: [read.append(ids) or ids[:tokens] for ids in prompts],
+    )
+    model = tiny_llama(len(tokenizer), window=256)
+    task = LongGeneration(tokens=20, texts=3)
+    rows = evaluate(model, tokenizer, task, [84, 120], text=TEXT, progress=False, bos=bos).rows
+    assert rows and [len(ids) for ids in read] == [64] * 3 + [100] * 3
+    (token,) = start_ids(tokenizer).tolist()
+    for ids in read:
+        assert ids.tolist().count(token) == count and (count == 0 or ids[0] == token)
 
 
 def test_data_set_prompts_start_with_bos(tmp_path):

@@ -285,15 +285,15 @@ class RecipeTrainer(transformers.Trainer):
     def passes(self, model: nn.Module, step: Step, targets: Tensor) -> Sums:
         """Run the forward and backward passes of a step and return their sums over all processes."""
         model.train()
-        sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.launch.device)
+        scores = []
         for index, batch in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with self._micro_step(model, batch, last):
                 objective, score = self._score(model, batch)
                 loss = objective / targets.clamp(min=1).to(objective.dtype)
                 self._backward(model, loss * self.launch.gradient_factor, last)
-            sums += torch.stack([value.double() for value in score])
-        return Sums(*self.launch.sum(sums).tolist())
+            scores.append(torch.stack([value.double() for value in score]))
+        return Sums(*self.launch.sum(torch.stack(scores).sum(0)).tolist())
 
     def _score(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Score]:
         """Return the loss to minimise, and its parts: the cross-entropy and, with `distill`, the divergence."""
