@@ -10,7 +10,7 @@ OLDEST := transformers==5.17.0
 # What other versions of Transformers may want in other versions than constraints.txt pins.
 UNPINNED := transformers|tokenizers|peft|trl|lm-eval|deepspeed|bitsandbytes
 
-.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow lint types benchmark clean
+.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow lint types docs benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,8 +59,9 @@ test-newest: .venv-newest/.installed-dev
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c .venv-newest/constraints.txt transformers
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadscope
 
-# A fuzz of options and rope dicts; PE_PATCH_FUZZ sets the number of inputs.
+# What `make test` leaves out, and a fuzz of options and rope dicts; PE_PATCH_FUZZ sets the number of inputs.
 test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m thorough -n $(WORKERS) --dist loadscope
 	PE_PATCH_FUZZ=$${PE_PATCH_FUZZ:-10000} $(BIN)/python -m pytest tests/slow -p no:cacheprovider
 
 lint: $(VENV)/.installed
@@ -69,6 +70,10 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/pyright
+
+# The documentation as a site in build/site, which needs no server and no network.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/patch_cost.py

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; without it, tests wait for a network that is not needed
+
 import torch
 
 PRINTED: list[str] = []

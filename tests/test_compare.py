@@ -261,7 +261,7 @@ def test_the_table_has_times_for_all_schemes_that_can_be_timed(folder, monkeypat
     ) == {"forward": 3.0, "decode": 0.5, "train": None}  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_survey_runs_from_end_to_end(folder, monkeypatch):
     three = tuple(one for one in survey.SCHEMES if one.label in ("rope", "learned", "mla"))
     monkeypatch.setattr(survey, "SCHEMES", three)

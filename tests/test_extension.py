@@ -14,7 +14,7 @@ from pe_patch import describe, extend, load_patched, patch_model
 from pe_patch.advice import advise
 from pe_patch.cli.main import main
 from pe_patch.data.packaged import DEMO_MODEL
-from pe_patch.errors import OptionError, OutputError, UnknownNameError, UnsupportedError
+from pe_patch.errors import OptionError, OutputError, PePatchError, UnknownNameError, UnsupportedError
 from pe_patch.evaluation.results import Results, Row
 from pe_patch.extension import budget, plan, run
 from pe_patch.extension.plan import UNTOUCHED, Candidate, ExtensionPlan
@@ -143,7 +143,7 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     ids = torch.arange(3, 200)[None]
     native = model(ids).logits
-    options: dict[str, Any] = {"target_length": 512, "output": tmp_path / "out", "budget": "20s", "export": ["vllm"]}
+    options: dict[str, Any] = {"target_length": 512, "output": tmp_path / "out", "budget": "6s", "export": ["vllm"]}
     measured, evaluate = [], run.evaluate
 
     def stopped(*arguments: Any, **keywords: Any) -> Any:
@@ -160,6 +160,13 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
     kept = json.loads((tmp_path / "out" / "extension.json").read_text())
     with pytest.raises(OutputError, match="another target_length: 512, and now 600"):
         extend(model, tokenizer, **{**options, "target_length": 600}, say=said.append)
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(OutputError, match=r"weights of .* have changed since .*out was begun"):
+        extend(model, tokenizer, **options, say=said.append)
+    with torch.no_grad():
+        weight.div_(2)
     done = extend(model, tokenizer, **options, say=said.append)
     assert json.loads((tmp_path / "out" / "extension.json").read_text()) == kept, "the plan is kept"
     assert done.plan.candidates[0].label == UNTOUCHED
@@ -176,10 +183,10 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
 
 def test_the_command_plans_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = str(tmp_path / "out")
-    words = ["extend", "demo", "--target-length", "512", "--output", output, "--budget", "20s"]
+    words = ["extend", "demo", "--target-length", "512", "--output", output, "--budget", "6s"]
     assert main([*words, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "of a budget of 20 s" in shown and "Train nothing" in shown and not Path(output).exists()
+    assert "of a budget of 6 s" in shown and "Train nothing" in shown and not Path(output).exists()
     assert main([*words, "--train", "--train-budget", "6s", "--json", "-q"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scheme"] == "yarn" and "trained answers" in found["verdict"]
@@ -189,11 +196,22 @@ def test_the_command_plans_trains_and_reports(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_checkpoint_has_the_type_that_was_measured(tmp_path: Path) -> None:
-    done = extend("demo", target_length=512, output=tmp_path / "out", budget="20s", dtype="bf16", say=lambda line: None)
+    done = extend("demo", target_length=512, output=tmp_path / "out", budget="6s", dtype="bf16", say=lambda line: None)
     loaded = load_patched(done.model)
     assert loaded.dtype == torch.bfloat16 and describe(loaded).scheme == done.chosen.scheme
     kept = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16)
     assert torch.equal(loaded.get_input_embeddings().weight, kept.get_input_embeddings().weight)
+
+
+def test_what_would_end_the_training_is_found_before_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    (text := tmp_path / "short.txt").write_text("Too short for a sequence. " * 20)
+    monkeypatch.setattr(run, "_measure_all", lambda *arguments: pytest.fail("It measured."))
+    with pytest.raises(PePatchError, match=r"short\.txt"):
+        extend("demo", target_length=512, output=output, budget="6s", train=True, train_budget="6s", text=str(text))
+    assert not output.exists()
 
 
 def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

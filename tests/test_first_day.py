@@ -5,7 +5,6 @@ import logging
 import math
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -195,12 +194,6 @@ def test_list_and_advice_agree_and_options_are_listed(run):
     entries = {entry["name"]: entry for entry in catalogue()["schemes"]}
     for candidate in CANDIDATES["rope"]:
         assert entries[candidate.scheme]["works untrained"] == candidate.untrained
-    for line in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").splitlines():
-        cells = line.split(" | ")
-        names = [each for each in entries if len(cells) == 4 and f"`{each}`" in cells[1]]
-        if line.startswith("| ") and names and cells[0] in ("| rotary", "| remapped", "|"):
-            answers = {entries[name]["works untrained"] for name in names}
-            assert answers == {"as it is"} or cells[3].startswith(("must be trained", *answers)), line
     for name, scheme in SCHEMES.items():
         assert {option["name"] for option in entries[name]["options"]} == scheme.option_names()
     yarn = {option["name"]: option for option in entries["yarn"]["options"]}

@@ -42,8 +42,14 @@ def test_the_folder_holds_these_and_no_others():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NAMES)
 
 
+LONG = ("context_extension", "tour")
+"""Notebooks that take longest; what they call is tested elsewhere."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in LONG else name for name in NAMES]
+)
 def test_runs_in_the_quick_setting(name, tmp_path, monkeypatch):
     """Every cell, in a folder that holds nothing, without a network; the notebooks assert what they claim."""
     monkeypatch.setenv("PE_PATCH_QUICK", "1")

@@ -21,6 +21,8 @@ from pe_patch.training.recipe import Data, Model, Optimizer, Phase, Recipe, Sche
 from pe_patch.training.recipe import Tokenizer as TokenizerSettings
 from pe_patch.training.run import train
 
+pytestmark = pytest.mark.thorough
+
 WINDOW, FACTOR, NOISE, KEYS = 128, 8, 128, 64
 PAIRS = {"share": 1.0, "kind": "needles", "targets": "answers"}
 

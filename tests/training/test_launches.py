@@ -22,7 +22,7 @@ TOLD = [
     "scheme={name: t5, warm_start_tokens: 256}",
     "evaluation={every: 3, tasks: [perplexity], lengths: [128], samples: 2}",
 ]  # fmt: skip
-LAUNCHES = ("cpu_ddp", "cpu_ulysses")
+LAUNCHES = ("cpu_ddp", pytest.param("cpu_ulysses", marks=pytest.mark.thorough))
 
 
 def launch(configuration: str | None, recipe: Path, output: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
