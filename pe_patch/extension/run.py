@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,13 +16,14 @@ from ..advice import Advice, advise
 from ..checkpoints import sources
 from ..checkpoints.folders import sole_writer
 from ..errors import OptionError, OutputError, UnsupportedError
-from ..evaluation.model import free_bytes
+from ..evaluation.model import free_bytes, model_fingerprint
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.report import Entry, Section, write_report
 from ..evaluation.results import Results, write_atomically
 from ..evaluation.run import evaluate
 from ..evaluation.tasks import Needle
 from ..patching.api import patch_model, unpatch_model
+from ..training.run import Run
 from ..training.run import train as train_recipe
 from .budget import time_reading
 from .plan import (
@@ -131,9 +133,13 @@ def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
     """Extend a model as `extend` does."""
     plan, loaded, tokenizer = prepare(request)
     say(str(plan))
+    if plan.trained is not None:
+        check_training(plan, request)
     with sole_writer(request.folder):
-        _record(request, plan)
+        _record(request, plan, model_fingerprint(loaded))
         results = _measure_all(plan, loaded, tokenizer, request)
+    del loaded  # the recipe loads the model again
+    gc.collect()
     chosen = plan.trained or choose(plan, results)
     recipe = recipe_of(plan, chosen, request)
     recipe.overwrite = True  # the folder is checked, and holds the measurements
@@ -165,7 +171,15 @@ def prepare(request: Request) -> tuple[ExtensionPlan, Any, Any]:
         loaded, tokenizer = sources.load(request.source, request.dtype, request.device)
     if loaded.dtype not in DTYPES:
         raise OptionError(f"extend writes float32 or bfloat16, and this model is {loaded.dtype}: give dtype bfloat16.")
-    return _stored_plan(request) or _plan(request, advice, loaded), loaded, tokenizer
+    return _stored_plan(request, loaded) or _plan(request, advice, loaded), loaded, tokenizer
+
+
+def check_training(plan: ExtensionPlan, request: Request) -> None:
+    """Raise what the training would raise before its first step, so that no measurement is made in vain."""
+    assert plan.trained is not None
+    recipe = recipe_of(plan, plan.trained, request)
+    recipe.overwrite, recipe.dry_run, recipe.progress = True, True, False
+    Run(recipe)
 
 
 def _advise(request: Request) -> Advice:
@@ -209,18 +223,18 @@ def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
     )
 
 
-def _stored_plan(request: Request) -> ExtensionPlan | None:
+def _stored_plan(request: Request, loaded: Any) -> ExtensionPlan | None:
     """Return the plan of a stopped extension.
 
     Raises:
-        OutputError: the folder holds an extension with other arguments.
+        OutputError: the folder holds an extension with other arguments or of other weights.
     """
     file = request.folder / RECORD
     if not file.is_file():
         return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        before, plan = stored["request"], stored["plan"]
+        before, plan, weights = stored["request"], stored["plan"], stored["weights"]
         plan["candidates"] = tuple(Candidate(**each) for each in plan["candidates"])
         plan["lengths"] = tuple(plan["lengths"])
         plan["trained"] = None if plan["trained"] is None else Candidate(**plan["trained"])
@@ -234,12 +248,17 @@ def _stored_plan(request: Request) -> ExtensionPlan | None:
             f"{request.folder} holds an extension with another {name}: {before.get(name)!r}, and now "
             f"{request.lasting()[name]!r}. Give another folder, or the same {name} to continue."
         )
+    if weights != model_fingerprint(loaded):
+        raise OutputError(
+            f"The config or the weights of {request.source} have changed since {request.folder} was begun. Give "
+            f"another folder, or delete {request.folder} to start again."
+        )
     return made
 
 
-def _record(request: Request, plan: ExtensionPlan) -> None:
+def _record(request: Request, plan: ExtensionPlan, weights: str) -> None:
     request.folder.mkdir(parents=True, exist_ok=True)
-    content = {"request": request.lasting(), "plan": asdict(plan)}
+    content = {"request": request.lasting(), "weights": weights, "plan": asdict(plan)}
     write_atomically(request.folder / RECORD, json.dumps(content, indent=2) + "\n")
 
 
