@@ -1,0 +1,184 @@
+"""Write the page of each scheme: how it works, formula, picture, options, exports and measurements."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pe_patch import SCHEMES
+from pe_patch.advice.candidates import CANDIDATES
+from pe_patch.cli.catalogue import catalogue
+from pe_patch.core.scheme import Scheme
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "benchmarks" / "results" / "real"
+MECHANISMS = {
+    "rotary": "Rotary", "remapped": "Remapped distances", "none": "None", "distance bias": "Bias by distance",
+    "content-relative": "Relative to the content", "latent attention": "Latent attention", "absolute": "Absolute",
+    "two-dimensional": "Two-dimensional",
+}  # fmt: skip
+"""Headings of the groups of schemes, in the order of the pages."""
+UNTRAINED = {
+    "yes": "works, and leaves texts within the window as they are",
+    "weak": "works, and costs a little on every text",
+    "no": "must be trained",
+    "as it is": "is what the model has",
+}
+
+
+def texts() -> dict[str, dict[str, Any]]:
+    """Return the written texts by scheme, in the order of their groups."""
+    written = yaml.safe_load((HERE / "schemes.yaml").read_text(encoding="utf-8"))
+    if missing := set(SCHEMES) ^ set(written):
+        raise ValueError(f"docs/hooks/schemes.yaml and the registry differ: {', '.join(sorted(missing))}.")
+    order = {mechanism: place for place, mechanism in enumerate(MECHANISMS)}
+    return dict(sorted(written.items(), key=lambda each: order[SCHEMES[each[0]].mechanism]))
+
+
+def page(name: str, text: Mapping[str, Any], entry: Mapping[str, Any], picture: str | None) -> str:
+    """Return the page of a scheme as Markdown.
+
+    Args:
+        name: The scheme.
+        text: Its written text.
+        entry: Its entry in the catalogue.
+        picture: The caption of its picture; None without one.
+    """
+    scheme = SCHEMES[name]
+    parts = [
+        f"# {text['title']}",
+        text["how"],
+        formulas(text["tex"]),
+        snippet(name, text.get("example", {})),
+    ]
+    if picture is not None:
+        images = "\n".join(
+            f"![{text['title']}: {picture}](../images/schemes/{name}-{colour}.svg#only-{colour})"
+            for colour in ("light", "dark")
+        )
+        parts += [images, f"*{picture}*"]
+    parts += [
+        f"**When to use it.** {text['use']}",
+        f"**When not.** {text['avoid']}",
+        f"**Without training** it {UNTRAINED[entry['works untrained']]}.",
+        f"**Paper.** {linked(scheme.paper)}",
+    ]
+    if measured := "\n".join(measurements(name)):
+        parts += ["## Results", measured]
+    if options := "\n".join(option_rows(scheme)):
+        parts += ["## Options", "| option | type and default | meaning |\n| --- | --- | --- |\n" + options]
+    parts.append(f"Class: [`{scheme.__name__}`](../reference/schemes.md#{scheme.__module__}.{scheme.__name__}).")
+    return "\n\n".join(parts) + "\n"
+
+
+def formulas(tex: str) -> str:
+    """Return formulas as Markdown; an empty line separates two."""
+    return "\n\n".join(f"$$\n{each.strip()}\n$$" for each in tex.split("\n\n"))
+
+
+def snippet(name: str, example: Mapping[str, Any]) -> str:
+    """Return the call that patches a model."""
+    words = {"searched": "factors", "texts": "texts"}
+    options = "".join(f", {key}={words.get(str(value), repr(value))}" for key, value in example.items())
+    if "factors" in options:
+        options += ", factor=4"
+    return f'```python\npatch_model(model, "{name}"{options})\n```'
+
+
+def linked(paper: str) -> str:
+    """Return a reference whose arXiv numbers are links."""
+    words = []
+    for word in paper.split(" "):
+        bare = word.rstrip(",;.")
+        if bare.replace(".", "").isdigit() and "." in bare:
+            word = f"[{bare}](https://arxiv.org/abs/{bare}){word[len(bare) :]}"
+        elif bare.startswith("http"):
+            word = f"<{bare}>{word[len(bare) :]}"
+        words.append(word)
+    return " ".join(words) + "."
+
+
+def option_rows(scheme: type[Scheme]) -> Iterator[str]:
+    """Yield one row for each option: name, type and default, and the docstring below it in the class."""
+    meanings = option_docstrings(scheme)
+    options = sorted(scheme.declared_options(), key=lambda option: not option.required)
+    for option in options:
+        default = "required" if option.required else f"`{option.default!r}`"
+        kind = option.annotation.replace(" | ", " or ")
+        meaning = " ".join(meanings.get(option.name, "").split()).replace("|", "\\|")
+        yield f"| `{option.name}` | `{kind}`, {default} | {meaning} |"
+
+
+def option_docstrings(scheme: type[Scheme]) -> dict[str, str]:
+    """Return the docstrings of the annotated fields of a class and its bases, by name."""
+    found: dict[str, str] = {}
+    for owner in scheme.__mro__:
+        if owner is Scheme or not issubclass(owner, Scheme):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for field, after in itertools.pairwise(statements):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found.setdefault(getattr(field.target, "id", ""), str(after.value.value))
+    return found
+
+
+def measurements(name: str) -> Iterator[str]:
+    """Yield the lines on a scheme from the measurements on SmolLM2 and from the published figures."""
+    stored = RESULTS / "extension_smollm2.json"
+    cases = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {"cases": {}}
+    rows = []
+    for label, case in cases["cases"].items():
+        if name not in (label, label.split(",")[0], label.split(" ")[0]):
+            continue
+        for key, found in sorted(case["measured"].items(), key=lambda each: int(each[0].split()[1])):
+            kind, length = key.split()
+            if kind in ("needle", "passkey"):
+                what = "one of eight facts" if kind == "needle" else "the only fact"
+                shown = f"{found['score']:.2f} ({found['low']:.2f} to {found['high']:.2f}, {found['questions']})"
+            else:
+                what, shown = f"loss on {kind.capitalize()}, nats per token", f"{found['loss']:.3f}"
+            rows.append(f"| {label} | {int(length):,} | {what} | {shown} |")
+    if rows:
+        yield f"{cases['model']}; its window is {cases['window']:,} tokens. Answers: share, 95 % interval, number.\n"
+        yield "| case | tokens | what | result |"
+        yield "| --- | ---: | --- | --- |"
+        yield from rows
+    for each in CANDIDATES["rope"]:
+        if each.scheme == name:
+            yield f"\nWhat the papers report: {each.why.rstrip('.')}."
+
+
+def index() -> str:
+    """Return the page that lists all schemes by mechanism."""
+    entries = {entry["name"]: entry for entry in catalogue()["schemes"]}
+    lines = ["# Schemes", "", f"All {len(entries)} schemes by mechanism. `pe-patch list schemes` prints them.", ""]
+    group = ""
+    for name, text in texts().items():
+        if (mechanism := SCHEMES[name].mechanism) != group:
+            group = mechanism
+            lines += [
+                "",
+                f"## {MECHANISMS[group]}",
+                "",
+                "| scheme | in one line | without training |",
+                "| --- | --- | --- |",
+            ]
+        entry = entries[name]
+        also = "".join(f", `{alias}`" for alias in entry["aliases"])
+        lines.append(
+            f"| [{text['title']}]({name}.md) `{name}`{also} | {entry['summary']} | {entry['works untrained']} |"
+        )
+    return "\n".join(lines) + "\n"
