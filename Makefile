@@ -10,12 +10,21 @@ OLDEST := transformers==5.17.0
 # What other versions of Transformers may want in other versions than constraints.txt pins.
 UNPINNED := transformers|tokenizers|peft|trl|lm-eval|deepspeed|bitsandbytes
 
-.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow lint types docs benchmark clean
+.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow lint types docs dist benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# Wheel and source distribution in dist/, checked, and the wheel tried in an environment that holds nothing else.
+dist: $(VENV)/.installed
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd .venv-dist && bin/pe-patch --version && bin/pe-patch inspect demo --scheme yarn --factor 4 > /dev/null
 
 # Environments of their own for the newest and the oldest supported Transformers.
 .venv-newest/.installed: REQUIRED = transformers
@@ -81,4 +90,4 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/bloom.py
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest report build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-dist report build dist *.egg-info

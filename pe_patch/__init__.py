@@ -2,55 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import sys
+from importlib import import_module
+from multiprocessing import parent_process
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
-
-from . import compat
-from .adapters import ADAPTERS, Adapter, register_adapter
-from .checkpoints.auto import register
-from .checkpoints.exporters.export import export
-from .checkpoints.load import load_patched
-from .core.engine import AttentionEngine
-from .core.positions import Positions
-from .core.scheme import AttentionShape, DistanceBias, Scheme
-from .data.packaged import __version__
-from .errors import (
-    AlreadyPatchedError,
-    BeyondWindowError,
-    CacheError,
-    CheckpointError,
-    MismatchError,
-    MissingPackageError,
-    NoEffectError,
-    OptionError,
-    OptionValueError,
-    OutputError,
-    PePatchError,
-    PrintableFilter,
-    UnknownNameError,
-    UnsupportedError,
-)
-from .mla.scheme import MLA
-from .patching.api import patch_model, patched, unpatch_model
-from .patching.description import Description, describe
-from .patching.peft import load_adapter
-from .schemes.absolute import DroPE, Integer, Learned, NoPE, OneHot, Sinusoidal
-from .schemes.bias import T5, ALiBi, Kerple, Sandwich
-from .schemes.decay import RoPEALiBi, XPos
-from .schemes.fire import FIRE
-from .schemes.frequency_wrappers import ClippedRoPE, Resonance
-from .schemes.grid import ALiBi2D, RoPE2D
-from .schemes.registry import ALIASES, SCHEMES, register_scheme
-from .schemes.relative import CoPE, Shaw, TransformerXL
-from .schemes.remap import DCA, STRING, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend
-from .schemes.remapped_base import Remapped
-from .schemes.rotary import Rotary
-from .schemes.scalings import NTK, DynamicNTK, Linear, Llama3, LongRoPE, NTKByParts, Proportional, RoPE
-from .schemes.yarn import DynamicYaRN, YaRN
-
-if TYPE_CHECKING:
-    from .evaluation import evaluate
-    from .extension import extend
 
 __all__ = [
     "ADAPTERS",
@@ -129,21 +85,31 @@ __all__ = [
     "unpatch_model",
 ]
 
-SCHEMES.seal()
-compat.warn_if_untested()
-register()
-logging.getLogger(__name__).addFilter(PrintableFilter())
+
+def _is_command() -> bool:
+    """Return whether this process was started as `pe-patch` or `python -m pe_patch`.
+
+    The command loads the rest of the library when it runs something: `pe-patch --help` needs no torch.
+    """
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    program = PurePath(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
+    return parent_process() is None and (program == "pe-patch" or (program, module) == ("-m", "pe_patch"))
+
+
+if TYPE_CHECKING:
+    from .checkpoints.library import *  # noqa: F403
+    from .evaluation import evaluate
+    from .extension import extend
+elif not _is_command():
+    from .checkpoints.library import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":  # evaluation brings datasets and evaluate with it, which patching does not need
-        from .evaluation import evaluate
-
-        return evaluate
-    if name == "extend":
-        from .extension import extend
-
-        return extend
+    # Evaluation brings datasets and evaluate with it, which patching does not need.
+    rooms = {"evaluate": ".evaluation", "extend": ".extension"}
+    if name in __all__:
+        return getattr(import_module(rooms.get(name, ".checkpoints.library"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -249,3 +249,32 @@ def test_a_stopped_command_says_how_to_continue(stop, code, said, checkpoint, te
     assert cli.main(words) == code  # it keeps nothing
     error = " ".join(capsys.readouterr().err.split())
     assert "same command" not in error and signal.getsignal(signal.SIGTERM) is before
+
+
+HELP_WITHOUT = """
+import sys, runpy
+sys.argv = ["pe-patch", *sys.argv[1:]]
+try:
+    runpy.run_module("pe_patch", run_name="__main__", alter_sys=False)
+except SystemExit as done:
+    assert not done.code
+assert not {"torch", "transformers", "numpy"} & {*sys.modules}
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["extend", "--help"], ["evaluate", "--help"]])
+def test_help_and_version_import_no_torch(words):
+    done = subprocess.run([sys.executable, "-c", HELP_WITHOUT, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pe-patch" in done.stdout
+
+
+def test_the_module_run_as_a_command_imports_no_torch_for_help(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pe_patch", "--help"], capture_output=True, text=True, check=False
+    )
+    assert (
+        done.returncode == 0
+        and "| torch\n" not in done.stderr
+        and "| pe_patch.cli.main\n" in done.stderr.replace("  ", "")
+    )

@@ -58,7 +58,7 @@ def generated() -> Iterator[tuple[str, str | bytes]]:
     for path in sorted(shown_pictures()):
         yield f"repository/{path}", (ROOT / path).read_bytes()
     yield "reference/command-line.md", command_line.page()
-    yield "changelog.md", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    yield "changelog.md", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def shown_pictures() -> set[str]:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..compat import require_extra
 from ..errors import OptionError
 from .application import app
 from .options import (
@@ -120,6 +119,8 @@ def evaluate(
     if not harness and (limit is not None or max_length is not None):
         raise OptionError("--limit and --max-length apply to lm-eval's tasks: give --harness with them.")
     if output is not None:
+        from ..compat import require_extra
+
         require_extra("report")  # before anything is measured
         check_results_folder(output, inputs=[model, text], overwrite=overwrite)
         set_continues(output)
