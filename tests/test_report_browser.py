@@ -202,3 +202,25 @@ def test_without_scripts_the_page_shows_the_pngs(chromium, page):
     finally:
         chromium.tell("Emulation.setScriptExecutionDisabled", value=False)
     assert len(widths) == 6 and all(width > 400 for width in widths)
+
+
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]
+"""Groups of axe's rules that the page keeps: the Web Content Accessibility Guidelines 2.1, levels A and AA."""
+
+
+def check_accessibility(chromium):
+    """Return what axe-core finds against the page that is open: rule, reason and the first element."""
+    axe = pytest.importorskip("axe_core_python")
+    chromium.run((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8") + "; true")
+    chromium.run(f"axe.run(document, {{runOnly: {RULES}}}).then((found) => {{ window.found = found.violations; }}); true")
+    chromium.wait("window.found !== undefined")
+    return chromium.run("window.found.map((each) => [each.id, each.help, each.nodes[0].html.slice(0, 200)])")
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "phone"), [(1200, "light", False), (1200, "dark", False), (390, "light", True)]
+)
+def test_the_page_is_accessible(chromium, page, width, scheme, phone):
+    show(chromium, page, width, scheme, phone)
+    unfold(chromium)
+    assert check_accessibility(chromium) == []
