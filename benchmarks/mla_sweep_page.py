@@ -160,7 +160,7 @@ def _answering(runs: Sequence[Run], when: str) -> str:
         low, high = (f"{run[when]['retrieval']:.1%}" for run in (least, most))
         if low == high:
             return f"all answer {low}"
-        return f"in answers none is told apart ({low} to {high})"
+        return f"the shares answered do not differ significantly ({low} to {high})"
     return (
         f"{_name(most)} answers most ({most[when]['retrieval']:.1%}), {_name(least)} least "
         f"({least[when]['retrieval']:.1%})"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from pe_patch import ADAPTERS, SCHEMES, unpatch_model
 from pe_patch.cli import main as cli
 from pe_patch.data.packaged import DEMO_MODEL
 from pe_patch.patching.api import find_patch
+
+from .chromium import FOUND, Chromium
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs" / "hooks"))
@@ -156,3 +160,28 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_the_readme_fits_on_a_screen() -> None:
     assert len(read("README.md").encode()) <= 8 * 1024
+
+
+def test_the_site_is_built_and_searched_without_a_network(tmp_path: Path) -> None:
+    """In a browser that is offline; no page may ask for anything outside its folder."""
+    pytest.importorskip("mkdocs")
+    if FOUND is None:
+        pytest.skip("There is no Chromium here.")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    browser = Chromium(tmp_path / "profile")
+    try:
+        browser.look(1400)
+        browser.open((site / "schemes" / "yarn.html").as_uri())
+        browser.wait("document.querySelector('math') !== null && document.querySelector('.md-search__input') !== null")
+        browser.run(
+            "(() => { const field = document.querySelector('.md-search__input'); field.focus(); field.value = 'ramp';"
+            "field.dispatchEvent(new Event('keyup', {bubbles: true})); })()"
+        )
+        browser.wait("(document.querySelector('.md-search-result__list')?.innerText ?? '').includes('YaRN')")
+        assert [url for url in browser.requests() if not url.startswith("file://") and "about:" not in url] == []
+        assert browser.complaints() == []
+    finally:
+        browser.close()

@@ -212,7 +212,9 @@ def check_accessibility(chromium):
     """Return what axe-core finds against the page that is open: rule, reason and the first element."""
     axe = pytest.importorskip("axe_core_python")
     chromium.run((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8") + "; true")
-    chromium.run(f"axe.run(document, {{runOnly: {RULES}}}).then((found) => {{ window.found = found.violations; }}); true")
+    chromium.run(
+        f"axe.run(document, {{runOnly: {RULES}}}).then((found) => {{ window.found = found.violations; }}); true"
+    )
     chromium.wait("window.found !== undefined")
     return chromium.run("window.found.map((each) => [each.id, each.help, each.nodes[0].html.slice(0, 200)])")
 

@@ -23,6 +23,8 @@ import pictures
 import scheme_pages
 
 ROOT = Path(__file__).parent.parent.parent
+FILE_WORKER = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim"></script>')
+"""What the theme loads from the network so that the search works on pages that are read from disk."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 REPOSITORY_LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./((?:benchmarks|recipes|tests|pe_patch|notebooks)/[^)#]*)\)")
 
@@ -76,12 +78,24 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return f"![{text}]({'../' * page.url.count('/')}repository/{path})"
         return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
 
+    markdown = markdown.replace("<!-- table of families -->", scheme_pages.families())
     return REPOSITORY_LINK.sub(named, markdown)
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     """Turn formulas into MathML."""
     return FORMULA.sub(_mathml, content)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Put our own script for the search on disk in place of one from the network."""
+    script = (Path(__file__).parent / "file_worker.js").read_text(encoding="utf-8")
+    return FILE_WORKER.sub(lambda match: f"<script>{script}</script>", output)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """Do the same on the page for addresses that do not exist."""
+    return on_post_page(output_content, None, config)
 
 
 def _mathml(match: re.Match[str]) -> str:

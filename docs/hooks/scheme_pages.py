@@ -27,11 +27,29 @@ MECHANISMS = {
 }  # fmt: skip
 """Headings of the groups of schemes, in the order of the pages."""
 UNTRAINED = {
-    "yes": "works, and leaves texts within the window as they are",
-    "weak": "works, and costs a little on every text",
-    "no": "must be trained",
-    "as it is": "is what the model has",
+    "yes": "It works. Texts within the trained window do not change.",
+    "weak": "It works, and raises the loss on every text a little.",
+    "no": "The model must be trained with it.",
 }
+"""What a scheme does without training, where its text does not say more."""
+
+
+SYMBOLS_LINK = "[Symbols](index.md#symbols)"
+SYMBOLS = """## Symbols
+
+| symbol | meaning |
+| --- | --- |
+| $i$, $j$ | positions of a query and of a key |
+| $L$, $N$ | the trained window, and the length of the text, in tokens |
+| $s$ | the factor, $N / L$ unless a page says otherwise |
+| $\\theta$, $w_k$ | the base of the frequencies, and the frequency of pair $k$ in radians per token |
+| $r$, $d$, $D$ | the rotary dimensions of a head, the width of a head, the width of the model |
+| $\\rho_k$ | turns of pair $k$ inside the trained window, $L w_k / 2\\pi$ |
+| $\\gamma_k$ | the share of a frequency that is kept |
+| $m$ | a factor on cos and sin |
+| $\\delta(i,j)$ | the distance by which a query sees a key |
+| $H$, $h$, $m_h$ | the number of heads, a head from 1 to $H$, and its slope |
+"""
 
 
 def texts() -> dict[str, dict[str, Any]]:
@@ -57,6 +75,7 @@ def page(name: str, text: Mapping[str, Any], entry: Mapping[str, Any], picture: 
         f"# {text['title']}",
         text["how"],
         formulas(text["tex"]),
+        SYMBOLS_LINK,
         snippet(name, text.get("example", {})),
     ]
     if picture is not None:
@@ -68,7 +87,7 @@ def page(name: str, text: Mapping[str, Any], entry: Mapping[str, Any], picture: 
     parts += [
         f"**When to use it.** {text['use']}",
         f"**When not.** {text['avoid']}",
-        f"**Without training** it {UNTRAINED[entry['works untrained']]}.",
+        f"**Without training.** {text.get('untrained') or UNTRAINED[entry['works untrained']]}",
         f"**Paper.** {linked(scheme.paper)}",
     ]
     if measured := "\n".join(measurements(name)):
@@ -158,7 +177,7 @@ def measurements(name: str) -> Iterator[str]:
         yield from rows
     for each in CANDIDATES["rope"]:
         if each.scheme == name:
-            yield f"\nWhat the papers report: {each.why.rstrip('.')}."
+            yield f"\nWhat the papers report, and what was measured here: {each.why.rstrip('.')}."
 
 
 def index() -> str:
@@ -181,4 +200,12 @@ def index() -> str:
         lines.append(
             f"| [{text['title']}]({name}.md) `{name}`{also} | {entry['summary']} | {entry['works untrained']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + SYMBOLS
+
+
+def families() -> str:
+    """Return the table of the supported families."""
+    lines = ["| `model_type` | what it is | positions of its own | latent attention |", "| --- | --- | --- | --- |"]
+    for entry in catalogue()["families"]:
+        lines.append(f"| `{entry['name']}` | {entry['summary']} | {entry['native']} | {entry['mla']} |")
+    return "\n".join(lines)
