@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from multiprocessing import parent_process
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +90,11 @@ def _is_command() -> bool:
 
     The command loads the rest of the library when it runs something: `pe-patch --help` needs no torch.
     """
-    words = sys.orig_argv
-    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    program = PurePath(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
-    return parent_process() is None and (program == "pe-patch" or (program, module) == ("-m", "pe_patch"))
+    program, words = sys.argv[0] if getattr(sys, "argv", None) else "", sys.orig_argv
+    if program == "-m":
+        return words[words.index("-m") + 1 :][:1] == ["pe_patch"] if "-m" in words else False
+    # A process that multiprocessing starts has its parent's sys.argv and words of its own.
+    return PurePath(program).name in ("pe-patch", "pe-patch.exe") and program in words
 
 
 if TYPE_CHECKING:

@@ -124,7 +124,7 @@ def warn_if_untested() -> None:
         f"{NEWEST_TESTED}). Run `pe-patch selftest` before you trust its results, or install a tested version: "
         f"pip install 'transformers=={NEWEST_TESTED}'.",
         UntestedVersionWarning,
-        stacklevel=3,
+        stacklevel=4,  # past the module that calls this, and the package that imports it
     )
 
 
@@ -297,8 +297,10 @@ class ConfigView:
 
 @uses("transformers.PreTrainedConfig", "_name_or_path")
 def values_without_source(config: Any) -> dict[str, Any]:
-    """Return the values of a config without the name of the folder or repository that it was read from."""
-    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    """Return the values of a config without where it was read from, and without the version that reads it."""
+    return {
+        key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
+    }
 
 
 @uses("transformers.PreTrainedConfig", "_commit_hash", versions=(OLDEST_TESTED,))

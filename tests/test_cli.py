@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,30 +252,57 @@ def test_a_stopped_command_says_how_to_continue(stop, code, said, checkpoint, te
     assert "same command" not in error and signal.getsignal(signal.SIGTERM) is before
 
 
-HELP_WITHOUT = """
-import sys, runpy
-sys.argv = ["pe-patch", *sys.argv[1:]]
-try:
-    runpy.run_module("pe_patch", run_name="__main__", alter_sys=False)
-except SystemExit as done:
-    assert not done.code
-assert not {"torch", "transformers", "numpy"} & {*sys.modules}
+SCRIPT = Path(sys.executable).with_name("pe-patch")
+
+
+@pytest.mark.parametrize("start", [[SCRIPT], [sys.executable, SCRIPT], [sys.executable, "-m", "pe_patch"]], ids=len)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["extend", "--help"], ["evaluate", "--help"]])
+def test_help_and_version_import_no_torch(start, words):
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([*start, *words], capture_output=True, text=True, check=False, env=environment)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "pe-patch" in done.stdout
+    assert "pe_patch.cli.application" in imported and not {"torch", "transformers", "numpy"} & imported
+
+
+def test_a_value_that_looks_like_help_does_not_stop_the_library_from_loading(capsys):
+    words = ["generate", "demo", "--prompt", "--help", "--scheme", "yarn", "--factor", "2", "--max-new-tokens", "1"]
+    done = subprocess.run([SCRIPT, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+OWN_SCRIPT = """
+import pe_patch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+assert "yarn" in pe_patch.SCHEMES and len(pe_patch.SCHEMES) > 30
+assert "pe_patch.checkpoints.auto" in __import__("sys").modules
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["extend", "--help"], ["evaluate", "--help"]])
-def test_help_and_version_import_no_torch(words):
-    done = subprocess.run([sys.executable, "-c", HELP_WITHOUT, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "pe-patch" in done.stdout
+def test_a_script_of_a_user_is_no_command_whatever_its_name(tmp_path):
+    for name in ("pe-patch.py", "pe_patch_it.py"):
+        (tmp_path / name).write_text(OWN_SCRIPT)
+        done = subprocess.run([sys.executable, tmp_path / name], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
-def test_the_module_run_as_a_command_imports_no_torch_for_help(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pe_patch", "--help"], capture_output=True, text=True, check=False
-    )
-    assert (
-        done.returncode == 0
-        and "| torch\n" not in done.stderr
-        and "| pe_patch.cli.main\n" in done.stderr.replace("  ", "")
-    )
+def test_worker_processes_of_the_command_know_every_scheme(tmp_path):
+    """They are started afresh, with the words of the command as their own."""
+    words = [
+        "compare",
+        "demo",
+        "--scheme",
+        "yarn",
+        "--factor",
+        "2",
+        "--length",
+        "256",
+        "--samples",
+        "1",
+        "--workers",
+        "1",
+    ]
+    words += ["--task", "passkey", "--output", str(tmp_path / "out")]
+    done = subprocess.run([SCRIPT, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "cannot work" not in done.stdout + done.stderr, done.stderr
+    assert not list((tmp_path / "out").rglob("unsupported.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,14 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
     weight = model.get_output_embeddings().weight
     with torch.no_grad():
         weight.mul_(2)
-    with pytest.raises(OutputError, match=r"weights of .* have changed since .*out was begun"):
+    with pytest.raises(OptionError, match=r"differ from those in .* Save the model with its tokenizer"):
         extend(model, tokenizer, **options, say=said.append)
     with torch.no_grad():
         weight.div_(2)
+    (tmp_path / "out" / "extension.json").write_text(json.dumps({**kept, "weights": "of other weights"}))
+    with pytest.raises(OutputError, match=r"weights of .* have changed since .*out was begun"):
+        extend(model, tokenizer, **options, say=said.append)
+    (tmp_path / "out" / "extension.json").write_text(json.dumps(kept))
     done = extend(model, tokenizer, **options, say=said.append)
     assert json.loads((tmp_path / "out" / "extension.json").read_text()) == kept, "the plan is kept"
     assert done.plan.candidates[0].label == UNTOUCHED
@@ -212,6 +217,25 @@ def test_what_would_end_the_training_is_found_before_the_measurement(
     with pytest.raises(PePatchError, match=r"short\.txt"):
         extend("demo", target_length=512, output=output, budget="6s", train=True, train_budget="6s", text=str(text))
     assert not output.exists()
+
+
+def test_the_check_of_a_training_leaves_no_model_in_memory_and_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    made = run.Run.__init__
+
+    def remembered(self: Any, recipe: Any) -> None:
+        made(self, recipe)
+        built.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(run.Run, "__init__", remembered)
+    request = run.Request(model="demo", target_length=512, output=tmp_path / "out", budget="6s", train=True)
+    run.prepare(request)
+    assert len(built) == 1 and built[0]() is None
+    monkeypatch.setattr("pe_patch.training.plan.free_bytes", lambda device: 1)
+    with pytest.raises(PePatchError, match="do not fit in memory"):
+        run.prepare(request)
 
 
 def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

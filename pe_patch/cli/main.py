@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib import import_module
 
 from ..errors import OptionError, PePatchError, TerminationSignal, UnknownNameError, sigterm_raises
 
@@ -36,8 +34,6 @@ from .wording import for_command_line
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes after SIGINT and SIGTERM, as a shell reports them."""
-COMPLETION = "_PE_PATCH_COMPLETE"
-"""Variable that a shell sets when it asks for completions, which like help and version need no torch."""
 EVERYWHERE = {"--debug": "debug", "-v": "verbose", "--verbose": "verbose", "-q": "quiet", "--quiet": "quiet"}
 """Flags that every command takes, at any place."""
 
@@ -58,8 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if {"quiet", "verbose"} <= flags:
             raise OptionError("-q and -v exclude each other: leave one out.")
-        if not ({"--help", "--version"} & {*words}) and words and COMPLETION not in os.environ:
-            import_module("pe_patch.checkpoints.library")
         with sigterm_raises(), json_alone() if "--json" in words else nullcontext():
             app(spread(words), prog_name="pe-patch")
     except SystemExit as done:

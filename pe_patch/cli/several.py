@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from .application import load_library
 from .options import parse_length
 
 
@@ -32,6 +33,7 @@ def _is_method(word: str) -> bool:
 
 
 def _is_scheme(word: str) -> bool:
+    load_library()
     from ..errors import nearest
     from ..schemes.registry import ALIASES, SCHEMES
 

@@ -87,12 +87,19 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Return twelve hexadecimal digits that identify the configuration, the scheme, the dtype and the weights.
+    """Return twelve hexadecimal digits that identify the configuration, the scheme, the dtype and the weights."""
+    config = compat.values_without_source(model.config)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(weights_fingerprint(model).encode())
+    return digest.hexdigest()[:12]
+
+
+def weights_fingerprint(model: Any) -> str:
+    """Return twelve hexadecimal digits that identify names, shapes, dtypes and values of the weights.
 
     It reads `WEIGHTS_SAMPLED` evenly spaced numbers of each weight, since training changes nearly all of them.
     """
-    config = compat.values_without_source(model.config)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().reshape(-1)

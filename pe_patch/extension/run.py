@@ -16,13 +16,15 @@ from ..advice import Advice, advise
 from ..checkpoints import sources
 from ..checkpoints.folders import sole_writer
 from ..errors import OptionError, OutputError, UnsupportedError
-from ..evaluation.model import free_bytes, model_fingerprint
+from ..evaluation.model import free_bytes, model_fingerprint, weights_fingerprint
 from ..evaluation.perplexity import Perplexity
 from ..evaluation.report import Entry, Section, write_report
 from ..evaluation.results import Results, write_atomically
 from ..evaluation.run import evaluate
 from ..evaluation.tasks import Needle
 from ..patching.api import patch_model, unpatch_model
+from ..training.checkpoints import check_resumable, find_checkpoint
+from ..training.plan import refuse_what_cannot_fit
 from ..training.run import Run
 from ..training.run import train as train_recipe
 from .budget import time_reading
@@ -133,8 +135,6 @@ def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
     """Extend a model as `extend` does."""
     plan, loaded, tokenizer = prepare(request)
     say(str(plan))
-    if plan.trained is not None:
-        check_training(plan, request)
     with sole_writer(request.folder):
         _record(request, plan, model_fingerprint(loaded))
         results = _measure_all(plan, loaded, tokenizer, request)
@@ -171,15 +171,42 @@ def prepare(request: Request) -> tuple[ExtensionPlan, Any, Any]:
         loaded, tokenizer = sources.load(request.source, request.dtype, request.device)
     if loaded.dtype not in DTYPES:
         raise OptionError(f"extend writes float32 or bfloat16, and this model is {loaded.dtype}: give dtype bfloat16.")
-    return _stored_plan(request, loaded) or _plan(request, advice, loaded), loaded, tokenizer
+    if request.is_loaded:
+        _check_source(request)
+    plan = _stored_plan(request, loaded) or _plan(request, advice, loaded)
+    if plan.trained is not None:
+        check_training(plan, loaded, request)
+    return plan, loaded, tokenizer
 
 
-def check_training(plan: ExtensionPlan, request: Request) -> None:
+def _check_source(request: Request) -> None:
+    """Raise `OptionError` if a loaded model has other weights than its folder, which the checkpoint is made from."""
+    stored, _ = sources.load(request.source, str(request.model.dtype).removeprefix("torch."), "cpu")
+    if weights_fingerprint(stored) != weights_fingerprint(request.model):
+        raise OptionError(
+            f"The weights of the model differ from those in {request.source}, from which the checkpoint is made. Save "
+            "the model with its tokenizer, and give that folder."
+        )
+
+
+def check_training(plan: ExtensionPlan, loaded: Any, request: Request) -> None:
     """Raise what the training would raise before its first step, so that no measurement is made in vain."""
     assert plan.trained is not None
-    recipe = recipe_of(plan, plan.trained, request)
-    recipe.overwrite, recipe.dry_run, recipe.progress = True, True, False
-    Run(recipe)
+    recipe, trial = (recipe_of(plan, plan.trained, request) for _ in range(2))
+    trial.overwrite, trial.dry_run, trial.progress = True, True, False
+    try:
+        run = Run(trial)
+        refuse_what_cannot_fit(run, 0 if request.is_loaded else size_of(loaded))
+        if (checkpoint := find_checkpoint(recipe, run.folder)) is not None:
+            check_resumable(checkpoint, recipe, run.facts())
+    finally:
+        run = None
+        gc.collect()  # a run refers to itself, and holds a model and a teacher
+
+
+def size_of(model: Any) -> int:
+    """Return the bytes of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _advise(request: Request) -> Advice:
@@ -234,7 +261,7 @@ def _stored_plan(request: Request, loaded: Any) -> ExtensionPlan | None:
         return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        before, plan, weights = stored["request"], stored["plan"], stored["weights"]
+        before, plan, weights = stored["request"], stored["plan"], stored.get("weights")
         plan["candidates"] = tuple(Candidate(**each) for each in plan["candidates"])
         plan["lengths"] = tuple(plan["lengths"])
         plan["trained"] = None if plan["trained"] is None else Candidate(**plan["trained"])
@@ -248,7 +275,7 @@ def _stored_plan(request: Request, loaded: Any) -> ExtensionPlan | None:
             f"{request.folder} holds an extension with another {name}: {before.get(name)!r}, and now "
             f"{request.lasting()[name]!r}. Give another folder, or the same {name} to continue."
         )
-    if weights != model_fingerprint(loaded):
+    if weights is not None and weights != model_fingerprint(loaded):
         raise OutputError(
             f"The config or the weights of {request.source} have changed since {request.folder} was begun. Give "
             f"another folder, or delete {request.folder} to start again."

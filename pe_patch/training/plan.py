@@ -95,8 +95,13 @@ def _mask_bytes(model: Any, recipe: Recipe, phase: Phase, rows: int) -> int:
     return kinds * rows * phase.length**2 * (next(model.parameters()).element_size() if eager else 1)
 
 
-def refuse_what_cannot_fit(run: Run) -> None:
-    """Raise `RecipeError` if the estimated memory of a phase exceeds the free memory."""
+def refuse_what_cannot_fit(run: Run, released: int = 0) -> None:
+    """Raise `RecipeError` if the estimated memory of a phase exceeds the free memory.
+
+    Args:
+        run: the run.
+        released: bytes in use that will be free when it trains.
+    """
     recipe, launch = run.recipe, run.launch
     if not recipe.guard.memory:
         return
@@ -104,7 +109,7 @@ def refuse_what_cannot_fit(run: Run) -> None:
     weights = 0
     if device.type != next(model.parameters()).device.type:  # the weights are not on the device yet
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // launch.shards
-    free = free_bytes(device)
+    free = free_bytes(device) + released
     if device.type == "cpu":
         free //= launch.local_world
     for number, phase in enumerate(recipe.phases):
