@@ -21,7 +21,7 @@ from pe_patch.evaluation.perplexity import Perplexity
 from pe_patch.evaluation.progress import Progress, fewer_samples
 from pe_patch.evaluation.report import write_report
 from pe_patch.evaluation.results import Results, summary_table
-from pe_patch.evaluation.tasks import TASKS
+from pe_patch.evaluation.tasks import TASKS, Needle
 from pe_patch.evaluation.tasks.infinitebench import scoring
 from pe_patch.evaluation.tasks.longbench import LONGBENCH
 from pe_patch.evaluation.tasks.ruler.scoring import string_match_all, string_match_part
@@ -286,6 +286,18 @@ def test_an_evaluation_says_what_it_reads_before_the_first_row(tokenizer, capsys
     assert "tokens/s, about" in second and "finished" in last
     measure(model, tokenizer, ["passkey"], [64], samples=2, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_counts_a_shared_text_when_it_is_read(tokenizer):
+    """Else the first of eight answers would look like an eighth of the time, and it is nearly all of it."""
+    counted = []
+    task = Needle(shared_text=True)
+    options = {"samples": 3, "depths": (0.1, 0.5, 0.9), "retrieval": False}
+    model = tiny_llama(len(tokenizer), window=1024)
+    plan = measure(model, tokenizer, [task], [900], dry_run=True, **options).config["plan"]["needle"]
+    measure(model, tokenizer, [task], [900], progress=lambda done, total: counted.append((done, total)), **options)
+    first, total = counted[0]
+    assert first > 0.6 * total and counted[-1][0] == plan["tokens"]
 
 
 def test_a_dry_run_counts_what_the_run_reads(tokenizer, monkeypatch):

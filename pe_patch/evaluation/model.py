@@ -410,6 +410,8 @@ class EvaluatedModel:
         cropped = any(member.shared < longest for member in members)
         if not isinstance(shared_cache, DynamicCache) or (cropped and any(shared_cache.is_sliding)):
             return None
+        # What they share is read for all of them; so the time left is that of the rest.
+        self.advance(sum(member.shared for member in members))
         answered: dict[int, list[int]] = {}
         for members_alike in _members_by_shape(questions, members):
             cached, needed = shared_cache.get_seq_length(), members_alike[0].shared
@@ -425,7 +427,7 @@ class EvaluatedModel:
                 ids = self._tensor(np.stack([questions[i].prompt for i in batch]))
                 generated = self._generate(ids, torch.ones_like(ids), first.budget, cache)
                 answered |= zip(batch, generated, strict=True)
-                self.advance(len(batch) * (ids.shape[1] + first.budget))
+                self.advance(len(batch) * (ids.shape[1] - needed + first.budget))
         return answered
 
     def _generate(

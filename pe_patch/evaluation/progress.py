@@ -152,8 +152,9 @@ def fewer_samples(samples: int, seconds: float, tokens: Callable[[int], int]) ->
 
 
 def duration(seconds: float) -> str:
-    """Return a time rounded to hours, minutes or seconds."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    """Return a time in seconds, minutes, hours or days, whichever is shorter to read."""
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"

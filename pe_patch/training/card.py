@@ -6,12 +6,12 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.progress import duration
 from ..evaluation.results import write_atomically
 from . import curve
 from .data import mix_table
 from .libraries import OmegaConf
 from .log import read_lines
-from .plan import duration
 from .recipe import Recipe
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .. import compat
 from ..evaluation.model import free_bytes
+from ..evaluation.progress import duration
 from .checkpoints import Progress
 from .data import mix_notes, mix_table
 from .log import gigabytes, table
@@ -214,12 +215,3 @@ def _measure(run: Run, trainer: RecipeTrainer, model: Any, number: int) -> Measu
     batches = next(run.batches(number))
     seconds = trainer.rehearse(model, batches)
     return Measured(seconds, seconds * len(batches) * phase.steps, run.launch.memory())
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as seconds, minutes, hours or days."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
