@@ -1,4 +1,4 @@
-"""docs/mla.md and its pictures, from the results of `mla_sweep.py`: nothing is said that is not in them."""
+"""Generate docs/mla.md and its pictures from the results of `mla_sweep.py` alone."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def write_page(result: dict[str, Any], folder: Path) -> Path:
 
 
 def _wrapped(line: str) -> str:
-    """A paragraph or a list item in lines of 132; a row of a table stays one line."""
+    """A paragraph or a list item in lines of 130; a row of a table stays one line."""
     if line.startswith(("|", "!", "#")):
         return line
-    return textwrap.fill(line, 132, subsequent_indent="  " * line.startswith("- "), break_on_hyphens=False)
+    return textwrap.fill(line, 130, subsequent_indent="  " * line.startswith("- "), break_on_hyphens=False)
 
 
 def _page(result: dict[str, Any]) -> Iterator[str]:
@@ -53,11 +53,12 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
     yield "# Latent attention from a trained model"
     yield ""
     yield (
-        "What a conversion to multi-head latent attention costs at equal size of the cache, before and after healing: "
-        "the demo's model (0.57 million parameters, 2 layers, 4 heads of 32, every head with its own keys and values, "
-        f"a window of 256 tokens), whose cache takes {original['cached_numbers_per_token_and_layer']:g} numbers for "
-        f"each token and layer, {original['cached_bytes_per_token']:,} bytes in all. One small model and one seed: "
-        "what holds for it need not hold for a large one."
+        "The table below compares conversions to multi-head latent attention at the same cache size, before and after "
+        "healing. The demo's model has 0.57 million parameters, 2 layers, 4 heads of 32, separate keys and values for "
+        "every head, and a window of 256 tokens. Its cache takes "
+        f"{original['cached_numbers_per_token_and_layer']:g} numbers for each token and layer, "
+        f"{original['cached_bytes_per_token']:,} bytes in all. The results are from one small model and one seed. They "
+        "may not hold for a large model."
     )
     yield ""
     yield from _commands()
@@ -76,23 +77,26 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
         yield _line(size, run["kind"], f"{keys} + {latents}", run, _against_best(run, runs))
     yield ""
     yield (
-        f"Loss: nats per token on {original['loss_measured_on']}; answered: share of {original['questions']} questions "
-        "about one of 8 facts hidden in 256 tokens of the same files, answered exactly; the cache is counted on the "
-        "model's own cache object, in float32. A change is relative to the original. The last column compares healed "
-        "losses place by place with the best of the same size (normal 95 % interval over the places; what another seed "
-        "changes is not in it). The picture has, of two widths, the one chosen before healing."
+        f"The loss is in nats per token on {original['loss_measured_on']}. The answered columns give the share of "
+        f"{original['questions']} questions about one of 8 facts hidden in 256 tokens of the same files that the model "
+        "answers exactly. The cache size is measured on the model's own cache object, in float32. The column "
+        '"rope_dim + latent" gives the cached numbers of rotary keys and latents for each token and layer. A change is '
+        "relative to the original. The last column compares the healed loss with the lowest loss of the same size "
+        '("least"). The differences are taken spot by spot, with a normal 95 % interval over the spots. The interval '
+        "does not include the variation between seeds. If two widths were healed, the picture shows the one chosen "
+        "before healing."
     )
     yield ""
     yield "## Healing"
     yield ""
     yield (
-        f"`recipes/configs/{result['recipe']}` with {setting['steps']} steps of {setting['batch']} x 256 tokens "
-        f"({setting['steps'] * setting['batch'] * 256:,} in all, the same for every row), learning rate "
-        f"{setting['learning_rate']:g}, every weight trained, the loss on the text plus {setting['distill']:g} times "
-        f"the divergence from the original's distribution. Calibrated on {result['calibration_tokens']:,} tokens of "
-        "the same mixture (60 % text, 40 % text with hidden facts). It includes training as such: the original itself, "
-        f"trained as long in the same way, goes from {original['loss']:.4f} to {control['healed']['loss']:.4f} "
-        f"({control['healed']['loss_change']:+.1%})."
+        f"Healing uses `recipes/configs/{result['recipe']}` with {setting['steps']} steps of {setting['batch']} x 256 "
+        f"tokens ({setting['steps'] * setting['batch'] * 256:,} in all, the same for every row) and a learning rate of "
+        f"{setting['learning_rate']:g}. It trains every weight. The objective is the loss on the text plus "
+        f"{setting['distill']:g} times the divergence from the original's distribution. Conversions are calibrated on "
+        f"{result['calibration_tokens']:,} tokens of the same mixture (60 % text, 40 % text with hidden facts). Part "
+        "of the gain comes from training as such: the original, trained for as long in the same way, goes from "
+        f"{original['loss']:.4f} to {control['healed']['loss']:.4f} ({control['healed']['loss_change']:+.1%})."
     )
     yield ""
     yield "![Loss and retrieval while a conversion at 1/4 is healed](images/mla_heal.png)"
@@ -101,21 +105,21 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
     yield "## How many dimensions go on rotating"
     yield ""
     yield (
-        "Loss and share answered before healing, for every width that fits, on text that nothing above is judged on "
-        f"({setting['rope_spots']} places and {setting['rope_questions']} questions in files that the model was "
-        "trained on, a quarter of the calibration). The width with the least loss (bold) is the one healed above; at "
-        "1/4 and 1/8 half of it was healed as well."
+        "Each cell is the loss and the share answered before healing, for every width that fits. They are measured on "
+        f"text that no result above is measured on ({setting['rope_spots']} passages and {setting['rope_questions']} "
+        "questions in files that the model was trained on), with a quarter of the calibration. The width with the "
+        "lowest loss (bold) is the one healed above. At 1/4 and 1/8, half of that width was healed as well."
     )
     yield ""
     yield from _widths(result)
     yield ""
     yield from _plain_text(_conversions(result))
     yield (
-        "`python benchmarks/mla_sweep.py` makes all but the settings tried before and the sweep on plain text: "
-        f"{minutes:.0f} minutes of one core for the healing, "
-        f"{host['threads']} thread on 2 cores {_short(host['cpu'])} shared with other work, float32; torch "
-        f"{host['torch'].split('+')[0]}, transformers {host['transformers']}, Python {host['python']}. Finished runs "
-        "are kept in `benchmarks/results/mla_sweep.json`."
+        "`python benchmarks/mla_sweep.py` produces all results except the settings tried before and the sweep on plain "
+        f"text. Healing took {minutes:.0f} minutes of one core, with {host['threads']} thread on 2 cores of "
+        f"{_short(host['cpu'])} shared with other work, in float32 (torch {host['torch'].split('+')[0]}, transformers "
+        f"{host['transformers']}, Python {host['python']}). Finished runs are kept in "
+        "`benchmarks/results/mla_sweep.json`."
     )
 
 
@@ -134,8 +138,9 @@ def _findings(result: dict[str, Any], runs: Sequence[Run], control: Run) -> Iter
     reached = [run for run in quarter if _reaches(run)]
     missed = [run for run in quarter if not _reaches(run)]
     yield (
-        f"- At 1/4, healed, the loss stays within {WITHIN:.0%} of the original's with at least {ANSWERED:.0%} of the "
-        f"questions answered by {_listed(reached) or 'none'}; not by {_listed(missed) or 'none'}."
+        f"- At 1/4 after healing, these conversions keep the loss within {WITHIN:.0%} of the original's and answer at "
+        f"least {ANSWERED:.0%} of the questions (change of the loss / share answered): {_listed(reached) or 'none'}. "
+        f"These do not: {_listed(missed) or 'none'}."
     )
     for size in sorted({run["options"]["cache_ratio"] for run in runs}, reverse=True):
         there = [run for run in runs if run["options"]["cache_ratio"] == size]
@@ -144,25 +149,25 @@ def _findings(result: dict[str, Any], runs: Sequence[Run], control: Run) -> Iter
         best = min(there, key=lambda run: run["healed"]["loss"])
         equal = [run for run in there if run is not best and _gap(run, best)[0] - _gap(run, best)[1] <= 0]
         worst = max(there, key=lambda run: run["healed"]["loss"])
-        said = f"- At {share_name(size)}, healed, {_name(best)} has the least loss ({_change(best, 'healed')}"
-        said += f", not told apart from {', '.join(map(_name, equal))})" if equal else ")"
-        said += f" and {_name(worst)} the greatest ({_change(worst, 'healed')}); {_answering(there, 'healed')}."
+        said = f"- At {share_name(size)} after healing, {_name(best)} has the lowest loss ({_change(best, 'healed')}"
+        said += f", not significantly different from {', '.join(map(_name, equal))})" if equal else ")"
+        said += f" and {_name(worst)} the highest ({_change(worst, 'healed')}). {_answering(there, 'healed')}."
         before = min(there, key=lambda run: run["untuned"]["loss"])
-        said += f" Before healing {_name(before)} has the least loss ({_change(before, 'untuned')}); "
+        said += f" Before healing, {_name(before)} has the lowest loss ({_change(before, 'untuned')}). "
         yield said + f"{_answering(there, 'untuned')}."
 
 
 def _answering(runs: Sequence[Run], when: str) -> str:
-    """Who answers most and who least; shares whose 95 % intervals overlap are not told apart."""
+    """Who answers most and who fewest, or that the 95 % intervals of the two overlap."""
     ordered = sorted(runs, key=lambda run: -run[when]["retrieval"])
     most, least = ordered[0], ordered[-1]
     if most[when]["retrieval_interval"][0] <= least[when]["retrieval_interval"][1]:
         low, high = (f"{run[when]['retrieval']:.1%}" for run in (least, most))
         if low == high:
-            return f"all answer {low}"
-        return f"the shares answered do not differ significantly ({low} to {high})"
+            return f"All answer {low}"
+        return f"The shares answered do not differ significantly ({low} to {high})"
     return (
-        f"{_name(most)} answers most ({most[when]['retrieval']:.1%}), {_name(least)} least "
+        f"{_name(most)} answers most questions ({most[when]['retrieval']:.1%}) and {_name(least)} fewest "
         f"({least[when]['retrieval']:.1%})"
     )
 
@@ -198,7 +203,7 @@ def _against_best(run: Run, runs: Sequence[Run]) -> str:
     if run is best:
         return "least"
     gap, half = _gap(run, best)
-    return f"{gap:+.3f} +- {half:.3f}" + ("" if gap - half > 0 else ", not told apart")
+    return f"{gap:+.3f} +- {half:.3f}" + ("" if gap - half > 0 else ", not significant")
 
 
 def _gap(run: Run, best: Run) -> tuple[float, float]:
@@ -260,9 +265,9 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Calibrated on plain text"
     yield ""
     yield (
-        "`pe-patch convert demo --to mla --sweep` calibrates on text without hidden facts, whose keys and values "
-        "are tokens that this text never has, and takes the widths that the library takes by itself. "
-        f"Untuned loss / share of {rows[0]['questions']} questions answered:"
+        "`pe-patch convert demo --to mla --sweep` calibrates on text without hidden facts. The keys and values of the "
+        "facts are tokens that this text never contains. The command uses the library's default widths. Each cell is "
+        f"the loss and the share of {rows[0]['questions']} questions answered, before healing:"
     )
     yield ""
     sizes = list(dict.fromkeys(row["asked_ratio"] for row in rows[1:]))
@@ -277,20 +282,24 @@ def _plain_text(runs: Sequence[Run]) -> Iterator[str]:
         if row["asked_ratio"] == 1 / 4 and same:
             mixed = same[0]["untuned"]
             yield (
-                f"- `{row['method']}` at 1/4 with rope_dim {row['rope_dim']} answers {row['retrieval']:.0%} calibrated "
-                f"on plain text, {mixed['retrieval']:.0%} calibrated on text with hidden facts; its loss is "
-                f"{row['loss']:.3f} and {mixed['loss']:.3f}."
+                f"- `{row['method']}` at 1/4 with rope_dim {row['rope_dim']} answers {row['retrieval']:.0%} if "
+                f"calibrated on plain text, and {mixed['retrieval']:.0%} if calibrated on text with hidden facts. Its "
+                f"loss is {row['loss']:.3f} and {mixed['loss']:.3f}, respectively."
             )
     yield ""
-    yield "The number of calibration tokens matters as well. `transmla` at 1/4 of the cache, calibrated on plain text:"
+    yield (
+        "The number of calibration tokens also matters. The table shows `transmla` at 1/4 of the cache, calibrated on "
+        "plain text:"
+    )
     yield ""
     yield "| calibration tokens | " + " | ".join(f"{tokens:,}" for tokens in TOKENS) + " |"
     yield "| --- |" + " ---: |" * len(TOKENS)
     yield "| loss against the original's | " + " | ".join(f"{change:+.1%}" for change in TOKENS.values()) + " |"
     yield ""
     yield (
-        "A conversion warns below 32 tokens for each number that the original caches for a token and layer: 8,192 "
-        "here, 12,288 for SmolLM2 135M. (`pe-patch convert demo --to mla --cache-ratio 1/4 --calibration-tokens 2048`)"
+        "A conversion warns if it has fewer than 32 calibration tokens for each number that the original caches for a "
+        "token and layer. The limit is 8,192 tokens here, and 12,288 for SmolLM2 135M. To reproduce a column, run "
+        "`pe-patch convert demo --to mla --cache-ratio 1/4 --calibration-tokens 2048`."
     )
     yield ""
 

@@ -215,7 +215,7 @@ def summary(runs: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
 def verdict(gap: float, half: float) -> str:
     """Whether the 95 % interval of a difference to `nope`, `gap` +- `half`, leaves zero out."""
     if math.isnan(half) or abs(gap) <= half:
-        return "not told apart"
+        return "not significant"
     return "better" if gap < 0 else "worse"
 
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"better": "#009e73", "not told apart": "#8a8f98", "worse": "#d55e00"}
+COLOURS = {"better": "#009e73", "not significant": "#8a8f98", "worse": "#d55e00"}
 
 
 def markdown(result: dict[str, Any]) -> str:

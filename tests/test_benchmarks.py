@@ -46,7 +46,7 @@ def test_differences_are_taken_seed_by_seed(scripts):
     assert even["8"]["to_nope"] == pytest.approx(-0.1) and even["8"]["to_nope_error"] == pytest.approx(0.01 / 3**0.5)
     assert even["8"]["verdict"] == "better" and "16" not in even
     # gaps -0.1, -0.2, -0.3: 4.303 standard errors of 0.0577 are more than their mean
-    assert uneven["8"]["verdict"] == "not told apart" and uneven["16"]["verdict"] == "worse"
+    assert uneven["8"]["verdict"] == "not significant" and uneven["16"]["verdict"] == "worse"
 
 
 def test_runs_of_another_setting_are_not_kept(scripts, tmp_path):
@@ -90,11 +90,11 @@ def test_a_healed_loss_is_compared_place_by_place(scripts):
     noisy = healed("mha2mla", 2, [2.6, 3.6, 3.3, 2.7], 0.80)
     runs = [best, above, noisy]
     verdicts = [scripts.page._against_best(run, runs) for run in runs]
-    assert verdicts[0] == "least" and verdicts[1].startswith("+0.105 +- 0.00") and "not told apart" in verdicts[2]
-    assert "not told apart" not in verdicts[1]
+    assert verdicts[0] == "least" and verdicts[1].startswith("+0.105 +- 0.00") and "not significant" in verdicts[2]
+    assert "not significant" not in verdicts[1]
     said = " ".join(scripts.page._findings({}, runs, best))
-    assert "questions answered by `transmla` (rope_dim 8)" in said and "not told apart from `mha2mla`" in said
-    assert "`mha2mla` (rope_dim 2) least (80.0%)" in said
+    assert "share answered): `transmla` (rope_dim 8)" in said and "not significantly different from `mha2mla`" in said
+    assert "and `mha2mla` (rope_dim 2) fewest (80.0%)" in said
 
 
 def test_the_legend_of_a_picture_names_what_is_drawn(scripts, monkeypatch, tmp_path):

@@ -357,6 +357,10 @@ def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> s
         f"({cell.low:.0%} to {cell.high:.0%}); the model as it is answers {before.score:.0%} at {short:,}.",
         f"The loss on texts of {short:,} tokens changes by {cost:+.1%}.",
     ]
+    if plan.trained is None and len(plan.candidates) > 2:
+        sentences.append(
+            "Among the schemes that answer as well as the best, within the interval, it has the least loss."
+        )
     if cell.score < before.score / 2:
         remedy = "More training may help: raise --train-budget." if plan.trained else "Train it: add --train."
         sentences.append(f"It does not read {target:,} tokens as the model reads {short:,}. {remedy}")
@@ -369,7 +373,7 @@ def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> s
 def _page(plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results, request: Request) -> Path:
     rows = []
     for label in results.values("scheme"):
-        cells: list[Entry | str] = [Entry(label, text=True, best=label == chosen.label)]
+        cells: list[Entry | str] = [f"{label} (chosen)" if label == chosen.label else label]
         for length in plan.lengths:
             needle = results.cell(scheme=label, task="needle", length=length)
             loss = results.cell(scheme=label, measure=FIXED, length=length)
@@ -386,8 +390,9 @@ def _page(plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results
         caption=f"Retrieval: share of {plan.texts * QUESTIONS} questions about one of {QUESTIONS} hidden facts; more "
         "is better. Loss: nats per token on the same last tokens; less is better.",
     )
+    name = Path(plan.model).resolve().name if Path(plan.model).exists() else plan.model
     how = Section("What was done", text=" ".join(list(plan.lines())[1:]))
     return write_report(
-        results, request.folder / "report", title=f"{plan.model} at {plan.target_length:,} tokens", verdict=verdict,
+        results, request.folder / "report", title=f"{name} at {plan.target_length:,} tokens", verdict=verdict,
         sections=[table, how], overwrite=True,
     )  # fmt: skip
