@@ -247,6 +247,7 @@ def test_fine_tuning_is_the_recipe_by_hand(folder):
     assert any(not torch.equal(value, untouched[name]) for name, value in theirs.items())
 
 
+@pytest.mark.thorough
 def test_the_table_has_times_for_all_schemes_that_can_be_timed(folder, monkeypatch):
     monkeypatch.setattr(timing, "time_all", TIME_ALL)
     found = run(folder / "timed", ["yarn", "learned"], tasks=("needle",), samples=1)

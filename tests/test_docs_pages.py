@@ -162,6 +162,7 @@ def test_the_readme_fits_on_a_screen() -> None:
     assert len(read("README.md").encode()) <= 8 * 1024
 
 
+@pytest.mark.thorough
 def test_the_site_is_built_and_searched_without_a_network(tmp_path: Path) -> None:
     """In a browser that is offline; no page may ask for anything outside its folder."""
     pytest.importorskip("mkdocs")

@@ -212,10 +212,14 @@ def test_what_would_end_the_training_is_found_before_the_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    (text := tmp_path / "short.txt").write_text("Too short for a sequence. " * 20)
+
+    def full(run: Any) -> None:
+        raise PePatchError("output: the disk is full.")
+
+    monkeypatch.setattr("pe_patch.training.output_checks.check_room", full)
     monkeypatch.setattr(run, "_measure_all", lambda *arguments: pytest.fail("It measured."))
-    with pytest.raises(PePatchError, match=r"short\.txt"):
-        extend("demo", target_length=512, output=output, budget="6s", train=True, train_budget="6s", text=str(text))
+    with pytest.raises(PePatchError, match="the disk is full"):
+        extend("demo", target_length=512, output=output, budget="6s", train=True, train_budget="6s")
     assert not output.exists()
 
 

@@ -42,7 +42,7 @@ def test_the_folder_holds_these_and_no_others():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NAMES)
 
 
-LONG = ("context_extension", "tour")
+LONG = ("context_extension", "new_scheme", "tour")
 """Notebooks that take longest; what they call is tested elsewhere."""
 
 
