@@ -93,7 +93,7 @@ def _is_command() -> bool:
     program, words = sys.argv[0] if getattr(sys, "argv", None) else "", sys.orig_argv
     if program == "-m":
         return words[words.index("-m") + 1 :][:1] == ["pe_patch"] if "-m" in words else False
-    # A process that multiprocessing starts has its parent's sys.argv and words of its own.
+    # multiprocessing copies the parent's sys.argv into a child, but sys.orig_argv shows how the child was started.
     return PurePath(program).name in ("pe-patch", "pe-patch.exe") and program in words
 
 

@@ -226,8 +226,11 @@ SAME_GRAPH = (
 
 
 def compiled_here(family: str, name: str) -> tuple[str, ...]:
-    """What is compiled by rota, since compiling takes longer than all the rest: the pass of each scheme with a graph of
-    its own on one family, the step of every third on another."""
+    """Return what to compile in this cell: "pass", "step", both or nothing.
+
+    Compiling takes longer than all other checks. So the forward pass of each distinct graph is compiled on one family,
+    and the decoding step of every third scheme on another.
+    """
     if name in SAME_GRAPH:
         return ()
     turn, families = list(GIVEN).index(name), (*FAMILIES, *OTHERS)

@@ -24,7 +24,7 @@ import scheme_pages
 
 ROOT = Path(__file__).parent.parent.parent
 FILE_WORKER = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim"></script>')
-"""What the theme loads from the network so that the search works on pages that are read from disk."""
+"""A script that the theme loads from the network. It makes the search work on pages opened from disk."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 REPOSITORY_LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./((?:benchmarks|recipes|tests|pe_patch|notebooks)/[^)#]*)\)")
 

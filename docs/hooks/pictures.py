@@ -61,7 +61,7 @@ def wavelengths(scheme_class: type[Scheme], options: Mapping[str, Any]) -> Pictu
     )  # fmt: skip
     window = alt.Chart(alt.Data(values=[{"y": SMOLLM2.trained_length}])).mark_rule(strokeDash=[4, 3]).encode(y="y:Q")
     still = len(rows) > 1 and any(value == 0 for value in rows[1][1].tolist())
-    note = " Pairs without a point stand still." if still else ""
+    note = " Pairs without a point do not rotate." if still else ""
     factor = scheme.frequencies(longest)[1]
     if factor != 1:
         note += f" cos and sin are also multiplied by {factor:.3f}."

@@ -31,7 +31,7 @@ UNTRAINED = {
     "weak": "It works, and raises the loss on every text a little.",
     "no": "The model must be trained with it.",
 }
-"""What a scheme does without training, where its text does not say more."""
+"""The default sentence about a scheme without training. The key `untrained` of its text replaces it."""
 
 
 SYMBOLS_LINK = "[Symbols](index.md#symbols)"
@@ -205,7 +205,7 @@ def index() -> str:
 
 def families() -> str:
     """Return the table of the supported families."""
-    lines = ["| `model_type` | what it is | positions of its own | latent attention |", "| --- | --- | --- | --- |"]
+    lines = ["| `model_type` | what it is | native positions | latent attention |", "| --- | --- | --- | --- |"]
     for entry in catalogue()["families"]:
         lines.append(f"| `{entry['name']}` | {entry['summary']} | {entry['native']} | {entry['mla']} |")
     return "\n".join(lines)
