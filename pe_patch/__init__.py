@@ -7,83 +7,6 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ADAPTERS",
-    "ALIASES",
-    "DCA",
-    "FIRE",
-    "MLA",
-    "NTK",
-    "SCHEMES",
-    "STRING",
-    "T5",
-    "ALiBi",
-    "ALiBi2D",
-    "Adapter",
-    "AlreadyPatchedError",
-    "AttentionEngine",
-    "AttentionShape",
-    "BeyondWindowError",
-    "CacheError",
-    "CheckpointError",
-    "ClippedRoPE",
-    "CoPE",
-    "Description",
-    "DistanceBias",
-    "DroPE",
-    "DynamicNTK",
-    "DynamicYaRN",
-    "Integer",
-    "Kerple",
-    "LMInfinite",
-    "LeakyReRoPE",
-    "Learned",
-    "Linear",
-    "Llama3",
-    "LongRoPE",
-    "MismatchError",
-    "MissingPackageError",
-    "NTKByParts",
-    "NoEffectError",
-    "NoPE",
-    "OneHot",
-    "OptionError",
-    "OptionValueError",
-    "OutputError",
-    "PePatchError",
-    "Positions",
-    "Proportional",
-    "ReRoPE",
-    "Remapped",
-    "Resonance",
-    "RoPE",
-    "RoPE2D",
-    "RoPEALiBi",
-    "Rotary",
-    "Sandwich",
-    "Scheme",
-    "SelfExtend",
-    "Shaw",
-    "Sinusoidal",
-    "TransformerXL",
-    "UnknownNameError",
-    "UnsupportedError",
-    "XPos",
-    "YaRN",
-    "__version__",
-    "describe",
-    "evaluate",
-    "export",
-    "extend",
-    "load_adapter",
-    "load_patched",
-    "patch_model",
-    "patched",
-    "register_adapter",
-    "register_scheme",
-    "unpatch_model",
-]
-
 
 def _is_command() -> bool:
     """Return whether this process was started as `pe-patch` or `python -m pe_patch`.
@@ -97,21 +20,32 @@ def _is_command() -> bool:
     return PurePath(program).name in ("pe-patch", "pe-patch.exe") and program in words
 
 
+ROOMS = {"evaluate": ".evaluation", "extend": ".extension"}
+"""Names that are imported on first use, since patching does not need what they import (datasets, evaluate)."""
+
 if TYPE_CHECKING:
-    from .checkpoints.library import *  # noqa: F403
     from .evaluation import evaluate
     from .extension import extend
-elif not _is_command():
+
+if TYPE_CHECKING or not _is_command():
+    from .checkpoints import library
     from .checkpoints.library import *  # noqa: F403
+
+    __all__ = ["evaluate", "extend"]
+    __all__ += library.__all__
 
 
 def __getattr__(name: str) -> Any:
-    # Evaluation brings datasets and evaluate with it, which patching does not need.
-    rooms = {"evaluate": ".evaluation", "extend": ".extension"}
-    if name in __all__:
-        return getattr(import_module(rooms.get(name, ".checkpoints.library"), __name__), name)
+    if name in ROOMS:
+        return getattr(import_module(ROOMS[name], __name__), name)
+    if name == "__all__" or not name.startswith("_"):
+        loaded = import_module(".checkpoints.library", __name__)
+        if name == "__all__":
+            return [*ROOMS, *loaded.__all__]
+        if name in loaded.__all__:
+            return getattr(loaded, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(import_module(__name__).__all__)
