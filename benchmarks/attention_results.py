@@ -47,6 +47,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A PNG: time and memory of every scheme at the longest length that every scheme has."""
+    from pe_patch import SCHEMES
     from pe_patch.evaluation.charts import dots
 
     measured = [row for row in result["rows"] if "left_out" not in row]
@@ -57,14 +58,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels = [(f"time, {kind}", kind, "ratio") for kind in KINDS]
     panels.append((f"memory, {KINDS[1]}", KINDS[1], "of_qkv_and_output"))
     points = [
-        {"label": row["scheme"], "column": column, "value": row[kind][key], "number": f"{row[kind][key]:.2f}"}
+        {
+            "label": row["scheme"], "column": column, "value": row[kind][key], "number": f"{row[kind][key]:.2f}",
+            "group": "pe_patch" if row["scheme"].split(",")[0] in SCHEMES else "others",
+        }
         for column, kind, key in panels
         for row in at
     ]
     where = host["gpu"] if setting["device"].startswith("cuda") else f"{host['cpu']}, {host['threads']} thread(s)"
     subtitle = (
         f"{shown:,} tokens, {setting['heads']} heads of {setting['head_dim']}, {setting['dtype']}; {where}, torch "
-        f"{host['torch']}. Time over plain causal attention; memory above the inputs over query, key, value and output."
+        f"{host['torch']}. Time over plain causal attention (dotted line); memory above the inputs over query, key, value and output. "
+        "Others: a dense mask, and the attention of BLOOM and T5 in Transformers."
     )
-    chart = dots(points, name="attention", title="Attention against plain causal attention", subtitle=subtitle)
+    chart = dots(points, name="attention", title="Attention against plain causal attention", subtitle=subtitle, reference=1.0, scale="log")
     path.write_bytes(chart.png())

@@ -10,8 +10,7 @@ CLOSE = 1.02
 ORIGINAL = {"demo": "rope (original)", "bloom": "bloom: alibi (original)"}
 """The model as it was, which is measured and not trained."""
 TITLES = {"demo": "The demo model: RoPE for a bias by distance", "bloom": "A BLOOM: its ALiBi for RoPE"}
-
-
+SHORT = {"demo": "Demo, RoPE to a bias", "bloom": "BLOOM, ALiBi to RoPE"}
 DASHES = {"as it starts": [1, 0], "warm start": [5, 3]}
 
 
@@ -84,45 +83,64 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _looks(run: dict[str, Any]) -> dict[str, str]:
-    """What a run's line is told by: colour and dashes."""
+    """Return what distinguishes the line of a run: colour, dashes and label."""
     name = run["run"].removeprefix("bloom: ")
-    return {"scheme": name.removesuffix(", warm"), "start": list(DASHES)[bool(run["warm"])]}
+    return {"scheme": name.removesuffix(", warm"), "start": list(DASHES)[bool(run["warm"])], "label": name}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A PNG: loss and retrieval by step, one row of panels for each base."""
+    """Write a PNG: loss and retrieval by step, a row of panels for each base, each line with its name at its end."""
     import altair as alt
 
     from pe_patch.evaluation.charts.chart import Chart, data
     from pe_patch.evaluation.charts.components import scheme_encoding
 
     trained = [run for run in result["runs"] if len(run["curve"]) > 1]
-    names = list(dict.fromkeys(_looks(run)["scheme"] for run in trained))
     panels = []
     for base in TITLES:
-        points = [
-            {**point, **_looks(run), "seed": run["seed"]}
-            for run in trained if run["base"] == base
-            for point in run["curve"]
-        ]  # fmt: skip
-        start = original(result["runs"], base, 0)
+        runs = [run for run in trained if run["base"] == base and run["seed"] == 0]
+        if not runs:
+            continue
+        points = [{**point, **_looks(run)} for run in runs for point in run["curve"]]
+        names = list(dict.fromkeys(str(point["scheme"]) for point in points))
+        start, last = original(result["runs"], base, 0), max(point["step"] for point in points)
         for measure, unit in (("loss", "nats per token"), ("retrieval", "share answered")):
-            if not points:
-                continue
-            scale = alt.Scale(zero=False) if measure == "loss" else alt.Scale(domain=[0, 1])
-            dashes = alt.Scale(domain=list(DASHES), range=list(DASHES.values()))
+            values = [point[measure] for point in points]
+            low, high = (min(values), max(values)) if measure == "loss" else (0.0, 1.0)
+            scale = alt.Scale(domain=[low, high], nice=measure == "loss")
+            axis = alt.Axis(tickCount=6)
+            x = alt.X("step:Q", title="step", axis=axis, scale=alt.Scale(domain=[0, last], nice=False))
+            colour = scheme_encoding(names, names)["color"].legend(None)
+            dash = alt.StrokeDash("start:N", legend=None, scale=alt.Scale(domain=[*DASHES], range=[*DASHES.values()]))
             lines = alt.Chart(data(points)).encode(
-                x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=6)),
-                y=alt.Y(f"{measure}:Q", title=unit, scale=scale),
-                color=scheme_encoding(names, names)["color"],
-                detail="seed:N",
+                x=x, y=alt.Y(f"{measure}:Q", title=unit, scale=scale), color=colour, detail="label:N"
             )
-            legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=400)
-            dash = alt.StrokeDash("start:N", scale=dashes, legend=legend)
-            panel: Any = alt.layer(lines.mark_line().encode(strokeDash=dash), lines.mark_point(filled=True, size=14))
+            ends = _spread([{**run["curve"][-1], **_looks(run)} for run in runs], measure, 0.055 * (high - low))
+            labels = alt.Chart(data(ends)).mark_text(align="left", dx=6, fontSize=10.5)
+            layers = [
+                lines.mark_line(strokeWidth=1.8).encode(strokeDash=dash),
+                lines.mark_point(filled=True, size=14),
+                labels.encode(x=x, y=alt.Y("place:Q", title=unit, scale=scale), text="label:N", color=colour),
+            ]
             if start is not None and measure == "loss":
                 bound = alt.Chart(data([{"bound": CLOSE * start["loss"]}])).mark_rule(strokeDash=[2, 3], opacity=0.7)
-                panel = alt.layer(panel, bound.encode(y="bound:Q"))
-            panels.append(panel.properties(width=420, height=260, title=f"{base}: {measure}"))
-    told = "Dotted: 2 % above the loss of the model as it was."
-    path.write_bytes(Chart("swap", "Recovery after a change of scheme", tuple(panels), told, columns=2).png())
+                layers.append(bound.encode(y="bound:Q"))
+            panels.append(alt.layer(*layers).properties(width=380, height=260, title=f"{SHORT[base]}: {measure}"))
+    subtitle = (
+        "300 training steps after the positions of a trained model were replaced; one seed. Dashed: with a warm start. "
+        "'trained on': the model's own scheme under the same training. Dotted: 2 % above the loss before the change."
+    )
+    path.write_bytes(Chart("swap", "Recovery after a change of scheme", tuple(panels), subtitle, columns=2).png())
+
+
+def _spread(ends: list[dict[str, Any]], measure: str, apart: float) -> list[dict[str, Any]]:
+    """Return the ends of the lines with a `place` for each label, at least `apart` from each other."""
+    ordered = sorted(ends, key=lambda end: end[measure])
+    places: list[float] = []
+    for end in ordered:
+        places.append(max(end[measure], places[-1] + apart) if places else end[measure])
+    # Labels that left the panel at the top move down again.
+    for index in range(len(places) - 1, -1, -1):
+        limit = max(end[measure] for end in ordered) if index == len(places) - 1 else places[index + 1] - apart
+        places[index] = min(places[index], limit)
+    return [{**end, "place": place} for end, place in zip(ordered, places, strict=True)]

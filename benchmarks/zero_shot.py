@@ -70,7 +70,8 @@ CASES: dict[str, tuple[str, Options]] = {
 LEFT_OUT = {"longrope": "its factors are searched for one model, and none were for this one"}
 NOTES = (
     "Schemes `over yarn` are over `yarn` with the factor of the target. No options: the defaults.",
-    "The scored tokens are the same in every cell, so differences between cells are surer than each by itself.",
+    "The scored tokens are the same in every cell, so differences between cells are surer than each by itself; the "
+    "picture shows them.",
     "`dynamic_ntk` follows the length by itself; a `factor` makes its base grow faster.",
     "`linear` is not meant to go without training and is here to compare.",
     "`clipped_rope` tapers 5 of 16 frequencies, the share that its default of 20 is of 64 (heads of 128).",
@@ -125,7 +126,10 @@ def scores(found: Results, length: int) -> dict[str, Any]:
         "retrieval": {
             "score": answered.score, "low": answered.low, "high": answered.high, "questions": answered.samples,
         },
-        "loss": {"score": text.score, "low": text.low, "high": text.high, "tokens": text.samples},
+        "loss": {
+            "score": text.score, "low": text.low, "high": text.high, "tokens": text.samples,
+            "by_spot": text.details["loss_by_spot"],
+        },
         "perplexity": text.details["perplexity"],
         "measured_on": text.measured_on,
     }  # fmt: skip

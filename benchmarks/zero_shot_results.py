@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 Rows = dict[tuple[str, int, int], dict[str, Any]]
@@ -78,45 +79,46 @@ def options(rows: Rows, label: str) -> str:
     return ", ".join(said)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """A PNG: retrieval and perplexity of every scheme at the two targets.
+REFERENCE = "yarn"
+"""The scheme from which the picture takes differences."""
 
-    Perplexity has no intervals: the tokens are the same in every cell, so those of `zero_shot.md`, each of one cell,
-    would hide differences between cells.
-    """
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write a PNG: retrieval of every scheme at the two targets, and its loss less that of YaRN on the same places."""
     from pe_patch.evaluation.charts import dots
 
     rows, names, setting = index(result), labels(result), result["setting"]
     targets = sorted({(row["factor"], row["length"]) for row in result["rows"] if row["length"] > setting["window"]})
-    shares, perplexities = [], []
+    shares, differences = [], []
     for factor, length in targets:
         where = f"{length:,} tokens (x{factor})"
+        reference = rows[REFERENCE, factor, length]["loss"]["by_spot"]
         for name in names:
             row = rows[name, factor, length]
             share = row["retrieval"]
             ends = {"low": share["low"], "high": share["high"]}
+            column = f"answered, {where}"
             shares.append(
-                {
-                    "label": name,
-                    "column": f"answered, {where}",
-                    "value": share["score"],
-                    "number": f"{share['score']:.2f}",
-                    **ends,
-                }
+                {"label": name, "column": column, "value": share["score"], "number": f"{share['score']:.2f}", **ends}
             )
-            perplexities.append(
-                {
-                    "label": name,
-                    "column": f"perplexity, {where}",
-                    "value": row["perplexity"],
-                    "number": f"{row['perplexity']:.1f}",
-                }
-            )
+            column = f"loss less YaRN's, {where}"
+            gap, half = paired(row["loss"]["by_spot"], reference)
+            ends = {} if name == REFERENCE else {"low": gap - half, "high": gap + half}
+            differences.append({"label": name, "column": column, "value": gap, "number": f"{gap:+.3f}", **ends})
     native = rows[names[0], targets[0][0], setting["window"]]
     subtitle = (
-        f"The demo's model, window {setting['window']}, where its perplexity is {native['perplexity']:.1f}. "
-        f"{result['rows'][0]['retrieval']['questions']} questions with 95 % intervals; perplexity on the same tokens "
-        f"in every cell. {result['machine']['cpu']}, float32."
+        f"The demo's model, window {setting['window']}, where its loss is {native['loss']['score']:.3f}. "
+        f"{result['rows'][0]['retrieval']['questions']} questions. Loss in nats per token, paired over the same "
+        f"{setting['spots']} places. Bars: 95 %. {result['machine']['cpu']}, float32."
     )
-    chart = dots([*shares, *perplexities], name="zero_shot", title="Without training", subtitle=subtitle)
-    path.write_bytes(replace(chart, columns=2).png())
+    left = dots(shares, name="zero_shot", title="Without training", subtitle=subtitle)
+    right = dots(differences, name="zero_shot", title="", reference=0.0, scale="symlog")
+    path.write_bytes(replace(left, panels=(*left.panels, *right.panels), columns=2).png())
+
+
+def paired(losses: list[float], reference: list[float]) -> tuple[float, float]:
+    """Return the mean difference of paired losses, and half the width of its 95 % interval by Student's t."""
+    from pe_patch.evaluation.metrics import student_quantile
+
+    gaps = [ours - theirs for ours, theirs in zip(losses, reference, strict=True)]
+    return mean(gaps), student_quantile(len(gaps) - 1) * stdev(gaps) / len(gaps) ** 0.5

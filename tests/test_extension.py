@@ -195,6 +195,7 @@ def test_the_command_plans_trains_and_reports(tmp_path: Path, capsys: pytest.Cap
     assert main([*words, "--train", "--train-budget", "6s", "--json", "-q"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scheme"] == "yarn" and "trained answers" in found["verdict"]
+    assert "The best scheme without training, " in found["verdict"]
     assert Path(found["model"], "README.md").is_file() and Path(found["page"]).is_file()
     steps = [json.loads(line) for line in Path(output, "log.jsonl").read_text().splitlines()]
     assert sum(line["event"] == "step" for line in steps) >= plan.STEPS[0]

@@ -220,6 +220,7 @@ class FixedTargets(Measure):
                 "targets": targets,
                 "spots": len(pieces),
                 "targets_hash": hashlib.sha256(target_ids.tobytes()).hexdigest()[:12],
+                "loss_by_spot": losses.mean(axis=1).tolist(),  # to pair the spots of two schemes
                 **start_facts(context, start),
             },
             control=control,

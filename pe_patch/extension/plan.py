@@ -35,6 +35,8 @@ STEPS = (20, 400)
 """Fewest and most steps of a training."""
 NEEDLES = 0.6
 """Share of the training sequences that ask for hidden facts."""
+AVERAGE = 0.8
+"""Share of the trained weights in the saved ones; the rest are the original weights, which keep chat and short texts."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def recipe_of(plan: ExtensionPlan, chosen: Candidate, request: Request) -> Recip
         schedule="warmup_stable_decay", warmup=max(1, min(10, plan.steps // 10)), floor=0.1, mixture=mixture,
         pose=Pose(target=plan.target_length) if plan.pose else None,
     )  # fmt: skip
-    recipe.phases, recipe.distill = [phase], Distill()
+    recipe.phases, recipe.distill, recipe.average = [phase], Distill(), AVERAGE
     recipe.mixed_precision = "bf16" if half else "no"
     recipe.checkpoints = Checkpoints(every=max(1, plan.steps // 10), keep=1)
     return recipe

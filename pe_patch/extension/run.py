@@ -144,10 +144,11 @@ def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
     recipe = recipe_of(plan, chosen, request)
     recipe.overwrite = True  # the folder is checked, and holds the measurements
     say(f"{'Train' if plan.trained else 'Write'} {chosen.label}.")
-    trained = train_recipe(recipe)
+    train_recipe(recipe)
     if plan.trained is not None:
         chosen = replace(chosen, label=f"{chosen.label}, trained")
-        results += _measure(plan, trained.eval(), tokenizer, chosen, request)
+        saved, _ = sources.load(str(request.folder / "model"), "auto", request.device)
+        results += _measure(plan, saved, tokenizer, chosen, request)
     verdict = write_verdict(plan, chosen, results)
     exports = [request.folder / "export" / target for target in request.export]
     page = _page(plan, chosen, verdict, results, request)
@@ -194,14 +195,19 @@ def check_training(plan: ExtensionPlan, loaded: Any, request: Request) -> None:
     assert plan.trained is not None
     recipe, trial = (recipe_of(plan, plan.trained, request) for _ in range(2))
     trial.overwrite, trial.dry_run, trial.progress = True, True, False
+    device = loaded.device
+    if not request.is_loaded:  # a GPU may not have room for it beside the model and the teacher of the run
+        loaded.to("cpu")
     try:
         run = Run(trial)
-        refuse_what_cannot_fit(run, 0 if request.is_loaded else size_of(loaded))
+        refuse_what_cannot_fit(run, size_of(loaded) if device.type == "cpu" and not request.is_loaded else 0)
         if (checkpoint := find_checkpoint(recipe, run.folder)) is not None:
             check_resumable(checkpoint, recipe, run.facts())
     finally:
         run = None
         gc.collect()  # a run refers to itself, and holds a model and a teacher
+        if not request.is_loaded:
+            loaded.to(device)
 
 
 def size_of(model: Any) -> int:
@@ -320,7 +326,7 @@ def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candida
 
 
 def choose(plan: ExtensionPlan, results: Results) -> Candidate:
-    """Return the scheme with the least loss at the control and the target length among those that answer best.
+    """Return the untrained scheme with the least loss at the control and the target length among those that answer best.
 
     A scheme is among them if its share of answers at the target length may be the best one's: so few questions tell no
     more.
@@ -361,6 +367,11 @@ def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> s
         sentences.append(
             "Among the schemes that answer as well as the best, within the interval, it has the least loss."
         )
+    untrained = choose(plan, results)
+    if plan.trained is not None and not untrained.untouched:
+        other = results.cell(scheme=untrained.label, task="needle", length=target)
+        assert other is not None
+        sentences.append(f"The best scheme without training, {untrained.label}, answers {other.score:.0%} there.")
     if cell.score < before.score / 2:
         remedy = "More training may help: raise --train-budget." if plan.trained else "Train it: add --train."
         sentences.append(f"It does not read {target:,} tokens as the model reads {short:,}. {remedy}")

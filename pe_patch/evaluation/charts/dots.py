@@ -7,10 +7,12 @@ from typing import Any
 
 from ...errors import PePatchError
 from .chart import Chart, data
-from .components import panel_columns, tooltips
+from .components import panel_columns, scheme_encoding, tooltips
 from .libraries import alt
 
 LABEL_TOOLTIPS = {"label": "", "column": "measured", "number": "value", "interval": "95 % interval"}
+SYMLOG = 0.05
+"""Values of this size and below are drawn linearly on a "symlog" axis."""
 OPTIONAL_TOOLTIPS = ("samples", "tokens", "control", "without_context", "measured_on")
 
 
@@ -22,19 +24,24 @@ def dots(
     subtitle: str = "",
     caption: str = "",
     domain: tuple[float, float] | None = None,
+    reference: float | None = None,
+    scale: str = "linear",
 ) -> Chart:
     """Draw a panel per `column` with a line per `label`, both in order of first occurrence.
 
     Args:
         rows: Mappings with `label`, `column` and `value`. A `value` of None leaves the line of its label empty.
             Optional keys are `low` and `high` (the 95 % interval), `number` (the formatted value; four significant
-            digits by default) and the texts of the tooltip: `samples`, `tokens`, `control`, `without_context` and
-            `measured_on`.
+            digits by default), `group` and the texts of the tooltip: `samples`, `tokens`, `control`,
+            `without_context` and `measured_on`. Rows of one `group` share a colour and a marker, which the legend
+            names; without it each label has its own.
         name: Name of the PNG, without its ending.
         title: Title of the chart.
         subtitle: What was measured.
         caption: How to read the chart.
         domain: Limits of every horizontal axis. None scales each panel to its values.
+        reference: Value at which every panel has a vertical line, such as the one that means no difference.
+        scale: Scale of the horizontal axes: "linear", "log", or "symlog", which is linear near zero.
 
     Raises:
         PePatchError: There are no rows, or a row lacks `label`, `column` or `value`.
@@ -45,7 +52,8 @@ def dots(
     columns = list(dict.fromkeys(str(row["column"]) for row in rows))
     records = [_record(row) for row in rows]
     panels = [
-        _panel([point for point in records if point["column"] == column], column, labels, domain) for column in columns
+        _panel([point for point in records if point["column"] == column], column, labels, domain, reference, scale)
+        for column in columns
     ]
     return Chart(name, title, tuple(panels), subtitle, caption, columns=panel_columns(panels, 3))
 
@@ -55,7 +63,7 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
     bounded = low is not None and high is not None
     return {
         "label": str(row["label"]),
-        "scheme": str(row["label"]),
+        "scheme": str(row.get("group", row["label"])),
         "column": str(row["column"]),
         "value": value,
         "low": low if bounded else None,
@@ -72,7 +80,14 @@ def _format_value(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _panel(points: list[dict[str, Any]], column: str, labels: list[str], domain: tuple[float, float] | None) -> Any:
+def _panel(
+    points: list[dict[str, Any]],
+    column: str,
+    labels: list[str],
+    domain: tuple[float, float] | None,
+    reference: float | None,
+    scale: str,
+) -> Any:
     tips = tooltips(
         *(key for key in OPTIONAL_TOOLTIPS if any(key in point for point in points)),
         extra=LABEL_TOOLTIPS | {"label": "scheme"},
@@ -81,18 +96,31 @@ def _panel(points: list[dict[str, Any]], column: str, labels: list[str], domain:
     tips = [*tips[-len(LABEL_TOOLTIPS) :], *tips[: -len(LABEL_TOOLTIPS)]]
     names = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=180)
     style = "~s" if max(abs(point["value"] or 0) for point in points) >= 10_000 else ",.4~r"
-    scale = alt.Scale(zero=False, padding=14) if domain is None else alt.Scale(domain=list(domain))
-    x = alt.X("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, format=style))
+    kind: dict[str, Any] = {"type": scale, "nice": scale == "linear"}
+    if scale == "symlog":
+        kind["constant"] = SYMLOG
+    horizontal = alt.Scale(**kind, **({"zero": False, "padding": 14} if domain is None else {"domain": list(domain)}))
+    axis = alt.Axis(tickCount=4, format=style, grid=scale == "linear")
+    x = alt.X("value:Q", title=None, scale=horizontal, axis=axis)
     y = alt.Y("label:N", title=None, scale=alt.Scale(domain=labels), axis=names)
     # leave empty layers out, since Vega warns about a scale without values
     base = alt.Chart(data([point for point in points if point["value"] is not None])).encode(y=y)
     bounded = [point for point in points if point["value"] is not None and point["low"] is not None]
-    colour = alt.Color("scheme:N", scale=alt.Scale(domain=labels), legend=None)
-    shape = alt.Shape("scheme:N", scale=alt.Scale(domain=labels), legend=None)
+    groups = list(dict.fromkeys(point["scheme"] for point in points))
+    if set(groups) <= set(labels):
+        scale_of_groups = alt.Scale(domain=labels)
+        colour = alt.Color("scheme:N", scale=scale_of_groups, legend=None)
+        shape = alt.Shape("scheme:N", scale=scale_of_groups, legend=None)
+    else:
+        look = scheme_encoding(groups, groups)
+        colour, shape = look["color"], look["shape"]
     rule = alt.Chart(data(bounded)).mark_rule(strokeWidth=2)
+    line = alt.Chart(data([{"value": reference}])).mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
+    above = {"dy": -11} if bounded else {"dx": 9, "align": "left"}  # a number beside its dot would hide an interval
     marks = [
+        *([line.encode(x=x)] if reference is not None else []),
         *([rule.encode(y=y, x=alt.X("low:Q"), x2="high:Q", color=colour, tooltip=tips)] if bounded else []),
         base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=colour, shape=shape, tooltip=tips),
-        base.mark_text(dy=-11, style="note").encode(x=x, text="number:N", tooltip=tips),
+        base.mark_text(style="note", **above).encode(x=x, text="number:N", tooltip=tips),
     ]  # fmt: skip
     return alt.layer(*marks).properties(width=260, height=34 * len(labels) + 10, title=column)
