@@ -32,7 +32,11 @@ class Adapter:
     layers: str = "layers"
     """Attribute of the base model: the list of its layers. May be a dotted path."""
     attention: str = "self_attn"
-    """Attribute of a layer: its attention module."""
+    """Attribute of a layer: its attention module. May be a dotted path. In a hybrid model, layers without it do not
+    attend."""
+    attention_class: str | None = None
+    """Name of the class of the attention modules, for a hybrid family whose other layers have another module under
+    the same name. None if every module under that name attends."""
     rotary: str | None = "rotary_emb"
     """Attribute of the base model: the module that computes cos and sin for all layers. None if the family does not
     rotate."""
@@ -114,9 +118,18 @@ class Adapter:
         """Return the list of layers."""
         return attrgetter(self.layers)(base)
 
-    def attentions(self, base: nn.Module) -> list[nn.Module]:
-        """Return the attention module of each layer, in order."""
-        return [getattr(layer, self.attention) for layer in self.blocks(base)]
+    def attentions(self, base: nn.Module) -> dict[int, nn.Module]:
+        """Return the attention modules by layer index. A layer that does not attend has none."""
+        found = {index: self.attention_of(layer) for index, layer in enumerate(self.blocks(base))}
+        return {index: attention for index, attention in found.items() if attention is not None}
+
+    def attention_of(self, layer: nn.Module) -> nn.Module | None:
+        """Return the attention module of a layer, or None if the layer does not attend."""
+        module: Any = layer
+        for name in self.attention.split("."):
+            module = getattr(module, name, None)
+        attends = isinstance(module, nn.Module) and self.attention_class in (None, type(module).__name__)
+        return module if attends else None
 
     def layer_types(self, base: nn.Module, config: PreTrainedConfig) -> list[str | None]:
         """Return the type of each layer, or None for each if all layers share their frequencies."""
@@ -152,22 +165,24 @@ class Adapter:
         width = 2 * frequencies_of(getattr(base, self.rotary), layer_type)[0].shape[-1]
         return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision)
 
-    def window(self, base: nn.Module, config: PreTrainedConfig, layer: int = 0) -> TrainedWindow:
+    def window(self, base: nn.Module, config: PreTrainedConfig, layer: int) -> TrainedWindow:
         """Return the window that the model was trained for, according to the scaling of this layer."""
         return trained_window(base, config, self.layer_types(base, config)[layer])
 
     def shape(
-        self, base: nn.Module, config: PreTrainedConfig, layer: int = 0, window: TrainedWindow | None = None
+        self, base: nn.Module, config: PreTrainedConfig, layer: int | None = None, window: TrainedWindow | None = None
     ) -> AttentionShape:
         """Return the sizes of one layer, from the built modules, or from the config if no module has them.
 
         Args:
             base: the model that holds the layers.
             config: its config.
-            layer: index of the layer.
+            layer: index of a layer that attends; None for the first.
             window: the trained window where it is known already.
         """
-        attention = self.attentions(base)[layer]
+        attentions = self.attentions(base)
+        layer = next(iter(attentions)) if layer is None else layer
+        attention = attentions[layer]
         layer_type = self.layer_types(base, config)[layer]
         heads = config.num_attention_heads
         head_dim = _first(attention, "qk_head_dim", "head_dim", "head_size") or config.hidden_size // heads

@@ -35,17 +35,11 @@ def check_adapter(base: Any, adapter: Adapter) -> None:
     layers = _reach(base, adapter, "layers", "")
     if not isinstance(layers, nn.ModuleList | nn.Sequential | list | tuple) or not len(layers):
         raise _wrong(adapter, "layers", f"which is a {type(layers).__name__} and not a list of layers")
-    lacking = [
-        i for i, layer in enumerate(layers) if not isinstance(getattr(layer, adapter.attention, None), nn.Module)
-    ]
-    if lacking:
-        index = lacking[0]
-        if len(lacking) < len(layers):
-            raise UnsupportedError(
-                f"Layer {index} ({type(layers[index]).__name__}) of {type(base).__name__} has no "
-                f"{adapter.attention!r}, as other layers have. Every layer must be an attention."
-            )
-        raise _missing(adapter, "attention", layers[index], f"layer {index}", nn.Module)
+    attentions = adapter.attentions(base)
+    if not attentions and adapter.attention_class is not None:
+        raise _wrong(adapter, "attention_class", f"which no module {adapter.attention!r} of a layer has")
+    if not attentions:
+        raise _missing(adapter, "attention", layers[0], "layer 0", nn.Module)
     for name in ("rotary", "learned", "embedding_multiplier"):
         if getattr(adapter, name) is not None:
             if name != "learned" and "." in getattr(adapter, name):
@@ -54,9 +48,9 @@ def check_adapter(base: Any, adapter: Adapter) -> None:
                 )
             _reach(base, adapter, name, "")
     if isinstance(adapter.rotates, str):
-        for index, layer in enumerate(layers):
-            if not hasattr(getattr(layer, adapter.attention), adapter.rotates):
-                raise _missing(adapter, "rotates", getattr(layer, adapter.attention), f"the attention of layer {index}")
+        for index, attention in attentions.items():
+            if not hasattr(attention, adapter.rotates):
+                raise _missing(adapter, "rotates", attention, f"the attention of layer {index}")
     _check_rotary(base, adapter, len(layers))
 
 

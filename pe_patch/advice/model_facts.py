@@ -175,7 +175,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     _, base = find_stack(model, None)
     config, adapter = base.config, find_adapter(base, None)
     layer_type, layers = _slowest_layers(adapter, base)
-    first = layers[0] if layers else 0
+    first = layers[0] if layers else next(iter(adapter.attentions(base)))
     trained = adapter.window(base, config, first)
     if trained_length is not None:
         trained = trained.with_scaled_window(trained_length, "trained_length")
@@ -196,7 +196,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
             model,
             [
                 adapter.rotary is not None and not adapter.skips_rope(attention)
-                for attention in adapter.attentions(base)
+                for attention in adapter.attentions(base).values()
             ],
         ),
         vocabulary=config.vocab_size,
@@ -214,13 +214,13 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
 def _slowest_layers(adapter: Adapter, base: PreTrainedModel) -> tuple[str | None, tuple[int, ...]]:
     """Return the layer type with the largest base and its layers; no layers if there is only one type."""
     layer_types: list[Any] = adapter.layer_types(base, base.config)
-    if len(set(layer_types)) < 2:
-        return layer_types[0], ()
-    slowest = max(
-        set(layer_types),
-        key=lambda layer_type: adapter.shape(base, base.config, layer_types.index(layer_type)).rope_theta,
-    )
-    return slowest, tuple(index for index, layer_type in enumerate(layer_types) if layer_type == slowest)
+    by_type: dict[Any, list[int]] = {}
+    for index in adapter.attentions(base):
+        by_type.setdefault(layer_types[index], []).append(index)
+    if len(by_type) < 2:
+        return next(iter(by_type)), ()
+    slowest = max(by_type, key=lambda layer_type: adapter.shape(base, base.config, by_type[layer_type][0]).rope_theta)
+    return slowest, tuple(by_type[slowest])
 
 
 def _scaling(config: Any, layer_type: str | None) -> dict[str, Any]:

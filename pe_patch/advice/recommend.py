@@ -117,7 +117,9 @@ def _patch_arguments(candidate: Candidate, case: Case, model: Any) -> dict[str, 
     if composed:
         start = facts.window
     _, base = find_stack(model, None)
-    window = find_adapter(base, None).window(base, base.config, facts.layers[0] if facts.layers else 0)
+    adapter = find_adapter(base, None)
+    first = facts.layers[0] if facts.layers else next(iter(adapter.attentions(base)))
+    window = adapter.window(base, base.config, first)
     default_start = window.scaled_length if composed else window.length
     by_authors = window.word is not None and window.word.trained_length == start != window.maximum
     if OPTION in SCHEMES[candidate.scheme].option_names() and (default_start != start or by_authors):

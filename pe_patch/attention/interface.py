@@ -56,7 +56,7 @@ def attend(
     """
     probe = module.__dict__.get("pe_probe")
     if probe is not None:
-        probe.append((module, positions))
+        probe.append((module, positions, cached))
     sequence = sequence_of(backend.implementation, backend.native_name)
     if sequence is not None:
         masks = None if positions is None else positions.masks

@@ -79,6 +79,11 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
             "projects: give its adapter `projections=` (pe_patch.adapters.projections)."
         )
     attentions = adapter.attentions(base)
+    if len(attentions) < len(adapter.blocks(base)):
+        raise UnsupportedError(
+            f"{first.name!r} converts models whose layers all attend; {len(attentions)} of {len(adapter.blocks(base))} "
+            f"layers of {base.config.model_type} do. Choose another scheme."
+        )
     empty = all(p.is_meta for p in model.parameters()) and not any(compat.execution_hook(m) for m in model.modules())
     scale = 1.0 if overrides(first, "angles") else float(getattr(base.get_submodule(adapter.rotary), SCALE, 1.0))
     projections = {
@@ -138,7 +143,7 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
             kept_statistics = layer_statistics if scheme.latent_norm else None
             conversion.latents[index] = (projections[index], latents, kept_statistics)
 
-    stream(base, list(adapter.blocks(base)), attentions, rows, each, done=done)
+    stream(base, list(adapter.blocks(base)), list(attentions.values()), rows, each, done=done)
     return conversion
 
 

@@ -92,12 +92,16 @@ def replaced_names(attention: nn.Module, adapter: Adapter) -> list[str]:
 
 
 def replacement_swaps(
-    attentions: list[Any], adapter: Adapter, scheme: Scheme, modules: dict[int, nn.Module], arguments: tuple[str, ...]
+    attentions: dict[int, Any],
+    adapter: Adapter,
+    scheme: Scheme,
+    modules: dict[int, nn.Module],
+    arguments: tuple[str, ...],
 ) -> tuple[list[Swap], dict[str, nn.Module]]:
     """Return the swaps that replace projections by `modules`, and the replaced weights by name.
 
     Args:
-        attentions: the attention module of every layer.
+        attentions: the attention modules by layer index.
         adapter: the adapter of the family.
         scheme: the scheme, which names the attribute of the new module.
         modules: the new module of each converted layer.

@@ -28,6 +28,7 @@ from ..errors import AlreadyPatchedError, NoEffectError, OptionError, PePatchErr
 from ..mla.protocol import converts
 from ..schemes.rotary import Rotary, Rotation, Scaled
 from .build import EXISTING, build, factor_reaching
+from .inference import infer_missing
 from .patch import ModelLock, Patch, Settings
 from .peft import detach, wrapper_swaps
 from .plan import plan
@@ -137,6 +138,7 @@ def _patch_native(
 ) -> None:
     """Patch an unpatched model completely, or leave it unpatched."""
     try:
+        infer_missing(unwrapped, settings)
         target = resolve(unwrapped, settings.adapter, settings.layers, settings.submodule)
         if target_length is not None:
             options = {
@@ -271,16 +273,16 @@ def _verify(patch: Patch, probe: bool) -> None:
     if not probe:
         return
     attentions = adapter.attentions(base)
-    reached: list[tuple[nn.Module, Any]] = []
+    reached: list[tuple[nn.Module, Any, bool | None]] = []
 
     @torch.no_grad()
     def run() -> None:
         ids = torch.ones(1, 3, dtype=torch.long, device=base.device)
         base(input_ids=ids, use_cache=False)
 
-    with_swaps([Swap.of(attention, "pe_probe", reached, direct=True) for attention in attentions], run)
+    with_swaps([Swap.of(attention, "pe_probe", reached, direct=True) for attention in attentions.values()], run)
     for index in patch.layers:
-        if not any(module is attentions[index] for module, _ in reached):
+        if not any(module is attentions[index] for module, *_ in reached):
             raise NoEffectError(
                 f"Layer {index} ({type(attentions[index]).__name__}) does not call the attention interface, so "
                 f"{patch.scheme.name!r} would have no effect there. Give the adapter a `forward` for this family."

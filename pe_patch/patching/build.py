@@ -263,7 +263,7 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
         raise UnsupportedError(f"{read.scheme!r} is not defined by its frequencies alone, so nothing composes with it.")
     inv_freq, factor = built_rotation(base, adapter, layer_type)
     norm = adapter.norm_after_rotation
-    if norm and any(hasattr(each, norm) for each in adapter.attentions(base)):
+    if norm and any(hasattr(each, norm) for each in adapter.attentions(base).values()):
         factor = 1.0
     ours, our_factor = scheme.frequencies(None)
     if not _same(ours, inv_freq):

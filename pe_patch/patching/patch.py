@@ -144,20 +144,19 @@ class Patch:
             UnsupportedError: layers were added or copied.
         """
         attentions = self.adapter.attentions(self.base)
-        numbers = [attention.__dict__.get("pe_layer") for attention in attentions]
-        if numbers == list(range(len(numbers))) and self.scheme_by_layer.keys() <= set(numbers):
+        numbers = {index: attention.__dict__.get("pe_layer") for index, attention in attentions.items()}
+        before = set(numbers.values())
+        if list(numbers) == list(numbers.values()) and self.scheme_by_layer.keys() <= before:
             return
-        if None in numbers or len(set(numbers)) < len(numbers):
+        if None in before or len(before) < len(numbers):
             raise UnsupportedError(
                 f"Layers were added to this model after it was patched with {self.scheme.name!r}, so it cannot be "
                 "saved with its patch. Call unpatch_model(model), and patch it again."
             )
         self.scheme_by_layer = {
-            index: self.scheme_by_layer[number]
-            for index, number in enumerate(numbers)
-            if number in self.scheme_by_layer
+            index: self.scheme_by_layer[number] for index, number in numbers.items() if number in self.scheme_by_layer
         }
-        for index, attention in enumerate(attentions):
+        for index, attention in attentions.items():
             attention.__dict__["pe_layer"] = index
         module: Any = self.base.get_submodule("position_schemes")
         module.scheme = SchemeList(dict.fromkeys(self.scheme_by_layer.values()))

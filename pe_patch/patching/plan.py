@@ -186,8 +186,8 @@ def _collect(
         swaps += native_latent_swaps({index: attentions[index] for index in scheme_by_layer}, first)
     scores = _score_schemes(target, scheme_by_layer, places)
     config_copy = next(each.copy for each in configs if each.original is config)
-    for index, (attention, layer_scheme) in enumerate(zip(attentions, scores, strict=True)):
-        swaps.append(Swap.of(attention, "pe_scheme", layer_scheme, direct=True))
+    for index, attention in attentions.items():
+        swaps.append(Swap.of(attention, "pe_scheme", scores[index], direct=True))
         swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
         if adapter.forward is not None:
             swaps.append(Swap.of(attention, "pe_config", config_copy, direct=True))
@@ -395,7 +395,7 @@ def _native_swaps(
         swaps += _norm_swaps(adapter, {index: attentions[index] for index in scheme_by_layer}, scheme_by_layer)
     if adapter.learned is not None:
         holder, name, table = adapter.learned_table(base)
-        scheme_by_layer[0].init_from_table(table.weight[adapter.learned_offset :])
+        next(iter(scheme_by_layer.values())).init_from_table(table.weight[adapter.learned_offset :])
         swaps.append(Swap.of(holder, name, ZeroPositionEmbedding(table.weight.shape[1])))
         original[name] = table
     if adapter.vision_encoder is not None:
@@ -435,7 +435,7 @@ def _rotary_swaps(
     modules = {key: adapter.rotary_embedding(base, *key) for key in dict.fromkeys(key_by_layer.values())}
     chosen_types = {layer_type for _, layer_type in modules}
     one_module_per_type = len(chosen_types) == len(modules)
-    whole_types_chosen = all(i in scheme_by_layer for i, each in enumerate(layer_types) if each in chosen_types)
+    whole_types_chosen = all(i in scheme_by_layer for i in target.attentions if layer_types[i] in chosen_types)
     if one_module_per_type and whole_types_chosen:
         by_type = {layer_type: module for (_, layer_type), module in modules.items()}
         original[adapter.rotary] = native_rotary
@@ -448,8 +448,8 @@ def _rotary_swaps(
     return swaps
 
 
-LayerSchemes = list["Scheme | RotationWithBias | None"]
-"""The scheme that acts on the scores of each layer; None for Transformers' own attention."""
+LayerSchemes = dict[int, "Scheme | RotationWithBias | None"]
+"""The scheme that acts on the scores of each layer, by layer index; None for Transformers' own attention."""
 
 
 def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Places) -> LayerSchemes:
@@ -466,10 +466,10 @@ def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Place
             "would have no effect there."
         )
     family_alibi = SCHEMES["alibi"](first.shape) if adapter.alibi else None
-    result: LayerSchemes = []
-    for index, attention in enumerate(attentions):
+    result: LayerSchemes = {}
+    for index, attention in attentions.items():
         if index not in scheme_by_layer:
-            result.append(family_alibi)
+            result[index] = family_alibi
             continue
         scheme = (
             scheme_by_layer[index]
@@ -483,9 +483,8 @@ def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Place
                     f"{first.name!r} cannot be added to the ALiBi of this family; leave keep_native out."
                 )
             scorer = family_alibi
-        result.append(
-            RotationWithBias(scheme, scorer) if scheme is not None and scorer is not None else scheme or scorer
-        )
+        both = scheme is not None and scorer is not None
+        result[index] = RotationWithBias(scheme, scorer) if both else scheme or scorer
     return result
 
 
@@ -568,7 +567,7 @@ def _forward_swaps(
         scheme=scheme,
         embeds=places.embeds,
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
-        scores=any(layer is not None for layer in scores),
+        scores=any(layer is not None for layer in scores.values()),
         rotates_at_scores=places.rotates and places.at_scores,
         pass_positions=adapter.pass_positions,
         arguments=compat.argument_names(type(base).forward),
@@ -581,7 +580,7 @@ def _forward_swaps(
         patch=adapter.vision_encoder.patch(base.config) if adapter.vision_encoder else None,
         keep_native=keep_native,
         native_table=table_window(base) if keep_native and adapter.vision_encoder is None else None,
-        layers=len(target.attentions),
+        layers=len(adapter.blocks(base)),
         forwards_kwargs=adapter.forwards_kwargs,
         unsplittable=_why_unsplittable(adapter, scheme, places),
         sliding_window=_window(base.config, "sliding_attention", "sliding_window"),
@@ -595,7 +594,8 @@ def _forward_swaps(
             None,
         ),
     )
-    broadcast_parameters({id(each): each for each in scores if each is not None}.values(), target.attentions[0])
+    score_schemes = {id(each): each for each in scores.values() if each is not None}.values()
+    broadcast_parameters(score_schemes, target.attentions[target.layers[0]])
     forward: Callable[..., Any] = base_forward if adapter.vision_encoder is None else vision_forward
     if adapter.wrap_base_forward is not None:
         forward = Chain(forward, adapter.wrap_base_forward)

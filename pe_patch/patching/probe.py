@@ -1,4 +1,4 @@
-"""Check the rotation that a user's adapter describes, by running the model on a few tokens."""
+"""Check the rotation that an adapter describes, by running the model on a few tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import Adapter
@@ -20,6 +21,7 @@ from ..attention.interface import backend_for
 from ..core.scheme import Scheme
 from ..errors import OptionValueError, PePatchError
 from ..mla.protocol import converts
+from ..mla.streaming import evaluating
 from ..schemes.rotary import Rotary, Rotation
 from .build import build
 from .patch import Patch, Settings
@@ -28,8 +30,9 @@ from .targets import resolve
 
 logger = logging.getLogger("pe_patch")
 
-LENGTH = 6
-"""Number of tokens in a run."""
+POSITIONS = (0, 1, 3, 4, 7, 12)
+"""Positions of the tokens in a run. They have gaps, so that a model that counts by itself differs."""
+LENGTH = len(POSITIONS)
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest allowed difference from the native queries and keys, relative to the largest entry of a layer.
 
@@ -86,10 +89,9 @@ def check_rotation(patch: Patch) -> None:
     base, adapter = patch.base, patch.adapter
     if adapter.rotary is None or adapter.vision_encoder is not None or any(p.is_meta for p in base.parameters()):
         return
-    native, inputs = _run(base, adapter, feed=None, implementation=_our_implementation(base, patch.settings))
-    if not native:
+    trial = RotationTrial.of(patch.model, base, adapter, patch.settings)
+    if not trial.native:
         return  # no attention calls the interface; the patch itself raises for that
-    trial = RotationTrial(patch, native, inputs)
     error: Exception | None = None
     for at_scores in (False, True):
         wrong, error = trial.differing(adapter, at_scores)
@@ -97,13 +99,12 @@ def check_rotation(patch: Patch) -> None:
             break
     else:
         return
-    fitting = trial.fitting()
+    fitting = trial.fitting(adapter)
+    message = trial.message(adapter, wrong, error, at_scores, fitting)
     if not at_scores or any(_needs_pairs(scheme) for scheme in patch.scheme_by_layer.values()):
-        raise OptionValueError(trial.message(wrong, error, at_scores, fitting)) from error
+        raise OptionValueError(message) from error
     if fitting is not None:
-        logger.warning(
-            "%s Schemes that rotate at the scores would be refused.", trial.message(wrong, error, at_scores, fitting)
-        )
+        logger.warning("%s Schemes that rotate at the scores would be refused.", message)
 
 
 def _needs_pairs(scheme: Scheme) -> bool:
@@ -115,25 +116,43 @@ def _needs_pairs(scheme: Scheme) -> bool:
 class RotationTrial:
     """Compare runs of a model under its native rotation, as adapters describe it, with the unpatched model."""
 
-    patch: Patch
+    model: PreTrainedModel
+    """The outer model, unwrapped."""
+    base: PreTrainedModel
+    """The model that holds the layers."""
+    settings: Settings
+    """The arguments of `patch_model`; backend and submodule are used."""
     native: QueriesAndKeys
     """Queries and keys of the unpatched model."""
     inputs: dict[int, Tensor]
     """Inputs of each attention in the unpatched model, `[batch, tokens, hidden]`."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings) -> RotationTrial:
+        """Run the unpatched model, and return the trial that compares with it.
+
+        Args:
+            model: the outer model, unwrapped.
+            base: the model that holds the layers.
+            adapter: names the layers and their attentions; its rotation is not used.
+            settings: the arguments of `patch_model`.
+        """
+        implementation = our_implementation(base, settings.backend)
+        return cls(model, base, settings, *_run(base, adapter, feed=None, implementation=implementation))
 
     def differing(self, adapter: Adapter, at_scores: bool) -> tuple[list[int], Exception | None]:
         """Return the layers whose queries or keys differ from the native ones, and the error if the model fails to
         run."""
         if at_scores and (adapter.weighted_norm_after_rotation or not adapter.forwards_kwargs):
             return [], None
-        base = self.patch.base
+        base = self.base
         layer_types, attentions = adapter.layer_types(base, base.config), adapter.attentions(base)
         wrong: list[int] = []
         for layer_type in dict.fromkeys(layer_types):
             layers = [i for i, other in enumerate(layer_types) if other == layer_type and i in self.native]
             if all(adapter.skips_rope(attentions[i]) for i in layers):
                 continue
-            scheme = _native(base, adapter, layer_type, at_scores, attentions[layers[0]])
+            scheme = native_rotation(base, adapter, layer_type, at_scores, attentions[layers[0]])
             try:
                 rotated = self._under(scheme, adapter, None if len(set(layer_types)) == 1 else layers)
             except PePatchError:
@@ -143,21 +162,14 @@ class RotationTrial:
             wrong += [i for i in layers if i not in rotated or not _close(rotated[i], self.native[i])]
         return sorted(wrong), None
 
-    def unrotated(self) -> list[int]:
+    def unrotated(self, adapter: Adapter) -> list[int]:
         """Return the layers whose queries and keys do not change if every frequency is zero."""
-        base, adapter = self.patch.base, self.patch.adapter
-        unrotated = type(
-            "Unrotated",
-            (_native(base, adapter, adapter.layer_types(base, base.config)[0], False, None),),
-            {"unrotated": True},
-        )
-        rotated = self._under(unrotated, adapter, None)
+        rotated = self._under(without_rotation(self.base, adapter), adapter, None)
         return [i for i, native in self.native.items() if i in rotated and _close(rotated[i], native)]
 
-    def fitting(self) -> str | None:
+    def fitting(self, adapter: Adapter) -> str | None:
         """Return the adapter fields with which its rotation equals the model's, or None if no layout and pairing
         fits."""
-        adapter = self.patch.adapter
         for layout, pairs in product(LAYOUTS, (False, True)):
             if (layout, pairs) == (adapter.layout, adapter.interleaved_pairs):
                 continue
@@ -168,10 +180,12 @@ class RotationTrial:
                 return ", ".join(fields)
         return None
 
-    def message(self, wrong: list[int], error: Exception | None, at_scores: bool, fitting: str | None) -> str:
+    def message(
+        self, adapter: Adapter, wrong: list[int], error: Exception | None, at_scores: bool, fitting: str | None
+    ) -> str:
         """Return the message of the error: the wrong fields of the adapter, and what to write instead."""
-        adapter, name = self.patch.adapter, type(self.patch.base).__name__
-        unrotated = [] if fitting is not None or not at_scores else [i for i in wrong if i in self.unrotated()]
+        name = type(self.base).__name__
+        unrotated = [] if fitting is not None or not at_scores else [i for i in wrong if i in self.unrotated(adapter)]
         if fitting is not None:
             remedy = f"Adapter({fitting}) fits."
         elif unrotated:
@@ -195,24 +209,48 @@ class RotationTrial:
 
     def _under(self, scheme: type[Native], adapter: Adapter, layers: list[int] | None) -> QueriesAndKeys:
         """Return queries and keys under a scheme in some layers, and restore the model."""
-        given = self.patch.settings
-        settings = Settings("replace", given.backend, adapter, layers, given.submodule)
-        options = {"theta": 10000.0, "original_max_position_embeddings": LENGTH}
-        target = resolve(self.patch.model, adapter, layers, given.submodule)
-        trial = plan(target, *build(scheme, options, target, "replace"), settings)
-        trial.apply()
-        try:
-            return _run(self.patch.base, adapter, self.inputs)[0]
-        finally:
-            trial.undo()
+        with trial_patch(self.model, scheme, adapter, self.settings, layers):
+            return _run(self.base, adapter, self.inputs)[0]
 
 
-def _our_implementation(base: Any, settings: Settings) -> str:
-    """Return the name of this library's attention function for the backend of the patch."""
-    return backend_for(settings.backend or compat.attention_implementation(base.config)).implementation
+@contextmanager
+def trial_patch(
+    model: PreTrainedModel, scheme: type[Native], adapter: Adapter, settings: Settings, layers: list[int] | None = None
+) -> Iterator[None]:
+    """Patch a model for a `with` block, without any check of its adapter.
+
+    Args:
+        model: the outer model, unwrapped and unpatched.
+        scheme: the scheme to apply.
+        adapter: the description of the family.
+        settings: the arguments of `patch_model`; backend and submodule are used.
+        layers: the layers to patch; None for all.
+    """
+    options = {"theta": 10000.0, "original_max_position_embeddings": LENGTH}
+    target = resolve(model, adapter, layers, settings.submodule)
+    tried = Settings("replace", settings.backend, adapter, layers, settings.submodule)
+    trial = plan(target, *build(scheme, options, target, "replace"), tried)
+    trial.apply()
+    try:
+        yield
+    finally:
+        trial.undo()
 
 
-def _native(base: Any, adapter: Adapter, layer_type: str | None, at_scores: bool, attention: Any) -> type[Native]:
+def our_implementation(base: Any, backend: str | None) -> str:
+    """Return the name of this library's attention function for a backend; None takes the model's implementation."""
+    return backend_for(backend or compat.attention_implementation(base.config)).implementation
+
+
+def without_rotation(base: Any, adapter: Adapter) -> type[Native]:
+    """Return the native rotation with frequencies of zero."""
+    native = native_rotation(base, adapter, adapter.layer_types(base, base.config)[0], False, None)
+    return type("Unrotated", (native,), {"unrotated": True})
+
+
+def native_rotation(
+    base: Any, adapter: Adapter, layer_type: str | None, at_scores: bool, attention: Any
+) -> type[Native]:
     """Return a scheme with the frequencies of the native rotary module."""
     rotary = getattr(base, str(adapter.rotary))
     prefix = "" if layer_type is None else f"{layer_type}_"
@@ -248,14 +286,24 @@ def _run(
     """
     seen: QueriesAndKeys = {}
     inputs: dict[int, Tensor] = {}
-    ids = torch.arange(1, LENGTH + 1, device=base.device)[None] % base.config.vocab_size
-    with torch.no_grad(), _capturing(base, adapter, seen, inputs, feed), _using_attention(base.config, implementation):
-        base(input_ids=ids, use_cache=False)
+    with (
+        torch.no_grad(), evaluating(base), capturing(base, adapter, seen, inputs, feed),
+        using_attention(base.config, implementation),
+    ):  # fmt: skip
+        base(**arguments(base), use_cache=False)
     return seen, inputs
 
 
+def arguments(base: Any) -> dict[str, Tensor]:
+    """Return the input ids, the positions and the mask of a run, each `[1, LENGTH]`."""
+    positions = torch.tensor([POSITIONS], device=base.device)
+    # Without a mask, Transformers takes a gap between positions for the start of another document.
+    mask = torch.ones_like(positions)
+    return {"input_ids": (positions + 1) % base.config.vocab_size, "position_ids": positions, "attention_mask": mask}
+
+
 @contextmanager
-def _using_attention(config: Any, implementation: str | None) -> Iterator[None]:
+def using_attention(config: Any, implementation: str | None) -> Iterator[None]:
     """Make an unpatched model call this library's attention function, which then computes what Transformers' does."""
     before = compat.attention_implementation(config)
     if implementation is not None:
@@ -267,14 +315,14 @@ def _using_attention(config: Any, implementation: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _capturing(
+def capturing(
     base: Any, adapter: Adapter, seen: QueriesAndKeys, inputs: dict[int, Tensor], feed: dict[int, Tensor] | None
 ) -> Iterator[None]:
     """Capture the inputs of each attention, and its queries and keys; with `feed`, replace the inputs."""
     attentions, handles = adapter.attentions(base), []
-    for index, attention in enumerate(attentions):
+    for index, attention in attentions.items():
 
-        def arguments(_: Any, args: tuple, kwargs: dict[str, Any], index: int = index) -> Any:
+        def replace_input(_: Any, args: tuple, kwargs: dict[str, Any], index: int = index) -> Any:
             names = [*range(len(args)), *kwargs]
             values = dict(zip(names, (*args, *kwargs.values()), strict=True))
             name = next(n for n, value in values.items() if _is_hidden(value))
@@ -283,12 +331,12 @@ def _capturing(
                 values[name] = feed[index]
             return tuple(values[n] for n in range(len(args))), {n: values[n] for n in kwargs}
 
-        handles.append(attention.register_forward_pre_hook(arguments, with_kwargs=True))
+        handles.append(attention.register_forward_pre_hook(replace_input, with_kwargs=True))
         attention.__dict__["pe_seen"] = lambda query, key, index=index: seen.update({index: (query, key)})
     try:
         yield
     finally:
-        for attention, handle in zip(attentions, handles, strict=True):
+        for attention, handle in zip(attentions.values(), handles, strict=True):
             handle.remove()
             del attention.__dict__["pe_seen"]
 

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from .. import compat
 from ..adapters import ADAPTERS, Adapter
 from ..adapters.check import check_adapter
+from ..adapters.inferred import INFERRED
 from ..adapters.trained_window import TrainedWindow
 from ..core.scheme import AttentionShape
 from ..errors import OptionValueError, PePatchError, UnknownNameError, UnsupportedError, nearest, quoted, unknown
@@ -33,8 +34,8 @@ class Target:
     base: PreTrainedModel
     """The model that holds the layers."""
     adapter: Adapter
-    attentions: list[nn.Module]
-    """The attention of every layer."""
+    attentions: dict[int, nn.Module]
+    """The attention of every layer that has one, by layer index."""
     layer_types: list[str | None]
     """The type of every layer; None in a family whose layers share their frequencies."""
     layers: list[int]
@@ -46,7 +47,7 @@ class Target:
 
     @property
     def everywhere(self) -> bool:
-        """Return whether all layers were chosen."""
+        """Return whether all layers that attend were chosen."""
         return len(self.layers) == len(self.attentions)
 
     @property
@@ -93,7 +94,7 @@ def resolve(model: PreTrainedModel, adapter: Adapter | None, layers: Layers, sub
         adapter=adapter,
         attentions=attentions,
         layer_types=adapter.layer_types(base, base.config),
-        layers=find_layers(layers, len(attentions)),
+        layers=find_layers(layers, len(adapter.blocks(base)), attentions),
         users_adapter=users_adapter,
     )
 
@@ -204,8 +205,10 @@ def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
         check_adapter(base, adapter)
         return adapter
     family = base.config.model_type
+    if family not in ADAPTERS and type(base) in INFERRED:
+        return INFERRED[type(base)]
     if family not in ADAPTERS:
-        raise _unknown_family(family)
+        raise unknown_family(family)
     if not ADAPTERS.is_builtin(family):
         check_adapter(base, ADAPTERS[family])
     return ADAPTERS[family]
@@ -215,11 +218,17 @@ class UnknownFamilyError(UnsupportedError, UnknownNameError):
     """A model family without an adapter."""
 
 
-def _unknown_family(family: str) -> UnknownFamilyError:
+def unknown_family(family: str, why: str = "") -> UnknownFamilyError:
+    """Return the error for a family without an adapter.
+
+    Args:
+        family: `config.model_type`.
+        why: why none was found by looking, as a clause; empty if nobody looked.
+    """
     # A model type that Transformers knows is not a misspelling of a similar one.
     near = "" if family in CONFIG_MAPPING else nearest(family, ADAPTERS)
     return UnknownFamilyError(
-        f"The family {family!r} has no adapter.{near} If its forward calls `rotary_emb` once and "
+        f"The family {family!r} has no adapter{f', and none can be inferred: {why}' if why else ''}.{near} If its forward calls `rotary_emb` once and "
         "the attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is "
         f"all it takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
     )
@@ -235,22 +244,25 @@ def _unknown_stacks(model: PreTrainedModel, all_stacks: dict[str, PreTrainedMode
     )
 
 
-def find_layers(layers: Layers, count: int) -> list[int]:
+def find_layers(layers: Layers, count: int, attending: Iterable[int] | None = None) -> list[int]:
     """Return the indices of the layers to patch, in order.
 
     Args:
-        layers: indices, a slice or a predicate of the index; None for all layers. Negative indices count from the end.
+        layers: indices, a slice or a predicate of the index; None for all layers that attend. Negative indices count
+            from the end.
         count: number of layers of the model.
+        attending: indices of the layers that attend; None for all. A slice or a predicate chooses among these.
 
     Raises:
-        OptionValueError: `layers` is none of these, chooses no layer, or names one that does not exist.
+        OptionValueError: `layers` is none of these, chooses no layer, or names one that does not exist or attend.
     """
+    able = list(range(count)) if attending is None else sorted(attending)
     if layers is None:
-        return list(range(count))
+        return able
     if isinstance(layers, slice):
-        chosen = _sliced(layers, count)
+        chosen = [index for index in _sliced(layers, count) if index in able]
     elif callable(layers):
-        chosen = [index for index in range(count) if layers(index)]
+        chosen = [index for index in able if layers(index)]
     elif isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Mapping):
         chosen = [_layer(index, layers, count) for index in _entries(layers, count)]
     else:
@@ -258,8 +270,15 @@ def find_layers(layers: Layers, count: int) -> list[int]:
     if wrong := [index for index in chosen if not -count <= index < count]:
         raise OptionValueError(f"layers= names {wrong[0]}, but this model has layers 0 to {count - 1}.")
     chosen = sorted({index % count for index in chosen})
+    if without := [index for index in chosen if index not in able]:
+        raise OptionValueError(
+            f"layers= names layer {without[0]}, which has no attention in this hybrid model. Layers that attend: "
+            f"{', '.join(map(str, able))}."
+        )
     if not chosen:
-        raise OptionValueError(f"layers= chooses none of the {count} layers, so the patch would have no effect.")
+        raise OptionValueError(
+            f"layers= chooses none of the {len(able)} layers that attend, so the patch would have no effect."
+        )
     return chosen
 
 

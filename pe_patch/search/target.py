@@ -77,8 +77,7 @@ def rotary_shape(model: Any) -> AttentionShape:
             f"{base.config.model_type} has {adapter.native!r} positions and no frequencies to rescale; search is for "
             "rotary models."
         )
-    count = len(adapter.attentions(base))
-    shapes = [adapter.shape(base, base.config, layer) for layer in range(count)]
+    shapes = [adapter.shape(base, base.config, layer) for layer in adapter.attentions(base)]
     rotations = {(shape.rope_theta, shape.rotary_dim, shape.trained_length) for shape in shapes}
     if len(rotations) > 1:
         bases = ", ".join(f"{theta:g}" for theta, *_ in sorted(rotations))

@@ -350,8 +350,8 @@ def refuse_under_context_parallel(recipe: Any, model: nn.Module, parts: int) -> 
     """
     patch = find_patch(model)
     if patch is not None:
-        acts_at_scores = any(layer.__dict__["pe_scheme"] is not None for layer in patch.adapter.attentions(patch.base))
-        if acts_at_scores:
+        attentions = patch.adapter.attentions(patch.base).values()
+        if any(attention.__dict__["pe_scheme"] is not None for attention in attentions):
             raise RecipeError(
                 f"scheme {patch.scheme.name} acts at the scores, and context parallelism would drop it. {INSTEAD}"
             )

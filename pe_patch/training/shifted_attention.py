@@ -119,9 +119,9 @@ def shift_attention(model: Any, groups: int) -> Any:
     attentions = patch.adapter.attentions(patch.base)
     _check_backend(backend_for(compat.attention_implementation(patch.base.config)))
     _check_layers(patch, attentions)
-    if any("pe_shift" in attention.__dict__ for attention in attentions):
+    if any("pe_shift" in attention.__dict__ for attention in attentions.values()):
         unshift_attention(model)
-    swaps = [Swap.of(attention, "pe_shift", Shift(groups, heads), direct=True) for attention in attentions]
+    swaps = [Swap.of(attention, "pe_shift", Shift(groups, heads), direct=True) for attention in attentions.values()]
     try:
         patch.swaps = [*patch.swaps, *swaps]
         apply_all(swaps)
@@ -154,7 +154,7 @@ def _check_backend(backend: Backend) -> None:
         )
 
 
-def _check_layers(patch: Any, attentions: list[Any]) -> None:
+def _check_layers(patch: Any, attentions: dict[int, Any]) -> None:
     """Raise unless each layer attends plainly to queries and keys that already contain their positions."""
     config, name = patch.base.config, patch.base.config.model_type
     if patch.adapter.vision_encoder is not None:
@@ -163,7 +163,7 @@ def _check_layers(patch: Any, attentions: list[Any]) -> None:
         raise UnsupportedError(
             f"The layers of {name} attend to latents, which shifted attention does not support; {REMEDY}."
         )
-    for index, attention in enumerate(attentions):
+    for index, attention in attentions.items():
         scheme = attention.__dict__["pe_scheme"]
         if scheme is not None:
             under = "" if scheme.name == patch.scheme.name else f" under {patch.scheme.name!r}"
@@ -173,11 +173,11 @@ def _check_layers(patch: Any, attentions: list[Any]) -> None:
                 f"'linear', 'ntk' or 'yarn'; 'nope'; absolute positions); or {REMEDY}."
             )
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [layer for layer in attentions if getattr(layer, "sliding_window", None) is not None]
+    windows = [layer for layer in attentions.values() if getattr(layer, "sliding_window", None) is not None]
     if (
         layer_types != {"full_attention"}
         or windows
-        or any(getattr(layer, "sinks", None) is not None for layer in attentions)
+        or any(getattr(layer, "sinks", None) is not None for layer in attentions.values())
     ):
         raise UnsupportedError(
             f"{name} has layers with a sliding window, chunks or sinks, which shifted attention would drop; {REMEDY}."

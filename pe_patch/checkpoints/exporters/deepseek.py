@@ -81,8 +81,8 @@ def _check(patch: Patch) -> None:
     for applies, why in reasons:
         if applies:
             _refuse(patch, why)
-    attentions: list[Any] = list(patch.adapter.attentions(patch.base))
-    for attention in attentions:
+    attentions: dict[int, Any] = dict(patch.adapter.attentions(patch.base))
+    for attention in attentions.values():
         latent = attention.mla
         if latent.features is not None:
             _refuse(patch, "it normalises the query and key of each head")
@@ -123,7 +123,7 @@ def _check_rotation(patch: Patch, config: DeepseekV3Config) -> None:
 
     rotary = getattr(patch.base, patch.adapter.rotary or "")
     built = DeepseekV3RotaryEmbedding(config)
-    for attention in patch.adapter.attentions(patch.base):
+    for attention in patch.adapter.attentions(patch.base).values():
         latent: Any = attention.mla
         frequencies = rotary.inv_freq.cpu()[latent.frequency[0].cpu()]
         expected = built.inv_freq.cpu().to(frequencies.dtype)  # a cast of the whole model may have rounded ours
@@ -151,8 +151,8 @@ def _weights(model: Any, patch: Patch, config: DeepseekV3Config, scaling: float)
     }
     rope, nope = config.qk_rope_head_dim, config.qk_nope_head_dim
     pairs = torch.arange(rope, device=model.device).view(2, -1).T.flatten()  # from halves to neighbours
-    attentions: list[Any] = list(patch.adapter.attentions(patch.base))
-    for index, attention in enumerate(attentions):
+    attentions: dict[int, Any] = dict(patch.adapter.attentions(patch.base))
+    for index, attention in attentions.items():
         latent = attention.mla
         layer = f"{prefix}layers.{index}.self_attn."
         query = latent.q_proj.weight.unflatten(0, (latent.sizes.heads, -1))

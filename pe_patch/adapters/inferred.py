@@ -1,0 +1,24 @@
+"""Hold the adapters that were found by looking at a model, for families without a row."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from .adapter import Adapter
+
+INFERRED: weakref.WeakKeyDictionary[type, Adapter] = weakref.WeakKeyDictionary()
+"""The adapter that was found and proved last for each class of base models. A row of `ADAPTERS` takes precedence."""
+
+
+@dataclass(frozen=True)
+class RotatingLayers:
+    """A value of `Adapter.rotates` for a family whose attentions have no attribute that says whether they rotate."""
+
+    layers: frozenset[int]
+    """Indices of the layers that rotate."""
+
+    def __call__(self, attention: Any) -> bool:
+        """Return whether this attention rotates."""
+        return attention.layer_idx in self.layers
