@@ -112,6 +112,7 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "stablelm": Adapter(forwards_kwargs=False, summary="StableLM 2"),
         "nemotron": Adapter(forwards_kwargs=False, summary="Nemotron-4, Minitron"),
         "hunyuan_v1_dense": Adapter(weighted_norm_after_rotation=True, summary="Hunyuan dense"),
+        "hunyuan_v1_moe": Adapter(weighted_norm_after_rotation=True, summary="Hunyuan-A13B"),
         "glm": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4 9B"),
         "glm4": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4-0414"),
         "gpt_oss": Adapter(layout="single", summary="gpt-oss-20b, gpt-oss-120b"),

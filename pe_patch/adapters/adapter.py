@@ -321,6 +321,15 @@ class PerLayerTypeRotary(nn.Module):
         self.by_type = nn.ModuleDict(by_type)
         self.__dict__["native"] = native  # registered once, on the base model
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the native module that is not a frequency, such as the list of its layer types."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "native" or name.endswith("inv_freq"):
+                raise
+            return getattr(self.__dict__["native"], name)
+
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> Any:
         """Return the cos and sin of one layer type, as its module does."""
         module = self.by_type[layer_type] if layer_type in self.by_type else self.__dict__["native"]

@@ -73,7 +73,8 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
         )
     rotary = getattr(base, adapter.rotary)
     if adapter.rotary_per_layer_type:
-        expected = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[:count])]
+        attending = adapter.attentions(base)
+        expected = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[index] for index in attending)]
     else:
         expected = [FREQUENCIES]
     if all(isinstance(getattr(rotary, name, None), Tensor) for name in expected):

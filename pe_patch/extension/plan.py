@@ -36,7 +36,8 @@ STEPS = (20, 400)
 NEEDLES = 0.6
 """Share of the training sequences that ask for hidden facts."""
 AVERAGE = 0.8
-"""Share of the trained weights in the saved ones; the rest are the original weights, which keep chat and short texts."""
+"""Share of the trained weights in the saved ones. The rest are the original weights, so that chat and short texts stay
+as they are."""
 
 
 @dataclass(frozen=True)

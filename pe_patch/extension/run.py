@@ -326,7 +326,7 @@ def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candida
 
 
 def choose(plan: ExtensionPlan, results: Results) -> Candidate:
-    """Return the untrained scheme with the least loss at the control and the target length among those that answer best.
+    """Return the untrained scheme with the least loss, at the control and the target length, that answers best.
 
     A scheme is among them if its share of answers at the target length may be the best one's: so few questions tell no
     more.

@@ -8,6 +8,7 @@ step; a candidate that fails is never used.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import re
 import weakref
@@ -25,6 +26,7 @@ from ..adapters import ADAPTERS, Adapter
 from ..adapters.check import FREQUENCIES, check_adapter
 from ..adapters.inferred import INFERRED, RotatingLayers
 from ..core.swaps import Swap, with_swaps
+from ..errors import PePatchError
 from ..mla.streaming import evaluating
 from .patch import Settings
 from .probe import (
@@ -66,24 +68,30 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
     known = INFERRED.get(type(base))
     if any(parameter.is_meta for parameter in base.parameters()):
         if known is None:
-            INFERRED[type(base)] = _look(base)
+            INFERRED[type(base)] = _look(model, base)
             logger.warning(
                 "%s has no row in the table of families. Its adapter was found by looking, and cannot be proved while "
                 "its weights are on the meta device. Load the weights before you patch it.",
                 base.config.model_type,
             )
         return
-    candidates = [] if known is None else [known]
     failures: list[str] = []
-    for adapter in [*candidates, *_candidates(model, base, settings)]:
-        failure = prove(model, base, adapter, settings)
-        if failure is None:
-            INFERRED[type(base)] = adapter
-            PROVED.add(base)
-            logger.info("Found and proved an adapter for %s: %s", base.config.model_type, row(adapter))
-            return
+    for adapter in [*([] if known is None else [known]), *_candidates(model, base)]:
+        try:
+            complete = with_rotating_layers(model, base, adapter, settings)
+            failure = prove(model, base, complete, settings)
+        except PePatchError as error:
+            failure = str(error)
+        except Exception as error:  # anything may fail in a model that nobody has looked at
+            failure = f"a pass under this adapter raised {type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            if failure is None:
+                INFERRED[type(base)] = complete
+                PROVED.add(base)
+                logger.info("Found and proved an adapter for %s: %s", base.config.model_type, row(complete))
+                return
         failures.append(failure)
-    raise _not_proved(base, failures)
+    raise _unknown(base, failures[0].rstrip("."))
 
 
 def row(adapter: Adapter) -> str:
@@ -158,7 +166,7 @@ def _frequency_names(module: nn.Module) -> list[str]:
     return [name for name in names if re.fullmatch(rf"(\w+_)?{FREQUENCIES}", name) and "original" not in name]
 
 
-def _look(base: PreTrainedModel) -> Adapter:
+def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
     """Return the adapter as far as a pass shows it; the pairing and the layers that rotate are not known yet."""
     observed = observe(base)
     layers, attention, attention_class = _locate(base, observed.attentions)
@@ -178,6 +186,7 @@ def _look(base: PreTrainedModel) -> Adapter:
         forwards_kwargs=observed.forwards_kwargs,
         scaling_includes_mscale=_includes_mscale(first, base),
         embedding_multiplier=_embedding_multiplier(base),
+        drops_cache_at_window=_drops_cache(model),
         summary="found by looking",
     )
 
@@ -266,22 +275,25 @@ def _unknown(base: PreTrainedModel, why: str) -> UnknownFamilyError:
     return unknown_family(base.config.model_type, why)
 
 
-def _not_proved(base: PreTrainedModel, failures: list[str]) -> UnknownFamilyError:
-    """Return the error for a model whose candidates all failed; the first one looked the most usual."""
-    return unknown_family(base.config.model_type, failures[0].rstrip("."))
+def _drops_cache(model: PreTrainedModel) -> bool:
+    """Return whether the model's own code drops the cache at the trained window, as Phi-3's does in generation."""
+    method = getattr(type(model), "prepare_inputs_for_generation", None)
+    try:
+        return "original_max_position_embeddings" in inspect.getsource(method) if method is not None else False
+    except OSError:  # a class without a source file
+        return False
 
 
 # Trying and proving
 
 
-def _candidates(model: PreTrainedModel, base: PreTrainedModel, settings: Settings) -> Iterator[Adapter]:
+def _candidates(model: PreTrainedModel, base: PreTrainedModel) -> Iterator[Adapter]:
     """Yield the adapters that fit what a pass shows, the most usual pairing first."""
-    seen = _look(base)
+    seen = _look(model, base)
     products = (False, True) if base.dtype in (torch.bfloat16, torch.float16) and not seen.full_precision else (False,)
     likely = seen.layout in ("interleaved", "complex")
     for pairs, product_in_full in product((likely, not likely), products):
-        adapter = replace(seen, interleaved_pairs=pairs, full_precision_product=product_in_full)
-        yield with_rotating_layers(model, base, adapter, settings)
+        yield replace(seen, interleaved_pairs=pairs, full_precision_product=product_in_full)
 
 
 def with_rotating_layers(
@@ -322,6 +334,8 @@ def prove(model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, setti
         wrong, error = trial.differing(adapter, at_scores)
         if wrong:
             return trial.message(adapter, wrong, error, at_scores, None)
+    if wrong := trial.normalised(adapter):
+        return f"layer {wrong[0]} normalises queries and keys after it rotates them, which a row must describe"
     if (layer := _knows_order(model, base, adapter, settings, trial)) is not None:
         return f"layer {layer} knows the order of tokens when nothing rotates, so positions reach it another way"
     return _identity(model, base, adapter, settings)

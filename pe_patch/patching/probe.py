@@ -39,6 +39,8 @@ TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 Other dtypes use `EXACT`.
 """
 EXACT = 1e-4
+FACTOR = 1.25
+"""Factor on cos and sin in the search for a norm after the rotation."""
 
 QueriesAndKeys = dict[int, tuple[Tensor, Tensor]]
 """Queries and keys of each layer, `[batch, heads, tokens, head]`, as its attention multiplies them."""
@@ -162,6 +164,25 @@ class RotationTrial:
             wrong += [i for i in layers if i not in rotated or not _close(rotated[i], self.native[i])]
         return sorted(wrong), None
 
+    def normalised(self, adapter: Adapter) -> list[int]:
+        """Return the layers in which something after the rotation undoes a factor on cos and sin, such as a norm."""
+        base, attentions, wrong = self.base, adapter.attentions(self.base), []
+        layer_types = adapter.layer_types(base, base.config)
+        for layer_type in dict.fromkeys(layer_types[index] for index in attentions):
+            layers = [i for i in attentions if layer_types[i] == layer_type and not adapter.skips_rope(attentions[i])]
+            if not layers:
+                continue
+            chosen = None if len(set(layer_types)) == 1 else layers
+            early, late = (
+                self._under(type("Stretched", (scheme,), {"factor": FACTOR * scheme.factor}), adapter, chosen)
+                for scheme in (
+                    native_rotation(base, adapter, layer_type, at_scores, attentions[layers[0]])
+                    for at_scores in (False, True)
+                )
+            )
+            wrong += [i for i in layers if not _close(early[i], late[i])]
+        return sorted(wrong)
+
     def unrotated(self, adapter: Adapter) -> list[int]:
         """Return the layers whose queries and keys do not change if every frequency is zero."""
         rotated = self._under(without_rotation(self.base, adapter), adapter, None)
@@ -244,7 +265,8 @@ def our_implementation(base: Any, backend: str | None) -> str:
 
 def without_rotation(base: Any, adapter: Adapter) -> type[Native]:
     """Return the native rotation with frequencies of zero."""
-    native = native_rotation(base, adapter, adapter.layer_types(base, base.config)[0], False, None)
+    first = next(iter(adapter.attentions(base)))
+    native = native_rotation(base, adapter, adapter.layer_types(base, base.config)[first], False, None)
     return type("Unrotated", (native,), {"unrotated": True})
 
 
