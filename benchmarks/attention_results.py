@@ -59,7 +59,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels.append((f"memory, {KINDS[1]}", KINDS[1], "of_qkv_and_output"))
     points = [
         {
-            "label": row["scheme"], "column": column, "value": row[kind][key], "number": f"{row[kind][key]:.2f}",
+            "label": row["scheme"],
+            "column": column,
+            "value": row[kind][key],
+            "number": f"{row[kind][key]:.2f}",
             "group": "pe_patch" if row["scheme"].split(",")[0] in SCHEMES else "others",
         }
         for column, kind, key in panels
@@ -71,5 +74,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         f"{host['torch']}. Time over plain causal attention (dotted line); memory above the inputs over query, key, value and output. "
         "Others: a dense mask, and the attention of BLOOM and T5 in Transformers."
     )
-    chart = dots(points, name="attention", title="Attention against plain causal attention", subtitle=subtitle, reference=1.0, scale="log")
+    chart = dots(
+        points,
+        name="attention",
+        title="Attention against plain causal attention",
+        subtitle=subtitle,
+        reference=1.0,
+        scale="log",
+    )
     path.write_bytes(chart.png())

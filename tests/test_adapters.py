@@ -82,11 +82,11 @@ def test_positions_reach_every_layer(family, tokens):
     patch_model(model, "alibi")
     base = next(module for module in model.modules() if "pe_patch" in module.__dict__)
     reached: list = []
-    attentions = ADAPTERS[family].attentions(base)
+    attentions = list(ADAPTERS[family].attentions(base).values())
     for attention in attentions:
         attention.__dict__["pe_probe"] = reached
     full, _, cached = observe(model, *tokens)
-    first = [(module, positions) for module, positions in reached if positions.key.shape[1] == LENGTH][
+    first = [(module, positions) for module, positions, _ in reached if positions.key.shape[1] == LENGTH][
         : len(attentions)
     ]
     assert [module for module, _ in first] == attentions

@@ -143,7 +143,7 @@ def test_a_tower_attends_as_the_definition_says(family, case, size, backend):
     model = vision_encoder(family)
     patch_model(model, name, backend=backend, **options)
     own = list(model.position_schemes.scheme)
-    attentions = ADAPTERS[family].attentions(model)
+    attentions = list(ADAPTERS[family].attentions(model).values())
     seen = []
     hooks = [
         attention.register_forward_hook(

@@ -36,7 +36,7 @@ def rows_of(lengths=LENGTHS, seed=5):
 
 def parts(model):
     base, adapter = model.base_model, ADAPTERS[model.config.model_type]
-    return base, list(adapter.blocks(base)), adapter.attentions(base)
+    return base, list(adapter.blocks(base)), list(adapter.attentions(base).values())
 
 
 @torch.no_grad()

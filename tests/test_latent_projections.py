@@ -37,7 +37,7 @@ def caught(model, ids):
     AttentionInterface.register("caught", attend)
     try:
         model.config._attn_implementation = "caught"
-        attention = ADAPTERS[model.config.model_type].attentions(model.base_model)[-1]
+        attention = ADAPTERS[model.config.model_type].attentions(model.base_model)[model.config.num_hidden_layers - 1]
 
         def catch(module, args, kwargs):
             seen["hidden"] = args[0] if args else kwargs["hidden_states"]
@@ -48,7 +48,7 @@ def caught(model, ids):
         handle.remove()
     finally:
         AttentionInterface._global_mapping.pop("caught", None)
-    return seen["hidden"], seen[len(ADAPTERS[model.config.model_type].attentions(model.base_model)) - 1]
+    return seen["hidden"], seen[model.config.num_hidden_layers - 1]
 
 
 def heads(hidden, weight, bias, norm, head_dim):

@@ -73,16 +73,16 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
         raise UnsupportedError(
             f"{first.name!r} converts attention that rotates queries and keys (RoPE), and this family does not."
         )
-    if adapter.projections is None:
-        raise UnsupportedError(
-            f"{first.name!r} replaces query, key and value projections, and it is unknown how {base.config.model_type} "
-            "projects: give its adapter `projections=` (pe_patch.adapters.projections)."
-        )
     attentions = adapter.attentions(base)
     if len(attentions) < len(adapter.blocks(base)):
         raise UnsupportedError(
             f"{first.name!r} converts models whose layers all attend; {len(attentions)} of {len(adapter.blocks(base))} "
             f"layers of {base.config.model_type} do. Choose another scheme."
+        )
+    if adapter.projections is None:
+        raise UnsupportedError(
+            f"{first.name!r} replaces query, key and value projections, and it is unknown how {base.config.model_type} "
+            "projects: give its adapter `projections=` (pe_patch.adapters.projections)."
         )
     empty = all(p.is_meta for p in model.parameters()) and not any(compat.execution_hook(m) for m in model.modules())
     scale = 1.0 if overrides(first, "angles") else float(getattr(base.get_submodule(adapter.rotary), SCALE, 1.0))

@@ -166,7 +166,10 @@ class RotationTrial:
 
     def normalised(self, adapter: Adapter) -> list[int]:
         """Return the layers in which something after the rotation undoes a factor on cos and sin, such as a norm."""
-        base, attentions, wrong = self.base, adapter.attentions(self.base), []
+        base, attentions = self.base, adapter.attentions(self.base)
+        wrong: list[int] = []
+        if not adapter.forwards_kwargs:  # nothing rotates at the scores there
+            return wrong
         layer_types = adapter.layer_types(base, base.config)
         for layer_type in dict.fromkeys(layer_types[index] for index in attentions):
             layers = [i for i in attentions if layer_types[i] == layer_type and not adapter.skips_rope(attentions[i])]
@@ -317,8 +320,10 @@ def _run(
 
 
 def arguments(base: Any) -> dict[str, Tensor]:
-    """Return the input ids, the positions and the mask of a run, each `[1, LENGTH]`."""
+    """Return the input ids, the positions and the mask of a run, each `[1, LENGTH]`; only ids on the meta device."""
     positions = torch.tensor([POSITIONS], device=base.device)
+    if positions.is_meta:
+        return {"input_ids": positions}
     # Without a mask, Transformers takes a gap between positions for the start of another document.
     mask = torch.ones_like(positions)
     return {"input_ids": (positions + 1) % base.config.vocab_size, "position_ids": positions, "attention_mask": mask}
