@@ -40,8 +40,8 @@ def nothing_known():
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gpt_neox", "qwen3", "cohere2", "glm", "gemma3_text", "olmo2", "deepseek_v2", "smollm3", "phi3", "gpt_oss",
-     "granite", "stablelm", "glm4_moe_lite"],
+    ["llama", "gpt_neox", "qwen3", "cohere2", "glm", "gemma3_text", "olmo2", "deepseek_v2", "smollm3", "phi3",
+     "gpt_oss", "granite", "stablelm", "glm4_moe_lite"],
 )  # fmt: skip
 def test_what_is_found_equals_the_row(family, monkeypatch):
     model, expected = build(family), ADAPTERS[family]

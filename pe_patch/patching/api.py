@@ -32,7 +32,7 @@ from .inference import infer_missing
 from .patch import ModelLock, Patch, Settings
 from .peft import detach, wrapper_swaps
 from .plan import plan
-from .probe import check_rotation
+from .probe import arguments, check_rotation
 from .targets import Layers, resolve, unwrap
 
 logger = logging.getLogger("pe_patch")
@@ -277,8 +277,7 @@ def _verify(patch: Patch, probe: bool) -> None:
 
     @torch.no_grad()
     def run() -> None:
-        ids = torch.ones(1, 3, dtype=torch.long, device=base.device)
-        base(input_ids=ids, use_cache=False)
+        base(**arguments(base), use_cache=False)
 
     with_swaps([Swap.of(attention, "pe_probe", reached, direct=True) for attention in attentions.values()], run)
     for index in patch.layers:

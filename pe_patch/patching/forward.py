@@ -392,6 +392,8 @@ def _check_window(runtime: Runtime, count: int, past_length: int | Tensor, expli
         return
     if torch.compiler.is_compiling() and not (hard or runtime.strict or runtime.native_table):
         return
+    if explicit is not None and explicit.is_meta:  # no values to look at
+        return
     longest = int(past_length) + count if explicit is None else int(explicit.max()) + 1
     if runtime.native_table is not None and longest > runtime.native_table[0]:
         raise BeyondWindowError(

@@ -361,12 +361,12 @@ def _knows_order(
 def attention_outputs(base: PreTrainedModel, adapter: Adapter, feed: dict[int, Tensor]) -> dict[int, Tensor]:
     """Return the output of each attention, `[batch, tokens, hidden]`, for given inputs."""
     outputs: dict[int, Tensor] = {}
+
+    def keep(index: int, result: Any) -> None:
+        outputs[index] = (result[0] if isinstance(result, tuple) else result).float()
+
     handles = [
-        attention.register_forward_hook(
-            lambda _, __, result, index=index: outputs.update(
-                {index: (result[0] if isinstance(result, tuple) else result).float()}
-            )
-        )
+        attention.register_forward_hook(lambda _, __, result, index=index: keep(index, result))
         for index, attention in adapter.attentions(base).items()
     ]
     try:

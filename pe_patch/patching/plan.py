@@ -483,8 +483,9 @@ def _score_schemes(target: Target, scheme_by_layer: SchemeByLayer, places: Place
                     f"{first.name!r} cannot be added to the ALiBi of this family; leave keep_native out."
                 )
             scorer = family_alibi
-        both = scheme is not None and scorer is not None
-        result[index] = RotationWithBias(scheme, scorer) if both else scheme or scorer
+        result[index] = (
+            RotationWithBias(scheme, scorer) if scheme is not None and scorer is not None else scheme or scorer
+        )
     return result
 
 

@@ -320,10 +320,14 @@ def _run(
 
 
 def arguments(base: Any) -> dict[str, Tensor]:
-    """Return the input ids, the positions and the mask of a run, each `[1, LENGTH]`; only ids on the meta device."""
+    """Return the input ids, the positions and the mask of a run, each `[1, LENGTH]`.
+
+    On the meta device the mask is `[1, 1, LENGTH, LENGTH]`, since Transformers would look at values to build it.
+    """
     positions = torch.tensor([POSITIONS], device=base.device)
     if positions.is_meta:
-        return {"input_ids": positions}
+        mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=positions.device)
+        return {"input_ids": positions, "position_ids": positions, "attention_mask": mask}
     # Without a mask, Transformers takes a gap between positions for the start of another document.
     mask = torch.ones_like(positions)
     return {"input_ids": (positions + 1) % base.config.vocab_size, "position_ids": positions, "attention_mask": mask}

@@ -227,10 +227,11 @@ def unknown_family(family: str, why: str = "") -> UnknownFamilyError:
     """
     # A model type that Transformers knows is not a misspelling of a similar one.
     near = "" if family in CONFIG_MAPPING else nearest(family, ADAPTERS)
+    inferred = f", and none can be inferred: {why}" if why else ""
     return UnknownFamilyError(
-        f"The family {family!r} has no adapter{f', and none can be inferred: {why}' if why else ''}.{near} If its forward calls `rotary_emb` once and "
-        "the attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is "
-        f"all it takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
+        f"The family {family!r} has no adapter{inferred}.{near} If its forward calls `rotary_emb` once and the "
+        "attention interface in each layer, `adapter=pe_patch.Adapter(layers=..., attention=..., rotary=...)` is all "
+        f"it takes (CONTRIBUTING shows how to test it). Supported: {', '.join(sorted(ADAPTERS))}."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import PePatchError
 from .chart import Chart, data
@@ -11,6 +11,7 @@ from .components import panel_columns, scheme_encoding, tooltips
 from .libraries import alt
 
 LABEL_TOOLTIPS = {"label": "", "column": "measured", "number": "value", "interval": "95 % interval"}
+ScaleKind = Literal["linear", "log", "symlog"]
 SYMLOG = 0.05
 """Values of this size and below are drawn linearly on a "symlog" axis."""
 OPTIONAL_TOOLTIPS = ("samples", "tokens", "control", "without_context", "measured_on")
@@ -25,7 +26,7 @@ def dots(
     caption: str = "",
     domain: tuple[float, float] | None = None,
     reference: float | None = None,
-    scale: str = "linear",
+    scale: ScaleKind = "linear",
 ) -> Chart:
     """Draw a panel per `column` with a line per `label`, both in order of first occurrence.
 
@@ -86,7 +87,7 @@ def _panel(
     labels: list[str],
     domain: tuple[float, float] | None,
     reference: float | None,
-    scale: str,
+    scale: ScaleKind,
 ) -> Any:
     tips = tooltips(
         *(key for key in OPTIONAL_TOOLTIPS if any(key in point for point in points)),
@@ -96,10 +97,9 @@ def _panel(
     tips = [*tips[-len(LABEL_TOOLTIPS) :], *tips[: -len(LABEL_TOOLTIPS)]]
     names = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=180)
     style = "~s" if max(abs(point["value"] or 0) for point in points) >= 10_000 else ",.4~r"
-    kind: dict[str, Any] = {"type": scale, "nice": scale == "linear"}
-    if scale == "symlog":
-        kind["constant"] = SYMLOG
-    horizontal = alt.Scale(**kind, **({"zero": False, "padding": 14} if domain is None else {"domain": list(domain)}))
+    limits: dict[str, Any] = {"zero": False, "padding": 14} if domain is None else {"domain": list(domain)}
+    constant: dict[str, Any] = {"constant": SYMLOG} if scale == "symlog" else {}
+    horizontal = alt.Scale(type=scale, nice=scale == "linear", **limits, **constant)
     axis = alt.Axis(tickCount=4, format=style, grid=scale == "linear")
     x = alt.X("value:Q", title=None, scale=horizontal, axis=axis)
     y = alt.Y("label:N", title=None, scale=alt.Scale(domain=labels), axis=names)
