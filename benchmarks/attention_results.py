@@ -71,8 +71,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     where = host["gpu"] if setting["device"].startswith("cuda") else f"{host['cpu']}, {host['threads']} thread(s)"
     subtitle = (
         f"{shown:,} tokens, {setting['heads']} heads of {setting['head_dim']}, {setting['dtype']}; {where}, torch "
-        f"{host['torch']}. Time over plain causal attention (dotted line); memory above the inputs over query, key, value "
-        "and output. "
+        f"{host['torch']}. Time over plain causal attention (dotted line); memory above the inputs over query, key, "
+        "value and output. "
         "Others: a dense mask, and the attention of BLOOM and T5 in Transformers."
     )
     chart = dots(

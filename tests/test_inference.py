@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_model, unpatch_model
-from pe_patch.adapters.inferred import INFERRED
+from pe_patch.adapters.inferred import INFERRED, adapter_row
 from pe_patch.patching import inference
 from pe_patch.patching.patch import Settings
 
@@ -103,7 +103,9 @@ def _bases(model):
 def test_a_hybrid_model_is_patched_where_it_attends():
     model = build("qwen3_next", **UNKNOWN["qwen3_next"])
     patch_model(model, "yarn", factor=4)
-    assert describe(model).layers == [3]
+    described = describe(model)
+    assert described.layers == [3] and "1 of the 1 that attend, of 4 in all: [3]" in str(described)
+    assert described.inferred_row == "Adapter(summary='found by looking')" and described.inferred_row in str(described)
     unpatch_model(model)
     with pytest.raises(ValueError, match=r"names layer 1, which has no attention in this hybrid model.*attend: 3\."):
         patch_model(model, "yarn", factor=4, layers=[1])
@@ -116,7 +118,7 @@ def test_a_hybrid_model_is_patched_where_it_attends():
 def test_the_row_can_be_copied():
     model = build("cohere2_moe", **UNKNOWN["cohere2_moe"])
     patch_model(model, "rope")
-    text = inference.row(INFERRED[type(model.base_model)])
+    text = adapter_row(INFERRED[type(model.base_model)])
     assert text == (
         "Adapter(layout='interleaved', interleaved_pairs=True, rotates='sliding_window', summary='found by looking')"
     )
@@ -128,6 +130,9 @@ def test_a_model_on_the_meta_device_is_not_proved_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, logger="pe_patch"):
         patch_model(model, "yarn", factor=2)
     assert "cannot be proved while its weights are on the meta device" in caplog.text
+    assert describe(model).inferred_row == (
+        "Adapter(full_precision=True, interleaved_pairs=True, summary='found by looking')"
+    )
 
 
 # Models that were broken on purpose, each in a way that an adapter of a row cannot describe.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .adapter import Adapter
@@ -22,3 +22,13 @@ class RotatingLayers:
     def __call__(self, attention: Any) -> bool:
         """Return whether this attention rotates."""
         return attention.layer_idx in self.layers
+
+
+def adapter_row(adapter: Adapter) -> str:
+    """Return an adapter as the Python expression that builds it."""
+    given = (
+        f"{each.name}={getattr(adapter, each.name)!r}"
+        for each in fields(adapter)
+        if getattr(adapter, each.name) != each.default
+    )
+    return f"Adapter({', '.join(given)})"

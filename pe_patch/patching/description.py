@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import compat
 from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary
+from ..adapters.inferred import INFERRED, adapter_row
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import ABSENT, RELEASED, Removal, Swap
 from ..errors import PePatchError
@@ -46,6 +47,8 @@ class Description:
     """Indices of the patched layers."""
     num_layers: int
     """Number of layers of the model."""
+    attending: int
+    """Number of layers that attend. It is smaller in a hybrid model, whose other layers have no positions."""
     backend: str
     """Name of the attention implementation."""
     keep_native: bool
@@ -56,6 +59,8 @@ class Description:
     """The replaced attributes by which the model computes otherwise."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Paths of all other replaced attributes, by the reason why `replaced` leaves them out."""
+    inferred_row: str | None = None
+    """The adapter that was found by looking, as the expression that builds it; None for a family with a row."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the description as plain lists, dicts, numbers and strings."""
@@ -69,7 +74,11 @@ class Description:
         title = f"{self.model} ({self.family}): {self.scheme}({options})"
         facts = Table(title=title, title_justify="left", show_header=False, box=None)
         touched = f"{len(self.layers)} of {self.num_layers}"
+        if self.attending < self.num_layers:
+            touched = f"{len(self.layers)} of the {self.attending} that attend, of {self.num_layers} in all"
         facts.add_row("layers", touched if len(self.layers) == self.num_layers else f"{touched}: {self.layers}")
+        if self.inferred_row is not None:
+            facts.add_row("adapter", self.inferred_row)
         facts.add_row("attention", self.backend)
         facts.add_row("native positions", "kept" if self.keep_native else "replaced")
         for key, value in self.effective.items():
@@ -115,11 +124,13 @@ def describe(model: nn.Module) -> Description:
         options=dict(patch.scheme.recorded),
         layers=list(patch.layers),
         num_layers=patch.shape.num_layers,
+        attending=len(patch.adapter.attentions(patch.base)),
         backend=str(compat.attention_implementation(patch.base.config)),
         keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
         effective=effective(patch.scheme) | _window_source(patch) | _cache(patch) | _weights(patch),
         replaced=replaced,
         left_out=left_out,
+        inferred_row=adapter_row(patch.adapter) if INFERRED.get(type(patch.base)) == patch.adapter else None,
     )
 
 

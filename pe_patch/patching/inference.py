@@ -11,9 +11,10 @@ import copy
 import inspect
 import logging
 import re
+import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import ADAPTERS, Adapter
+from ..adapters.adapter import frequencies_of
 from ..adapters.check import FREQUENCIES, check_adapter
-from ..adapters.inferred import INFERRED, RotatingLayers
+from ..adapters.inferred import INFERRED, RotatingLayers, adapter_row
 from ..core.swaps import Swap, with_swaps
 from ..errors import PePatchError
 from ..mla.streaming import evaluating
@@ -68,7 +70,8 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
     known = INFERRED.get(type(base))
     if any(parameter.is_meta for parameter in base.parameters()):
         if known is None:
-            INFERRED[type(base)] = _look(model, base)
+            seen = _look(model, base)
+            INFERRED[type(base)] = replace(seen, interleaved_pairs=_pairs_neighbours(base, seen))
             logger.warning(
                 "%s has no row in the table of families. Its adapter was found by looking, and cannot be proved while "
                 "its weights are on the meta device. Load the weights before you patch it.",
@@ -88,20 +91,10 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
             if failure is None:
                 INFERRED[type(base)] = complete
                 PROVED.add(base)
-                logger.info("Found and proved an adapter for %s: %s", base.config.model_type, row(complete))
+                logger.info("Found and proved an adapter for %s: %s", base.config.model_type, adapter_row(complete))
                 return
         failures.append(failure)
     raise _unknown(base, failures[0].rstrip("."))
-
-
-def row(adapter: Adapter) -> str:
-    """Return an adapter as the Python expression that builds it."""
-    given = (
-        f"{each.name}={getattr(adapter, each.name)!r}"
-        for each in fields(adapter)
-        if getattr(adapter, each.name) != each.default
-    )
-    return f"Adapter({', '.join(given)})"
 
 
 # Looking
@@ -232,6 +225,29 @@ def _layout(result: Any, inv_freq: Tensor) -> str:
     neighbours = torch.equal(sin[..., 0::2], sin[..., 1::2])
     half = sin.shape[-1] // 2
     return "interleaved" if neighbours and not torch.equal(sin[..., :half], sin[..., half:]) else "halves"
+
+
+def _pairs_neighbours(base: PreTrainedModel, adapter: Adapter) -> bool:
+    """Return whether the family's `apply_rotary_pos_emb` rotates neighbouring dimensions; a guess if it has none.
+
+    The function needs no weights, so that it can be asked about a model on the meta device.
+    """
+    likely = adapter.layout in ("interleaved", "complex")
+    attention = next(iter(adapter.attentions(base).values()))
+    function: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if adapter.layout == "complex" or adapter.rotary_per_layer_type or not callable(function):
+        return likely
+    half = frequencies_of(base.get_submodule(str(adapter.rotary)), None)[0].shape[-1]
+    angles = torch.linspace(0.1, 1.0, half)[None, None]
+    doubled = {"halves": torch.cat((angles, angles), -1), "interleaved": angles.repeat_interleave(2, -1)}
+    angles = doubled.get(adapter.layout, angles)
+    query = torch.zeros(1, 1, 1, 2 * half)
+    query[..., 0] = 1.0  # rotates into the other dimension of its pair
+    try:
+        rotated = function(query, query.clone(), angles.cos(), angles.sin())[0]
+    except (TypeError, ValueError, RuntimeError):  # a function with other arguments
+        return likely
+    return bool(rotated[0, 0, 0, 1].abs() > 1e-3)
 
 
 def _full_precision(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
