@@ -244,10 +244,11 @@ def _pairs_neighbours(base: PreTrainedModel, adapter: Adapter) -> bool:
     query = torch.zeros(1, 1, 1, 2 * half)
     query[..., 0] = 1.0  # rotates into the other dimension of its pair
     try:
-        rotated = function(query, query.clone(), angles.cos(), angles.sin())[0]
+        rotated: Any = function(query, query.clone(), angles.cos(), angles.sin())
+
     except (TypeError, ValueError, RuntimeError):  # a function with other arguments
         return likely
-    return bool(rotated[0, 0, 0, 1].abs() > 1e-3)
+    return bool(rotated[0][0, 0, 0, 1].abs() > 1e-3)
 
 
 def _full_precision(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
