@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, SEEDS, machine, read, shown, write
+from common import RESULTS, SEEDS, interval, machine, read, shown, write
 from transformers import AutoTokenizer
 
 from pe_patch import evaluate, patch_model, unpatch_model
@@ -34,6 +34,7 @@ WINDOW, PROMPT = 256, 192
 SCRATCH = {"rope": ("rope", {}), "alibi": ("alibi", {}), "none": ("nope", {})}
 MODELS = Path("build/real/models")
 TEXT = "build/real/text/english@split=test"
+REAL = "the real text"
 OUTSIDE = "words outside the longest repeated span"
 MEASURES = {
     MAIN: "different 4-grams",
@@ -138,9 +139,9 @@ def markdown(content: dict[str, Any]) -> str:
         f"| model | {' | '.join(MEASURES.values())} | longest repeat, words | tokens/s |",
         "| --- |" + " ---: |" * (len(MEASURES) + 2),
     ]
-    for case in [*cases, "the real text"]:
-        own = [each for each in runs if each["case"] == case or case == "the real text"]
-        suffix = ", of the real text" if case == "the real text" else ""
+    for case in [*cases, REAL]:
+        own = [each for each in runs if each["case"] == case or case == REAL]
+        suffix = ", of the real text" if case == REAL else ""
         found = [
             [each["scores"][name + suffix] for each in own if name + suffix in each["scores"]] for name in MEASURES
         ]
@@ -155,31 +156,26 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def draw(content: dict[str, Any], file: Path) -> None:
-    """Draw each measure as bars, with a line for the real text."""
-    import matplotlib.pyplot as plt
+    """Draw each measure in a panel, the real text in its last line."""
+    from pe_patch.evaluation.charts import dots
 
     runs = content["runs"].values()
     cases = list(dict.fromkeys(each["case"] for each in runs))
-    figure, panels = plt.subplots(1, len(MEASURES), figsize=(11, 3.2), layout="constrained")
-    for panel, (name, title) in zip(panels, MEASURES.items(), strict=True):
-        means = [
-            np.mean(
-                [each["scores"][name] for each in runs if each["case"] == case and name in each["scores"]] or [np.nan]
-            )
-            for case in cases
-        ]
-        panel.bar(range(len(cases)), means, color=[f"C{index}" for index in range(len(cases))])
-        real = [
-            each["scores"][f"{name}, of the real text"]
-            for each in runs
-            if f"{name}, of the real text" in each["scores"]
-        ]
-        if real:
-            panel.axhline(np.mean(real), color="black", linestyle="--", linewidth=1, label="the real text")
-        panel.set_title(title, fontsize=9)
-        panel.set_xticks(range(len(cases)), cases, rotation=35, ha="right", fontsize=7)
-    panels[0].legend(fontsize=7, loc="lower left")
-    figure.savefig(file, dpi=150)
+    rows = []
+    for name, title in MEASURES.items():
+        for case in [*cases, REAL]:
+            suffix = ", of the real text" if case == REAL else ""
+            chosen = [each for each in runs if case in (each["case"], REAL)]
+            values = [each["scores"][name + suffix] for each in chosen if name + suffix in each["scores"]]
+            if values:
+                mean, half = (float(np.mean(values)), float("nan")) if suffix else interval(values)
+                bounds = {} if np.isnan(half) else {"low": mean - half, "high": mean + half}
+                rows.append({"label": case, "column": title, "value": mean, "number": f"{mean:.2f}", **bounds})
+    subtitle = (
+        f"{content['texts']} continuations of {content['tokens']:,} tokens for each of "
+        f"{len({each['seed'] for each in runs})} seeds; intervals over the seeds, 95 %."
+    )
+    file.write_bytes(dots(rows, name="generation", title="Long generation", subtitle=subtitle).png())
 
 
 def main() -> None:
