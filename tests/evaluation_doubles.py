@@ -64,13 +64,14 @@ class _Double(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: Any = None, logits_to_keep: int = 0, **kwargs: Any
     ) -> Any:
-        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        kept = logits_to_keep or input_ids.shape[1]
+        logits = torch.zeros(input_ids.shape[0], kept, self.config.vocab_size)
         for row, ids in enumerate(input_ids.tolist()):
             logits[row, -1, self.next_token(ids)] = 1.0
-        return CausalLMOutput(logits=logits[:, -logits_to_keep:])
+        return CausalLMOutput(logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids}
+        return {"input_ids": input_ids, "logits_to_keep": 1}
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *rest: Any, **more: Any) -> Any:
         return model_kwargs

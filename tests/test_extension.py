@@ -186,7 +186,10 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
     assert done.verdict in str(done) and "questions at 512 tokens" in done.verdict
 
 
-def test_the_command_plans_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_plans_trains_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "STEPS", (3, 6))
     output = str(tmp_path / "out")
     words = ["extend", "demo", "--target-length", "512", "--output", output, "--budget", "6s"]
     assert main([*words, "--dry-run"]) == 0

@@ -23,7 +23,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-COMPILED = [("llama", "yarn"), ("llama", "alibi"), ("gpt_neox", "dynamic_ntk"), ("bloom", "sinusoidal")]
+COMPILED = [
+    ("llama", "yarn"),
+    pytest.param("llama", "alibi", marks=pytest.mark.thorough),
+    pytest.param("gpt_neox", "dynamic_ntk", marks=pytest.mark.thorough),
+    ("bloom", "sinusoidal"),
+]
 """Each mechanism and each family once, because compiling takes seconds."""
 
 
@@ -75,7 +80,13 @@ def test_a_patch_keeps_the_compiled_graphs_of_other_models(other_family, fresh_d
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llama", "yarn"), ("llama", "alibi"), ("llama", "dynamic_ntk"), ("gpt_neox", "yarn"), ("bloom", "alibi")],
+    [
+        ("llama", "yarn"),
+        pytest.param("llama", "alibi", marks=pytest.mark.thorough),
+        ("llama", "dynamic_ntk"),
+        pytest.param("gpt_neox", "yarn", marks=pytest.mark.thorough),
+        ("bloom", "alibi"),
+    ],
 )
 def test_decoding_fifty_tokens_compiles_two_graphs_at_most(family, name, fresh_dynamo):
     model, ids = put(build(family), name), tokens(1, 62)

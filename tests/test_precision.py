@@ -98,9 +98,21 @@ def test_bit_for_bit(family, dtype):
     check(family, build(family, "eager" if family == "gemma2" else None, dtype=dtype))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", SIZES)
+def wide_marks(dtype, attention):
+    """Float16 repeats bfloat16, and eager attention repeats SDPA in float32: the same arithmetic."""
+    repeats = dtype is torch.float16 or (dtype is torch.float32 and attention == "eager")
+    return [pytest.mark.thorough] if repeats else []
+
+
+WIDE = [
+    pytest.param(family, dtype, attention, marks=wide_marks(dtype, attention))
+    for family in SIZES
+    for dtype in DTYPES
+    for attention in ("sdpa", "eager")
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "attention"), WIDE, ids=str)
 def test_bit_for_bit_in_wide_heads(family, dtype, attention):
     check(family, build(family, attention, dtype=dtype, **SIZES[family]))
 
