@@ -147,6 +147,11 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
     return next((name for name in CACHE_ARGUMENTS if name in names), None)
 
 
+COMPOSE_AXES = "recomposition_frequencies"
+"""Name of the method by which a rotary module with M-RoPE joins the cos or sin of its three rows of positions. Checked
+on Transformers 5.23 and 5.24."""
+
+
 def check_decoder_forward(cls: type, needs_position_ids: bool) -> str:
     """Return the name of the cache argument of a decoder's base model.
 

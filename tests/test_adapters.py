@@ -100,7 +100,7 @@ def test_positions_reach_every_layer(family, tokens):
 
 @pytest.mark.parametrize(
     "family",
-    [name for name in ROTARY if ADAPTERS[name].forwards_kwargs and not ADAPTERS[name].weighted_norm_after_rotation],
+    [name for name in ROTARY if ADAPTERS[name].forwards_kwargs and not ADAPTERS[name].bars_rotation_at_scores],
 )
 def test_rotation_at_the_scores_equals_the_one_before_the_cache(family, tokens):
     """Dynamic NTK within the window turns by the native frequencies, but later: keys are cached as projected."""

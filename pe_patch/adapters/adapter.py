@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .. import compat
 from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
 from ..schemes.rotary import cos_sin
@@ -62,6 +63,9 @@ class Adapter:
     """Attribute of an attention: a norm without weights that follows the rotation of queries and keys. None if there is
     none. The norm cancels any factor on cos and sin. If a scheme rotates at the scores, the norm runs after that
     rotation. Attentions without the attribute do not normalise."""
+    early_rotation: str | None = None
+    """Why queries and keys can only be rotated before the cache, as a clause with "this family" as its subject. None if
+    a scheme can also rotate them at the scores."""
     forwards_kwargs: bool = True
     """The base model forwards extra keyword arguments to the attention function."""
     drops_cache_at_window: bool = False
@@ -114,6 +118,13 @@ class Adapter:
             return "float32 tables"
         return "float32" if self.full_precision_product else "model"
 
+    @property
+    def bars_rotation_at_scores(self) -> str | None:
+        """Why no scheme can rotate at the scores, as a clause with "this family" as its subject; None if one can."""
+        if self.weighted_norm_after_rotation:
+            return "normalises queries and keys after rotating"
+        return self.early_rotation
+
     def blocks(self, base: nn.Module) -> nn.ModuleList:
         """Return the list of layers."""
         return attrgetter(self.layers)(base)
@@ -162,8 +173,10 @@ class Adapter:
             layer_type: the layer type; None if all layers share their frequencies.
         """
         assert self.rotary is not None
-        width = 2 * frequencies_of(getattr(base, self.rotary), layer_type)[0].shape[-1]
-        return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision)
+        native = getattr(base, self.rotary)
+        width = 2 * frequencies_of(native, layer_type)[0].shape[-1]
+        compose = getattr(native, compat.COMPOSE_AXES, None)
+        return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision, compose)
 
     def window(self, base: nn.Module, config: PreTrainedConfig, layer: int) -> TrainedWindow:
         """Return the window that the model was trained for, according to the scaling of this layer."""
@@ -261,11 +274,21 @@ class PatchedRotaryEmbedding(nn.Module):
         layout: as for `Adapter.layout`.
         width: number of rotated dimensions of a head.
         full_precision: as for `Adapter.full_precision`.
+        compose: for a family with M-RoPE, the function that joins the cos or sin of three rows of positions (time,
+            height, width), `[3, batch, tokens, width / 2]`, to `[batch, tokens, width]`. None for one row.
     """
 
-    def __init__(self, scheme: Scheme | None, layout: str, width: int, full_precision: bool = False) -> None:
+    def __init__(
+        self,
+        scheme: Scheme | None,
+        layout: str,
+        width: int,
+        full_precision: bool = False,
+        compose: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.__dict__["scheme"] = scheme  # registered once, on the base model
+        self.compose = compose
         self.layout, self.width, self.full_precision = layout, width, full_precision
 
     @property
@@ -286,10 +309,12 @@ class PatchedRotaryEmbedding(nn.Module):
 
         Args:
             x: a tensor with the dtype and the device of the result.
-            position_ids: positions of the tokens, `[batch | 1, tokens]`.
+            position_ids: positions of the tokens, `[batch | 1, tokens]`; with M-RoPE also `[3, batch | 1, tokens]`.
         """
         scheme = self.__dict__["scheme"]
         dtype = torch.float32 if self.full_precision or self.layout == "complex" else x.dtype
+        if self.compose is not None:
+            return self._composed(position_ids.to(x.device).expand(3, -1, -1), dtype)
         if scheme is None:
             half = self.layout in ("single", "complex")
             shape = (*position_ids.shape, self.width // 2 if half else self.width)
@@ -302,6 +327,18 @@ class PatchedRotaryEmbedding(nn.Module):
         if self.layout == "single":
             return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
         return cos_sin(angles, factor, dtype, interleaved=self.layout == "interleaved")
+
+    def _composed(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin for three rows of positions, `[3, batch | 1, tokens]`, joined as the family joins them."""
+        scheme = self.__dict__["scheme"]
+        assert self.compose is not None
+        if scheme is None:
+            angles, factor = torch.zeros(*position_ids.shape, self.width // 2, device=position_ids.device), 1.0
+        else:
+            angles, factor = scheme.angles(position_ids.flatten(0, 1))
+            angles = angles.unflatten(0, position_ids.shape[:2])
+        cos, sin = self.compose(angles.cos() * factor), self.compose(angles.sin() * factor)
+        return cos.to(dtype), sin.to(dtype)
 
     def extra_repr(self) -> str:
         scheme = self.__dict__["scheme"]

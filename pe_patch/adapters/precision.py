@@ -26,7 +26,7 @@ def outcome(adapter: Adapter) -> str:
 
     The result is a key of `OUTCOMES`.
     """
-    return "refused" if adapter.weighted_norm_after_rotation or not adapter.forwards_kwargs else "equal"
+    return "refused" if adapter.bars_rotation_at_scores or not adapter.forwards_kwargs else "equal"
 
 
 def table() -> dict[str, str]:

@@ -209,6 +209,20 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     return sequence_of(backend.implementation, backend.native_name)
 
 
+def _only_row(runtime: Runtime, explicit: Tensor) -> Tensor:
+    """Return the positions of text, `[batch, tokens]`, from the equal rows of M-RoPE, `[rows, batch, tokens]`.
+
+    Raises:
+        UnsupportedError: the rows differ, as they do for the tokens of images and videos.
+    """
+    if not bool((explicit == explicit[:1]).all()):
+        raise UnsupportedError(
+            f"{runtime.scheme.name!r} needs one position for each token, and images and videos have three here "
+            "(M-RoPE). Use a static rotary scheme such as 'yarn', or give text alone."
+        )
+    return explicit[0]
+
+
 def _with_positions(
     base: Any,
     runtime: Runtime,
@@ -235,6 +249,8 @@ def _with_positions(
     if acts and explicit is not None and explicit.ndim == 1:  # families with a table of positions accept this shape
         explicit = explicit[None]
         kwargs = {**kwargs, "position_ids": explicit}
+    if acts and explicit is not None and explicit.ndim == 3:
+        explicit = _only_row(runtime, explicit)
     if acts and explicit is not None and explicit.ndim != 2:
         raise UnsupportedError(f"position_ids of {explicit.ndim} dimensions (several axes) are not supported here.")
     native, holes = _native_positions(mask, inputs, past_length)

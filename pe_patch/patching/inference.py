@@ -176,6 +176,7 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
         layout=_layout(result, inv_freq),
         full_precision=_full_precision(base.get_submodule(rotary), args, kwargs),
         rotary_per_layer_type=bool(per_type),
+        early_rotation=_early_rotation(base.get_submodule(rotary), inv_freq),
         forwards_kwargs=observed.forwards_kwargs,
         scaling_includes_mscale=_includes_mscale(first, base),
         embedding_multiplier=_embedding_multiplier(base),
@@ -225,6 +226,19 @@ def _layout(result: Any, inv_freq: Tensor) -> str:
     neighbours = torch.equal(sin[..., 0::2], sin[..., 1::2])
     half = sin.shape[-1] // 2
     return "interleaved" if neighbours and not torch.equal(sin[..., :half], sin[..., half:]) else "halves"
+
+
+def _early_rotation(rotary: nn.Module, inv_freq: Tensor) -> str | None:
+    """Return why nothing can rotate at the scores, if M-RoPE joins its rows to another order of frequencies."""
+    compose = getattr(rotary, compat.COMPOSE_AXES, None)
+    if compose is None:
+        return None
+    order = torch.arange(1.0, inv_freq.shape[-1] + 1)
+    composed = compose(order.expand(3, 1, 1, -1).clone()).flatten()
+    plain = (torch.cat((order, order)), order.repeat_interleave(2))
+    if any(torch.equal(composed, each) for each in plain):
+        return None
+    return "joins the three rows of M-RoPE to another order of frequencies than that of its module"
 
 
 def _pairs_neighbours(base: PreTrainedModel, adapter: Adapter) -> bool:

@@ -269,10 +269,10 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
             f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
             "Use a static rotary scheme, an embedding or 'nope' instead."
         )
-    if at_scores and rotates and adapter.weighted_norm_after_rotation:
+    if at_scores and rotates and adapter.bars_rotation_at_scores is not None:
         raise UnsupportedError(
-            f"{scheme.name!r} rotates at the scores, and this family normalises queries and keys after rotating. "
-            "Use a static rotary scheme instead."
+            f"{scheme.name!r} rotates at the scores, and this family {adapter.bars_rotation_at_scores}. Use a static "
+            "rotary scheme instead."
         )
     if keep_native and rotates and adapter.rotary is not None:
         raise OptionError(f"keep_native=True would rotate twice: this family rotates, and so does {scheme.name!r}.")

@@ -145,7 +145,7 @@ class RotationTrial:
     def differing(self, adapter: Adapter, at_scores: bool) -> tuple[list[int], Exception | None]:
         """Return the layers whose queries or keys differ from the native ones, and the error if the model fails to
         run."""
-        if at_scores and (adapter.weighted_norm_after_rotation or not adapter.forwards_kwargs):
+        if at_scores and (adapter.bars_rotation_at_scores or not adapter.forwards_kwargs):
             return [], None
         base = self.base
         layer_types, attentions = adapter.layer_types(base, base.config), adapter.attentions(base)
@@ -168,7 +168,7 @@ class RotationTrial:
         """Return the layers in which something after the rotation undoes a factor on cos and sin, such as a norm."""
         base, attentions = self.base, adapter.attentions(self.base)
         wrong: list[int] = []
-        if not adapter.forwards_kwargs:  # nothing rotates at the scores there
+        if adapter.bars_rotation_at_scores or not adapter.forwards_kwargs:
             return wrong
         layer_types = adapter.layer_types(base, base.config)
         for layer_type in dict.fromkeys(layer_types[index] for index in attentions):
