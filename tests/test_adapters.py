@@ -137,9 +137,9 @@ def test_layers_without_rotation_stay_without():
 
 
 def test_an_unknown_family_says_how_to_write_the_row():
-    model = build("llama")
-    model.config.__class__ = type("LamaConfig", (type(model.config),), {"model_type": "lama"})
-    with pytest.raises(UnsupportedError, match=r"Did you mean 'llama'.*adapter=pe_patch\.Adapter"):
+    model = build("bloom")
+    model.config.__class__ = type("BloomedConfig", (type(model.config),), {"model_type": "bloomed"})
+    with pytest.raises(UnsupportedError, match=r"no module calls .*Did you mean 'bloom'.*adapter=pe_patch\.Adapter"):
         patch_model(model, "rope")
 
 

@@ -110,7 +110,10 @@ def test_the_legend_of_a_picture_names_what_is_drawn(scripts, monkeypatch, tmp_p
     ]
     swap_results.draw({"runs": runs}, tmp_path / "swap.png")
     specifications = [json.dumps(panel.to_dict()) for panel in drawn]
-    lines = {name for specification in specifications for name in re.findall(r'"scheme": "([^"]+)"', specification)}
-    domains = re.findall(r'"color": .*?"domain": (\[.*?\])', specifications[0])
-    assert domains and all(set(json.loads(domain)) == lines for domain in domains)
-    assert "rope (original)" not in lines and "kerple" in lines
+    every = set()
+    for specification in specifications:
+        lines = set(re.findall(r'"scheme": "([^"]+)"', specification))
+        domains = re.findall(r'"color": .*?"domain": (\[.*?\])', specification)
+        assert domains and all(set(json.loads(domain)) == lines for domain in domains)
+        every |= lines
+    assert "rope (original)" not in every and "kerple" in every

@@ -1,4 +1,4 @@
-"""A family without a row: its adapter is found by looking at the model, and proved on it, or the family is refused."""
+"""A family without a row: its adapter is inferred at the model, and proved on it, or the family is refused."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import fields
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_model, unpatch_model
-from pe_patch.adapters.inferred import INFERRED, adapter_row
+from pe_patch.adapters.inferred import INFERRED, LATEST, adapter_row
 from pe_patch.patching import inference
 from pe_patch.patching.patch import Settings
 
@@ -32,7 +33,7 @@ def logits(model):
 @pytest.fixture(autouse=True)
 def nothing_known():
     INFERRED.clear()
-    inference.PROVED.clear()
+    LATEST.clear()
 
 
 # Families with a row, as if they had none: the row is the expected value.
@@ -47,7 +48,7 @@ def test_what_is_found_equals_the_row(family, monkeypatch):
     model, expected = build(family), ADAPTERS[family]
     monkeypatch.setattr(inference, "ADAPTERS", {})
     inference.infer_missing(model, Settings())
-    found = INFERRED[type(model.base_model)]
+    found = INFERRED[model.base_model]
     # A float32 model does not show in which dtype products are taken.
     open_fields = {"summary", "projections", "full_precision_product"}
     for each in fields(expected):
@@ -81,10 +82,14 @@ def test_an_unknown_family_is_patched_like_a_known_one(family, tmp_path):
     patch_model(model, "rope", on_existing="replace")
     assert torch.equal(logits(model), native)
     unpatch_model(model)
-    layers = ADAPTERS.get(family, INFERRED[type(model.base_model)]).attentions(model.base_model)
+    layers = ADAPTERS.get(family, INFERRED[model.base_model]).attentions(model.base_model)
     chosen = {"layers": [max(layers)]} if len(set(_bases(model))) > 1 else {}
-    patch_model(model, "self_extend", on_existing="replace", **IDENTITY, **chosen)
-    torch.testing.assert_close(logits(model), native, rtol=0, atol=1e-5 * float(native.abs().max()))
+    if family == "deepseek_v32":  # its indexer would see no rotation
+        with pytest.raises(UnsupportedError, match=r"also passes cos and sin to layers\.0\.self_attn\.indexer"):
+            patch_model(model, "self_extend", on_existing="replace", **IDENTITY)
+    else:
+        patch_model(model, "self_extend", on_existing="replace", **IDENTITY, **chosen)
+        torch.testing.assert_close(logits(model), native, rtol=0, atol=1e-5 * float(native.abs().max()))
     patch_model(model, "yarn", factor=4, on_existing="replace", **chosen)
     moved = logits(model)
     assert float((moved - native).abs().max()) > 1e-3
@@ -105,7 +110,7 @@ def test_a_hybrid_model_is_patched_where_it_attends():
     patch_model(model, "yarn", factor=4)
     described = describe(model)
     assert described.layers == [3] and "1 of the 1 that attend, of 4 in all: [3]" in str(described)
-    assert described.inferred_row == "Adapter(summary='found by looking')" and described.inferred_row in str(described)
+    assert described.inferred_row == "Adapter(summary='inferred')" and described.inferred_row in str(described)
     unpatch_model(model)
     with pytest.raises(ValueError, match=r"names layer 1, which has no attention in this hybrid model.*attend: 3\."):
         patch_model(model, "yarn", factor=4, layers=[1])
@@ -118,9 +123,9 @@ def test_a_hybrid_model_is_patched_where_it_attends():
 def test_the_row_can_be_copied():
     model = build("cohere2_moe", **UNKNOWN["cohere2_moe"])
     patch_model(model, "rope")
-    text = adapter_row(INFERRED[type(model.base_model)])
+    text = adapter_row(INFERRED[model.base_model])
     assert text == (
-        "Adapter(layout='interleaved', interleaved_pairs=True, rotates='sliding_window', summary='found by looking')"
+        "Adapter(layout='interleaved', interleaved_pairs=True, rotates='sliding_window', summary='inferred')"
     )
 
 
@@ -129,10 +134,118 @@ def test_a_model_on_the_meta_device_is_not_proved_and_says_so(caplog):
         model = build("ernie4_5", **UNKNOWN["ernie4_5"])
     with caplog.at_level(logging.WARNING, logger="pe_patch"):
         patch_model(model, "yarn", factor=2)
-    assert "cannot be proved while its weights are on the meta device" in caplog.text
-    assert describe(model).inferred_row == (
-        "Adapter(full_precision=True, interleaved_pairs=True, summary='found by looking')"
-    )
+    assert "inferred and not verified, since its weights are on the meta device" in caplog.text
+    row = describe(model).inferred_row
+    assert row is not None and row.startswith("Adapter(full_precision=True, interleaved_pairs=True")
+    assert "inferred, not verified" in row
+
+
+@pytest.mark.parametrize(("family", "expected"), [("cohere", True), ("llama", False), ("olmo2", False)])
+def test_a_model_of_16_bits_shows_the_dtype_of_its_products(family, expected, monkeypatch):
+    model = build(family, dtype=torch.bfloat16)
+    monkeypatch.setattr(inference, "ADAPTERS", {})
+    inference.infer_missing(model, Settings())
+    assert INFERRED[model.base_model].full_precision_product is expected
+
+
+def test_offloaded_weights_are_looked_at(tmp_path):
+    """cohere2_moe rotates in some layers alone, and pairs neighbours; a guess would be wrong."""
+    model = build("cohere2_moe", **UNKNOWN["cohere2_moe"])
+    native = logits(model)
+    cpu_offload(model)
+    patch_model(model, "self_extend", **IDENTITY)
+    assert INFERRED[model.base_model].rotates == "sliding_window"
+    torch.testing.assert_close(logits(model), native, rtol=0, atol=1e-5 * float(native.abs().max()))
+
+
+def test_each_model_of_a_class_has_its_own_adapter():
+    layouts = (["sliding_attention"] * 3 + ["full_attention"], ["sliding_attention", "full_attention"] * 2)
+    models = [build("cohere2_moe", **UNKNOWN["cohere2_moe"], layer_types=types) for types in layouts]
+    native = [logits(model) for model in models]
+    for model in (*models, *models):
+        patch_model(model, "self_extend", **IDENTITY)
+        unpatch_model(model)
+    for model, expected in zip(models, native, strict=True):
+        patch_model(model, "self_extend", **IDENTITY)
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_another_backend_is_no_reason_to_refuse():
+    model = build("ernie4_5", **UNKNOWN["ernie4_5"])
+    patch_model(model, "rope", backend="eager")
+
+
+def test_an_added_embedding_is_refused_where_the_model_would_change_it():
+    model = build("afmoe", **UNKNOWN["afmoe"], mup_enabled=True)
+    with pytest.raises(UnsupportedError, match="changes `inputs_embeds` in its own way"):
+        patch_model(model, "sinusoidal")
+    patch_model(model, "alibi")
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v32", "moshi"])
+def test_nothing_stays_behind(family):
+    """Neither after a refusal nor after an undo."""
+    model = build(family, **UNKNOWN.get(family, {})) if family != "moshi" else build("bloom")
+    if family == "moshi":
+        model.config.model_type = family
+    state = [(name, dict(vars(module))) for name, module in model.named_modules()]
+    before = [{key for key in each if key != "_parameters"} for _, each in state]
+    hooks = [len(each["_forward_hooks"]) + len(each["_forward_pre_hooks"]) for _, each in state]
+    implementation = model.config._attn_implementation
+    try:
+        patch_model(model, "yarn", factor=2)
+        unpatch_model(model)
+    except UnsupportedError:
+        assert family == "moshi"
+    assert [set(vars(module)) - {"_parameters"} for module in model.modules()] == before
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert model.config._attn_implementation == implementation
+
+
+def test_text_generates_under_a_rotation_at_the_scores_in_a_hybrid_model():
+    model = build("qwen3_next", **UNKNOWN["qwen3_next"])
+    plain = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    patch_model(model, "self_extend", **IDENTITY)
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0), plain)
+
+
+MROPE = GROUPED | {"hidden_size": 64, "rope_parameters": {
+    "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "partial_rotary_factor": 1.0,
+}}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text"])
+def test_three_rows_of_positions_rotate_as_in_the_family(family):
+    model = build(family, **UNKNOWN["qwen3_next"] | MROPE)
+    rows = torch.stack((torch.arange(16), torch.arange(16) // 2, torch.arange(16) % 4))[:, None].expand(3, 2, 16)
+    text = torch.arange(16).expand(1, 2, 16)
+
+    def images():
+        with torch.no_grad():
+            return model(input_ids=IDS, position_ids=torch.cat((text, rows)), use_cache=False).logits
+
+    native, native_images = logits(model), images()
+    assert float((native - native_images).abs().max()) > 1e-3
+    patch_model(model, "rope")
+    assert torch.equal(logits(model), native) and torch.equal(images(), native_images)
+    unpatch_model(model)
+    patch_model(model, "linear", factor=2)
+    halved = images()
+    unpatch_model(model)
+    model.base_model.rotary_emb.inv_freq /= 2
+    torch.testing.assert_close(halved, images(), rtol=0, atol=1e-6 * float(halved.abs().max()))
+
+
+def test_a_bias_takes_text_and_refuses_images():
+    model = build("qwen3_5_text", **UNKNOWN["qwen3_next"] | MROPE)
+    patch_model(model, "alibi")
+    rows = torch.arange(16).expand(4, 2, 16).clone()
+    with torch.no_grad():
+        text = model(input_ids=IDS, position_ids=rows, use_cache=False).logits
+        assert torch.equal(text, logits(model))
+        rows[2] //= 2
+        with pytest.raises(UnsupportedError, match=r"images and videos have three here \(M-RoPE\)"):
+            model(input_ids=IDS, position_ids=rows, use_cache=False)
 
 
 # Models that were broken on purpose, each in a way that an adapter of a row cannot describe.
@@ -310,6 +423,24 @@ def absolute_too(model, monkeypatch):
         monkeypatch.setattr(attention, "forward", forward)
 
 
+def positions_at_the_input(model, monkeypatch):
+    """A table of positions beside the rotation."""
+
+    def add(module, args, result):
+        return result + torch.sin(torch.arange(result.shape[1], dtype=torch.float32)[None, :, None] / 3)
+
+    model.model.embed_tokens.register_forward_hook(add)
+
+
+def silent_keys(model, monkeypatch):
+    """Keys of zero show no rotation."""
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.k_proj.weight)
+
+
+def one_attention_twice(model, monkeypatch):
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+
+
 def mixing_neighbours(model, monkeypatch):
     """Each attention first adds the token before, as a short convolution does."""
     for layer in model.model.layers:
@@ -344,6 +475,9 @@ BROKEN = {
     "a bias of the nearest key beside": biased(lambda distance: 2.0 * (distance == -1)),
     "absolute positions beside": absolute_too,
     "neighbours mixed before": mixing_neighbours,
+    "positions at the input": positions_at_the_input,
+    "keys of zero": silent_keys,
+    "one attention in two layers": one_attention_twice,
 }
 
 
@@ -354,11 +488,38 @@ def test_the_model_that_is_broken_below_is_supported():
     assert torch.equal(logits(model), native)
 
 
+STEPS = {
+    "a norm after the rotation": "layer 0 normalises queries and keys after it rotates them",
+    "positions ignored by the rotary module": "before the cache|at the scores",
+    "a linear bias beside": "layer 0 depends on the order of tokens without rotation",
+    "a bias of the nearest key beside": "layer 0 depends on the order of tokens without rotation",
+    "absolute positions beside": "layer 0 depends on the order of tokens without rotation",
+    "neighbours mixed before": "layer 0 depends on the order of tokens without rotation",
+    "positions at the input": "equal tokens enter its first layer differently",
+    "keys of zero": "queries or keys of layer 1 are zero",
+    "one attention in two layers": "share one attention module|not at one path",
+    "a second rotary module": "needs one rotary module|layer 2",
+    "other frequencies in a layer": "differs from that of LlamaModel in layer 2",
+    "half a rotation in a layer": "differs from that of LlamaModel in layer 0",
+}
+"""The step that must fail; for all others, the rotation differs in every layer."""
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_model_is_refused(fault, monkeypatch):
     model = llama()
     BROKEN[fault](model, monkeypatch)
     native = logits(model)
-    with pytest.raises(UnsupportedError, match=r"llama_of_a_stranger.* has no adapter, and none can be inferred: "):
+    step = STEPS.get(fault, "differs from that of LlamaModel in every layer")
+    with pytest.raises(UnsupportedError, match=rf"llama_of_a_stranger.* none can be inferred: .*({step})"):
         patch_model(model, "yarn", factor=2)
     assert torch.equal(logits(model), native)
+
+
+def test_a_wrapper_that_changes_nothing_is_accepted(monkeypatch):
+    model = llama()
+    rotating(plain)(model, monkeypatch)
+    biased(lambda distance: 0.0 * distance)(model, monkeypatch)
+    native = logits(model)
+    patch_model(model, "rope")
+    torch.testing.assert_close(logits(model), native)

@@ -23,6 +23,7 @@ LENGTH = 7
 
 def read(model, layer=0):
     base, adapter = model.base_model, ADAPTERS[model.config.model_type]
+    layer %= model.config.num_hidden_layers
     return adapter.projections.read(adapter.attentions(base)[layer], adapter.shape(base, model.config, layer))
 
 

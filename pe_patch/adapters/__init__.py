@@ -113,6 +113,7 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "nemotron": Adapter(forwards_kwargs=False, summary="Nemotron-4, Minitron"),
         "hunyuan_v1_dense": Adapter(weighted_norm_after_rotation=True, summary="Hunyuan dense"),
         "hunyuan_v1_moe": Adapter(weighted_norm_after_rotation=True, summary="Hunyuan-A13B"),
+        "nanochat": Adapter(early_rotation="rotates by negative angles", summary="nanochat"),
         "glm": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4 9B"),
         "glm4": Adapter(interleaved_pairs=True, projections=Separate(), summary="GLM-4-0414"),
         "gpt_oss": Adapter(layout="single", summary="gpt-oss-20b, gpt-oss-120b"),

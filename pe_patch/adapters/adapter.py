@@ -68,6 +68,8 @@ class Adapter:
     a scheme can also rotate them at the scores."""
     forwards_kwargs: bool = True
     """The base model forwards extra keyword arguments to the attention function."""
+    takes_embeddings: bool = True
+    """What a scheme adds to `inputs_embeds` enters the first layer as it is, or times `embedding_multiplier`."""
     drops_cache_at_window: bool = False
     """Generation drops the cache and processes the whole sequence again when it crosses the trained window."""
     scaling_includes_mscale: bool = False

@@ -1,4 +1,4 @@
-"""Hold the adapters that were found by looking at a model, for families without a row."""
+"""Hold the adapters that were inferred from a model, for families without a row."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import weakref
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import nn
+
 from .adapter import Adapter
 
-INFERRED: weakref.WeakKeyDictionary[type, Adapter] = weakref.WeakKeyDictionary()
-"""The adapter that was found and proved last for each class of base models. A row of `ADAPTERS` takes precedence."""
+INFERRED: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
+"""The adapter that was inferred for each base model. A row of `ADAPTERS` takes precedence."""
+LATEST: weakref.WeakKeyDictionary[type, Adapter] = weakref.WeakKeyDictionary()
+"""The adapter that was verified last on a model of each class, which the next model tries first."""
 
 
 @dataclass(frozen=True)

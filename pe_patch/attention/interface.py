@@ -118,10 +118,11 @@ def _register(backend: Backend) -> None:
         pe_cached: bool | None = None,
         **extra: Any,
     ) -> Output:
-        return attend(
+        output, weights = attend(
             module, query, key, value, attention_mask, backend=backend, scaling=scaling, dropout=dropout,
             positions=pe_positions, cached=pe_cached, **extra,
         )  # fmt: skip
+        return output.contiguous(), weights  # some families view it, as Transformers' own functions allow
 
     interface.pe_backend = backend  # `sequence_of` detects by its absence that another function replaced this one
     AttentionInterface.register(backend.implementation, interface)

@@ -60,7 +60,7 @@ class Description:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Paths of all other replaced attributes, by the reason why `replaced` leaves them out."""
     inferred_row: str | None = None
-    """The adapter that was found by looking, as the expression that builds it; None for a family with a row."""
+    """The adapter that was inferred, as the expression that builds it; None for a family with a row."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the description as plain lists, dicts, numbers and strings."""
@@ -130,7 +130,7 @@ def describe(model: nn.Module) -> Description:
         effective=effective(patch.scheme) | _window_source(patch) | _cache(patch) | _weights(patch),
         replaced=replaced,
         left_out=left_out,
-        inferred_row=adapter_row(patch.adapter) if INFERRED.get(type(patch.base)) == patch.adapter else None,
+        inferred_row=adapter_row(patch.adapter) if INFERRED.get(patch.base) == patch.adapter else None,
     )
 
 

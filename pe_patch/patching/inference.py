@@ -1,8 +1,8 @@
 """Find the adapter of a family that has no row, by looking at a built model, and prove it on that model.
 
-`infer` runs the model on six tokens and observes which modules call the attention interface, and which module computes
-cos and sin. What it cannot see, such as the pairing of dimensions, it tries. `prove` then checks the candidate step by
-step; a candidate that fails is never used.
+`infer_missing` runs the model on six tokens and observes which modules call the attention interface, and which module
+computes cos and sin. It tries each value that a pass does not show, such as the pairing of dimensions. `prove` then
+checks the candidate step by step; a candidate that fails is never used.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import inspect
 import logging
 import re
 import sys
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -24,19 +22,21 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import ADAPTERS, Adapter
-from ..adapters.adapter import frequencies_of
 from ..adapters.check import FREQUENCIES, check_adapter
-from ..adapters.inferred import INFERRED, RotatingLayers, adapter_row
+from ..adapters.inferred import INFERRED, LATEST, RotatingLayers, adapter_row
 from ..core.swaps import Swap, with_swaps
-from ..errors import PePatchError
 from ..mla.streaming import evaluating
 from .patch import Settings
 from .probe import (
+    LENGTH,
+    POSITIONS,
     RotationTrial,
     arguments,
-    capturing,
+    different,
+    has_no_values,
     native_rotation,
     our_implementation,
+    run,
     trial_patch,
     using_attention,
     without_rotation,
@@ -45,15 +45,16 @@ from .targets import UnknownFamilyError, find_stack, unknown_family
 
 logger = logging.getLogger("pe_patch")
 
-PROVED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
-"""Base models whose inferred adapter has been proved on their own weights."""
-TOLERANCE = 1e-3
-"""Largest change of an attention's output, relative to its largest entry, when tokens before the last one trade
-places and nothing rotates."""
+MOVED = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative change of an attention's last output if earlier tokens are permuted without rotation.
+
+Other dtypes use `MOVED_EXACT`.
+"""
+MOVED_EXACT = 1e-3
 
 
 def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
-    """Find and prove the adapter of a family without a row, so that `find_adapter` returns it.
+    """Find and prove the adapter of a family without a row, so that `find_adapter` returns it for this model.
 
     Args:
         model: the outer model, unwrapped and unpatched.
@@ -65,36 +66,37 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
     if settings.adapter is not None:
         return
     _, base = find_stack(model, settings.submodule)
-    if base.config.model_type in ADAPTERS or base in PROVED:
+    if base.config.model_type in ADAPTERS or base in INFERRED:
         return
-    known = INFERRED.get(type(base))
-    if any(parameter.is_meta for parameter in base.parameters()):
-        if known is None:
-            seen = _look(model, base)
-            INFERRED[type(base)] = replace(seen, interleaved_pairs=_pairs_neighbours(base, seen))
+    trial = replace(settings, backend=None)
+    try:
+        if has_no_values(base):
+            INFERRED[base] = LATEST.get(type(base)) or _look_without_values(model, base)
             logger.warning(
-                "%s has no row in the table of families. Its adapter was found by looking, and cannot be proved while "
-                "its weights are on the meta device. Load the weights before you patch it.",
+                "%s has no row in the table of families. Its adapter was inferred and not verified, since its weights "
+                "are on the meta device. Load the weights before you patch it.",
                 base.config.model_type,
             )
-        return
-    failures: list[str] = []
-    for adapter in [*([] if known is None else [known]), *_candidates(model, base)]:
-        try:
-            complete = with_rotating_layers(model, base, adapter, settings)
-            failure = prove(model, base, complete, settings)
-        except PePatchError as error:
-            failure = str(error)
-        except Exception as error:  # anything may fail in a model that nobody has looked at
-            failure = f"a pass under this adapter raised {type(error).__name__}: {' '.join(str(error).split())}"
-        else:
+            return
+        failures: list[tuple[Adapter, str]] = []
+        for adapter in _candidates(model, base, trial):
+            failure = prove(model, base, adapter, trial)
             if failure is None:
-                INFERRED[type(base)] = complete
-                PROVED.add(base)
-                logger.info("Found and proved an adapter for %s: %s", base.config.model_type, adapter_row(complete))
+                INFERRED[base] = LATEST[type(base)] = adapter
+                logger.info("Inferred and verified an adapter for %s: %s", base.config.model_type, adapter_row(adapter))
                 return
-        failures.append(failure)
-    raise _unknown(base, failures[0].rstrip("."))
+            failures.append((adapter, failure))
+    except UnknownFamilyError:
+        raise
+    except Exception as error:  # anything may fail in a model that nobody has looked at
+        why = f"a pass over {LENGTH} tokens raised {type(error).__name__}: {' '.join(str(error).split())}"
+        raise _unknown(base, why) from error
+    adapter, failure = failures[0]
+    raise _unknown(base, f"{failure.rstrip('.')}. The best guess was {adapter_row(adapter)}")
+
+
+def _unknown(base: PreTrainedModel, why: str) -> UnknownFamilyError:
+    return unknown_family(base.config.model_type, why)
 
 
 # Looking
@@ -106,8 +108,10 @@ class Observed:
 
     attentions: list[nn.Module]
     """The modules that called the attention interface, in order of their first call."""
-    rotary: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]]
-    """Arguments, keywords and result of the last call of each module that has frequencies, by its path."""
+    rotary: dict[str, Any]
+    """Result of the last call of each module that has frequencies, by its path."""
+    receivers: set[nn.Module]
+    """Modules that received such a result."""
     forwards_kwargs: bool
     """An extra keyword of the base model arrived at every call of the attention function."""
 
@@ -124,16 +128,23 @@ def observe(base: PreTrainedModel) -> Observed:
     """
     names = {module: name for name, module in base.named_modules()}
     rotary: dict[str, Any] = {}
+    rotations: list[Tensor] = []
+    receivers: set[nn.Module] = set()
     calls: list[tuple[nn.Module, Any, bool | None]] = []
 
-    def rotated(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        rotary[names[module]] = (args, kwargs, result)
+    def rotated(module: nn.Module, _: Any, result: Any) -> None:
+        rotary[names[module]] = result
+        rotations.extend(_tensors(result))
 
-    handles = [module.register_forward_hook(rotated, with_kwargs=True) for module in names if _frequency_names(module)]
+    def received(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if any(given is each for given in _tensors((args, tuple(kwargs.values()))) for each in rotations):
+            receivers.add(module)
 
-    def run() -> None:
-        implementation = our_implementation(base, None)
-        with torch.no_grad(), evaluating(base), using_attention(base.config, implementation):
+    handles = [module.register_forward_hook(rotated) for module in names if _frequency_names(module)]
+    handles += [module.register_forward_pre_hook(received, with_kwargs=True) for module in names]
+
+    def pass_once() -> None:
+        with torch.no_grad(), evaluating(base), using_attention(base.config, our_implementation(base, None)):
             try:
                 base(**arguments(base), use_cache=False, **{MARK: True})
             except TypeError as error:
@@ -142,7 +153,7 @@ def observe(base: PreTrainedModel) -> Observed:
                 base(**arguments(base), use_cache=False)
 
     try:
-        with_swaps([Swap.of(module, "pe_probe", calls, direct=True) for module in names], run)
+        with_swaps([Swap.of(module, "pe_probe", calls, direct=True) for module in names], pass_once)
     except Exception as error:  # anything may fail in a model that nobody has looked at
         why = " ".join(str(error).split())
         raise _unknown(base, f"it does not run on token ids and positions ({type(error).__name__}: {why})") from error
@@ -150,7 +161,15 @@ def observe(base: PreTrainedModel) -> Observed:
         for handle in handles:
             handle.remove()
     attentions = list(dict.fromkeys(module for module, *_ in calls))
-    return Observed(attentions, rotary, all(mark is True for *_, mark in calls))
+    return Observed(attentions, rotary, receivers, all(mark is True for *_, mark in calls))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for each in inner for tensor in _tensors(each)]
 
 
 def _frequency_names(module: nn.Module) -> list[str]:
@@ -163,25 +182,27 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
     """Return the adapter as far as a pass shows it; the pairing and the layers that rotate are not known yet."""
     observed = observe(base)
     layers, attention, attention_class = _locate(base, observed.attentions)
-    rotary = _rotary(base, observed)
-    args, kwargs, result = observed.rotary[rotary]
-    per_type = [name for name in _frequency_names(base.get_submodule(rotary)) if name != FREQUENCIES]
-    inv_freq = getattr(base.get_submodule(rotary), per_type[0] if per_type else FREQUENCIES)
-    first = observed.attentions[0]
+    name = _rotary(base, observed)
+    rotary: nn.Module = getattr(base, name)
+    per_type = [each for each in _frequency_names(rotary) if each != FREQUENCIES]
+    inv_freq = getattr(rotary, per_type[0] if per_type else FREQUENCIES)
+    others = _other_receivers(base, observed, layers)
+    multiplier, adds = _input_embeddings(base, Adapter(layers=layers))
     return Adapter(
         layers=layers,
         attention=attention,
         attention_class=attention_class,
-        rotary=rotary,
-        layout=_layout(result, inv_freq),
-        full_precision=_full_precision(base.get_submodule(rotary), args, kwargs),
+        rotary=name,
+        layout=_layout(observed.rotary[name], inv_freq),
+        full_precision=_full_precision(base, rotary, observed.rotary[name]),
         rotary_per_layer_type=bool(per_type),
-        early_rotation=_early_rotation(base.get_submodule(rotary), inv_freq),
+        early_rotation=others or _reordered(rotary, inv_freq),
         forwards_kwargs=observed.forwards_kwargs,
-        scaling_includes_mscale=_includes_mscale(first, base),
-        embedding_multiplier=_embedding_multiplier(base),
+        scaling_includes_mscale=_includes_mscale(observed.attentions[0], base),
+        embedding_multiplier=multiplier,
+        takes_embeddings=adds,
         drops_cache_at_window=_drops_cache(model),
-        summary="found by looking",
+        summary="inferred",
     )
 
 
@@ -193,11 +214,13 @@ def _locate(base: PreTrainedModel, attentions: list[nn.Module]) -> tuple[str, st
     places = [re.fullmatch(r"(.+?)\.(\d+)\.(.+)", paths[module]) for module in attentions]
     if not all(places) or len({(place[1], place[3]) for place in places if place}) > 1:
         listed = ", ".join(paths[module] for module in attentions[:4])
-        raise _unknown(base, f"its attention modules do not have one name in one list of layers ({listed})")
+        raise _unknown(base, f"its attention modules are not at one path in the layers of one list ({listed})")
     assert places[0] is not None
     layers, attention = places[0][1], places[0][3]
+    named = list(Adapter(layers=layers, attention=attention).attentions(base).values())
+    if len(set(named)) < len(named):
+        raise _unknown(base, "several of its layers share one attention module")
     classes = {type(module).__name__ for module in attentions}
-    named = Adapter(layers=layers, attention=attention).attentions(base).values()
     others = {type(module).__name__ for module in named if not any(module is each for each in attentions)}
     if others and (len(classes) > 1 or others & classes):
         raise _unknown(base, f"only some modules {attention!r} of one class call the attention interface")
@@ -214,66 +237,55 @@ def _rotary(base: PreTrainedModel, observed: Observed) -> str:
     return names[0]
 
 
-def _layout(result: Any, inv_freq: Tensor) -> str:
-    """Return the layout of what the rotary module returned."""
-    if isinstance(result, Tensor):
-        return "complex"
-    cos, sin = result
-    if cos.shape[-1] == inv_freq.shape[-1]:
-        return "single"
-    if sin.is_meta:
-        return "halves"
-    neighbours = torch.equal(sin[..., 0::2], sin[..., 1::2])
-    half = sin.shape[-1] // 2
-    return "interleaved" if neighbours and not torch.equal(sin[..., :half], sin[..., half:]) else "halves"
+def _other_receivers(base: PreTrainedModel, observed: Observed, layers: str) -> str | None:
+    """Return why nothing can rotate at the scores, if other modules than layers and attentions receive cos and sin."""
+    blocks = set(Adapter(layers=layers).blocks(base))
+    paths = {module: name for name, module in base.named_modules()}
+    others = sorted(paths[module] for module in observed.receivers - blocks - set(observed.attentions))
+    return f"also passes cos and sin to {others[0]}" if others else None
 
 
-def _early_rotation(rotary: nn.Module, inv_freq: Tensor) -> str | None:
+def _reordered(rotary: nn.Module, inv_freq: Tensor) -> str | None:
     """Return why nothing can rotate at the scores, if M-RoPE joins its rows to another order of frequencies."""
     compose = getattr(rotary, compat.COMPOSE_AXES, None)
     if compose is None:
         return None
     order = torch.arange(1.0, inv_freq.shape[-1] + 1)
     composed = compose(order.expand(3, 1, 1, -1).clone()).flatten()
-    plain = (torch.cat((order, order)), order.repeat_interleave(2))
-    if any(torch.equal(composed, each) for each in plain):
+    if any(torch.equal(composed, each) for each in (torch.cat((order, order)), order.repeat_interleave(2))):
         return None
     return "joins the three rows of M-RoPE to another order of frequencies than that of its module"
 
 
-def _pairs_neighbours(base: PreTrainedModel, adapter: Adapter) -> bool:
-    """Return whether the family's `apply_rotary_pos_emb` rotates neighbouring dimensions; a guess if it has none.
-
-    The function needs no weights, so that it can be asked about a model on the meta device.
-    """
-    likely = adapter.layout in ("interleaved", "complex")
-    attention = next(iter(adapter.attentions(base).values()))
-    function: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if adapter.layout == "complex" or adapter.rotary_per_layer_type or not callable(function):
-        return likely
-    half = frequencies_of(base.get_submodule(str(adapter.rotary)), None)[0].shape[-1]
-    angles = torch.linspace(0.1, 1.0, half)[None, None]
-    doubled = {"halves": torch.cat((angles, angles), -1), "interleaved": angles.repeat_interleave(2, -1)}
-    angles = doubled.get(adapter.layout, angles)
-    query = torch.zeros(1, 1, 1, 2 * half)
-    query[..., 0] = 1.0  # rotates into the other dimension of its pair
-    try:
-        rotated: Any = function(query, query.clone(), angles.cos(), angles.sin())
-
-    except (TypeError, ValueError, RuntimeError):  # a function with other arguments
-        return likely
-    return bool(rotated[0][0, 0, 0, 1].abs() > 1e-3)
+def _layout(result: Any, inv_freq: Tensor) -> str:
+    """Return the layout of what the rotary module returned."""
+    if isinstance(result, Tensor):
+        return "complex"
+    _, sin = result
+    if sin.shape[-1] == inv_freq.shape[-1]:
+        return "single"
+    neighbours = torch.equal(sin[..., 0::2], sin[..., 1::2])
+    half = sin.shape[-1] // 2
+    return "interleaved" if neighbours and not torch.equal(sin[..., :half], sin[..., half:]) else "halves"
 
 
-def _full_precision(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _full_precision(base: PreTrainedModel, rotary: nn.Module, result: Any) -> bool:
     """Return whether cos and sin are float32 for inputs of another dtype."""
+    if isinstance(result, Tensor):
+        return False
+    return _call_rotary(base, rotary, torch.bfloat16)[0].dtype == torch.float32
 
-    def lowered(value: Any) -> Any:
-        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
 
+def _call_rotary(base: PreTrainedModel, rotary: nn.Module, dtype: torch.dtype) -> Any:
+    """Return what a rotary module returns for the positions of a run and hidden states of a dtype."""
+    device = next(rotary.buffers()).device
+    hidden = torch.zeros(1, LENGTH, 1, dtype=dtype, device=device)
+    positions = torch.tensor([POSITIONS], device=device)
+    if hasattr(rotary, compat.COMPOSE_AXES):
+        positions = positions.expand(3, 1, -1)
+    per_type = [name.removesuffix(f"_{FREQUENCIES}") for name in _frequency_names(rotary) if name != FREQUENCIES]
     with torch.no_grad():
-        result = rotary(*map(lowered, args), **{name: lowered(value) for name, value in kwargs.items()})
-    return not isinstance(result, Tensor) and result[0].dtype == torch.float32
+        return rotary(hidden, positions, *per_type[:1])
 
 
 def _includes_mscale(attention: Any, base: PreTrainedModel) -> bool:
@@ -284,26 +296,51 @@ def _includes_mscale(attention: Any, base: PreTrainedModel) -> bool:
     scaling = getattr(attention, "scaling", None)
     if not isinstance(scaling, float) or not hasattr(attention, "qk_head_dim"):
         return False
-    parameters = {
+    config = copy.deepcopy(base.config)
+    config.rope_parameters = {
         **dict(getattr(base.config, "rope_parameters", None) or {}),
         "rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0,
         "original_max_position_embeddings": 128,
     }  # fmt: skip
-    config = copy.deepcopy(base.config)
-    config.rope_parameters = parameters
     with torch.device("meta"):
         other = type(attention)(config, getattr(attention, "layer_idx", 0))
     return other.scaling != attention.qk_head_dim**-0.5
 
 
-def _embedding_multiplier(base: PreTrainedModel) -> str | None:
-    """Return the attribute of the base model by which it multiplies its embeddings, by the name that Granite gives."""
-    value = getattr(base, "embedding_multiplier", None)
-    return "embedding_multiplier" if isinstance(value, int | float) else None
+def _input_embeddings(base: PreTrainedModel, adapter: Adapter) -> tuple[str | None, bool]:
+    """Return the attribute by which the model multiplies its input embeddings, and whether more can be added to them.
 
+    One token, repeated, enters the first layer: as an id, as its embedding, and as twice its embedding.
 
-def _unknown(base: PreTrainedModel, why: str) -> UnknownFamilyError:
-    return unknown_family(base.config.model_type, why)
+    Raises:
+        UnknownFamilyError: equal tokens enter the first layer differently, so that positions are added before it.
+    """
+    first, entered = adapter.blocks(base)[0], []
+
+    def record(_: Any, args: Any, kwargs: Any) -> None:
+        entered.append(next(each for each in _tensors((args, tuple(kwargs.values()))) if each.ndim == 3))
+
+    given = arguments(base)
+    ids = torch.ones_like(given.pop("input_ids"))
+    embedded = base.get_input_embeddings()(ids)
+    handle = first.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluating(base):
+            base(input_ids=ids, **given, use_cache=False)
+            base(inputs_embeds=embedded, **given, use_cache=False)
+            base(inputs_embeds=2 * embedded, **given, use_cache=False)
+    finally:
+        handle.remove()
+    by_id, by_embedding, doubled = (each.float() for each in entered)
+    if not torch.equal(by_id, by_id[:, :1].expand_as(by_id)):
+        raise _unknown(base, "equal tokens enter its first layer differently, so positions are added to the embeddings")
+    adds = torch.equal(by_id, by_embedding) and torch.allclose(doubled, 2 * by_embedding, rtol=1e-2)
+    factor = float(by_embedding.norm() / embedded.float().norm())
+    name = "embedding_multiplier"
+    value = getattr(base, name, None)
+    if isinstance(value, int | float) and abs(factor - value) < 1e-2 * value:
+        return name, adds
+    return None, adds and abs(factor - 1) < 1e-2
 
 
 def _drops_cache(model: PreTrainedModel) -> bool:
@@ -315,25 +352,73 @@ def _drops_cache(model: PreTrainedModel) -> bool:
         return False
 
 
+def _look_without_values(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
+    """Return the likely adapter of a model on the meta device, whose rotary module is built again with values."""
+    observed = observe(base)
+    layers, attention, attention_class = _locate(base, observed.attentions)
+    name = _rotary(base, observed)
+    rotary: Any = type(getattr(base, name))(base.config)
+    per_type = [each for each in _frequency_names(rotary) if each != FREQUENCIES]
+    inv_freq = getattr(rotary, per_type[0] if per_type else FREQUENCIES)
+    layout = _layout(_call_rotary(base, rotary, torch.float32), inv_freq)
+    return Adapter(
+        layers=layers,
+        attention=attention,
+        attention_class=attention_class,
+        rotary=name,
+        layout=layout,
+        interleaved_pairs=_pairs_neighbours(observed.attentions[0], layout, inv_freq.shape[-1]),
+        full_precision=layout != "complex" and _call_rotary(base, rotary, torch.bfloat16)[0].dtype == torch.float32,
+        rotary_per_layer_type=bool(per_type),
+        early_rotation=_other_receivers(base, observed, layers) or _reordered(rotary, inv_freq),
+        forwards_kwargs=observed.forwards_kwargs,
+        scaling_includes_mscale=_includes_mscale(observed.attentions[0], base),
+        takes_embeddings=False,
+        drops_cache_at_window=_drops_cache(model),
+        summary="inferred, not verified",
+    )
+
+
+def _pairs_neighbours(attention: nn.Module, layout: str, half: int) -> bool:
+    """Return whether the family's `apply_rotary_pos_emb` rotates neighbouring dimensions; a guess if it has none.
+
+    The function needs no weights, so that it can be asked about a model on the meta device.
+    """
+    likely = layout in ("interleaved", "complex")
+    function: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if layout == "complex" or not callable(function):
+        return likely
+    angles = torch.linspace(0.1, 1.0, half)[None, None]
+    doubled = {"halves": torch.cat((angles, angles), -1), "interleaved": angles.repeat_interleave(2, -1)}
+    angles = doubled.get(layout, angles)
+    query = torch.zeros(1, 1, 1, 2 * half)
+    query[..., 0] = 1.0  # rotates into the other dimension of its pair
+    try:
+        rotated: Any = function(query, query.clone(), angles.cos(), angles.sin())
+    except (TypeError, ValueError, RuntimeError):  # a function with other arguments
+        return likely
+    return bool(rotated[0][0, 0, 0, 1].abs() > 1e-3)
+
+
 # Trying and proving
 
 
-def _candidates(model: PreTrainedModel, base: PreTrainedModel) -> Iterator[Adapter]:
-    """Yield the adapters that fit what a pass shows, the most usual pairing first."""
+def _candidates(model: PreTrainedModel, base: PreTrainedModel, settings: Settings) -> Iterator[Adapter]:
+    """Yield the adapters that agree with what a pass shows, the most usual pairing first."""
     seen = _look(model, base)
-    products = (False, True) if base.dtype in (torch.bfloat16, torch.float16) and not seen.full_precision else (False,)
+    trial = RotationTrial.of(model, base, seen, settings)
+    if known := LATEST.get(type(base)):
+        yield _with_rotating_layers(base, known, trial)
     likely = seen.layout in ("interleaved", "complex")
-    for pairs, product_in_full in product((likely, not likely), products):
-        yield replace(seen, interleaved_pairs=pairs, full_precision_product=product_in_full)
+    for pairs in (likely, not likely):
+        adapter = _with_rotating_layers(base, replace(seen, interleaved_pairs=pairs), trial)
+        yield _with_product(adapter, trial)
 
 
-def with_rotating_layers(
-    model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings
-) -> Adapter:
+def _with_rotating_layers(base: PreTrainedModel, adapter: Adapter, trial: RotationTrial) -> Adapter:
     """Return the adapter with `rotates`, if some layers of the model do not rotate."""
-    trial = RotationTrial.of(model, base, adapter, settings)
-    still = set(trial.unrotated(adapter))
-    attentions = adapter.attentions(base)
+    adapter = replace(adapter, rotates=None)
+    still, attentions = set(trial.unrotated(adapter)), adapter.attentions(base)
     if not still or still == set(attentions):
         return adapter
     flags = {index: index not in still for index in attentions}
@@ -346,112 +431,112 @@ def with_rotating_layers(
 def _flag_names(attention: nn.Module) -> list[str]:
     """Return the attributes of an attention that may say whether it rotates, the clearest names first."""
     plain = [name for name, value in vars(attention).items() if value is None or isinstance(value, bool | int)]
-    return sorted(plain, key=lambda name: (not re.search("rope|rotary", name), not re.search("slid|window", name)))
+    likely = [name for name in plain if re.search("rope|rotary|slid|window|local|global", name)]
+    return sorted(likely, key=lambda name: not re.search("rope|rotary", name))
+
+
+def _with_product(adapter: Adapter, trial: RotationTrial) -> Adapter:
+    """Return the adapter with the dtype of the product with cos and sin that comes nearest in a model of 16 bits."""
+    if trial.base.dtype not in (torch.bfloat16, torch.float16) or adapter.full_precision or adapter.layout == "complex":
+        return adapter
+    if adapter.bars_rotation_at_scores is not None or not adapter.forwards_kwargs:
+        return adapter
+    options = [replace(adapter, full_precision_product=each) for each in (False, True)]
+    return min(options, key=trial.distance)
 
 
 def prove(model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings) -> str | None:
-    """Check an adapter on a short random input. Return None if it holds, else the step that failed.
+    """Check an adapter on a short input. Return None if it holds, else the step that failed.
 
-    The steps: every name exists; the model's rotation equals ours before the cache and at the scores, for positions
-    with gaps, in every layer; nothing but the rotation knows positions; the patched model equals the unpatched one bit
-    for bit in a full pass, left-padded and with a cache; other frequencies move the logits; undoing restores the model.
+    The steps: every name exists; every layer of one type has as many heads; the model's rotation equals ours before the
+    cache and at the scores, for positions with gaps, in every layer; no attention depends on the order of tokens
+    without rotation; the patched model equals the unpatched one bit for bit in a full pass, left-padded and with a
+    cache; other frequencies change the output; undoing the patch restores it.
     """
     check_adapter(base, adapter)
     trial = RotationTrial.of(model, base, adapter, settings)
-    if set(trial.native) != set(adapter.attentions(base)):
-        silent = sorted(set(adapter.attentions(base)) - set(trial.native))
+    attentions, seen = adapter.attentions(base), trial.native.queries_and_keys
+    if silent := sorted(set(attentions) - set(seen)):
         return f"the attention of layer {silent[0]} does not call the attention interface"
+    layer_types = adapter.layer_types(base, base.config)
+    for layer_type in dict.fromkeys(layer_types):
+        shapes = {tuple(t.shape for t in seen[i]) for i in attentions if layer_types[i] == layer_type}
+        if len(shapes) > 1:
+            return "its layers have different numbers of heads, or heads of different sizes"
+    if empty := [i for i, tensors in seen.items() if any(not bool(t.any()) for t in tensors)]:
+        return f"queries or keys of layer {empty[0]} are zero, so that nothing shows how they rotate"
     for at_scores in (False, True):
         wrong, error = trial.differing(adapter, at_scores)
         if wrong:
-            return trial.message(adapter, wrong, error, at_scores, None)
+            why = "" if error is None else f" ({type(error).__name__}: {error})"
+            return different(adapter, type(base).__name__, trial.in_words(wrong), at_scores) + why
     if wrong := trial.normalised(adapter):
-        return f"layer {wrong[0]} normalises queries and keys after it rotates them, which a row must describe"
-    if (layer := _knows_order(model, base, adapter, settings, trial)) is not None:
-        return f"layer {layer} knows the order of tokens when nothing rotates, so positions reach it another way"
+        return (
+            f"layer {wrong[0]} normalises queries and keys after it rotates them, which needs an adapter with "
+            "`norm_after_rotation` or `weighted_norm_after_rotation`"
+        )
+    if (layer := _depends_on_order(model, base, adapter, settings, trial)) is not None:
+        return f"layer {layer} depends on the order of tokens without rotation, so it has another source of positions"
     return _identity(model, base, adapter, settings)
 
 
-def _knows_order(
+def _depends_on_order(
     model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings, trial: RotationTrial
 ) -> int | None:
-    """Return the first layer whose last output changes if the tokens before trade places and nothing rotates."""
-    order = torch.tensor([3, 1, 4, 0, 2, 5], device=base.device)
+    """Return the first layer whose last output changes if earlier tokens are permuted and nothing rotates."""
+    order = torch.tensor([3, 1, 4, 0, 2, 5])
+    permuted = {index: hidden[:, order.to(hidden.device)] for index, hidden in trial.native.inputs.items()}
     with trial_patch(model, without_rotation(base, adapter), adapter, settings):
-        before, after = (
-            attention_outputs(base, adapter, feed)
-            for feed in (trial.inputs, {index: hidden[:, order] for index, hidden in trial.inputs.items()})
-        )
+        before, after = (run(base, adapter, feed).outputs for feed in (trial.native.inputs, permuted))
     for index, plain in before.items():
-        change = (plain[:, -1] - after[index][:, -1]).abs().max()
-        if float(change) > TOLERANCE * float(plain.abs().max()) + 1e-12:
+        change = (plain[:, -1].float() - after[index][:, -1].float()).abs().max()
+        if float(change) > MOVED.get(plain.dtype, MOVED_EXACT) * float(plain.float().abs().max()):
             return index
     return None
 
 
-def attention_outputs(base: PreTrainedModel, adapter: Adapter, feed: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Return the output of each attention, `[batch, tokens, hidden]`, for given inputs."""
-    outputs: dict[int, Tensor] = {}
-
-    def keep(index: int, result: Any) -> None:
-        outputs[index] = (result[0] if isinstance(result, tuple) else result).float()
-
-    handles = [
-        attention.register_forward_hook(lambda _, __, result, index=index: keep(index, result))
-        for index, attention in adapter.attentions(base).items()
-    ]
-    try:
-        with torch.no_grad(), evaluating(base), capturing(base, adapter, {}, {}, feed):
-            base(**arguments(base), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
 def _identity(model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings) -> str | None:
-    """Return the first situation in which the patched model differs from the unpatched one, or None."""
-    layer_types = list(dict.fromkeys(adapter.layer_types(base, base.config)[i] for i in adapter.attentions(base)))
-    before = _situations(model, base)
-    for layer_type in layer_types:
-        layers = None if len(layer_types) == 1 else [
-            i for i in adapter.attentions(base) if adapter.layer_types(base, base.config)[i] == layer_type
-        ]  # fmt: skip
-        if adapter.rotates is not None and all(adapter.skips_rope(adapter.attentions(base)[i]) for i in layers or []):
-            if layers is not None:
-                continue
-        native = native_rotation(base, adapter, layer_type, False, next(iter(adapter.attentions(base).values())))
-        with trial_patch(model, native, adapter, settings, layers):
-            patched = _situations(model, base)
-        for name, logits in before.items():
-            if not torch.equal(logits, patched[name]):
-                change = float((logits.float() - patched[name].float()).abs().max())
-                return f"the same rotation moves the logits by {change:.1e} in this situation: {name}"
+    """Return the first situation in which the patched base model differs from the unpatched one, or None."""
+    attentions, layer_types = adapter.attentions(base), adapter.layer_types(base, base.config)
+    before = _situations(base)
+    if not _same(before, _situations(base)):
+        return "the unpatched model does not give the same output twice"
+    for layer_type in dict.fromkeys(layer_types[index] for index in attentions):
+        layers = [index for index in attentions if layer_types[index] == layer_type]
+        if all(adapter.skips_rope(attentions[index]) for index in layers):
+            continue
+        chosen = None if len(layers) == len(attentions) else layers
+        native = native_rotation(base, adapter, layer_type, False, attentions[layers[0]])
+        with trial_patch(model, native, adapter, settings, chosen):
+            patched = _situations(base)
+        for name, output in before.items():
+            if not torch.equal(output, patched[name]):
+                change = float((output.float() - patched[name].float()).abs().max())
+                return f"the same rotation changes the output by {change:.1e} {name}"
         slower = type("Slower", (native,), {"inverse": native.inverse / 4})
-        with trial_patch(model, slower, adapter, settings, layers):
-            moved = _situations(model, base, only="a full pass")
-        if torch.equal(before["a full pass"], moved["a full pass"]):
-            return "other frequencies do not move the logits"
-    after = _situations(model, base)
-    if not all(torch.equal(logits, after[name]) for name, logits in before.items()):
-        return "the model does not give the same logits after the trial was undone"
+        with trial_patch(model, slower, adapter, settings, chosen):
+            if _same(before, _situations(base)):
+                return "other frequencies do not change the output"
+    if not _same(before, _situations(base)):
+        return "the model does not give the same output after the trial was undone"
     return None
 
 
-def _situations(model: PreTrainedModel, base: PreTrainedModel, only: str | None = None) -> dict[str, Tensor]:
-    """Return the logits of a short text in a full pass, left-padded, and with a cache."""
+def _same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return all(torch.equal(output, after[name]) for name, output in before.items())
+
+
+def _situations(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the outputs of the base model for a short text in a full pass, left-padded, and with a cache."""
     ids = arguments(base)["input_ids"]
     padded = torch.cat((torch.zeros_like(ids[:, :2]), ids), 1)
     mask = (torch.arange(padded.shape[1], device=ids.device) >= 2).long()[None]
-    results: dict[str, Tensor] = {}
-    with torch.no_grad(), evaluating(model):
-        results["a full pass"] = model(input_ids=ids, use_cache=False)[0]
-        if only is None:
-            both = torch.cat((torch.cat((ids, ids[:, :2]), 1), padded))
-            masks = torch.cat((torch.ones_like(mask), mask))
-            results["left-padded"] = model(input_ids=both, attention_mask=masks, use_cache=False)[0][1:, 2:]
-            first = model(input_ids=ids[:, :-2], use_cache=True)
-            name = next(name for name in compat.CACHE_ARGUMENTS if name in first)
-            rest = {compat.cache_argument(type(model).forward) or name: first[name]}
-            results["with a cache"] = model(input_ids=ids[:, -2:], use_cache=True, **rest)[0]
-    return results
+    with torch.no_grad(), evaluating(base):
+        full = base(input_ids=ids, use_cache=False)[0]
+        both, masks = torch.cat((torch.cat((ids, ids[:, :2]), 1), padded)), torch.cat((torch.ones_like(mask), mask))
+        left = base(input_ids=both, attention_mask=masks, use_cache=False)[0][1:, 2:]
+        first = base(input_ids=ids[:, :-2], use_cache=True)
+        name = next((name for name in compat.CACHE_ARGUMENTS if first.get(name) is not None), None)
+        cached = {compat.cache_argument(type(base).forward) or name: first[name]} if name is not None else {}
+        rest = base(input_ids=ids[:, -2:], use_cache=True, **cached)[0]
+    return {"in a full pass": full, "with left padding": left, "with a cache": rest}

@@ -274,6 +274,11 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
             f"{scheme.name!r} rotates at the scores, and this family {adapter.bars_rotation_at_scores}. Use a static "
             "rotary scheme instead."
         )
+    if embeds and not adapter.takes_embeddings:
+        raise UnsupportedError(
+            f"{scheme.name!r} adds to the input embeddings, and this family changes `inputs_embeds` in its own way. "
+            "Use a scheme that acts in the attention, such as 'alibi' or 'yarn'."
+        )
     if keep_native and rotates and adapter.rotary is not None:
         raise OptionError(f"keep_native=True would rotate twice: this family rotates, and so does {scheme.name!r}.")
     if keep_native and converting:

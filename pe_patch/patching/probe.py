@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from ..schemes.rotary import Rotary, Rotation
 from .build import build
 from .patch import Patch, Settings
 from .plan import plan
-from .targets import resolve
+from .targets import device_and_dtype, resolve
 
 logger = logging.getLogger("pe_patch")
 
@@ -42,8 +42,17 @@ EXACT = 1e-4
 FACTOR = 1.25
 """Factor on cos and sin in the search for a norm after the rotation."""
 
-QueriesAndKeys = dict[int, tuple[Tensor, Tensor]]
-"""Queries and keys of each layer, `[batch, heads, tokens, head]`, as its attention multiplies them."""
+
+@dataclass
+class Seen:
+    """What the attentions of a model receive and return in a run, by layer index."""
+
+    queries_and_keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Queries and keys, each `[batch, heads, tokens, head]`, as the attention multiplies them."""
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    """Inputs of the attentions, `[batch, tokens, hidden]`."""
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    """Outputs of the attentions, `[batch, tokens, hidden]`."""
 
 
 class Native(Rotary):
@@ -89,10 +98,10 @@ def check_rotation(patch: Patch) -> None:
         OptionValueError: queries or keys differ from the native ones.
     """
     base, adapter = patch.base, patch.adapter
-    if adapter.rotary is None or adapter.vision_encoder is not None or any(p.is_meta for p in base.parameters()):
+    if adapter.rotary is None or adapter.vision_encoder is not None or has_no_values(base):
         return
     trial = RotationTrial.of(patch.model, base, adapter, patch.settings)
-    if not trial.native:
+    if not trial.native.queries_and_keys:
         return  # no attention calls the interface; the patch itself raises for that
     error: Exception | None = None
     for at_scores in (False, True):
@@ -124,10 +133,8 @@ class RotationTrial:
     """The model that holds the layers."""
     settings: Settings
     """The arguments of `patch_model`; backend and submodule are used."""
-    native: QueriesAndKeys
-    """Queries and keys of the unpatched model."""
-    inputs: dict[int, Tensor]
-    """Inputs of each attention in the unpatched model, `[batch, tokens, hidden]`."""
+    native: Seen
+    """What the unpatched model computes."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings) -> RotationTrial:
@@ -140,18 +147,22 @@ class RotationTrial:
             settings: the arguments of `patch_model`.
         """
         implementation = our_implementation(base, settings.backend)
-        return cls(model, base, settings, *_run(base, adapter, feed=None, implementation=implementation))
+        return cls(model, base, settings, run(base, adapter, None, implementation))
 
     def differing(self, adapter: Adapter, at_scores: bool) -> tuple[list[int], Exception | None]:
-        """Return the layers whose queries or keys differ from the native ones, and the error if the model fails to
-        run."""
+        """Return the layers that differ from the native ones, and the error if the model fails to run.
+
+        Queries and keys are compared; at the scores also the outputs, since other parts of an attention may use the
+        rotation too.
+        """
         if at_scores and (adapter.bars_rotation_at_scores or not adapter.forwards_kwargs):
             return [], None
         base = self.base
         layer_types, attentions = adapter.layer_types(base, base.config), adapter.attentions(base)
         wrong: list[int] = []
         for layer_type in dict.fromkeys(layer_types):
-            layers = [i for i, other in enumerate(layer_types) if other == layer_type and i in self.native]
+            known = self.native.queries_and_keys
+            layers = [i for i, other in enumerate(layer_types) if other == layer_type and i in known]
             if all(adapter.skips_rope(attentions[i]) for i in layers):
                 continue
             scheme = native_rotation(base, adapter, layer_type, at_scores, attentions[layers[0]])
@@ -161,8 +172,28 @@ class RotationTrial:
                 raise
             except Exception as error:  # a layout of another shape raises somewhere in the family's code
                 return layers, error
-            wrong += [i for i in layers if i not in rotated or not _close(rotated[i], self.native[i])]
+            wrong += [i for i in layers if not self._equal(rotated, i, at_scores)]
         return sorted(wrong), None
+
+    def _equal(self, rotated: Seen, index: int, outputs: bool) -> bool:
+        """Return whether one layer computes what it does natively."""
+        if index not in rotated.queries_and_keys:
+            return False
+        pairs = zip(rotated.queries_and_keys[index], self.native.queries_and_keys[index], strict=True)
+        if not all(_close(ours, theirs) for ours, theirs in pairs):
+            return False
+        return not outputs or _close(rotated.outputs[index], self.native.outputs[index], by_column=False)
+
+    def distance(self, adapter: Adapter) -> float:
+        """Return how far queries and keys are from the native ones if they are rotated at the scores, summed."""
+        layer_type = adapter.layer_types(self.base, self.base.config)[next(iter(self.native.queries_and_keys))]
+        attention = next(iter(adapter.attentions(self.base).values()))
+        rotated = self._under(native_rotation(self.base, adapter, layer_type, True, attention), adapter, None)
+        return sum(
+            float((ours.float() - theirs.float()).abs().sum())
+            for index, native in self.native.queries_and_keys.items()
+            for ours, theirs in zip(rotated.queries_and_keys[index], native, strict=True)
+        )
 
     def normalised(self, adapter: Adapter) -> list[int]:
         """Return the layers in which something after the rotation undoes a factor on cos and sin, such as a norm."""
@@ -183,13 +214,15 @@ class RotationTrial:
                     for at_scores in (False, True)
                 )
             )
-            wrong += [i for i in layers if not _close(early[i], late[i])]
+            for i in layers:
+                both = zip(early.queries_and_keys[i], late.queries_and_keys[i], strict=True)
+                wrong += [] if all(_close(ours, theirs) for ours, theirs in both) else [i]
         return sorted(wrong)
 
     def unrotated(self, adapter: Adapter) -> list[int]:
         """Return the layers whose queries and keys do not change if every frequency is zero."""
         rotated = self._under(without_rotation(self.base, adapter), adapter, None)
-        return [i for i, native in self.native.items() if i in rotated and _close(rotated[i], native)]
+        return [i for i in self.native.queries_and_keys if self._equal(rotated, i, False)]
 
     def fitting(self, adapter: Adapter) -> str | None:
         """Return the adapter fields with which its rotation equals the model's, or None if no layout and pairing
@@ -223,18 +256,35 @@ class RotationTrial:
                 "module that rotates, or the family does more to queries and keys after it rotates them "
                 "(weighted_norm_after_rotation=True), or it rotates the other way round."
             )
-        layers = "any layer" if len(wrong) == len(self.native) else f"layers {', '.join(map(str, wrong))}"
+        layers = self.in_words(wrong)
         why = f" ({type(error).__name__}: {error})" if error is not None else ""
-        return (
-            f"The adapter says layout={adapter.layout!r} and interleaved_pairs={adapter.interleaved_pairs}, and a "
-            f"rotation {'at the scores' if at_scores else 'before the cache'} made so is not that of {name} in "
-            f"{layers}{why}. {remedy}"
-        )
+        return f"{different(adapter, name, layers, at_scores)}{why}. {remedy}"
 
-    def _under(self, scheme: type[Native], adapter: Adapter, layers: list[int] | None) -> QueriesAndKeys:
-        """Return queries and keys under a scheme in some layers, and restore the model."""
+    def in_words(self, layers: list[int]) -> str:
+        """Return layers in words."""
+        everywhere = len(layers) == len(self.native.queries_and_keys)
+        return "every layer" if everywhere else f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+    def _under(self, scheme: type[Native], adapter: Adapter, layers: list[int] | None) -> Seen:
+        """Run the model under a scheme in some layers, with the native inputs of each attention, and restore it."""
         with trial_patch(self.model, scheme, adapter, self.settings, layers):
-            return _run(self.base, adapter, self.inputs)[0]
+            return run(self.base, adapter, self.native.inputs)
+
+
+def different(adapter: Adapter, name: str, layers: str, at_scores: bool) -> str:
+    """Return the first sentence of an error, without its full stop: where the rotation of an adapter differs.
+
+    Args:
+        adapter: the adapter.
+        name: class name of the base model.
+        layers: the layers that differ, in words.
+        at_scores: whether it rotates at the scores.
+    """
+    where = "at the scores" if at_scores else "before the cache"
+    return (
+        f"A rotation {where} with layout={adapter.layout!r} and interleaved_pairs={adapter.interleaved_pairs} differs "
+        f"from that of {name} in {layers}"
+    )
 
 
 @contextmanager
@@ -290,18 +340,25 @@ def native_rotation(
     return type("Native", (Native,), members)
 
 
-def _close(computed: tuple[Tensor, Tensor], native: tuple[Tensor, Tensor]) -> bool:
-    for ours, theirs in zip(computed, native, strict=True):
-        tolerance = TOLERANCE.get(theirs.dtype, EXACT) * float(theirs.float().abs().max())
-        if ours.shape != theirs.shape or float((ours.float() - theirs.float()).abs().max()) > tolerance:
-            return False
-    return True
+def _close(ours: Tensor, theirs: Tensor, by_column: bool = True) -> bool:
+    """Return whether two tensors `[..., width]` are equal up to rounding.
+
+    Args:
+        ours: the tensor to check.
+        theirs: the expected one.
+        by_column: compare with the largest entry of each column, so that a column with large entries, such as the key
+            biases of some models, hides no difference in the others. Otherwise with the largest entry of all.
+    """
+    if ours.shape != theirs.shape:
+        return False
+    expected = theirs.float().flatten(0, -2)
+    largest = expected.abs().amax(0) if by_column else expected.abs().max()
+    allowed = TOLERANCE.get(theirs.dtype, EXACT) * largest
+    return bool(((ours.float().flatten(0, -2) - expected).abs().amax(0) <= allowed).all())
 
 
-def _run(
-    base: Any, adapter: Adapter, feed: dict[int, Tensor] | None, implementation: str | None = None
-) -> tuple[QueriesAndKeys, dict[int, Tensor]]:
-    """Return queries and keys of each layer in a pass over a few tokens, and the inputs of the attentions.
+def run(base: Any, adapter: Adapter, feed: dict[int, Tensor] | None, implementation: str | None = None) -> Seen:
+    """Run a model on a few tokens, and return what its attentions receive and return.
 
     Args:
         base: the model that holds the layers.
@@ -309,14 +366,19 @@ def _run(
         feed: inputs that replace those of the attentions; None to keep them.
         implementation: name of the attention function to use; None for the current one.
     """
-    seen: QueriesAndKeys = {}
-    inputs: dict[int, Tensor] = {}
+    seen = Seen()
     with (
-        torch.no_grad(), evaluating(base), capturing(base, adapter, seen, inputs, feed),
+        torch.no_grad(), evaluating(base), _capturing(base, adapter, seen, feed),
         using_attention(base.config, implementation),
     ):  # fmt: skip
         base(**arguments(base), use_cache=False)
-    return seen, inputs
+    return seen
+
+
+def has_no_values(base: Any) -> bool:
+    """Return whether weights are on the meta device and no hook of accelerate loads them."""
+    hooks = (compat.execution_hook(module) for module in base.modules())
+    return any(parameter.is_meta for parameter in base.parameters()) and not any(hooks)
 
 
 def arguments(base: Any) -> dict[str, Tensor]:
@@ -324,13 +386,14 @@ def arguments(base: Any) -> dict[str, Tensor]:
 
     On the meta device the mask is `[1, 1, LENGTH, LENGTH]`, since Transformers would look at values to build it.
     """
-    positions = torch.tensor([POSITIONS], device=base.device)
+    positions = torch.tensor([POSITIONS], device=device_and_dtype(base)[0])
     if positions.is_meta:
         mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=positions.device)
         return {"input_ids": positions, "position_ids": positions, "attention_mask": mask}
     # Without a mask, Transformers takes a gap between positions for the start of another document.
     mask = torch.ones_like(positions)
-    return {"input_ids": (positions + 1) % base.config.vocab_size, "position_ids": positions, "attention_mask": mask}
+    size = base.get_input_embeddings().weight.shape[0]
+    return {"input_ids": (positions + 1) % size, "position_ids": positions, "attention_mask": mask}
 
 
 @contextmanager
@@ -346,10 +409,8 @@ def using_attention(config: Any, implementation: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def capturing(
-    base: Any, adapter: Adapter, seen: QueriesAndKeys, inputs: dict[int, Tensor], feed: dict[int, Tensor] | None
-) -> Iterator[None]:
-    """Capture the inputs of each attention, and its queries and keys; with `feed`, replace the inputs."""
+def _capturing(base: Any, adapter: Adapter, seen: Seen, feed: dict[int, Tensor] | None) -> Iterator[None]:
+    """Capture what each attention receives and returns; with `feed`, replace its input."""
     attentions, handles = adapter.attentions(base), []
     for index, attention in attentions.items():
 
@@ -357,19 +418,28 @@ def capturing(
             names = [*range(len(args)), *kwargs]
             values = dict(zip(names, (*args, *kwargs.values()), strict=True))
             name = next(n for n, value in values.items() if _is_hidden(value))
-            inputs[index] = values[name]
+            seen.inputs[index] = values[name]
             if feed is not None:
                 values[name] = feed[index]
             return tuple(values[n] for n in range(len(args))), {n: values[n] for n in kwargs}
 
-        handles.append(attention.register_forward_pre_hook(replace_input, with_kwargs=True))
-        attention.__dict__["pe_seen"] = lambda query, key, index=index: seen.update({index: (query, key)})
+        def keep_output(_: Any, __: Any, result: Any, index: int = index) -> None:
+            seen.outputs[index] = result[0] if isinstance(result, tuple) else result
+
+        handles += [
+            attention.register_forward_pre_hook(replace_input, with_kwargs=True),
+            attention.register_forward_hook(keep_output),
+        ]
+        attention.__dict__["pe_seen"] = lambda query, key, index=index: seen.queries_and_keys.update(
+            {index: (query, key)}
+        )
     try:
         yield
     finally:
-        for attention, handle in zip(attentions.values(), handles, strict=True):
+        for handle in handles:
             handle.remove()
-            del attention.__dict__["pe_seen"]
+        for attention in attentions.values():
+            attention.__dict__.pop("pe_seen", None)
 
 
 def _is_hidden(value: Any) -> bool:

@@ -205,8 +205,8 @@ def find_adapter(base: PreTrainedModel, adapter: Adapter | None) -> Adapter:
         check_adapter(base, adapter)
         return adapter
     family = base.config.model_type
-    if family not in ADAPTERS and type(base) in INFERRED:
-        return INFERRED[type(base)]
+    if family not in ADAPTERS and base in INFERRED:
+        return INFERRED[base]
     if family not in ADAPTERS:
         raise unknown_family(family)
     if not ADAPTERS.is_builtin(family):
