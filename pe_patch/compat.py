@@ -251,6 +251,15 @@ def layer_mask(layer_type: str, cache: Any, **arguments: Any) -> Any:
     return function(**{name: cache}, **arguments)
 
 
+def attending_layer_types(config: Any) -> set[str]:
+    """Return the layer types of a config whose layers attend and so need a mask; other types are those of hybrids.
+
+    Checked on Transformers 5.23, whose types of other layers are linear_attention, conv, mamba and the like.
+    """
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return {each for each in types if "attention" in each and "linear" not in each}
+
+
 # Private names of Transformers: configs.
 
 IMPLEMENTATION = private("_attn_implementation_internal", "transformers.PreTrainedConfig", "IMPLEMENTATION")

@@ -147,10 +147,14 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def quiet_transformers() -> None:
-    """Disable Transformers' progress bars, and escape its log messages, which may quote a checkpoint."""
+    """Disable Transformers' progress bars, and escape its log messages, which may quote a checkpoint.
+
+    bitsandbytes only reports errors: on a CPU it warns about a kernel that it does not need.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
     for handler in logging.get_logger("transformers").handlers:
         if not any(isinstance(each, PrintableFilter) for each in handler.filters):
             handler.addFilter(PrintableFilter())

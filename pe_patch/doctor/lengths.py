@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from .. import compat
 from ..adapters.trained_window import built_window, is_count, trained_window
 from ..schemes.config_formats import TYPES, trained_window_below, yarn_temperature
 from .claims import filled_in, named_window, rope_dicts, window_reversed, written_window
@@ -205,7 +206,7 @@ def _sliding(examined: ExaminedModel, path: str, entries: dict[str, Any], factor
     layer_types = getattr(config, "layer_types", None)
     known = trained_window(examined.model, config).scaled_length if config is not None else None
     extended = known or max(examined.window, int(factor * _trained(examined, entries)))
-    all_slide = layer_types is None or set(layer_types) == {"sliding_attention"}
+    all_slide = layer_types is None or compat.attending_layer_types(config) == {"sliding_attention"}
     if isinstance(sliding, int) and sliding and all_slide and sliding < extended:
         yield Finding(
             "sliding_window", "warning", "sliding_window", f"{extended} tokens by factor {factor:g} in {path}",

@@ -341,8 +341,8 @@ def _announce(patch: Patch) -> None:
     scheme, adapter = patch.scheme, patch.adapter
     options = ", ".join(f"{key}={value}" for key, value in scheme.recorded.items() if not isinstance(value, list))
     logger.info(
-        "patched %d of %d layers of %s with %s(%s); trained window: %s",
-        len(patch.layers), patch.shape.num_layers, type(patch.model).__name__, scheme.name, options,
+        "patched %d of %d attention layers of %s with %s(%s); trained window: %s",
+        len(patch.layers), len(adapter.attentions(patch.base)), type(patch.model).__name__, scheme.name, options,
         patch.window.in_words(patch.composed),
     )  # fmt: skip
     if patch.window.raised:

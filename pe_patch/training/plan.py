@@ -92,7 +92,7 @@ def _mask_bytes(model: Any, recipe: Recipe, phase: Phase, rows: int) -> int:
     eager = "eager" in implementation
     if not eager and (not recipe.data.boundaries or phase.pose is not None):
         return 0
-    kinds = len(set(getattr(config, "layer_types", None) or ["full_attention"]))
+    kinds = len(compat.attending_layer_types(config))
     return kinds * rows * phase.length**2 * (next(model.parameters()).element_size() if eager else 1)
 
 
