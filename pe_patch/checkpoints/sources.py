@@ -154,7 +154,7 @@ def quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
+    logging.get_logger("bitsandbytes").setLevel("ERROR")
     for handler in logging.get_logger("transformers").handlers:
         if not any(isinstance(each, PrintableFilter) for each in handler.filters):
             handler.addFilter(PrintableFilter())
