@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from logging import ERROR, getLogger
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -154,7 +155,7 @@ def quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel("ERROR")
+    getLogger("bitsandbytes").setLevel(ERROR)
     for handler in logging.get_logger("transformers").handlers:
         if not any(isinstance(each, PrintableFilter) for each in handler.filters):
             handler.addFilter(PrintableFilter())
