@@ -200,6 +200,11 @@ def choose_measurement(
     )
 
 
+def spots_of(texts: int) -> int:
+    """Return the number of texts whose loss is measured: at least 2, so that the loss has an interval."""
+    return max(2, texts)
+
+
 def measurement_seconds(
     candidates: Sequence[Candidate], lengths: Sequence[int], texts: int, time: ReadingTime
 ) -> float:
@@ -209,7 +214,7 @@ def measurement_seconds(
         for length in lengths:
             if candidate.untouched and length == lengths[-1] and len(lengths) > 1:
                 continue  # it is not asked beyond its window
-            readings = texts * (QUESTIONS if candidate.follows_length else 1) + texts
+            readings = texts * (QUESTIONS if candidate.follows_length else 1) + spots_of(texts)
             total += readings * time.of(length)
     return SPARE * total
 

@@ -39,6 +39,7 @@ from .plan import (
     check_fits,
     choose_measurement,
     recipe_of,
+    spots_of,
     trained_candidate,
     training_of,
 )
@@ -317,7 +318,7 @@ def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candida
     number = (
         [each.label for each in plan.candidates].index(candidate.label) if candidate in plan.candidates else "trained"
     )
-    tasks = [Needle(shared_text=True), Perplexity(measures="fixed", targets=SCORED, spots=max(2, plan.texts))]
+    tasks = [Needle(shared_text=True), Perplexity(measures="fixed", targets=SCORED, spots=spots_of(plan.texts))]
     return evaluate(
         model, tokenizer, tasks, lengths, samples=plan.texts * QUESTIONS, depths=DEPTHS, text=request.text,
         seed=request.seed, control_length=plan.lengths[0], beyond_window=True, label=candidate.label,
