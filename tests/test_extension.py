@@ -52,8 +52,8 @@ def test_the_time_of_a_reading_is_fitted_to_two(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_budget_buys_schemes_first_then_lengths_then_texts() -> None:
     lengths = [1000, 2000, 8000]
-    # One text: two readings of each length, and the model as it is reads the target never.
-    least = 1.2 * (2 * 1 + 2 * (1 + 8))
+    # One text for the questions and two for the loss of each length; the model as it is never reads the target.
+    least = 1.2 * (3 * 1 + 3 * (1 + 8))
     chosen = [plan.choose_measurement(schemes(3), lengths, FLAT, limit) for limit in (1e6, 3.2 * least, least)]
     assert [(len(found), len(where), texts) for found, where, texts, _ in chosen] == [(4, 3, 4), (4, 2, 1), (2, 2, 1)]
     assert chosen[2][3] == pytest.approx(least) and chosen[2][1] == [1000, 8000]
@@ -64,7 +64,7 @@ def test_a_budget_buys_schemes_first_then_lengths_then_texts() -> None:
 def test_a_scheme_that_follows_the_length_reads_the_text_for_each_question() -> None:
     following = Candidate("dynamic_ntk", {"factor": 2.0}, "dynamic", "", follows_length=True)
     plain = plan.measurement_seconds(schemes(1)[1:], [8000], 1, FLAT)
-    assert plan.measurement_seconds([following], [8000], 1, FLAT) == pytest.approx(plain * 9 / 2)
+    assert plan.measurement_seconds([following], [8000], 1, FLAT) == pytest.approx(plain * 10 / 3)
 
 
 def test_candidates_fit_the_exports_and_know_whether_they_follow_the_length() -> None:
