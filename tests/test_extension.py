@@ -176,6 +176,8 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
     assert json.loads((tmp_path / "out" / "extension.json").read_text()) == kept, "the plan is kept"
     assert done.plan.candidates[0].label == UNTOUCHED
     assert {row.scheme for row in done.results.rows} == {each.label for each in done.plan.candidates}
+    scored = {row.details["targets_hash"] for row in done.results.select(task="perplexity")}
+    assert len(scored) == 1, "the loss is that of the same tokens"
     loaded = load_patched(done.model).eval()
     patch_model(model, done.chosen.scheme, **done.chosen.options)
     assert describe(loaded).scheme == done.chosen.scheme and torch.equal(loaded(ids).logits, model(ids).logits)

@@ -318,10 +318,12 @@ def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candida
     number = (
         [each.label for each in plan.candidates].index(candidate.label) if candidate in plan.candidates else "trained"
     )
+    # The control length decides from which texts the scored tokens come, and they must be the same for all.
+    control = plan.target_length if candidate.untouched else plan.lengths[0]
     tasks = [Needle(shared_text=True), Perplexity(measures="fixed", targets=SCORED, spots=spots_of(plan.texts))]
     return evaluate(
         model, tokenizer, tasks, lengths, samples=plan.texts * QUESTIONS, depths=DEPTHS, text=request.text,
-        seed=request.seed, control_length=plan.lengths[0], beyond_window=True, label=candidate.label,
+        seed=request.seed, control_length=control, beyond_window=True, label=candidate.label,
         output=request.folder / "measurements" / str(number),
     )  # fmt: skip
 
@@ -373,7 +375,11 @@ def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> s
         other = results.cell(scheme=untrained.label, task="needle", length=target)
         assert other is not None
         sentences.append(f"The best scheme without training, {untrained.label}, answers {other.score:.0%} there.")
-    if cell.score < before.score / 2:
+    if plan.texts == 1:
+        sentences.append(
+            "All questions are about one text, so this is a rough guide; a larger --budget asks about more."
+        )
+    if cell.score <= before.score / 2:
         remedy = "More training may help: raise --train-budget." if plan.trained else "Train it: add --train."
         sentences.append(f"It does not read {target:,} tokens as the model reads {short:,}. {remedy}")
     return " ".join(sentences)
