@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from logging import ERROR, getLogger
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -148,14 +147,10 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def quiet_transformers() -> None:
-    """Disable Transformers' progress bars, and escape its log messages, which may quote a checkpoint.
-
-    bitsandbytes only reports errors: on a CPU it warns about a kernel that it does not need.
-    """
+    """Disable Transformers' progress bars, and escape its log messages, which may quote a checkpoint."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel(ERROR)
     for handler in logging.get_logger("transformers").handlers:
         if not any(isinstance(each, PrintableFilter) for each in handler.filters):
             handler.addFilter(PrintableFilter())

@@ -136,6 +136,7 @@ def log_to_terminal(command: str = "", level: int | None = None) -> None:
     logging.basicConfig(handlers=[handler])
     PrintableFormatter.command = command
     logging.getLogger("pe_patch").setLevel(logging.NOTSET if level is None else level)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a kernel that a CPU does not need
 
 
 def print_traceback(kind: Any, error: Any, trace: Any) -> None:
