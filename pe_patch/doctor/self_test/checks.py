@@ -129,6 +129,8 @@ def _patch(case: Case, mechanism: Mechanism) -> None:
     for name, parameter in case.model.named_parameters():
         if "position_schemes.scheme" in name:  # initially mostly zero, so the outputs would not depend on it
             values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 2:  # projections, whose terms must not saturate the softmax of a wide model
+                values /= parameter.shape[-1] ** 0.5
             parameter.data = values.to(parameter.device, parameter.dtype)
 
 
