@@ -322,10 +322,10 @@ def _input_embeddings(base: PreTrainedModel, adapter: Adapter) -> tuple[str | No
 
     given = arguments(base)
     ids = torch.ones_like(given.pop("input_ids"))
-    embedded = base.get_input_embeddings()(ids)
     handle = first.register_forward_pre_hook(record, with_kwargs=True)
     try:
         with torch.no_grad(), evaluating(base):
+            embedded = base.get_input_embeddings()(ids)
             base(input_ids=ids, **given, use_cache=False)
             base(inputs_embeds=embedded, **given, use_cache=False)
             base(inputs_embeds=2 * embedded, **given, use_cache=False)
