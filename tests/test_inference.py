@@ -336,7 +336,7 @@ def twice(query, key, cos, sin):
 
 
 def second_rotary_module(model, monkeypatch):
-    """The last layer rotates by a module of its own."""
+    """Give the last layer a rotary module with other frequencies."""
     attention = model.model.layers[-1].self_attn
     attention.own_rotary = copy.deepcopy(model.model.rotary_emb)
     attention.own_rotary.inv_freq = model.model.rotary_emb.inv_freq / 7

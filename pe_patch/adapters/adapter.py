@@ -64,12 +64,13 @@ class Adapter:
     none. The norm cancels any factor on cos and sin. If a scheme rotates at the scores, the norm runs after that
     rotation. Attentions without the attribute do not normalise."""
     early_rotation: str | None = None
-    """Why queries and keys can only be rotated before the cache, as a clause with "this family" as its subject. None if
-    a scheme can also rotate them at the scores."""
+    """The reason why queries and keys can only be rotated before the cache, as a clause with "this family" as its
+    subject. None if a scheme can also rotate them at the scores."""
     forwards_kwargs: bool = True
     """The base model forwards extra keyword arguments to the attention function."""
     takes_embeddings: bool = True
-    """What a scheme adds to `inputs_embeds` enters the first layer as it is, or times `embedding_multiplier`."""
+    """The first layer receives `inputs_embeds` unchanged, or multiplied by `embedding_multiplier`, so that a scheme can
+    add to them."""
     drops_cache_at_window: bool = False
     """Generation drops the cache and processes the whole sequence again when it crosses the trained window."""
     scaling_includes_mscale: bool = False
@@ -122,7 +123,7 @@ class Adapter:
 
     @property
     def bars_rotation_at_scores(self) -> str | None:
-        """Why no scheme can rotate at the scores, as a clause with "this family" as its subject; None if one can."""
+        """The reason why no scheme can rotate at the scores, as a clause about "this family". None if one can."""
         if self.weighted_norm_after_rotation:
             return "normalises queries and keys after rotating"
         return self.early_rotation

@@ -71,7 +71,7 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
     trial = replace(settings, backend=None)
     try:
         if has_no_values(base):
-            INFERRED[base] = LATEST.get(type(base)) or _look_without_values(model, base)
+            INFERRED[base] = LATEST.get(type(base)) or _look(model, base)
             logger.warning(
                 "%s has no row in the table of families. Its adapter was inferred and not verified, since its weights "
                 "are on the meta device. Load the weights before you patch it.",
@@ -104,14 +104,14 @@ def _unknown(base: PreTrainedModel, why: str) -> UnknownFamilyError:
 
 @dataclass
 class Observed:
-    """What happens in a short pass of an unpatched model."""
+    """Record the modules that a short pass of an unpatched model calls."""
 
     attentions: list[nn.Module]
     """The modules that called the attention interface, in order of their first call."""
-    rotary: dict[str, Any]
-    """Result of the last call of each module that has frequencies, by its path."""
+    rotary: list[str]
+    """Paths of the modules that have frequencies and were called."""
     receivers: set[nn.Module]
-    """Modules that received such a result."""
+    """Modules that received the cos and sin of one of these."""
     forwards_kwargs: bool
     """An extra keyword of the base model arrived at every call of the attention function."""
 
@@ -127,13 +127,13 @@ def observe(base: PreTrainedModel) -> Observed:
         UnknownFamilyError: the model does not run on token ids and positions.
     """
     names = {module: name for name, module in base.named_modules()}
-    rotary: dict[str, Any] = {}
+    rotary: dict[str, None] = {}
     rotations: list[Tensor] = []
     receivers: set[nn.Module] = set()
     calls: list[tuple[nn.Module, Any, bool | None]] = []
 
     def rotated(module: nn.Module, _: Any, result: Any) -> None:
-        rotary[names[module]] = result
+        rotary[names[module]] = None
         rotations.extend(_tensors(result))
 
     def received(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -161,7 +161,7 @@ def observe(base: PreTrainedModel) -> Observed:
         for handle in handles:
             handle.remove()
     attentions = list(dict.fromkeys(module for module, *_ in calls))
-    return Observed(attentions, rotary, receivers, all(mark is True for *_, mark in calls))
+    return Observed(attentions, list(rotary), receivers, all(mark is True for *_, mark in calls))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -179,30 +179,35 @@ def _frequency_names(module: nn.Module) -> list[str]:
 
 
 def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
-    """Return the adapter as far as a pass shows it; the pairing and the layers that rotate are not known yet."""
-    observed = observe(base)
+    """Return the adapter as far as a pass shows it. The pairing is likely, and the layers that rotate are unknown.
+
+    On the meta device, the rotary module is built again from its config, so that it has values.
+    """
+    observed, empty = observe(base), has_no_values(base)
     layers, attention, attention_class = _locate(base, observed.attentions)
-    name = _rotary(base, observed)
-    rotary: nn.Module = getattr(base, name)
+    name, first = _rotary(base, observed), observed.attentions[0]
+    built: Any = getattr(base, name)
+    rotary = type(built)(base.config) if empty else built
     per_type = [each for each in _frequency_names(rotary) if each != FREQUENCIES]
     inv_freq = getattr(rotary, per_type[0] if per_type else FREQUENCIES)
-    others = _other_receivers(base, observed, layers)
-    multiplier, adds = _input_embeddings(base, Adapter(layers=layers))
+    layout = _layout(_call_rotary(rotary, torch.float32), inv_freq)
+    multiplier, adds = (None, False) if empty else _input_embeddings(base, Adapter(layers=layers))
     return Adapter(
         layers=layers,
         attention=attention,
         attention_class=attention_class,
         rotary=name,
-        layout=_layout(observed.rotary[name], inv_freq),
-        full_precision=_full_precision(base, rotary, observed.rotary[name]),
+        layout=layout,
+        interleaved_pairs=_pairs_neighbours(first, layout, inv_freq.shape[-1]),
+        full_precision=layout != "complex" and _call_rotary(rotary, torch.bfloat16)[0].dtype == torch.float32,
         rotary_per_layer_type=bool(per_type),
-        early_rotation=others or _reordered(rotary, inv_freq),
+        early_rotation=_other_receivers(base, observed, layers) or _reordered(rotary, inv_freq),
         forwards_kwargs=observed.forwards_kwargs,
-        scaling_includes_mscale=_includes_mscale(observed.attentions[0], base),
+        scaling_includes_mscale=_includes_mscale(first, base),
         embedding_multiplier=multiplier,
         takes_embeddings=adds,
         drops_cache_at_window=_drops_cache(model),
-        summary="inferred",
+        summary="inferred, not verified" if empty else "inferred",
     )
 
 
@@ -269,14 +274,7 @@ def _layout(result: Any, inv_freq: Tensor) -> str:
     return "interleaved" if neighbours and not torch.equal(sin[..., :half], sin[..., half:]) else "halves"
 
 
-def _full_precision(base: PreTrainedModel, rotary: nn.Module, result: Any) -> bool:
-    """Return whether cos and sin are float32 for inputs of another dtype."""
-    if isinstance(result, Tensor):
-        return False
-    return _call_rotary(base, rotary, torch.bfloat16)[0].dtype == torch.float32
-
-
-def _call_rotary(base: PreTrainedModel, rotary: nn.Module, dtype: torch.dtype) -> Any:
+def _call_rotary(rotary: nn.Module, dtype: torch.dtype) -> Any:
     """Return what a rotary module returns for the positions of a run and hidden states of a dtype."""
     device = next(rotary.buffers()).device
     hidden = torch.zeros(1, LENGTH, 1, dtype=dtype, device=device)
@@ -352,33 +350,6 @@ def _drops_cache(model: PreTrainedModel) -> bool:
         return False
 
 
-def _look_without_values(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
-    """Return the likely adapter of a model on the meta device, whose rotary module is built again with values."""
-    observed = observe(base)
-    layers, attention, attention_class = _locate(base, observed.attentions)
-    name = _rotary(base, observed)
-    rotary: Any = type(getattr(base, name))(base.config)
-    per_type = [each for each in _frequency_names(rotary) if each != FREQUENCIES]
-    inv_freq = getattr(rotary, per_type[0] if per_type else FREQUENCIES)
-    layout = _layout(_call_rotary(base, rotary, torch.float32), inv_freq)
-    return Adapter(
-        layers=layers,
-        attention=attention,
-        attention_class=attention_class,
-        rotary=name,
-        layout=layout,
-        interleaved_pairs=_pairs_neighbours(observed.attentions[0], layout, inv_freq.shape[-1]),
-        full_precision=layout != "complex" and _call_rotary(base, rotary, torch.bfloat16)[0].dtype == torch.float32,
-        rotary_per_layer_type=bool(per_type),
-        early_rotation=_other_receivers(base, observed, layers) or _reordered(rotary, inv_freq),
-        forwards_kwargs=observed.forwards_kwargs,
-        scaling_includes_mscale=_includes_mscale(observed.attentions[0], base),
-        takes_embeddings=False,
-        drops_cache_at_window=_drops_cache(model),
-        summary="inferred, not verified",
-    )
-
-
 def _pairs_neighbours(attention: nn.Module, layout: str, half: int) -> bool:
     """Return whether the family's `apply_rotary_pos_emb` rotates neighbouring dimensions; a guess if it has none.
 
@@ -409,8 +380,7 @@ def _candidates(model: PreTrainedModel, base: PreTrainedModel, settings: Setting
     trial = RotationTrial.of(model, base, seen, settings)
     if known := LATEST.get(type(base)):
         yield _with_rotating_layers(base, known, trial)
-    likely = seen.layout in ("interleaved", "complex")
-    for pairs in (likely, not likely):
+    for pairs in (seen.interleaved_pairs, not seen.interleaved_pairs):
         adapter = _with_rotating_layers(base, replace(seen, interleaved_pairs=pairs), trial)
         yield _with_product(adapter, trial)
 

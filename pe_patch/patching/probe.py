@@ -45,7 +45,7 @@ FACTOR = 1.25
 
 @dataclass
 class Seen:
-    """What the attentions of a model receive and return in a run, by layer index."""
+    """Record the inputs and outputs of the attentions in a run, by layer index."""
 
     queries_and_keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Queries and keys, each `[batch, heads, tokens, head]`, as the attention multiplies them."""
@@ -134,7 +134,7 @@ class RotationTrial:
     settings: Settings
     """The arguments of `patch_model`; backend and submodule are used."""
     native: Seen
-    """What the unpatched model computes."""
+    """The run of the unpatched model."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings) -> RotationTrial:
