@@ -152,8 +152,8 @@ COMPOSE_AXES = "recomposition_frequencies"
 on Transformers 5.23 and 5.24."""
 
 
-def check_decoder_forward(cls: type, needs_position_ids: bool) -> str:
-    """Return the name of the cache argument of a decoder's base model.
+def check_text_forward(cls: type, needs_position_ids: bool) -> str | None:
+    """Return the name of the cache argument of a language model's base model; None if it keeps no cache.
 
     Raises:
         UnsupportedError: the forward lacks one of the arguments that a patch reads, so that the installed Transformers
@@ -162,9 +162,9 @@ def check_decoder_forward(cls: type, needs_position_ids: bool) -> str:
     names, found = argument_names(cls.forward), cache_argument(cls.forward)
     missing = [name for name in ("input_ids", "attention_mask", "inputs_embeds") if name not in names]
     missing += ["position_ids"] if needs_position_ids and "position_ids" not in names else []
-    if found is None:
+    if found is None and "use_cache" in names:
         missing.append("/".join(CACHE_ARGUMENTS))
-    if found is None or missing:
+    if missing:
         raise UnsupportedError(
             f"{cls.__name__}.forward of transformers {INSTALLED} takes no argument {missing[0]!r}; its arguments are "
             f"{', '.join(names)}. A patch would not see what it reads there. Install a tested version: "

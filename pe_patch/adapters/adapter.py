@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .. import compat
+from ..core.handover import current_value
 from ..core.scheme import AttentionShape, Scheme
 from ..errors import UnsupportedError
 from ..schemes.rotary import cos_sin
@@ -76,11 +77,19 @@ class Adapter:
     scaling_includes_mscale: bool = False
     """The model multiplies the `mscale_all_dim` factor of YaRN into `attention.scaling` when it is built."""
     learned: str | None = None
-    """Path from the base model to its table of learned positions, such as "wpe". None if it has none."""
+    """Path from the base model to its table of positions, such as "wpe", which may also be fixed. None if it has
+    none."""
     learned_offset: int = 0
     """Number of rows of that table before the row of position zero."""
+    first_position_id: int = 0
+    """The `position_ids` of the first token, if the family counts from another number (RoBERTa: 2)."""
     alibi: bool = False
     """The family adds an ALiBi bias to its scores."""
+    unpositioned: bool = False
+    """The family has no positions, such as a hybrid model whose other layers order the tokens."""
+    calls_interface: bool = True
+    """The attentions call the attention interface of Transformers. Otherwise only schemes that act before the scores
+    apply: static rotary ones, and those that add to the embeddings."""
     forward: Callable[..., object] | None = None
     """Replacement for the forward of the attention, for a family that does not call the attention interface; else
     None."""
@@ -102,11 +111,13 @@ class Adapter:
 
     @property
     def native(self) -> str:
-        """The name of the native scheme: "alibi", "learned" or "rope"."""
-        return "alibi" if self.alibi else "learned" if self.learned or self.vision_encoder else "rope"
+        """The name of the native scheme: "alibi", "learned", "nope" or "rope"."""
+        if self.alibi:
+            return "alibi"
+        return "nope" if self.unpositioned else "learned" if self.learned or self.vision_encoder else "rope"
 
-    def learned_table(self, base: nn.Module) -> tuple[nn.Module, str, nn.Embedding]:
-        """Return the module that holds the table of learned positions, the table's name in it, and the table."""
+    def learned_table(self, base: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+        """Return the module that holds the table of positions, the table's name in it, and the table."""
         assert self.learned is not None
         owner, _, name = self.learned.rpartition(".")
         holder = attrgetter(owner)(base) if owner else base
@@ -220,7 +231,13 @@ class Adapter:
             latent_rank=_first(attention, "kv_lora_rank") or 0,
             value_dim=_first(attention, "v_head_dim") or head_dim,
             arithmetic=self.arithmetic,
+            embedding_size=table_rows(self.learned_table(base)[2]).shape[1] if self.learned else 0,
         )
+
+
+def table_rows(table: Any) -> Tensor:
+    """Return the rows of a table of positions, `[rows, width]`, which XGLM keeps in a buffer of another name."""
+    return cast(Tensor, table.weight if hasattr(table, "weight") else table.weights)
 
 
 def _first(owner: Any, *names: str) -> Any:
@@ -376,20 +393,36 @@ class PerLayerTypeRotary(nn.Module):
         return module(x, position_ids, layer_type)
 
 
-class ZeroPositionEmbedding(nn.Module):
-    """Return zeros in place of a table of learned positions.
+ADDED = "added to the embeddings"
+"""Name under which the forward of the base model hands the vectors of a pass to `PatchedPositionTable`."""
+
+
+class PatchedPositionTable(nn.Module):
+    """Return what a scheme adds to the embeddings of a pass, in place of the rows of a table of positions.
 
     Args:
-        width: size of an embedding.
+        base: the model that holds the table.
+        width: size of a row.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, base: nn.Module, width: int) -> None:
         super().__init__()
+        self.__dict__["base"] = base  # no child: the table is inside it
         self.width = width
 
-    def forward(self, ids: Tensor, *_: Any, position_ids: Tensor | None = None, **__: Any) -> Tensor:
-        """Return zeros, `[batch, tokens, width]`, for position ids `[batch, tokens]`."""
-        ids = ids if position_ids is None else position_ids
+    def forward(self, ids: Any = None, *_: Any, position_ids: Tensor | None = None, **__: Any) -> Tensor:
+        """Return `[batch | 1, tokens, width]`: zeros if the scheme adds nothing.
+
+        Args:
+            ids: position ids, token ids or embeddings, `[batch, tokens, ...]`, or the shape `(batch, tokens)`.
+            position_ids: position ids where the table of the family takes them beside `ids`.
+        """
+        added = current_value(ADDED, self.__dict__["base"])
+        if added is not None:
+            return cast(Tensor, added)
+        given = ids if position_ids is None else position_ids
+        shape = tuple(given.shape if isinstance(given, Tensor) else given)
+        batch, tokens = shape[:2] if len(shape) > 1 else (1, shape[0])
         # The zeros are integers, so that adding them keeps the dtype of the embeddings.
-        zeros = torch.zeros((1, 1, self.width), dtype=torch.int8, device=ids.device)
-        return zeros.expand(ids.shape[0], ids.shape[1], -1)
+        device = given.device if isinstance(given, Tensor) else None
+        return torch.zeros((1, 1, self.width), dtype=torch.int8, device=device).expand(batch, tokens, -1)

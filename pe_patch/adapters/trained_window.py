@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -413,11 +414,27 @@ def built_window(base: Any) -> tuple[int, str] | None:
 
 def table_window(base: Any) -> tuple[int, str] | None:
     """Return how many positions a model's table of positions has, and its class; None without a table."""
-    for name in ("wpe", "embed_positions"):
-        rows = getattr(getattr(base, name, None), "num_embeddings", None)
-        if is_count(rows):
-            table = getattr(base, name)
-            return rows - int(getattr(table, "offset", 0)), type(table).__name__
+    found = named_table(base)
+    if found is None:
+        return None
+    _, table, offset = found
+    return table.num_embeddings - offset, type(table).__name__
+
+
+TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "embeddings.position_embeddings")
+"""Paths at which base models keep a table of positions."""
+
+
+def named_table(base: Any) -> tuple[str, Any, int] | None:
+    """Return the path of a table of positions under a usual name, the table, and its rows before position zero."""
+    for name in TABLES:
+        try:
+            table = attrgetter(name)(base)
+        except AttributeError:
+            continue
+        if is_count(getattr(table, "num_embeddings", None)):
+            padding = getattr(table, "padding_idx", None)  # RoBERTa counts from the row behind that of padding
+            return name, table, int(getattr(table, "offset", 0 if padding is None else padding + 1))
     return None
 
 

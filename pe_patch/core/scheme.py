@@ -69,10 +69,14 @@ class AttentionShape:
     """Width of a value and of a head's output; 0 for `head_dim`, the width of queries and keys."""
     arithmetic: str = "model"
     """Dtypes in which the family rotates, one of `ARITHMETIC`. A rotation at the scores rounds in the same way."""
+    embedding_size: int = 0
+    """Width of the embeddings to which positions are added; 0 for `hidden_size`."""
 
     def __post_init__(self) -> None:
         if not self.value_dim:
             object.__setattr__(self, "value_dim", self.head_dim)
+        if not self.embedding_size:
+            object.__setattr__(self, "embedding_size", self.hidden_size)
 
 
 @dataclass(frozen=True)

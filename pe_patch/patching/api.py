@@ -270,7 +270,7 @@ def _verify(patch: Patch, probe: bool) -> None:
             expected = scheme if scheme in in_module else None
             if not isinstance(module, PatchedRotaryEmbedding) or module.__dict__["scheme"] is not expected:
                 raise NoEffectError(f"Layer {index} of {type(base).__name__} does not rotate by {patch.scheme.name!r}.")
-    if not probe:
+    if not probe or not adapter.calls_interface:
         return
     attentions = adapter.attentions(base)
     reached: list[tuple[nn.Module, Any, bool | None]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
 from .. import compat
+from ..adapters.adapter import ADDED
 from ..attention.interface import BY_IMPLEMENTATION, NO_PAGING, backend_for, check_backend
 from ..attention.parallel import Sequence, layer_masks, sequence_of
 from ..core.handover import call_with_value, current_value
@@ -37,6 +39,10 @@ class Runtime:
     """The scheme of the first patched layer."""
     embeds: bool
     """The scheme adds to the input embeddings."""
+    table_width: int | None
+    """Width of the family's table of positions, in whose place the scheme adds. None to add to the input embeddings."""
+    first_position_id: int
+    """The `position_ids` of the first token."""
     multiplier: float
     """Factor by which the base model multiplies `inputs_embeds`."""
     scores: bool
@@ -72,6 +78,8 @@ class Runtime:
     """Number of layers of the model."""
     forwards_kwargs: bool = True
     """The base model forwards extra keyword arguments to the attention function."""
+    calls_interface: bool = True
+    """The attentions call the attention interface."""
     unsplittable: str | None = None
     """The reason why Ulysses cannot split sequences of this model over processes; None if it can."""
     rotary: tuple[str, type] | None = None
@@ -109,6 +117,8 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     if past is not None:
         record = open_record(past, runtime.scheme.name, runtime.specification, past_length, runtime.rotates_at_scores)
     kwargs = _with_positions(base, runtime, inputs, past_length, past, record, kwargs)
+    if ADDED in kwargs:
+        inner = partial(call_with_value, ADDED, base, kwargs.pop(ADDED), inner)
     if sequence is not None:
         kwargs = _with_masks(base, runtime, inputs, past_length, past, kwargs)
     if record is None:
@@ -195,7 +205,7 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
     """
     implementation = compat.attention_implementation(base.config)
     backend = BY_IMPLEMENTATION.get(implementation)
-    if backend is None:
+    if backend is None and runtime.calls_interface:
         raise NoEffectError(
             f"config._attn_implementation was set to {quoted(implementation)} after the patch, "
             f"which would drop {runtime.scheme.name!r}. Call model.set_attn_implementation(...) instead."
@@ -206,7 +216,7 @@ def _check_attention(base: Any, runtime: Runtime) -> Sequence | None:
             f"patch, which drops {runtime.scheme.name!r}. Call unpatch_model(model), which restores the original, "
             "change the model, and patch it again."
         )
-    return sequence_of(backend.implementation, backend.native_name)
+    return None if backend is None else sequence_of(backend.implementation, backend.native_name)
 
 
 def _only_row(runtime: Runtime, explicit: Tensor) -> Tensor:
@@ -249,6 +259,8 @@ def _with_positions(
     if acts and explicit is not None and explicit.ndim == 1:  # families with a table of positions accept this shape
         explicit = explicit[None]
         kwargs = {**kwargs, "position_ids": explicit}
+    if acts and explicit is not None and runtime.first_position_id:
+        explicit = (explicit - runtime.first_position_id).clamp(min=0)  # padding counts as less
     if acts and explicit is not None and explicit.ndim == 3:
         explicit = _only_row(runtime, explicit)
     if acts and explicit is not None and explicit.ndim != 2:
@@ -269,7 +281,11 @@ def _with_positions(
         query = native
     else:
         query = ranks
-    if runtime.embeds:
+    if runtime.embeds and runtime.table_width is not None:
+        dtype = base.get_input_embeddings().weight.dtype
+        zeros = torch.zeros(1, dtype=dtype, device=inputs.device).expand(*query.shape, runtime.table_width)
+        kwargs = {**kwargs, ADDED: runtime.scheme("embed", zeros, query)}
+    elif runtime.embeds:
         kwargs = _embedded(base, runtime, query, kwargs)
     if runtime.scores or runtime.pass_positions is not None:  # `pass_positions` also masks packed documents
         positions = None

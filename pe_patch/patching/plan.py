@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import Adapter
-from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary, ZeroPositionEmbedding
+from ..adapters.adapter import PatchedPositionTable, PatchedRotaryEmbedding, PerLayerTypeRotary, table_rows
 from ..adapters.trained_window import TrainedWindow, table_window
 from ..adapters.vision import zero_positions
 from ..attention.interface import Backend, backend_for, check_backend
@@ -116,7 +116,16 @@ def _by_layer_type(target: Target, scheme_by_layer: SchemeByLayer) -> SchemeByLa
 
 
 def _backend(name: str | None, target: Target, scheme: Scheme) -> Backend:
-    """Return the backend with this name, or the default one, once it supports the scheme."""
+    """Return the backend with this name, or the default one, once it supports the scheme.
+
+    Raises:
+        OptionError: a backend was chosen for a family that does not call the attention interface.
+    """
+    if name is not None and not target.adapter.calls_interface:
+        raise OptionError(
+            f"backend={name!r} does not apply: {type(target.base).__name__} computes attention in its own code. Leave "
+            "backend= out."
+        )
     # A family with a `forward` (BLOOM) has only an eager attention in Transformers; `adapters/bloom.py` also runs SDPA.
     native_backend = compat.attention_implementation(target.base.config) if target.adapter.forward is None else "sdpa"
     backend = backend_for(name or native_backend)
@@ -198,7 +207,8 @@ def _collect(
     specification = cache_specification(config, record, scheme_by_layer_type)
     swaps += _forward_swaps(target, first, places, scores, settings.strict, specification, native_swaps)
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
-    swaps += redirect(config_swaps(model, base, adapter, scheme_by_layer_type, record, backend.implementation), configs)
+    implementation = backend.implementation if adapter.calls_interface else compat.attention_implementation(config)
+    swaps += redirect(config_swaps(model, base, adapter, scheme_by_layer_type, record, implementation), configs)
     taken = {(id(swap.owner), swap.attribute) for swap in swaps}  # PhiMoE's rotary module keeps another
     swaps += [swap for swap in config_references(models, configs) if (id(swap.owner), swap.attribute) not in taken]
     swaps += saving_swaps(model, base)
@@ -264,6 +274,12 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
     at_scores = overrides_score_hook and (converting or not at_rotary_module)
     embeds = overrides(scheme, "embed")
     _check_hooks(scheme, rotates, at_rotary_module or at_scores, replacing)
+    if (at_scores or scheme.scorer is not None) and not adapter.calls_interface:
+        raise UnsupportedError(
+            f"{scheme.name!r} acts at the scores, and {type(target.base).__name__} computes attention in its own code "
+            "instead of calling the attention interface. Use a static rotary scheme if it rotates, a scheme that adds "
+            "to the embeddings, or 'nope'."
+        )
     if (at_scores or scheme.scorer is not None) and not adapter.forwards_kwargs:
         raise UnsupportedError(
             f"{scheme.name!r} needs the positions at the scores, and this family drops keywords on the way there. "
@@ -274,7 +290,7 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
             f"{scheme.name!r} rotates at the scores, and this family {adapter.bars_rotation_at_scores}. Use a static "
             "rotary scheme instead."
         )
-    if embeds and not adapter.takes_embeddings:
+    if embeds and not adapter.takes_embeddings and (adapter.learned is None or keep_native):
         raise UnsupportedError(
             f"{scheme.name!r} adds to the input embeddings, and this family changes `inputs_embeds` in its own way. "
             "Use a scheme that acts in the attention, such as 'alibi' or 'yarn'."
@@ -400,8 +416,9 @@ def _native_swaps(
         swaps += _norm_swaps(adapter, {index: attentions[index] for index in scheme_by_layer}, scheme_by_layer)
     if adapter.learned is not None:
         holder, name, table = adapter.learned_table(base)
-        next(iter(scheme_by_layer.values())).init_from_table(table.weight[adapter.learned_offset :])
-        swaps.append(Swap.of(holder, name, ZeroPositionEmbedding(table.weight.shape[1])))
+        rows = table_rows(table)
+        next(iter(scheme_by_layer.values())).init_from_table(rows[adapter.learned_offset :])
+        swaps.append(Swap.of(holder, name, PatchedPositionTable(base, rows.shape[1])))
         original[name] = table
     if adapter.vision_encoder is not None:
         swaps.append(bind(getattr(base, adapter.vision_encoder.embeddings), "interpolate_pos_encoding", zero_positions))
@@ -568,10 +585,12 @@ def _forward_swaps(
     keep_native = places.keep_native
     cache_argument = None
     if adapter.vision_encoder is None:
-        cache_argument = compat.check_decoder_forward(type(base), needs_position_ids=adapter.rotary is not None)
+        cache_argument = compat.check_text_forward(type(base), needs_position_ids=adapter.rotary is not None)
     runtime = Runtime(
         scheme=scheme,
         embeds=places.embeds,
+        table_width=scheme.shape.embedding_size if adapter.learned and not keep_native else None,
+        first_position_id=adapter.first_position_id,
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores.values()),
         rotates_at_scores=places.rotates and places.at_scores,
@@ -588,6 +607,7 @@ def _forward_swaps(
         native_table=table_window(base) if keep_native and adapter.vision_encoder is None else None,
         layers=len(adapter.blocks(base)),
         forwards_kwargs=adapter.forwards_kwargs,
+        calls_interface=adapter.calls_interface,
         unsplittable=_why_unsplittable(adapter, scheme, places),
         sliding_window=_window(base.config, "sliding_attention", "sliding_window"),
         chunk=_window(base.config, "chunked_attention", "attention_chunk_size"),
@@ -608,7 +628,8 @@ def _forward_swaps(
     swaps = [Swap.of(base, "pe_runtime", runtime), bind(base, "forward", forward)]
     for owner in {id(model): model, id(base): base}.values():
         swaps.append(Swap.of(owner, "pe_base", base, direct=True))
-        swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
+        if adapter.calls_interface:
+            swaps.append(bind(owner, "set_attn_implementation", set_attn_implementation))
     if adapter.drops_cache_at_window and target.everywhere and not keep_native and not keeps_rotation(scheme):
         swaps.append(bind(model, "prepare_inputs_for_generation", keep_cache))
     if hasattr(model, "init_continuous_batching"):
@@ -637,7 +658,7 @@ def _why_unsplittable(adapter: Adapter, scheme: Scheme, places: Places) -> str |
         return "a vision encoder has no sequence to split"
     if places.converts or scheme.shape.latent_rank:
         return "it moves heads between processes, and this attention has latents that all heads share"
-    if adapter.forward is not None:
+    if adapter.forward is not None or not adapter.calls_interface:
         return "this family does not call the attention interface, which Ulysses replaces"
     return (
         None

@@ -22,6 +22,7 @@ from ..core.scheme import Scheme
 from ..errors import OptionValueError, PePatchError
 from ..mla.protocol import converts
 from ..mla.streaming import evaluating
+from ..schemes.absolute import NoPE
 from ..schemes.rotary import Rotary, Rotation
 from .build import build
 from .patch import Patch, Settings
@@ -146,7 +147,7 @@ class RotationTrial:
             adapter: names the layers and their attentions; its rotation is not used.
             settings: the arguments of `patch_model`.
         """
-        implementation = our_implementation(base, settings.backend)
+        implementation = our_implementation(base, settings.backend) if adapter.calls_interface else None
         return cls(model, base, settings, run(base, adapter, None, implementation))
 
     def differing(self, adapter: Adapter, at_scores: bool) -> tuple[list[int], Exception | None]:
@@ -289,7 +290,7 @@ def different(adapter: Adapter, name: str, layers: str, at_scores: bool) -> str:
 
 @contextmanager
 def trial_patch(
-    model: PreTrainedModel, scheme: type[Native], adapter: Adapter, settings: Settings, layers: list[int] | None = None
+    model: PreTrainedModel, scheme: type[Scheme], adapter: Adapter, settings: Settings, layers: list[int] | None = None
 ) -> Iterator[None]:
     """Patch a model for a `with` block, without any check of its adapter.
 
@@ -300,7 +301,8 @@ def trial_patch(
         settings: the arguments of `patch_model`; backend and submodule are used.
         layers: the layers to patch; None for all.
     """
-    options = {"theta": 10000.0, "original_max_position_embeddings": LENGTH}
+    rotates = issubclass(scheme, Rotary)
+    options: dict[str, Any] = {"theta": 10000.0, "original_max_position_embeddings": LENGTH} if rotates else {}
     target = resolve(model, adapter, layers, settings.submodule)
     tried = Settings("replace", settings.backend, adapter, layers, settings.submodule)
     trial = plan(target, *build(scheme, options, target, "replace"), tried)
@@ -316,8 +318,10 @@ def our_implementation(base: Any, backend: str | None) -> str:
     return backend_for(backend or compat.attention_implementation(base.config)).implementation
 
 
-def without_rotation(base: Any, adapter: Adapter) -> type[Native]:
-    """Return the native rotation with frequencies of zero."""
+def without_rotation(base: Any, adapter: Adapter) -> type[Scheme]:
+    """Return the native rotation with frequencies of zero, or no positions for a family that does not rotate."""
+    if adapter.rotary is None:
+        return NoPE
     first = next(iter(adapter.attentions(base)))
     native = native_rotation(base, adapter, adapter.layer_types(base, base.config)[first], False, None)
     return type("Unrotated", (native,), {"unrotated": True})
@@ -371,8 +375,13 @@ def run(base: Any, adapter: Adapter, feed: dict[int, Tensor] | None, implementat
         torch.no_grad(), evaluating(base), _capturing(base, adapter, seen, feed),
         using_attention(base.config, implementation),
     ):  # fmt: skip
-        base(**arguments(base), use_cache=False)
+        base(**arguments(base), **without_cache(base))
     return seen
+
+
+def without_cache(base: Any) -> dict[str, bool]:
+    """Return the keyword by which a base model keeps no cache, if it has one."""
+    return {"use_cache": False} if compat.cache_argument(type(base).forward) else {}
 
 
 def has_no_values(base: Any) -> bool:
@@ -382,7 +391,7 @@ def has_no_values(base: Any) -> bool:
 
 
 def arguments(base: Any) -> dict[str, Tensor]:
-    """Return the input ids, the positions and the mask of a run, each `[1, LENGTH]`.
+    """Return the input ids, the positions if the model takes them, and the mask of a run, each `[1, LENGTH]`.
 
     On the meta device the mask is `[1, 1, LENGTH, LENGTH]`, since Transformers would look at values to build it.
     """
@@ -393,7 +402,9 @@ def arguments(base: Any) -> dict[str, Tensor]:
     # Without a mask, Transformers takes a gap between positions for the start of another document.
     mask = torch.ones_like(positions)
     size = base.get_input_embeddings().weight.shape[0]
-    return {"input_ids": (positions + 1) % size, "position_ids": positions, "attention_mask": mask}
+    given = {"input_ids": (positions + 2) % size, "position_ids": positions, "attention_mask": mask}
+    names = compat.argument_names(type(base).forward)
+    return {name: value for name, value in given.items() if name != "position_ids" or name in names}
 
 
 @contextmanager
