@@ -11,6 +11,7 @@ Two kinds of names are used here and nowhere else:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
@@ -19,14 +20,14 @@ from contextlib import AbstractContextManager
 from functools import cache as memoised
 from importlib.util import find_spec
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import Cache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.hub import cached_file
 
@@ -150,6 +151,22 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
 COMPOSE_AXES = "recomposition_frequencies"
 """Name of the method by which a rotary module with M-RoPE joins the cos or sin of its three rows of positions. Checked
 on Transformers 5.23 and 5.24."""
+
+
+def compose_axes(rotary: Any, layer_type: str | None) -> Callable[[Any], Any] | None:
+    """Return the function by which a rotary module joins the three rows of M-RoPE; None if it has one row."""
+    compose = getattr(rotary, COMPOSE_AXES, None)
+    if compose is not None and "layer_type" in inspect.signature(compose).parameters:
+        return functools.partial(compose, layer_type=layer_type)
+    return cast("Callable[[Any], Any] | None", compose)
+
+
+def new_cache(base: Any) -> Cache:
+    """Return an empty cache of the class that a base model creates, which for MiniMax is one of its own."""
+    own = vars(sys.modules[type(base).__module__]).values()
+    kinds = [each for each in own if isinstance(each, type) and issubclass(each, DynamicCache)]
+    cls = next((each for each in kinds if each.__module__ == type(base).__module__), DynamicCache)
+    return cls(config=base.config) if "config" in inspect.signature(cls).parameters else cls()
 
 
 def check_text_forward(cls: type, needs_position_ids: bool) -> str | None:

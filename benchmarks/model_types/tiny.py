@@ -58,8 +58,8 @@ def tiny(model_type: str, **settings: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or not (parameter.any() or name.endswith("bias")):
                 parameter.normal_(std=0.15)
     return model
 
@@ -84,6 +84,8 @@ def _small(kind: type[PreTrainedConfig], chosen: dict[str, Any]) -> dict[str, An
             continue
         if isinstance(value, int) and not isinstance(value, bool) and name in SIZES:
             found[name] = SIZES[name]
+        elif name == "is_decoder" and value is False and not full.is_encoder_decoder:
+            found[name] = True
     layers = chosen.get("num_hidden_layers", found.get("num_hidden_layers"))
     kinds = getattr(full, "layer_types", None)
     stored = kind.attribute_map.get("layer_types", "layer_types")

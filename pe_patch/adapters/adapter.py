@@ -189,7 +189,7 @@ class Adapter:
         assert self.rotary is not None
         native = getattr(base, self.rotary)
         width = 2 * frequencies_of(native, layer_type)[0].shape[-1]
-        compose = getattr(native, compat.COMPOSE_AXES, None)
+        compose = compat.compose_axes(native, layer_type)
         return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision, compose)
 
     def window(self, base: nn.Module, config: PreTrainedConfig, layer: int) -> TrainedWindow:

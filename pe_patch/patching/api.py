@@ -78,7 +78,8 @@ def patch_model(
         adapter: the description of a family that is not in `ADAPTERS`.
         layers: the layers to patch, as indices, a slice or a predicate of the index; None for all. The other layers
             keep their native positions.
-        submodule: path of the attention stack to patch, for a model that has several; None for the only one.
+        submodule: path of the attention stack to patch, for a model that has several; None for the only one, or the
+            only decoder, which is the language model of a vision-language model.
         keep_native: add to the native positions instead of replacing them.
         strict: raise instead of warning when a sequence is longer than the effective window.
         **options: options of the scheme.

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from .. import compat
 from ..adapters import Adapter
 from ..adapters.adapter import config_rope_parameters
+from ..adapters.trained_window import OPTION
 from ..core.scheme import Scheme
 from ..core.swaps import Swap
 from ..errors import OptionError
@@ -148,15 +149,32 @@ def _patches_whole_types(adapter: Adapter, config: Any, schemes: SchemeByLayerTy
     )
 
 
+SCALING_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "beta_slow", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
+    "truncate", "alpha", "max_position_embeddings",
+}  # fmt: skip
+"""Keys of `rope_parameters` that belong to a scaling. The others belong to the family, such as `mrope_section`."""
+QUERY_SCALE = "llama_4_scaling_beta"
+"""A family with this key scales its queries by their position over `original_max_position_embeddings`."""
+
+
+def _family_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary parameters that stay under every scheme, since they belong to the family."""
+    kept = {key: value for key, value in parameters.items() if key not in SCALING_KEYS}
+    if QUERY_SCALE in kept:
+        kept[OPTION] = parameters.get(OPTION)
+    return kept
+
+
 def _nested(config: Any, each: dict[str | None, dict[str, Any]]) -> dict[str, Any]:
     """Return rotary parameters in the format of the family: nested by layer type, or flat.
 
-    Keep `partial_rotary_factor`, the share of the head that rotates, since it belongs to the family, not to the scheme.
+    Keep those that belong to the family, such as the share of the head that rotates.
     """
     nested = {}
     for layer_type, parameters in each.items():
-        share = config_rope_parameters(config, layer_type).get("partial_rotary_factor")
-        nested[layer_type] = parameters if share is None else {"partial_rotary_factor": share, **parameters}
+        nested[layer_type] = {**_family_parameters(config_rope_parameters(config, layer_type)), **parameters}
     return nested[None] if None in nested else {**config_rope_parameters(config), **nested}
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import GenerationMixin
 
 from .. import compat
 from ..adapters.adapter import ADDED
@@ -368,7 +368,7 @@ def _open_cache(base: Any, runtime: Runtime, past: Any, kwargs: dict[str, Any]) 
     use_cache = base.config.use_cache if use_cache is None else use_cache
     if not use_cache or compat.checkpoints_layers(base):
         return None
-    kwargs[runtime.cache_argument] = DynamicCache(config=base.config)
+    kwargs[runtime.cache_argument] = compat.new_cache(base)
     return kwargs[runtime.cache_argument]
 
 

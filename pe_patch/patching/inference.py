@@ -242,7 +242,7 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
         interleaved_pairs=_pairs_neighbours(first, layout, inv_freq.shape[-1]),
         full_precision=layout != "complex" and _call_rotary(rotary, torch.bfloat16)[0].dtype == torch.float32,
         rotary_per_layer_type=bool(per_type),
-        early_rotation=_other_receivers(base, observed, layers) or _reordered(rotary, inv_freq),
+        early_rotation=_other_receivers(base, observed, layers) or _reordered(rotary, inv_freq, per_type),
         scaling_includes_mscale=_includes_mscale(first, base),
         embedding_multiplier=multiplier,
         takes_embeddings=adds,
@@ -352,9 +352,9 @@ def _other_receivers(base: PreTrainedModel, observed: Observed, layers: str) -> 
     return f"also passes cos and sin to {others[0]}" if others else None
 
 
-def _reordered(rotary: nn.Module, inv_freq: Tensor) -> str | None:
+def _reordered(rotary: nn.Module, inv_freq: Tensor, per_type: list[str]) -> str | None:
     """Return why nothing can rotate at the scores, if M-RoPE joins its rows to another order of frequencies."""
-    compose = getattr(rotary, compat.COMPOSE_AXES, None)
+    compose = compat.compose_axes(rotary, _type_of(per_type))
     if compose is None:
         return None
     order = torch.arange(1.0, inv_freq.shape[-1] + 1)
@@ -383,9 +383,14 @@ def _call_rotary(rotary: nn.Module, dtype: torch.dtype) -> Any:
     positions = torch.tensor([POSITIONS], device=device)
     if hasattr(rotary, compat.COMPOSE_AXES):
         positions = positions.expand(3, 1, -1)
-    per_type = [name.removesuffix(f"_{FREQUENCIES}") for name in _frequency_names(rotary) if name != FREQUENCIES]
+    kind = _type_of([name for name in _frequency_names(rotary) if name != FREQUENCIES])
     with torch.no_grad():
-        return rotary(hidden, positions, *per_type[:1])
+        return rotary(hidden, positions, *([] if kind is None else [kind]))
+
+
+def _type_of(per_type: list[str]) -> str | None:
+    """Return the first layer type of a rotary module, from the names of its frequencies; None without types."""
+    return per_type[0].removesuffix(f"_{FREQUENCIES}") if per_type else None
 
 
 def _includes_mscale(attention: Any, base: PreTrainedModel) -> bool:

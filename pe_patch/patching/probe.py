@@ -72,7 +72,8 @@ class Native(Rotary):
     """Use frequencies of zero, to find the layers that do not rotate."""
 
     def frequencies(self, length: int | None = None) -> tuple[Tensor, float]:
-        return (torch.zeros_like(self.inverse), 1.0) if self.unrotated else (self.inverse, self.factor)
+        # Without a rotation each layer type keeps its own number of frequencies.
+        return (torch.zeros(self.shape.rotary_dim // 2), 1.0) if self.unrotated else (self.inverse, self.factor)
 
     @property
     def length_dependent(self) -> bool:
@@ -435,7 +436,7 @@ def _capturing(base: Any, adapter: Adapter, seen: Seen, feed: dict[int, Tensor] 
             return tuple(values[n] for n in range(len(args))), {n: values[n] for n in kwargs}
 
         def keep_output(_: Any, __: Any, result: Any, index: int = index) -> None:
-            seen.outputs[index] = result[0] if isinstance(result, tuple) else result
+            seen.outputs[index] = result[0] if isinstance(result, tuple | list) else result
 
         handles += [
             attention.register_forward_pre_hook(replace_input, with_kwargs=True),

@@ -132,13 +132,36 @@ def device_and_dtype(base: nn.Module) -> tuple[Any, torch.dtype]:
 
 
 def stacks(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """Return the innermost models inside `model`, those that contain no other model, by their path."""
+    """Return the attention stacks inside `model`, by their path.
+
+    A stack is a model that contains no other model, or that also holds layers with attentions of its own, such as the
+    text model of Phi-4 multimodal, which contains its encoders.
+    """
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    return {
-        name: module
-        for name, module in models.items()
-        if not any(child is not module and isinstance(child, PreTrainedModel) for child in module.modules())
-    }
+    return {name: module for name, module in models.items() if _holds_layers(module)}
+
+
+def _holds_layers(model: PreTrainedModel) -> bool:
+    """Return whether a model contains no other model, or a list of layers with attentions outside these."""
+    inner = [each for each in model.modules() if each is not model and isinstance(each, PreTrainedModel)]
+    if not inner:
+        return True
+    taken = {module for each in inner for module in each.modules()}
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and each not in taken]
+    return any(
+        "Attention" in type(module).__name__ for each in lists for module in each.modules() if module not in taken
+    )
+
+
+def _only_decoder(model: PreTrainedModel, found: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+    """Return the one stack that keeps a cache, as in a vision-language model; empty if there is none, or several.
+
+    An encoder-decoder has positions in two places, of which the user chooses.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    decoders = {name: each for name, each in found.items() if compat.cache_argument(type(each).forward) is not None}
+    return decoders if len(decoders) == 1 else {}
 
 
 def find_stack(
@@ -148,7 +171,7 @@ def find_stack(
 
     Args:
         model: the unwrapped model.
-        submodule: the user's choice, a path or a part of one; None for the only stack.
+        submodule: the user's choice, a path or a part of one; None for the only stack, or the only decoder.
         adapter: the user's adapter. Without one, only stacks of supported families are candidates.
 
     Raises:
@@ -166,8 +189,8 @@ def find_stack(
         all_stacks if adapter is not None else {n: m for n, m in all_stacks.items() if m.config.model_type in ADAPTERS}
     )
     if submodule is None:
-        if len(all_stacks) == 1:
-            return next(iter(all_stacks.items()))
+        if chosen := all_stacks if len(all_stacks) == 1 else _only_decoder(model, all_stacks):
+            return next(iter(chosen.items()))
         if not supported:
             raise _unknown_stacks(model, all_stacks)
         others = [_labelled(name, stack) for name, stack in sorted(all_stacks.items()) if name not in supported]
