@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import TYPES, VOCABULARY, tiny
+from tiny import TYPES, VOCABULARY, WINDOW, tiny
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -124,7 +124,7 @@ def outcome(model_type: str) -> Outcome:
 def identity(model: Any, adapter: Adapter, before: dict[str, Tensor]) -> str:
     """Patch with the native scheme and compare bit for bit."""
     for scheme, layers in native_schemes(model, adapter):
-        patch_model(model, scheme, on_existing="replace", layers=layers)
+        patch_model(model, scheme, on_existing="replace", layers=layers, **window(model, adapter))
         if not (found := equal(before, situations(model))).startswith(HOLDS):
             return found
         unpatch_model(model)
@@ -140,12 +140,12 @@ def frequencies(model: Any, adapter: Adapter, base: Any) -> str:
     patch: Any = find_patch(model)
     layer, scheme = next(iter(patch.scheme_by_layer.items()))
     shape = shapes[layer]
-    width = shape.rotary_dim
+    width, trained = shape.rotary_dim, shape.trained_length or WINDOW
     config = transformers.LlamaConfig(
-        hidden_size=width, num_attention_heads=1, head_dim=width, max_position_embeddings=4 * shape.trained_length,
+        hidden_size=width, num_attention_heads=1, head_dim=width, max_position_embeddings=4 * trained,
         rope_parameters={
             "rope_type": "yarn", "factor": 4.0, "rope_theta": shape.rope_theta,
-            "original_max_position_embeddings": shape.trained_length,
+            "original_max_position_embeddings": trained,
         },
     )  # fmt: skip
     expected, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
@@ -163,7 +163,7 @@ def at_scores(model: Any, adapter: Adapter) -> str:
         return f"does not apply: {reason}"
     differences = []
     for layers in by_type(model, adapter).values():
-        patch_model(model, "rope", on_existing="replace", layers=layers)
+        patch_model(model, "rope", on_existing="replace", layers=layers, **window(model, adapter))
         early = logits(model)
         patch_model(model, "self_extend", group=1, window=8, original_max_position_embeddings=64,
                     on_existing="replace", layers=layers)  # fmt: skip
@@ -229,9 +229,16 @@ def as_yarn(model: Any, adapter: Adapter) -> None:
     """Patch with YaRN x4, in the layers of one type if types have frequencies of their own."""
     if adapter.native == "rope":
         *_, layers = by_type(model, adapter).values()
-        patch_model(model, "yarn", factor=4.0, on_existing="replace", layers=layers)
+        patch_model(model, "yarn", factor=4.0, on_existing="replace", layers=layers, **window(model, adapter))
     else:
         patch_model(model, adapter.native)
+
+
+def window(model: Any, adapter: Adapter) -> dict[str, int]:
+    """Return the option that states the trained window, for a rotary family whose config names none."""
+    base = base_of(model)
+    known = adapter.native != "rope" or adapter.shape(base, base.config).trained_length
+    return {} if known else {"original_max_position_embeddings": WINDOW}
 
 
 def by_type(model: Any, adapter: Adapter) -> dict[str | None, list[int] | None]:

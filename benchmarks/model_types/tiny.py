@@ -93,7 +93,7 @@ def _small(kind: type[PreTrainedConfig], chosen: dict[str, Any]) -> dict[str, An
     if kinds and layers and settable and "layer_types" not in chosen:
         found["layer_types"] = _layer_types(list(kinds), layers)
     for name, each in inner.items():
-        found[name] = _small(each, chosen.get(name, {}))
+        found[name] = _small(each, {**EXTRA.get(each.model_type, {}), **chosen.get(name, {})})
     return found | {name: value for name, value in chosen.items() if name not in inner}
 
 
@@ -110,7 +110,7 @@ MAMBA = {
 }  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite",
+        ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
          "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), LATENT,
     ),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), HEADS),
@@ -176,6 +176,12 @@ EXTRA: dict[str, dict[str, Any]] = {
         },
     },
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "dots3_note_text": LATENT | {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
+        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16, "swa_qk_rope_head_dim": 8,
+        "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64, "shared_experts_intermediate_size": 32,
+    },
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "xlm": {"emb_dim": 64},
     "xlstm": {"embedding_dim": 64, "num_blocks": 4, "chunk_size": 8, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},

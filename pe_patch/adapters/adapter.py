@@ -39,9 +39,14 @@ class Adapter:
     attention_class: str | None = None
     """Name of the class of the attention modules, for a hybrid family whose other layers have another module under
     the same name. None if every module under that name attends."""
+    attentions_per_layer: int = 1
+    """Number of attentions in a list at `attention` of each layer (LongCat: 2). Layer indices then count
+    attentions."""
     rotary: str | None = "rotary_emb"
     """Attribute of the base model: the module that computes cos and sin for all layers. None if the family does not
     rotate."""
+    rotary_per_attention: bool = False
+    """`rotary` is an attribute of each attention, which has a rotary module of its own."""
     layout: str = "halves"
     """Layout of the cos and sin that this module returns: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...],
     "single" [c], or "complex" c + i s in one tensor."""
@@ -145,20 +150,38 @@ class Adapter:
 
     def attentions(self, base: nn.Module) -> dict[int, nn.Module]:
         """Return the attention modules by layer index. A layer that does not attend has none."""
-        found = {index: self.attention_of(layer) for index, layer in enumerate(self.blocks(base))}
-        return {index: attention for index, attention in found.items() if attention is not None}
+        found = (attention for layer in self.blocks(base) for attention in self.attentions_of(layer))
+        return {index: attention for index, attention in enumerate(found) if attention is not None}
 
-    def attention_of(self, layer: nn.Module) -> nn.Module | None:
-        """Return the attention module of a layer, or None if the layer does not attend."""
+    def attentions_of(self, layer: nn.Module) -> list[nn.Module | None]:
+        """Return the attention modules of a layer, `attentions_per_layer` of them; None where it does not attend."""
         module: Any = layer
         for name in self.attention.split("."):
             module = getattr(module, name, None)
+        if self.attentions_per_layer > 1:
+            return list(module)
         attends = isinstance(module, nn.Module) and self.attention_class in (None, type(module).__name__)
-        return module if attends else None
+        return [module if attends else None]
+
+    def count(self, base: nn.Module) -> int:
+        """Return the number of layers, as layer indices count them."""
+        return len(self.blocks(base)) * self.attentions_per_layer
+
+    def block(self, base: nn.Module, index: int) -> nn.Module:
+        """Return the layer that holds the attention of an index."""
+        return self.blocks(base)[index // self.attentions_per_layer]
+
+    def rotary_module(self, base: nn.Module, layer: int | None = None) -> Any:
+        """Return the rotary module of a layer; of the first that attends for None."""
+        assert self.rotary is not None
+        if not self.rotary_per_attention:
+            return getattr(base, self.rotary)
+        attentions = self.attentions(base)
+        return getattr(attentions[next(iter(attentions)) if layer is None else layer], self.rotary)
 
     def layer_types(self, base: nn.Module, config: PreTrainedConfig) -> list[str | None]:
         """Return the type of each layer, or None for each if all layers share their frequencies."""
-        count = len(self.blocks(base))
+        count = self.count(base)
         return list(config.layer_types)[:count] if self.rotary_per_layer_type else [None] * count
 
     def skips_rope(self, attention: nn.Module) -> bool:
@@ -186,8 +209,7 @@ class Adapter:
             scheme: the scheme that gives cos and sin; None for no rotation.
             layer_type: the layer type; None if all layers share their frequencies.
         """
-        assert self.rotary is not None
-        native = getattr(base, self.rotary)
+        native = self.rotary_module(base)
         width = 2 * frequencies_of(native, layer_type)[0].shape[-1]
         compose = compat.compose_axes(native, layer_type)
         return PatchedRotaryEmbedding(scheme, self.layout, width, self.full_precision, compose)
@@ -213,7 +235,7 @@ class Adapter:
         layer_type = self.layer_types(base, config)[layer]
         heads = config.num_attention_heads
         head_dim = _first(attention, "qk_head_dim", "head_dim", "head_size") or config.hidden_size // heads
-        rotary = getattr(base, self.rotary) if self.rotary else None
+        rotary = self.rotary_module(base) if self.rotary else None
         rotary_dim = 2 * frequencies_of(rotary, layer_type)[0].shape[-1] if rotary is not None else head_dim
         return AttentionShape(
             hidden_size=config.hidden_size,
@@ -224,7 +246,7 @@ class Adapter:
             rotary_start=_first(attention, "qk_nope_head_dim") or 0,
             rope_theta=native_theta(rotary, config, layer_type) if rotary is not None else DEFAULT_THETA,
             trained_length=(window or self.window(base, config, layer)).length or 0,
-            num_layers=len(self.blocks(base)),
+            num_layers=self.count(base),
             interleaved=self.interleaved_pairs,
             grid=self.vision_encoder.grid(config) if self.vision_encoder else None,
             leading_tokens=self.vision_encoder.leading_tokens if self.vision_encoder else 0,

@@ -41,7 +41,11 @@ def check_adapter(base: Any, adapter: Adapter) -> None:
     if not attentions:
         raise _missing(adapter, "attention", layers[0], "layer 0", nn.Module)
     for name in ("rotary", "learned", "embedding_multiplier"):
-        if getattr(adapter, name) is not None:
+        if name == "rotary" and adapter.rotary_per_attention:
+            for index, attention in attentions.items():
+                if not hasattr(attention, str(adapter.rotary)):
+                    raise _missing(adapter, name, attention, f"the attention of layer {index}")
+        elif getattr(adapter, name) is not None:
             if name != "learned" and "." in getattr(adapter, name):
                 raise _wrong(
                     adapter, name, f"which must be an attribute of the base model ({type(base).__name__}) itself"
@@ -71,7 +75,7 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
             "rotary_per_layer_type",
             f"and the config of {type(base).__name__} has no layer_types for {count} layers",
         )
-    rotary = getattr(base, adapter.rotary)
+    rotary = adapter.rotary_module(base)
     if adapter.rotary_per_layer_type:
         attending = adapter.attentions(base)
         expected = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[index] for index in attending)]

@@ -85,7 +85,7 @@ def convert_model(model: PreTrainedModel, base: Any, adapter: Adapter, scheme_by
             "projects: give its adapter `projections=` (pe_patch.adapters.projections)."
         )
     empty = all(p.is_meta for p in model.parameters()) and not any(compat.execution_hook(m) for m in model.modules())
-    scale = 1.0 if overrides(first, "angles") else float(getattr(base.get_submodule(adapter.rotary), SCALE, 1.0))
+    scale = 1.0 if overrides(first, "angles") else float(getattr(adapter.rotary_module(base), SCALE, 1.0))
     projections = {
         index: replace(
             adapter.projections.read(attentions[index], adapter.shape(base, base.config, index), empty),

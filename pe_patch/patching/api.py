@@ -263,10 +263,11 @@ def _verify(patch: Patch, probe: bool) -> None:
             raise NoEffectError(f"Layer {index} of {type(base).__name__} was not replaced by {patch.scheme.name!r}.")
     rotates = overrides(patch.scheme, "angles") or not converted
     if adapter.rotary is not None and not patch.keep_native and rotates:
-        layer_types, layers = adapter.layer_types(base, base.config), adapter.blocks(base)
+        layer_types = adapter.layer_types(base, base.config)
         in_module = {scheme for scheme in set(patch.scheme_by_layer.values()) if scheme.rotates_early}
         for index, scheme in patch.scheme_by_layer.items():
-            module = layers[index].__dict__.get("pe_rotary", getattr(base, adapter.rotary))
+            own = adapter.block(base, index).__dict__
+            module = own["pe_rotary"] if "pe_rotary" in own else adapter.rotary_module(base, index)
             module = module.by_type[str(layer_types[index])] if isinstance(module, PerLayerTypeRotary) else module
             expected = scheme if scheme in in_module else None
             if not isinstance(module, PatchedRotaryEmbedding) or module.__dict__["scheme"] is not expected:
@@ -307,7 +308,7 @@ def _rotates_as_built(patch: Patch, index: int) -> bool:
     if adapter.rotary is None or not isinstance(scheme, Rotation):
         return False
     native: Any = base.get_submodule("position_schemes").original
-    rotary: Any = native[adapter.rotary] if adapter.rotary in native else getattr(base, adapter.rotary)
+    rotary: Any = native[adapter.rotary] if adapter.rotary in native else adapter.rotary_module(base)
     layer_type = adapter.layer_types(base, base.config)[index]
     factor = getattr(rotary, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", 1.0)
     built = frequencies_of(rotary, layer_type)[0]

@@ -166,7 +166,7 @@ def resolve_existing_scaling(
     if _scaled(parameters) and adapter.rotary is not None:
         if on_existing == "error":
             raise _already_scaled(
-                window, parameters, native_theta(getattr(base, adapter.rotary), config, layer_types[layer])
+                window, parameters, native_theta(adapter.rotary_module(base), config, layer_types[layer])
             )
         if composed:
             _check_composes(scheme, options, parameters, target.chosen_types, layer_types[layer])
@@ -284,7 +284,7 @@ def built_rotation(base: PreTrainedModel, adapter: Adapter, layer_type: str | No
     The frequencies have the shape `[rotary_dim / 2]`. The factor is measured at position zero, on a copy.
     """
     assert adapter.rotary is not None
-    rotary: Any = getattr(base, adapter.rotary)
+    rotary: Any = adapter.rotary_module(base)
     if frequencies_of(rotary, layer_type)[1].is_meta:  # meta tensors have no values: build the module from its config
         rotary = type(rotary)(rotary.config)
     inv_freq = frequencies_of(rotary, layer_type)[1].detach().cpu()
@@ -300,7 +300,7 @@ def built_rotation(base: PreTrainedModel, adapter: Adapter, layer_type: str | No
 
 def _check_built(base: PreTrainedModel, adapter: Adapter, layer_type: str | None) -> None:
     """Raise if the config was changed after the rotary module was built, so that its base and window would be wrong."""
-    rotary: Any = getattr(base, str(adapter.rotary))
+    rotary: Any = adapter.rotary_module(base)
     inv_freq = frequencies_of(rotary, layer_type)[1]
     if inv_freq.is_meta or base.config.model_type not in ADAPTERS:
         return
@@ -318,7 +318,7 @@ def _same(expected: Tensor, built: Tensor) -> bool:
 def _changed(
     base: PreTrainedModel, adapter: Adapter, parameters: dict[str, Any], expected: Tensor, built: Tensor
 ) -> UnsupportedError:
-    module = type(getattr(base, str(adapter.rotary))).__name__
+    module = type(adapter.rotary_module(base)).__name__
     expected, built, numbers = expected.detach().float().cpu(), built.detach().float().cpu(), ""
     if expected.shape == built.shape:
         pair = int((expected - built).abs().div(expected.clamp(min=1e-12)).argmax())

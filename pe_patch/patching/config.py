@@ -215,7 +215,7 @@ def config_swaps(
             parameters = _nested(config, {k: {"rope_type": RECORD_KEY, "rope_theta": t} for k, t in bases.items()})
             needs_pe_patch = True
         native["rope_parameters"] = config_rope_parameters(config)
-        rotary = getattr(base, adapter.rotary)
+        rotary = adapter.rotary_module(base)
         if getattr(rotary, "config", None) is config:  # the native module may read its config at every call (PhiMoE)
             swaps.append(Swap.of(rotary, "config", copy.copy(config), direct=True))
         swaps.append(Swap.of(config, "rope_parameters", parameters))

@@ -41,6 +41,8 @@ class Runtime:
     """The scheme adds to the input embeddings."""
     table_width: int | None
     """Width of the family's table of positions, in whose place the scheme adds. None to add to the input embeddings."""
+    table_rows: int
+    """Positions of that table; 0 without one. A longer pass needs ids that the family takes from buffers otherwise."""
     first_position_id: int
     """The `position_ids` of the first token."""
     multiplier: float
@@ -255,7 +257,7 @@ def _with_positions(
     """
     explicit, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     takes_ids = "position_ids" in runtime.arguments
-    acts = runtime.embeds or runtime.scores or runtime.pass_positions is not None
+    acts = runtime.embeds or runtime.scores or runtime.table_rows > 0 or runtime.pass_positions is not None
     if acts and explicit is not None and explicit.ndim == 1:  # families with a table of positions accept this shape
         explicit = explicit[None]
         kwargs = {**kwargs, "position_ids": explicit}
@@ -281,6 +283,8 @@ def _with_positions(
         query = native
     else:
         query = ranks
+    if runtime.table_rows and isinstance(past_length, int) and past_length + inputs.shape[1] > runtime.table_rows:
+        kwargs = _with_ids_of_long_text(runtime, inputs, query, kwargs)
     if runtime.embeds and runtime.table_width is not None:
         dtype = base.get_input_embeddings().weight.dtype
         zeros = torch.zeros(1, dtype=dtype, device=inputs.device).expand(*query.shape, runtime.table_width)
@@ -295,6 +299,23 @@ def _with_positions(
             kwargs = {**kwargs, "pe_positions": positions}
         else:
             kwargs = runtime.pass_positions(base, kwargs, positions, explicit)
+    return kwargs
+
+
+def _with_ids_of_long_text(runtime: Runtime, inputs: Tensor, query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords with position ids and token types, of which BERT's buffers hold no more than its table.
+
+    Args:
+        runtime: the facts about the patch.
+        inputs: `input_ids` or `inputs_embeds`, `[batch, tokens, ...]`.
+        query: positions of these tokens, `[batch | 1, tokens]`.
+        kwargs: the keywords of the pass.
+    """
+    kwargs = dict(kwargs)
+    if "position_ids" in runtime.arguments and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = query + runtime.first_position_id
+    if "token_type_ids" in runtime.arguments and kwargs.get("token_type_ids") is None:
+        kwargs["token_type_ids"] = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
     return kwargs
 
 

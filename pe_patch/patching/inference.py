@@ -212,11 +212,8 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
     On the meta device, the rotary module is built again from its config, so that it has values.
     """
     observed, empty = observe(base), has_no_values(base)
-    layers, attention, attention_class = _locate(base, observed.attentions)
     seen = Adapter(
-        layers=layers,
-        attention=attention,
-        attention_class=attention_class,
+        **_locate(base, observed.attentions),
         calls_interface=observed.calls_interface,
         forwards_kwargs=observed.forwards_kwargs,
         rotary=None,
@@ -228,8 +225,8 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
             return replace(seen, learned=table[0], learned_offset=table[1], first_position_id=table[2])
         multiplier, adds = (None, False) if empty else _input_embeddings(base, seen)
         return replace(seen, unpositioned=True, embedding_multiplier=multiplier, takes_embeddings=adds)
-    name, first = _rotary(base, observed), observed.attentions[0]
-    built: Any = getattr(base, name)
+    (name, per_attention), first = _rotary(base, observed, seen), observed.attentions[0]
+    built = replace(seen, rotary=name, rotary_per_attention=per_attention).rotary_module(base)
     rotary = type(built)(base.config) if empty else built
     per_type = [each for each in _frequency_names(rotary) if each != FREQUENCIES]
     inv_freq = getattr(rotary, per_type[0] if per_type else FREQUENCIES)
@@ -238,11 +235,12 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
     return replace(
         seen,
         rotary=name,
+        rotary_per_attention=per_attention,
         layout=layout,
         interleaved_pairs=_pairs_neighbours(first, layout, inv_freq.shape[-1]),
         full_precision=layout != "complex" and _call_rotary(rotary, torch.bfloat16)[0].dtype == torch.float32,
         rotary_per_layer_type=bool(per_type),
-        early_rotation=_other_receivers(base, observed, layers) or _reordered(rotary, inv_freq, per_type),
+        early_rotation=_other_receivers(base, observed, seen) or _reordered(rotary, inv_freq, per_type),
         scaling_includes_mscale=_includes_mscale(first, base),
         embedding_multiplier=multiplier,
         takes_embeddings=adds,
@@ -313,40 +311,50 @@ def _named_table(base: PreTrainedModel) -> tuple[str, int, int] | None:
     return path, first, 0 if hasattr(table, "offset") else first  # RoBERTa's table has no offset of its own
 
 
-def _locate(base: PreTrainedModel, attentions: list[nn.Module]) -> tuple[str, str, str | None]:
-    """Return the path of the list of layers, the path of the attention in a layer, and its class if others share it."""
+def _locate(base: PreTrainedModel, attentions: list[nn.Module]) -> dict[str, Any]:
+    """Return the fields of an adapter that say where the layers and their attentions are."""
     if not attentions:
         raise _unknown(base, "no module calls the attention interface or is named as an attention")
     paths = {module: name for name, module in base.named_modules()}
     places = [re.fullmatch(r"(.+?)\.(\d+)\.(.+)", paths[module]) for module in attentions]
-    if not all(places) or len({(place[1], place[3]) for place in places if place}) > 1:
+    lists = {place[1] for place in places if place}
+    inside = list(dict.fromkeys(place[3] for place in places if place))
+    several = re.fullmatch(r"(.+)\.0", inside[0]) if len(inside) > 1 else None
+    if several and inside == [f"{several[1]}.{number}" for number in range(len(inside))]:
+        fields: dict[str, Any] = {"attention": several[1], "attentions_per_layer": len(inside)}
+    else:
+        fields = {"attention": inside[0] if inside else ""}
+    if not all(places) or len(lists) > 1 or (len(inside) > 1 and "attentions_per_layer" not in fields):
         listed = ", ".join(paths[module] for module in attentions[:4])
         raise _unknown(base, f"its attention modules are not at one path in the layers of one list ({listed})")
-    assert places[0] is not None
-    layers, attention = places[0][1], places[0][3]
-    named = list(Adapter(layers=layers, attention=attention).attentions(base).values())
+    fields["layers"] = lists.pop()
+    named = list(Adapter(**fields).attentions(base).values())
     if len(set(named)) < len(named):
         raise _unknown(base, "several of its layers share one attention module")
     classes = {type(module).__name__ for module in attentions}
     others = {type(module).__name__ for module in named if not any(module is each for each in attentions)}
     if others and (len(classes) > 1 or others & classes):
-        raise _unknown(base, f"only some modules {attention!r} of one class call the attention interface")
-    return layers, attention, classes.pop() if others else None
+        raise _unknown(base, f"only some modules {fields['attention']!r} of one class call the attention interface")
+    return fields | {"attention_class": classes.pop() if others else None}
 
 
-def _rotary(base: PreTrainedModel, observed: Observed) -> str:
-    """Return the name of the one rotary module, a child of the base model."""
+def _rotary(base: PreTrainedModel, observed: Observed, seen: Adapter) -> tuple[str, bool]:
+    """Return the name of the rotary module, a child of the base model or of each attention, and which of both."""
     names = [name for name in observed.rotary if "." not in name]
     inner = [name for name in observed.rotary if "." in name]
-    if len(names) != 1 or inner:
-        every = ", ".join([*names, *inner[:3]]) or "none"
-        raise _unknown(base, f"it needs one rotary module with `{FREQUENCIES}` on the base model, and has: {every}")
-    return names[0]
+    if len(names) == 1 and not inner:
+        return names[0], False
+    modules = {base.get_submodule(name) for name in inner}
+    for name in {name.rpartition(".")[2] for name in inner if not names}:
+        if modules == {getattr(attention, name, None) for attention in seen.attentions(base).values()}:
+            return name, True
+    every = ", ".join([*names, *inner[:3]]) or "none"
+    raise _unknown(base, f"it needs one rotary module with `{FREQUENCIES}` on the base model, and has: {every}")
 
 
-def _other_receivers(base: PreTrainedModel, observed: Observed, layers: str) -> str | None:
+def _other_receivers(base: PreTrainedModel, observed: Observed, seen: Adapter) -> str | None:
     """Return why nothing can rotate at the scores, if other modules than layers and attentions receive cos and sin."""
-    blocks = set(Adapter(layers=layers).blocks(base))
+    blocks = set(seen.blocks(base))
     paths = {module: name for name, module in base.named_modules()}
     others = sorted(paths[module] for module in observed.receivers - blocks - set(observed.attentions))
     return f"also passes cos and sin to {others[0]}" if others else None

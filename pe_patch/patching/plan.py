@@ -449,12 +449,18 @@ def _rotary_swaps(
     """
     base, adapter, layer_types = target.base, target.adapter, target.layer_types
     assert adapter.rotary is not None
-    native_rotary = getattr(base, adapter.rotary)
+    native_rotary = adapter.rotary_module(base)
     key_by_layer = {
         index: (scheme if places.at_rotary_module else None, layer_types[index])
         for index, scheme in scheme_by_layer.items()
     }
     modules = {key: adapter.rotary_embedding(base, *key) for key in dict.fromkeys(key_by_layer.values())}
+    if adapter.rotary_per_attention:
+        attentions = {index: target.attentions[index] for index in scheme_by_layer}
+        natives = {index: getattr(each, adapter.rotary) for index, each in attentions.items()}
+        original |= {f"{adapter.rotary}_{index}": native for index, native in natives.items()}
+        original[adapter.rotary] = native_rotary
+        return [Swap.of(each, adapter.rotary, modules[key_by_layer[index]]) for index, each in attentions.items()]
     chosen_types = {layer_type for _, layer_type in modules}
     one_module_per_type = len(chosen_types) == len(modules)
     whole_types_chosen = all(i in scheme_by_layer for i in target.attentions if layer_types[i] in chosen_types)
@@ -463,10 +469,16 @@ def _rotary_swaps(
         original[adapter.rotary] = native_rotary
         per_type = PerLayerTypeRotary({str(each): module for each, module in by_type.items()}, native_rotary)
         return [Swap.of(base, adapter.rotary, per_type if adapter.rotary_per_layer_type else by_type[None])]
-    swaps, layers = [], adapter.blocks(base)
+    if adapter.attentions_per_layer > 1:
+        raise OptionError(
+            f"layers= does not apply to {next(iter(scheme_by_layer.values())).name!r} here: the "
+            f"{adapter.attentions_per_layer} attentions of a layer share their rotation. Leave layers= out."
+        )
+    swaps = []
     for index, key in key_by_layer.items():
-        swaps.append(Swap.of(layers[index], "pe_rotary", modules[key], direct=True))
-        swaps.append(bind(layers[index], "forward", layer_rotation))
+        layer = adapter.block(base, index)
+        swaps.append(Swap.of(layer, "pe_rotary", modules[key], direct=True))
+        swaps.append(bind(layer, "forward", layer_rotation))
     return swaps
 
 
@@ -590,6 +602,7 @@ def _forward_swaps(
         scheme=scheme,
         embeds=places.embeds,
         table_width=scheme.shape.embedding_size if adapter.learned and not keep_native else None,
+        table_rows=_rows(adapter, base) if adapter.learned and not keep_native else 0,
         first_position_id=adapter.first_position_id,
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores.values()),
@@ -605,7 +618,7 @@ def _forward_swaps(
         patch=adapter.vision_encoder.patch(base.config) if adapter.vision_encoder else None,
         keep_native=keep_native,
         native_table=table_window(base) if keep_native and adapter.vision_encoder is None else None,
-        layers=len(adapter.blocks(base)),
+        layers=adapter.count(base),
         forwards_kwargs=adapter.forwards_kwargs,
         calls_interface=adapter.calls_interface,
         unsplittable=_why_unsplittable(adapter, scheme, places),
@@ -644,6 +657,11 @@ def _forward_swaps(
     if before_model and model is not base:
         swaps.append(bind(model, "forward", Chain(*before_model)))
     return swaps
+
+
+def _rows(adapter: Adapter, base: nn.Module) -> int:
+    """Return the number of positions in the family's table."""
+    return len(table_rows(adapter.learned_table(base)[2])) - adapter.learned_offset
 
 
 def _window(config: Any, layer_type: str, attribute: str) -> int | None:

@@ -332,7 +332,7 @@ def native_rotation(
     base: Any, adapter: Adapter, layer_type: str | None, at_scores: bool, attention: Any
 ) -> type[Native]:
     """Return a scheme with the frequencies of the native rotary module."""
-    rotary = getattr(base, str(adapter.rotary))
+    rotary = adapter.rotary_module(base)
     prefix = "" if layer_type is None else f"{layer_type}_"
     # None without an attention
     width = getattr(attention, "qk_head_dim", None) if adapter.scaling_includes_mscale else None

@@ -94,7 +94,7 @@ def resolve(model: PreTrainedModel, adapter: Adapter | None, layers: Layers, sub
         adapter=adapter,
         attentions=attentions,
         layer_types=adapter.layer_types(base, base.config),
-        layers=find_layers(layers, len(adapter.blocks(base)), attentions),
+        layers=find_layers(layers, adapter.count(base), attentions),
         users_adapter=users_adapter,
     )
 
