@@ -148,6 +148,8 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
     return next((name for name in CACHE_ARGUMENTS if name in names), None)
 
 
+GENERATION_POSITIONS = "_prepare_position_ids_for_generation"
+"""Name of the method that counts the positions of a prompt in generation. Checked on Transformers 5.23 and 5.24."""
 COMPOSE_AXES = "recomposition_frequencies"
 """Name of the method by which a rotary module with M-RoPE joins the cos or sin of its three rows of positions. Checked
 on Transformers 5.23 and 5.24."""

@@ -34,8 +34,8 @@ class Adapter:
     layers: str = "layers"
     """Attribute of the base model: the list of its layers. May be a dotted path."""
     attention: str = "self_attn"
-    """Attribute of a layer: its attention module. May be a dotted path. In a hybrid model, layers without it do not
-    attend."""
+    """Attribute of a layer: its attention module. May be a dotted path; empty if `layers` lists attentions. In a hybrid
+    model, layers without it do not attend."""
     attention_class: str | None = None
     """Name of the class of the attention modules, for a hybrid family whose other layers have another module under
     the same name. None if every module under that name attends."""
@@ -156,7 +156,7 @@ class Adapter:
     def attentions_of(self, layer: nn.Module) -> list[nn.Module | None]:
         """Return the attention modules of a layer, `attentions_per_layer` of them; None where it does not attend."""
         module: Any = layer
-        for name in self.attention.split("."):
+        for name in self.attention.split(".") if self.attention else ():
             module = getattr(module, name, None)
         if self.attentions_per_layer > 1:
             return list(module)

@@ -206,7 +206,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "references to the model's own copy of its config": ("config",),
     "functions that save the patch with the model": ("save_pretrained", "load_adapter", "named_modules"),
     "functions that generation and set_attn_implementation call": (
-        "set_attn_implementation", "init_continuous_batching", compat.STATIC_CACHE_SHAPE,
+        "set_attn_implementation", "init_continuous_batching", compat.STATIC_CACHE_SHAPE, compat.GENERATION_POSITIONS,
     ),
 }  # fmt: skip
 """The attributes that a description leaves out, by the beginnings of their names."""

@@ -262,7 +262,7 @@ def _with_positions(
         explicit = explicit[None]
         kwargs = {**kwargs, "position_ids": explicit}
     if acts and explicit is not None and runtime.first_position_id:
-        explicit = (explicit - runtime.first_position_id).clamp(min=0)  # padding counts as less
+        explicit = (explicit - runtime.first_position_id).clamp(min=0)  # padding has smaller ids
     if acts and explicit is not None and explicit.ndim == 3:
         explicit = _only_row(runtime, explicit)
     if acts and explicit is not None and explicit.ndim != 2:
@@ -480,6 +480,15 @@ def hand_down_position_ids(model: Any, inner: Callable[..., Any], *args: Any, **
     _by_name(model, args, kwargs)
     position_ids = kwargs.pop("position_ids", None)
     return call_with_value("position_ids", model.pe_base, position_ids, inner, **kwargs)
+
+
+def count_from_first(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the position ids of a prompt in generation, counted as the family counts them.
+
+    Transformers counts from zero. RoBERTa's table begins at two, so that without this a continuation would not be the
+    one that a full pass gives.
+    """
+    return inner(*args, **kwargs) + model.pe_base.pe_runtime.first_position_id
 
 
 CUT = ("input_ids", "position_ids")

@@ -55,8 +55,6 @@ MOVED = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 Other dtypes use `MOVED_EXACT`.
 """
 MOVED_EXACT = 1e-3
-PADDED = 5e-2
-"""Largest relative change of the output by left padding in a model that does not count it as positions."""
 
 
 def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
@@ -316,9 +314,9 @@ def _locate(base: PreTrainedModel, attentions: list[nn.Module]) -> dict[str, Any
     if not attentions:
         raise _unknown(base, "no module calls the attention interface or is named as an attention")
     paths = {module: name for name, module in base.named_modules()}
-    places = [re.fullmatch(r"(.+?)\.(\d+)\.(.+)", paths[module]) for module in attentions]
+    places = [re.fullmatch(r"(.+?)\.(\d+)(?:\.(.+))?", paths[module]) for module in attentions]
     lists = {place[1] for place in places if place}
-    inside = list(dict.fromkeys(place[3] for place in places if place))
+    inside = list(dict.fromkeys(place[3] or "" for place in places if place))
     several = re.fullmatch(r"(.+)\.0", inside[0]) if len(inside) > 1 else None
     if several and inside == [f"{several[1]}.{number}" for number in range(len(inside))]:
         fields: dict[str, Any] = {"attention": several[1], "attentions_per_layer": len(inside)}
@@ -448,7 +446,7 @@ def _input_embeddings(base: PreTrainedModel, adapter: Adapter) -> tuple[str | No
 
 
 def _entered(base: PreTrainedModel, adapter: Adapter, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
-    """Return what enters the first layer, `[streams, tokens, hidden]` in float32: the largest tensor of its call.
+    """Return what enters the first layer, `[streams, tokens, hidden]` in float32: the largest tensor of that width.
 
     A model may carry several streams of hidden states.
     """
@@ -456,7 +454,8 @@ def _entered(base: PreTrainedModel, adapter: Adapter, ids: Tensor | None, embeds
 
     def record(_: Any, args: Any, kwargs: Any) -> None:
         hidden = [each for each in _tensors((args, tuple(kwargs.values()))) if each.is_floating_point()]
-        entered.append(max(hidden, key=lambda each: (each.shape[-1], each.numel())))
+        width = getattr(base.config, "hidden_size", None)
+        entered.append(max(hidden, key=lambda each: (each.shape[-1] == width, each.shape[-1], each.numel())))
 
     given = {**arguments(base), "input_ids": ids, **({} if embeds is None else {"inputs_embeds": embeds})}
     handle = first.register_forward_pre_hook(record, with_kwargs=True)
@@ -608,24 +607,24 @@ def _embeddings(model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter,
 
     Its own positions are those of its table, or none.
     """
-    native, first = Learned if adapter.learned else NoPE, adapter.first_position_id
-    before = _situations(base, first)
-    if not _same(before, _situations(base, first)):
+    native = Learned if adapter.learned else NoPE
+    before = _situations(base, adapter)
+    if not _same(before, _situations(base, adapter)):
         return "the unpatched model does not give the same output twice"
     with trial_patch(model, native, adapter, settings):
-        patched = _situations(base, first)
+        patched = _situations(base, adapter)
     for name, output in before.items():
         if not torch.equal(output, patched[name]):
             change = float((output.float() - patched[name].float()).abs().max())
             return f"the same positions change the output by {change:.1e} {name}"
     if adapter.learned:
         with trial_patch(model, NoPE, adapter, settings):
-            if _same(before, _situations(base, first)):
+            if _same(before, _situations(base, adapter)):
                 return "the output does not change without the table of positions"
             entered = _entered(base, adapter, torch.ones_like(arguments(base)["input_ids"]))
         if not torch.equal(entered, entered[:, :1].expand_as(entered)):
             return "equal tokens enter its first layer differently without the table, so it has another one"
-    if not _same(before, _situations(base, first)):
+    if not _same(before, _situations(base, adapter)):
         return "the model does not give the same output after the trial was undone"
     return None
 
@@ -648,8 +647,8 @@ def _depends_on_order(
 def _identity(model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, settings: Settings) -> str | None:
     """Return the first situation in which the patched base model differs from the unpatched one, or None."""
     attentions, layer_types = adapter.attentions(base), adapter.layer_types(base, base.config)
-    before = _situations(base)
-    if not _same(before, _situations(base)):
+    before = _situations(base, adapter)
+    if not _same(before, _situations(base, adapter)):
         return "the unpatched model does not give the same output twice"
     for layer_type in dict.fromkeys(layer_types[index] for index in attentions):
         layers = [index for index in attentions if layer_types[index] == layer_type]
@@ -658,16 +657,16 @@ def _identity(model: PreTrainedModel, base: PreTrainedModel, adapter: Adapter, s
         chosen = None if len(layers) == len(attentions) else layers
         native = native_rotation(base, adapter, layer_type, False, attentions[layers[0]])
         with trial_patch(model, native, adapter, settings, chosen):
-            patched = _situations(base)
+            patched = _situations(base, adapter)
         for name, output in before.items():
             if not torch.equal(output, patched[name]):
                 change = float((output.float() - patched[name].float()).abs().max())
                 return f"the same rotation changes the output by {change:.1e} {name}"
         slower = type("Slower", (native,), {"inverse": native.inverse / 4})
         with trial_patch(model, slower, adapter, settings, chosen):
-            if _same(before, _situations(base)):
+            if _same(before, _situations(base, adapter)):
                 return "other frequencies do not change the output"
-    if not _same(before, _situations(base)):
+    if not _same(before, _situations(base, adapter)):
         return "the model does not give the same output after the trial was undone"
     return None
 
@@ -676,10 +675,11 @@ def _same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     return all(torch.equal(output, after[name]) for name, output in before.items() if name in after)
 
 
-def _situations(base: PreTrainedModel, first_position_id: int = 0) -> dict[str, Tensor]:
+def _situations(base: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor]:
     """Return the outputs of the base model for a short text in a full pass, left-padded, and with a cache.
 
-    A model that counts padding as positions is left-padded with explicit positions, and not at all if it takes none.
+    A model with a table of positions is left-padded with explicit positions, and not at all if it takes none, since it
+    counts padding then.
     """
     ids = arguments(base)["input_ids"]
     padded = torch.cat((torch.zeros_like(ids[:, :2]), ids), 1)
@@ -687,14 +687,13 @@ def _situations(base: PreTrainedModel, first_position_id: int = 0) -> dict[str, 
     both, masks = torch.cat((torch.cat((ids, ids[:, :2]), 1), padded)), torch.cat((torch.ones_like(mask), mask))
     given: dict[str, Tensor] = {}
     if "position_ids" in compat.argument_names(type(base).forward):
-        given["position_ids"] = (masks.cumsum(-1) - 1).clamp(min=0) + first_position_id
+        given["position_ids"] = (masks.cumsum(-1) - 1).clamp(min=0) + adapter.first_position_id
     keeps = compat.cache_argument(type(base).forward)
     with torch.no_grad(), evaluating(base):
         found = {"in a full pass": base(input_ids=ids, **without_cache(base))[0]}
-        alone = found["in a full pass"].float()
-        padded_output = base(input_ids=both, attention_mask=masks, **given, **without_cache(base))[0][1:, 2:]
-        if given or float((padded_output.float() - alone).abs().max()) < PADDED * float(alone.abs().max()):
-            found["with left padding"] = padded_output
+        if given or adapter.learned is None:
+            left = base(input_ids=both, attention_mask=masks, **given, **without_cache(base))[0]
+            found["with left padding"] = left[1:, 2:]
         if keeps is not None:
             first = base(input_ids=ids[:, :-2], use_cache=True)
             name = next((name for name in compat.CACHE_ARGUMENTS if first.get(name) is not None), None)

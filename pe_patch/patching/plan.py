@@ -55,6 +55,7 @@ from .config import (
 from .forward import (
     Runtime,
     base_forward,
+    count_from_first,
     hand_down_position_ids,
     keep_cache,
     layer_rotation,
@@ -647,6 +648,8 @@ def _forward_swaps(
         swaps.append(bind(model, "prepare_inputs_for_generation", keep_cache))
     if hasattr(model, "init_continuous_batching"):
         swaps.append(bind(model, "init_continuous_batching", refuse_paging))
+    if adapter.first_position_id and hasattr(model, compat.GENERATION_POSITIONS) and not keep_native:
+        swaps.append(bind(model, compat.GENERATION_POSITIONS, count_from_first))
     if adapter.replace_bias_builder is not None:
         swaps.append(bind(base, adapter.replace_bias_builder[0], WithoutInner(adapter.replace_bias_builder[1])))
     if scheme.length_dependent and hasattr(model, compat.PREFILL):

@@ -244,10 +244,13 @@ def native_values(stored: dict[str, Any], record: dict[str, Any]) -> dict[str, A
         values["architectures"] = native["architectures"]
     if "rope_parameters" in native:
         patched["rope_parameters"] = copy.deepcopy(native["rope_parameters"])
+    family = patched.get("model_type") if patched is not values else native["model_type"]
+    renamed = CONFIG_MAPPING[family].attribute_map if family in CONFIG_MAPPING else {}
+    window = renamed.get("max_position_embeddings", "max_position_embeddings")  # `model_max_length`, for example
     if native.get("max_position_embeddings", 0) is None:
-        patched.pop("max_position_embeddings", None)
+        patched.pop(window, None)
     elif "max_position_embeddings" in native:
-        patched["max_position_embeddings"] = native["max_position_embeddings"]
+        patched[window] = native["max_position_embeddings"]
     return {**values, "model_type": native["model_type"]}
 
 

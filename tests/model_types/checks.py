@@ -1,29 +1,16 @@
-"""Try every causal model type of Transformers, and say which this library can patch, and how far that was verified.
-
-    python benchmarks/model_types/survey.py                 # every type; about 20 minutes on one core
-    python benchmarks/model_types/survey.py lfm2 qwen3_next # only these
-
-Each type is built tiny, with random weights, in float32. A type counts as supported only if every check of `outcome`
-holds or does not apply to it.
-"""
+"""Patch a model type of Transformers, tiny and with random weights in float32, and check what came of it."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
 import logging
 import tempfile
-import time
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from tiny import TYPES, VOCABULARY, WINDOW, tiny
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -34,7 +21,8 @@ from pe_patch.errors import PePatchError
 from pe_patch.patching.api import find_patch
 from pe_patch.patching.targets import find_stack
 
-RESULTS = Path(__file__).parents[1] / "results" / "model_types"
+from .tiny import VOCABULARY, WINDOW, tiny
+
 LENGTH, PADDING, CACHED = 24, 5, 20
 ROUNDING = 1e-5
 """Largest difference of logits that are equal up to rounding, relative to the largest logit."""
@@ -316,6 +304,10 @@ def situations(model: Any) -> dict[str, Tensor]:
             found[name] = run(model)
             if name == "with left padding" and difference(found["in a full pass"], found[name]) > FORMULATION:
                 found[name] = torch.tensor(float("nan"))  # it counts padding, or mixes it into the text
+            if name == "in generation":
+                again = logits(model, input_ids=found[name]).argmax(-1)[:, LENGTH - 1 : -1]
+                if not torch.equal(again, found[name][:, LENGTH:]):
+                    found[name] = torch.tensor(float("nan"))  # its generation disagrees with its own full pass
         except Exception as error:  # a type without a cache, for example
             found[name] = torch.tensor(float("nan"))
             logging.getLogger("survey").debug("%s: %s", name, error)
@@ -357,32 +349,3 @@ def in_words(error: BaseException) -> str:
     """Return an error in one line."""
     name = "" if isinstance(error, PePatchError) else f"{type(error).__name__}: "
     return f"{name}{' '.join(str(error).split())}"[:400]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="default: all of them")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("pe_patch").setLevel(logging.ERROR)
-    stored, started = arguments.output / "survey.json", time.perf_counter()
-    content = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"types": {}}
-    content["transformers"] = transformers.__version__
-    for number, model_type in enumerate(arguments.types or TYPES, 1):
-        found = outcome(model_type)
-        content["types"][model_type] = asdict(found) | {"supported": found.supported}
-        wrong = {name: each for name, each in found.checks.items() if each != HOLDS}
-        print(
-            f"{number} {model_type}: {found.status}{'' if found.supported else ', NOT SUPPORTED'} "
-            f"{found.reason} {wrong or ''} {time.perf_counter() - started:.0f} s", flush=True,
-        )  # fmt: skip
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content["types"] = dict(sorted(content["types"].items()))
-        stored.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"{sum(each['supported'] for each in content['types'].values())} of {len(content['types'])} supported")
-
-
-if __name__ == "__main__":
-    main()

@@ -182,6 +182,14 @@ EXTRA: dict[str, dict[str, Any]] = {
         "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64, "shared_experts_intermediate_size": 32,
     },
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "ministral3": HEADS | {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "max_position_embeddings": WINDOW, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 500},
     "xlm": {"emb_dim": 64},
     "xlstm": {"embedding_dim": 64, "num_blocks": 4, "chunk_size": 8, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},

@@ -1,0 +1,1 @@
+"""Try every causal model type of Transformers."""

@@ -1,0 +1,266 @@
+"""Families without a rotary module for all layers: tables, none at all, and attentions outside the interface."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_model, unpatch_model
+from pe_patch.adapters.inferred import INFERRED
+from pe_patch.errors import BeyondWindowError, OptionError
+
+from .model_types.tiny import VOCABULARY, WINDOW, tiny, tiny_config
+
+LONG = 150
+IDS = torch.randint(4, VOCABULARY - 1, (2, LONG), generator=torch.Generator().manual_seed(5))
+TABLES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "whisper", "bart", "marian", "gpt_neo", "xglm"]
+ENCODERS = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "ernie"]
+
+
+@torch.no_grad()
+def output(model, length=20, **given):
+    return model(input_ids=IDS[:, :length], **given)[0]
+
+
+def encoder(family, **settings):
+    """A tiny bidirectional model without a head."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(tiny_config(family, **settings)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def table_of(model, family):
+    owner, _, name = INFERRED[model.base_model].learned.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+# Tables of positions.
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_keeps_every_bit_under_its_own_table(family):
+    assert family not in ADAPTERS
+    model = encoder(family)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, 15:] = 0
+    before, padded = output(model), output(model, attention_mask=mask)
+    patch_model(model, "learned")
+    assert torch.equal(output(model), before)
+    assert torch.equal(output(model, attention_mask=mask)[mask == 1], padded[mask == 1])
+    unpatch_model(model)
+    patch_model(model, "nope")
+    assert float((output(model) - before).abs().max()) > 1e-2
+    unpatch_model(model)
+    assert torch.equal(output(model), before)
+
+
+def hierarchical(rows, count, alpha):
+    """Su 2020: with U = (E - alpha E[0]) / (1 - alpha), row n i + j is alpha U[i] + (1 - alpha) U[j]."""
+    rows = rows.double()
+    basis = (rows - alpha * rows[:1]) / (1 - alpha)
+    index = torch.arange(count)
+    extended = alpha * basis[index // len(rows)] + (1 - alpha) * basis[index % len(rows)]
+    return torch.cat((rows, extended[len(rows) :])).float()
+
+
+def stretched(rows, count):
+    """Linear interpolation between neighbouring rows, both ends kept."""
+    at = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64)
+    low = at.floor().long().clamp(max=len(rows) - 2)
+    weight = (at - low)[:, None]
+    return ((1 - weight) * rows.double()[low] + weight * rows.double()[low + 1]).float()
+
+
+@pytest.mark.parametrize("extend", ["hierarchical", "interpolate"])
+@pytest.mark.parametrize(("family", "offset"), [("bert", 0), ("xlm-roberta", 1), ("distilbert", 0)])
+def test_an_encoder_reads_beyond_its_table_as_one_with_a_longer_table(family, offset, extend):
+    """The expected model is Transformers' own with a table of that length. RoBERTa's begins behind its padding row."""
+    model = encoder(family)
+    native = encoder(family)
+    patch_model(model, "learned", max_positions=LONG, extend=extend)
+    name = INFERRED[model].learned
+    rows = native.get_parameter(f"{name}.weight").detach()
+    longer = encoder(family, max_position_embeddings=LONG + offset)
+    longer.load_state_dict({key: value for key, value in native.state_dict().items() if key != f"{name}.weight"}, False)
+    own = rows[offset:]
+    made = hierarchical(own, LONG, 0.4) if extend == "hierarchical" else stretched(own, LONG)
+    with torch.no_grad():
+        longer.get_parameter(f"{name}.weight").copy_(torch.cat((rows[:offset], made)))
+    torch.testing.assert_close(output(model, LONG), output(longer, LONG), rtol=0, atol=2e-5)
+
+
+def test_a_table_that_is_not_extended_ends():
+    model = encoder("bert")
+    patch_model(model, "learned")
+    with pytest.raises(BeyondWindowError, match=f"beyond the {WINDOW}"):
+        output(model, WINDOW + 1)
+
+
+def test_a_longer_encoder_is_saved_and_loaded(tmp_path):
+    model = encoder("bert")
+    patch_model(model, "learned", max_positions=LONG, extend="hierarchical")
+    before = output(model, LONG)
+    model.save_pretrained(tmp_path)
+    again = load_patched(tmp_path).eval()
+    assert torch.equal(output(again, LONG), before)
+    unpatch_model(again)
+    assert again.config.max_position_embeddings == WINDOW
+
+
+def test_a_renamed_window_is_restored(tmp_path):
+    """GPT-2 calls its window `n_positions`; a window that grows with every reload would be silent."""
+    model = tiny("gpt2")
+    native = output(model)
+    patch_model(model, "learned", max_positions=LONG, extend="interpolate")
+    before = output(model, LONG)
+    model.save_pretrained(tmp_path)
+    again = load_patched(tmp_path).eval()
+    assert torch.equal(output(again, LONG), before)
+    unpatch_model(again)
+    assert again.config.n_positions == WINDOW and torch.equal(output(again), native)
+
+
+def test_roberta_generates_what_a_full_pass_gives():
+    """Transformers counts positions in generation from 0, and RoBERTa's table begins at 2."""
+    model = tiny("xlm-roberta")
+    patch_model(model, "learned")
+    prompt = IDS[:1, :12]
+    written = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        full = model(input_ids=written, use_cache=False).logits.argmax(-1)
+    assert torch.equal(full[:, 11:-1], written[:, 12:])
+
+
+def test_two_tables_are_refused():
+    model = encoder("bert")
+    embeddings = model.embeddings
+
+    class Twice(nn.Module):
+        """Adds a second table to what the first gives."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = embeddings.position_embeddings, copy.deepcopy(embeddings.position_embeddings)
+
+        def forward(self, ids):
+            return self.first(ids) + self.second(ids)
+
+    embeddings.position_embeddings = Twice()
+    model.config.model_type = "bert_of_a_stranger"
+    with pytest.raises(UnsupportedError, match="several modules return a row for each position"):
+        patch_model(model, "learned")
+
+
+def test_a_second_source_of_positions_in_the_attention_is_refused():
+    """MPNet adds a bias by distance to its scores, beside its table."""
+    model = encoder("mpnet")
+    with pytest.raises(UnsupportedError, match="depends on the order of tokens as it attends"):
+        patch_model(model, "nope")
+
+
+# No positions.
+
+
+@pytest.mark.parametrize("family", ["jamba", "kimi_linear"])
+def test_a_hybrid_without_positions_gets_some(family):
+    model = tiny(family)
+    before = output(model)
+    patch_model(model, "nope")
+    assert torch.equal(output(model), before)
+    described = describe(model)
+    assert "unpositioned=True" in str(described.inferred_row)
+    unpatch_model(model)
+    patch_model(model, "alibi")
+    assert float((output(model) - before).abs().max()) > 1e-3
+    unpatch_model(model)
+    assert torch.equal(output(model), before)
+
+
+# Attentions outside the interface.
+
+
+@pytest.mark.parametrize("family", ["falcon", "gpt_neox_japanese"])
+def test_a_static_rotation_needs_no_interface(family):
+    """Transformers' own YaRN is the expected value where the family reads it from its config."""
+    model = tiny(family)
+    before = output(model)
+    patch_model(model, "yarn", factor=4.0)
+    patched = output(model)
+    unpatch_model(model)
+    assert torch.equal(output(model), before)
+    theta = model.config.rope_parameters["rope_theta"]
+    share = model.config.rope_parameters.get("partial_rotary_factor")
+    parameters = {
+        "rope_type": "yarn", "rope_theta": theta, "factor": 4.0, "original_max_position_embeddings": WINDOW,
+        **({} if share is None else {"partial_rotary_factor": share}),
+    }  # fmt: skip
+    config = tiny_config(family, rope_parameters=parameters, max_position_embeddings=4 * WINDOW)
+    native = AutoModelForCausalLM.from_config(config).eval()
+    native.load_state_dict(model.state_dict())
+    torch.testing.assert_close(patched, output(native), rtol=0, atol=1e-5 * float(patched.abs().max()))
+
+
+def test_a_bias_without_the_interface_is_an_error_that_says_what_to_use():
+    model = tiny("falcon")
+    with pytest.raises(
+        UnsupportedError, match=r"'alibi' acts at the scores, and FalconModel computes attention in its"
+    ):
+        patch_model(model, "alibi")
+    with pytest.raises(OptionError, match="backend='eager' does not apply: FalconModel computes attention in its own"):
+        patch_model(model, "yarn", factor=2, backend="eager")
+    model = tiny("mpt" if "mpt" not in ADAPTERS else "falcon", **({} if "mpt" not in ADAPTERS else {"alibi": True}))
+    with pytest.raises(UnsupportedError, match="depends on the order of tokens as it attends"):
+        patch_model(model, "nope")
+
+
+# Rotary modules and attentions at other places.
+
+
+def test_a_rotary_module_in_every_attention_is_replaced_everywhere():
+    model = tiny("moshi")
+    before = output(model)
+    patch_model(model, "linear", factor=2.0)
+    halved = output(model)
+    assert describe(model).layers == [0, 1, 2, 3]
+    unpatch_model(model)
+    assert torch.equal(output(model), before)
+    for layer in model.get_submodule("model").layers:
+        layer.self_attn.rotary_emb.inv_freq /= 2
+    torch.testing.assert_close(halved, output(model), rtol=0, atol=1e-6 * float(halved.abs().max()))
+
+
+def test_two_attentions_in_a_layer_count_as_two():
+    model = tiny("longcat_flash")
+    patch_model(model, "yarn", factor=4.0)
+    described = describe(model)
+    assert described.num_layers == 8 and described.layers == list(range(8))
+    unpatch_model(model)
+    with pytest.raises(OptionError, match="the 2 attentions of a layer share their rotation"):
+        patch_model(model, "yarn", factor=4.0, layers=[0])
+
+
+# The language model of a model with several stacks.
+
+
+def test_the_only_decoder_is_chosen():
+    model = tiny("gemma3")
+    native = output(model)
+    patch_model(model, "rope")
+    assert describe(model).family == "gemma3_text"
+    assert torch.equal(output(model), native)
+
+
+def test_an_encoder_decoder_is_not_chosen_for_the_user():
+    model = AutoModel.from_config(tiny_config("bart")).eval()
+    with pytest.raises(UnsupportedError, match="submodule"):
+        patch_model(model, "nope")
+    patch_model(model, "learned", submodule="decoder")
