@@ -1,4 +1,4 @@
-"""Try model types of Transformers against the table in the documentation: some of them each week, all in the slow suite."""
+"""Try model types of Transformers against the table in the documentation: some each week, all in the slow suite."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import RESULTS, SEEDS, interval, machine, read, shown, write
 from transformers import AutoTokenizer
 
