@@ -100,6 +100,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "resonance": {"over": "rope"},
     "xpos": {"scale_base": 16},
     "rope_alibi": {"slope_scale": 0.5},
+    "softmax_scaling": {"scale": 0.5},
+    "fope": {},
     "rerope": {"window": 12},
     "leaky_rerope": {"window": 12, "k": 4},
     "self_extend": {"group": 4, "window": 12, "log_scaling": True},

@@ -34,6 +34,7 @@ from ..schemes.absolute import DroPE, Integer, Learned, NoPE, OneHot, Sinusoidal
 from ..schemes.bias import T5, ALiBi, Kerple, Sandwich
 from ..schemes.decay import RoPEALiBi, XPos
 from ..schemes.fire import FIRE
+from ..schemes.fourier import FoPE
 from ..schemes.frequency_wrappers import ClippedRoPE, Resonance
 from ..schemes.grid import ALiBi2D, RoPE2D
 from ..schemes.registry import ALIASES, SCHEMES, register_scheme
@@ -42,6 +43,7 @@ from ..schemes.remap import DCA, STRING, LeakyReRoPE, LMInfinite, ReRoPE, SelfEx
 from ..schemes.remapped_base import Remapped
 from ..schemes.rotary import Rotary
 from ..schemes.scalings import NTK, DynamicNTK, Linear, Llama3, LongRoPE, NTKByParts, Proportional, RoPE
+from ..schemes.softmax import SoftmaxScaling
 from ..schemes.yarn import DynamicYaRN, YaRN
 from .auto import register
 from .exporters.export import export
@@ -73,6 +75,7 @@ __all__ = [
     "DroPE",
     "DynamicNTK",
     "DynamicYaRN",
+    "FoPE",
     "Integer",
     "Kerple",
     "LMInfinite",
@@ -105,6 +108,7 @@ __all__ = [
     "SelfExtend",
     "Shaw",
     "Sinusoidal",
+    "SoftmaxScaling",
     "TransformerXL",
     "UnknownNameError",
     "UnsupportedError",
