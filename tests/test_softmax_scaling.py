@@ -66,7 +66,7 @@ def test_the_temperature_is_that_of_llama_4():
     plain = build_family("llama4_text", num_hidden_layers=1, no_rope_layers=[0], attn_temperature_tuning=False)
     queries = []
     for each in (model, plain):
-        patch_model(each, "alibi")
+        patch_model(each, "nope")
         each.model.layers[0].self_attn.__dict__["pe_seen"] = lambda query, key: queries.append(query)
         logits(each, tokens(1, LENGTH))
     ratio = (queries[0] / queries[1])[0, 0, :, 0]

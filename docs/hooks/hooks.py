@@ -79,6 +79,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
 
     markdown = markdown.replace("<!-- table of families -->", scheme_pages.families())
+    if "<!-- table of model types -->" in markdown:
+        markdown = markdown.replace("<!-- table of model types -->", scheme_pages.model_types())
     return REPOSITORY_LINK.sub(named, markdown)
 
 

@@ -209,3 +209,47 @@ def families() -> str:
     for entry in catalogue()["families"]:
         lines.append(f"| `{entry['name']}` | {entry['summary']} | {entry['native']} | {entry['mla']} |")
     return "\n".join(lines)
+
+
+MODEL_TYPES = Path(__file__).parents[2] / "benchmarks" / "results" / "model_types.json"
+NATIVE = {"rope": "rotation", "learned": "table", "alibi": "ALiBi", "nope": "none"}
+
+
+def model_types() -> str:
+    """Return the table of all causal model types of Transformers, and how many are supported."""
+    from pe_patch.adapters import ADAPTERS
+    from pe_patch.adapters.inferred import VERIFIED
+
+    content = json.loads(MODEL_TYPES.read_text(encoding="utf-8"))
+    found = content["types"]
+    supported = [name for name, each in found.items() if each["supported"]]
+    rows = sum(found[name]["status"] == "row" for name in supported)
+    lines = [
+        f"Transformers {content['transformers']} registers {len(found)} types for `AutoModelForCausalLM`. {len(supported)} are supported: "
+        f"{rows} by a row, {len(supported) - rows} by inference.",
+        "",
+        "| `model_type` | what it is | how | native positions | layers that attend | takes | to latents |",
+        "| --- | --- | --- | --- | ---: | --- | --- |",
+    ]
+    for name in supported:
+        each = found[name]
+        known = ADAPTERS[each["family"]].summary if each["family"] in ADAPTERS else VERIFIED.get(each["family"], "")
+        within = "" if each["family"] == name else f", as `{each['family']}`"
+        attending = "all" if each["attending"] == each["layers"] else "some"
+        lines.append(
+            f"| `{name}` | {known} | {each['status']}{within} | {NATIVE[each['native']]} | {attending} | "
+            f"{', '.join(each['mechanisms'])} | {'yes' if each['latent'] else ''} |"
+        )
+    lines += ["", "## Types that are not supported", "", "| `model_type` | why |", "| --- | --- |"]
+    lines += [f"| `{name}` | {_why(each)} |" for name, each in found.items() if not each["supported"]]
+    return "\n".join(lines)
+
+
+def _why(found: dict[str, Any]) -> str:
+    """Return why a type is not supported, in one line of a table."""
+    wrong = [f"{name}: {each}" for name, each in found["checks"].items() if not each.startswith(("holds", "does not"))]
+    reason = found["reason"] or "; ".join(wrong)
+    reason = reason.split("none can be inferred: ")[-1].split(" If its forward")[0].split(" The best guess")[0]
+    if found["status"] == "not built":
+        reason = f"cannot be built tiny: {reason}"
+    return reason.rstrip(".").replace("|", "\\|")[:220]

@@ -10,6 +10,14 @@ from ..core.registry import Registry
 from ..errors import OptionValueError, quoted
 from .adapter import Adapter
 from .bloom import bloom_attention, build_alibi_tensor, carry_positions, keep_positions
+from .own_attention import (
+    carry_to_attention,
+    carry_with_mask,
+    mpt_attention,
+    positions_as_bias,
+    score,
+    still_rotation,
+)
 from .projections import Fused, ProjectionNames, Separate
 from .vision import VisionEncoder
 
@@ -122,6 +130,21 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "gpt_bigcode": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="StarCoder 1"),
         "opt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="OPT, Galactica"),
         "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
+        "gptj": Adapter(
+            layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
+            score_method=("_attn", score), still_rotation=still_rotation, pass_positions=carry_to_attention,
+            wrap_base_forward=keep_positions, summary="GPT-J 6B",
+        ),
+        "codegen": Adapter(
+            layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
+            score_method=("_attn", score), still_rotation=still_rotation, pass_positions=carry_to_attention,
+            wrap_base_forward=keep_positions, summary="CodeGen",
+        ),
+        "mpt": Adapter(
+            layers="blocks", attention="attn", rotary=None, alibi=True, eager_only=True, forward=mpt_attention,
+            pass_positions=carry_with_mask, wrap_base_forward=keep_positions,
+            replace_bias_builder=("build_mpt_alibi_tensor", positions_as_bias), summary="MPT 7B, 30B",
+        ),
         "clip_vision_model": Adapter(
             layers="encoder.layers", rotary=None, vision_encoder=VisionEncoder("position_embedding.weight"),
             summary="CLIP's vision encoder, also LLaVA's",

@@ -107,6 +107,14 @@ class Adapter:
     replace_bias_builder: tuple[str, Callable[..., object]] | None = None
     """Name of the base model's method that builds the native bias, and its replacement; else None. Use with
     `pass_positions`."""
+    score_method: tuple[str, Callable[..., object]] | None = None
+    """Name of the attention's method that computes scores and output, and its replacement, for a family that does not
+    call the interface; else None. Use with `pass_positions` and `wrap_base_forward`."""
+    still_rotation: Callable[[nn.Module], tuple[str, Any]] | None = None
+    """Function of an attention that returns the attribute by which it rotates, and what stops it, for a family without
+    a rotary module; else None. Schemes then rotate at the scores."""
+    eager_only: bool = False
+    """Masks have the format of eager attention, so no other backend applies."""
     projections: ProjectionNames | None = None
     """Names of the projections of an attention that can be converted to latents. None if it cannot."""
     vision_encoder: VisionEncoder | None = None
@@ -236,7 +244,8 @@ class Adapter:
         heads = config.num_attention_heads
         head_dim = _first(attention, "qk_head_dim", "head_dim", "head_size") or config.hidden_size // heads
         rotary = self.rotary_module(base) if self.rotary else None
-        rotary_dim = 2 * frequencies_of(rotary, layer_type)[0].shape[-1] if rotary is not None else head_dim
+        turned = _first(attention, "rotary_dim") or head_dim
+        rotary_dim = 2 * frequencies_of(rotary, layer_type)[0].shape[-1] if rotary is not None else turned
         return AttentionShape(
             hidden_size=config.hidden_size,
             num_heads=heads,

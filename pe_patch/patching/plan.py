@@ -127,6 +127,13 @@ def _backend(name: str | None, target: Target, scheme: Scheme) -> Backend:
             f"backend={name!r} does not apply: {type(target.base).__name__} computes attention in its own code. Leave "
             "backend= out."
         )
+    if target.adapter.eager_only and name not in (None, "eager"):
+        raise OptionError(
+            f"backend={name!r} does not apply: {type(target.base).__name__} only has eager attention. Leave backend= "
+            "out."
+        )
+    if target.adapter.eager_only:
+        name = "eager"
     # A family with a `forward` (BLOOM) has only an eager attention in Transformers; `adapters/bloom.py` also runs SDPA.
     native_backend = compat.attention_implementation(target.base.config) if target.adapter.forward is None else "sdpa"
     backend = backend_for(name or native_backend)
@@ -202,6 +209,9 @@ def _collect(
         if adapter.forward is not None:
             swaps.append(Swap.of(attention, "pe_config", config_copy, direct=True))
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
+        if adapter.score_method is not None:
+            name, method = adapter.score_method
+            swaps += [Swap.of(attention, "pe_owner", base, direct=True), bind(attention, name, WithoutInner(method))]
     record = record_of(
         first, None if target.everywhere else target.layers, settings.submodule, settings.keep_native, settings.strict
     )
@@ -296,7 +306,7 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
             f"{scheme.name!r} adds to the input embeddings, and this family changes `inputs_embeds` in its own way. "
             "Use a scheme that acts in the attention, such as 'alibi' or 'yarn'."
         )
-    if keep_native and rotates and adapter.rotary is not None:
+    if keep_native and rotates and (adapter.rotary is not None or adapter.still_rotation is not None):
         raise OptionError(f"keep_native=True would rotate twice: this family rotates, and so does {scheme.name!r}.")
     if keep_native and converting:
         raise OptionError(
@@ -413,6 +423,14 @@ def _native_swaps(
             for index, scheme in scheme_by_layer.items():
                 attention: Any = attentions[index]
                 swaps.append(Swap.of(attention, "scaling", adapter.softmax_scale(attention, scheme), direct=True))
+    if adapter.still_rotation is not None:
+        for index in scheme_by_layer:
+            name, still = adapter.still_rotation(attentions[index])
+            attention = attentions[index]
+            swaps.append(
+                bind(attention, name, WithoutInner(still)) if callable(still)
+                else Swap.of(attention, name, still, direct=True)
+            )  # fmt: skip
     if adapter.norm_after_rotation is not None and places.at_scores:
         swaps += _norm_swaps(adapter, {index: attentions[index] for index in scheme_by_layer}, scheme_by_layer)
     if adapter.learned is not None:
@@ -679,7 +697,7 @@ def _why_unsplittable(adapter: Adapter, scheme: Scheme, places: Places) -> str |
         return "a vision encoder has no sequence to split"
     if places.converts or scheme.shape.latent_rank:
         return "it moves heads between processes, and this attention has latents that all heads share"
-    if adapter.forward is not None or not adapter.calls_interface:
+    if adapter.forward is not None or adapter.score_method is not None or not adapter.calls_interface:
         return "this family does not call the attention interface, which Ulysses replaces"
     return (
         None

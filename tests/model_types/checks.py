@@ -40,6 +40,15 @@ CHECKS = {
 }
 
 
+MECHANISMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "static rotary": ("yarn", {"factor": 4.0}),
+    "rotary at the scores": ("self_extend", {"group": 4, "window": 8}),
+    "biases": ("alibi", {}),
+    "added to embeddings": ("sinusoidal", {}),
+}
+"""A scheme for each mechanism."""
+
+
 @dataclass
 class Outcome:
     """What came out for one model type."""
@@ -55,6 +64,12 @@ class Outcome:
     """Layers that attend."""
     layers: int = 0
     """All layers."""
+    family: str = ""
+    """`model_type` of the stack that was patched."""
+    mechanisms: list[str] = field(default_factory=list)
+    """The members of `MECHANISMS` that its models take."""
+    latent: bool = False
+    """It can be converted to latent attention."""
     checks: dict[str, str] = field(default_factory=dict)
     """Each check with "holds", "does not apply: ...", or what was found."""
 
@@ -88,6 +103,8 @@ def outcome(model_type: str) -> Outcome:
     found.native, found.attending = adapter.native, len(adapter.attentions(base))
     found.layers = len(adapter.blocks(base))
     unpatch_model(model)
+    found.family, found.latent = base.config.model_type, adapter.projections is not None
+    found.mechanisms = mechanisms(model, adapter)
     for name, check in {
         "undone": lambda: equal(before, situations(model)),
         "identity": lambda: identity(model, adapter, before),
@@ -101,6 +118,26 @@ def outcome(model_type: str) -> Outcome:
             found.checks[name] = check()
         except Exception as error:
             found.checks[name] = in_words(error)
+        if find_patch(model) is not None:
+            unpatch_model(model)
+    return found
+
+
+def mechanisms(model: Any, adapter: Adapter) -> list[str]:
+    """Return the mechanisms of which a scheme can be patched in and runs."""
+    found = []
+    for name, (scheme, options) in MECHANISMS.items():
+        rotary = name.startswith(("static", "rotary"))
+        if rotary and adapter.native != "rope" and scheme == "yarn":
+            continue
+        *_, layers = by_type(model, adapter).values() if rotary else [None]
+        given = options | ({"original_max_position_embeddings": WINDOW} if rotary else {})
+        try:
+            patch_model(model, scheme, on_existing="replace", layers=layers, **given)
+            logits(model)
+            found.append(name)
+        except PePatchError:
+            pass
         if find_patch(model) is not None:
             unpatch_model(model)
     return found

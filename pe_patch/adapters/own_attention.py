@@ -1,0 +1,141 @@
+"""Adapt GPT-J, CodeGen and MPT, which compute attention in their own code and drop keywords on the way to it.
+
+The functions here are bound to the instance by swaps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import compat
+from ..attention.interface import BACKENDS, attend
+from ..core.handover import current_value
+from ..errors import UnsupportedError
+
+POSITIONS = "positions"
+"""Name under which `adapters.bloom.keep_positions` hands the positions of a pass to the attentions."""
+
+
+def carry_to_attention(
+    base: Any, kwargs: dict[str, Any], positions: Any, position_ids: Tensor | None
+) -> dict[str, Any]:
+    """Return the keywords of a pass with positions for `keep_positions`."""
+    return {**kwargs, "pe_positions": positions}
+
+
+def score(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
+    """Return the output `[batch, heads, tokens, head]` and the weights of an attention of GPT-J or CodeGen.
+
+    Stands in for its method `_attn`. Queries, keys and values are `[batch, heads, tokens, head]`.
+    """
+    output, weights = attend(
+        self, query.to(value.dtype), key.to(value.dtype), value, attention_mask, backend=BACKENDS["eager"],
+        scaling=float(1 / self.scale_attn), dropout=self.attn_dropout.p if self.training else 0.0,
+        positions=current_value(POSITIONS, self.__dict__["pe_owner"]),
+    )  # fmt: skip
+    return output.transpose(1, 2), weights
+
+
+class _EveryDevice:
+    """Compares equal to every device."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class StillTable:
+    """Stand in for the table of sines and cosines of a CodeGen attention: every position has sin 0 and cos 1.
+
+    Args:
+        width: number of entries of a row, the sines first.
+        dtype: dtype of the table.
+    """
+
+    device = _EveryDevice()
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.width, self.dtype = width, dtype
+
+    def __getitem__(self, position_ids: Tensor) -> Tensor:
+        """Return the rows of position ids, `[batch, tokens, width]`."""
+        row = torch.cat((torch.zeros(self.width // 2), torch.ones(self.width - self.width // 2)))
+        return row.to(position_ids.device, self.dtype).expand(*position_ids.shape, -1)
+
+
+def still_positions(self: Any, position_ids: Tensor) -> Tensor:
+    """Return rows of sin 0 and cos 1 for all positions up to the largest, `[batch, positions, width]`, for GPT-J."""
+    native = self.embed_positions
+    upto = torch.arange(int(position_ids.max()) + 1, device=position_ids.device)
+    return StillTable(native.shape[1], native.dtype)[upto.expand(position_ids.shape[0], -1)]
+
+
+def carry_with_mask(base: Any, kwargs: dict[str, Any], positions: Any, position_ids: Tensor | None) -> dict[str, Any]:
+    """Return the keywords of a pass over MPT with positions for `keep_positions`, and with a mask, which it needs.
+
+    Raises:
+        UnsupportedError: its ALiBi has other slopes than those of the paper.
+    """
+    steepest = base.config.attn_config.alibi_bias_max
+    if steepest != 8:
+        raise UnsupportedError(f"alibi_bias_max={steepest} is not supported: the slopes of ALiBi's paper need 8.")
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    past = compat.cache_in(kwargs)
+    if not (isinstance(kwargs.get("attention_mask"), Tensor) and kwargs["attention_mask"].ndim == 4):
+        embeds = torch.empty((*inputs.shape[:2], 1), device=inputs.device, dtype=base.wte.weight.dtype)
+        kwargs["attention_mask"] = compat.layer_mask(
+            "full_attention", past, config=base.config, inputs_embeds=embeds,
+            attention_mask=kwargs.get("attention_mask"), position_ids=position_ids if past is None else None,
+        )  # fmt: skip
+    return {**kwargs, "pe_positions": positions}
+
+
+def positions_as_bias(base: Any, *_: Any, **__: Any) -> Any:
+    """Return the positions of this pass, which MPT passes to its layers in place of a bias."""
+    return current_value(POSITIONS, base)
+
+
+def mpt_attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_bias: Any,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Any:
+    """Compute MPT's attention through this library's attention function.
+
+    `position_bias` holds the positions of the pass. The mask is true where MPT hides a key. The other arguments are
+    those of MPT's attention.
+    """
+    projected = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        projected = projected.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+    query, key, value = (
+        part.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
+    )
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    mask = None
+    if attention_mask is not None:
+        hidden = attention_mask[..., : key.shape[2]]
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+    output, weights = attend(
+        self, query, key, value, mask, backend=BACKENDS["eager"], scaling=self.softmax_scale,
+        dropout=self.attn_dropout_p if self.training else 0.0, positions=position_bias,
+    )  # fmt: skip
+    return self.out_proj(output.flatten(2)), weights
+
+
+def still_rotation(attention: nn.Module) -> tuple[str, Any]:
+    """Return the attribute of a GPT-J or CodeGen attention that rotates, and what stops it."""
+    owner: Any = attention
+    if hasattr(owner, "_get_embed_positions"):
+        return "_get_embed_positions", still_positions
+    return "embed_positions", StillTable(owner.embed_positions.shape[1], owner.embed_positions.dtype)
