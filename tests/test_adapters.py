@@ -51,7 +51,7 @@ def test_native_scheme_changes_nothing(family, tokens):
     patch_model(model, ADAPTERS[family].native)
     ours = observe(model, *tokens)
     for expected, actual in zip(native, ours, strict=True):
-        if ADAPTERS[family].native == "alibi":
+        if ADAPTERS[family].native == "alibi" or ADAPTERS[family].still_rotation is not None:  # at the scores
             torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
         else:
             assert torch.equal(actual, expected)

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_model, unpatch_model
 from pe_patch.adapters.inferred import INFERRED
@@ -217,9 +218,60 @@ def test_a_bias_without_the_interface_is_an_error_that_says_what_to_use():
         patch_model(model, "alibi")
     with pytest.raises(OptionError, match="backend='eager' does not apply: FalconModel computes attention in its own"):
         patch_model(model, "yarn", factor=2, backend="eager")
-    model = tiny("mpt" if "mpt" not in ADAPTERS else "falcon", **({} if "mpt" not in ADAPTERS else {"alibi": True}))
-    with pytest.raises(UnsupportedError, match="depends on the order of tokens as it attends"):
+
+
+def test_alibi_outside_the_interface_is_another_source_of_positions():
+    model = tiny("falcon", alibi=True)
+    with pytest.raises(UnsupportedError, match="depends on the order of tokens without rotation"):
         patch_model(model, "nope")
+
+
+def own_table(inv_freq, factor, rows):
+    """GPT-J's and CodeGen's table for frequencies and a factor on cos and sin: sines, then cosines."""
+    angles = torch.arange(rows).float()[:, None] * inv_freq
+    return torch.cat((angles.sin() * factor, angles.cos() * factor), 1)
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_a_scaling_of_a_family_with_sines_in_a_table_is_that_of_transformers(family):
+    """The expected model has the frequencies of Transformers' own YaRN in its table."""
+    model = tiny(family)
+    before = output(model)
+    patch_model(model, "yarn", factor=4.0)
+    patched = output(model, LONG)
+    unpatch_model(model)
+    assert torch.equal(output(model), before)
+    config = LlamaConfig(
+        hidden_size=8, num_attention_heads=1, head_dim=8, max_position_embeddings=4 * WINDOW,
+        rope_parameters={
+            "rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": WINDOW,
+        },
+    )  # fmt: skip
+    table = own_table(*ROPE_INIT_FUNCTIONS["yarn"](config, "cpu"), LONG)
+    for layer in model.base_model.h:
+        layer.attn.embed_positions = table
+    torch.testing.assert_close(patched, output(model, LONG), rtol=0, atol=1e-5 * float(patched.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen", "mpt"])
+def test_every_mechanism_reaches_an_attention_of_its_own_code(family):
+    model = tiny(family)
+    before = output(model)
+    for scheme, options in (("alibi", {}), ("self_extend", {"group": 2, "window": 8}), ("sinusoidal", {})):
+        patch_model(model, scheme, **options)
+        full = model(input_ids=IDS[:, :20], use_cache=False).logits.detach()
+        first = model(input_ids=IDS[:, :17], use_cache=True)
+        steps = [first.logits[:, -1]]
+        cache = first.past_key_values
+        for index in range(17, 20):
+            following = model(input_ids=IDS[:, index : index + 1], past_key_values=cache, use_cache=True)
+            steps.append(following.logits[:, -1])
+        cached = torch.stack(steps, 1).detach()
+        torch.testing.assert_close(cached, full[:, 16:], rtol=0, atol=2e-5 * float(full.abs().max()))
+        unpatch_model(model)
+        assert torch.equal(output(model), before)
+    with pytest.raises(OptionError, match="backend='sdpa' does not apply"):
+        patch_model(model, "alibi", backend="sdpa")
 
 
 # Rotary modules and attentions at other places.

@@ -25,6 +25,7 @@ import scheme_pages
 ROOT = Path(__file__).parent.parent.parent
 FILE_WORKER = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim"></script>')
 """A script that the theme loads from the network. It makes the search work on pages opened from disk."""
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 REPOSITORY_LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./((?:benchmarks|recipes|tests|pe_patch|notebooks)/[^)#]*)\)")
 
@@ -81,6 +82,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = markdown.replace("<!-- table of families -->", scheme_pages.families())
     if "<!-- table of model types -->" in markdown:
         markdown = markdown.replace("<!-- table of model types -->", scheme_pages.model_types())
+    markdown = re.sub(r"<!-- results: (\S+) -->", lambda match: (RESULTS / match[1]).read_text("utf-8"), markdown)
     return REPOSITORY_LINK.sub(named, markdown)
 
 
