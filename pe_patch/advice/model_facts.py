@@ -13,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import compat
-from ..adapters import Adapter
+from ..adapters import ADAPTERS, Adapter
 from ..adapters.trained_window import AuthorFacts, TrainedWindow, config_rope_parameters
 from ..checkpoints.load import read_config
 from ..checkpoints.sources import empty_model
 from ..core.scheme import AttentionShape
 from ..errors import CheckpointError, OptionError, PePatchError, UnsupportedError
 from ..patching.build import existing_scheme
-from ..patching.targets import find_adapter, find_stack
+from ..patching.inference import adapter_for
 from ..schemes.registry import find_scheme
 from ..schemes.rotary import Rotary
 
@@ -172,8 +172,8 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
     Raises:
         OptionError: if the trained window is unknown.
     """
-    _, base = find_stack(model, None)
-    config, adapter = base.config, find_adapter(base, None)
+    base, adapter = adapter_for(model)
+    config = base.config
     layer_type, layers = _slowest_layers(adapter, base)
     first = layers[0] if layers else next(iter(adapter.attentions(base)))
     trained = adapter.window(base, config, first)
@@ -192,13 +192,7 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
         positions=adapter.native,
         shape=shape,
         parameters=_parameters(model, config, adapter, base),
-        cache=_cache(
-            model,
-            [
-                adapter.rotary is not None and not adapter.skips_rope(attention)
-                for attention in adapter.attentions(base).values()
-            ],
-        ),
+        cache=_cache(model, base, adapter, shape),
         vocabulary=config.vocab_size,
         config_window=config_window,
         window=trained.scaled_length,
@@ -212,14 +206,22 @@ def read_facts(model: Any, name: str, trained_length: int | None = None, dtype: 
 
 
 def _slowest_layers(adapter: Adapter, base: PreTrainedModel) -> tuple[str | None, tuple[int, ...]]:
-    """Return the layer type with the largest base and its layers; no layers if there is only one type."""
+    """Return the layer type with the largest base and its layers; no layers if there is only one type.
+
+    Of two types with one base, that is the one which looks farther.
+    """
     layer_types: list[Any] = adapter.layer_types(base, base.config)
     by_type: dict[Any, list[int]] = {}
     for index in adapter.attentions(base):
         by_type.setdefault(layer_types[index], []).append(index)
     if len(by_type) < 2:
         return next(iter(by_type)), ()
-    slowest = max(by_type, key=lambda layer_type: adapter.shape(base, base.config, by_type[layer_type][0]).rope_theta)
+
+    def reach(layer_type: Any) -> tuple[float, bool]:
+        near = str(layer_type).startswith(("sliding", "chunked"))
+        return adapter.shape(base, base.config, by_type[layer_type][0]).rope_theta, not near
+
+    slowest = max(by_type, key=reach)
     return slowest, tuple(by_type[slowest])
 
 
@@ -274,21 +276,40 @@ NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @torch.no_grad()
-def _cache(model: Any, rotating: list[bool]) -> tuple[CacheLayer, ...]:
-    """Run two tokens through a copy of the model and read the size of each layer's cache."""
+def _cache(model: Any, base: PreTrainedModel, adapter: Adapter, shape: AttentionShape) -> tuple[CacheLayer, ...]:
+    """Run two tokens through a copy of the model and read the size of each layer's cache.
+
+    A layer without keys, such as a convolution, has a state of one size and is left out. If the family does not run
+    without values, the sizes of its attention are used.
+    """
     from transformers import AutoModelForCausalLM
 
+    rotates = {
+        index: adapter.rotary is not None and not adapter.skips_rope(attention)
+        for index, attention in adapter.attentions(base).items()
+    }
     # Tensors on the meta device have no values, so nothing may read one. Eager attention, bfloat16 and plain
     # frequencies read none. Length-dependent frequencies would; they do not change the size of the cache.
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     if parameters := getattr(text, "rope_parameters", None):
         text.rope_parameters = _plain(parameters)
-    with torch.device("meta"):
-        twin: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        cache = compat.cache_of(twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
-    if cache is None or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
+    try:
+        with torch.device("meta"):
+            twin: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            cache = compat.cache_of(twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
+    except Exception:  # anything may fail in a family that reads values
+        if base.config.model_type in ADAPTERS:
+            raise
+        numbers = shape.latent_rank + shape.rotary_dim if shape.latent_rank else shape.head_dim + shape.value_dim
+        numbers *= 1 if shape.latent_rank else shape.num_key_value_heads
+        return tuple(
+            CacheLayer(numbers_per_token=numbers, sliding_window=None, rotates=each) for each in rotates.values()
+        )
+    layers = [] if cache is None else list(enumerate(cache.layers))
+    layers = [(index, layer) for index, layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    if not layers:
         raise UnsupportedError(
             f"advice needs a cache of keys and values for every token; {model.config.model_type!r} has another cache."
         )
@@ -296,7 +317,7 @@ def _cache(model: Any, rotating: list[bool]) -> tuple[CacheLayer, ...]:
         CacheLayer(
             numbers_per_token=(layer.keys.numel() + layer.values.numel()) // 2,
             sliding_window=getattr(layer, "sliding_window", None),
-            rotates=rotates,
+            rotates=rotates.get(index, False),
         )
-        for layer, rotates in zip(cache.layers, rotating, strict=True)
+        for index, layer in layers
     )

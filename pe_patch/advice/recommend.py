@@ -12,7 +12,7 @@ from ..checkpoints.exporters.native import transformers_config
 from ..errors import PePatchError, UnsupportedError, silence_log_warnings
 from ..patching.api import find_patch, patch_model, unpatch_model
 from ..patching.description import effective
-from ..patching.targets import find_adapter, find_stack
+from ..patching.inference import adapter_for
 from ..schemes.registry import SCHEMES
 from .candidates import CANDIDATES, Answer, Candidate
 from .case import FARTHEST_UNTRAINED, Case
@@ -116,8 +116,7 @@ def _patch_arguments(candidate: Candidate, case: Case, model: Any) -> dict[str, 
     start, composed = facts.original, options.get("on_existing") == "compose"
     if composed:
         start = facts.window
-    _, base = find_stack(model, None)
-    adapter = find_adapter(base, None)
+    base, adapter = adapter_for(model)
     first = facts.layers[0] if facts.layers else next(iter(adapter.attentions(base)))
     window = adapter.window(base, base.config, first)
     default_start = window.scaled_length if composed else window.length

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..adapters import ADAPTERS
 from ..adapters.trained_window import TrainedWindow, trained_window
 from ..core.scheme import Scheme
 from ..errors import PePatchError
+from ..patching.inference import known_adapter
 from ..schemes.config_formats import Reading, Specification
 from ..schemes.registry import SCHEMES
 from ..schemes.rotary import Rotation
@@ -54,7 +54,7 @@ def _without_rotation(examined: ExaminedModel, reading: Reading) -> Iterator[Fin
     claims = [reading] if isinstance(reading, Specification) else list(reading.values())
     scaled = [claim for claim in claims if claim.scheme not in ("rope", "nope")]
     if scaled and examined.model is not None:
-        adapter = ADAPTERS.get(examined.family)
+        adapter = known_adapter(examined.model)
         alibi = getattr(examined.text_config, "alibi", False) or (adapter and adapter.alibi)
         native = "ALiBi" if alibi else "a learned table" if adapter and adapter.learned else "its own code"
         options = ", ".join(f"{key}={value!r}" for key, value in scaled[0].options.items())

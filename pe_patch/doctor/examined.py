@@ -203,9 +203,14 @@ def from_path(path: str | Path) -> ExaminedModel:
     return examined
 
 
+def _with_special_floats(values: dict[str, Any]) -> Any:
+    """Return a JSON object, or the number that it stands for: Transformers writes infinity as {"__float__": "..."}."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_with_special_floats)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -247,6 +247,7 @@ def existing_scheme(base: PreTrainedModel, adapter: Adapter, layer: int, window:
     """
     layer_type = adapter.layer_types(base, base.config)[layer]
     parameters = config_rope_parameters(base.config, layer_type)
+    parameters = {key: value for key, value in parameters.items() if key not in config_formats.OF_THE_FAMILY}
     if window.factor is not None and parameters["rope_type"] in config_formats.FACTOR_IS_RATIO:
         parameters = {**parameters, "factor": window.factor}
     if window.length is not None:

@@ -12,9 +12,9 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..adapters.check import FREQUENCIES, check_adapter
 from ..adapters.inferred import INFERRED, LATEST, RotatingLayers, adapter_row
 from ..adapters.trained_window import named_table
 from ..core.swaps import Swap, with_swaps
+from ..errors import PePatchError
 from ..mla.streaming import evaluating
 from ..schemes.absolute import Learned, NoPE
 from .patch import Settings
@@ -45,7 +46,7 @@ from .probe import (
     without_cache,
     without_rotation,
 )
-from .targets import UnknownFamilyError, find_stack, unknown_family
+from .targets import UnknownFamilyError, find_adapter, find_stack, unknown_family
 
 logger = logging.getLogger("pe_patch")
 
@@ -97,6 +98,25 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
         raise _unknown(base, why) from error
     adapter, failure = failures[0]
     raise _unknown(base, f"{failure.rstrip('.')}. The best guess was {adapter_row(adapter)}")
+
+
+def adapter_for(model: PreTrainedModel) -> tuple[PreTrainedModel, Adapter]:
+    """Return the stack of an unpatched model that `patch_model` would patch, and its adapter, inferred if need be.
+
+    Raises:
+        PePatchError: there is no such stack, or no adapter.
+    """
+    infer_missing(model, Settings())
+    _, base = find_stack(model, None)
+    return base, find_adapter(base, None)
+
+
+def known_adapter(model: PreTrainedModel) -> Adapter | None:
+    """Return what `adapter_for` does, or None if there is no adapter."""
+    try:
+        return adapter_for(model)[1]
+    except PePatchError:
+        return None
 
 
 def _unknown(base: PreTrainedModel, why: str) -> UnknownFamilyError:
@@ -183,6 +203,42 @@ def observe(base: PreTrainedModel) -> Observed:
     return Observed(attentions or _by_name(names, called), bool(attentions), list(rotary), receivers, marked)
 
 
+OTHER_ATTENTIONS = re.compile("Linear|Lightning|Delta|Mamba|Conv|Cross|Indexer")
+"""Parts of the class names of modules that do not attend to keys in a cache, or not to those of this model."""
+
+
+def _observe_without_values(base: PreTrainedModel) -> Observed:
+    """Return what `observe` would, for a model on the meta device.
+
+    Not every family runs there. Then the names of its classes are all there is to go by.
+    """
+    config = copy.deepcopy(base.config)
+    compat.store_implementation(config, "eager")  # of the implementations that read no values
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # the dtype of kernels for experts
+        with torch.device("meta"):
+            twin = type(base)(config)
+        observed = observe(cast(PreTrainedModel, twin))
+        found = [base.get_submodule(name) for name in _paths(twin, observed.attentions)]
+        receivers = {base.get_submodule(name) for name in _paths(twin, observed.receivers)}
+        return replace(observed, attentions=found, receivers=receivers)
+    except Exception as error:  # anything may fail there
+        logger.debug("%s does not run on the meta device: %s", type(base).__name__, error)
+    finally:
+        torch.set_default_dtype(default)
+    names = {module: name for name, module in base.named_modules()}
+    attentions = [m for m in _by_name(names, set(names)) if not OTHER_ATTENTIONS.search(type(m).__name__)]
+    rotary = [name for name, module in base.named_children() if _frequency_names(module)]
+    return Observed(attentions, True, rotary, set(), True)
+
+
+def _paths(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    """Return the paths of modules inside a model."""
+    paths = {module: name for name, module in model.named_modules()}
+    return [paths[module] for module in modules]
+
+
 def _by_name(names: dict[nn.Module, str], called: set[nn.Module]) -> list[nn.Module]:
     """Return the innermost modules that were called and whose class is named as an attention."""
     found = [module for module in names if module in called and "Attention" in type(module).__name__]
@@ -209,7 +265,8 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
 
     On the meta device, the rotary module is built again from its config, so that it has values.
     """
-    observed, empty = observe(base), has_no_values(base)
+    empty = has_no_values(base)
+    observed = _observe_without_values(base) if empty else observe(base)
     seen = Adapter(
         **_locate(base, observed.attentions),
         calls_interface=observed.calls_interface,

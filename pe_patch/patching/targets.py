@@ -84,7 +84,8 @@ def resolve(model: PreTrainedModel, adapter: Adapter | None, layers: Layers, sub
         PePatchError: an argument does not fit the model.
     """
     path, base = find_stack(model, submodule, adapter)
-    users_adapter = adapter is not None or not ADAPTERS.is_builtin(base.config.model_type)
+    family = base.config.model_type
+    users_adapter = adapter is not None or (family in ADAPTERS and not ADAPTERS.is_builtin(family))
     adapter = find_adapter(base, adapter)
     attentions = adapter.attentions(base)
     return Target(

@@ -56,7 +56,7 @@ UNSUPPORTED_TYPES = {
     "axial": "positions along two axes",
     "deepseek_llama_scaling": "a temperature that grows with the position",
     "mllama4": "positions of a vision encoder",
-    "fope": "learned mixes of frequencies",
+    "fope": "learned mixes of frequencies, for which there is the scheme 'fope'",
     "pe_patch": "a scheme that the checkpoint's own record names; load it with load_patched",
 }
 UNSUPPORTED_KEYS = {
@@ -66,6 +66,9 @@ UNSUPPORTED_KEYS = {
     "rope_ratio": "a base multiplied by this ratio; give rope_theta instead",
     "use_dynamic_ntk": "Qwen 1's stepped dynamic NTK",
 }
+
+OF_THE_FAMILY = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
+"""Keys by which a model's own code acts under every scheme, so that they say nothing about its scaling."""
 
 YARN_KEYS = {"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}
 KEYS = {

@@ -11,6 +11,7 @@ from ..core.scheme import AttentionShape
 from ..errors import AlreadyPatchedError, OptionError, UnsupportedError
 from ..patching import targets
 from ..patching.api import find_patch
+from ..patching.inference import adapter_for
 from ..schemes.registry import SCHEMES
 
 
@@ -70,8 +71,7 @@ def rotary_shape(model: Any) -> AttentionShape:
         raise AlreadyPatchedError(
             f"This model is patched with {patch.scheme.name!r}. Call unpatch_model(model) first, or load the original."
         )
-    _, base = targets.find_stack(targets.unwrap(model), None)
-    adapter = targets.find_adapter(base, None)
+    base, adapter = adapter_for(targets.unwrap(model))
     if adapter.native != "rope" or adapter.rotary is None:
         raise UnsupportedError(
             f"{base.config.model_type} has {adapter.native!r} positions and no frequencies to rescale; search is for "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import ADAPTERS
+from ..adapters.trained_window import table_window
 from ..data.text import with_options
 from ..errors import PePatchError
 from ..patching.api import find_patch
@@ -31,12 +31,12 @@ def longest(phases: list[Phase]) -> int:
 
 def positions(model: Any) -> int | None:
     """Return the maximum number of tokens that a model can read, or None if its positions are unlimited."""
-    patch, config = find_patch(model), model.config.get_text_config()
+    patch = find_patch(model)
     if patch is not None:
         ends = patch.scheme.hard_window or model.config.pe_patch.get("strict")
         return patch.scheme.effective_window if ends else None
-    adapter = ADAPTERS.get(config.model_type)
-    return getattr(config, "max_position_embeddings", None) if adapter is not None and adapter.learned else None
+    table = table_window(model.base_model)
+    return None if table is None else table[0]
 
 
 class Measure:

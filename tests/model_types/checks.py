@@ -20,6 +20,7 @@ from pe_patch.adapters.trained_window import config_rope_parameters
 from pe_patch.errors import PePatchError
 from pe_patch.patching.api import find_patch
 from pe_patch.patching.targets import find_stack
+from pe_patch.schemes.config_formats import OF_THE_FAMILY
 
 from .tiny import VOCABULARY, WINDOW, tiny
 
@@ -244,7 +245,8 @@ def native_schemes(model: Any, adapter: Adapter) -> list[tuple[Any, list[int] | 
     groups = by_type(model, adapter)
     parameters = [dict(config_rope_parameters(base_of(model).config, kind)) for kind in groups]
     for each in parameters:
-        each.pop("llama_4_scaling_beta", None)  # a scale of the queries, which stays under every scheme
+        for key in OF_THE_FAMILY:
+            each.pop(key, None)
     if all(each.get("rope_type", "default") == "default" for each in parameters):
         return [("rope", None)]
     return list(zip(parameters, groups.values(), strict=True))

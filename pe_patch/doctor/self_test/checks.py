@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters import ADAPTERS
 from ...adapters.adapter import config_rope_parameters
 from ...checkpoints.load import load_patched
-from ...errors import NoEffectError, PePatchError, UnsupportedError
+from ...errors import NoEffectError, PePatchError
 from ...patching.api import find_patch, patch_model, unpatch_model
+from ...patching.inference import adapter_for
 from .models import PROMPT, TOKENS, Case
 from .reading import Difference, cached_logits, difference, greedy, largest, last_logits, logits
 from .result import Check
@@ -295,9 +295,7 @@ def _identity(case: Case) -> Check:
 def _native_scheme(model: Any) -> str | dict[str, Any]:
     """Return the scheme with which a patch changes nothing: the scaling of the config, or the family's scheme."""
     config = model.config.get_text_config()
-    adapter = ADAPTERS.get(config.model_type)
-    if adapter is None:
-        raise UnsupportedError(f"{config.model_type!r} is not a supported family.")
+    _, adapter = adapter_for(model)
     parameters = config_rope_parameters(config) if adapter.rotary is not None else {}
     if any(isinstance(value, dict) for value in parameters.values()):
         raise NotChecked("its layer types rotate differently, so no single scheme is native")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPTNeoXConfig
 
-from ...adapters import ADAPTERS
 from ...checkpoints.load import load_model, load_tokenizer
 from ...checkpoints.sources import check_device, check_source, full_dtype
 from ...data.packaged import DEMO_MODEL
 from ...errors import CheckpointError, UnsupportedError
 from ...patching.api import find_patch, unpatch_model
+from ...patching.inference import known_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = 74
@@ -117,7 +117,7 @@ def _given(name: str, dtype: str, device: str | None) -> Case:
     if find_patch(model) is not None:
         unpatch_model(model)
     text_config = model.config.get_text_config()
-    adapter, window = ADAPTERS.get(text_config.model_type), getattr(text_config, "max_position_embeddings", None)
+    adapter, window = known_adapter(model), getattr(text_config, "max_position_embeddings", None)
     if adapter is not None and adapter.learned and window and window < TOKENS:
         raise UnsupportedError(f"{name} has positions for {window} tokens; the self-test reads {TOKENS}.")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
