@@ -225,8 +225,8 @@ def model_types() -> str:
     supported = [name for name, each in found.items() if each["supported"]]
     rows = sum(found[name]["status"] == "row" for name in supported)
     lines = [
-        f"Transformers {content['transformers']} registers {len(found)} types for `AutoModelForCausalLM`. {len(supported)} are supported: "
-        f"{rows} by a row, {len(supported) - rows} by inference.",
+        f"Transformers {content['transformers']} registers {len(found)} types for `AutoModelForCausalLM`. "
+        f"{len(supported)} are supported: {rows} by a row, {len(supported) - rows} by inference.",
         "",
         "| `model_type` | what it is | how | native positions | layers that attend | takes | to latents |",
         "| --- | --- | --- | --- | ---: | --- | --- |",

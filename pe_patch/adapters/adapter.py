@@ -452,8 +452,8 @@ class PatchedPositionTable(nn.Module):
         if added is not None:
             return cast(Tensor, added)
         given = ids if position_ids is None else position_ids
-        shape = tuple(given.shape if isinstance(given, Tensor) else given)
+        shape = list(given.shape if isinstance(given, Tensor) else given)
         batch, tokens = shape[:2] if len(shape) > 1 else (1, shape[0])
         # The zeros are integers, so that adding them keeps the dtype of the embeddings.
-        device = given.device if isinstance(given, Tensor) else None
+        device = given.device if isinstance(given, Tensor) else next(self.__dict__["base"].parameters()).device
         return torch.zeros((1, 1, self.width), dtype=torch.int8, device=device).expand(batch, tokens, -1)

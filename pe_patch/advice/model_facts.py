@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..adapters import ADAPTERS, Adapter
+from ..adapters.adapter import table_rows
 from ..adapters.trained_window import AuthorFacts, TrainedWindow, config_rope_parameters
 from ..checkpoints.load import read_config
 from ..checkpoints.sources import empty_model
@@ -256,7 +257,8 @@ def _parameters(model: Any, config: Any, adapter: Adapter, base: nn.Module) -> P
     return Parameters(
         total=total,
         active=total - expert_weights + expert_weights * experts_per_token // num_experts,
-        embedding=sum(m.weight.numel() for m in (input_embeddings, position_table) if m is not None),
+        embedding=input_embeddings.weight.numel()
+        + (0 if position_table is None else table_rows(position_table).numel()),
         tied=output_embeddings is not None and output_embeddings.weight is input_embeddings.weight,
         linear=sum(m.in_features + m.out_features for m in linear) + sum(sum(m.weight.shape) for m in conv),
         norms=sum(p.numel() for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters()),

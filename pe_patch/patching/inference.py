@@ -239,7 +239,7 @@ def _paths(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
     return [paths[module] for module in modules]
 
 
-def _by_name(names: dict[nn.Module, str], called: set[nn.Module]) -> list[nn.Module]:
+def _by_name(names: Iterable[nn.Module], called: set[nn.Module]) -> list[nn.Module]:
     """Return the innermost modules that were called and whose class is named as an attention."""
     found = [module for module in names if module in called and "Attention" in type(module).__name__]
     outer = {each for each in found for inner in found if inner is not each and inner in set(each.modules())}

@@ -267,7 +267,7 @@ class RotationTrial:
         everywhere = len(layers) == len(self.native.queries_and_keys)
         return "every layer" if everywhere else f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
-    def _under(self, scheme: type[Native], adapter: Adapter, layers: list[int] | None) -> Seen:
+    def _under(self, scheme: type[Scheme], adapter: Adapter, layers: list[int] | None) -> Seen:
         """Run the model under a scheme in some layers, with the native inputs of each attention, and restore it."""
         with trial_patch(self.model, scheme, adapter, self.settings, layers):
             return run(self.base, adapter, self.native.inputs)

@@ -57,11 +57,9 @@ class FoPE(Rotation):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
     ) -> Output:
-        turned = (
-            self._turned(x, *self._series(at, engine.layer))
-            for x, at in ((query, positions.query), (key, positions.key))
-        )
-        return engine(*turned, value, positions)
+        query = self._turned(query, *self._series(positions.query, engine.layer))
+        key = self._turned(key, *self._series(positions.key, engine.layer))
+        return engine(query, key, value, positions)
 
     def _series(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin at positions `[batch | 1, length]`, each `[batch | 1, key heads, length, r / 2]`."""
