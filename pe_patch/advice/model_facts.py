@@ -250,15 +250,14 @@ def _parameters(model: Any, config: Any, adapter: Adapter, base: nn.Module) -> P
     num_experts = next((n for key in NUM_EXPERTS_KEYS if (n := getattr(config, key, None))), 1)
     experts_per_token = getattr(config, "num_experts_per_tok", None) or num_experts
     input_embeddings, output_embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    position_table = adapter.learned_table(base)[2] if adapter.learned else None
+    rows = table_rows(adapter.learned_table(base)[2]).numel() if adapter.learned else 0
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output_embeddings]
     conv = [m for m in model.modules() if type(m).__name__ == "Conv1D"]  # GPT-2's linear layers
     total = sum(size for _, size in sizes.values())
     return Parameters(
         total=total,
         active=total - expert_weights + expert_weights * experts_per_token // num_experts,
-        embedding=input_embeddings.weight.numel()
-        + (0 if position_table is None else table_rows(position_table).numel()),
+        embedding=input_embeddings.weight.numel() + rows,
         tied=output_embeddings is not None and output_embeddings.weight is input_embeddings.weight,
         linear=sum(m.in_features + m.out_features for m in linear) + sum(sum(m.weight.shape) for m in conv),
         norms=sum(p.numel() for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters()),
