@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from pe_patch.adapters.inferred import VERIFIED
+
 from .model_types.checks import outcome
 from .model_types.tiny import TYPES
 
@@ -32,6 +34,10 @@ def test_a_supported_type_is_supported(model_type):
         pytest.skip(f"Transformers {transformers.__version__} has no {model_type}.")
     found = outcome(model_type)
     assert found.supported, f"{found.status}: {found.reason} {found.checks}"
+
+
+def test_every_family_that_is_named_as_verified_is_supported():
+    assert not set(VERIFIED) - {found["family"] for found in STORED["types"].values() if found["supported"]}
 
 
 def test_the_table_covers_every_type_and_gives_a_reason_for_each_gap():

@@ -206,7 +206,7 @@ def index() -> str:
 def families() -> str:
     """Return the table of the supported families."""
     lines = ["| `model_type` | what it is | native positions | latent attention |", "| --- | --- | --- | --- |"]
-    for entry in catalogue()["families"]:
+    for entry in (each for each in catalogue()["families"] if each["adapter"] == "row"):
         lines.append(f"| `{entry['name']}` | {entry['summary']} | {entry['native']} | {entry['mla']} |")
     return "\n".join(lines)
 

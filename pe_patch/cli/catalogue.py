@@ -50,6 +50,7 @@ def _plain(value: Any) -> Any:
 def catalogue() -> dict[str, Entries]:
     """Return all entries by kind, as dicts for JSON."""
     from ..adapters import ADAPTERS
+    from ..adapters.inferred import VERIFIED
     from ..evaluation.tasks import TASKS
     from ..schemes.registry import ALIASES, SCHEMES
 
@@ -74,9 +75,15 @@ def catalogue() -> dict[str, Entries]:
                 "name": name,
                 "native": adapter.native,
                 "mla": "has it" if adapter.scaling_includes_mscale else "converts" if adapter.projections else "",
+                "adapter": "row",
                 "summary": adapter.summary,
             }
             for name, adapter in ADAPTERS.items()
+        ]
+        + [
+            {"name": name, "native": "", "mla": "", "adapter": "inferred", "summary": summary}
+            for name, summary in VERIFIED.items()
+            if name not in ADAPTERS
         ],
         "tasks": [{"name": name, "summary": task.summary, "paper": task.paper} for name, task in TASKS.items()],
     }
