@@ -27,7 +27,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.hub import cached_file
 
@@ -163,8 +163,15 @@ def compose_axes(rotary: Any, layer_type: str | None) -> Callable[[Any], Any] | 
     return cast("Callable[[Any], Any] | None", compose)
 
 
-def new_cache(base: Any) -> Cache:
-    """Return an empty cache of the class that a base model creates, which for MiniMax is one of its own."""
+def new_cache(base: Any, crossing: bool = False) -> Cache:
+    """Return an empty cache of the class that a base model creates, which for MiniMax is one of its own.
+
+    Args:
+        base: the model that holds the layers.
+        crossing: it attends to the output of an encoder too.
+    """
+    if crossing or getattr(base.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(DynamicCache(config=base.config), DynamicCache(config=base.config))
     own = vars(sys.modules[type(base).__module__]).values()
     kinds = [each for each in own if isinstance(each, type) and issubclass(each, DynamicCache)]
     cls = next((each for each in kinds if each.__module__ == type(base).__module__), DynamicCache)

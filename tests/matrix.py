@@ -42,9 +42,9 @@ from .models import (
 OTHERS = ("qwen3", "mistral", "gpt2")
 TOLERANCE = 1e-5
 """Relative to the largest logit, which is between 3 and 20 on these models."""
-ROUNDING = {"sandwich": 3.0}
+ROUNDING = {"sandwich": 3.0, "softmax_scaling": 3.0}
 """How much more is granted: sums of 64 cosines lose digits that no order of adding keeps. Eager in float32 is 3e-6 from
-itself in float64, the waves on extra dimensions of the head 9e-6."""
+itself in float64, the waves on extra dimensions of the head 9e-6. A random scale of the softmax sharpens it."""
 LENGTHS = (20, 48)
 """On both sides of the window of 32."""
 

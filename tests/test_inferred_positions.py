@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_model, unpatch_model
@@ -168,6 +168,77 @@ def test_a_second_source_of_positions_in_the_attention_is_refused():
         patch_model(model, "nope")
 
 
+def table_rows_of(model):
+    """Positions of XLM-R's table, which begins behind the row of padding, 0 in these models."""
+    return model.embeddings.position_embeddings.num_embeddings - 1
+
+
+def test_keep_native_keeps_the_positions_of_roberta():
+    """`one_hot` starts at zero, so that nothing may change."""
+    model = encoder("xlm-roberta")
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, 4:6] = 0
+    ids = IDS[:, :15].masked_fill(mask == 0, model.config.pad_token_id)
+    before = model(input_ids=ids, attention_mask=mask)[0]
+    patch_model(model, "one_hot", keep_native=True)
+    after = model(input_ids=ids, attention_mask=mask)[0]
+    torch.testing.assert_close(after[mask == 1], before[mask == 1], rtol=0, atol=1e-5)
+
+
+def test_roberta_reads_its_whole_table_by_explicit_position_ids():
+    model = encoder("xlm-roberta")
+    rows = table_rows_of(model)
+    before = output(model, rows, position_ids=torch.arange(1, rows + 1)[None])
+    patch_model(model, "learned")
+    assert torch.equal(output(model, rows, position_ids=torch.arange(1, rows + 1)[None]), before)
+
+
+@pytest.mark.parametrize("family", ["bart", "marian"])
+def test_a_decoder_with_cross_attention(family):
+    """A pass as in training, with a source longer than the target, and one that opens the cache; and generation."""
+    model = AutoModelForSeq2SeqLM.from_config(tiny_config(family, decoder_start_token_id=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    source, target = IDS[:, :15], IDS[:, 20:32]
+
+    def runs():
+        with torch.no_grad():
+            return [
+                model(input_ids=source, decoder_input_ids=target).logits,
+                model(input_ids=source, decoder_input_ids=target, use_cache=False).logits,
+                model.generate(source, max_new_tokens=6, min_new_tokens=6, do_sample=False),
+            ]
+
+    before = runs()
+    patch_model(model, "learned", submodule="decoder")
+    for found, expected in zip(runs(), before, strict=True):
+        assert torch.equal(found, expected)
+    unpatch_model(model)
+    patch_model(model, "alibi", submodule="decoder")
+    full, plain, tokens = runs()
+    assert torch.equal(full, plain) and float((full - before[0]).abs().max()) > 1e-3
+    assert tokens.shape == before[2].shape
+
+
+def test_positions_that_begin_again_in_a_table_are_refused():
+    model = AutoModel.from_config(tiny_config("tapas")).eval()
+    with pytest.raises(UnsupportedError, match="its positions begin again in each cell of a table"):
+        patch_model(model, "learned")
+
+
+def test_looking_changes_no_module():
+    """BigBird replaces its sparse attention when it reads a short text."""
+    model = AutoModel.from_config(tiny_config("big_bird", is_decoder=False)).eval()
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert model.attention_type == "block_sparse"
+    with pytest.raises(UnsupportedError):
+        patch_model(model, "alibi")
+    assert model.attention_type == "block_sparse"
+    assert [type(module).__name__ for module in model.modules()] == kinds
+
+
 # No positions.
 
 
@@ -251,6 +322,34 @@ def test_a_scaling_of_a_family_with_sines_in_a_table_is_that_of_transformers(fam
     for layer in model.base_model.h:
         layer.attn.embed_positions = table
     torch.testing.assert_close(patched, output(model, LONG), rtol=0, atol=1e-5 * float(patched.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_positions_that_begin_again_separate_documents(family):
+    model = tiny(family)
+    positions = torch.arange(20)[None] % 10
+    patch_model(model, "rope")
+    with torch.no_grad():
+        packed = model(input_ids=IDS[:1, :20], position_ids=positions, use_cache=False).logits
+        alone = model(input_ids=IDS[:1, 10:20], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 10:], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_gradient_checkpointing_without_an_argument_for_positions_is_an_error():
+    model = tiny("gptj").train()
+    patch_model(model, "alibi")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(input_ids=IDS[:1, :8], labels=IDS[:1, :8], use_cache=False).loss
+    with pytest.raises(UnsupportedError, match="turn gradient checkpointing off"):
+        loss.backward()
+
+
+def test_the_scale_of_ministral_3_does_not_follow_a_scheme():
+    model = tiny("ministral3")
+    with pytest.raises(OptionError, match="would also change the scale of the queries"):
+        patch_model(model, "yarn", factor=2.0, original_max_position_embeddings=32, on_existing="replace")
+    patch_model(model, "yarn", factor=8.0, on_existing="replace")
+    assert model.config.rope_parameters["original_max_position_embeddings"] == 16
 
 
 @pytest.mark.parametrize("family", ["gptj", "codegen", "mpt"])

@@ -90,6 +90,15 @@ def test_a_temperature_below_its_floor_changes_nothing_beside_any_rotation(backe
         unpatch_model(model)
 
 
+def test_padding_counts_as_no_key():
+    """Without position ids, as most calls are."""
+    model, ids = build("llama"), tokens(1, 20)
+    patch_model(model, "softmax_scaling")
+    padded = torch.cat((torch.zeros(1, 6, dtype=torch.long), ids), 1)
+    mask = (torch.arange(26) >= 6).long()[None]
+    assert error(logits(model, padded, attention_mask=mask)[:, 6:], logits(model, ids)) < 1e-5
+
+
 def test_every_head_of_every_layer_learns_its_own_scale(tmp_path):
     model, ids = build("llama"), tokens(2, 24)
     patch_model(model, "softmax_scaling")

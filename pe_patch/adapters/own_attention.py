@@ -31,10 +31,16 @@ def score(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: 
 
     Stands in for its method `_attn`. Queries, keys and values are `[batch, heads, tokens, head]`.
     """
+    positions = current_value(POSITIONS, self.__dict__["pe_owner"])
+    if positions is None and self.__dict__.get("pe_scheme") is not None:
+        raise UnsupportedError(
+            f"No positions reach {type(self).__name__} here. Gradient checkpointing computes it again outside the "
+            "model's forward, and this family has no argument for positions: turn gradient checkpointing off."
+        )
     output, weights = attend(
         self, query.to(value.dtype), key.to(value.dtype), value, attention_mask, backend=BACKENDS["eager"],
         scaling=float(1 / self.scale_attn), dropout=self.attn_dropout.p if self.training else 0.0,
-        positions=current_value(POSITIONS, self.__dict__["pe_owner"]),
+        positions=positions,
     )  # fmt: skip
     return output.transpose(1, 2), weights
 

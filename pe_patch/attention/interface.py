@@ -66,6 +66,8 @@ def attend(
         if "s_aux" in extra:
             extra["s_aux"] = local_sinks(extra["s_aux"], query, sequence)
     engine = Engine(module, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, backend, extra)
+    if module.__dict__.get("pe_left_out", False):
+        return engine.native_attention(query, key, value, mask)
     scheme = module.__dict__.get("pe_scheme")
     if cached is False and key.shape[2] > query.shape[2]:
         raise NoEffectError(

@@ -174,7 +174,13 @@ def _nested(config: Any, each: dict[str | None, dict[str, Any]]) -> dict[str, An
     """
     nested = {}
     for layer_type, parameters in each.items():
-        nested[layer_type] = {**_family_parameters(config_rope_parameters(config, layer_type)), **parameters}
+        kept = _family_parameters(config_rope_parameters(config, layer_type))
+        if QUERY_SCALE in kept and parameters.get(OPTION, kept[OPTION]) != kept[OPTION]:
+            raise OptionError(
+                f"{OPTION}={parameters[OPTION]} would also change the scale of the queries, which this family counts "
+                f"in steps of {kept[OPTION]} tokens. Leave {OPTION}= out."
+            )
+        nested[layer_type] = {**kept, **parameters}
     return nested[None] if None in nested else {**config_rope_parameters(config), **nested}
 
 

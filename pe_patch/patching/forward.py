@@ -43,6 +43,8 @@ class Runtime:
     """Width of the family's table of positions, in whose place the scheme adds. None to add to the input embeddings."""
     table_rows: int
     """Positions of that table; 0 without one. A longer pass needs ids that the family takes from buffers otherwise."""
+    has_token_types: bool
+    """The family takes token types from a buffer if none are given."""
     first_position_id: int
     """The `position_ids` of the first token."""
     multiplier: float
@@ -82,6 +84,8 @@ class Runtime:
     """The base model forwards extra keyword arguments to the attention function."""
     calls_interface: bool = True
     """The attentions call the attention interface."""
+    eager_only: bool = False
+    """The family only has eager attention."""
     unsplittable: str | None = None
     """The reason why Ulysses cannot split sequences of this model over processes; None if it can."""
     rotary: tuple[str, type] | None = None
@@ -100,7 +104,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     sequence = _check_attention(base, runtime)
     from_model = current_value("position_ids", base)
     if from_model is not None:
-        kwargs.setdefault("position_ids", from_model)
+        kwargs["position_ids"] = from_model if kwargs.get("position_ids") is None else kwargs["position_ids"]
     ids = kwargs.get("input_ids")
     inputs = ids if ids is not None else kwargs.get("inputs_embeds")
     past = compat.take_cache(kwargs, runtime.cache_argument, f"{type(base).__name__}.forward")
@@ -114,7 +118,9 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
         return inner(**_before_ulysses(base, runtime, sequence, inputs, past, kwargs))
     past = _open_cache(base, runtime, past, kwargs)
     past_length = 0 if past is None else past.get_seq_length()
-    _check_window(runtime, inputs.shape[1], past_length, kwargs.get("position_ids"))
+    explicit = kwargs.get("position_ids")
+    counted = explicit if explicit is None or not runtime.first_position_id else explicit - runtime.first_position_id
+    _check_window(runtime, inputs.shape[1], past_length, counted)
     record = None
     if past is not None:
         record = open_record(past, runtime.scheme.name, runtime.specification, past_length, runtime.rotates_at_scores)
@@ -271,7 +277,7 @@ def _with_positions(
     if holes:
         _check_holes(runtime, mask, past_length)
     if explicit is None and holes and takes_ids:
-        kwargs = {**kwargs, "position_ids": native}
+        kwargs = {**kwargs, "position_ids": native + runtime.first_position_id}
     if runtime.forwards_kwargs and runtime.pass_positions is None:
         kwargs = {**kwargs, "pe_cached": past is not None}
     if not acts:
@@ -290,6 +296,8 @@ def _with_positions(
         zeros = torch.zeros(1, dtype=dtype, device=inputs.device).expand(*query.shape, runtime.table_width)
         kwargs = {**kwargs, ADDED: runtime.scheme("embed", zeros, query)}
     elif runtime.embeds:
+        if runtime.first_position_id and takes_ids and kwargs.get("position_ids") is None:
+            kwargs = {**kwargs, "position_ids": native + runtime.first_position_id}  # RoBERTa reads them from token ids
         kwargs = _embedded(base, runtime, query, kwargs)
     if runtime.scores or runtime.pass_positions is not None:  # `pass_positions` also masks packed documents
         positions = None
@@ -314,7 +322,7 @@ def _with_ids_of_long_text(runtime: Runtime, inputs: Tensor, query: Tensor, kwar
     kwargs = dict(kwargs)
     if "position_ids" in runtime.arguments and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = query + runtime.first_position_id
-    if "token_type_ids" in runtime.arguments and kwargs.get("token_type_ids") is None:
+    if runtime.has_token_types and kwargs.get("token_type_ids") is None:
         kwargs["token_type_ids"] = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
     return kwargs
 
@@ -386,10 +394,10 @@ def _open_cache(base: Any, runtime: Runtime, past: Any, kwargs: dict[str, Any]) 
     if past is not None or runtime.cache_argument is None:
         return past
     use_cache = kwargs.get("use_cache")
-    use_cache = base.config.use_cache if use_cache is None else use_cache
+    use_cache = getattr(base.config, "use_cache", False) if use_cache is None else use_cache
     if not use_cache or compat.checkpoints_layers(base):
         return None
-    kwargs[runtime.cache_argument] = compat.new_cache(base)
+    kwargs[runtime.cache_argument] = compat.new_cache(base, crossing=kwargs.get("encoder_hidden_states") is not None)
     return kwargs[runtime.cache_argument]
 
 
@@ -547,12 +555,16 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     """Set the attention to this library's implementation with the given name, which applies the scheme.
 
     Raises:
-        UnsupportedError: a dict of names.
+        UnsupportedError: a dict of names, or a name that the family has no attention for.
     """
     if isinstance(implementation, dict):
         raise UnsupportedError("Give one name for the patched stack, for example 'sdpa'; unpatch to set several.")
     backend = backend_for(implementation)
     base = model.pe_base
+    if base.pe_runtime.eager_only and backend.name != "eager":
+        raise UnsupportedError(
+            f"{type(base).__name__} only has eager attention, and not {quoted(implementation)}."
+        )
     check_backend(backend, base.pe_runtime.scheme)
     compat.store_implementation(base.config, backend.implementation)  # `Marked` refuses setattr
 

@@ -27,7 +27,7 @@ from ..adapters.check import FREQUENCIES, check_adapter
 from ..adapters.inferred import INFERRED, LATEST, RotatingLayers, adapter_row
 from ..adapters.trained_window import named_table
 from ..core.swaps import Swap, with_swaps
-from ..errors import PePatchError
+from ..errors import PePatchError, UnsupportedError
 from ..mla.streaming import evaluating
 from ..schemes.absolute import Learned, NoPE
 from .patch import Settings
@@ -74,6 +74,9 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
     if base.config.model_type in ADAPTERS or base in INFERRED:
         return
     trial = replace(settings, backend=None)
+    before = _Modules(base)
+    if getattr(base.config, "reset_position_index_per_cell", False):
+        raise _unknown(base, "its positions begin again in each cell of a table (reset_position_index_per_cell)")
     try:
         if has_no_values(base):
             INFERRED[base] = LATEST.get(type(base)) or _look(model, base)
@@ -93,11 +96,40 @@ def infer_missing(model: PreTrainedModel, settings: Settings) -> None:
             failures.append((adapter, failure))
     except UnknownFamilyError:
         raise
+    except UnsupportedError as error:
+        raise _unknown(base, str(error).rstrip(".")) from error
     except Exception as error:  # anything may fail in a model that nobody has looked at
         why = f"a pass over {LENGTH} tokens raised {type(error).__name__}: {' '.join(str(error).split())}"
         raise _unknown(base, why) from error
+    finally:
+        before.restore()
     adapter, failure = failures[0]
     raise _unknown(base, f"{failure.rstrip('.')}. The best guess was {adapter_row(adapter)}")
+
+
+class _Modules:
+    """Remember the modules of a model and their plain attributes, since a pass may change them.
+
+    BigBird replaces its sparse attention for good when it reads a short text.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.before = [(module, dict(vars(module)["_modules"]), _plain(module)) for module in base.modules()]
+
+    def restore(self) -> None:
+        """Put back what was changed."""
+        for module, children, plain in self.before:
+            if list(vars(module)["_modules"].items()) != list(children.items()):
+                vars(module)["_modules"].clear()
+                vars(module)["_modules"].update(children)
+            for name, value in plain.items():
+                if vars(module).get(name) != value:
+                    vars(module)[name] = value
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that are numbers, strings or truth values."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
 
 
 def adapter_for(model: PreTrainedModel) -> tuple[PreTrainedModel, Adapter]:
@@ -747,7 +779,7 @@ def _situations(base: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor]:
         given["position_ids"] = (masks.cumsum(-1) - 1).clamp(min=0) + adapter.first_position_id
     keeps = compat.cache_argument(type(base).forward)
     with torch.no_grad(), evaluating(base):
-        found = {"in a full pass": base(input_ids=ids, **without_cache(base))[0]}
+        found = {"in a full pass": base(input_ids=ids, **without_cache(base))[0], "as called": base(input_ids=ids)[0]}
         if given or adapter.learned is None:
             left = base(input_ids=both, attention_mask=masks, **given, **without_cache(base))[0]
             found["with left padding"] = left[1:, 2:]

@@ -212,6 +212,10 @@ def _collect(
         if adapter.score_method is not None:
             name, method = adapter.score_method
             swaps += [Swap.of(attention, "pe_owner", base, direct=True), bind(attention, name, WithoutInner(method))]
+    listed = set(attentions.values())
+    for module in base.modules():  # cross-attentions and the like, which stay as they are
+        if "Attention" in type(module).__name__ and module not in listed:
+            swaps.append(Swap.of(module, "pe_left_out", True, direct=True))
     record = record_of(
         first, None if target.everywhere else target.layers, settings.submodule, settings.keep_native, settings.strict
     )
@@ -622,6 +626,7 @@ def _forward_swaps(
         embeds=places.embeds,
         table_width=scheme.shape.embedding_size if adapter.learned and not keep_native else None,
         table_rows=_rows(adapter, base) if adapter.learned and not keep_native else 0,
+        has_token_types=any(name.rpartition(".")[2] == "token_type_ids" for name, _ in base.named_buffers()),
         first_position_id=adapter.first_position_id,
         multiplier=float(getattr(base, adapter.embedding_multiplier)) if adapter.embedding_multiplier else 1.0,
         scores=any(layer is not None for layer in scores.values()),
@@ -640,6 +645,7 @@ def _forward_swaps(
         layers=adapter.count(base),
         forwards_kwargs=adapter.forwards_kwargs,
         calls_interface=adapter.calls_interface,
+        eager_only=adapter.eager_only,
         unsplittable=_why_unsplittable(adapter, scheme, places),
         sliding_window=_window(base.config, "sliding_attention", "sliding_window"),
         chunk=_window(base.config, "chunked_attention", "attention_chunk_size"),
@@ -673,7 +679,8 @@ def _forward_swaps(
     if scheme.length_dependent and hasattr(model, compat.PREFILL):
         swaps.append(bind(model, compat.PREFILL, refuse_prefill_chunks))
     before_model = [read_prompt_first] if scheme.length_dependent else []
-    if adapter.pass_positions is not None and model is not base:
+    takes_positions = "position_ids" in compat.argument_names(type(model).forward)
+    if adapter.pass_positions is not None and model is not base and not takes_positions:
         before_model.append(hand_down_position_ids)
     if before_model and model is not base:
         swaps.append(bind(model, "forward", Chain(*before_model)))

@@ -19,7 +19,7 @@ from ..adapters.adapter import frequencies_of
 from ..adapters.check import LAYOUTS
 from ..attention.interface import backend_for
 from ..core.scheme import Scheme
-from ..errors import OptionValueError, PePatchError
+from ..errors import OptionValueError, PePatchError, UnsupportedError
 from ..mla.protocol import converts
 from ..mla.streaming import evaluating
 from ..schemes.absolute import NoPE
@@ -429,7 +429,11 @@ def _capturing(base: Any, adapter: Adapter, seen: Seen, feed: dict[int, Tensor] 
         def replace_input(_: Any, args: tuple, kwargs: dict[str, Any], index: int = index) -> Any:
             names = [*range(len(args)), *kwargs]
             values = dict(zip(names, (*args, *kwargs.values()), strict=True))
-            name = next(n for n, value in values.items() if _is_hidden(value))
+            name = next((n for n, value in values.items() if _is_hidden(value)), None)
+            if name is None:
+                raise UnsupportedError(
+                    f"{type(_).__name__} receives no hidden states of the shape [batch, tokens, hidden]."
+                )
             seen.inputs[index] = values[name]
             if feed is not None:
                 values[name] = feed[index]

@@ -80,6 +80,7 @@ class SoftmaxScaling(FrequencyWrapper):
     name = "softmax_scaling"
     summary = "a softmax that sharpens with the number of keys, beside any rotary scheme"
     paper = "Nakanishi 2025, arXiv 2501.19399, and Llama 4"
+    shift_invariant = False
 
     kind: Literal["ssmax", "temperature"] = "ssmax"
     """The formula."""
