@@ -117,6 +117,7 @@ def base_forward(base: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
     if sequence is not None and sequence.is_split(base):
         return inner(**_before_ulysses(base, runtime, sequence, inputs, past, kwargs))
     past = _open_cache(base, runtime, past, kwargs)
+    past = getattr(past, "self_attention_cache", past)  # of an encoder-decoder's two caches
     past_length = 0 if past is None else past.get_seq_length()
     explicit = kwargs.get("position_ids")
     counted = explicit if explicit is None or not runtime.first_position_id else explicit - runtime.first_position_id
