@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,7 @@ def markdown(content: dict[str, Any]) -> str:
     runs = content["runs"].values()
     cases = list(dict.fromkeys(each["case"] for each in runs))
     lines = [
-        f"Continuations of {content['tokens']:,} tokens, {content['texts']} texts for each of "
-        f"{len({each['seed'] for each in runs})} seeds; mean over the seeds, with its 95 % interval if "
-        "there are several.",
+        f"Continuations of {content['tokens']:,} tokens of {content['texts']} texts; {_seeds(runs)}.",
         "",
         f"| model | {' | '.join(MEASURES.values())} | longest repeat, words | tokens/s |",
         "| --- |" + " ---: |" * (len(MEASURES) + 2),
@@ -154,6 +153,12 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _seeds(runs: Iterable[dict[str, Any]]) -> str:
+    """Return in words over how many seeds the numbers are taken."""
+    count = len({each["seed"] for each in runs})
+    return "one seed, without an interval" if count == 1 else f"mean of {count} seeds, with its 95 % interval"
+
+
 def draw(content: dict[str, Any], file: Path) -> None:
     """Draw each measure in a panel, the real text in its last line."""
     from pe_patch.evaluation.charts import dots
@@ -170,10 +175,7 @@ def draw(content: dict[str, Any], file: Path) -> None:
                 mean, half = (float(np.mean(values)), float("nan")) if suffix else interval(values)
                 bounds = {} if np.isnan(half) else {"low": mean - half, "high": mean + half}
                 rows.append({"label": case, "column": title, "value": mean, "number": f"{mean:.2f}", **bounds})
-    subtitle = (
-        f"{content['texts']} continuations of {content['tokens']:,} tokens for each of "
-        f"{len({each['seed'] for each in runs})} seeds; intervals over the seeds, 95 %."
-    )
+    subtitle = f"{content['texts']} continuations of {content['tokens']:,} tokens; {_seeds(runs)}."
     file.write_bytes(dots(rows, name="generation", title="Long generation", subtitle=subtitle).png())
 
 
