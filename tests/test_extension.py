@@ -196,7 +196,7 @@ def test_the_command_plans_trains_and_reports(
     words = ["extend", "demo", "--target-length", "512", "--output", output, "--budget", "6s"]
     assert main([*words, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "of a budget of 6 s" in shown and "Train nothing" in shown and not Path(output).exists()
+    assert "of a budget of 6 s" in shown and "No training" in shown and not Path(output).exists()
     assert main([*words, "--train", "--train-budget", "6s", "--json", "-q"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scheme"] == "yarn" and "trained answers" in found["verdict"]

@@ -55,7 +55,7 @@ def _untrained_steps(case: Case, model: str, chosen: Judgement, measure: list[st
         return [Step("Patch the model without training", block=_python(chosen))]
     flags = _flags(chosen)
     return [
-        Step("List the swaps of the patch", _line("pe-patch", "inspect", model, *flags)),
+        Step("List what the patch replaces", _line("pe-patch", "inspect", model, *flags)),
         Step("Measure the patched model without training", _line("pe-patch", "evaluate", model, *flags, *measure)),
         *_export_step(case, model, chosen, *flags),
     ]

@@ -119,7 +119,7 @@ class ExtensionPlan:
                 f"{duration(self.train_seconds)}."
             )
         else:
-            yield "Train nothing (--train trains the scheme that gains most from training)."
+            yield "No training (--train trains the scheme that gains most from training)."
         yield "Write the best to the output folder, load it again, and check that it gives what was measured."
 
 

