@@ -87,7 +87,8 @@ def _judge(candidate: Candidate, case: Case, model: Any) -> Judgement:
     if word and word.recommended == candidate.scheme and case.target <= word.recommended_length:
         untrained, why = "yes", f"Its authors recommend it up to {word.recommended_length:,} tokens. {why}"
     elif untrained != "no" and (reason := candidate.needs_training(case)):
-        untrained, why = "no", f"{why} Needs training here: {reason}."
+        lead = "Needs training here" if candidate.trained == "yes" else "Too far without training"
+        untrained, why = "no", f"{why} {lead}: {reason}."
     numbers: dict[str, Any] = {}
     exports = False
     if obstacle is None:
