@@ -148,8 +148,6 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
     return next((name for name in CACHE_ARGUMENTS if name in names), None)
 
 
-GENERATION_POSITIONS = "_prepare_position_ids_for_generation"
-"""Name of the method that counts the positions of a prompt in generation. Checked on Transformers 5.23 and 5.24."""
 COMPOSE_AXES = "recomposition_frequencies"
 """Name of the method by which a rotary module with M-RoPE joins the cos or sin of its three rows of positions. Checked
 on Transformers 5.23 and 5.24."""
@@ -469,6 +467,19 @@ def prefill_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[in
     given = dict(zip(argument_names(getattr(GenerationMixin, PREFILL)), args, strict=False)) | kwargs
     return given["generation_config"].prefill_chunk_size, given["input_ids"].shape[1]
 
+
+GENERATION_POSITIONS = private(
+    "_prepare_position_ids_for_generation", "transformers.GenerationMixin", "GENERATION_POSITIONS"
+)
+"""The method of a model that counts the positions of a prompt in generation."""
+
+SCORE_METHOD = private("_attn", "transformers.models.gptj.modeling_gptj.GPTJAttention", "SCORE_METHOD")
+"""The method of GPT-J's and CodeGen's attention that computes its scores and output."""
+
+EMBED_POSITIONS = private(
+    "_get_embed_positions", "transformers.models.gptj.modeling_gptj.GPTJAttention", "EMBED_POSITIONS"
+)
+"""The method of GPT-J's attention that returns its table of sines and cosines."""
 
 STATIC_CACHE_SHAPE = private("_get_static_cache_init_shape", "transformers.GenerationMixin", "STATIC_CACHE_SHAPE")
 """The method of a model that returns the shape of a static cache before the first pass, or None if it is unknown."""

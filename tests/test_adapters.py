@@ -139,7 +139,7 @@ def test_layers_without_rotation_stay_without():
 def test_an_unknown_family_says_how_to_write_the_row():
     model = build("bloom")
     model.config.__class__ = type("BloomedConfig", (type(model.config),), {"model_type": "bloomed"})
-    with pytest.raises(UnsupportedError, match=r"no module calls .*Did you mean 'bloom'.*adapter=pe_patch\.Adapter"):
+    with pytest.raises(UnsupportedError, match=r"depends on the order .*Did you mean 'bloom'.*adapter=pe_p"):
         patch_model(model, "rope")
 
 

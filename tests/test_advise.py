@@ -240,8 +240,8 @@ def test_a_far_target_requires_training():
 
 
 def test_unsupported_models_are_refused(tmp_path, capsys):
-    with pytest.raises(UnknownNameError, match="'falcon' has no adapter"):
-        advise(CONFIG_MAPPING["falcon"](), 8192)
+    with pytest.raises(UnknownNameError, match="'xlnet' has no adapter"):
+        advise(CONFIG_MAPPING["xlnet"](), 8192)
     with pytest.raises(UnsupportedError, match="'t5' is not a causal language model"):
         advise(CONFIG_MAPPING["t5"](), 8192)
     with pytest.raises(OptionError, match="a folder, a hub name or a Transformers config"):

@@ -12,6 +12,7 @@ from .models import GIVEN, LENGTH_DEPENDENT, build, case, error, logits, tokens
 SEES_PLACES = {
     "integer", "one_hot", "sinusoidal", "learned",  # absolute
     "fire", "self_extend", "dca", "lm_infinite",  # rows normalised by position, groups, chunks, the first tokens
+    "softmax_scaling", "fope",  # a factor by the number of keys, a sum of frequencies
     "dynamic_ntk", "dynamic_yarn", "longrope",  # the length, which explicit positions tell
 }  # fmt: skip
 

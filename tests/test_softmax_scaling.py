@@ -140,8 +140,8 @@ def test_fope_is_the_formula(interleaved):
     query, key, at = heads(sizes.num_heads), heads(sizes.num_key_value_heads), torch.arange(5, 17)
     found = weights(scheme, query, key, at)
 
-    def turned(x, head):
-        result, a, b = x.double().clone(), scheme.cos_coefficients[0, head], scheme.sin_coefficients[0, head]
+    def turned(x):
+        result, a, b = x.double().clone(), scheme.cos_coefficients[0], scheme.sin_coefficients[0]
         for n, position in enumerate(at.tolist()):
             angles = [float(position * frequency) for frequency in frequencies[:kept]]
             for d in range(8):
@@ -156,7 +156,7 @@ def test_fope_is_the_formula(interleaved):
 
     groups = sizes.num_heads // sizes.num_key_value_heads
     for head in range(sizes.num_heads):
-        scores = turned(query[0, head], head // groups) @ turned(key[0, head // groups], head // groups).T / 4
+        scores = turned(query[0, head]) @ turned(key[0, head // groups]).T / 4
         scores = scores.masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), -torch.inf)
         torch.testing.assert_close(found[0, head], scores.softmax(-1), rtol=1e-4, atol=1e-5)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .. import compat
 from ..core.registry import Registry
 from ..errors import OptionValueError, quoted
 from .adapter import Adapter
@@ -132,12 +133,12 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
         "gptj": Adapter(
             layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
-            score_method=("_attn", score), still_rotation=still_rotation, pass_positions=carry_to_attention,
+            score_method=(compat.SCORE_METHOD, score), still_rotation=still_rotation, pass_positions=carry_to_attention,
             wrap_base_forward=keep_positions, summary="GPT-J 6B",
         ),
         "codegen": Adapter(
             layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
-            score_method=("_attn", score), still_rotation=still_rotation, pass_positions=carry_to_attention,
+            score_method=(compat.SCORE_METHOD, score), still_rotation=still_rotation, pass_positions=carry_to_attention,
             wrap_base_forward=keep_positions, summary="CodeGen",
         ),
         "mpt": Adapter(

@@ -110,7 +110,7 @@ class Adapter:
     score_method: tuple[str, Callable[..., object]] | None = None
     """Name of the attention's method that computes scores and output, and its replacement, for a family that does not
     call the interface; else None. Use with `pass_positions` and `wrap_base_forward`."""
-    still_rotation: Callable[[nn.Module], tuple[str, Any]] | None = None
+    still_rotation: Callable[[nn.Module], tuple[str, object]] | None = None
     """Function of an attention that returns the attribute by which it rotates, and what stops it, for a family without
     a rotary module; else None. Schemes then rotate at the scores."""
     eager_only: bool = False
@@ -179,13 +179,14 @@ class Adapter:
         """Return the layer that holds the attention of an index."""
         return self.blocks(base)[index // self.attentions_per_layer]
 
-    def rotary_module(self, base: nn.Module, layer: int | None = None) -> Any:
+    def rotary_module(self, base: nn.Module, layer: int | None = None) -> nn.Module:
         """Return the rotary module of a layer; of the first that attends for None."""
         assert self.rotary is not None
         if not self.rotary_per_attention:
-            return getattr(base, self.rotary)
+            return cast(nn.Module, getattr(base, self.rotary))
         attentions = self.attentions(base)
-        return getattr(attentions[next(iter(attentions)) if layer is None else layer], self.rotary)
+        owner = attentions[next(iter(attentions)) if layer is None else layer]
+        return cast(nn.Module, getattr(owner, self.rotary))
 
     def layer_types(self, base: nn.Module, config: PreTrainedConfig) -> list[str | None]:
         """Return the type of each layer, or None for each if all layers share their frequencies."""

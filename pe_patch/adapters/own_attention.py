@@ -29,7 +29,7 @@ def carry_to_attention(
 def score(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
     """Return the output `[batch, heads, tokens, head]` and the weights of an attention of GPT-J or CodeGen.
 
-    Stands in for its method `_attn`. Queries, keys and values are `[batch, heads, tokens, head]`.
+    Stands in for its method `compat.SCORE_METHOD`. Queries, keys and values are `[batch, heads, tokens, head]`.
     """
     positions = current_value(POSITIONS, self.__dict__["pe_owner"])
     if positions is None and self.__dict__.get("pe_scheme") is not None:
@@ -110,9 +110,8 @@ def mpt_attention(
     self: Any,
     hidden_states: Tensor,
     position_bias: Any,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> Any:
     """Compute MPT's attention through this library's attention function.
 
@@ -125,8 +124,9 @@ def mpt_attention(
     query, key, value = (
         part.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
     )
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    past = compat.cache_in(kwargs)
+    if past is not None:
+        key, value = past.update(key, value, self.layer_idx)
     mask = None
     if attention_mask is not None:
         hidden = attention_mask[..., : key.shape[2]]
@@ -139,9 +139,9 @@ def mpt_attention(
     return self.out_proj(output.flatten(2)), weights
 
 
-def still_rotation(attention: nn.Module) -> tuple[str, Any]:
+def still_rotation(attention: nn.Module) -> tuple[str, object]:
     """Return the attribute of a GPT-J or CodeGen attention that rotates, and what stops it."""
     owner: Any = attention
-    if hasattr(owner, "_get_embed_positions"):
-        return "_get_embed_positions", still_positions
+    if hasattr(owner, compat.EMBED_POSITIONS):
+        return compat.EMBED_POSITIONS, still_positions
     return "embed_positions", StillTable(owner.embed_positions.shape[1], owner.embed_positions.dtype)

@@ -17,6 +17,7 @@ ARITHMETIC = {
 """The dtype of the product of queries and keys with cos and sin, for each of `scheme.ARITHMETIC`."""
 OUTCOMES = {
     "equal": "equal bit for bit",
+    "close": "equal up to rounding",
     "refused": "refused",
 }
 
@@ -26,6 +27,8 @@ def outcome(adapter: Adapter) -> str:
 
     The result is a key of `OUTCOMES`.
     """
+    if adapter.still_rotation is not None:
+        return "close"
     return "refused" if adapter.bars_rotation_at_scores or not adapter.forwards_kwargs else "equal"
 
 

@@ -406,9 +406,10 @@ def built_window(base: Any) -> tuple[int, str] | None:
     """Return the window that a model's rotary module or table of positions was built for, and its class; None without
     such a module."""
     for module in base.modules() if base is not None else ():
-        built = getattr(module, "original_max_seq_len", None)
-        if is_count(built):
-            return built, type(module).__name__
+        own = ("max_positions", "max_seq_length") if type(module).__name__.endswith("Attention") else ()  # GPT-J, MPT
+        for name in ("original_max_seq_len", *own):
+            if is_count(built := getattr(module, name, None)):
+                return built, type(module).__name__
     return table_window(base)
 
 

@@ -72,11 +72,14 @@ class AttentionShape:
     embedding_size: int = 0
     """Width of the embeddings to which positions are added; 0 for `hidden_size`."""
 
+    @property
+    def added_size(self) -> int:
+        """Width of what is added to the embeddings."""
+        return self.embedding_size or self.hidden_size
+
     def __post_init__(self) -> None:
         if not self.value_dim:
             object.__setattr__(self, "value_dim", self.head_dim)
-        if not self.embedding_size:
-            object.__setattr__(self, "embedding_size", self.hidden_size)
 
 
 @dataclass(frozen=True)

@@ -563,9 +563,7 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     backend = backend_for(implementation)
     base = model.pe_base
     if base.pe_runtime.eager_only and backend.name != "eager":
-        raise UnsupportedError(
-            f"{type(base).__name__} only has eager attention, and not {quoted(implementation)}."
-        )
+        raise UnsupportedError(f"{type(base).__name__} only has eager attention, and not {quoted(implementation)}.")
     check_backend(backend, base.pe_runtime.scheme)
     compat.store_implementation(base.config, backend.implementation)  # `Marked` refuses setattr
 

@@ -114,14 +114,13 @@ class _Modules:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self.before = [(module, dict(vars(module)["_modules"]), _plain(module)) for module in base.modules()]
+        self.before = [(module, dict(compat.submodules_of_any(module)), _plain(module)) for module in base.modules()]
 
     def restore(self) -> None:
         """Put back what was changed."""
         for module, children, plain in self.before:
-            if list(vars(module)["_modules"].items()) != list(children.items()):
-                vars(module)["_modules"].clear()
-                vars(module)["_modules"].update(children)
+            if list(compat.submodules_of_any(module).items()) != list(children.items()):
+                compat.replace_submodules(module, children)
             for name, value in plain.items():
                 if vars(module).get(name) != value:
                     vars(module)[name] = value
@@ -310,7 +309,9 @@ def _look(model: PreTrainedModel, base: PreTrainedModel) -> Adapter:
         table = _named_table(base) if empty else _position_table(base)
         if table is not None:
             return replace(seen, learned=table[0], learned_offset=table[1], first_position_id=table[2])
-        multiplier, adds = (None, False) if empty else _input_embeddings(base, seen)
+        if empty:
+            raise _unknown(base, "its weights are on the meta device, where nothing shows its positions")
+        multiplier, adds = _input_embeddings(base, seen)
         return replace(seen, unpositioned=True, embedding_multiplier=multiplier, takes_embeddings=adds)
     (name, per_attention), first = _rotary(base, observed, seen), observed.attentions[0]
     built = replace(seen, rotary=name, rotary_per_attention=per_attention).rotary_module(base)

@@ -624,7 +624,7 @@ def _forward_swaps(
     runtime = Runtime(
         scheme=scheme,
         embeds=places.embeds,
-        table_width=scheme.shape.embedding_size if adapter.learned and not keep_native else None,
+        table_width=scheme.shape.added_size if adapter.learned and not keep_native else None,
         table_rows=_rows(adapter, base) if adapter.learned and not keep_native else 0,
         has_token_types=any(name.rpartition(".")[2] == "token_type_ids" for name, _ in base.named_buffers()),
         first_position_id=adapter.first_position_id,

@@ -96,7 +96,7 @@ class Integer(Scheme):
                 "'integer' measures positions against the window the model was trained for, and its config does not "
                 "say: give original_max_position_embeddings=<tokens>."
             )
-        self.direction = nn.Parameter(torch.zeros(self.shape.embedding_size))
+        self.direction = nn.Parameter(torch.zeros(self.shape.added_size))
 
     @property
     def effective_window(self) -> int | None:
@@ -131,13 +131,13 @@ class Sinusoidal(Scheme):
     def setup(self) -> None:
         super().setup()
         check_choice(self.name, "layout", self.layout, LAYOUTS)
-        if self.shape.embedding_size % 2:
-            raise OptionValueError(f"'sinusoidal' pairs dimensions; hidden_size={self.shape.embedding_size} is odd.")
+        if self.shape.added_size % 2:
+            raise OptionValueError(f"'sinusoidal' pairs dimensions; hidden_size={self.shape.added_size} is odd.")
         self.theta = check_number(self.name, "theta", self.theta, 1.0, LARGEST_BASE, exclusive=True)
 
     def frequencies(self) -> Tensor:
         """Return radians per token for each pair of dimensions, `[hidden / 2]`, float32."""
-        pairs = self.shape.embedding_size // 2
+        pairs = self.shape.added_size // 2
         last = pairs - 1 if self.layout == "tensor2tensor" else pairs
         exponent = torch.arange(pairs, dtype=torch.float64, device="cpu") / max(last, 1)
         return (self.theta**-exponent).float()
@@ -205,13 +205,13 @@ class Learned(Scheme):
             raise OptionValueError(
                 "'learned' needs max_positions=<tokens>: the model's config does not say its window."
             )
-        self.rows = check_table(self.name, "max_positions", rows, self.shape.embedding_size)
+        self.rows = check_table(self.name, "max_positions", rows, self.shape.added_size)
         if self.extend is not None:
             check_choice(self.name, "extend", self.extend, EXTENSIONS)
         self.alpha = check_number(self.name, "alpha", self.alpha, 0.0, 1.0, exclusive=True)
         if abs(self.alpha - 0.5) < NEAREST or 1 - self.alpha < NEAREST:
             raise OptionValueError(f"alpha={self.alpha} must lie in (0, 1) and not be 0.5, where positions collide.")
-        self.table = nn.Parameter(torch.zeros(self.rows, self.shape.embedding_size))
+        self.table = nn.Parameter(torch.zeros(self.rows, self.shape.added_size))
 
     @property
     def effective_window(self) -> int | None:
@@ -270,8 +270,8 @@ class OneHot(Scheme):
             raise OptionValueError(
                 "'one_hot' needs max_positions=<tokens>: the model's config does not say its window."
             )
-        self.columns = check_table(self.name, "max_positions", columns, self.shape.embedding_size)
-        self.weight = nn.Parameter(torch.zeros(self.shape.embedding_size, columns))
+        self.columns = check_table(self.name, "max_positions", columns, self.shape.added_size)
+        self.weight = nn.Parameter(torch.zeros(self.shape.added_size, columns))
 
     @property
     def effective_window(self) -> int | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..core.head_slices import SHARED
 from ..core.positions import Positions
 from ..core.scheme import at_least_float32, causal_distance
 from .registry import register_scheme
@@ -23,8 +23,8 @@ class FoPE(Rotation):
     """Each pair of dimensions turns by a Fourier series instead of one frequency (Hua et al. 2024, arXiv 2412.17739).
 
     Frequencies that do not complete a turn within the trained window are left out, so that their pairs stand still.
-    For each of the others, cos and sin are sums over all kept frequencies w_m, with learned coefficients for each
-    key-value head of each layer: cos_d(i) = sum_m A[m, d] cos(i w_m), sin_d(i) = sum_m B[m, d] sin(i w_m).
+    For the others, cos and sin are sums over all kept frequencies w_m, with learned coefficients for each layer:
+    cos_d(i) = sum_m A[m, d] cos(i w_m), sin_d(i) = sum_m B[m, d] sin(i w_m). The heads of a layer share them.
 
     A and B start as the identity, where the scheme is RoPE without its slow frequencies.
     """
@@ -33,12 +33,12 @@ class FoPE(Rotation):
     summary = "a learned Fourier series for each pair of dimensions, without the frequencies that were never trained"
     paper = "Hua et al. 2024, arXiv 2412.17739"
     shift_invariant = False
-    head_sharded_attributes = MappingProxyType({"cos_coefficients": 1, "sin_coefficients": 1})
+    head_sharded_attributes = SHARED
 
     def setup(self) -> None:
         super().setup()
         self.kept = max(1, int((self.plain_frequencies() > 2 * math.pi / self.trained_window).sum()))
-        start = torch.eye(self.kept).repeat(self.shape.num_layers, self.shape.num_key_value_heads, 1, 1)
+        start = torch.eye(self.kept).repeat(self.shape.num_layers, 1, 1)
         self.cos_coefficients = nn.Parameter(start)
         self.sin_coefficients = nn.Parameter(start.clone())
 
@@ -62,7 +62,7 @@ class FoPE(Rotation):
         return engine(query, key, value, positions)
 
     def _series(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin at positions `[batch | 1, length]`, each `[batch | 1, key heads, length, r / 2]`."""
+        """Return cos and sin at positions `[batch | 1, length]`, each `[batch | 1, 1, length, r / 2]`."""
         inv_freq = self.plain_frequencies()[: self.kept].to(positions.device)
         angles = positions[:, None, :, None].float() * inv_freq
         cos = angles.cos() @ at_least_float32(self.cos_coefficients[layer])
@@ -71,10 +71,8 @@ class FoPE(Rotation):
         return nn.functional.pad(cos, (0, still), value=1.0), nn.functional.pad(sin, (0, still))
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return queries or keys `[batch, heads, length, head]` after cos and sin of their key-value heads."""
+        """Return queries or keys `[batch, heads, length, head]` after cos and sin."""
         start, stop = self.shape.rotary_start, self.shape.rotary_start + self.dim
-        groups = x.shape[1] // cos.shape[1]
-        cos, sin = (table.repeat_interleave(groups, 1) for table in (cos, sin))
         part = x[..., start:stop].float()
         first, second = (part[..., 0::2], part[..., 1::2]) if self.shape.interleaved else part.chunk(2, -1)
         turned = (first * cos - second * sin, second * cos + first * sin)

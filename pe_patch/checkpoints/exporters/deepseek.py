@@ -121,7 +121,7 @@ def _check_rotation(patch: Patch, config: DeepseekV3Config) -> None:
     """Raise unless DeepSeek's frequencies, which follow from its config, equal the model's."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-    rotary = patch.adapter.rotary_module(patch.base)
+    rotary: Any = patch.adapter.rotary_module(patch.base)
     built = DeepseekV3RotaryEmbedding(config)
     for attention in patch.adapter.attentions(patch.base).values():
         latent: Any = attention.mla

@@ -93,7 +93,7 @@ def _notes(family: str, parameters: dict[str, Any]) -> list[str]:
         "--model FOLDER` with the same flags.",
         "vLLM takes the dtype of the checkpoint's config, and bfloat16 for a float32 one; --dtype float32 keeps it.",
         "Ask it: `curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d "
-        "'{\"model\": \"FOLDER\", \"prompt\": \"Once upon a time\", \"max_tokens\": 20}'`.",
+        '\'{"model": "FOLDER", "prompt": "Once upon a time", "max_tokens": 20}\'`.',
     ]
     if family in THROUGH_TRANSFORMERS:
         notes.append("vLLM runs this family with Transformers' class.")
@@ -102,5 +102,5 @@ def _notes(family: str, parameters: dict[str, Any]) -> list[str]:
     if parameters["rope_type"] == "longrope":
         notes.append("Keep --max-model-len: without it, vLLM may only serve the trained window.")
     if parameters["rope_type"] == "yarn":
-        notes.append("Checked on 0.32.0 (CPU), which reads attention_factor and truncate. Earlier versions may ignore them.")
+        notes.append("Checked on 0.32.0 (CPU): it reads attention_factor and truncate. Earlier versions may not.")
     return notes
