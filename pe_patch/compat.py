@@ -473,13 +473,14 @@ GENERATION_POSITIONS = private(
 )
 """The method of a model that counts the positions of a prompt in generation."""
 
-SCORE_METHOD = private("_attn", "transformers.models.gptj.modeling_gptj.GPTJAttention", "SCORE_METHOD")
-"""The method of GPT-J's and CodeGen's attention that computes its scores and output."""
+GPTJ = "transformers.models.gptj.modeling_gptj.GPTJAttention"
+BEFORE_24 = (OLDEST_TESTED, "5.23.0")
 
-EMBED_POSITIONS = private(
-    "_get_embed_positions", "transformers.models.gptj.modeling_gptj.GPTJAttention", "EMBED_POSITIONS"
-)
-"""The method of GPT-J's attention that returns its table of sines and cosines."""
+SCORE_METHOD = private("_attn", GPTJ, "SCORE_METHOD", BEFORE_24)
+"""The method of GPT-J's and CodeGen's attention that computes its scores and output. Transformers 5.24 has none."""
+
+EMBED_POSITIONS = private("_get_embed_positions", GPTJ, "EMBED_POSITIONS", BEFORE_24)
+"""The method of GPT-J's attention that returns its table of sines and cosines. Transformers 5.24 has none."""
 
 STATIC_CACHE_SHAPE = private("_get_static_cache_init_shape", "transformers.GenerationMixin", "STATIC_CACHE_SHAPE")
 """The method of a model that returns the shape of a static cache before the first pass, or None if it is unknown."""

@@ -97,6 +97,7 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
     for each in scheme_by_layer.values():
         if isinstance(each, ProjectionScheme):
             each.restored = settings.restored
+    _check_score_method(target)
     places = places_of(target, scheme, settings.keep_native)
     _check_layer_types(_by_layer_type(target, scheme_by_layer), places, settings.layers is None)
     backend = _backend(settings.backend, target, scheme)
@@ -110,6 +111,18 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
     if conversion.latents:
         return _narrowest(target.model, scheme_by_layer, conversion, collect)
     return collect(conversion.modules)
+
+
+def _check_score_method(target: Target) -> None:
+    """Raise `UnsupportedError` if the installed Transformers lacks the method that a row replaces."""
+    if target.adapter.score_method is None:
+        return
+    name, attention = target.adapter.score_method[0], next(iter(target.attentions.values()))
+    if not hasattr(attention, name):
+        raise UnsupportedError(
+            f"{type(attention).__name__} of transformers {compat.INSTALLED} has no method {name!r}, which pe_patch "
+            "replaces. Install transformers 5.23 or older for this family."
+        )
 
 
 def _by_layer_type(target: Target, scheme_by_layer: SchemeByLayer) -> SchemeByLayerType:
