@@ -162,7 +162,7 @@ def compose_axes(rotary: Any, layer_type: str | None) -> Callable[[Any], Any] | 
 
 
 def new_cache(base: Any, crossing: bool = False) -> Cache:
-    """Return an empty cache of the class that a base model creates, which for MiniMax is one of its own.
+    """Return an empty cache of the class that a base model creates. MiniMax defines a class for it.
 
     Args:
         base: the model that holds the layers.

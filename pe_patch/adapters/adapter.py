@@ -46,7 +46,7 @@ class Adapter:
     """Attribute of the base model: the module that computes cos and sin for all layers. None if the family does not
     rotate."""
     rotary_per_attention: bool = False
-    """`rotary` is an attribute of each attention, which has a rotary module of its own."""
+    """Each attention has a separate rotary module, and `rotary` is its attribute."""
     layout: str = "halves"
     """Layout of the cos and sin that this module returns: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...],
     "single" [c], or "complex" c + i s in one tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from ..patching.build import existing_scheme
 from ..patching.inference import adapter_for
 from ..schemes.registry import find_scheme
 from ..schemes.rotary import Rotary
+
+logger = logging.getLogger("pe_patch")
 
 
 @dataclass(frozen=True)
@@ -300,9 +303,10 @@ def _cache(model: Any, base: PreTrainedModel, adapter: Adapter, shape: Attention
             twin: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
             ids = torch.zeros(1, 2, dtype=torch.long)
             cache = compat.cache_of(twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
-    except Exception:  # anything may fail in a family that reads values
+    except Exception as error:  # anything may fail in a family that reads values
         if base.config.model_type in ADAPTERS:
             raise
+        logger.debug("%s does not run on the meta device: %s", type(model).__name__, error)
         numbers = shape.latent_rank + shape.rotary_dim if shape.latent_rank else shape.head_dim + shape.value_dim
         numbers *= 1 if shape.latent_rank else shape.num_key_value_heads
         return tuple(

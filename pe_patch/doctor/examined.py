@@ -204,7 +204,7 @@ def from_path(path: str | Path) -> ExaminedModel:
 
 
 def _with_special_floats(values: dict[str, Any]) -> Any:
-    """Return a JSON object, or the number that it stands for: Transformers writes infinity as {"__float__": "..."}."""
+    """Return a JSON object, or a float if it encodes one: Transformers writes infinity as {"__float__": "..."}."""
     return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 

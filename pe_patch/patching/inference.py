@@ -396,7 +396,7 @@ def _named_table(base: PreTrainedModel) -> tuple[str, int, int] | None:
     if found is None:
         return None
     path, table, first = found
-    return path, first, 0 if hasattr(table, "offset") else first  # RoBERTa's table has no offset of its own
+    return path, first, 0 if hasattr(table, "offset") else first  # RoBERTa's table has no `offset`
 
 
 def _locate(base: PreTrainedModel, attentions: list[nn.Module]) -> dict[str, Any]:

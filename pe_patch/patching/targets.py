@@ -135,8 +135,8 @@ def device_and_dtype(base: nn.Module) -> tuple[Any, torch.dtype]:
 def stacks(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """Return the attention stacks inside `model`, by their path.
 
-    A stack is a model that contains no other model, or that also holds layers with attentions of its own, such as the
-    text model of Phi-4 multimodal, which contains its encoders.
+    A stack is a model that contains no other model. A model that contains others is one too if it holds layers with
+    attentions outside them, such as the text model of Phi-4 multimodal.
     """
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     return {name: module for name, module in models.items() if _holds_layers(module)}

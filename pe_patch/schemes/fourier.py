@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class FoPE(Rotation):
     """Each pair of dimensions turns by a Fourier series instead of one frequency (Hua et al. 2024, arXiv 2412.17739).
 
-    Frequencies that do not complete a turn within the trained window are left out, so that their pairs stand still.
+    Frequencies that do not complete a turn within the trained window are set to zero, so their pairs do not rotate.
     For the others, cos and sin are sums over all kept frequencies w_m, with learned coefficients for each layer:
     cos_d(i) = sum_m A[m, d] cos(i w_m), sin_d(i) = sum_m B[m, d] sin(i w_m). The heads of a layer share them.
 

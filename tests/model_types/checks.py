@@ -52,7 +52,7 @@ MECHANISMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class Outcome:
-    """What came out for one model type."""
+    """The result of all checks of one model type."""
 
     model_type: str
     status: str = "not built"

@@ -55,12 +55,16 @@ def tiny(model_type: str, **settings: Any) -> PreTrainedModel:
         size = AutoModelForCausalLM.from_config(config).num_parameters()
     if size > LARGEST:
         raise ValueError(f"a model of {size:,} parameters is not tiny")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return with_random_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+
+
+def with_random_weights(model: Any, std: float = 0.15) -> Any:
+    """Return a model after giving it seeded weights that are large enough for positions to matter."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or not (parameter.any() or name.endswith("bias")):
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=std)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from .tiny import tiny_config
+from .tiny import tiny_config, with_random_weights
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 """Token ids of an image, a video, and what stands around them."""
@@ -53,12 +53,7 @@ def build(family: str) -> PreTrainedModel:
     """Return a seeded tiny model."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(tiny_config(family, **SETTINGS[family])).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.1)
-    return model
+    return with_random_weights(model, std=0.1)
 
 
 def inputs(family: str, video: bool = False) -> dict[str, Tensor]:
