@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pe_patch import describe, extend, load_patched, patch_model
+from pe_patch import describe, extend, load_patched, patch_model, unpatch_model
 from pe_patch.advice import advise
 from pe_patch.cli.main import main
 from pe_patch.data.packaged import DEMO_MODEL
@@ -19,10 +20,19 @@ from pe_patch.errors import OptionError, OutputError, PePatchError, UnknownNameE
 from pe_patch.evaluation.results import Results, Row
 from pe_patch.extension import budget, plan, run
 from pe_patch.extension.plan import UNTOUCHED, Candidate, ExtensionPlan
+from pe_patch.extension.short_answers import share_kept, short_answers
 from pe_patch.patching.api import find_patch
 
 PLAIN = Candidate("rope", {}, UNTOUCHED, "")
+QUICK = budget.ReadingTime(by_token=2e-5, by_pair=0.0)
+"""About what the demo model takes; tests run on machines with other work."""
 FLAT = budget.ReadingTime(by_token=1e-3, by_pair=0.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan with the time of an idle machine."""
+    monkeypatch.setattr(run, "time_reading", lambda model, window: QUICK)
 
 
 def schemes(count: int) -> list[Candidate]:
@@ -57,8 +67,33 @@ def test_a_budget_buys_schemes_first_then_lengths_then_texts() -> None:
     chosen = [plan.choose_measurement(schemes(3), lengths, FLAT, limit) for limit in (1e6, 3.2 * least, least)]
     assert [(len(found), len(where), texts) for found, where, texts, _ in chosen] == [(4, 3, 4), (4, 2, 1), (2, 2, 1)]
     assert chosen[2][3] == pytest.approx(least) and chosen[2][1] == [1000, 8000]
-    with pytest.raises(OptionError, match=r"budget of 10 s is too small: to measure scheme 0 .* --budget 1m"):
-        plan.choose_measurement(schemes(3), lengths, FLAT, 10)
+    found, where, texts, needed = plan.choose_measurement(schemes(3), lengths, FLAT, 10)
+    assert (len(found), where, texts) == (2, [1000, 8000], 1) and needed == pytest.approx(least), "the smallest"
+
+
+def test_a_plan_names_every_shortfall_and_what_it_leaves_out() -> None:
+    first, second, third = schemes(3)[1:]
+    made = ExtensionPlan(
+        "m", 8000, 2000, "float32", "Advice.", (PLAIN, first), (1000, 8000), 1, 61.0, 60.0, trained=first, steps=20,
+        train_length=2000, train_seconds=601.0, train_budget=60.0, left_out=(second.label, third.label),
+        all_seconds=3599.0,
+    )  # fmt: skip
+    assert "Measure the model as it is and scheme 0 at 1,000 and 8,000 tokens: loss, 8 questions" in str(made)
+    assert "Not measured for want of time: scheme 1 and scheme 2. A --budget of 60m includes them." in str(made)
+    measuring, training, _ = made.shortfalls
+    assert "budget of 60 s is too small: this measurement takes about 61 s. Give --budget 2m" in measuring
+    assert "20 steps take about 10 minutes. Give --train-budget 11m" in training
+    assert not replace(made, budget=61.0, train_budget=601.0).shortfalls
+
+
+def test_a_small_budget_prints_its_plan_and_both_shortfalls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["extend", "demo", "--target-length", "512", "--output", str(tmp_path / "out"), "--budget", "0.01s"]
+    for more in ([], ["--dry-run"]):
+        assert main([*words, "--train", "--train-budget", "0.01s", *more]) == 2
+        out, err = capsys.readouterr()
+        assert "of a budget of 0 s." in out + err and "Train yarn" in out + err
+        assert "Give --budget 1m" in err and "Give --train-budget" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_scheme_that_follows_the_length_reads_the_text_for_each_question() -> None:
@@ -84,8 +119,8 @@ def test_training_is_at_full_length_where_memory_and_time_allow_it() -> None:
     short = plan.training_of(8000, 4000, FLAT, budget=1e6, free_memory=5, needed_memory=10)
     assert short[0] == 2048 and short[1] == 400
     assert plan.training_of(8000, 4000, FLAT, budget=1000, free_memory=10, needed_memory=5)[:2] == (2048, 33)
-    with pytest.raises(OptionError, match=r"20 steps take about .* --train-budget 10m"):
-        plan.training_of(8000, 4000, FLAT, budget=60, free_memory=10, needed_memory=5)
+    length, steps, seconds = plan.training_of(8000, 4000, FLAT, budget=60, free_memory=10, needed_memory=5)
+    assert (length, steps) == (2048, 20) and seconds == pytest.approx(20 * 4 * 3.6 * 2.048)
 
 
 def results_of(scores: dict[str, tuple[list[float], float, float]]) -> Results:
@@ -127,9 +162,29 @@ def test_the_least_loss_wins_among_schemes_that_answer_equally_well() -> None:
     scores = {
         first.label: (good, 3.3, 3.2), second.label: (fair, 3.0, 3.1), third.label: (none, 1.0, 1.0),
     }  # fmt: skip
-    assert run.choose(made, results_of(scores)) is second
+    kept = dict.fromkeys(scores, 1.0)
+    assert run.choose(made, results_of(scores), kept) is second
+    assert run.choose(made, results_of(scores), {**kept, second.label: 0.8}) is first, "the chat counts before the loss"
+    assert run.choose(made, results_of(scores), dict.fromkeys(scores, 0.8)) is second, "none keeps it"
     scores[second.label] = (none, 3.0, 3.1)
-    assert run.choose(made, results_of(scores)) is first
+    assert run.choose(made, results_of(scores), kept) is first
+
+
+def test_short_answers_are_kept_by_what_leaves_short_texts_alone() -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(DEMO_MODEL), AutoTokenizer.from_pretrained(DEMO_MODEL)
+    given = short_answers(model, tokenizer)
+    assert share_kept(model, given) == 1.0
+    patch_model(model, "yarn", factor=8)
+    with torch.inference_mode():
+        right = [
+            int(model(torch.cat([each.prompt, each.answer[:place]])[None]).logits[0, -1].argmax()) == int(token)
+            for each in given
+            for place, token in enumerate(each.answer)
+        ]
+    assert not all(right) and share_kept(model, given) == pytest.approx(sum(right) / len(right))
+    unpatch_model(model)
+    patch_model(model, "dca")
+    assert share_kept(model, given) == 1.0
 
 
 @pytest.fixture
@@ -183,6 +238,8 @@ def test_a_model_is_extended_and_a_stopped_extension_continues(
     assert describe(loaded).scheme == done.chosen.scheme and torch.equal(loaded(ids).logits, model(ids).logits)
     assert AutoTokenizer.from_pretrained(done.model).get_vocab() == tokenizer.get_vocab()
     assert all((path / "config.json").is_file() for path in done.exports)
+    shares = json.loads((tmp_path / "out" / "short_answers.json").read_text())
+    assert set(shares) == {each.label for each in done.plan.candidates} and shares[UNTOUCHED] == 1.0
     page = done.page.read_text(encoding="utf-8")
     assert "Schemes that were measured" in page and done.chosen.label in page
     assert done.verdict in str(done) and "questions at 512 tokens" in done.verdict
@@ -241,11 +298,11 @@ def test_the_check_of_a_training_leaves_no_model_in_memory_and_counts_it(
 
     monkeypatch.setattr(run.Run, "__init__", remembered)
     request = run.Request(model="demo", target_length=512, output=tmp_path / "out", budget="6s", train=True)
-    run.prepare(request)
+    run.prepare(request, print)
     assert len(built) == 1 and built[0]() is None
     monkeypatch.setattr("pe_patch.training.plan.free_bytes", lambda device: 1)
     with pytest.raises(PePatchError, match="do not fit in memory"):
-        run.prepare(request)
+        run.prepare(request, print)
 
 
 def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from .application import app
 from .options import AsJson, Device, Dtype, Model, Overwrite, parse_length_option
 from .output import echo, is_quiet, note, print_json, set_continues
@@ -52,12 +53,15 @@ def extend(
         model=model, target_length=target_length, output=output, budget=budget, train=train, train_budget=train_budget,
         export=export or (), text=text, dtype=dtype, device=device, seed=seed, overwrite=overwrite,
     )  # fmt: skip
+    say = (lambda sentence: None) if is_quiet() else note
     if dry_run:
-        plan = prepare(request)[0]
+        plan = prepare(request, say)[0]
         print_json(plan.to_dict()) if as_json else echo(str(plan))
+        if plan.shortfalls:
+            raise OptionError(" ".join(plan.shortfalls))
         return
     set_continues(output)
-    done = carry_out(request, (lambda sentence: None) if is_quiet() else note)
+    done = carry_out(request, say)
     if as_json:
         paths = {"model": str(done.model), "exports": [str(path) for path in done.exports], "page": str(done.page)}
         print_json({"scheme": done.chosen.scheme, "options": done.chosen.options, "verdict": done.verdict, **paths})

@@ -12,7 +12,7 @@ from ..advice import Advice
 from ..advice.recommend import Judgement, patched_quietly
 from ..advice.verdict import format_scheme
 from ..checkpoints.exporters.export import check_export
-from ..errors import OptionError, UnsupportedError
+from ..errors import UnsupportedError
 from ..evaluation.progress import duration
 from ..patching.api import find_patch
 from ..training.recipe import Checkpoints, Data, Distill, Evaluation, Model, Phase, Pose, Recipe, Scheme, Source
@@ -85,6 +85,30 @@ class ExtensionPlan:
     train_length: int = 0
     """Tokens of a training sequence."""
     train_seconds: float = 0.0
+    train_budget: float = 0.0
+    left_out: tuple[str, ...] = ()
+    """Labels of schemes that fit the model and are not measured, for want of time."""
+    all_seconds: float = 0.0
+    """Estimated time to measure these as well."""
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What the budgets are too small for, and what to give instead; empty if they suffice."""
+        found = []
+        if self.seconds > self.budget:
+            found.append(
+                f"A budget of {duration(self.budget)} is too small: this measurement takes about "
+                f"{duration(self.seconds)}. Give --budget {in_minutes(self.seconds)} (budget=... in Python)."
+            )
+        if self.trained is not None and self.train_seconds > self.train_budget:
+            found.append(
+                f"A training budget of {duration(self.train_budget)} is too small: {self.steps} steps take about "
+                f"{duration(self.train_seconds)}. Give --train-budget {in_minutes(self.train_seconds)} "
+                "(train_budget=... in Python)."
+            )
+        if found:
+            found.append("A smaller --target-length takes less time as well.")
+        return found
 
     @property
     def pose(self) -> bool:
@@ -101,13 +125,18 @@ class ExtensionPlan:
     def lines(self) -> Iterator[str]:
         """Yield the plan line by line."""
         yield self.advice
-        names = ", ".join(candidate.label for candidate in self.candidates)
-        lengths = ", ".join(f"{length:,}" for length in self.lengths)
+        lengths = in_words([f"{length:,}" for length in self.lengths])
+        subjects = in_words(["the model as it is", *(each.label for each in self.candidates if not each.untouched)])
         yield (
-            f"Measure {names} at {lengths} tokens: loss, and {self.texts * QUESTIONS} questions about one of "
-            f"{QUESTIONS} hidden facts at each length. About {duration(self.seconds)} of a budget of "
-            f"{duration(self.budget)}."
+            f"Measure {subjects} at {lengths} tokens: loss, {self.texts * QUESTIONS} questions about one of "
+            f"{QUESTIONS} hidden facts at each length, and short answers. About {duration(self.seconds)} of a "
+            f"budget of {duration(self.budget)}."
         )
+        if self.left_out:
+            yield (
+                f"Not measured for want of time: {in_words(self.left_out)}. A --budget of "
+                f"{in_minutes(self.all_seconds)} includes them."
+            )
         if self.trained is not None:
             how = (
                 f"PoSE: sequences of {self.train_length:,} tokens whose positions skip up to {self.target_length:,}"
@@ -167,37 +196,48 @@ def candidate_of(judgement: Judgement, model: Any, exports: Sequence[str]) -> Ca
     return Candidate(judgement.scheme, judgement.options, format_scheme(judgement), judgement.why, follows_length)
 
 
+def in_words(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence: a, b and c."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def in_minutes(seconds: float) -> str:
+    """Return a time as an option takes it, in whole minutes."""
+    return f"{max(1, math.ceil(seconds / 60))}m"
+
+
 def choose_measurement(
     candidates: Sequence[Candidate], lengths: Sequence[int], time: ReadingTime, budget: float
 ) -> tuple[list[Candidate], list[int], int, float]:
     """Return the candidates, lengths, texts and seconds of the fullest measurement that the budget allows.
+
+    If it allows none, return the smallest: one scheme at the control and the target length. It then takes longer than
+    the budget.
 
     Args:
         candidates: The model as it is and the schemes, the most promising first.
         lengths: The control, the window and the target in tokens, ascending and distinct.
         time: The time of a reading.
         budget: Seconds.
-
-    Raises:
-        OptionError: the budget is too small for one scheme at the control and the target length.
     """
-    fewest = [lengths[0], lengths[-1]] if len(lengths) > 1 else list(lengths)
+    fewest = fewest_lengths(lengths)
     choices = [
-        (count, list(chosen), texts)
+        (list(candidates[:count]), list(chosen), texts)
         for count in range(len(candidates), min(2, len(candidates)) - 1, -1)
         for chosen, texts in itertools.product((lengths, fewest), (4, 2, 1))
     ]
     # With two schemes or more to compare, more of them are worth more than more texts of each.
-    needed = float("inf")
-    for count, chosen, texts in choices:
-        needed = measurement_seconds(candidates[:count], chosen, texts, time)
+    for choice in choices:
+        needed = measurement_seconds(*choice, time)
         if needed <= budget:
-            return list(candidates[:count]), chosen, texts, needed
-    scheme = candidates[min(1, len(candidates) - 1)].label
-    raise OptionError(
-        f"A budget of {duration(budget)} is too small: to measure {scheme} at {fewest[-1]:,} tokens takes about "
-        f"{duration(needed)}. Give --budget {math.ceil(needed / 60)}m (budget=... in Python) or a smaller target."
-    )
+            break
+    return *choice, needed
+
+
+def fewest_lengths(lengths: Sequence[int]) -> list[int]:
+    """Return the control and the target, without the window between them."""
+    return [lengths[0], lengths[-1]] if len(lengths) > 1 else list(lengths)
 
 
 def spots_of(texts: int) -> int:
@@ -225,23 +265,17 @@ def training_of(
     """Return the length of the training sequences, the number of steps and the seconds.
 
     The sequences have the target's length if a useful number of them fits the budget and the memory; otherwise they are
-    short and their positions skip (PoSE).
-
-    Raises:
-        OptionError: the budget is too small for the fewest useful steps.
+    short and their positions skip (PoSE). If the budget is too small for the fewest useful steps, these are returned,
+    and take longer than the budget.
     """
     for length in (target, min(POSE_LENGTH, window)):
         step = BATCH * BACKWARD * time.of(length)
         steps = int(budget // step)
         if length == target and (steps < 2 * STEPS[0] or needed_memory > free_memory):
             continue
-        if steps >= STEPS[0]:
-            steps = min(steps, STEPS[1])
-            return length, steps, steps * step
-    raise OptionError(
-        f"A training budget of {duration(budget)} is too small: {STEPS[0]} steps take about "
-        f"{duration(STEPS[0] * step)}. Give --train-budget {math.ceil(STEPS[0] * step / 60)}m or more."
-    )
+        break
+    steps = max(STEPS[0], min(steps, STEPS[1]))
+    return length, steps, steps * step
 
 
 def trained_candidate(advice: Advice, model: Any, exports: Sequence[str]) -> Candidate:

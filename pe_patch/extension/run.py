@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,16 @@ from .plan import (
     candidates_of,
     check_fits,
     choose_measurement,
+    fewest_lengths,
+    measurement_seconds,
     recipe_of,
     spots_of,
     trained_candidate,
     training_of,
 )
 from .request import Request
+from .short_answers import QUESTIONS as SHORT_QUESTIONS
+from .short_answers import share_kept, short_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +56,9 @@ RECORD = "extension.json"
 """File that holds the request and the plan of an extension, so that a stopped one continues with the same."""
 MOST = 3
 """Schemes that are measured at most."""
+ENOUGH_KEPT = 0.95
+"""Share of its short answers that a model must keep to count as unchanged in chat. SmolLM2 135M keeps 80 % under an
+untrained YaRN of factor 4, and then answers in broken French; under Llama 3's scaling of that factor it keeps 99 %."""
 FIXED = "nats per token, fixed targets"
 DTYPES = (torch.float32, torch.bfloat16)
 """Types of the weights that a checkpoint may have."""
@@ -134,14 +141,16 @@ def extend(
 
 def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
     """Extend a model as `extend` does."""
-    plan, loaded, tokenizer = prepare(request)
+    plan, loaded, tokenizer = prepare(request, say)
     say(str(plan))
+    if plan.shortfalls:
+        raise OptionError(" ".join(plan.shortfalls))
     with sole_writer(request.folder):
         _record(request, plan, model_fingerprint(loaded))
-        results = _measure_all(plan, loaded, tokenizer, request)
+        results, kept = _measure_all(plan, loaded, tokenizer, request)
     del loaded  # the recipe loads the model again
     gc.collect()
-    chosen = plan.trained or choose(plan, results)
+    chosen = plan.trained or choose(plan, results, kept.shares)
     recipe = recipe_of(plan, chosen, request)
     recipe.overwrite = True  # the folder is checked, and holds the measurements
     say(f"{'Train' if plan.trained else 'Write'} {chosen.label}.")
@@ -150,23 +159,27 @@ def carry_out(request: Request, say: Callable[[str], object]) -> Extension:
         chosen = replace(chosen, label=f"{chosen.label}, trained")
         saved, _ = sources.load(str(request.folder / "model"), "auto", request.device)
         results += _measure(plan, saved, tokenizer, chosen, request)
-    verdict = write_verdict(plan, chosen, results)
+        kept.measure(chosen.label, saved)
+    verdict = write_verdict(plan, chosen, results, kept.shares)
     exports = [request.folder / "export" / target for target in request.export]
-    page = _page(plan, chosen, verdict, results, request)
+    page = _page(plan, chosen, verdict, results, kept.shares, request)
     return Extension(plan, chosen, verdict, results, request.folder / "model", exports, page)
 
 
 # The plan
 
 
-def prepare(request: Request) -> tuple[ExtensionPlan, Any, Any]:
+def prepare(request: Request, say: Callable[[str], object]) -> tuple[ExtensionPlan, Any, Any]:
     """Load the model and plan its extension; a stopped one keeps its plan.
+
+    The plan may take longer than the budgets: see its `shortfalls`.
 
     Returns:
         The plan, the model and its tokenizer.
     """
     advice = _advise(request)
     check_fits(advice)
+    say(f"Load {advice.case.facts.name} and time two short readings, to plan.")
     if request.is_loaded:
         loaded, tokenizer = request.model, request.tokenizer
     else:
@@ -176,7 +189,7 @@ def prepare(request: Request) -> tuple[ExtensionPlan, Any, Any]:
     if request.is_loaded:
         _check_source(request)
     plan = _stored_plan(request, loaded) or _plan(request, advice, loaded)
-    if plan.trained is not None:
+    if plan.trained is not None and not plan.shortfalls:
         check_training(plan, loaded, request)
     return plan, loaded, tokenizer
 
@@ -233,14 +246,15 @@ def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
     window, target = advice.case.facts.window, request.target_length
     time = time_reading(loaded, window)
     lengths = sorted({min(SHORT, window, target), min(window, target), target})
-    candidates, lengths, texts, seconds = choose_measurement(
-        candidates_of(advice, loaded, request.export, MOST), lengths, time, request.seconds
-    )
+    fitting = candidates_of(advice, loaded, request.export, MOST)
+    candidates, chosen_lengths, texts, seconds = choose_measurement(fitting, lengths, time, request.seconds)
     if len(candidates) == 1 and not request.train:
         raise UnsupportedError(f"{advice.verdict} No scheme reads {target:,} tokens without training: add train.")
     plan = ExtensionPlan(
         request.source, target, window, str(loaded.dtype).removeprefix("torch."), advice.verdict, tuple(candidates),
-        tuple(lengths), texts, seconds, request.seconds,
+        tuple(chosen_lengths), texts, seconds, request.seconds,
+        left_out=tuple(each.label for each in fitting[len(candidates) :]),
+        all_seconds=measurement_seconds(fitting, fewest_lengths(lengths), 1, time),
     )  # fmt: skip
     if not request.train:
         return plan
@@ -254,6 +268,7 @@ def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
         train_length=length,
         steps=steps,
         train_seconds=taken,
+        train_budget=request.train_seconds,
     )
 
 
@@ -270,7 +285,7 @@ def _stored_plan(request: Request, loaded: Any) -> ExtensionPlan | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
         before, plan, weights = stored["request"], stored["plan"], stored.get("weights")
         plan["candidates"] = tuple(Candidate(**each) for each in plan["candidates"])
-        plan["lengths"] = tuple(plan["lengths"])
+        plan |= {name: tuple(plan[name]) for name in ("lengths", "left_out") if name in plan}
         plan["trained"] = None if plan["trained"] is None else Candidate(**plan["trained"])
         made = ExtensionPlan(**plan)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -299,18 +314,35 @@ def _record(request: Request, plan: ExtensionPlan, weights: str) -> None:
 # The measurement
 
 
-def _measure_all(plan: ExtensionPlan, loaded: Any, tokenizer: Any, request: Request) -> Results:
+class ShortAnswers:
+    """How much of its short answers the model keeps under each scheme, stored in a file."""
+
+    def __init__(self, file: Path, model: Any, tokenizer: Any) -> None:
+        self.file, self.given = file, short_answers(model, tokenizer)
+        self.shares: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        """Share of the answers' tokens by label, from 0 to 1."""
+
+    def measure(self, label: str, model: Any) -> None:
+        """Measure a model unless its share is stored."""
+        if label not in self.shares:
+            self.shares[label] = share_kept(model, self.given)
+            write_atomically(self.file, json.dumps(self.shares, indent=2) + "\n")
+
+
+def _measure_all(plan: ExtensionPlan, loaded: Any, tokenizer: Any, request: Request) -> tuple[Results, ShortAnswers]:
     """Measure every candidate on the same text with the same questions."""
     results = Results()
+    kept = ShortAnswers(request.folder / "short_answers.json", loaded, tokenizer)
     for candidate in plan.candidates:
         if not candidate.untouched:
             patch_model(loaded, candidate.scheme, **candidate.options)
         try:
             results += _measure(plan, loaded, tokenizer, candidate, request)
+            kept.measure(candidate.label, loaded)
         finally:
             if not candidate.untouched:
                 unpatch_model(loaded)
-    return results
+    return results, kept
 
 
 def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candidate, request: Request) -> Results:
@@ -328,11 +360,17 @@ def _measure(plan: ExtensionPlan, model: Any, tokenizer: Any, candidate: Candida
     )  # fmt: skip
 
 
-def choose(plan: ExtensionPlan, results: Results) -> Candidate:
-    """Return the untrained scheme with the least loss, at the control and the target length, that answers best.
+def choose(plan: ExtensionPlan, results: Results, kept: Mapping[str, float]) -> Candidate:
+    """Return the best untrained scheme.
 
-    A scheme is among them if its share of answers at the target length may be the best one's: so few questions tell no
-    more.
+    1. Its share of answers at the target length may be the best one's: so few questions tell no more.
+    2. It keeps the model's short answers, if one of those does.
+    3. It has the least loss, at the control and the target length.
+
+    Args:
+        plan: The plan.
+        results: The measurements of all candidates.
+        kept: Share of the short answers that each candidate keeps, by label.
     """
     schemes = [candidate for candidate in plan.candidates if not candidate.untouched]
     if not schemes:
@@ -340,11 +378,12 @@ def choose(plan: ExtensionPlan, results: Results) -> Candidate:
     cells = {each.label: results.cell(scheme=each.label, task="needle", length=plan.target_length) for each in schemes}
     best = max(cell.score for cell in cells.values() if cell is not None)
     equal = [each for each in schemes if (cell := cells[each.label]) is not None and (cell.high or 0.0) >= best]
+    chatting = [each for each in equal if kept[each.label] >= ENOUGH_KEPT]
 
     def total_loss(candidate: Candidate) -> float:
         return sum(_loss(results, candidate, length) for length in (plan.lengths[0], plan.target_length))
 
-    return min(equal, key=total_loss)
+    return min(chatting or equal, key=total_loss)
 
 
 def _loss(results: Results, candidate: Candidate, length: int) -> float:
@@ -353,7 +392,7 @@ def _loss(results: Results, candidate: Candidate, length: int) -> float:
     return cell.score
 
 
-def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> str:
+def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results, kept: Mapping[str, float]) -> str:
     """Return what was chosen and what it scores, in sentences."""
     short, target = plan.lengths[0], plan.target_length
     untouched = plan.candidates[0]
@@ -364,13 +403,15 @@ def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> s
     sentences = [
         f"{chosen.label} answers {cell.score:.0%} of {cell.samples} questions at {target:,} tokens "
         f"({cell.low:.0%} to {cell.high:.0%}); the model as it is answers {before.score:.0%} at {short:,}.",
-        f"The loss on texts of {short:,} tokens changes by {cost:+.1%}.",
+        f"The loss on texts of {short:,} tokens changes by {cost:+.1%}. It keeps {kept[chosen.label]:.0%} of the words "
+        f"of {len(SHORT_QUESTIONS)} short answers.",
     ]
     if plan.trained is None and len(plan.candidates) > 2:
         sentences.append(
-            "Among the schemes that answer as well as the best, within the interval, it has the least loss."
+            "Among the schemes that answer as well as the best, within the interval, and keep short answers, it has "
+            "the least loss."
         )
-    untrained = choose(plan, results)
+    untrained = choose(plan, results, kept)
     if plan.trained is not None and not untrained.untouched:
         other = results.cell(scheme=untrained.label, task="needle", length=target)
         assert other is not None
@@ -382,13 +423,20 @@ def write_verdict(plan: ExtensionPlan, chosen: Candidate, results: Results) -> s
     if cell.score <= before.score / 2:
         remedy = "More training may help: raise --train-budget." if plan.trained else "Train it: add --train."
         sentences.append(f"It does not read {target:,} tokens as the model reads {short:,}. {remedy}")
+    if kept[chosen.label] < ENOUGH_KEPT:
+        remedy = "Train longer: raise --train-budget." if plan.trained else "Train it: add --train."
+        sentences.append(
+            f"Its short answers are no longer those of the model; talk with it before you use it. {remedy}"
+        )
     return " ".join(sentences)
 
 
 # The page
 
 
-def _page(plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results, request: Request) -> Path:
+def _page(
+    plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results, kept: Mapping[str, float], request: Request
+) -> Path:
     rows = []
     for label in results.values("scheme"):
         cells: list[Entry | str] = [f"{label} (chosen)" if label == chosen.label else label]
@@ -399,14 +447,19 @@ def _page(plan: ExtensionPlan, chosen: Candidate, verdict: str, results: Results
                 "-" if needle is None else Entry(f"{needle.score:.2f}", needle.score),
                 "-" if loss is None else Entry(f"{loss.score:.3f}", loss.score),
             ]
-        rows.append(cells)
+        rows.append([*cells, Entry(f"{kept[label]:.2f}", kept[label])])
     table = Section(
         "Schemes that were measured",
         text=plan.advice,
-        columns=["scheme", *(f"{name} at {length:,}" for length in plan.lengths for name in ("retrieval", "loss"))],
+        columns=[
+            "scheme",
+            *(f"{name} at {length:,}" for length in plan.lengths for name in ("retrieval", "loss")),
+            "short answers",
+        ],
         rows=rows,
         caption=f"Retrieval: share of {plan.texts * QUESTIONS} questions about one of {QUESTIONS} hidden facts; more "
-        "is better. Loss: nats per token on the same last tokens; less is better.",
+        "is better. Loss: nats per token on the same last tokens; less is better. Short answers: share of the words of "
+        f"{len(SHORT_QUESTIONS)} answers of the model as it is that are still its first choice; more is better.",
     )
     name = Path(plan.model).resolve().name if Path(plan.model).exists() else plan.model
     how = Section("What was done", text=" ".join(list(plan.lines())[1:]))
