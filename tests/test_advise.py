@@ -268,3 +268,44 @@ def test_a_window_that_the_config_does_not_state():
     assert advise(config, 8192).case.facts.window == 2048
     assert advise(config, 8192, trained_length=512).case.facts.window == 512
     assert advise_on("llama-2-7b", 8192, trained_length=8192).verdict.startswith("Nothing is needed")
+
+
+def test_a_server_that_must_load_the_result_decides_what_is_recommended():
+    free, served = advised("llama2"), advise_on("llama-2-7b", 32768, export=["vllm", "llamacpp"])
+    assert free.choice.untrained.scheme == "dca" and not free.choice.untrained.exports
+    assert served.choice.untrained.scheme == served.choice.trained.scheme == "yarn"
+    assert {"vllm", "llamacpp"} <= set(served.choice.untrained.exports)
+    commands = [step.command for step in served.steps if step.command]
+    assert any("pe-patch export" in each and "--target vllm" in each for each in commands)
+    assert any(each.startswith("pe-patch extend") and "--for vllm --for llamacpp" in each for each in commands)
+    with pytest.raises(UnknownNameError, match=r"vlm.*vllm"):
+        advise_on("llama-2-7b", 32768, export=["vlm"])
+    bloom = advise_on("bloom-7b1", 8192, export=["vllm"])
+    assert bloom.choice.untrained is None and bloom.choice.trained is None
+    assert "Without training, no scheme fits this model and can be exported for vllm." in bloom.verdict
+
+
+def test_exports_are_what_an_export_says():
+    from pe_patch import patch_model
+    from pe_patch.checkpoints.exporters.export import check_export
+    from .models import build
+
+    by_scheme = {each.scheme: set(each.exports) for each in advised("llama2").schemes if each.obstacle is None}
+    model = patch_model(build("llama"), "dynamic_ntk")
+    for target in ("transformers", "vllm", "sglang", "llamacpp"):
+        if target in by_scheme["dynamic_ntk"]:
+            check_export(model, target)
+        else:
+            with pytest.raises(UnsupportedError):
+                check_export(model, target)
+    assert by_scheme["yarn"] == {"transformers", "vllm", "sglang", "llamacpp"} and not by_scheme["self_extend"]
+
+
+def test_the_smallest_device_holds_what_is_added_up():
+    small = advise_on("llama-2-7b", 8192).training
+    for name, size in small.smallest.items():
+        needed = small.states[name] + small.activations + small.chunked_logits
+        fitting = [each for each in (8, 16, 24, 48, 80) if each * 1e9 >= needed]
+        assert size == (fitting[0] if fitting else None)
+    # adapters: 2 bytes x 6.7e9 + 16 x trained, and 3.8 GB of activations and logits: above 16 GB
+    assert small.smallest["adapters"] == 24 and small.smallest["mixed"] is None

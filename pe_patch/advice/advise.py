@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
 
 from ..checkpoints.sources import full_dtype
-from ..errors import OptionError
+from ..errors import OptionError, unknown
 from . import memory, report
 from .case import Case
 from .commands import Step, steps
 from .frequencies import Pair, pairs
 from .model_facts import build, read_facts
-from .recommend import Choice, Judgement, choose, from_the_start, judge_all
+from .recommend import SERVING, Choice, Judgement, choose, from_the_start, judge_all
 from .training import TrainingPlan, TrainingRecipe, recipes_for
 from .verdict import notes, verdict
 
@@ -100,6 +100,7 @@ def advise(
     train_tokens: int | None = None,
     dtype: str | None = None,
     batch_size: int = 1,
+    export: Sequence[str] = (),
 ) -> Advice:
     """Recommend a scheme for `target_length` tokens, with reasons and costs, without loading any weights.
 
@@ -110,12 +111,14 @@ def advise(
         train_tokens: the training budget in tokens, which affects the choice of scheme.
         dtype: the dtype of weights and cache: float32, bfloat16 or float16, or a short name. None takes the config's.
         batch_size: sequences per batch, for the memory of inference.
+        export: targets of `pe_patch.export` that must be able to express the recommended scheme, such as "vllm".
 
     Returns:
         The advice. It prints as a page and converts to plain data with `to_dict()`.
 
     Raises:
         OptionError: if a length is not a whole number of tokens, or the dtype does not exist.
+        UnknownNameError: if there is no such export target.
         UnsupportedError: if the model is not a causal language model of a supported family.
     """
     for option, value in (("target_length", target_length), ("batch_size", batch_size)):
@@ -123,11 +126,14 @@ def advise(
     for option, value in (("trained_length", trained_length), ("train_tokens", train_tokens)):
         if value is not None:
             _check_count(option, value)
+    for target in export:
+        if target not in SERVING:
+            raise unknown("export target", target, SERVING)
     dtype = None if dtype is None else full_dtype(dtype)
     empty = build(model)
     name = empty.config.name_or_path or empty.config.model_type
     facts = read_facts(empty, name, trained_length, None if dtype == "auto" else dtype)
-    case = Case(facts, target_length, train_tokens)
+    case = Case(facts, target_length, train_tokens, tuple(export))
     rotating = () if facts.existing is None else pairs(facts.existing, facts.window, target_length)
     judgements = judge_all(case, empty) if case.needed and not case.too_far else []
     choice = choose(case, judgements)

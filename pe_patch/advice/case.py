@@ -13,13 +13,15 @@ FARTHEST_UNTRAINED, FARTHEST_TRAINED = 20, 512
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the length that it must reach, and the training budget."""
+    """A model, the length that it must reach, the training budget, and what must load the result."""
 
     facts: ModelFacts
     target: int
     """The target length in tokens."""
     train_tokens: int | None = None
     """The training budget in tokens; None if unknown."""
+    served_by: tuple[str, ...] = ()
+    """Export targets that must be able to express the scheme."""
 
     @property
     def ratio(self) -> float:

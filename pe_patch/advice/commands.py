@@ -43,11 +43,22 @@ def steps(case: Case, model: str, choice: Choice) -> list[Step]:
         measure.append("--beyond-window")
     if not case.needed:
         return [*plan, Step("Measure the unpatched model", _line("pe-patch", "evaluate", model, *measure))]
+    if (choice.untrained or choice.trained) and not case.facts.layers and not must_lift_sliding_window(case):
+        plan.append(_whole_step(case, model, choice))
     if choice.untrained:
         plan += _untrained_steps(case, model, choice.untrained, measure)
     if choice.trained:
         plan += _training_steps(case, model, choice.trained, measure)
     return plan
+
+
+def _whole_step(case: Case, model: str, choice: Choice) -> Step:
+    """Return the one command that does what the other steps do one by one."""
+    words = ["--target-length", str(case.target), "--output", f"./{case.facts.name}-{case.target}"]
+    words += [word for target in case.served_by for word in ("--for", target)]
+    words += [] if choice.untrained else ["--train"]
+    purpose = "Measure the schemes that fit within a time budget, and write the best one"
+    return Step(f"{purpose}; --train trains it", _line("pe-patch", "extend", model, *words, "--budget", "1h"))
 
 
 def _untrained_steps(case: Case, model: str, chosen: Judgement, measure: list[str]) -> list[Step]:
@@ -62,11 +73,17 @@ def _untrained_steps(case: Case, model: str, chosen: Judgement, measure: list[st
 
 
 def _export_step(case: Case, model: str, chosen: Judgement, *flags: str) -> list[Step]:
-    """Return the export, if plain Transformers can load the result and it differs from the original model."""
-    if not chosen.exports or (chosen.scheme == case.facts.positions and not chosen.options):
+    """Return the exports, if plain Transformers can load the result and it differs from the original model."""
+    if "transformers" not in chosen.exports or (chosen.scheme == case.facts.positions and not chosen.options):
         return []
-    folder = f"./{_label(case, chosen)}"
-    return [Step("Export it to load without pe_patch", _line("pe-patch", "export", model, folder, *flags))]
+    folder, targets = f"./{_label(case, chosen)}", case.served_by or ("transformers",)
+    return [
+        Step(
+            f"Export it for {target}, which loads it without pe_patch",
+            _line("pe-patch", "export", model, folder, *flags, *(["--target", target] if case.served_by else [])),
+        )
+        for target in targets
+    ]
 
 
 def _label(case: Case, chosen: Judgement) -> str:

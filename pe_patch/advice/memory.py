@@ -16,6 +16,8 @@ CHUNK = 2048
 ADAPTER_RANK = 8
 DEVICE = 80 * 10**9
 """Bytes of one accelerator."""
+SIZES = (8, 16, 24, 48, 80)
+"""Sizes of common accelerators in GB."""
 
 STATES: dict[str, int] = {"mixed": 4 + 4 + 8, "bfloat16": 2 + 2 + 8}
 """Bytes per weight for weight, gradient and AdamW's two moments: float32 under autocast, or bfloat16 with float32
@@ -65,6 +67,8 @@ class Training:
     devices: dict[str, int | None]
     """The smallest number of 80 GB devices, with sharded states and chunked logits; None if one sequence exceeds one
     device."""
+    smallest: dict[str, int | None]
+    """The smallest of `SIZES` that holds states, activations and chunked logits; None if none does."""
 
 
 def cache_bytes(facts: ModelFacts, length: int, *, sliding: bool = True) -> int:
@@ -123,7 +127,11 @@ def training(facts: ModelFacts, length: int) -> Training:
     logits, chunked = (2 * FLOAT32 * tokens * facts.vocabulary for tokens in (length, min(length, CHUNK)))
     room = DEVICE - activations - chunked
     devices = {name: math.ceil(size / room) if room > 0 else None for name, size in states.items()}
-    return Training(states, trained, activations, logits, chunked, devices)
+    smallest = {
+        name: next((each for each in SIZES if size + activations + chunked <= each * 10**9), None)
+        for name, size in states.items()
+    }
+    return Training(states, trained, activations, logits, chunked, devices, smallest)
 
 
 def training_flops(facts: ModelFacts, tokens: int, length: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.trained_window import OPTION
-from ..checkpoints.exporters.native import transformers_config
+from ..checkpoints.exporters.export import check_export
 from ..errors import PePatchError, UnsupportedError, silence_log_warnings
 from ..patching.api import find_patch, patch_model, unpatch_model
 from ..patching.description import effective
@@ -17,6 +17,8 @@ from ..schemes.registry import SCHEMES
 from .candidates import CANDIDATES, Answer, Candidate
 from .case import FARTHEST_UNTRAINED, Case
 
+SERVING = ("transformers", "vllm", "sglang", "llamacpp")
+"""The export targets that an advice reports on."""
 LARGE_BUDGET = 10**9
 """Training tokens from which controlled comparisons rank a raised base above YaRN."""
 
@@ -35,8 +37,8 @@ class Judgement:
     """The reason why the scheme does not fit; None if it fits."""
     effective: dict[str, Any]
     """The numbers that the scheme uses on this model, as in `describe`; empty if it cannot be applied."""
-    exports: bool
-    """True if plain Transformers loads the result without pe_patch."""
+    exports: tuple[str, ...]
+    """The targets of `pe_patch.export` in `SERVING` that load the result without pe_patch."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def from_the_start(case: Case) -> list[str]:
 def choose(case: Case, judgements: list[Judgement]) -> Choice:
     """Choose the best scheme without and with training.
 
-    A recommendation by the model's authors comes first, then the order of the candidates.
+    A recommendation by the model's authors comes first, then the order of the candidates. Every export target that the
+    case asks for must be able to express the scheme.
     """
     word = case.facts.word
     recommended = word.recommended if word and case.target <= word.recommended_length else None
-    fitting = [judgement for judgement in judgements if judgement.obstacle is None]
+    fitting = [each for each in judgements if each.obstacle is None and set(case.served_by) <= set(each.exports)]
     untrained = [judgement for judgement in fitting if judgement.untrained == "yes"] or [
         judgement for judgement in fitting if judgement.untrained == "weak"
     ]
@@ -90,13 +93,13 @@ def _judge(candidate: Candidate, case: Case, model: Any) -> Judgement:
         lead = "Needs training here" if candidate.trained == "yes" else "Too far without training"
         untrained, why = "no", f"{why} {lead}: {reason}."
     numbers: dict[str, Any] = {}
-    exports = False
+    exports: tuple[str, ...] = ()
     if obstacle is None:
         try:
             with patched_quietly(model, candidate.scheme, options):
                 patch = find_patch(model)
                 assert patch is not None
-                numbers, exports = effective(patch.scheme), _exports(patch)
+                numbers, exports = effective(patch.scheme), _exports(model)
         except PePatchError as error:
             obstacle = " ".join(str(error).split())
     reach = numbers.get("effective_window", "unbounded")
@@ -127,12 +130,16 @@ def _patch_arguments(candidate: Candidate, case: Case, model: Any) -> dict[str, 
     return options | ({"layers": list(facts.layers)} if facts.layers else {})
 
 
-def _exports(patch: Any) -> bool:
-    try:
-        transformers_config(patch)
-    except UnsupportedError:
-        return False
-    return True
+def _exports(model: Any) -> tuple[str, ...]:
+    """Return the targets in `SERVING` that can express the patched model."""
+    able = []
+    for target in SERVING:
+        try:
+            check_export(model, target)
+        except UnsupportedError:
+            continue
+        able.append(target)
+    return tuple(able)
 
 
 @contextmanager

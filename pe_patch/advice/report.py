@@ -18,7 +18,7 @@ from .commands import Step
 from .frequencies import Pair
 from .memory import Inference, Training
 from .model_facts import ModelFacts
-from .recommend import Choice, Judgement
+from .recommend import SERVING, Choice, Judgement
 from .training import TrainingPlan
 from .verdict import billions, format_scheme, format_value
 
@@ -169,12 +169,16 @@ def scheme_table(schemes: Sequence[Judgement], choice: Choice, from_the_start: S
         for option in ("on_existing", "original_max_position_embeddings"):
             if option in judgement.options:
                 label.append(f"\n{option}={judgement.options[option]}", style="dim")
-        exports = "yes" if judgement.exports else "no"
+        exports = "all" if len(judgement.exports) == len(SERVING) else ", ".join(judgement.exports) or "no"
         table.add_row(label, judgement.untrained, judgement.trained, exports, Text(judgement.why))
     blocks: list[RenderableType] = [table]
     if obstacles:
         blocks += [Text("\nThese do not fit:"), Padding(_grid(obstacles), (0, 0, 0, 1))]
-    blocks.append(Text("\nexports: plain Transformers loads the result without pe_patch.", style="dim"))
+    legend = (
+        "\nuntrained, trained: whether the scheme reads the target without training, and after it. weak: in part, or "
+        f"less well than others.\nexports: what loads the result without pe_patch, of {', '.join(SERVING)}."
+    )
+    blocks.append(Text(legend, style="dim"))
     blocks.append(Text(f"These require training from scratch: {', '.join(from_the_start)}."))
     return Group(*blocks)
 
@@ -217,7 +221,8 @@ def memory_tables(inference: Inference, training: Training, dtype: str) -> Rende
     )
     inference_table = _figures("Inference", rows)
     rows = [
-        (STATE_LABELS[key], gigabytes(size), _devices(training.devices[key])) for key, size in training.states.items()
+        (STATE_LABELS[key], gigabytes(size), _devices(training.devices[key], training.smallest[key]))
+        for key, size in training.states.items()
     ]
     rows += [
         ("activations, one sequence", gigabytes(training.activations), "estimate, with every layer recomputed"),
@@ -235,10 +240,12 @@ def _figures(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
-def _devices(count: int | None) -> str:
+def _devices(count: int | None, smallest: int | None) -> str:
+    if smallest is not None:
+        return f"one device of {smallest} GB, with one sequence"
     if count is None:
         return "one sequence exceeds an 80 GB device: shard the sequence"
-    return f"{count} device{'s' if count > 1 else ''} of 80 GB, with sharded states and one sequence each"
+    return f"{count} devices of 80 GB, with sharded states and one sequence each"
 
 
 def gigabytes(count: int) -> str:

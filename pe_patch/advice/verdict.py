@@ -101,11 +101,12 @@ def _describe_choice(case: Case, choice: Choice) -> str:
             f"No paper goes farther than {FARTHEST_TRAINED} times the window (LongRoPE, arXiv 2402.13753). Choose a "
             "smaller target or a model with a longer window."
         )
+    served = f" and can be exported for {' and '.join(case.served_by)}" if case.served_by else ""
     sentences = []
     if choice.untrained:
         sentences.append(f"Without training: {format_scheme(choice.untrained)}.")
     elif case.ratio <= FARTHEST_UNTRAINED:
-        sentences.append("Without training, no scheme fits this model.")
+        sentences.append(f"Without training, no scheme fits this model{served}.")
     else:
         sentences.append(f"Without training, the papers reach at most {FARTHEST_UNTRAINED} times the window.")
     if choice.trained:
@@ -113,6 +114,8 @@ def _describe_choice(case: Case, choice: Choice) -> str:
         tokens = recipe.tokens(case.target, case.facts.original) if recipe else 0
         amount = f" (about {billions(tokens)} tokens with the paper's settings)" if tokens else ""
         sentences.append(f"With training{amount}: {format_scheme(choice.trained)}.")
+    elif served:
+        sentences.append(f"With training, no scheme fits this model{served}.")
     return " ".join(sentences)
 
 

@@ -13,6 +13,7 @@ from .output import console, print_json
 
 @app.command(
     epilog="\b\nExamples:\n  pe-patch advise meta-llama/Llama-2-7b-hf --target-length 32768\n"
+    "  pe-patch advise ./my-llama --target-length 32k --for vllm\n"
     "  pe-patch advise ./my-llama --target-length 131072 --train-tokens 2000000000 --json"
 )
 def advise(
@@ -33,6 +34,14 @@ def advise(
     ] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Number of tokens available for training.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch, for the memory estimate.")] = 1,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="TARGET",
+            help="Recommend what vllm, sglang, llamacpp or transformers loads without pe_patch.",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +55,7 @@ def advise(
         train_tokens=train_tokens,
         dtype=dtype,
         batch_size=batch_size,
+        export=export or (),
     )
     if as_json:
         print_json(advice.to_dict())

@@ -333,9 +333,8 @@ def _trains(patch: Patch) -> bool:
 
 def _unchanged_alternative(scheme: Scheme) -> str:
     """Return the schemes that leave short texts as they are, for a warning."""
-    if isinstance(scheme, Scaled):
-        return "factor='auto', which changes nothing within that window, or 'dca' or 'self_extend'"
-    return "'dynamic_yarn', 'dca' or 'self_extend', which change nothing within that window"
+    first = "factor='auto'" if isinstance(scheme, Scaled) else "'dynamic_yarn'"
+    return f"{first}, 'dca' or 'self_extend', which change nothing within that window but run only with pe_patch"
 
 
 def _gentler(scheme: Scheme) -> str:

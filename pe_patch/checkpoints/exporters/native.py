@@ -102,7 +102,10 @@ def rotary_parameters(patch: Patch, tool: str) -> RotaryExport:
 
 def refuse(patch: Patch, tool: str, why: str, remedy: str = "") -> NoReturn:
     """Raise `UnsupportedError` with the tool, the scheme, the family, the reason and the remedy."""
-    remedy = remedy or "save_pretrained keeps the patch for pe_patch.load_patched"
+    if not remedy:
+        rotates = patch.adapter.rotary is not None and not keeps_rotation(patch.scheme)
+        readable = "It reads 'linear', 'ntk', 'llama3' and 'yarn' with a fixed factor; " if rotates else ""
+        remedy = f"{readable}save_pretrained keeps this patch for pe_patch.load_patched"
     raise UnsupportedError(
         f"{tool} cannot express {patch.scheme.name!r} on {patch.base.config.model_type}: {why}. "
         f"{remedy}; nothing was written."
