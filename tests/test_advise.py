@@ -288,6 +288,7 @@ def test_a_server_that_must_load_the_result_decides_what_is_recommended():
 def test_exports_are_what_an_export_says():
     from pe_patch import patch_model
     from pe_patch.checkpoints.exporters.export import check_export
+
     from .models import build
 
     by_scheme = {each.scheme: set(each.exports) for each in advised("llama2").schemes if each.obstacle is None}

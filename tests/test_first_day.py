@@ -15,6 +15,7 @@ from pe_patch.advice.candidates import CANDIDATES
 from pe_patch.checkpoints import generation, sources
 from pe_patch.cli import main as cli
 from pe_patch.cli.catalogue import catalogue
+from pe_patch.cli.main import main
 from pe_patch.cli.options import parse_length
 from pe_patch.cli.wording import for_command_line
 from pe_patch.compare import compare
@@ -25,6 +26,8 @@ from pe_patch.compare.page import verdict
 from pe_patch.compare.run import _lines, _progress_lines
 from pe_patch.compare.settings import Folder, Settings, write_json
 from pe_patch.errors import OptionError, PePatchError
+from pe_patch.evaluation.model import EvaluatedModel
+from pe_patch.evaluation.progress import Progress
 from pe_patch.evaluation.results import Results
 from pe_patch.mla.conversion import tokens_needed
 
@@ -269,6 +272,36 @@ def test_an_estimate_comes_before_the_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pe_patch.compare.run.LONG", 0.0)
     compare(BASE, ["yarn"], factor=4, output=tmp_path / "out", samples=30, tasks=["needle"])
     assert f"With 20 samples instead of 30: {2 * 20 * 256 * 15:,} tokens, about" in capsys.readouterr().err
+
+
+def test_one_long_pass_shows_progress_layer_by_layer(capsys):
+    model = build("llama")
+    layers, ids = model.model.layers, torch.ones(1, 50, dtype=torch.long)
+    progress = Progress("model", 100, "plan", True)
+    seen = []
+    reading = layers[-1].register_forward_pre_hook(lambda *_: seen.append(progress.status()))
+    with progress, progress.following(layers):
+        progress.describe("needle at 50")
+        model(ids)
+        assert "50 of about 100 tokens (50 %)" in progress.status()
+        progress.advance(50)
+        assert "50 of about 100 tokens (50 %)" in progress.status(), "a pass counts once"
+    reading.remove()
+    before_the_last = 50 * (len(layers) - 1) // len(layers)
+    assert f"{before_the_last} of about 100 tokens" in seen[0] and "tokens/s, about" in seen[0]
+    assert not any(layer._forward_hooks for layer in layers)
+    assert EvaluatedModel(model, None).layers == list(layers)
+
+
+def test_a_prompt_is_an_argument_or_an_option(capsys, monkeypatch):
+    words = ["generate", str(BASE), "--max-new-tokens", "9", "--json"]
+    answers = []
+    for given in (["import os"], ["--prompt", "import os"]):
+        assert main([*words, *given]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert main([*words, "import os", "--prompt", "import"]) == 2
+    assert "TEXT and --prompt exclude each other" in capsys.readouterr().err
 
 
 def test_a_comparison_prints_lines_while_one_scheme_runs(tmp_path, capsys, monkeypatch):

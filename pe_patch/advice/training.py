@@ -75,8 +75,8 @@ RECIPES: tuple[TrainingRecipe, ...] = (
         ("linear", "ntk", "yarn"), "PoSE: Zhu et al. 2023, arXiv 2309.10400",
         "windows of 2,048 tokens with positions that skip up to 16,384 and to 131,072",
         sequences=64, steps=1000, learning_rate=2e-5, warmup=10, window="original",
-        note="needs the memory and time of the original window; recipes/configs/pose_7b_32k.yaml, and for 135 M weights "
-        "on a CPU, in 50 minutes, smollm2_pose_32k.yaml",
+        note="needs the memory and time of the original window; recipes/configs/pose_7b_32k.yaml, and for 135 M "
+        "weights on a CPU, in 50 minutes, smollm2_pose_32k.yaml",
     ),
     TrainingRecipe(
         ("longrope", "ntk", "yarn"), "LongRoPE2: Shang et al. 2025, arXiv 2502.20082",

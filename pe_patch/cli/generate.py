@@ -26,12 +26,16 @@ from .output import echo, note, print_json, write
 
 
 @app.command(
-    epilog='\b\nExamples:\n  pe-patch generate ./my-llama --scheme yarn --factor 4 --prompt "Once upon a time"\n'
-    '  pe-patch generate ./my-instruct-model --chat --prompt "What is the capital of France?" --temperature 0.7'
+    epilog='\b\nExamples:\n  pe-patch generate ./my-llama "Once upon a time" --scheme yarn --factor 4\n'
+    '  pe-patch generate ./my-instruct-model "What is the capital of France?" --chat --temperature 0.7'
 )
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue (default: standard input).")] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="Text to continue (default: standard input).", show_default=False),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same as TEXT.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the text as a user's message, in the tokenizer's chat template.")
@@ -66,7 +70,7 @@ def generate(
     sampling = generation.Sampling(temperature, top_p, top_k, seed)
     if system is not None and not chat:
         raise OptionError("--system is a message of a chat template: add --chat, or remove it.")
-    text = _read_prompt(prompt, prompt_file)
+    text = _read_prompt(text, prompt, prompt_file)
     loaded, tokenizer = sources.load(model, dtype, device)
     sources.apply(loaded, scheme, factor, option, on_existing, target_length)
     ids = generation.encode(tokenizer, text, chat=chat, system=system)
@@ -85,19 +89,23 @@ def generate(
         raise typer.Exit(1)
 
 
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    if prompt is not None and prompt_file is not None:
-        raise OptionError("--prompt and --prompt-file exclude each other: give one of them.")
+def _read_prompt(text: str | None, prompt: str | None, prompt_file: Path | None) -> str:
+    given = {"TEXT": text, "--prompt": prompt, "--prompt-file": prompt_file}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise OptionError(f"{' and '.join(named)} exclude each other: give one of them.")
     if prompt_file is not None:
         try:
-            text = prompt_file.expanduser().read_text(encoding="utf-8")
+            read = prompt_file.expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise OptionError(f"--prompt-file {prompt_file} cannot be read: {reason}.") from error
+    elif named:
+        read = text or prompt or ""
     else:
-        if prompt is None and sys.stdin.isatty():
+        if sys.stdin.isatty():
             note("Reading the prompt from the terminal; end it with Ctrl-D.")
-        text = sys.stdin.read() if prompt is None else prompt
-    if not text.strip():
-        raise OptionError("The prompt is empty. Give a text with --prompt, --prompt-file or standard input.")
-    return text
+        read = sys.stdin.read()
+    if not read.strip():
+        raise OptionError("The prompt is empty. Give a text as an argument, with --prompt-file or on standard input.")
+    return read

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -188,6 +189,13 @@ class EvaluatedModel:
     def device(self) -> torch.device:
         """Device of the input embeddings."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the model, for the progress of a pass; empty if they are not in one list."""
+        count = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        lists = (each for each in self.model.modules() if isinstance(each, nn.ModuleList) and len(each) == count)
+        return list(next(lists, ()))
 
     @cached_property
     def cache_bytes(self) -> int:

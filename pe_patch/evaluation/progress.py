@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from torch import nn
 
 SECONDS_PER_LINE = 30.0
 """Longest time without a line where stderr is not a terminal."""
@@ -44,6 +47,8 @@ class Progress:
         shown = shown is True
         self.label, self.total, self.plan, self.shown = label, total, plan, shown
         self.text, self.done, self.start = "", 0, time.monotonic()
+        self.reading = 0.0
+        """Tokens that the pass under way has read, as if its layers read them one after the other."""
         self._lock, self._watch = threading.Lock(), ExitStack()
         console = Console(stderr=True)
         self._lines = shown and not console.is_terminal
@@ -62,12 +67,34 @@ class Progress:
         self.text = text
         self._bar.update(self._work, description=f"{self.label}: {text}")
 
+    @contextmanager
+    def following(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Count what a pass reads, layer by layer, so that a pass of minutes shows progress.
+
+        Args:
+            layers: The layers of the model; none shows progress after each pass only.
+        """
+
+        def read(module: nn.Module, inputs: Any, output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            with self._lock:
+                self.reading += hidden.shape[:-1].numel() / len(layers)
+            self._bar.update(self._work, completed=min(self.total, self.done + self.reading))
+
+        with ExitStack() as hooks:
+            for layer in layers if self.shown else ():
+                hooks.callback(layer.register_forward_hook(read).remove)
+            yield
+
     def advance(self, tokens: int) -> None:
         """Count tokens that the model has read; the first ones give the first estimate of the time."""
         with self._lock:
             first = self.done == 0
             self.done += tokens
-        self._bar.advance(self._work, tokens)
+            self.reading = 0.0
+        self._bar.update(self._work, completed=self.done)
         if self.report is not None:
             self.report(self.done, self.total)
         if not first or not self.shown:
@@ -84,14 +111,15 @@ class Progress:
     def status(self) -> str:
         """Return a line with what is done, the speed and the time left."""
         seconds = max(time.monotonic() - self.start, 1e-6)
-        speed = self.done / seconds
+        read = int(self.done + self.reading)
+        speed = read / seconds
         # The plan estimates the tokens, so more of them may be read.
-        left = duration(max(0, self.total - self.done) / max(speed, 1e-6))
+        left = duration(max(0, self.total - read) / max(speed, 1e-6))
         rate = f", {speed:,.0f} tokens/s, about {left} left"
-        percent = min(99, 100 * self.done // max(1, self.total))
+        percent = min(99, 100 * read // max(1, self.total))
         return (
-            f"{self.label}: {self.text}: {self.done:,} of about {self.total:,} tokens ({percent} %) in "
-            f"{duration(seconds)}{rate if self.done else ''}"
+            f"{self.label}: {self.text}: {read:,} of about {self.total:,} tokens ({percent} %) in "
+            f"{duration(seconds)}{rate if read else ''}"
         )
 
     def _print(self, line: str) -> None:

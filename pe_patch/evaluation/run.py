@@ -141,7 +141,10 @@ def evaluate(
         total = sum(work["tokens"] for work in remaining.values())
         answers: list[dict[str, Any]] = []
         cheaper = partial(fewer_samples, samples, tokens=partial(_tokens_with, context, chosen))
-        with Progress(context.scheme, total, plan_sentence(remaining), progress, cheaper) as shown:
+        with (
+            Progress(context.scheme, total, plan_sentence(remaining), progress, cheaper) as shown,
+            shown.following(context.model.layers),
+        ):
             context.model.advance = shown.advance
             for key, task, length, unit in plan:
                 shown.describe(f"{task.name} at {length}")
