@@ -28,6 +28,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.hub import cached_file
 
@@ -533,6 +534,11 @@ WRAPPERS = (private("_orig_mod", "torch._dynamo.eval_frame.OptimizedModule", "WR
 
 
 @uses("torch.Tensor", "_version")
+def grows_plainly(layer: Any) -> bool:
+    """Return whether a cache layer holds all its keys in one tensor, and replaces that tensor when it grows."""
+    return type(layer) is DynamicLayer
+
+
 def version_counter(tensor: Tensor) -> int:
     """Return autograd's version counter of a tensor, which in-place operations increase; -1 for inference tensors."""
     return -1 if tensor.is_inference() else tensor._version

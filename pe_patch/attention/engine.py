@@ -134,6 +134,16 @@ class Engine(AttentionEngine):
         return x if norm is None else norm(x)
 
     @property
+    def is_specification(self) -> bool:
+        """Return whether this is eager attention, the specification, which reuses nothing."""
+        return self.backend.dense
+
+    @property
+    def cache_layer(self) -> int | None:
+        """Return the index of the layer in its cache, as far as the family's module says."""
+        return getattr(self.module, "layer_idx", None)
+
+    @property
     def layer(self) -> int:
         """Return the index of the layer, counted from 0."""
         return self.module.__dict__["pe_layer"]

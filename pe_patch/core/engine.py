@@ -51,6 +51,16 @@ class AttentionEngine(Protocol):
         ...
 
     @property
+    def is_specification(self) -> bool:
+        """Return whether this is eager attention, the specification, which reuses nothing."""
+        ...
+
+    @property
+    def cache_layer(self) -> int | None:
+        """Return the index of the layer in its cache, as far as the family's module says."""
+        ...
+
+    @property
     def layer(self) -> int:
         """Return the index of the layer, counted from 0."""
         ...

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoEffectError
+from .encoded_keys import EncodedPass
 
 
 class Positions(NamedTuple):
@@ -34,6 +35,8 @@ class Positions(NamedTuple):
     """Indices of the keys that a cache layer kept (`fit`), `[kept]`; None for all."""
     prepared: tuple[Tensor, ...] = ()
     """Result of `Scheme.prepare`, computed once for all layers."""
+    encoded: EncodedPass | None = None
+    """Encoded keys of the cache that this pass may reuse; None if it encodes all keys."""
     masks: tuple[object, ...] | None = None
     """Attention mask of each layer, under Ulysses, which drops the masks that layers get."""
 

@@ -46,6 +46,8 @@ class Range:
     rotate_query: PositionTransform | None = None
     """Transform of the queries in this range; None for none."""
     rotate_key: PositionTransform | None = None
+    keys: Tensor | None = None
+    """The keys after `rotate_key`, `[batch, key_heads, key, head]`, if they are known already."""
 
     def steps(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the steps of queries and keys, `[batch | 1, query]` and `[batch | 1, key]`."""
@@ -73,11 +75,18 @@ class Range:
             step_key=None if self.step_key is None else self.step_key[:, :end],
             rotate_query=None if self.rotate_query is None else self.rotate_query.slice_tokens(start, stop),
             rotate_key=None if self.rotate_key is None else self.rotate_key.slice_tokens(0, end),
+            keys=None if self.keys is None else self.keys[:, :, :end],
         )
+
+    def rotated_key(self, key: Tensor) -> Tensor:
+        """Return the keys for the pairs of this range."""
+        if self.keys is not None:
+            return self.keys
+        return key if self.rotate_key is None else self.rotate_key(key)
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Transform queries and keys for the pairs of this range."""
         return (
             query if self.rotate_query is None else self.rotate_query(query),
-            key if self.rotate_key is None else self.rotate_key(key),
+            self.rotated_key(key),
         )

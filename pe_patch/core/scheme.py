@@ -23,9 +23,7 @@ from .positions import Positions
 if TYPE_CHECKING:
     from ..core.engine import AttentionEngine, Output
 
-RESERVED = frozenset(
-    {"target_length", "on_existing", "backend", "adapter", "layers", "submodule", "keep_native", "strict"}
-)
+RESERVED = frozenset("target_length on_existing backend adapter layers submodule keep_native strict key_copies".split())
 """Keyword arguments of `patch_model`; no option of a scheme may have one of these names."""
 
 
@@ -257,6 +255,14 @@ class Scheme(_Options, nn.Module):
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
         """Compute what all layers share in one pass; `encode` and `attend` get it as `positions.prepared`."""
         return ()
+
+    @property
+    def key_copies(self) -> int:
+        """Return how many encoded copies of the cached keys later passes can reuse.
+
+        A scheme with such copies takes them from `positions.encoded`, in `prepare` and `attend`.
+        """
+        return 0
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Change query `[batch, heads, query, head]` and key `[batch, key_heads, key, head]` at the scores."""

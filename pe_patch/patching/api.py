@@ -61,6 +61,7 @@ def patch_model(
     submodule: str | None = None,
     keep_native: bool = False,
     strict: bool = False,
+    key_copies: bool = True,
     **options: object,
 ) -> Model:
     """Replace the positional logic of a loaded model in place, and return the model.
@@ -82,6 +83,9 @@ def patch_model(
             only decoder, which is the language model of a vision-language model.
         keep_native: add to the native positions instead of replacing them.
         strict: raise instead of warning when a sequence is longer than the effective window.
+        key_copies: keep copies of the cached keys as the scheme encodes them, so that generation encodes each key
+            once. False saves their memory, which `describe` states, and encodes all keys at every step. It matters for
+            schemes that act at the scores; the copies belong to the cache.
         **options: options of the scheme.
 
     Returns:
@@ -94,7 +98,8 @@ def patch_model(
     check_choice("patch_model", "on_existing", on_existing, EXISTING)
     check_flag("patch_model", "keep_native", keep_native)
     check_flag("patch_model", "strict", strict)
-    settings = Settings(on_existing, backend, adapter, layers, submodule, keep_native, strict)
+    check_flag("patch_model", "key_copies", key_copies)
+    settings = Settings(on_existing, backend, adapter, layers, submodule, keep_native, strict, key_copies)
     _patch_or_leave(model, scheme, options, settings, target_length)
     return model
 

@@ -8,13 +8,14 @@ comparison tells which row each row comes from, or that nothing explains the cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import compat
+from ..core.encoded_keys import EncodedKeys, EncodedPass
 from ..errors import CacheError
 
 RECORD = "pe_patch_record"
@@ -50,6 +51,8 @@ class CacheRecord:
     """Smallest length to which the cache can be cropped, since its first tokens were encoded for this length."""
     open: bool = False
     """A pass of the patched model is running."""
+    encoded: EncodedKeys = field(default_factory=EncodedKeys)
+    """Encoded keys that later passes reuse."""
 
 
 class GuardedUpdate:
@@ -133,7 +136,7 @@ def _separate(cache: Any) -> None:
         record: CacheRecord | None = cache.__dict__.get(RECORD)
         if record is not None:
             positions = None if record.positions is None else record.positions.clone()
-            setattr(cache, RECORD, replace(record, positions=positions))
+            setattr(cache, RECORD, replace(record, positions=positions, encoded=EncodedKeys()))
 
 
 def _device(cache: Any) -> torch.device | None:
@@ -178,6 +181,22 @@ def key_positions(cache: Any, record: CacheRecord, query: Tensor, past_length: i
             raise CacheError(f"This cache holds {known.shape[0]} rows and is continued with {rows}. {EMPTY}")
     record.positions = known = torch.cat((known[:, :past_length], query), -1)
     return known
+
+
+def reuse_encoded_keys(cache: Any, record: CacheRecord) -> EncodedPass:
+    """Return what a pass may reuse of the keys that earlier passes over this cache have encoded."""
+
+    def followed(layer: Any) -> bool:
+        keys = getattr(layer, "keys", None)
+        return compat.grows_plainly(layer) and isinstance(keys, Tensor) and keys.ndim == 4
+
+    def find(keys: Tensor, hint: int | None) -> int | None:
+        layers = cache.layers
+        indices = range(len(layers)) if hint is None or not 0 <= hint < len(layers) else (hint, *range(len(layers)))
+        return next((index for index in indices if followed(layers[index]) and layers[index].keys is keys), None)
+
+    record.encoded.drop_what_changed({i: layer.keys for i, layer in enumerate(cache.layers) if followed(layer)})
+    return EncodedPass(record.encoded, find)
 
 
 def slots_of(cache: Any) -> int | None:

@@ -127,7 +127,11 @@ def describe(model: nn.Module) -> Description:
         attending=len(patch.adapter.attentions(patch.base)),
         backend=str(compat.attention_implementation(patch.base.config)),
         keep_native=patch.keep_native or (converts(patch.scheme) and not overrides(patch.scheme, "angles")),
-        effective=effective(patch.scheme) | _window_source(patch) | _cache(patch) | _weights(patch),
+        effective=effective(patch.scheme)
+        | _window_source(patch)
+        | _cache(patch)
+        | _key_copies(patch)
+        | _weights(patch),
         replaced=replaced,
         left_out=left_out,
         inferred_row=adapter_row(patch.adapter) if INFERRED.get(patch.base) == patch.adapter else None,
@@ -183,6 +187,29 @@ def _weights(patch: Patch) -> dict[str, Any]:
     """Return the type that the weights had in the GGUF file that they are from, if they were quantised there."""
     kind = getattr(patch.model, "dequantised", None)
     return {} if kind is None else {"weights": f"dequantised from {kind}"}
+
+
+def _key_copies(patch: Patch) -> dict[str, Any]:
+    """Return the bytes of the cache per token, with and without copies of encoded keys, for a scheme that uses them."""
+    runtime = getattr(patch.base, "pe_runtime", None)
+    if runtime is None or not runtime.key_copies:
+        return {}
+    copied = {index: scheme for index, scheme in patch.scheme_by_layer.items() if _is_copied(patch, index)}
+    if not copied:
+        return {}
+    size, shapes = patch.base.dtype.itemsize, [scheme.shape for scheme in patch.scheme_by_layer.values()]
+    plain = sum(shape.num_key_value_heads * (shape.head_dim + shape.value_dim) * size for shape in shapes)
+    copies = sum(
+        scheme.key_copies * scheme.shape.num_key_value_heads * scheme.shape.head_dim * size
+        for scheme in copied.values()
+    )
+    return {"cache_bytes_per_token": f"{plain + copies:,}, with encoded keys ({plain:,} with key_copies=False)"}
+
+
+def _is_copied(patch: Patch, index: int) -> bool:
+    """Return whether encoded keys of a layer are kept: not where it slides, and replaces its keys at every step."""
+    layers = compat.new_cache(patch.base).layers
+    return index >= len(layers) or compat.grows_plainly(layers[index])
 
 
 def _cache(patch: Patch) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..core.positions import (
 )
 from ..core.scheme import Scheme
 from ..errors import BeyondWindowError, NoEffectError, UnsupportedError, quoted
-from .cache_record import CacheRecord, close_record, key_positions, open_record, slots_of
+from .cache_record import CacheRecord, close_record, key_positions, open_record, reuse_encoded_keys, slots_of
 
 logger = logging.getLogger("pe_patch")
 
@@ -70,6 +70,8 @@ class Runtime:
     """Effective window in tokens; None if the scheme has no limit."""
     strict: bool
     """Raise for a sequence beyond the window instead of warning."""
+    key_copies: bool = False
+    """Keep encoded copies of cached keys for later passes."""
     warned: bool = field(default=False)
     """The warning has been logged."""
     patch: tuple[int, int] | None = None
@@ -170,7 +172,7 @@ def _before_ulysses(
         kwargs = _embedded(base, runtime, explicit.to(inputs.device), kwargs)
     positions = Positions(whole, whole)
     if runtime.scores:
-        positions = _positions(runtime.scheme, whole, None, whole, 0, None, None)
+        positions = _positions(runtime, whole, None, whole, 0, None, None)
     masks = layer_masks(base, runtime.layers, padding, None, whole)
     return {**kwargs, "pe_positions": positions._replace(masks=masks)}
 
@@ -303,7 +305,7 @@ def _with_positions(
     if runtime.scores or runtime.pass_positions is not None:  # `pass_positions` also masks packed documents
         positions = None
         if runtime.scores:
-            positions = _positions(runtime.scheme, query, ranks, explicit, past_length, past, record)
+            positions = _positions(runtime, query, ranks, explicit, past_length, past, record)
         if runtime.pass_positions is None:
             kwargs = {**kwargs, "pe_positions": positions}
         else:
@@ -403,7 +405,7 @@ def _open_cache(base: Any, runtime: Runtime, past: Any, kwargs: dict[str, Any]) 
 
 
 def _positions(
-    scheme: Scheme,
+    runtime: Runtime,
     query: Tensor,
     ranks: Tensor | None,
     explicit: Tensor | None,
@@ -414,7 +416,7 @@ def _positions(
     """Return the positions of the queries of this pass and of all keys, with what the scheme prepares for them.
 
     Args:
-        scheme: the scheme.
+        runtime: the facts about the patch.
         query: positions of the tokens of this pass, `[batch | 1, count]`.
         ranks: their ranks among the real tokens, `[batch, count]`, or None without a mask.
         explicit: the user's `position_ids`, or None.
@@ -422,7 +424,7 @@ def _positions(
         past: the cache, or None.
         record: its record, or None.
     """
-    count = query.shape[1]
+    scheme, count = runtime.scheme, query.shape[1]
     fresh = past is None or (count > 1 and bool(past_length == 0))
     key = query if record is None else key_positions(past, record, query, past_length)
     length = None
@@ -439,7 +441,10 @@ def _positions(
             longest = length if isinstance(length, int) else int(length.max())
             record.least = count if longest > cast(Any, scheme).regime_start else 0
     filled = None if past is None or slots_of(past) is None else past_length + count
-    positions = Positions(query, key, length, fresh, filled, past is not None)
+    encoded = None
+    if runtime.key_copies and record is not None and not fresh and not torch.is_grad_enabled():
+        encoded = None if torch.compiler.is_compiling() else reuse_encoded_keys(past, record)
+    positions = Positions(query, key, length, fresh, filled, past is not None, encoded=encoded)
     return positions._replace(prepared=scheme.prepare(positions))
 
 

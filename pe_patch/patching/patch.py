@@ -34,6 +34,7 @@ class Settings:
     submodule: str | None = None
     keep_native: bool = False
     strict: bool = False
+    key_copies: bool = True
     restored: bool = False
     """The patch comes from a checkpoint: converted weights are loaded from there, not computed."""
 

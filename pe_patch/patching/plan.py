@@ -233,7 +233,7 @@ def _collect(
         first, None if target.everywhere else target.layers, settings.submodule, settings.keep_native, settings.strict
     )
     specification = cache_specification(config, record, scheme_by_layer_type)
-    swaps += _forward_swaps(target, first, places, scores, settings.strict, specification, native_swaps)
+    swaps += _forward_swaps(target, first, places, scores, settings, specification, native_swaps)
     swaps.append(Swap.of(base, "position_schemes", PositionSchemes(schemes, original).train(base.training)))
     implementation = backend.implementation if adapter.calls_interface else compat.attention_implementation(config)
     swaps += redirect(config_swaps(model, base, adapter, scheme_by_layer_type, record, implementation), configs)
@@ -621,7 +621,7 @@ def _forward_swaps(
     scheme: Scheme,
     places: Places,
     scores: LayerSchemes,
-    strict: bool,
+    settings: Settings,
     specification: str,
     native: list[Swap],
 ) -> list[Swap]:
@@ -651,7 +651,8 @@ def _forward_swaps(
         model_cache_argument=compat.cache_argument(type(model).forward),
         specification=specification,
         window=scheme.effective_window,
-        strict=strict,
+        strict=settings.strict,
+        key_copies=settings.key_copies and scheme.key_copies > 0 and not converts(scheme),
         patch=adapter.vision_encoder.patch(base.config) if adapter.vision_encoder else None,
         keep_native=keep_native,
         native_table=table_window(base) if keep_native and adapter.vision_encoder is None else None,

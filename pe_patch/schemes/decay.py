@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..core.checks import LARGEST_LENGTH, check_number
 from ..core.head_slices import SHARED
 from ..core.positions import Positions
+from ..core.ranges import Range
 from ..core.scheme import Scheme, causal_distance, check_causal
 from .bias import LARGEST_SLOPE, ALiBi, alibi_slopes
 from .frequency_wrappers import FrequencyWrapper
@@ -19,10 +21,29 @@ from .registry import register_scheme
 from .rotary import Rotation
 
 if TYPE_CHECKING:
+    from ..core.encoded_keys import EncodedPass
     from ..core.engine import AttentionEngine, Output
 
 ROWS = 256
 """Number of queries that share one centre."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The factors on rotated queries around one centre, as a `PositionTransform`."""
+
+    grown: Callable[[Tensor, Tensor], Tensor]
+    exponents: Tensor
+    """`[batch | 1, length, r]`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.grown(x, self.exponents)
+
+    def back(self, grad: Tensor) -> Tensor:
+        return self.grown(grad, self.exponents)
+
+    def slice_tokens(self, start: int, stop: int) -> Growth:
+        return Growth(self.grown, self.exponents[:, start:stop])
 
 
 @register_scheme
@@ -63,23 +84,77 @@ class XPos(Rotation):
         return rates.repeat_interleave(2) if self.shape.interleaved else torch.cat((rates, rates))
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """Return cos and sin of queries and keys, and whether the positions of the queries have gaps."""
+        """Return cos and sin of queries and keys, and whether the positions of the queries have gaps.
+
+        If encoded keys are reused, those of the keys are left out.
+        """
         jumps = False
         if positions.query.shape[1] > 1 and not torch.compiler.is_compiling():
             jumps = bool((positions.query.diff(dim=-1).abs() > 1).any())
-        tables = (*self.cos_sin(positions.query), *self.cos_sin(positions.key))
-        return (*tables, torch.tensor(jumps, device="cpu"))
+        key = () if positions.encoded is not None else self.cos_sin(positions.key)
+        return (*self.cos_sin(positions.query), *key, torch.tensor(jumps, device="cpu"))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
     ) -> Output:
         check_causal(self, engine)
-        cos_query, sin_query, cos_key, sin_key, _ = positions.prepared
-        if positions.kept is not None:
-            cos_key, sin_key = cos_key[:, positions.kept], sin_key[:, positions.kept]
-        query, key = self.rotate(query, cos_query, sin_query), self.rotate(key, cos_key, sin_key)
+        cos_query, sin_query, *of_key, _ = positions.prepared
+        query = self.rotate(query, cos_query, sin_query)
+        if positions.encoded is not None:
+            if query.shape[2] == 1 and not engine.is_specification:
+                return self._decode(query, key, value, positions, positions.encoded, engine)
+            of_key = list(self.cos_sin(positions.key))
+        elif positions.kept is not None:
+            of_key = [table[:, positions.kept] for table in of_key]
+        key = self.rotate(key, *of_key)
         fast = engine.blocks(query, key, value, positions, 2 * self._span, self._around)
         return engine.rows(query, key, value, positions, self._scores) if fast is None else fast
+
+    @property
+    def key_copies(self) -> int:
+        return 1
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        encoded: EncodedPass,
+        engine: AttentionEngine,
+    ) -> Output:
+        """Compute attention of one rotated query, with keys that earlier passes rotated and scaled.
+
+        A key is scaled around the centre of its own block of positions, so that its copy stays right. The query is
+        scaled once for each block.
+        """
+        rates = self.constant("rates", query.device, lambda: self._rates().float())
+        width = 2 * self._span
+
+        def encode(new: Tensor, start: int) -> Tensor:
+            def tables() -> tuple[Tensor, Tensor, Tensor]:
+                at = positions.key[:, start:]
+                return *self.cos_sin(at), (width // 2 - at % width).float()[..., None] * rates
+
+            name = (id(self), start, positions.key.shape[1], positions.key.device)
+            cos, sin, exponents = encoded.once(name, tables)
+            return self._grown(self.rotate(new, cos, sin), exponents)
+
+        def blocks() -> tuple[Tensor, Tensor, list[tuple[int, Tensor]]]:
+            of_query, of_key = positions.query // width, positions.key // width
+            distances = range(int((of_query - of_key.amin(-1, keepdim=True)).max()) + 1)
+            centres = ((of_query - distance) * width + width // 2 for distance in distances)
+            exponents = [(positions.query - centre).clamp(min=-width).float()[..., None] * rates for centre in centres]
+            return of_query, of_key, list(zip(distances, exponents, strict=True))
+
+        keys = encoded.keys(key, engine.cache_layer, "scaled", None, encode)
+        name = ("blocks", id(self), positions.key.shape[1], positions.key.device)
+        of_query, of_key, scaled = encoded.once(name, blocks)
+        ranges = [
+            Range(distance, distance + 1, of_query, of_key, None, Growth(self._grown, exponents), keys=keys)
+            for distance, exponents in scaled
+        ]
+        return engine.ranges(query, key, value, positions, ranges)
 
     def _around(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Scale queries and keys by their distance to one centre among the queries."""

@@ -19,6 +19,7 @@ from .frequency_wrappers import build_inner
 from .rotary import RotaryTransform, Rotation
 
 if TYPE_CHECKING:
+    from ..core.encoded_keys import EncodedPass
     from ..core.engine import AttentionEngine, Output
 
 
@@ -43,9 +44,14 @@ class Zone:
     """Steps of queries and keys that `low` and `high` compare; None for positions."""
     below: int | None = None
 
-    def range(self, rotate_query: RotaryTransform | None = None, rotate_key: RotaryTransform | None = None) -> Range:
-        """Return the `Range` of this zone with its rotations."""
-        return Range(self.low, self.high, *self.steps, self.below, rotate_query, rotate_key)
+    def range(
+        self,
+        rotate_query: RotaryTransform | None = None,
+        rotate_key: RotaryTransform | None = None,
+        keys: Tensor | None = None,
+    ) -> Range:
+        """Return the `Range` of this zone with its rotations, or with the rotated keys."""
+        return Range(self.low, self.high, *self.steps, self.below, rotate_query, rotate_key, keys)
 
 
 class Remapped(Rotation):
@@ -103,10 +109,16 @@ class Remapped(Rotation):
         return None
 
     def prepare(self, positions: Positions) -> tuple[Tensor, ...]:
-        """Return cos and sin for each distinct tensor of query positions, then of key positions, then the scale."""
-        zones = self.zones(positions)
+        """Return cos and sin for each distinct tensor of query positions, then of key positions, then the scale.
+
+        If encoded keys are reused, those of the keys are left out.
+        """
+        zones = self._zones(positions)
         prepared: tuple[Tensor, ...] = ()
-        for distinct in (_distinct([zone.query for zone in zones]), _distinct([zone.key for zone in zones])):
+        sides = [_distinct([zone.query for zone in zones])]
+        if positions.encoded is None:
+            sides.append(_distinct([zone.key for zone in zones]))
+        for distinct in sides:
             for at in distinct:
                 prepared += self.cos_sin(at)
         query_scale = self.query_scale(positions.query)
@@ -116,17 +128,62 @@ class Remapped(Rotation):
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
     ) -> Output:
         check_causal(self, engine)
-        zones, tables = self.zones(positions), positions.prepared
+        zones, tables = self._zones(positions), positions.prepared
         at_query, at_key = [zone.query for zone in zones], [zone.key for zone in zones]
         middle = 2 * len(_distinct(at_query))
-        end = middle + 2 * len(_distinct(at_key))
+        end = middle if positions.encoded is not None else middle + 2 * len(_distinct(at_key))
         if len(tables) > end:
             query = query * tables[end][:, None, :, None].to(query.dtype)
         of_queries = self._rotations(query.device, at_query, tables[:middle])
+        if positions.encoded is not None and not engine.is_specification:
+            keys = self._encoded_keys(key, at_key, positions.encoded, engine)
+            ranges = [
+                zone.range(of_query, keys=encoded)
+                for zone, of_query, encoded in zip(zones, of_queries, keys, strict=True)
+            ]
+            return engine.ranges(query, key, value, positions, ranges)
+        if positions.encoded is not None:
+            tables = (*tables[:middle], *(table for at in _distinct(at_key) for table in self.cos_sin(at)))
+            end = len(tables)
         kept = positions.kept
-        of_keys = tables[middle:end] if kept is None else tuple(table[:, kept] for table in tables[middle:end])
+        whole = kept is None or positions.encoded is not None  # then the zones are those of the kept keys
+        of_keys = tables[middle:end] if whole else tuple(table[:, kept] for table in tables[middle:end])
         rotations = zip(zones, of_queries, self._rotations(query.device, at_key, of_keys), strict=True)
         return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in rotations])
+
+    def _zones(self, positions: Positions) -> Sequence[Zone]:
+        """Return the zones, which layers share if encoded keys are reused."""
+        if positions.encoded is None:
+            return self.zones(positions)
+        name = ("zones", id(self), positions.key.shape[1], positions.key.device)
+        return positions.encoded.once(name, lambda: self.zones(positions))
+
+    def _encoded_keys(
+        self, key: Tensor, at_key: Sequence[Tensor | None], encoded: EncodedPass, engine: AttentionEngine
+    ) -> list[Tensor | None]:
+        """Return the rotated keys of each zone; None where keys stay as they are."""
+        distinct, found = _distinct(at_key), []
+        for at in at_key:
+            if at is None and self.attention_scaling == 1:
+                found.append(None)
+                continue
+            index = _index(at, distinct)
+
+            def encode(new: Tensor, start: int, at: Tensor | None = at, index: int = index) -> Tensor:
+                def tables() -> tuple[Tensor, Tensor]:
+                    origin = torch.zeros(1, 1, dtype=torch.long, device=new.device)
+                    return self.cos_sin(origin if at is None else at[:, start:])
+
+                return self.rotation(*encoded.once((id(self), index, start, key.shape[2], new.device), tables))(new)
+
+            found.append(encoded.keys(key, engine.cache_layer, index, None, encode))
+        return found
+
+    @property
+    def key_copies(self) -> int:
+        origin = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        at_key = [zone.key for zone in self.zones(Positions(origin, origin))]
+        return len(_distinct(at_key)) + (any(at is None for at in at_key) and self.attention_scaling != 1)
 
     def _rotations(
         self, device: torch.device, zone_positions: Sequence[Tensor | None], tables: tuple[Tensor, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..core.scheme import Scheme, causal_distance, overrides
 from ..errors import OptionValueError, UnsupportedError
 
 if TYPE_CHECKING:
+    from ..core.encoded_keys import EncodedPass
     from ..core.engine import AttentionEngine, Output
 
 
@@ -95,6 +96,8 @@ class RotaryTransform:
 GROWTH = 2.0
 """Ratio of two consecutive length regimes."""
 REGIMES = 24
+REGIME = "regime"
+"""Name under which a pass keeps the regime of each row, if one regime holds for all its queries."""
 
 
 class Rotation(Scheme):
@@ -280,16 +283,26 @@ class Rotary(Rotation):
         return self._rotations(positions, inv_freq, factor, inv_key, factor_key)
 
     def _prepare_cached(self, positions: Positions, length: Tensor) -> tuple[Tensor, ...]:
-        grid = [int(self.regime_start * GROWTH**step) for step in range(REGIMES)]
-        inv_freq, factor = self._table("grid", length.device, grid)
+        grid, (inv_freq, factor) = self._grid(length.device)
         level = torch.bucketize(length, torch.tensor(grid, device=length.device)).clamp(max=REGIMES - 1)
         first = level.amin(dim=1)
         more = int((level - first[:, None]).max()) if level.shape[1] > 1 else 0
         prepared: tuple[Tensor, ...] = (level - first[:, None],)
+        if positions.encoded is not None:
+            if more == 0:
+                regime = positions.encoded.once(REGIME, lambda: tuple(first.tolist()))
+                at = torch.tensor(regime, device=length.device)[:, None]
+                angles = positions.query[..., None].float() * inv_freq[at]
+                return *prepared, *self._tables_of(angles, factor[at][..., None])
         for step in range(more + 1):
             at = (first + step).clamp(max=REGIMES - 1)[:, None]
             prepared += self._rotations(positions, inv_freq[at], factor[at], inv_freq[at], factor[at])[1:]
         return prepared
+
+    def _grid(self, device: torch.device) -> tuple[list[int], tuple[Tensor, Tensor]]:
+        """Return the lengths of the regimes, and their frequencies `[regimes, r / 2]` and factors `[regimes]`."""
+        grid = [int(self.regime_start * GROWTH**step) for step in range(REGIMES)]
+        return grid, self._table("grid", device, grid)
 
     def _rotations(
         self, positions: Positions, inv_query: Tensor, factor_query: Tensor, inv_key: Tensor, factor_key: Tensor
@@ -312,15 +325,44 @@ class Rotary(Rotation):
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return self._rotate_both(query, key, positions.prepared[1:5], positions.kept)
 
+    @property
+    def key_copies(self) -> int:
+        own = type(self).attend is not Rotary.attend or type(self).prepare is not Rotary.prepare
+        return int(self.length_dependent and not own)
+
+    def _encoded_keys(self, key: Tensor, positions: Positions, encoded: EncodedPass, engine: AttentionEngine) -> Tensor:
+        """Return the rotated keys, most of which earlier passes rotated."""
+        regime = cast("tuple[int, ...]", encoded.once(REGIME, tuple))
+        _, (inv_freq, factor) = self._grid(positions.key.device)
+
+        def encode(new: Tensor, start: int) -> Tensor:
+            def tables() -> tuple[Tensor, Tensor]:
+                at = torch.tensor(regime, device=positions.key.device)[:, None]
+                angles = positions.key[:, start:, None].float() * inv_freq[at]
+                return self._tables_of(angles, factor[at][..., None])
+
+            name = (id(self), start, positions.key.shape[1], positions.key.device)
+            return engine.after_rotation(self.rotate(new, *encoded.once(name, tables)))
+
+        if engine.is_specification:
+            return encode(key, 0)
+        return encoded.keys(key, engine.cache_layer, "rotated", regime, encode)
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
     ) -> Output:
         choice, tables = positions.prepared[0], positions.prepared[1:]
+        bias = self if overrides(self, "bias") else None
+        if positions.encoded is not None and len(tables) == 2:
+            rotated_query = engine.after_rotation(self.rotate(query, *tables))
+            return engine(
+                rotated_query, self._encoded_keys(key, positions, positions.encoded, engine), value, positions, bias
+            )
         output = None
         for step in range(len(tables) // 4):  # more than one where the queries of a chunk straddle a threshold
             rotated = self._rotate_both(query, key, tables[4 * step : 4 * step + 4], positions.kept)
             rotated = engine.after_rotation(rotated[0]), engine.after_rotation(rotated[1])
-            other = engine(*rotated, value, positions, bias=self if overrides(self, "bias") else None)
+            other = engine(*rotated, value, positions, bias)
             output = other if output is None else engine.where((choice == step)[:, :, None, None], other, output)
         assert output is not None
         return output

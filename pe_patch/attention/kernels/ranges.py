@@ -6,6 +6,7 @@ attention.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -206,6 +207,8 @@ def _spans(reach: slice) -> Iterator[slice]:
 
 def _encode_keys(each: Range, key: Tensor, reach: slice) -> Tensor:
     """Return the encoded keys that a range reaches, encoded span by span to bound the memory of temporary copies."""
+    if each.keys is not None:
+        return each.keys[:, :, reach]
     if each.rotate_key is None:
         return key[:, :, reach]
     encoded = torch.empty_like(key[:, :, reach])
@@ -218,6 +221,19 @@ def _encode_keys(each: Range, key: Tensor, reach: slice) -> Tensor:
 def _expand_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """Expand a mask to `[batch, heads, queries, keys]` without copying."""
     return None if mask is None else mask.expand(query.shape[0], query.shape[1], -1, -1)
+
+
+def _layout(ranges: list[Range], positions: Positions, mask: Tensor | None, dtype: torch.dtype) -> Layout:
+    """Return the layout of a pass; layers that see the same keys share it, each with its own encodings."""
+    if positions.encoded is None:
+        return Layout(ranges, positions, mask, dtype)
+    bounds = tuple((each.low, each.high, each.below, id(each.step_query), id(each.step_key)) for each in ranges)
+    seen = None if mask is None else (mask.data_ptr(), mask.shape)
+    name = ("layout", positions.key.shape[1], bounds, seen, dtype)
+    shared = positions.encoded.once(name, lambda: Layout(ranges, positions, mask, dtype))
+    own = copy.copy(shared)
+    own.ranges = ranges
+    return own
 
 
 def attention(
@@ -240,6 +256,6 @@ def attention(
         mask: `[batch | 1, 1, query, key]`, boolean or additive; None for a causal mask.
         scaling: factor on the dot products.
     """
-    layout = Layout(ranges, positions, mask, value.dtype)
+    layout = _layout(ranges, positions, mask, value.dtype)
     output: Any = Ranges.apply(query, key, value, layout, scaling)
     return output.transpose(1, 2)
