@@ -534,14 +534,14 @@ WRAPPERS = (private("_orig_mod", "torch._dynamo.eval_frame.OptimizedModule", "WR
 
 
 @uses("torch.Tensor", "_version")
-def grows_plainly(layer: Any) -> bool:
-    """Return whether a cache layer holds all its keys in one tensor, and replaces that tensor when it grows."""
-    return type(layer) is DynamicLayer
-
-
 def version_counter(tensor: Tensor) -> int:
     """Return autograd's version counter of a tensor, which in-place operations increase; -1 for inference tensors."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def grows_plainly(layer: Any) -> bool:
+    """Return whether a cache layer holds all its keys in one tensor, and replaces that tensor when it grows."""
+    return type(layer) is DynamicLayer
 
 
 @uses("torch.Tensor", "_base")
