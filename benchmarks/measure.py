@@ -55,9 +55,9 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
 
 
-def save(name: str, content: dict[str, Any]) -> Path:
-    """Write results, with the machine, under results/."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+def save(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write results, with the machine, under results/ or another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
     file.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
     return file

@@ -14,7 +14,9 @@ from transformers import CohereConfig, CohereForCausalLM, DynamicCache, Gemma3Fo
 
 from pe_patch import SCHEMES, describe, patch_model, unpatch_model
 from pe_patch.errors import OptionError
+from pe_patch.patching.api import find_patch
 from pe_patch.patching.cache_record import RECORD
+from pe_patch.schemes.relative import TransformerXL
 from pe_patch.schemes.rotary import RotaryTransform
 
 from .models import CASES, VOCABULARY, WINDOW, build, cached_logits, case, error, in_chunks, padded, put, tokens
@@ -299,6 +301,36 @@ def test_a_text_in_chunks_and_with_padding_equals_one_pass() -> None:
         assert error(parts[real], whole[real]) < 2e-5, name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("name", ["shaw", "transformer_xl"])
+def test_one_query_by_the_kernel_equals_eager(name: str, family: str) -> None:
+    results = []
+    prompt, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    for backend in ("sdpa", "eager"):
+        model = put(build(family), name, backend=backend)
+        options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+        output = model.generate(
+            prompt, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options
+        )
+        results.append((output.sequences, torch.stack(output.logits)))
+    (tokens_fast, fast), (tokens_eager, eager) = results
+    assert torch.equal(tokens_fast, tokens_eager) and error(fast, eager) < 2e-5
+
+
+def test_a_table_by_distance_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = put(build("llama"), "transformer_xl")
+    counts, make = [], TransformerXL.sinusoids
+
+    def counted(self: Any, count: int, device: torch.device) -> Tensor:
+        counts.append(count)
+        return make(self, count, device)
+
+    monkeypatch.setattr(TransformerXL, "sinusoids", counted)
+    cached_logits(model, tokens(1, 70), 40, DynamicCache(config=model.config))
+    assert len(counts) == 2 and counts[1] > 70, "for the first pass, and once with room for those behind it"
+
+
 def test_eager_attention_reuses_nothing() -> None:
     model = build("llama")
     patch_model(model, "self_extend", group=4, window=12, backend="eager")
@@ -327,5 +359,5 @@ def test_every_scheme_that_encodes_at_the_scores_by_position_is_listed() -> None
         if name.endswith("_2d") or name not in CASES:
             continue
         put(model, name)
-        assert (model.model.pe_runtime.key_copies > 0) == (name in listed - {"linear", "yarn"}), name
+        assert (find_patch(model).scheme.key_copies > 0) == (name in listed - {"linear", "yarn"}), name
         unpatch_model(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -327,6 +328,27 @@ class Engine(AttentionEngine):
         u, v, strip = (tensor.to(self._precise(query)) for tensor in (u, v, vectors(distances(key.shape[2]))))
         output: Any = Relative.apply(query, key, value, u, v, strip, self.scaling)
         return output.transpose(1, 2), None
+
+    def one_query(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Compute the attention of one query with a bias on its scaled scores; return None if no kernel supports it.
+
+        Args:
+            query: `[batch, heads, 1, head]`.
+            key: `[batch, key_heads, key, head]`.
+            value: `[batch, key_heads, key, head]`.
+            bias: `[batch | 1, heads, 1, key]`, float32 or wider.
+
+        Returns:
+            The output `[batch, heads, 1, head]`, and the log-sum-exp of the scores, `[batch, heads, 1]`.
+        """
+        wide = query.dtype == self._precise(query)
+        if query.shape[2] != 1 or torch.is_grad_enabled() or not wide or not cpu.is_supported(self, query, value):
+            return None
+        if self.mask is not None:
+            hidden = self.mask[..., : key.shape[2]]
+            bias = bias.masked_fill(~hidden, -math.inf) if hidden.dtype == torch.bool else bias + hidden
+        mask = bias.to(query.dtype).expand(query.shape[0], query.shape[1], 1, -1)
+        return cpu.attention(query, key, value, mask, self.scaling)
 
     def blocks(
         self,

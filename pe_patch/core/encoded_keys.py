@@ -54,6 +54,8 @@ class EncodedKeys:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerKeys] = {}
+        self.tables: dict[Hashable, Tensor] = {}
+        """Tables by distance, `[distances, ...]`, which grow as the text does."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncodedKeys:
         return EncodedKeys()
@@ -111,6 +113,13 @@ class EncodedPass:
         if name not in self._results:
             self._results[name] = compute()
         return self._results[name]
+
+    def table(self, name: Hashable, count: int, make: Callable[[int], Tensor]) -> Tensor:
+        """Return the first `count` rows of a table that `make` makes with any number of rows; the cache keeps it."""
+        tables = self.encoded.tables
+        if name not in tables or tables[name].shape[0] < count:
+            tables[name] = make(count + max(LEAST_ROOM, count // ROOM))
+        return tables[name][:count]
 
     def keys(self, key: Tensor, hint: int | None, name: Hashable, regime: Hashable, encode: Encode) -> Tensor:
         """Return the encoded keys, of which only the new ones are encoded now.

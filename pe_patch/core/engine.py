@@ -129,6 +129,17 @@ class AttentionEngine(Protocol):
         """
         ...
 
+    def one_query(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Compute the attention of one query with a bias on its scaled scores; return None if no kernel supports it.
+
+        Args:
+            bias: `[batch | 1, heads, 1, key]`, float32 or wider.
+
+        Returns:
+            The output `[batch, heads, 1, head]`, and the log-sum-exp of the scores, `[batch, heads, 1]`.
+        """
+        ...
+
     def blocks(
         self,
         query: Tensor,

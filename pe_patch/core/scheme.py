@@ -264,6 +264,11 @@ class Scheme(_Options, nn.Module):
         """
         return 0
 
+    @property
+    def remembers(self) -> bool:
+        """Return whether passes keep something with the cache for later ones: encoded keys, or a table."""
+        return self.key_copies > 0
+
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Change query `[batch, heads, query, head]` and key `[batch, key_heads, key, head]` at the scores."""
         return query, key

@@ -192,7 +192,7 @@ def _weights(patch: Patch) -> dict[str, Any]:
 def _key_copies(patch: Patch) -> dict[str, Any]:
     """Return the bytes of the cache per token, with and without copies of encoded keys, for a scheme that uses them."""
     runtime = getattr(patch.base, "pe_runtime", None)
-    if runtime is None or not runtime.key_copies:
+    if runtime is None or not runtime.key_copies or not patch.scheme.key_copies:
         return {}
     copied = {index: scheme for index, scheme in patch.scheme_by_layer.items() if _is_copied(patch, index)}
     if not copied:

@@ -652,7 +652,7 @@ def _forward_swaps(
         specification=specification,
         window=scheme.effective_window,
         strict=settings.strict,
-        key_copies=settings.key_copies and scheme.key_copies > 0 and not converts(scheme),
+        key_copies=settings.key_copies and scheme.remembers and not converts(scheme),
         patch=adapter.vision_encoder.patch(base.config) if adapter.vision_encoder else None,
         keep_native=keep_native,
         native_table=table_window(base) if keep_native and adapter.vision_encoder is None else None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -98,6 +100,8 @@ class Shaw(ContentRelative):
         fast = engine.clipped(
             query, key, value, positions, self.vectors(reach)[0], None if on_values is None else on_values[0]
         )
+        if fast is None:
+            fast = self._decode(query, key, value, positions, engine)
         if fast is not None:
             return fast
 
@@ -112,6 +116,39 @@ class Shaw(ContentRelative):
             return sums.scatter_add(-1, entries.expand_as(weights), weights) @ at_least_float32(values)
 
         return engine.rows(query, key, value, positions, scores, None if values is None else extra_output)
+
+    def _decode(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
+    ) -> Output | None:
+        """Compute the attention of one query; return None if no kernel supports it.
+
+        The weights of near keys follow from the log-sum-exp. All farther keys share one vector on the values, whose
+        weight is what remains.
+        """
+        if query.shape[2] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        distance = positions.distance
+        near = int((distance < self.max_distance).sum(-1).max())
+        if bool((distance[..., : distance.shape[-1] - near] < self.max_distance).any()) or bool((distance < 0).any()):
+            return None  # the near keys are not the last ones
+        by_distance = (query @ self.keys.T.to(query.dtype)) * engine.scaling
+        of_near = _pick(by_distance, self._entries(positions._replace(key=positions.key[:, key.shape[2] - near :])))
+        far = by_distance[..., :1].expand(-1, -1, -1, key.shape[2] - near)  # entry 0: `max_distance` or more back
+        bias = torch.cat((far, of_near), -1)
+        found = engine.one_query(query, key, value, bias)
+        if found is None or self._value_table is None:
+            return None if found is None else (found[0].transpose(1, 2), None)
+        output, lse = found
+        last = engine.allowed(query, key)[..., key.shape[2] - near :]
+        scores = (engine.scores(query, key[:, :, key.shape[2] - near :]) + of_near).masked_fill(~last, -math.inf)
+        weights = (scores - lse[..., None]).exp()
+        table = self._value_table.to(weights.dtype)
+        entries = self._entries(positions._replace(key=positions.key[:, key.shape[2] - near :]))
+        sums = weights.new_zeros(*weights.shape[:3], table.shape[0]).scatter_add(
+            -1, entries.expand_as(weights), weights
+        )
+        rest = (1 - weights.sum(-1, keepdim=True)) * table[0]
+        return (output + sums @ table + rest).transpose(1, 2), None
 
 
 @register_scheme
@@ -169,7 +206,14 @@ class TransformerXL(ContentRelative):
         count = int((positions.query.max() - positions.key.min()).clamp(min=0)) + 1
         if self.clamp_length is not None:
             count = min(count, self.clamp_length + 1)
+        if positions.encoded is not None:
+            make = partial(self.sinusoids, device=positions.query.device)
+            return (positions.encoded.table(("sinusoids", positions.query.device), count, make),)
         return (self.sinusoids(count, positions.query.device),)
+
+    @property
+    def remembers(self) -> bool:
+        return True
 
     def vectors(self, count: int, layer: int) -> Tensor:
         """Return W_R R for the distances 0 .. count - 1, `[heads, count, head]`."""
@@ -198,6 +242,8 @@ class TransformerXL(ContentRelative):
         fast = engine.relative(
             query, key, value, positions, at_least_float32(self.u), at_least_float32(self.v), by_distance
         )
+        if fast is None:
+            fast = self._decode(query, key, value, positions, engine, sinusoids)
         if fast is not None:
             return fast
         # W_R R serves all queries; for a few of them W_R is better applied to the query than to every distance.
@@ -215,6 +261,28 @@ class TransformerXL(ContentRelative):
             return chunk_engine.scores(query, key) + of_key * chunk_engine.scaling
 
         return engine.rows(query, key, value, positions, scores)
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        engine: AttentionEngine,
+        sinusoids: Tensor,
+    ) -> Output | None:
+        """Compute the attention of one query; return None if no kernel supports it.
+
+        u joins the query, and the term by distance is one row of biases.
+        """
+        if query.shape[2] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        u, v = (vector.to(query.dtype)[:, None] for vector in (self.u, self.v))
+        projected = (query + v) @ self._by_head(engine.layer).to(query.dtype)
+        by_distance = (projected @ sinusoids.to(query.dtype).T) * engine.scaling
+        distance = positions.distance.clamp(0, sinusoids.shape[0] - 1)[:, None]
+        found = engine.one_query(query + u, key, value, _pick(by_distance, distance))
+        return None if found is None else (found[0].transpose(1, 2), None)
 
     def _attend_by_products(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, engine: AttentionEngine
