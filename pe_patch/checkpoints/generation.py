@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..patching.prefill import check_prefill_chunk
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def continue_ids(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stream: Callable[[str], None] | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generated:
     """Generate after a prompt.
 
@@ -98,9 +100,14 @@ def continue_ids(
         max_new_tokens: maximum number of new tokens.
         sampling: how tokens are chosen; None takes the likeliest.
         stream: called with each piece of text as it is generated.
+        prefill_chunk: most tokens of the prompt that one forward pass reads; None for all.
+
+    Raises:
+        OptionError: `prefill_chunk` would change the logits.
     """
     from transformers import TextStreamer
 
+    check_prefill_chunk(model, prefill_chunk)
     sampling, ids = sampling or Sampling(), ids.to(model.device)
     streamer = None
     if stream is not None:
@@ -116,6 +123,7 @@ def continue_ids(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             streamer=streamer,
+            prefill_chunk_size=prefill_chunk if prefill_chunk and ids.shape[1] > prefill_chunk else None,
             **sampling.arguments(),
         )
     new = output[0, ids.shape[1] :]

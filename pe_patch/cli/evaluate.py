@@ -20,6 +20,7 @@ from .options import (
     OnExisting,
     Options,
     Overwrite,
+    PrefillChunk,
     SchemeName,
     TargetLength,
     parse_length_option,
@@ -82,6 +83,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text source: stdlib, a folder, a file or a hub data set.")] = "stdlib",
     seed: Annotated[int, typer.Option(help="Random seed for questions and text positions.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass.")] = None,
+    prefill_chunk: PrefillChunk = None,
     control_length: Annotated[
         int | None,
         typer.Option(
@@ -111,6 +113,7 @@ def evaluate(
     from ..evaluation.results import Results, check_results_folder, summary_table
 
     task_only = {"--task-option": task_option, "--depth": depth, "--control-length": control_length}
+    task_only["--prefill-chunk"] = prefill_chunk
     if stray := [name for name, value in (task_only | {"--no-retrieval": no_retrieval}).items() if value]:
         if harness and not task:
             raise OptionError(f"{', '.join(stray)} has no effect on lm-eval's tasks: add --task, or remove it.")
@@ -141,6 +144,7 @@ def evaluate(
             length or None,
             samples=samples,
             batch_size=batch_size,
+            prefill_chunk=prefill_chunk,
             seed=seed,
             text=text,
             control_length=control_length,

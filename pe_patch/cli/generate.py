@@ -18,6 +18,7 @@ from .options import (
     Model,
     OnExisting,
     Options,
+    PrefillChunk,
     SchemeName,
     TargetLength,
     parse_length_option,
@@ -52,6 +53,7 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this number of likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed of the sampling.")] = None,
+    prefill_chunk: PrefillChunk = None,
     scheme: SchemeName = None,
     factor: Factor = None,
     target_length: TargetLength = None,
@@ -75,7 +77,9 @@ def generate(
     sources.apply(loaded, scheme, factor, option, on_existing, target_length)
     ids = generation.encode(tokenizer, text, chat=chat, system=system)
     stream = None if as_json else write
-    result = generation.continue_ids(loaded, tokenizer, ids, max_new_tokens, sampling, stream=stream)
+    result = generation.continue_ids(
+        loaded, tokenizer, ids, max_new_tokens, sampling, stream=stream, prefill_chunk=prefill_chunk
+    )
     if as_json:
         print_json({"prompt": text, "prompt_tokens": ids.shape[1], "new_tokens": result.tokens, "text": result.text})
     else:

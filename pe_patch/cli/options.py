@@ -51,6 +51,14 @@ Options = Annotated[
 OnExisting = Annotated[
     str | None, typer.Option(help="How to handle the model's existing scaling: error, replace or compose.")
 ]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_length_option,
+        metavar="TOKENS",
+        help="Read a prompt in parts of so many tokens, such as 2k, which bounds the memory.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16 (bf16) or float16 (fp16).")]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu (default: a GPU if available).")]

@@ -28,9 +28,9 @@ from transformers import (
 from .. import compat
 from ..adapters.trained_window import trained_window
 from ..errors import PePatchError, UnsupportedError
-from ..patching.api import find_patch
 from ..patching.description import describe
 from ..patching.output_head import Layer, OutputHead
+from ..patching.prefill import follows_length
 from ..patching.targets import unwrap
 from .question import Question
 
@@ -40,8 +40,6 @@ MIN_SHARED_FRACTION = 0.25
 """Fraction of a prompt that must match another one before its cache is reused."""
 MIN_SHARED_TOKENS = 64
 """With fewer shared tokens, copying the cache costs more than reading them again."""
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary types of Transformers whose frequencies depend on the length of a forward pass."""
 USABLE_MEMORY = 0.8
 """Fraction of the free memory to plan with. The rest covers what the estimate leaves out."""
 LOGITS_PER_CHUNK = 2**28
@@ -180,6 +178,9 @@ class EvaluatedModel:
     """Sequences per forward pass. None plans it from the free memory."""
     autocast: torch.dtype | None = None
     """Dtype for torch.autocast. None disables it."""
+    prefill_chunk: int | None = None
+    """Most tokens of a text that one forward pass reads, which bounds the memory of its activations. None reads a text
+    in one pass."""
     advance: Callable[[int], Any] = field(default=lambda tokens: None)
     """Progress callback. It receives the number of tokens after every forward pass."""
     work: Work = field(default_factory=Work)
@@ -224,12 +225,7 @@ class EvaluatedModel:
         """
         if self.cache_bytes == 0:
             return False
-        patch = find_patch(self.model)
-        if patch is not None:
-            return not patch.scheme.length_dependent
-        parameters = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
-        by_layer_type = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-        return not any(rope.get("rope_type") in LENGTH_DEPENDENT_ROPE for rope in by_layer_type)
+        return not follows_length(self.model)
 
     def plan_batch_size(self, length: int, *, logits: int = 1, cached: bool = True) -> int:
         """Return the number of sequences of `length` tokens for one forward pass.
@@ -241,8 +237,10 @@ class EvaluatedModel:
         """
         if self.batch_size is not None:
             return self.batch_size
-        cache_bytes = self.cache_bytes if cached else 0
-        return max_batch_size(self.model, self.device, length, cache_bytes=cache_bytes, logits=logits)
+        cache_bytes = self.cache_bytes if cached or self.prefill_chunk else 0
+        return max_batch_size(
+            self.model, self.device, length, cache_bytes=cache_bytes, logits=logits, chunk=self.prefill_chunk
+        )
 
     @contextlib.contextmanager
     def inference_mode(self) -> Iterator[None]:
@@ -296,6 +294,8 @@ class EvaluatedModel:
     def _losses(self, ids: torch.Tensor, targets: int) -> torch.Tensor:
         """Return the losses of the last targets [batch, targets] of ids [batch, n]."""
         labels = ids[:, -targets:]
+        if self.prefill_chunk is not None and ids.shape[1] > self.prefill_chunk:
+            return self._losses_in_chunks(ids, targets)
         inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": targets + 1}
         chunk = self.logits_at_once(targets)
         if chunk > targets or (head := self.output_head) is None:
@@ -308,6 +308,28 @@ class EvaluatedModel:
 
         with head.replaced(in_chunks):
             return self.model(**inputs).loss.view(labels.shape)
+
+    def _losses_in_chunks(self, ids: torch.Tensor, targets: int) -> torch.Tensor:
+        """Return the losses of the last targets [batch, targets] of ids [batch, n], read chunk by chunk."""
+        first = ids.shape[1] - targets - 1  # the token whose logits predict the first target
+        head, losses = ids[:, :first], []
+        cache = self._read(head) if head.shape[1] else None
+        assert self.prefill_chunk is not None
+        width = min(self.prefill_chunk, self.logits_at_once(self.prefill_chunk))
+        for start in range(first, ids.shape[1] - 1, width):
+            part = ids[:, start : min(start + width, ids.shape[1] - 1)]
+            output = self.model(input_ids=part, use_cache=True, **compat.cache_keyword(unwrap(self.model), cache))
+            cache = compat.cache_of(output)
+            losses.append(_cross_entropy(output.logits, ids[:, start + 1 : start + 1 + part.shape[1]]))
+        return torch.cat(losses, 1)
+
+    def _read(self, ids: torch.Tensor) -> Any:
+        """Read texts without padding [batch, n] into a new cache, and return it."""
+        cache = None
+        for part in ids.split(self.prefill_chunk or ids.shape[1], dim=1):
+            known = compat.cache_keyword(unwrap(self.model), cache)
+            cache = compat.cache_of(self.model(input_ids=part, use_cache=True, logits_to_keep=1, **known))
+        return cache
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """Answer each question greedily, with at most `budget` tokens and up to an end-of-text token.
@@ -412,9 +434,7 @@ class EvaluatedModel:
             members = [_Member(member.index, least) for member in members]
         longest = max(member.shared for member in members)
         with self.inference_mode():
-            shared_cache = compat.cache_of(
-                self.model(input_ids=self._tensor(prompt[None, :longest]), use_cache=True, logits_to_keep=1)
-            )
+            shared_cache = self._read(self._tensor(prompt[None, :longest]))
         cropped = any(member.shared < longest for member in members)
         if not isinstance(shared_cache, DynamicCache) or (cropped and any(shared_cache.is_sliding)):
             return None
@@ -462,7 +482,8 @@ class EvaluatedModel:
             New token ids for each row.
         """
         with self.inference_mode():
-            if budget == 1 and cache is None and not processors and bool(mask.all()):
+            in_chunks = self.prefill_chunk is not None and ids.shape[1] > self.prefill_chunk
+            if budget == 1 and cache is None and not processors and bool(mask.all()) and not in_chunks:
                 # One greedy token is the argmax after the prompt and needs no cache.
                 logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
                 return logits[:, -1:].argmax(-1).tolist()
@@ -473,6 +494,7 @@ class EvaluatedModel:
                 num_beams=1,
                 pad_token_id=self.pad_token,
                 eos_token_id=sorted(self.end_tokens) or None,
+                prefill_chunk_size=self.prefill_chunk if in_chunks else None,
             )
             cache_argument = compat.cache_keyword(unwrap(self.model), cache)
             with _generation_config(self.model, greedy):
@@ -647,7 +669,7 @@ def _cached_tensors(model: Any, length: int) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
-def sequence_bytes(model: Any, length: int, cache_bytes: int, logits: int) -> int:
+def sequence_bytes(model: Any, length: int, cache_bytes: int, logits: int, chunk: int | None = None) -> int:
     """Estimate the memory of a forward pass over one sequence, without the weights.
 
     The estimate has the cache, the activations of the widest layer (residual stream, projections, MLP), the logits in
@@ -658,6 +680,7 @@ def sequence_bytes(model: Any, length: int, cache_bytes: int, logits: int) -> in
         length: Tokens of the sequence.
         cache_bytes: Bytes per token in the cache.
         logits: Positions whose logits the forward pass returns.
+        chunk: Most tokens of a forward pass; None for the whole sequence.
 
     Returns:
         Bytes.
@@ -667,9 +690,11 @@ def sequence_bytes(model: Any, length: int, cache_bytes: int, logits: int) -> in
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     inner = max(inner) if isinstance(inner, list | tuple) else inner
     item = next(model.parameters()).element_size()
-    total = length * (cache_bytes + item * (8 * hidden + 3 * inner)) + 8 * logits * config.vocab_size
+    at_once = min(length, chunk or length)
+    total = length * cache_bytes + at_once * item * (8 * hidden + 3 * inner)
+    total += 8 * min(logits, at_once) * config.vocab_size
     if "eager" in str(compat.attention_implementation(config)):
-        total += 8 * getattr(config, "num_attention_heads", 1) * length * length
+        total += 8 * getattr(config, "num_attention_heads", 1) * at_once * length
     return total
 
 
@@ -681,7 +706,9 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def max_batch_size(model: Any, device: torch.device, length: int, *, cache_bytes: int = 0, logits: int = 1) -> int:
+def max_batch_size(
+    model: Any, device: torch.device, length: int, *, cache_bytes: int = 0, logits: int = 1, chunk: int | None = None
+) -> int:
     """Return how many sequences of `length` tokens fit into one forward pass.
 
     Args:
@@ -690,16 +717,17 @@ def max_batch_size(model: Any, device: torch.device, length: int, *, cache_bytes
         length: Tokens of each sequence.
         cache_bytes: Bytes per token in the cache.
         logits: Positions per sequence whose logits the forward pass returns.
+        chunk: Most tokens of a sequence that one forward pass reads; None for all.
 
     Raises:
         PePatchError: Not even one sequence fits into the free memory.
     """
-    needed, free = sequence_bytes(model, length, cache_bytes, logits), free_bytes(device)
+    needed, free = sequence_bytes(model, length, cache_bytes, logits, chunk), free_bytes(device)
     fitting = int(USABLE_MEMORY * free) // max(1, needed)
     if fitting < 1:
         raise PePatchError(
             f"A sequence of {length} tokens takes about {needed / 2**30:.1f} GiB in addition to the weights, and only "
-            f"{free / 2**30:.1f} GiB are free on {device}. Use a shorter length, a smaller dtype or a scheme with a "
-            "smaller cache. batch_size=1 skips this check."
+            f"{free / 2**30:.1f} GiB are free on {device}. Use a shorter length, a smaller dtype, a scheme with a "
+            "smaller cache or prefill_chunk=2048. batch_size=1 skips this check."
         )
     return max(1, min(fitting, TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"]) // length))

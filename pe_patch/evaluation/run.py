@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..checkpoints.folders import sole_writer
 from ..checkpoints.sources import check_loaded
 from ..errors import PePatchError
+from ..patching.prefill import check_prefill_chunk
 from .context import EvaluationContext, PromptTemplate, WorkUnit
 from .corpus import Corpus
 from .journal import Journal
@@ -41,6 +42,7 @@ def evaluate(
     samples: int = 50,
     depths: Sequence[float] = DEPTHS,
     batch_size: int | None = None,
+    prefill_chunk: int | None = None,
     seed: int = 0,
     text: str | Sequence[str] | Corpus = "stdlib",
     control_length: int | None = None,
@@ -66,6 +68,8 @@ def evaluate(
         samples: Questions per length, divided over `depths`. With fewer than 32, perplexity reads less text, too.
         depths: Positions of the answer in the text, from 0 (start) to 1 (end).
         batch_size: Sequences per forward pass. None plans it from the free memory.
+        prefill_chunk: Most tokens of a text that one forward pass reads, such as 2048. It bounds the memory of the
+            activations, and the logits stay the same. None reads a text in one pass.
         seed: Random seed for questions and text spots.
         text: A list of documents, a source that `pe_patch.data.text.load_documents` knows, or a Corpus, which several
             evaluations can share.
@@ -93,7 +97,8 @@ def evaluate(
     Raises:
         PePatchError: A prompt would be cut, a length is beyond the window, or the text is too short.
         UnknownNameError: A task or one of its named options does not exist.
-        OptionError: No task has an option of `task_options`, `chat` has no chat template, or `bos` no BOS token.
+        OptionError: No task has an option of `task_options`, `chat` has no chat template, `bos` no BOS token, or
+            `prefill_chunk` would change the logits.
         OutputError: `output` holds something else and `overwrite` is False, or another run is writing to it.
     """
     check_loaded(model, tokenizer)
@@ -113,6 +118,7 @@ def evaluate(
             samples=samples,
             depths=depths,
             batch_size=batch_size,
+            prefill_chunk=prefill_chunk,
             seed=seed,
             text=text,
             control_length=control_length,
@@ -194,6 +200,7 @@ def _context(
     beyond_window: bool,
     dry_run: bool,
     batch_size: int | None = None,
+    prefill_chunk: int | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
     label: str | None = None,
@@ -212,7 +219,9 @@ def _context(
         )
     corpus = text if isinstance(text, Corpus) else Corpus.load(tokenizer, text, needed=max(*checked_lengths, control))
     return EvaluationContext(
-        model=(DryRunModel if dry_run else EvaluatedModel)(model, tokenizer, batch_size, autocast),
+        model=_evaluated(
+            DryRunModel if dry_run else EvaluatedModel, model, tokenizer, batch_size, autocast, prefill_chunk
+        ),
         corpus=corpus,
         lengths=checked_lengths,
         depths=tuple(depths),
@@ -225,6 +234,22 @@ def _context(
         template=PromptTemplate.of(tokenizer, chat, bos),
         journal=Journal(None if dry_run else output),
     )
+
+
+def _evaluated(
+    kind: type[EvaluatedModel],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int | None,
+    autocast: torch.dtype | None,
+    prefill_chunk: int | None,
+) -> EvaluatedModel:
+    evaluated = kind(model, tokenizer, batch_size, autocast)
+    check_prefill_chunk(model, prefill_chunk)
+    if prefill_chunk is not None and not isinstance(evaluated, DryRunModel) and not evaluated.cache_bytes:
+        raise PePatchError("prefill_chunk reads a text in parts, which needs a cache, and this model keeps none.")
+    evaluated.prefill_chunk = prefill_chunk
+    return evaluated
 
 
 def _tokens_with(context: EvaluationContext, tasks: Sequence[Task], samples: int) -> int:
