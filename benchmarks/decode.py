@@ -62,7 +62,8 @@ DEVICE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def build(device: str, scheme: str) -> LlamaForCausalLM:
     """Return the model on a device, under a scheme or unpatched."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().to(device, DEVICE[device])
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model = model.to(device, DEVICE[device])
     if scheme != UNPATCHED:
         name, options = SCHEMES[scheme]
         patch_model(model, name, **options)

@@ -95,8 +95,14 @@ class Engine(AttentionEngine):
 
         Softmax over the keys ignores a constant for each query, so ALiBi may use the key's position alone. A learned
         sink competes with the scores and makes such a constant matter, and a key ahead has another sign, so there the
-        bias uses the exact distance.
+        bias uses the exact distance. The layers of a decoding step share a bias by distance.
         """
+        if isinstance(bias, DistanceBias) and positions.encoded is not None and positions.query.shape[1] == 1:
+            name = ("bias", id(bias), positions.key.shape[1], positions.key.device, self.has_sinks)
+            return positions.encoded.once(name, lambda: self._additive(bias, query, key, positions))
+        return self._additive(bias, query, key, positions)
+
+    def _additive(self, bias: Scheme, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
         query = query * self.scaling
         own_form = type(bias).bias is not DistanceBias.bias
         if isinstance(bias, DistanceBias) and own_form and (self.has_sinks or self.looks_ahead(positions)):

@@ -266,7 +266,8 @@ class Scheme(_Options, nn.Module):
 
     @property
     def remembers(self) -> bool:
-        """Return whether passes keep something with the cache for later ones: encoded keys, or a table."""
+        """Return whether a pass over a cache shares results: with later passes encoded keys or a table, or among layers
+        a bias."""
         return self.key_copies > 0
 
     def encode(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -449,6 +450,10 @@ class DistanceBias(Scheme):
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
         heads = torch.arange(query.shape[1], device=query.device)
         return self.score_bias(positions.distance[:, None], heads[:, None, None])
+
+    @property
+    def remembers(self) -> bool:
+        return True  # the bias of a decoding step, for all layers of the pass
 
     def bias_as_head_dims(
         self, positions: Positions, scaling: float, dtype: torch.dtype

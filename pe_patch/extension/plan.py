@@ -228,11 +228,9 @@ def choose_measurement(
         for chosen, texts in itertools.product((lengths, fewest), (4, 2, 1))
     ]
     # With two schemes or more to compare, more of them are worth more than more texts of each.
-    for choice in choices:
-        needed = measurement_seconds(*choice, time)
-        if needed <= budget:
-            break
-    return *choice, needed
+    fitting = (choice for choice in choices if measurement_seconds(*choice, time) <= budget)
+    chosen, at, texts = next(fitting, choices[-1])
+    return chosen, at, texts, measurement_seconds(chosen, at, texts, time)
 
 
 def fewest_lengths(lengths: Sequence[int]) -> list[int]:

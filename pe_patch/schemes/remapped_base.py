@@ -136,10 +136,10 @@ class Remapped(Rotation):
             query = query * tables[end][:, None, :, None].to(query.dtype)
         of_queries = self._rotations(query.device, at_query, tables[:middle])
         if positions.encoded is not None and not engine.is_specification:
-            keys = self._encoded_keys(key, at_key, positions.encoded, engine)
+            keys: list[Tensor | None] = self._encoded_keys(key, at_key, positions.encoded, engine)
             ranges = [
-                zone.range(of_query, keys=encoded)
-                for zone, of_query, encoded in zip(zones, of_queries, keys, strict=True)
+                zone.range(of_query, keys=keys[index])
+                for index, (zone, of_query) in enumerate(zip(zones, of_queries, strict=True))
             ]
             return engine.ranges(query, key, value, positions, ranges)
         if positions.encoded is not None:
@@ -149,7 +149,8 @@ class Remapped(Rotation):
         whole = kept is None or positions.encoded is not None  # then the zones are those of the kept keys
         of_keys = tables[middle:end] if whole else tuple(table[:, kept] for table in tables[middle:end])
         rotations = zip(zones, of_queries, self._rotations(query.device, at_key, of_keys), strict=True)
-        return engine.ranges(query, key, value, positions, [zone.range(*sides) for zone, *sides in rotations])
+        ranges = [zone.range(of_query, of_key) for zone, of_query, of_key in rotations]
+        return engine.ranges(query, key, value, positions, ranges)
 
     def _zones(self, positions: Positions) -> Sequence[Zone]:
         """Return the zones, which layers share if encoded keys are reused."""
