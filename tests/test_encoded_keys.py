@@ -271,6 +271,78 @@ def test_an_interrupted_pass_leaves_nothing_wrong() -> None:
     assert error(*results) < 2e-5
 
 
+@pytest.mark.parametrize("name", ["self_extend", "dynamic_ntk", "xpos"])
+def test_a_cache_read_in_inference_mode_continues_outside_it(name: str) -> None:
+    ids, results = tokens(1, 60), []
+    for model in twins("llama", name):
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(ids[:, :50], past_key_values=cache)
+            model(ids[:, 50:51], past_key_values=cache)
+        results.append(in_chunks(model, ids[:, 51:], [1] * 9, cache))
+    assert error(*results) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["self_extend", "dynamic_ntk", "xpos"])
+def test_a_cache_read_under_autocast_continues_without_it(name: str) -> None:
+    ids, results = tokens(1, 60), []
+    for key_copies in (True, False):
+        scheme, options = case("bloom", name)
+        model = patch_model(build("bloom"), scheme, **options, key_copies=key_copies)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(ids[:, :28], past_key_values=cache)
+            model(ids[:, 28:29], past_key_values=cache)
+        results.append(in_chunks(model, ids[:, 29:], [1] * 31, cache))
+    assert error(*results) < 2e-2  # bfloat16 keys
+
+
+def test_xpos_reads_keys_ahead_and_far_apart() -> None:
+    for at in (10, 49, 50, 10_000_000):
+        results = []
+        for key_copies in (True, False):
+            model = patch_model(build("llama"), "xpos", scale_base=1, key_copies=key_copies)
+            cache = DynamicCache(config=model.config)
+            cached_logits(model, tokens(1, 50), 40, cache)
+            with torch.no_grad():
+                place = torch.tensor([[at]])
+                results.append(model(tokens(1, 1, seed=8), past_key_values=cache, position_ids=place).logits)
+        assert error(*results) < 2e-5, at
+
+
+def test_shaw_weighs_values_under_a_mask_of_numbers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    mask = -3 * torch.rand(1, 1, 1, 51, generator=generator)
+    mask[..., [3, 48]] = torch.finfo(torch.float32).min
+    results = []
+    for backend in ("sdpa", "eager"):
+        model = build("llama")
+        patch_model(model, "shaw", max_distance=6, backend=backend)
+        drawn = torch.Generator().manual_seed(2)
+        for parameter_name, parameter in model.named_parameters():
+            if "position_schemes" in parameter_name:
+                parameter.data = torch.randn(parameter.shape, generator=drawn)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens(1, 50), past_key_values=cache)
+            results.append(model(tokens(1, 1, seed=8), past_key_values=cache, attention_mask=mask).logits)
+    assert error(*results) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["self_extend", "dynamic_ntk", "xpos"])
+def test_compiled_layers_continue_a_cache(name: str) -> None:
+    ids, results = tokens(1, 55), []
+    for compiled in (False, True):
+        model, _ = twins("llama", name)
+        cache = DynamicCache(config=model.config)
+        cached_logits(model, ids[:, :52], 50, cache)
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(backend="eager", fullgraph=True)
+        results.append(in_chunks(model, ids[:, 52:], [1, 1, 1], cache))
+    assert error(*results) < 2e-5
+
+
 GENERATIONS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3}, "prompt lookup": {"prompt_lookup_num_tokens": 4},
     "static": {"cache_implementation": "static"}, "assisted": {},

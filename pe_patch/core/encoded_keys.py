@@ -5,6 +5,9 @@ cached key rarely changes from one step to the next: the key's own position deci
 length. `EncodedKeys` belongs to one cache. It remembers which key tensor of a layer it has encoded, and how much of it.
 Any other tensor there means that the cache was changed: rows selected or reordered, or tokens removed. Then the keys
 are encoded again. A cropped cache is recognised, since its keys are the first part of the same memory.
+
+PyTorch counts no changes of tensors that were made under `torch.inference_mode`, so keys that are overwritten there in
+place are not noticed.
 """
 
 from __future__ import annotations
@@ -34,8 +37,16 @@ class Copy:
     """What the encoding depends on besides the positions. Another regime needs another copy."""
     buffer: Tensor
     """`[batch, key_heads, room, head]`."""
+    dtype: torch.dtype
+    """Type of the keys before they were encoded. Autocast may change it within a text."""
     length: int = 0
     """Number of tokens that it holds."""
+
+    def serves(self, key: Tensor, regime: Hashable) -> bool:
+        """Return whether the copy can be extended by keys of this type, in this regime."""
+        frozen = self.buffer.is_inference() and not torch.is_inference_mode_enabled()  # it can no longer be written
+        same = self.regime == regime and self.dtype == key.dtype and self.buffer.device == key.device
+        return same and not frozen
 
 
 @dataclass
@@ -110,9 +121,12 @@ class EncodedPass:
 
     def once(self, name: Hashable, compute: Callable[[], Result]) -> Result:
         """Return what `compute` returns, computed once for all layers of this pass."""
-        if name not in self._results:
-            self._results[name] = compute()
-        return self._results[name]
+        if name in self._results:
+            return self._results[name]
+        result = compute()
+        if not torch.compiler.is_compiling():
+            self._results[name] = result
+        return result
 
     def table(self, name: Hashable, count: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return the first `count` rows of a table that `make` makes with any number of rows; the cache keeps it."""
@@ -131,13 +145,13 @@ class EncodedPass:
             regime: what the encoding depends on besides the positions.
             encode: encodes keys. Each result must depend on its own key and index alone.
         """
-        index = self._find(key, hint)
+        index = None if torch.compiler.is_compiling() else self._find(key, hint)
         if index is None:
             return encode(key, 0)
         layer = self.encoded.layers.setdefault(index, LayerKeys())
         copy = layer.copies.get(name)
-        if copy is None or copy.regime != regime:
-            copy = layer.copies[name] = Copy(regime, key[:, :, :0])
+        if copy is None or not copy.serves(key, regime):
+            copy = layer.copies[name] = Copy(regime, key[:, :, :0], key.dtype)
         total, start = key.shape[2], copy.length
         if start < total:
             new = encode(key[:, :, start:], start)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..core.encoded_keys import EncodedPass
     from ..core.engine import AttentionEngine, Output
 
+MOST_BLOCKS = 16
+"""Blocks of keys that a decoding step reads one after the other, at most; beyond them it encodes all keys."""
 ROWS = 256
 """Number of queries that share one centre."""
 
@@ -101,8 +103,9 @@ class XPos(Rotation):
         cos_query, sin_query, *of_key, _ = positions.prepared
         query = self.rotate(query, cos_query, sin_query)
         if positions.encoded is not None:
-            if query.shape[2] == 1 and not engine.is_specification:
-                return self._decode(query, key, value, positions, positions.encoded, engine)
+            found = self._decode(query, key, value, positions, positions.encoded, engine)
+            if found is not None:
+                return found
             of_key = list(self.cos_sin(positions.key))
         elif positions.kept is not None:
             of_key = [table[:, positions.kept] for table in of_key]
@@ -122,12 +125,14 @@ class XPos(Rotation):
         positions: Positions,
         encoded: EncodedPass,
         engine: AttentionEngine,
-    ) -> Output:
+    ) -> Output | None:
         """Compute attention of one rotated query, with keys that earlier passes rotated and scaled.
 
         A key is scaled around the centre of its own block of positions, so that its copy stays right. The query is
-        scaled once for each block.
+        scaled once for each block. Return None if there are too many blocks, or a key is ahead of the query.
         """
+        if query.shape[2] != 1 or engine.is_specification or torch.compiler.is_compiling():
+            return None
         rates = self.constant("rates", query.device, lambda: self._rates().float())
         width = 2 * self._span
 
@@ -142,14 +147,20 @@ class XPos(Rotation):
 
         def blocks() -> tuple[Tensor, Tensor, list[tuple[int, Tensor]]]:
             of_query, of_key = positions.query // width, positions.key // width
-            distances = range(int((of_query - of_key.amin(-1, keepdim=True)).max()) + 1)
+            farthest = int((of_query - of_key.amin(-1, keepdim=True)).max())
+            most = MOST_BLOCKS if query.device.type == "cpu" else 2  # elsewhere each block computes all scores
+            if farthest >= most or bool((positions.key > positions.query).any()):
+                return of_query, of_key, []
+            distances = range(farthest + 1)
             centres = ((of_query - distance) * width + width // 2 for distance in distances)
             exponents = [(positions.query - centre).clamp(min=-width).float()[..., None] * rates for centre in centres]
             return of_query, of_key, list(zip(distances, exponents, strict=True))
 
-        keys = encoded.keys(key, engine.cache_layer, "scaled", None, encode)
         name = ("blocks", id(self), positions.key.shape[1], positions.key.device)
         of_query, of_key, scaled = encoded.once(name, blocks)
+        if not scaled:
+            return None
+        keys = encoded.keys(key, engine.cache_layer, "scaled", None, encode)
         ranges = [
             Range(distance, distance + 1, of_query, of_key, None, Growth(self._grown, exponents), keys=keys)
             for distance, exponents in scaled

@@ -141,6 +141,8 @@ class Shaw(ContentRelative):
         output, lse = found
         last = engine.allowed(query, key)[..., key.shape[2] - near :]
         scores = (engine.scores(query, key[:, :, key.shape[2] - near :]) + of_near).masked_fill(~last, -math.inf)
+        if engine.mask is not None and engine.mask.is_floating_point():
+            scores = scores + engine.mask[..., key.shape[2] - near : key.shape[2]]
         weights = (scores - lse[..., None]).exp()
         table = self._value_table.to(weights.dtype)
         entries = self._entries(positions._replace(key=positions.key[:, key.shape[2] - near :]))
