@@ -1,4 +1,4 @@
-"""What one decoding step costs under each scheme, against the same model unpatched in the same run.
+"""Time one decoding step under each scheme, relative to the unpatched model in the same run.
 
     python benchmarks/decode.py                                # 2,048 and 8,192 cached tokens, one thread, 20 minutes
     python benchmarks/decode.py --lengths 32768 --schemes dynamic_ntk self_extend dca

@@ -426,7 +426,7 @@ def test_gradients_through_a_cache_reuse_nothing() -> None:
 
 def test_the_option_is_checked() -> None:
     with pytest.raises(OptionError, match="key_copies='no'; give True or False"):
-        patch_model(build("llama"), "dca", key_copies="no")  # type: ignore[arg-type]
+        patch_model(build("llama"), "dca", **{"key_copies": "no"})
 
 
 def test_every_scheme_that_encodes_at_the_scores_by_position_is_listed() -> None:

@@ -105,6 +105,20 @@ def continue_ids(
     Raises:
         OptionError: `prefill_chunk` would change the logits.
     """
+    new = new_ids(model, tokenizer, ids, max_new_tokens, sampling, stream, prefill_chunk)
+    return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new))
+
+
+def new_ids(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stream: Callable[[str], None] | None = None,
+    prefill_chunk: int | None = None,
+) -> Tensor:
+    """Return the token ids that a model generates after a prompt, `[tokens]`; the arguments are `continue_ids`'s."""
     from transformers import TextStreamer
 
     check_prefill_chunk(model, prefill_chunk)
@@ -126,5 +140,4 @@ def continue_ids(
             prefill_chunk_size=prefill_chunk if prefill_chunk and ids.shape[1] > prefill_chunk else None,
             **sampling.arguments(),
         )
-    new = output[0, ids.shape[1] :]
-    return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new))
+    return output[0, ids.shape[1] :]

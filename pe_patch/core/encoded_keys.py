@@ -34,7 +34,7 @@ class Copy:
     """The keys of a layer under one encoding."""
 
     regime: Hashable
-    """What the encoding depends on besides the positions. Another regime needs another copy."""
+    """The inputs of the encoding other than the positions, as a range of lengths. A new regime needs a new copy."""
     buffer: Tensor
     """`[batch, key_heads, room, head]`."""
     dtype: torch.dtype

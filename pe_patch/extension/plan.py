@@ -93,7 +93,7 @@ class ExtensionPlan:
 
     @property
     def shortfalls(self) -> list[str]:
-        """What the budgets are too small for, and what to give instead; empty if they suffice."""
+        """One sentence for each budget that is too small, with the value to give instead; empty if both suffice."""
         found = []
         if self.seconds > self.budget:
             found.append(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.generation import encode
+from ..checkpoints.generation import encode, new_ids
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -36,17 +36,8 @@ class ShortAnswer:
 def short_answers(model: Any, tokenizer: Any) -> list[ShortAnswer]:
     """Return the model's greedy answers to `QUESTIONS`, in its chat template if it has one."""
     chat = bool(getattr(tokenizer, "chat_template", None))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    given = []
-    for question in QUESTIONS:
-        ids = encode(tokenizer, question, chat=chat).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, pad_token_id=pad,
-                do_sample=False, temperature=None, top_p=None, top_k=None,
-            )  # fmt: skip
-        given.append(ShortAnswer(ids[0].cpu(), output[0, ids.shape[1] :].cpu()))
-    return given
+    prompts = [encode(tokenizer, question, chat=chat) for question in QUESTIONS]
+    return [ShortAnswer(ids[0], new_ids(model, tokenizer, ids, ANSWER).cpu()) for ids in prompts]
 
 
 @torch.inference_mode()

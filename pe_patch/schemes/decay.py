@@ -128,8 +128,9 @@ class XPos(Rotation):
     ) -> Output | None:
         """Compute attention of one rotated query, with keys that earlier passes rotated and scaled.
 
-        A key is scaled around the centre of its own block of positions, so that its copy stays right. The query is
-        scaled once for each block. Return None if there are too many blocks, or a key is ahead of the query.
+        Each block of positions has a centre. A key is scaled relative to the centre of its block, which never changes,
+        so its copy remains valid. The query is scaled once for each block. Return None if there are too many blocks, or
+        a key is ahead of the query.
         """
         if query.shape[2] != 1 or engine.is_specification or torch.compiler.is_compiling():
             return None
