@@ -14,6 +14,7 @@ from pe_patch import SCHEMES, YaRN, describe, evaluate, patch_model
 from pe_patch.advice.candidates import CANDIDATES
 from pe_patch.checkpoints import generation, sources
 from pe_patch.cli import main as cli
+from pe_patch.cli import output
 from pe_patch.cli.catalogue import catalogue
 from pe_patch.cli.main import main
 from pe_patch.cli.options import parse_length
@@ -109,7 +110,20 @@ def test_verbose_and_quiet(run, caplog):
         code, out, _ = run("inspect", BASE, "--scheme", "yarn", "--factor", 4, *[flag] * bool(flag))
         assert code == 0 and "yarn" in out
         assert ("changes every text" in caplog.text, "trained window: 256 tokens (max" in caplog.text) == logged
-    logging.getLogger("pe_patch").setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("flag", ["-v", "-q"])
+def test_the_command_line_leaves_logging_as_it_was(run, flag):
+    """A program may call `main`; a test that runs after `-q` must still see warnings."""
+
+    def state():
+        loggers = [logging.getLogger(name) for name in ("", "pe_patch", "bitsandbytes")]
+        return [(logger.level, list(logger.handlers)) for logger in loggers], output.is_quiet()
+
+    before = state()
+    assert run("inspect", BASE, "--scheme", "yarn", "--factor", 4, flag)[0] == 0
+    assert run("list", "nothing", flag)[0] == 2
+    assert state() == before
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from . import (  # noqa: F401
     train,
 )
 from .application import app
-from .output import echo, how_to_continue, json_alone, log_to_terminal, print_traceback, set_continues, set_quiet
+from .output import echo, how_to_continue, json_alone, logging_to_terminal, print_traceback, set_continues, set_quiet
 from .several import spread
 from .wording import for_command_line
 
@@ -48,9 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {EVERYWHERE[word] for word in words if word in EVERYWHERE}
     words = [word for word in words if word not in EVERYWHERE]
     command = words[0] if words else ""
+    level = logging.ERROR if "quiet" in flags else logging.INFO if "verbose" in flags else None
     set_quiet("quiet" in flags)
     set_continues(None)
-    log_to_terminal(command, logging.ERROR if "quiet" in flags else logging.INFO if "verbose" in flags else None)
+    try:
+        with logging_to_terminal(command, level):
+            return _run(words, flags, command)
+    finally:
+        set_quiet(False)
+
+
+def _run(words: list[str], flags: set[str], command: str) -> int:
+    """Run a command and return the exit code."""
     try:
         if {"quiet", "verbose"} <= flags:
             raise OptionError("-q and -v exclude each other: leave one out.")

@@ -123,8 +123,11 @@ class FirstOnly(logging.Filter):
         return not repeated
 
 
-def log_to_terminal(command: str = "", level: int | None = None) -> None:
-    """Send log messages and Python's warnings to stderr, as `logging.basicConfig` does, escaped.
+@contextmanager
+def logging_to_terminal(command: str = "", level: int | None = None) -> Iterator[None]:
+    """Send log messages and Python's warnings to stderr, as `logging.basicConfig` does, escaped, until the end.
+
+    Then handlers and levels are as before, so that a program that calls `main` keeps its own.
 
     Args:
         command: the name of the command.
@@ -133,10 +136,22 @@ def log_to_terminal(command: str = "", level: int | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     handler.addFilter(FirstOnly())
-    logging.basicConfig(handlers=[handler])
+    root, ours = logging.getLogger(), logging.getLogger("pe_patch")
+    theirs = logging.getLogger("bitsandbytes")  # it warns about a kernel that a CPU does not need
+    before = PrintableFormatter.command, ours.level, theirs.level
+    if free := not root.handlers:
+        root.addHandler(handler)
     PrintableFormatter.command = command
-    logging.getLogger("pe_patch").setLevel(logging.NOTSET if level is None else level)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a kernel that a CPU does not need
+    ours.setLevel(logging.NOTSET if level is None else level)
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        PrintableFormatter.command, our_level, their_level = before
+        ours.setLevel(our_level)
+        theirs.setLevel(their_level)
+        if free:
+            root.removeHandler(handler)
 
 
 def print_traceback(kind: Any, error: Any, trace: Any) -> None:
