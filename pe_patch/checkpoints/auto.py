@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..mla.protocol import converts
 from ..patching import saved_config
 from ..patching.record import RECORD_KEY
-from ..patching.saved_config import MODEL_TYPE, native_of, read_marked
+from ..patching.saved_config import EARLIER_TYPES, MODEL_TYPE, native_of, read_marked
 from ..schemes.registry import find_scheme
 from .load import apply_record, config_file, load_restored
 
@@ -32,10 +32,8 @@ class SavedConfig(PreTrainedConfig):
         return read_marked(config_dict, **kwargs)
 
 
-class EarlierConfig(SavedConfig):
-    """Config class of models that earlier versions saved."""
-
-    model_type = RECORD_KEY
+_EARLIER = [type("EarlierConfig", (SavedConfig,), {"model_type": model_type}) for model_type in EARLIER_TYPES]
+"""Config classes of models that earlier versions saved."""
 
 
 class _Loader(compat.BuiltFromConfig):
@@ -84,6 +82,6 @@ def _register_models(config_class: type) -> None:
 
 def register() -> None:
     """Register the config classes. pe_patch calls this once on import."""
-    for config_class in (SavedConfig, EarlierConfig):
+    for config_class in (SavedConfig, *_EARLIER):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     saved_config.when_made.append(_register_models)

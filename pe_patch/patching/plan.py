@@ -99,7 +99,8 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
             each.restored = settings.restored
     _check_score_method(target)
     places = places_of(target, scheme, settings.keep_native)
-    _check_layer_types(_by_layer_type(target, scheme_by_layer), places, settings.layers is None)
+    everywhere = settings.layers is None and not settings.restored  # the record has no layers where all were chosen
+    _check_layer_types(_by_layer_type(target, scheme_by_layer), places, everywhere)
     backend = _backend(settings.backend, target, scheme)
 
     def collect(modules: dict[int, nn.Module]) -> Patch:
@@ -375,7 +376,7 @@ def _check_layer_types(schemes: SchemeByLayerType, places: Places, everywhere: b
     Args:
         schemes: the scheme of each layer type.
         places: the places at which they act.
-        everywhere: the user did not give `layers=`.
+        everywhere: the user patches now, and did not give `layers=`.
 
     Raises:
         UnsupportedError: the scheme rotates at the scores, where all layers share their angles.

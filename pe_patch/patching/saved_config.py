@@ -24,8 +24,10 @@ from .record import BESIDE, RECORD_KEY, check_record, differences
 
 logger = logging.getLogger("pe_patch")
 
-MODEL_TYPE = "pe_patch (import pe_patch before loading)"
-"""The model type of a marked config in its file. Transformers quotes it in its error."""
+MODEL_TYPE = "pe_patch (import pe_patch before loading; for vLLM: pip install 'pe_patch[vllm]')"
+"""The model type of a marked config in its file. Transformers quotes it in its error, and servers show that error."""
+EARLIER_TYPES = (RECORD_KEY, "pe_patch (import pe_patch before loading)")
+"""The model types that earlier versions wrote."""
 NOTE = (
     "pe_patch saved this model with a positional scheme that Transformers does not have. Load it with "
     "pe_patch.load_patched(folder), or with AutoModelForCausalLM after 'import pe_patch'."

@@ -1,0 +1,1 @@
+"""Plugins for servers that load a patched checkpoint themselves."""
