@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from pe_patch import SCHEMES, UnsupportedError, load_patched, patch_model
+from pe_patch import SCHEMES, UnsupportedError, export, load_patched, patch_model
 from pe_patch.checkpoints.servers.positions import FAMILIES, ServedPositions, positions_of, served_positions
 from pe_patch.checkpoints.servers.vllm_plugin import SERVED_KEY
 from pe_patch.patching.api import find_patch
@@ -196,3 +196,37 @@ except ValueError as error:
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), tokens(1, 50)), logits(model, tokens(1, 50))
     )
+
+
+def test_the_export_for_the_plugin(tmp_path):
+    model = models.build("llama")
+    patch_model(model, "ntk_by_parts", factor=4)
+    with pytest.raises(UnsupportedError, match="use target='vllm-plugin'"):
+        export(model, tmp_path / "out", target="vllm")
+    export(model, tmp_path / "out", target="vllm-plugin")
+    serving = json.loads((tmp_path / "out" / "serve.json").read_text())
+    assert serving["commands"] == [["vllm", "serve", str(tmp_path / "out"), "--max-model-len", "128"]]
+    assert "pip install 'pe_patch[vllm]'" in (tmp_path / "out" / "SERVE.md").read_text()
+    assert torch.equal(logits(load_patched(tmp_path / "out"), tokens(1, 50)), logits(model, tokens(1, 50)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("yarn", {"factor": 4}, "needs no plugin. Use target='vllm'"),
+        ("self_extend", {"factor": 4}, "second position for far queries"),
+    ],
+)
+def test_what_the_plugin_does_not_export(scheme, options, message, tmp_path):
+    model = models.build("llama")
+    patch_model(model, scheme, **options)
+    with pytest.raises(UnsupportedError, match=message):
+        export(model, tmp_path / "out", target="vllm-plugin")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fixed_length_is_the_window_of_the_export(tmp_path):
+    model = models.build("llama")
+    patch_model(model, "dynamic_ntk", factor=2, expected_length=96)
+    export(model, tmp_path, target="vllm-plugin")
+    assert json.loads((tmp_path / "serve.json").read_text())["window"] == 96

@@ -16,7 +16,7 @@ from ...patching.api import find_patch
 from ...patching.patch import Patch
 from ...patching.targets import unwrap
 from ..folders import EXPORT, WEIGHTS, check_output, exported_files, replaced_content
-from . import llamacpp, sglang, transformers4, vllm
+from . import llamacpp, sglang, transformers4, vllm, vllm_plugin
 from .checkpoint import SERVING_FILES, Writer, write_record
 from .checkpoint import read_commands as read_commands
 from .native import transformers_config as transformers_config
@@ -34,7 +34,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Save a patched model so that `target` loads it, with the same logits, without pe_patch.
+    """Save a patched model so that `target` loads it, with the same logits, without pe_patch but for "vllm-plugin".
 
     For a server the folder also holds `serve.json` and `SERVE.md` with the command and flags that serve it. The folder
     is written completely or not at all.
@@ -42,9 +42,9 @@ def export(
     Args:
         model: a patched PreTrainedModel.
         path: folder to write: new, empty, or an earlier export, which is replaced.
-        target: "transformers" (v5 `rope_parameters`), "transformers4" (v4 `rope_scaling`), "vllm", "sglang",
-            "llamacpp", or for a model converted to latent attention "deepseek" (loads as `DeepseekV3ForCausalLM`;
-            needs `latent_norm=True`).
+        target: "transformers" (v5 `rope_parameters`), "transformers4" (v4 `rope_scaling`), "vllm", "vllm-plugin" (for
+            vLLM with pe_patch installed beside it), "sglang", "llamacpp", or for a model converted to latent attention
+            "deepseek" (loads as `DeepseekV3ForCausalLM`; needs `latent_norm=True`).
         tokenizer: tokenizer to save with the model, with the new window. None takes that of the folder or hub name from
             which the model was loaded; a warning says so if there is none.
         overwrite: write into a folder with other content. This removes weights there; other files stay.
@@ -106,6 +106,7 @@ TARGETS: dict[str, Callable[[PreTrainedModel, Patch], Writer]] = {
     "transformers": transformers_writer,
     "transformers4": transformers4.writer,
     "vllm": vllm.writer,
+    "vllm-plugin": vllm_plugin.writer,
     "sglang": sglang.writer,
     "llamacpp": llamacpp.writer,
     "deepseek": _deepseek,

@@ -15,7 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...errors import UnsupportedError
 from ...patching.patch import Patch
+from ..servers.positions import positions_of
 from .checkpoint import FOLDER, ORIGINAL, Serving, Writer, save_model
 from .native import LONG_THROUGHOUT, RotaryExport, config_with, one_list, refuse, rotary_parameters
 
@@ -32,7 +34,23 @@ INTERLEAVED = frozenset({"cohere"})
 
 
 def writer(model: PreTrainedModel, patch: Patch) -> Writer:
-    """Check that vLLM can express the model, and return the function that writes the export."""
+    """Check that vLLM can express the model, and return the function that writes the export.
+
+    Raises:
+        UnsupportedError: its config cannot; the message says if pe_patch's plugin serves the patch.
+    """
+    try:
+        return native_writer(model, patch)
+    except UnsupportedError as error:
+        try:
+            positions_of(patch, TOOL)
+        except UnsupportedError:
+            raise error from None
+        raise UnsupportedError(f"{error} vLLM serves it with pe_patch's plugin: use target='vllm-plugin'.") from None
+
+
+def native_writer(model: PreTrainedModel, patch: Patch) -> Writer:
+    """Check that vLLM's config can express the model, and return the function that writes the export."""
     rotary = rotary_parameters(patch, TOOL)
     family = patch.base.config.model_type
     if family not in NATIVE_CLASSES | THROUGH_TRANSFORMERS:
