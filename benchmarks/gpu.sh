@@ -104,6 +104,13 @@ finetune() {
     rm -rf "$out/finetuned/checkpoints"
 }
 
+memory() {
+    local subject=$model size=(--lengths 8192 32768)
+    [ -d "$model" ] || subject=small
+    [ -z "$rehearse" ] || { subject=small size=(--lengths 512); }
+    "$python" benchmarks/memory.py --device "$device" --model "$subject" "${size[@]}" --output "$out"
+}
+
 fsdp2() {
     local command=(-m pe_patch.training tiny_yarn "output=$out/fsdp2" phases.0.steps=2 overwrite=true)
     if [ -z "$rehearse" ]; then
@@ -118,7 +125,7 @@ clean() { # weights are too large to keep
     find "$out" \( -name '*.safetensors' -o -name '*.bin' -o -name '*.pt' \) -delete
 }
 
-export -f record_machine tests attention decode generate evaluate finetune fsdp2
+export -f record_machine tests attention decode generate evaluate finetune memory fsdp2
 export python model device rehearse out
 run() { bash -c "$(declare -f "$1"); $*"; }
 export -f run
@@ -137,6 +144,7 @@ if [ -n "$rehearse" ] || [ -d "$model" ]; then
 else
     echo "generate, before_training, finetune, after_training: left out, since $model is missing"
 fi
+step memory 120 bash -c memory
 step fsdp2 120 bash -c fsdp2
 [ "$failed" = 1 ] || clean
 echo "$(du -sh "$out" | cut -f1) in $out after $SECONDS s"

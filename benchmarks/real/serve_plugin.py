@@ -1,4 +1,4 @@
-"""Check that vLLM with pe_patch's plugin computes what the patched model computes, within the trained window and beyond.
+"""Check that vLLM with pe_patch's plugin computes what the patched model computes, within the window and beyond it.
 
     python benchmarks/real/serve_plugin.py smollm2 --python path/to/vllm/bin/python
     python benchmarks/real/serve_plugin.py gemma3 --python path/to/vllm/bin/python --cases "ntk_by_parts, global layers"

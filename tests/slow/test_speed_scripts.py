@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "decode": ["decode.py", "--lengths", "256", "--rounds", "1", "--schemes", "rope", "dca", "--batch", "1", "2"],
     "generate": ["generate.py", "--model", "demo", "--prompt", "64", "--tokens", "4", "--schemes", "self_extend"],
+    "memory": ["memory.py", "--lengths", "256"],
 }
+WORDS = {"decode": ("dca", "batch 2"), "generate": ("self_extend", "unpatched"), "memory": ("reading", "training")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -23,7 +25,7 @@ def test_a_script_writes_its_table(name: str, tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     assert json.loads((tmp_path / f"{name}.json").read_text())["machine"]["torch"]
     table = (tmp_path / f"{name}.md").read_text()
-    assert all(word in table for word in (("dca", "batch 2") if name == "decode" else ("self_extend", "unpatched")))
+    assert all(word in table for word in WORDS[name])
 
 
 @pytest.mark.parametrize(
