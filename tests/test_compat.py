@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin
 from transformers.models.llama import modeling_llama
 
-from pe_patch import NoEffectError, UnsupportedError, compat, patch_model
+from pe_patch import NoEffectError, UnsupportedError, compat, describe, patch_model
 
 from .models import build, cached_logits, error, logits, put, tokens
 from .private_names import has, is_private, private_uses
@@ -313,3 +313,15 @@ def test_a_trainer_without_a_method_that_training_replaces_is_refused():
     del methods["_save_checkpoint"]
     with pytest.raises(UnsupportedError, match=r"has no '_save_checkpoint'.*pip install 'transformers=="):
         compat.check_trainer(type("Trainer", (), methods), compat.TRAINER_METHODS)
+
+
+def test_auto_classes_read_a_patched_folder(tmp_path):
+    """Transformers 5.17 registers no model for a config class that names one of its own modules."""
+    model = build("llama")
+    patch_model(model, "ntk_by_parts", factor=4)
+    model.save_pretrained(tmp_path)
+    for again in (
+        AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)),
+    ):
+        assert describe(again).scheme == "ntk_by_parts"

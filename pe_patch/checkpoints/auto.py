@@ -76,8 +76,13 @@ def _register_models(config_class: type) -> None:
     """Register this config class with all auto classes."""
     if not _loaders:
         _loaders.extend((auto, type(auto.__name__, (_Loader,), {"auto": auto})) for auto in _auto_classes())
-    for auto, loader in _loaders:
-        auto.register(config_class, loader, exist_ok=True)
+    module = config_class.__module__
+    config_class.__module__ = __name__  # Transformers 5.17 registers nothing for classes of its own modules
+    try:
+        for auto, loader in _loaders:
+            auto.register(config_class, loader, exist_ok=True)
+    finally:
+        config_class.__module__ = module
 
 
 def register() -> None:
