@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Ge
 
 from pe_patch import SCHEMES, UnsupportedError, export, load_patched, patch_model
 from pe_patch.checkpoints.servers.positions import FAMILIES, ServedPositions, positions_of, served_positions
-from pe_patch.checkpoints.servers.vllm_plugin import SERVED_KEY
+from pe_patch.checkpoints.servers.vllm_plugin import SERVED_KEY, served_config
 from pe_patch.patching.api import find_patch
 from pe_patch.schemes.bias import alibi_slopes
 
@@ -230,3 +230,16 @@ def test_a_fixed_length_is_the_window_of_the_export(tmp_path):
     patch_model(model, "dynamic_ntk", factor=2, expected_length=96)
     export(model, tmp_path, target="vllm-plugin")
     assert json.loads((tmp_path / "serve.json").read_text())["window"] == 96
+
+
+@pytest.mark.parametrize(("layers", "kept"), [({}, "default"), ({"layers": [1]}, "linear")])
+def test_a_scaling_that_no_layer_keeps_does_not_lengthen_the_server(layers, kept, tmp_path):
+    scaled = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+    model = models.build("llama", rope_parameters=scaled, max_position_embeddings=64)
+    patch_model(model, "ntk_by_parts", factor=4, on_existing="replace", original_max_position_embeddings=32, **layers)
+    model.save_pretrained(tmp_path)
+    config = served_config(AutoConfig.from_pretrained(tmp_path))
+    assert config.rope_parameters["rope_type"] == kept and config.rope_parameters["rope_theta"] == 10_000.0
+    assert ("factor" in config.rope_parameters) == (kept == "linear")
+    assert config.max_position_embeddings == 128 and config.architectures == ["PePatchLlamaForCausalLM"]
+    assert getattr(config, SERVED_KEY)["rope_parameters"] == config.rope_parameters

@@ -135,7 +135,8 @@ def main() -> None:
         text = make_prompts(tokenizer, arguments.text, 1, TEXT_TOKENS)[0][:TEXT_TOKENS]
         before = read_text(model, text)
         short = make_prompts(tokenizer, arguments.text, plan.short_prompts, SHORT)
-        long = make_prompts(tokenizer, arguments.text, plan.long_prompts, plan.beyond)
+        count = plan.long_prompts if arguments.long_prompts is None else arguments.long_prompts
+        long = make_prompts(tokenizer, arguments.text, count, plan.beyond)
         patch_model(model, scheme, **options)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -143,7 +144,7 @@ def main() -> None:
             with server.started(Path(folder)) as address:
                 theirs = server.read_text(address, text)
                 answers = server.complete_all(address, short, ANSWER)
-                beyond = server.complete_all(address, long, ANSWER)
+                beyond = server.complete_all(address, long, ANSWER) if long else []
         ours = read_text(model, text)
         content = read(stored)
         content[key] = {
@@ -151,7 +152,7 @@ def main() -> None:
             "text_difference": float((ours - theirs).abs().max()),
             "effect_of_scheme": float((ours - before).abs().max()),
             "within": compare(model, short, answers, SHORT),
-            "beyond": compare(model, long, beyond, plan.beyond),
+            "beyond": compare(model, long, beyond, plan.beyond) if long else None,
             "scheme": describe(model).effective | {"name": scheme}, "layers": options.get("layers"),
             "server": server.version(), "machine": machine(), "dtype": "float32 (model and server)",
             "model": TITLES[arguments.model], "minutes": round((time.perf_counter() - started) / 60, 1),
@@ -172,7 +173,9 @@ def row(entry: dict[str, Any]) -> str:
     """Return the cells of an entry."""
     cells = []
     for name in ("within", "beyond"):
-        found = entry[name]
+        if (found := entry[name]) is None:
+            cells.append("-")
+            continue
         ties = f", {found['near_ties']} near ties" if found["near_ties"] else ""
         cells.append(f"{found['equal']} of {found['prompts']}{ties} ({found['prompt_tokens']:,} tokens)")
     return f"{entry['text_difference']:.1e} | {entry['effect_of_scheme']:.1f} | {' | '.join(cells)}"
@@ -203,6 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", choices=list(PLANS))
     parser.add_argument("--python", help="the Python of vLLM's environment, with pe_patch installed")
     parser.add_argument("--cases", nargs="+", help="some of the cases")
+    parser.add_argument("--long-prompts", type=int, help="0 leaves out what is longer than the window")
     parser.add_argument("--draw", action="store_true", help="write the table from the stored results")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", type=Path, default=MODELS)

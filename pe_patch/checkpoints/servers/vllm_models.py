@@ -21,7 +21,6 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ...errors import UnsupportedError
-from ...patching.record import RECORD_KEY
 from .positions import LayerPositions, ServedPositions
 from .vllm_plugin import SERVED_KEY, check_version
 
@@ -89,8 +88,8 @@ def install(model: Any, vllm_config: Any) -> None:
 
 
 def _check_overrides(config: Any) -> None:
-    """Raise `UnsupportedError` if --hf-overrides changed the rotary parameters of the patch record."""
-    stored = getattr(config, RECORD_KEY)["native"].get("rope_parameters") or {}
+    """Raise `UnsupportedError` if --hf-overrides changed the rotary parameters."""
+    stored = getattr(config, SERVED_KEY)["rope_parameters"] or {}
     current = config.rope_parameters or {}
     if changed := [key for key, value in stored.items() if current.get(key) != value]:
         raise UnsupportedError(

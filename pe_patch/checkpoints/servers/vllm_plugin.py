@@ -10,10 +10,12 @@ Nothing else of vLLM is changed, so that other models run the code that they ran
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 from ...errors import UnsupportedError
+from ...patching.config import SCALING_KEYS
 from ...patching.record import RECORD_KEY
 from ...patching.saved_config import read_marked
 from .positions import FAMILIES, is_patched, served_positions
@@ -55,6 +57,7 @@ def _parser_class(native: Any) -> Any:
             if not is_patched(config) and _reads_otherwise(values):
                 config = read_marked(values, name_or_path=str(model))
             if is_patched(config):
+                check_version()
                 config = served_config(config)
             return values, config
 
@@ -80,14 +83,19 @@ def served_config(config: Any) -> Any:
         config: the marked config of the checkpoint.
 
     Raises:
-        UnsupportedError: this vLLM was not tried, or cannot compute the positions.
+        UnsupportedError: vLLM cannot compute the positions.
     """
-    check_version()
     native, positions = served_positions(config, "vLLM")
     native.architectures = [PREFIX + FAMILIES[native.model_type]]
     if positions.longest is not None:
         native.max_position_embeddings = positions.longest
-    setattr(native, SERVED_KEY, positions.to_dict())
+    if len(positions.by_layer) == native.num_hidden_layers and "rope_type" in (native.rope_parameters or {}):
+        # No layer keeps the family's scaling, by whose factor vLLM would multiply the longest length that it serves.
+        plain = {
+            key: value for key, value in native.rope_parameters.items() if key not in SCALING_KEYS - {"rope_theta"}
+        }
+        native.rope_parameters = {**plain, "rope_type": "default"}
+    setattr(native, SERVED_KEY, {**positions.to_dict(), "rope_parameters": copy.deepcopy(native.rope_parameters)})
     setattr(native, RECORD_KEY, getattr(config, RECORD_KEY))  # so that vLLM's cache of compiled code tells them apart
     return native
 
