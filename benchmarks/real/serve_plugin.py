@@ -30,6 +30,8 @@ from pe_patch.checkpoints.sources import load
 
 ANSWER, TEXT_TOKENS, SHORT = 64, 2_000, 1_000
 """Tokens of an answer, of the text, and of what the short prompts share."""
+SHORT_WINDOW = 8_192
+"""Longest length that is served without long prompts, in tokens."""
 YARN: dict[str, Any] = {"over": {"rope_type": "yarn", "factor": 4.0}}
 LONG = np.geomspace(1, 4, 32).tolist()
 Case = tuple[str, dict[str, Any]]
@@ -74,7 +76,7 @@ PLANS = {
         },
     ),
     "gemma3": Plan(
-        40_960, 33_000, 19, 1,
+        40_960, 33_000, 20, 1,
         {
             "ntk_by_parts, global layers": ("ntk_by_parts", {"factor": 4.0, **GLOBAL}),
             "resonance over yarn, global layers": ("resonance", {**YARN, **GLOBAL}),
@@ -126,7 +128,7 @@ def main() -> None:
     server = Plugin(arguments)
     for label in [] if arguments.draw else arguments.cases or plan.cases:
         started = time.perf_counter()
-        server.window = plan.window
+        server.window = SHORT_WINDOW if arguments.long_prompts == 0 else plan.window
         scheme, options = plan.cases[label]
         key = f"{arguments.model}: {label}: {server.version()}"
         if key in content:
