@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForSequenceClassification,
+)
 
 from pe_patch import SCHEMES, UnsupportedError, export, load_patched, patch_model
 from pe_patch.checkpoints.servers.positions import FAMILIES, ServedPositions, positions_of, served_positions
-from pe_patch.checkpoints.servers.vllm_plugin import SERVED_KEY, served_config
+from pe_patch.checkpoints.servers.vllm_plugin import SERVED_KEY, _reads_differently, served_config
 from pe_patch.patching.api import find_patch
-from pe_patch.schemes.bias import alibi_slopes
+from pe_patch.schemes.bias import ALiBi, alibi_slopes
 
 from . import models
 from .models import CASES, GIVEN, applies, case, logits, tokens
@@ -232,14 +238,58 @@ def test_a_fixed_length_is_the_window_of_the_export(tmp_path):
     assert json.loads((tmp_path / "serve.json").read_text())["window"] == 96
 
 
-@pytest.mark.parametrize(("layers", "kept"), [({}, "default"), ({"layers": [1]}, "linear")])
-def test_a_scaling_that_no_layer_keeps_does_not_lengthen_the_server(layers, kept, tmp_path):
+def scaled_by_two(**options):
     scaled = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
     model = models.build("llama", rope_parameters=scaled, max_position_embeddings=64)
-    patch_model(model, "ntk_by_parts", factor=4, on_existing="replace", original_max_position_embeddings=32, **layers)
-    model.save_pretrained(tmp_path)
+    options = {"factor": 4, "on_existing": "replace", "original_max_position_embeddings": 32, **options}
+    patch_model(model, "ntk_by_parts", **options)
+    return model
+
+
+def test_a_scaling_that_no_layer_keeps_does_not_lengthen_the_server(tmp_path):
+    scaled_by_two().save_pretrained(tmp_path)
     config = served_config(AutoConfig.from_pretrained(tmp_path))
-    assert config.rope_parameters["rope_type"] == kept and config.rope_parameters["rope_theta"] == 10_000.0
-    assert ("factor" in config.rope_parameters) == (kept == "linear")
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
     assert config.max_position_embeddings == 128 and config.architectures == ["PePatchLlamaForCausalLM"]
     assert getattr(config, SERVED_KEY)["rope_parameters"] == config.rope_parameters
+
+
+def test_a_scaling_that_layers_keep_is_refused(tmp_path):
+    scaled_by_two(layers=[1]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"the others keep the family's own scaling, 'linear'.*Patch all layers"):
+        served_config(AutoConfig.from_pretrained(tmp_path))
+
+
+def test_another_head_is_refused(tmp_path):
+    model = LlamaForSequenceClassification(models.build("llama").config)
+    patch_model(model, "ntk_by_parts", factor=4)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="on LlamaForSequenceClassification: the plugin serves LlamaForCausalLM"):
+        served_config(AutoConfig.from_pretrained(tmp_path))
+
+
+def test_a_users_subclass_is_refused():
+    class Steeper(ALiBi):
+        name = "steeper"
+
+    model = models.build("llama")
+    patch_model(model, Steeper)
+    with pytest.raises(UnsupportedError, match="its class Steeper is not one of pe_patch's"):
+        positions_of(find_patch(model), "vLLM")
+
+
+@pytest.mark.parametrize(
+    ("values", "differs"),
+    [
+        ({"rope_parameters": {"rope_type": "proportional"}}, False),
+        ({"pe_patch": {}, "rope_parameters": {"rope_type": "proportional"}}, True),
+        ({"pe_patch": {}, "rope_parameters": {"rope_type": "yarn"}}, False),
+        ({"pe_patch": {}, "rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, True),
+        (
+            {"pe_patch": {"native": {"config": "text"}}, "text": {"rope_parameters": {"rope_type": "dynamic"}}},
+            True,
+        ),
+    ],
+)
+def test_checkpoints_that_vllm_reads_differently(values, differs):
+    assert _reads_differently(values) == differs

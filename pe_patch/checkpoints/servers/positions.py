@@ -124,6 +124,9 @@ def positions_of(patch: Patch, server: str) -> ServedPositions:
 
 def _layer_positions(patch: Patch, scheme: Scheme, server: str) -> LayerPositions:
     """Return the positions of the layers with this scheme."""
+    for each in (scheme, scheme.scorer):
+        if each is not None and not type(each).__module__.startswith("pe_patch."):
+            refuse(patch, server, f"its class {type(each).__name__} is not one of pe_patch's, so it may compute more")
     if isinstance(scheme, ALiBi):
         return LayerPositions(slopes=_single(scheme.head_slopes))
     if isinstance(scheme, NoPE):
@@ -135,8 +138,8 @@ def _layer_positions(patch: Patch, scheme: Scheme, server: str) -> LayerPosition
         refuse(patch, server, "its scores depend on the position in a way that a rotation and ALiBi's slopes do not")
     if scheme.length_dependent and scheme.regime_start <= scheme.trained_window:
         why = (
-            "the server caches rotated keys, but these frequencies change while a sequence grows beyond the trained "
-            f"window of {scheme.trained_window} tokens"
+            "the server caches rotated keys, but this scheme's frequencies change while a sequence grows beyond the "
+            f"trained window of {scheme.trained_window} tokens"
         )
         refuse(patch, server, why, _fixed_length(scheme))
     if scheme.shape.interleaved or scheme.shape.rotary_start:

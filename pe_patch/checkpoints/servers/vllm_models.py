@@ -4,7 +4,7 @@ vLLM imports this module only to build a patched checkpoint.
 """
 
 # pyright: reportMissingImports=false
-# vLLM has an environment of its own: it requires other versions than development does.
+# vLLM runs in a separate environment: it requires other versions than development does.
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from .positions import LayerPositions, ServedPositions
 from .vllm_plugin import SERVED_KEY, check_version
 
 ALIBI_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""vLLM's attention backends that add ALiBi's slopes. CPU_ATTN was tried."""
+"""vLLM's attention backends that add ALiBi's slopes. Tested: CPU_ATTN."""
 
 
 class FixedRotary(RotaryEmbedding):
     """vLLM's rotation of the halves of a head, by given frequencies.
 
     Args:
-        native: the rotation that it replaces; gives the head size and the dtype.
+        native: the rotation that it replaces; gives the head size.
         positions: the frequencies and their factor.
         length: number of positions in the table, in tokens.
     """
 
     def __init__(self, native: Any, positions: LayerPositions, length: int) -> None:
         inv_freq = torch.tensor(positions.inv_freq, dtype=torch.float32)
-        width = 2 * len(inv_freq)
-        super().__init__(native.head_size, width, length, native.base, True, native.dtype, init_cache=False)
+        width, dtype = 2 * len(inv_freq), torch.get_default_dtype()
+        super().__init__(native.head_size, width, length, native.base, True, dtype, init_cache=False)
         angles = torch.arange(length, dtype=torch.float32)[:, None] * inv_freq
         table = torch.cat((angles.cos(), angles.sin()), dim=-1) * positions.factor
-        self.register_buffer("cos_sin_cache", table.to(native.dtype), persistent=False)
+        self.register_buffer("cos_sin_cache", table.to(dtype), persistent=False)
 
 
 class NoRotation(nn.Module):
@@ -66,7 +66,7 @@ def install(model: Any, vllm_config: Any) -> None:
     length = vllm_config.model_config.max_model_len
     if served.longest is not None and length > served.longest:
         raise UnsupportedError(
-            f"{served.scheme!r} has its frequencies for sequences of up to {served.longest} tokens, and "
+            f"{served.scheme!r} has fixed frequencies only up to {served.longest} tokens, and "
             f"--max-model-len is {length}. Use --max-model-len {served.longest}, or patch with expected_length={length}"
             " and save the model again."
         )
@@ -91,10 +91,16 @@ def _check_overrides(config: Any) -> None:
     """Raise `UnsupportedError` if --hf-overrides changed the rotary parameters."""
     stored = getattr(config, SERVED_KEY)["rope_parameters"] or {}
     current = config.rope_parameters or {}
-    if changed := [key for key, value in stored.items() if current.get(key) != value]:
+    changed = [key for key, value in stored.items() if current.get(key) != value]
+    share = "partial_rotary_factor"
+    if share not in stored and any(
+        each not in (None, 1.0) for each in (current.get(share), getattr(config, share, 1.0))
+    ):
+        changed.append(share)
+    if changed:
         raise UnsupportedError(
             f"--hf-overrides changes rope_parameters ({changed[0]} is {current.get(changed[0])!r}, not "
-            f"{stored[changed[0]]!r}), but a patched checkpoint has the positions of its patch record. Leave "
+            f"{stored.get(changed[0])!r}), but a patched checkpoint has the positions of its patch record. Leave "
             "rope_parameters out, or patch the model with other options and save it again."
         )
 

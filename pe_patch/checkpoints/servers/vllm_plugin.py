@@ -1,12 +1,12 @@
 """vLLM's plugin: read a patched checkpoint, and register the model classes that serve it.
 
 vLLM calls `register` in each of its processes, through the entry point group `vllm.general_plugins`. It replaces the
-parser of Hugging Face configs, which passes every other checkpoint on unchanged, and adds architectures of its own.
-Nothing else of vLLM is changed, so that other models run the code that they ran before.
+parser of Hugging Face configs, which passes every other checkpoint on unchanged, and adds architectures. Nothing else
+of vLLM changes, so other models are unaffected.
 """
 
 # pyright: reportMissingImports=false
-# vLLM has an environment of its own: it requires other versions than development does.
+# vLLM runs in a separate environment: it requires other versions than development does.
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from ...errors import UnsupportedError
 from ...patching.config import SCALING_KEYS
 from ...patching.record import RECORD_KEY
 from ...patching.saved_config import read_marked
-from .positions import FAMILIES, is_patched, served_positions
+from .positions import FAMILIES, ServedPositions, is_patched, served_positions
 
 TRIED = ("0.31", "0.32")
-"""Versions of vLLM on which `benchmarks/real/serve.py` compared this plugin with the patched model."""
+"""Versions of vLLM on which `make test-vllm` compared this plugin with the patched model."""
 OVERRIDE = "PE_PATCH_UNTRIED_VLLM"
 """Environment variable that allows other versions."""
 PREFIX = "PePatch"
 """Prefix of the registered architectures."""
 SERVED_KEY = "pe_patch_served"
 """Key of the positions in the config that vLLM passes to its processes."""
-READ_OTHERWISE = {"proportional", "longrope", "dynamic"}
-"""Rope types that vLLM reads otherwise than Transformers: it ignores the factor of the first, and the attention factor
-of the second; the third has one base for all lengths."""
+KEPT = ("default", "llama3")
+"""Rope types that layers without the patch may keep: vLLM's tables equal Transformers' at every length."""
+READ_DIFFERENTLY = {"proportional", "longrope", "dynamic"}
+"""Rope types that vLLM reads differently: it ignores the factor of the first and the attention factor of the second,
+and has one base for all lengths of the third."""
 
 
 def register() -> None:
@@ -54,7 +56,7 @@ def _parser_class(native: Any) -> Any:
 
         def parse(self, model: Any, *arguments: Any, **options: Any) -> Any:
             values, config = super().parse(model, *arguments, **options)
-            if not is_patched(config) and _reads_otherwise(values):
+            if not is_patched(config) and _reads_differently(values):
                 config = read_marked(values, name_or_path=str(model))
             if is_patched(config):
                 check_version()
@@ -64,16 +66,15 @@ def _parser_class(native: Any) -> Any:
     return PePatchConfigParser
 
 
-def _reads_otherwise(values: dict[str, Any]) -> bool:
+def _reads_differently(values: dict[str, Any]) -> bool:
     """Return whether a file holds a patch whose rotary parameters Transformers reads as meant and vLLM does not."""
-    if not isinstance(values.get(RECORD_KEY), dict):
+    record = values.get(RECORD_KEY)
+    if not isinstance(record, dict):
         return False
-    parameters = values.get("rope_parameters") or {}
+    part = (record.get("native") or {}).get("config")
+    parameters = (values if part is None else values.get(part) or {}).get("rope_parameters") or {}
     nested = [each for each in parameters.values() if isinstance(each, dict)]
-    types = {each.get("rope_type") for each in (parameters, *nested)}
-    if values.get("model_type") not in FAMILIES:
-        types.discard("longrope")  # vLLM's own classes read it: one list for all lengths
-    return not types.isdisjoint(READ_OTHERWISE)
+    return any(each.get("rope_type") in READ_DIFFERENTLY for each in (parameters, *nested))
 
 
 def served_config(config: Any) -> Any:
@@ -86,18 +87,48 @@ def served_config(config: Any) -> Any:
         UnsupportedError: vLLM cannot compute the positions.
     """
     native, positions = served_positions(config, "vLLM")
+    if expected := [name for name in native.architectures or () if name != FAMILIES[native.model_type]]:
+        raise UnsupportedError(
+            f"vLLM cannot serve {positions.scheme!r} on {expected[0]}: the plugin serves {FAMILIES[native.model_type]}."
+        )
+    _drop_scalings(native, positions)
     native.architectures = [PREFIX + FAMILIES[native.model_type]]
     if positions.longest is not None:
         native.max_position_embeddings = positions.longest
-    if len(positions.by_layer) == native.num_hidden_layers and "rope_type" in (native.rope_parameters or {}):
-        # No layer keeps the family's scaling, by whose factor vLLM would multiply the longest length that it serves.
-        plain = {
-            key: value for key, value in native.rope_parameters.items() if key not in SCALING_KEYS - {"rope_theta"}
-        }
-        native.rope_parameters = {**plain, "rope_type": "default"}
     setattr(native, SERVED_KEY, {**positions.to_dict(), "rope_parameters": copy.deepcopy(native.rope_parameters)})
     setattr(native, RECORD_KEY, getattr(config, RECORD_KEY))  # so that vLLM's cache of compiled code tells them apart
     return native
+
+
+def _drop_scalings(native: Any, positions: ServedPositions) -> None:
+    """Replace the family's scaling where no layer keeps it: vLLM multiplies the longest served length by its factor.
+
+    Raises:
+        UnsupportedError: a layer without the patch keeps a scaling that vLLM computes differently.
+    """
+    types = getattr(native, "layer_types", None) or [None] * native.num_hidden_layers
+    kept = {kind for layer, kind in enumerate(types) if layer not in positions.by_layer}
+    parameters = native.rope_parameters or {}
+    if "rope_type" in parameters:
+        native.rope_parameters = _plain(parameters, bool(kept), positions.scheme)
+    else:
+        native.rope_parameters = {
+            kind: _plain(each, kind in kept, positions.scheme) if isinstance(each, dict) else each
+            for kind, each in parameters.items()
+        }
+
+
+def _plain(parameters: dict[str, Any], kept: bool, scheme: str) -> dict[str, Any]:
+    """Return rotary parameters without a scaling, or as they are if layers keep them."""
+    if not kept:
+        plain = {key: value for key, value in parameters.items() if key not in SCALING_KEYS - {"rope_theta"}}
+        return {**plain, "rope_type": "default"}
+    if parameters["rope_type"] not in KEPT or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError(
+            f"vLLM cannot serve {scheme!r} on some of the layers: the others keep the family's own scaling, "
+            f"{parameters['rope_type']!r}, which vLLM may compute differently. Patch all layers."
+        )
+    return dict(parameters)
 
 
 def check_version() -> None:
