@@ -6,7 +6,7 @@
 Reading: a forward pass over one sequence that fills a cache and returns one row of logits (`sequence_bytes`, by which
 an evaluation chooses its batch). Training: forward, backward and the step of AdamW over one sequence, with gradient
 checkpointing and the loss in chunks (`training.plan.needed`, by which a recipe is refused). Both are without the
-weights. On a GPU the peak is that of PyTorch's allocator; on a CPU each measurement has a process of its own, and the
+weights. On a GPU the peak is that of PyTorch's allocator; on a CPU each measurement runs in a new process, and the
 peak is its resident set, which also holds what the allocator does not give back.
 """
 
@@ -92,7 +92,7 @@ def highest() -> int:
 
 
 def row(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure in a process of its own, whose peak is that of this measurement."""
+    """Measure in a new process, so that its peak memory belongs to this measurement."""
     command = [sys.executable, __file__, "--child", f"{kind} {length}"]
     command += ["--model", arguments.model, "--device", arguments.device]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

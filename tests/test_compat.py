@@ -316,7 +316,7 @@ def test_a_trainer_without_a_method_that_training_replaces_is_refused():
 
 
 def test_auto_classes_read_a_patched_folder(tmp_path):
-    """Transformers 5.17 registers no model for a config class that names one of its own modules."""
+    """Transformers 5.17 does not register a config class whose module is in Transformers."""
     model = build("llama")
     patch_model(model, "ntk_by_parts", factor=4)
     model.save_pretrained(tmp_path)

@@ -14,14 +14,14 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from pe_patch import SCHEMES, UnsupportedError, export, load_patched, patch_model
+from pe_patch import UnsupportedError, export, load_patched, patch_model
 from pe_patch.checkpoints.servers.positions import FAMILIES, ServedPositions, positions_of, served_positions
 from pe_patch.checkpoints.servers.vllm_plugin import SERVED_KEY, _reads_differently, served_config
 from pe_patch.patching.api import find_patch
-from pe_patch.schemes.bias import ALiBi, alibi_slopes
+from pe_patch.schemes.bias import ALiBi
 
 from . import models
-from .models import CASES, GIVEN, applies, case, logits, tokens
+from .models import CASES, applies, case, logits, tokens
 
 SERVED = {
     "rope", "linear", "pi", "ntk", "ntk_by_parts", "yarn", "llama3", "proportional", "p_rope", "clipped_rope",
@@ -114,7 +114,7 @@ def test_slopes_are_the_papers(tmp_path):
     model = models.build("llama")
     patch_model(model, "rope_alibi", slope_scale=0.5)
     (positions,) = positions_of(find_patch(model), "a server").distinct
-    assert positions.slopes == [slope / 2 for slope in alibi_slopes(4)] and positions.inv_freq is not None
+    assert positions.slopes == [2.0**-3, 2.0**-5, 2.0**-7, 2.0**-9] and positions.inv_freq is not None
 
 
 def test_no_positions_and_a_scale(tmp_path):
@@ -128,13 +128,10 @@ def test_no_positions_and_a_scale(tmp_path):
 @pytest.mark.parametrize("name", sorted({name.split(" ")[0] for name in CASES if applies("llama", name)}))
 def test_every_scheme_is_served_or_refused_by_name(name):
     model = models.build("llama")
-    scheme, options = case("llama", name) if name in GIVEN else (name, {})
-    try:
-        patch_model(model, scheme, **options)
-    except UnsupportedError:
-        pytest.skip("not for this family")
+    scheme, options = case("llama", name)
+    patch_model(model, scheme, **options)
     patch = find_patch(model)
-    static = SCHEMES[patch.scheme.name] and not patch.scheme.length_dependent
+    static = not patch.scheme.length_dependent
     if patch.scheme.name in SERVED and static:
         assert positions_of(patch, "vLLM").scheme == patch.scheme.name
     elif patch.scheme.name == "longrope" and static:
@@ -293,3 +290,17 @@ def test_a_users_subclass_is_refused():
 )
 def test_checkpoints_that_vllm_reads_differently(values, differs):
     assert _reads_differently(values) == differs
+
+
+def test_the_export_is_refused_without_the_plugin_where_vllm_would_ignore_the_factor(tmp_path):
+    model = models.build("llama")
+    patch_model(model, "proportional", partial_rotary_factor=0.5, factor=2)
+    export(model, tmp_path, target="vllm-plugin")
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["model_type"].startswith("pe_patch (import pe_patch")
+    assert torch.equal(logits(load_patched(tmp_path), tokens(1, 50)), logits(model, tokens(1, 50)))
+    native, served = served_positions(AutoConfig.from_pretrained(tmp_path), "vLLM")
+    assert (
+        native.architectures == ["LlamaForCausalLM"]
+        and served.distinct == positions_of(find_patch(model), "vLLM").distinct
+    )

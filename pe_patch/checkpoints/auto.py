@@ -77,7 +77,7 @@ def _register_models(config_class: type) -> None:
     if not _loaders:
         _loaders.extend((auto, type(auto.__name__, (_Loader,), {"auto": auto})) for auto in _auto_classes())
     module = config_class.__module__
-    config_class.__module__ = __name__  # Transformers 5.17 registers nothing for classes of its own modules
+    config_class.__module__ = __name__  # Transformers 5.17 skips classes whose module is in Transformers
     try:
         for auto, loader in _loaders:
             auto.register(config_class, loader, exist_ok=True)

@@ -12,13 +12,16 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedError
+from ...patching.config import write_json
 from ...patching.patch import Patch
+from ...patching.saved_config import Marked, marked_values
 from ..servers.positions import positions_of
+from ..servers.vllm_plugin import TRIED
 from . import vllm
 from .checkpoint import FOLDER, Serving, Writer
 from .native import refuse
 
-TOOL, VERSION = "vLLM with pe_patch's plugin", "0.31 and 0.32"
+TOOL, VERSION = "vLLM with pe_patch's plugin", " and ".join(TRIED)
 
 
 def writer(model: PreTrainedModel, patch: Patch) -> Writer:
@@ -47,6 +50,9 @@ def writer(model: PreTrainedModel, patch: Patch) -> Writer:
 
     def write(folder: Path, final: Path) -> None:
         model.save_pretrained(folder)
+        if not isinstance(model.config, Marked):  # without the plugin vLLM would read these parameters differently
+            file = folder / "config.json"
+            write_json(file, marked_values(json.loads(file.read_text(encoding="utf-8")), type(model.config)))
         serving.write(folder, final)
 
     return write

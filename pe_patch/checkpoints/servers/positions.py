@@ -17,7 +17,7 @@ from ...errors import UnsupportedError
 from ...patching.api import find_patch
 from ...patching.patch import Patch
 from ...patching.record import RECORD_KEY
-from ...patching.saved_config import native_of
+from ...patching.saved_config import Marked, native_of
 from ...schemes.absolute import DroPE, NoPE
 from ...schemes.bias import ALiBi
 from ...schemes.remap import LMInfinite
@@ -185,4 +185,4 @@ def refuse(patch: Patch, server: str, why: str, remedy: str = "") -> NoReturn:
 def is_patched(config: Any) -> bool:
     """Return whether a config is that of a patched checkpoint that Transformers alone cannot load."""
     record = vars(config).get(RECORD_KEY)
-    return isinstance(record, dict) and hasattr(config, "native_class")
+    return isinstance(record, dict) and isinstance(config, Marked)
