@@ -300,6 +300,8 @@ def test_one_long_pass_shows_progress_layer_by_layer(capsys):
         assert "50 of about 100 tokens (50 %)" in progress.status()
         progress.advance(50)
         assert "50 of about 100 tokens (50 %)" in progress.status(), "a pass counts once"
+        progress.advance(60)
+        assert "the last measures are still to come" in progress.status() and "left" not in progress.status()
     reading.remove()
     before_the_last = 50 * (len(layers) - 1) // len(layers)
     assert f"{before_the_last} of about 100 tokens" in seen[0] and "tokens/s, about" in seen[0]

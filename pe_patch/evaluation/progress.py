@@ -113,9 +113,10 @@ class Progress:
         seconds = max(time.monotonic() - self.start, 1e-6)
         read = int(self.done + self.reading)
         speed = read / seconds
-        # The plan estimates the tokens, so more of them may be read.
-        left = duration(max(0, self.total - read) / max(speed, 1e-6))
-        rate = f", {speed:,.0f} tokens/s, about {left} left"
+        # The plan estimates the tokens, so more of them may be read, and a judge's reading is not among them.
+        left = f"about {duration((self.total - read) / max(speed, 1e-6))} left"
+        ahead = left if read < self.total else "the planned tokens are read, the last measures are still to come"
+        rate = f", {speed:,.0f} tokens/s, {ahead}"
         percent = min(99, 100 * read // max(1, self.total))
         return (
             f"{self.label}: {self.text}: {read:,} of about {self.total:,} tokens ({percent} %) in "

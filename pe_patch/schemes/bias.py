@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -289,8 +290,21 @@ class Sandwich(DistanceBias):
         return torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
 
     def bias(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor | None:
+        strength = self._strength(query.device)[:, None, None]
+        if positions.encoded is not None and positions.query.shape[1] == 1 and not torch.compiler.is_compiling():
+            distance, make = positions.distance.abs(), partial(self._sums, device=query.device)
+            sums = positions.encoded.table(("sandwich", self.dim, query.device), int(distance.max()) + 1, make)
+            return strength * sums[distance][:, None]
         at_query, at_key = (self._waves(at, torch.float32) for at in (positions.query, positions.key))
-        return self._strength(query.device)[:, None, None] * (at_query @ at_key.transpose(1, 2))[:, None]
+        return strength * (at_query @ at_key.transpose(1, 2))[:, None]
+
+    def _sums(self, count: int, device: torch.device) -> Tensor:
+        """Return the sums of cosines at the distances 0 .. count - 1, `[count]`, float32."""
+        distance = torch.arange(count, dtype=torch.float64, device="cpu")
+        total = torch.zeros_like(distance)
+        for frequency in self.frequencies:
+            total += torch.cos(distance * frequency)
+        return total.float().to(device)
 
     def bias_as_head_dims(
         self, positions: Positions, scaling: float, dtype: torch.dtype
