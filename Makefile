@@ -6,6 +6,8 @@ WORKERS ?= 2
 # By file, since the other files need packages that these environments leave out.
 FAST := -m fast -n $(WORKERS) --dist loadscope tests/test_compat.py tests/test_cache_fit.py tests/test_matrix.py
 OLDEST := transformers==5.17.0
+# The releases of vLLM that the plugin is tried on, the newest and the one before.
+VLLM ?= 0.32.0 0.31.0
 
 # What other versions of Transformers may want in other versions than constraints.txt pins.
 UNPINNED := transformers|tokenizers|peft|trl|lm-eval|deepspeed|bitsandbytes
