@@ -476,6 +476,8 @@ GENERATION_POSITIONS = private(
 
 GPTJ = "transformers.models.gptj.modeling_gptj.GPTJAttention"
 BEFORE_24 = (OLDEST_TESTED, "5.23.0")
+OWN_SCORES = Version("5.24") > INSTALLED
+"""Whether GPT-J and CodeGen compute their scores themselves and not in the attention interface."""
 
 SCORE_METHOD = private("_attn", GPTJ, "SCORE_METHOD", BEFORE_24)
 """The method of GPT-J's and CodeGen's attention that computes its scores and output. Transformers 5.24 has none."""

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pe_patch import ADAPTERS, UnsupportedError, describe, load_patched, patch_model, unpatch_model
+from pe_patch import ADAPTERS, UnsupportedError, compat, describe, load_patched, patch_model, unpatch_model
 from pe_patch.adapters.inferred import INFERRED
 from pe_patch.errors import BeyondWindowError, OptionError
 
@@ -305,8 +305,9 @@ def test_a_scaling_of_a_family_with_sines_in_a_table_is_that_of_transformers(fam
         },
     )  # fmt: skip
     table = own_table(*ROPE_INIT_FUNCTIONS["yarn"](config, "cpu"), LONG)
-    for layer in model.base_model.h:
-        layer.attn.embed_positions = table
+    holders = [layer.attn for layer in model.base_model.h] if compat.OWN_SCORES else [model.base_model.rotary_emb]
+    for holder in holders:
+        holder.embed_positions = table
     torch.testing.assert_close(patched, output(model, LONG), rtol=0, atol=1e-5 * float(patched.abs().max()))
 
 
@@ -321,6 +322,7 @@ def test_positions_that_begin_again_separate_documents(family):
     torch.testing.assert_close(packed[:, 10:], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
+@pytest.mark.skipif(not compat.OWN_SCORES, reason="here GPT-J hands positions to its attentions")
 def test_gradient_checkpointing_without_an_argument_for_positions_is_an_error():
     model = tiny("gptj").train()
     patch_model(model, "alibi")
@@ -355,8 +357,20 @@ def test_every_mechanism_reaches_an_attention_of_its_own_code(family):
         torch.testing.assert_close(cached, full[:, 16:], rtol=0, atol=2e-5 * float(full.abs().max()))
         unpatch_model(model)
         assert torch.equal(output(model), before)
-    with pytest.raises(OptionError, match="backend='sdpa' does not apply"):
-        patch_model(model, "alibi", backend="sdpa")
+    if family == "mpt" or compat.OWN_SCORES:
+        with pytest.raises(OptionError, match="backend='sdpa' does not apply"):
+            patch_model(model, "alibi", backend="sdpa")
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_the_native_scheme_of_a_table_of_sines_changes_no_text(family, caplog):
+    model = tiny(family)
+    before = output(model)
+    patch_model(model, "rope")
+    torch.testing.assert_close(output(model), before, rtol=0, atol=1e-6 * float(before.abs().max()))
+    assert "changes every text" not in caplog.text
+    patch_model(model, "linear", factor=2.0, on_existing="replace")
+    assert "changes every text" in caplog.text
 
 
 # Rotary modules and attentions at other places.

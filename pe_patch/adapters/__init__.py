@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -73,6 +74,18 @@ LATENT = {
 }
 """Families whose attention caches latents. They multiply YaRN's `mscale_all_dim` factor into the softmax scale."""
 
+SINES_AND_COSINES = (
+    Adapter(
+        layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
+        score_method=(compat.SCORE_METHOD, score), still_rotation=still_rotation, pass_positions=carry_to_attention,
+        wrap_base_forward=keep_positions,
+    )
+    if compat.OWN_SCORES
+    else Adapter(layers="h", attention="attn", layout="sin_first", interleaved_pairs=True)
+)  # fmt: skip
+"""GPT-J and CodeGen. Before Transformers 5.24 they computed scores in their own code, and each attention had a table of
+sines and cosines."""
+
 ADAPTERS: Registry[Adapter] = Registry("pe_patch.adapters")
 """The adapter of every supported model family, by its `model_type`."""
 
@@ -131,16 +144,9 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "gpt_bigcode": Adapter(layers="h", attention="attn", rotary=None, learned="wpe", summary="StarCoder 1"),
         "opt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="OPT, Galactica"),
         "biogpt": Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="BioGPT"),
-        "gptj": Adapter(
-            layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
-            score_method=(compat.SCORE_METHOD, score), still_rotation=still_rotation, pass_positions=carry_to_attention,
-            wrap_base_forward=keep_positions, summary="GPT-J 6B",
-        ),
-        "codegen": Adapter(
-            layers="h", attention="attn", rotary=None, interleaved_pairs=True, eager_only=True,
-            score_method=(compat.SCORE_METHOD, score), still_rotation=still_rotation, pass_positions=carry_to_attention,
-            wrap_base_forward=keep_positions, summary="CodeGen",
-        ),
+        "gptj": replace(SINES_AND_COSINES, summary="GPT-J 6B"),
+        # It rotates in float32.
+        "codegen": replace(SINES_AND_COSINES, full_precision=not compat.OWN_SCORES, summary="CodeGen"),
         "mpt": Adapter(
             layers="blocks", attention="attn", rotary=None, alibi=True, eager_only=True, forward=mpt_attention,
             pass_positions=carry_with_mask, wrap_base_forward=keep_positions,

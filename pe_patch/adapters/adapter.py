@@ -49,7 +49,7 @@ class Adapter:
     """Each attention has a separate rotary module, and `rotary` is its attribute."""
     layout: str = "halves"
     """Layout of the cos and sin that this module returns: "halves" [c, c], "interleaved" [c0, c0, c1, c1 ...],
-    "single" [c], or "complex" c + i s in one tensor."""
+    "single" [c], "sin_first" [c] with the sin before the cos, or "complex" c + i s in one tensor."""
     full_precision: bool = False
     """cos and sin are float32 in a model of any dtype, and so are their products with queries and keys."""
     full_precision_product: bool = False
@@ -267,6 +267,10 @@ class Adapter:
         )
 
 
+TABLE = "embed_positions"
+"""Attribute of a rotary module that holds a table of sines and cosines, `[positions, rotary_dim]`, the sines first."""
+
+
 def table_rows(table: Any) -> Tensor:
     """Return the rows of a table of positions, `[rows, width]`, which XGLM keeps in a buffer of another name."""
     return cast(Tensor, table.weight if hasattr(table, "weight") else table.weights)
@@ -277,7 +281,14 @@ def _first(owner: Any, *names: str) -> Any:
 
 
 def frequencies_of(rotary: Any, layer_type: str | None) -> tuple[Tensor, Tensor]:
-    """Return the frequencies of a native rotary module, current and as built, each `[rotary_dim / 2]`."""
+    """Return the frequencies of a native rotary module, current and as built, each `[rotary_dim / 2]`.
+
+    Those of a module with a table of sines and cosines (GPT-J) are the angles of position 1.
+    """
+    if hasattr(rotary, TABLE):
+        sin, cos = getattr(rotary, TABLE)[1].chunk(2)
+        inv_freq = torch.atan2(sin, cos)
+        return inv_freq, inv_freq
     prefix = "" if layer_type is None else f"{layer_type}_"
     inv_freq = getattr(rotary, f"{prefix}inv_freq")
     return inv_freq, getattr(rotary, f"{prefix}original_inv_freq", inv_freq)
@@ -357,7 +368,8 @@ class PatchedRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Return cos and sin, each `[batch | 1, tokens, width]`; width / 2 if "single", one tensor if "complex".
+        """Return cos and sin, each `[batch | 1, tokens, width]`; width / 2 if "single" or "sin_first", one tensor if
+        "complex".
 
         Args:
             x: a tensor with the dtype and the device of the result.
@@ -368,16 +380,19 @@ class PatchedRotaryEmbedding(nn.Module):
         if self.compose is not None:
             return self._composed(position_ids.to(x.device).expand(3, -1, -1), dtype)
         if scheme is None:
-            half = self.layout in ("single", "complex")
+            half = self.layout in ("single", "sin_first", "complex")
             shape = (*position_ids.shape, self.width // 2 if half else self.width)
             cos = torch.ones(shape, dtype=dtype, device=x.device)
             sin = torch.zeros_like(cos)
+            if self.layout == "sin_first":
+                return sin, cos
             return torch.complex(cos, sin) if self.layout == "complex" else (cos, sin)
         angles, factor = scheme.angles(position_ids.to(x.device))
         if self.layout == "complex":
             return torch.polar(torch.ones_like(angles), angles) * factor
-        if self.layout == "single":
-            return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        if self.layout in ("single", "sin_first"):
+            cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+            return (cos, sin) if self.layout == "single" else (sin, cos)
         return cos_sin(angles, factor, dtype, interleaved=self.layout == "interleaved")
 
     def _composed(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

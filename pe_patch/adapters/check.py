@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import OptionValueError, UnsupportedError, nearest, quoted
-from .adapter import Adapter
+from .adapter import TABLE, Adapter
 
-LAYOUTS = ("halves", "interleaved", "single", "complex")
+LAYOUTS = ("halves", "interleaved", "single", "sin_first", "complex")
 FREQUENCIES = "inv_freq"
 
 
@@ -81,6 +81,8 @@ def _check_rotary(base: Any, adapter: Adapter, count: int) -> None:
         expected = [f"{kind}_{FREQUENCIES}" for kind in dict.fromkeys(types[index] for index in attending)]
     else:
         expected = [FREQUENCIES]
+    if isinstance(getattr(rotary, TABLE, None), Tensor):
+        return
     if all(isinstance(getattr(rotary, name, None), Tensor) for name in expected):
         return
     present = sorted(name for name in dir(rotary) if name.endswith(FREQUENCIES) and "original" not in name)

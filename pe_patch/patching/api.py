@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
-from ..adapters.adapter import PatchedRotaryEmbedding, PerLayerTypeRotary, frequencies_of
+from ..adapters.adapter import TABLE, PatchedRotaryEmbedding, PerLayerTypeRotary, frequencies_of
 from ..core.checks import check_choice, check_flag, check_length
 from ..core.scheme import Scheme, overrides
 from ..core.swaps import Swap, with_swaps
@@ -310,8 +310,10 @@ def _is_native(patch: Patch, index: int) -> bool:
 def _rotates_as_built(patch: Patch, index: int) -> bool:
     """Return whether a layer rotates by the frequencies and the factor of the module that the patch replaced."""
     base, adapter, scheme = patch.base, patch.adapter, patch.scheme_by_layer[index]
-    if adapter.rotary is None or not isinstance(scheme, Rotation):
+    if not isinstance(scheme, Rotation):
         return False
+    if adapter.rotary is None:  # the family rotates by a table in each attention, or not at all
+        return adapter.still_rotation is not None and scheme.changes_nothing
     native: Any = base.get_submodule("position_schemes").original
     rotary: Any = native[adapter.rotary] if adapter.rotary in native else adapter.rotary_module(base)
     layer_type = adapter.layer_types(base, base.config)[index]
@@ -319,7 +321,10 @@ def _rotates_as_built(patch: Patch, index: int) -> bool:
     built = frequencies_of(rotary, layer_type)[0]
     if built.is_meta:  # no values to compare
         return scheme.changes_nothing
-    return factor == scheme.attention_scaling and torch.equal(built.cpu(), scheme.inv_freq)
+    # Frequencies that were read from a table of sines and cosines are rounded.
+    tolerance = 1e-6 if hasattr(rotary, TABLE) else 0.0
+    same = torch.allclose(built.float().cpu(), scheme.inv_freq, rtol=tolerance, atol=tolerance)
+    return factor == scheme.attention_scaling and same
 
 
 def _changes_short_texts(patch: Patch) -> bool:
