@@ -55,8 +55,9 @@ def pictures(text: dict[str, Any], **top: Any) -> dict[str, Any]:
     } | top
 
 
+NO_LANGUAGE_MODELS = ("clip_vision_model", "mpnet", "vit")
 HEALTHY = {
-    **{f"{family} unchanged": settings(family) for family in ADAPTERS if family not in ("clip_vision_model", "vit")},
+    **{f"{family} unchanged": settings(family) for family in ADAPTERS if family not in NO_LANGUAGE_MODELS},
     "llama, v4": llama(),
     "llama, v5": settings("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "llama3": llama(LLAMA3 | {"original_max_position_embeddings": 64}, max_position_embeddings=1024),

@@ -71,13 +71,14 @@ def stretched(rows, count):
 
 
 @pytest.mark.parametrize("extend", ["hierarchical", "interpolate"])
-@pytest.mark.parametrize(("family", "offset"), [("bert", 0), ("xlm-roberta", 1), ("distilbert", 0)])
+@pytest.mark.parametrize(("family", "offset"), [("bert", 0), ("xlm-roberta", 1), ("distilbert", 0), ("mpnet", 2)])
 def test_an_encoder_reads_beyond_its_table_as_one_with_a_longer_table(family, offset, extend):
-    """The expected model is Transformers' own with a table of that length. RoBERTa's begins behind its padding row."""
+    """The expected model is Transformers' own with a table of that length. RoBERTa's begins behind its padding row,
+    MPNet's behind two."""
     model = encoder(family)
     native = encoder(family)
     patch_model(model, "learned", max_positions=LONG, extend=extend)
-    name = INFERRED[model].learned
+    name = ADAPTERS[family].learned if family in ADAPTERS else INFERRED[model].learned
     rows = native.get_parameter(f"{name}.weight").detach()
     longer = encoder(family, max_position_embeddings=LONG + offset)
     longer.load_state_dict({key: value for key, value in native.state_dict().items() if key != f"{name}.weight"}, False)
@@ -153,8 +154,33 @@ def test_two_tables_are_refused():
 def test_a_second_source_of_positions_in_the_attention_is_refused():
     """MPNet adds a bias by distance to its scores, beside its table."""
     model = encoder("mpnet")
+    model.config.model_type = "mpnet_of_a_stranger"
     with pytest.raises(UnsupportedError, match="depends on the order of tokens as it attends"):
         patch_model(model, "nope")
+
+
+def test_the_table_of_mpnet_is_extended_and_its_bias_stays(tmp_path):
+    model = encoder("mpnet")
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, 15:] = 0
+    before = output(model, attention_mask=mask)
+    patch_model(model, "learned")
+    assert torch.equal(output(model, attention_mask=mask)[mask == 1], before[mask == 1])
+    unpatch_model(model)
+    assert torch.equal(output(model, attention_mask=mask), before)
+    for name, options in (("nope", {}), ("alibi", {}), ("sinusoidal", {}), ("one_hot", {"keep_native": True})):
+        with pytest.raises(UnsupportedError, match="would stand beside the relative bias of MPNetModel"):
+            patch_model(model, name, **options)
+    patch_model(model, "learned", max_positions=LONG, extend="interpolate")
+    longer = output(model, LONG)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(load_patched(tmp_path).eval(), LONG), longer)
+
+
+@pytest.mark.parametrize("family", ["xlm-roberta", "mpnet"])
+def test_rows_that_are_no_positions_are_not_a_window_that_was_raised(family, caplog):
+    patch_model(encoder(family), "learned")
+    assert "written into the config" not in caplog.text
 
 
 def table_rows_of(model):

@@ -147,6 +147,11 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "gptj": replace(SINES_AND_COSINES, summary="GPT-J 6B"),
         # It rotates in float32.
         "codegen": replace(SINES_AND_COSINES, full_precision=not compat.OWN_SCORES, summary="CodeGen"),
+        "mpnet": Adapter(
+            layers="encoder.layer", attention="attention.attn", rotary=None, learned="embeddings.position_embeddings",
+            learned_offset=2, first_position_id=2, forwards_kwargs=False, calls_interface=False, own_bias=True,
+            summary="all-mpnet-base-v2 and other encoders of MPNet",
+        ),
         "mpt": Adapter(
             layers="blocks", attention="attn", rotary=None, alibi=True, eager_only=True, forward=mpt_attention,
             pass_positions=carry_with_mask, wrap_base_forward=keep_positions,

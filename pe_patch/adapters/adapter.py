@@ -95,6 +95,9 @@ class Adapter:
     calls_interface: bool = True
     """The attentions call the attention interface of Transformers. Otherwise only schemes that act before the scores
     apply: static rotary ones, and those that add to the embeddings."""
+    own_bias: bool = False
+    """The attentions add a bias by distance that no scheme replaces, beside the table of positions. Only the table can
+    be extended."""
     forward: Callable[..., object] | None = None
     """Replacement for the forward of the attention, for a family that does not call the attention interface; else
     None."""

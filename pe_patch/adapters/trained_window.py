@@ -264,7 +264,7 @@ def trained_window(base: Any, config: Any, layer_type: str | None = None) -> Tra
         source=source,
         rope_type=rope_type,
         maximum=maximum,
-        config_maximum=named if is_count(named) else None,
+        config_maximum=named - _rows_before_zero(base, named) if is_count(named) else None,
         word=word,
     )
     if word is not None and word.trained_length is not None:
@@ -385,6 +385,8 @@ def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
 def _maximum(base: Any, config: Any) -> tuple[int | None, str]:
     """Return the `max_position_embeddings` that the model was built with, and its source or why it is unknown."""
     maximum, built = getattr(config, "max_position_embeddings", None), built_window(base)
+    if is_count(maximum) and built is not None and (before := _rows_before_zero(base, maximum)):
+        return built[0], f"the table of {maximum:,} rows, of which the first {before} are no positions"
     if is_count(maximum) and built is not None and maximum > built[0]:
         return built[0], f"what {built[1]} was built with; the config was changed to {maximum:,} afterwards"
     if is_count(maximum) and not _left_out(config, maximum):
@@ -420,6 +422,12 @@ def table_window(base: Any) -> tuple[int, str] | None:
         return None
     _, table, offset = found
     return table.num_embeddings - offset, type(table).__name__
+
+
+def _rows_before_zero(base: Any, maximum: int) -> int:
+    """Return how many of `max_position_embeddings` rows are no positions, where the config counts those (RoBERTa)."""
+    found = None if base is None else named_table(base)
+    return found[2] if found is not None and found[1].num_embeddings == maximum else 0
 
 
 TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "embeddings.position_embeddings")

@@ -303,6 +303,11 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
     at_scores = overrides_score_hook and (converting or not at_rotary_module)
     embeds = overrides(scheme, "embed")
     _check_hooks(scheme, rotates, at_rotary_module or at_scores, replacing)
+    if adapter.own_bias and (scheme.name != adapter.native or keep_native):
+        raise UnsupportedError(
+            f"{scheme.name!r} would stand beside the relative bias of {type(target.base).__name__}'s attentions, which "
+            f"no scheme replaces. Use {adapter.native!r}, which extends the table of positions and leaves the bias."
+        )
     if (at_scores or scheme.scorer is not None) and not adapter.calls_interface:
         raise UnsupportedError(
             f"{scheme.name!r} acts at the scores, and {type(target.base).__name__} computes attention in its own code "
