@@ -482,6 +482,17 @@ OWN_SCORES = Version("5.24") > INSTALLED
 SCORE_METHOD = private("_attn", GPTJ, "SCORE_METHOD", BEFORE_24)
 """The method of GPT-J's and CodeGen's attention that computes its scores and output. Transformers 5.24 has none."""
 
+NEO_SCORE_METHOD = private("_attn", "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", "score")
+"""The method of GPT-Neo's and GPT NeoX Japanese's attention that computes its scores and output."""
+private(
+    NEO_SCORE_METHOD,
+    "transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
+    "score",
+)
+
+FALCON_SPLIT = private("_split_heads", "transformers.models.falcon.modeling_falcon.FalconAttention", "FALCON_SPLIT")
+"""The method of Falcon's attention that splits a fused projection, to `[batch, tokens, heads, head]` three times."""
+
 EMBED_POSITIONS = private("_get_embed_positions", GPTJ, "EMBED_POSITIONS", BEFORE_24)
 """The method of GPT-J's attention that returns its table of sines and cosines. Transformers 5.24 has none."""
 

@@ -31,6 +31,8 @@ FOUR = GROUPED | {"num_hidden_layers": 4}
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {}, "gpt_neox": {}, "gpt2": {}, "gpt_bigcode": {}, "biogpt": {}, "persimmon": {},
     "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8}, "mpt": {"max_seq_len": WINDOW},
+    "falcon": {}, "gpt_neox_japanese": {}, "xglm": {"ffn_dim": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3", "axk1"), LATENT),
     "phi": HEADS, "stablelm": HEADS, "cohere": HEADS, "starcoder2": HEADS,

@@ -295,6 +295,7 @@ def test_a_static_rotation_needs_no_interface(family):
 
 def test_a_bias_without_the_interface_is_an_error_that_says_what_to_use():
     model = tiny("falcon")
+    model.config.model_type = "falcon_of_a_stranger"
     with pytest.raises(
         UnsupportedError, match=r"'alibi' acts at the scores, and FalconModel computes attention in its"
     ):
@@ -303,10 +304,72 @@ def test_a_bias_without_the_interface_is_an_error_that_says_what_to_use():
         patch_model(model, "yarn", factor=2, backend="eager")
 
 
-def test_alibi_outside_the_interface_is_another_source_of_positions():
-    model = tiny("falcon", alibi=True)
-    with pytest.raises(UnsupportedError, match="depends on the order of tokens without rotation"):
-        patch_model(model, "nope")
+def test_a_falcon_with_its_own_alibi_is_refused_by_its_row():
+    with pytest.raises(UnsupportedError, match="FalconModel cannot be patched here, since this model has ALiBi"):
+        patch_model(tiny("falcon", alibi=True), "yarn", factor=2.0)
+
+
+OWN_CODE = [
+    ("gpt_neo", {}), ("gpt_neox_japanese", {}), ("xglm", {}), ("falcon", {}), ("falcon", {"multi_query": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+]  # fmt: skip
+"""GPT-Neo has a local layer in these models, whose window is shorter than the texts."""
+
+
+@pytest.mark.parametrize(("family", "settings"), OWN_CODE, ids=str)
+def test_a_scheme_at_the_scores_replaces_the_attention_code_of_a_family(family, settings):
+    """`group=1` and distances within the window change nothing, and zero slopes leave no position at all."""
+    model = tiny(family, **settings)
+    before, own = output(model), model.config._attn_implementation
+    tolerance = 2e-6 * float(before.abs().max())
+    if ADAPTERS[family].native == "rope":
+        for scheme, options in (("self_extend", {"group": 1, "window": 8}), ("dynamic_ntk", {})):
+            patch_model(model, scheme, **options, on_existing="replace")
+            torch.testing.assert_close(output(model), before, rtol=0, atol=tolerance)
+    patch_model(model, "nope", on_existing="replace")
+    without = output(model)
+    patch_model(model, "alibi", slopes=[1e-12] * model.config.num_attention_heads, on_existing="replace")
+    torch.testing.assert_close(output(model), without, rtol=0, atol=tolerance)
+    unpatch_model(model)
+    assert torch.equal(output(model), before) and model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize(("family", "settings"), OWN_CODE, ids=str)
+@pytest.mark.parametrize(("scheme", "options"), [("alibi", {}), ("lm_infinite", {"window": 8, "sinks": 2})])
+def test_such_a_scheme_decodes_pads_and_is_saved(family, settings, scheme, options, tmp_path):
+    model = tiny(family, **settings)
+    patch_model(model, scheme, **options)
+    full = output(model, 24, use_cache=False)
+    tolerance = 3e-6 * float(full.abs().max())
+    with torch.no_grad():
+        first = model(input_ids=IDS[:, :20], use_cache=True)
+        steps = [first.logits[:, -1]]
+        for at in range(20, 24):
+            step = model(input_ids=IDS[:, at : at + 1], past_key_values=first.past_key_values)
+            steps.append(step.logits[:, -1])
+        mask = torch.ones(2, 28, dtype=torch.long)
+        mask[:, :4] = 0
+        padded = model(input_ids=torch.cat((IDS[:, :4], IDS[:, :24]), 1), attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(torch.stack(steps, 1), full[:, 19:], rtol=0, atol=tolerance)
+    torch.testing.assert_close(padded.logits[:, 4:], full, rtol=0, atol=tolerance)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(load_patched(tmp_path).eval(), 24, use_cache=False), full)
+
+
+def test_a_local_layer_of_gpt_neo_keeps_its_window():
+    """Without positions, a model of local layers alone cannot tell what stands before its windows."""
+    model = tiny("gpt_neo", attention_types=[[["local"], 2]], window_size=4, num_layers=2)
+    patch_model(model, "nope")
+    ids = IDS[:1, :20]
+    other = ids.clone()
+    other[:, :13] = ids[:, :13].flip(1)  # two layers of 4 tokens see 7 tokens
+    patch_model(model, "alibi", on_existing="replace")
+    with torch.no_grad():
+        near, far = model(input_ids=ids).logits[:, -1], model(input_ids=other).logits[:, -1]
+    assert torch.equal(near, far)
+    other[:, 14] = ids[:, 15]
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=other).logits[:, -1], near)
 
 
 def own_table(inv_freq, factor, rows):

@@ -15,10 +15,13 @@ from .bloom import bloom_attention, build_alibi_tensor, carry_positions, keep_po
 from .own_attention import (
     carry_to_attention,
     carry_with_mask,
+    falcon_attention,
+    falcon_refuses,
     mpt_attention,
     positions_as_bias,
     score,
     still_rotation,
+    xglm_attention,
 )
 from .projections import Fused, ProjectionNames, Separate
 from .vision import VisionEncoder
@@ -73,6 +76,20 @@ LATENT = {
     "axk1": "A.X K1",
 }
 """Families whose attention caches latents. They multiply YaRN's `mscale_all_dim` factor into the softmax scale."""
+
+
+def with_own_attention(adapter: Adapter, **replacing: Any) -> Adapter:
+    """Return the adapter of a family whose own attention code only gives way to schemes that act at the scores.
+
+    Args:
+        adapter: the names of the family's modules.
+        replacing: `forward` or `score_method` of the adapter for those schemes.
+    """
+    at_scores = replace(
+        adapter, eager_only=True, pass_positions=carry_to_attention, wrap_base_forward=keep_positions, **replacing
+    )
+    return replace(adapter, forwards_kwargs=False, calls_interface=False, at_scores=at_scores)
+
 
 SINES_AND_COSINES = (
     Adapter(
@@ -147,6 +164,21 @@ FAMILIES: Mapping[str, Adapter] = MappingProxyType(
         "gptj": replace(SINES_AND_COSINES, summary="GPT-J 6B"),
         # It rotates in float32.
         "codegen": replace(SINES_AND_COSINES, full_precision=not compat.OWN_SCORES, summary="CodeGen"),
+        "gpt_neo": with_own_attention(
+            Adapter(layers="h", attention="attn.attention", rotary=None, learned="wpe", summary="GPT-Neo"),
+            score_method=(compat.NEO_SCORE_METHOD, score),
+        ),
+        "gpt_neox_japanese": with_own_attention(
+            Adapter(attention="attention", summary="GPT NeoX Japanese 2.7B"),
+            score_method=(compat.NEO_SCORE_METHOD, score),
+        ),
+        "xglm": with_own_attention(
+            Adapter(rotary=None, learned="embed_positions", learned_offset=2, summary="XGLM"), forward=xglm_attention
+        ),
+        "falcon": with_own_attention(
+            Adapter(layers="h", attention="self_attention", refuses=falcon_refuses, summary="Falcon 7B, 40B, 180B"),
+            forward=falcon_attention,
+        ),
         "mpnet": Adapter(
             layers="encoder.layer", attention="attention.attn", rotary=None, learned="embeddings.position_embeddings",
             learned_offset=2, first_position_id=2, forwards_kwargs=False, calls_interface=False, own_bias=True,

@@ -95,6 +95,12 @@ class Adapter:
     calls_interface: bool = True
     """The attentions call the attention interface of Transformers. Otherwise only schemes that act before the scores
     apply: static rotary ones, and those that add to the embeddings."""
+    at_scores: Adapter | None = None
+    """Adapter for the schemes that act at the scores, which replaces the family's own attention code. For a family
+    that does not call the attention interface; the other schemes leave that code alone. None if there is none."""
+    refuses: Callable[[PreTrainedConfig], str | None] | None = None
+    """Function of the config that returns why such a model cannot be patched, as a clause about "this model", or None.
+    None if every model of the family can."""
     own_bias: bool = False
     """The attentions add a bias by distance that no scheme replaces, beside the table of positions. Only the table can
     be extended."""

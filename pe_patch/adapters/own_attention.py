@@ -1,4 +1,5 @@
-"""Adapt GPT-J, CodeGen and MPT, which compute attention in their own code and drop keywords on the way to it.
+"""Adapt families that compute attention in their own code and drop keywords on the way to it: GPT-J, CodeGen, MPT,
+GPT-Neo, GPT NeoX Japanese, XGLM and Falcon.
 
 The functions here are bound to the instance by swaps.
 """
@@ -27,22 +28,113 @@ def carry_to_attention(
 
 
 def score(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
-    """Return the output `[batch, heads, tokens, head]` and the weights of an attention of GPT-J or CodeGen.
+    """Return the output `[batch, heads, tokens, head]` and the weights of an attention with a method for its scores.
 
-    Stands in for its method `compat.SCORE_METHOD`. Queries, keys and values are `[batch, heads, tokens, head]`.
+    Stands in for the method `compat.SCORE_METHOD` of GPT-J, CodeGen, GPT-Neo and GPT NeoX Japanese. Queries, keys and
+    values are `[batch, heads, tokens, head]`.
     """
-    positions = current_value(POSITIONS, self.__dict__["pe_owner"])
-    if positions is None and self.__dict__.get("pe_scheme") is not None:
-        raise UnsupportedError(
-            f"No positions reach {type(self).__name__} here. Gradient checkpointing computes it again outside the "
-            "model's forward, and this family has no argument for positions: turn gradient checkpointing off."
-        )
+    if getattr(self, "attention_type", "global") == "local":
+        attention_mask = within_window(attention_mask, query, key, self.config.window_size)
+    # GPT-Neo does not scale its scores.
+    divisor = next((float(getattr(self, name)) for name in ("scale_attn", "norm_factor") if hasattr(self, name)), 1.0)
+    dropout = self.attn_dropout if hasattr(self, "attn_dropout") else self.attention_dropout
     output, weights = attend(
         self, query.to(value.dtype), key.to(value.dtype), value, attention_mask, backend=BACKENDS["eager"],
-        scaling=float(1 / self.scale_attn), dropout=self.attn_dropout.p if self.training else 0.0,
-        positions=positions,
+        scaling=1 / divisor, dropout=dropout.p if self.training else 0.0, positions=carried_positions(self),
     )  # fmt: skip
     return output.transpose(1, 2), weights
+
+
+def carried_positions(attention: Any) -> Any:
+    """Return the positions of this pass, which `keep_positions` holds.
+
+    Raises:
+        UnsupportedError: there are none.
+    """
+    positions = current_value(POSITIONS, attention.__dict__["pe_owner"])
+    if positions is None and attention.__dict__.get("pe_scheme") is not None:
+        raise UnsupportedError(
+            f"No positions reach {type(attention).__name__} here. Gradient checkpointing computes it again outside the "
+            "model's forward, and this family has no argument for positions: turn gradient checkpointing off."
+        )
+    return positions
+
+
+def within_window(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Return the additive mask `[batch | 1, 1, query, key]` with the keys hidden that are `window` tokens away or more.
+
+    A mask of None is causal.
+    """
+    count, total = query.shape[2], key.shape[2]
+    distance = torch.arange(total - count, total, device=query.device)[:, None] - torch.arange(
+        total, device=query.device
+    )
+    hidden = (distance >= window) | ((distance < 0) if mask is None else torch.zeros_like(distance, dtype=torch.bool))
+    lowest = torch.finfo(query.dtype).min
+    base = torch.zeros(1, 1, count, total, dtype=query.dtype, device=query.device) if mask is None else mask
+    return base.masked_fill(hidden, lowest)
+
+
+def xglm_attention(
+    self: Any,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Compute XGLM's attention through this library's attention function.
+
+    The arguments are those of XGLM's attention. No model of this family attends to an encoder.
+    """
+    query, key, value = (
+        project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    output, weights = attend(
+        self, query, key, value, attention_mask, backend=BACKENDS["eager"], scaling=self.scaling,
+        dropout=self.dropout if self.training else 0.0, positions=carried_positions(self),
+    )  # fmt: skip
+    return self.out_proj(output.flatten(2)), weights
+
+
+def falcon_attention(
+    self: Any,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    layer_past: Any = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Compute the attention of a Falcon model that rotates through this library's attention function.
+
+    The arguments are those of Falcon's attention.
+    """
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    assert position_embeddings is not None
+    fused = self.query_key_value(hidden_states)
+    query, key, value = (part.transpose(1, 2) for part in getattr(self, compat.FALCON_SPLIT)(fused))
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+    # Falcon leaves its dropout out where it rotates.
+    output, weights = attend(
+        self, query, key, value, attention_mask, backend=BACKENDS["eager"], scaling=self.inv_norm_factor,
+        positions=carried_positions(self),
+    )  # fmt: skip
+    return self.dense(output.flatten(2)), weights
+
+
+def falcon_refuses(config: Any) -> str | None:
+    """Return why a Falcon model cannot be patched, or None."""
+    return "has ALiBi in its own attention code, beside a rotary module without a use" if config.alibi else None
 
 
 class _EveryDevice:

@@ -27,7 +27,7 @@ def outcome(adapter: Adapter) -> str:
 
     The result is a key of `OUTCOMES`.
     """
-    if adapter.still_rotation is not None:
+    if adapter.still_rotation is not None or adapter.at_scores is not None:  # our code replaces the family's
         return "close"
     return "refused" if adapter.bars_rotation_at_scores or not adapter.forwards_kwargs else "equal"
 

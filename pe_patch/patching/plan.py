@@ -18,7 +18,7 @@ Attributes that a patch adds to modules:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -94,6 +94,7 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
         PePatchError: the patch is not possible. The model is unchanged.
     """
     scheme = next(iter(scheme_by_layer.values()))
+    target = _with_own_attention(target, scheme)
     for each in scheme_by_layer.values():
         if isinstance(each, ProjectionScheme):
             each.restored = settings.restored
@@ -112,6 +113,27 @@ def plan(target: Target, scheme_by_layer: SchemeByLayer, window: TrainedWindow, 
     if conversion.latents:
         return _narrowest(target.model, scheme_by_layer, conversion, collect)
     return collect(conversion.modules)
+
+
+def _with_own_attention(target: Target, scheme: Scheme) -> Target:
+    """Return the target with the adapter that a scheme at the scores needs.
+
+    Raises:
+        UnsupportedError: this model of the family cannot be patched.
+    """
+    adapter = target.adapter
+    reason = adapter.refuses(target.base.config) if adapter.refuses is not None else None
+    if reason is not None:
+        raise UnsupportedError(f"{type(target.base).__name__} cannot be patched here, since this model {reason}.")
+    if adapter.at_scores is None or not (_acts_at_scores(adapter, scheme) or scheme.scorer is not None):
+        return target
+    return replace(target, adapter=adapter.at_scores)
+
+
+def _acts_at_scores(adapter: Adapter, scheme: Scheme) -> bool:
+    """Return whether a scheme acts in the attention function, on queries and on the keys of the cache."""
+    overrides_score_hook = any(overrides(scheme, hook) for hook in ("encode", "bias", "attend"))
+    return overrides_score_hook and (converts(scheme) or adapter.rotary is None or not scheme.rotates_early)
 
 
 def _check_score_method(target: Target) -> None:
@@ -220,12 +242,14 @@ def _collect(
     for index, attention in attentions.items():
         swaps.append(Swap.of(attention, "pe_scheme", scores[index], direct=True))
         swaps.append(Swap.of(attention, "pe_layer", index, direct=True))
+        if adapter.forward is not None or adapter.score_method is not None:
+            swaps.append(Swap.of(attention, "pe_owner", base, direct=True))
         if adapter.forward is not None:
             swaps.append(Swap.of(attention, "pe_config", config_copy, direct=True))
             swaps.append(bind(attention, "forward", WithoutInner(adapter.forward)))
         if adapter.score_method is not None:
             name, method = adapter.score_method
-            swaps += [Swap.of(attention, "pe_owner", base, direct=True), bind(attention, name, WithoutInner(method))]
+            swaps.append(bind(attention, name, WithoutInner(method)))
     listed = set(attentions.values())
     for module in base.modules():  # cross-attentions and the like, which stay as they are
         if "Attention" in type(module).__name__ and module not in listed:
@@ -299,8 +323,7 @@ def places_of(target: Target, scheme: Scheme, keep_native: bool) -> Places:
     adapter, converting, replacing = target.adapter, converts(scheme), replaces_projections(scheme)
     rotates = overrides(scheme, "angles") or isinstance(scheme, Rotation)
     at_rotary_module = adapter.rotary is not None and scheme.rotates_early
-    overrides_score_hook = any(overrides(scheme, hook) for hook in ("encode", "bias", "attend"))
-    at_scores = overrides_score_hook and (converting or not at_rotary_module)
+    at_scores = _acts_at_scores(adapter, scheme)
     embeds = overrides(scheme, "embed")
     _check_hooks(scheme, rotates, at_rotary_module or at_scores, replacing)
     if adapter.own_bias and (scheme.name != adapter.native or keep_native):

@@ -184,6 +184,7 @@ def at_scores(model: Any, adapter: Adapter) -> str:
     """Compare Self-Extend with a group of one, which is RoPE, with RoPE."""
     if adapter.native != "rope":
         return "does not apply: it does not rotate"
+    adapter = adapter.at_scores or adapter
     if adapter.bars_rotation_at_scores or not adapter.forwards_kwargs:
         reason = adapter.bars_rotation_at_scores or "drops keywords on the way to its layers"
         return f"does not apply: {reason}"
