@@ -14,6 +14,7 @@ import pytest
 from pe_patch import ADAPTERS, SCHEMES
 from pe_patch.checkpoints.sources import parse_options
 from pe_patch.cli import main as cli
+from pe_patch.cli.catalogue import catalogue, entry_of
 from pe_patch.errors import OptionError
 from pe_patch.evaluation.tasks import TASKS
 
@@ -89,6 +90,30 @@ def test_list_has_every_scheme_family_and_task(run):
     assert code == 0 and "passkey" in out and "yarn" not in out
     code, _, err = run("list", "task")
     assert code == 2 and "Did you mean 'tasks'" in err
+
+
+def test_list_shows_one_entry_with_the_meaning_of_its_options(run):
+    code, out, _ = run("list", "schemes", "yarn")
+    assert code == 0 and "Turns inside the window above which a frequency is kept." in " ".join(out.split())
+    code, out, _ = run("list", "schemes", "pi", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["name"] == "linear" and found["options"][0]["name"] == "factor"
+    code, out, _ = run("list", "tasks", "needle", "--json")
+    assert code == 0 and {"name": "needles", "type": "int", "required": False, "default": 8,
+                          "meaning": "The number of hidden facts."} in json.loads(out)["options"]  # fmt: skip
+    code, out, _ = run("list", "families", "falcon")
+    assert code == 0 and "Falcon 7B" in out
+    code, _, err = run("list", "schemes", "yarm")
+    assert code == 2 and "Did you mean 'yarn'" in err
+    code, _, err = run("list", "yarn")
+    assert code == 2 and "`pe-patch list schemes yarn`" in err
+
+
+@pytest.mark.parametrize("kind", ["schemes", "tasks"])
+def test_every_option_of_a_scheme_and_of_a_task_has_a_meaning(kind):
+    entries = catalogue()
+    shown = [entry_of(entries, kind, entry["name"]) for entry in entries[kind]]
+    assert [(entry["name"], each["name"]) for entry in shown for each in entry["options"] if not each["meaning"]] == []
 
 
 def test_inspect_needs_no_weights(run, checkpoint, tmp_path):

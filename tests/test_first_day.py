@@ -147,6 +147,7 @@ def test_chat_sends_the_template(run, chat_model):
     code, streamed, _ = run(*words)
     found = json.loads(run(*words, "--json")[1])
     assert code == 0 and streamed == f"{found['text']}\n" and found["new_tokens"] == 6
+    assert run(*words, "--stream")[:2] == run(*words, "--no-stream")[:2] == (0, streamed)
 
 
 def test_a_model_that_ends_at_once_is_no_success(run, chat_model, monkeypatch):

@@ -36,16 +36,18 @@ from typing import Any
 import numpy as np
 import torch
 from common import MODELS, RESULTS, TEXT, TITLES, machine, read, write
+from transformers import DynamicCache
 
 from pe_patch import describe, export, patch_model
 from pe_patch.checkpoints.sources import load
-from pe_patch.compat import cache_of
 from pe_patch.data.text import load_documents
 from pe_patch.doctor.converted import check_converted
 from pe_patch.errors import PePatchError
 
 SHARED, OWN, ANSWER = 8_400, 48, 128
 """Tokens of the shared text, of each prompt's own text, and of an answer."""
+PART = 2_048
+"""Tokens that the model reads at once."""
 WINDOW = 16_384
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear, x2": ("linear", {"factor": 2.0}),
@@ -258,7 +260,9 @@ def compare(model: Any, prompts: list[list[int]], answers: list[Answer], shared:
         answers: one for each prompt.
         shared: number of first tokens that all prompts share.
     """
-    cache = cache_of(model(torch.tensor([prompts[0][:shared]]), use_cache=True, logits_to_keep=1))
+    cache = DynamicCache(config=model.config)
+    for part in torch.tensor([prompts[0][:shared]]).split(PART, dim=1):  # a sliding layer then attends to few keys
+        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer.tokens])

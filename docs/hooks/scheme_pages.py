@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ import yaml
 
 from pe_patch import SCHEMES
 from pe_patch.advice.candidates import CANDIDATES
-from pe_patch.cli.catalogue import catalogue
+from pe_patch.cli.catalogue import catalogue, field_docstrings
 from pe_patch.core.scheme import Scheme
 
 HERE = Path(__file__).parent
@@ -127,31 +123,13 @@ def linked(paper: str) -> str:
 
 def option_rows(scheme: type[Scheme]) -> Iterator[str]:
     """Yield one row for each option: name, type and default, and the docstring below it in the class."""
-    meanings = option_docstrings(scheme)
+    meanings = field_docstrings(scheme)
     options = sorted(scheme.declared_options(), key=lambda option: not option.required)
     for option in options:
         default = "required" if option.required else f"`{option.default!r}`"
         kind = option.annotation.replace(" | ", " or ")
         meaning = " ".join(meanings.get(option.name, "").split()).replace("|", "\\|")
         yield f"| `{option.name}` | `{kind}`, {default} | {meaning} |"
-
-
-def option_docstrings(scheme: type[Scheme]) -> dict[str, str]:
-    """Return the docstrings of the annotated fields of a class and its bases, by name."""
-    found: dict[str, str] = {}
-    for owner in scheme.__mro__:
-        if owner is Scheme or not issubclass(owner, Scheme):
-            continue
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, after in itertools.pairwise(statements):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                found.setdefault(getattr(field.target, "id", ""), str(after.value.value))
-    return found
 
 
 def measurements(name: str) -> Iterator[str]:
@@ -183,7 +161,7 @@ def measurements(name: str) -> Iterator[str]:
 def index() -> str:
     """Return the page that lists all schemes by mechanism."""
     entries = {entry["name"]: entry for entry in catalogue()["schemes"]}
-    lines = ["# Schemes", "", f"All {len(entries)} schemes by mechanism. `pe-patch list schemes` prints them.", ""]
+    lines = ["# Schemes", "", f"All {len(entries)} schemes by mechanism. `pe-patch list schemes` prints them, `pe-patch list schemes NAME` the options of one.", ""]
     group = ""
     for name, text in texts().items():
         if (mechanism := SCHEMES[name].mechanism) != group:

@@ -53,6 +53,9 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this number of likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Random seed of the sampling.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print the text as it is generated, or when it is complete.")
+    ] = True,
     prefill_chunk: PrefillChunk = None,
     scheme: SchemeName = None,
     factor: Factor = None,
@@ -63,7 +66,7 @@ def generate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text, or answer a message with --chat. The text is printed as it is generated.
+    """Continue a text, or answer a message with --chat.
 
     Exits with code 1 if the model ends at once.
     """
@@ -76,14 +79,14 @@ def generate(
     loaded, tokenizer = sources.load(model, dtype, device)
     sources.apply(loaded, scheme, factor, option, on_existing, target_length)
     ids = generation.encode(tokenizer, text, chat=chat, system=system)
-    stream = None if as_json else write
     result = generation.continue_ids(
-        loaded, tokenizer, ids, max_new_tokens, sampling, stream=stream, prefill_chunk=prefill_chunk
-    )
+        loaded, tokenizer, ids, max_new_tokens, sampling, stream=write if stream and not as_json else None,
+        prefill_chunk=prefill_chunk,
+    )  # fmt: skip
     if as_json:
         print_json({"prompt": text, "prompt_tokens": ids.shape[1], "new_tokens": result.tokens, "text": result.text})
     else:
-        echo("")
+        echo("" if stream else result.text)
     if not result.text.strip():
         template = bool(getattr(tokenizer, "chat_template", None)) and not chat
         remedy = (

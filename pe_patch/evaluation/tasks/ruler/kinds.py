@@ -132,9 +132,10 @@ class DocumentsTask(RulerTask):
 
 @dataclass(frozen=True)
 class SquadTask(DocumentsTask):
-    """Questions of SQuAD. `squad` is the path of SQuAD 2.0's development set."""
+    """Questions of SQuAD."""
 
     squad: str | None = None
+    """Path of SQuAD 2.0's development set. Without it the task raises an error."""
 
     def documents(self) -> Documents:
         return _load(self.squad, "squad", "SQuAD 2.0 (dev-v2.0.json)", "qa_local_1")
@@ -142,9 +143,10 @@ class SquadTask(DocumentsTask):
 
 @dataclass(frozen=True)
 class HotpotTask(DocumentsTask):
-    """Questions of HotpotQA. `hotpotqa` is the path of its development set with distractors."""
+    """Questions of HotpotQA."""
 
     hotpotqa: str | None = None
+    """Path of HotpotQA's development set with distractors. Without it the task raises an error."""
 
     def documents(self) -> Documents:
         return _load(self.hotpotqa, "hotpotqa", "HotpotQA (hotpot_dev_distractor_v1.json)", "qa_local_2")
