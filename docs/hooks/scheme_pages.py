@@ -161,7 +161,8 @@ def measurements(name: str) -> Iterator[str]:
 def index() -> str:
     """Return the page that lists all schemes by mechanism."""
     entries = {entry["name"]: entry for entry in catalogue()["schemes"]}
-    lines = ["# Schemes", "", f"All {len(entries)} schemes by mechanism. `pe-patch list schemes` prints them, `pe-patch list schemes NAME` the options of one.", ""]
+    how = "`pe-patch list schemes` prints them, `pe-patch list schemes NAME` the options of one."
+    lines = ["# Schemes", "", f"All {len(entries)} schemes by mechanism. {how}", ""]
     group = ""
     for name, text in texts().items():
         if (mechanism := SCHEMES[name].mechanism) != group:
