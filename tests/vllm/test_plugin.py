@@ -163,6 +163,12 @@ def test_without_the_plugin_vllm_refuses_the_checkpoint(tmp_path):
             {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}},
             "Leave rope_parameters out",
         ),
+        (
+            "ntk_by_parts",
+            {"factor": 4},
+            {"hf_overrides": {"architectures": ["LlamaForCausalLM"]}},
+            "Remove architectures from --hf-overrides",
+        ),
     ],
 )
 def test_refusals(scheme, options, changes, message, tmp_path):

@@ -60,6 +60,7 @@ def _parser_class(native: Any) -> Any:
                 config = read_marked(values, name_or_path=str(model))
             if is_patched(config):
                 check_version()
+                check_overrides(options.get("hf_overrides"))
                 config = served_config(config)
             return values, config
 
@@ -129,6 +130,20 @@ def _plain(parameters: dict[str, Any], kept: bool, scheme: str) -> dict[str, Any
             f"{parameters['rope_type']!r}, which vLLM may compute differently. Patch all layers."
         )
     return dict(parameters)
+
+
+def check_overrides(overrides: Any) -> None:
+    """Raise `UnsupportedError` if --hf-overrides chooses another model class, which would drop the positions.
+
+    Args:
+        overrides: vLLM's `hf_overrides`, a dict, a function of a config, or None.
+    """
+    for name in ("architectures", "model_type"):
+        if isinstance(overrides, dict) and name in overrides:
+            raise UnsupportedError(
+                f"--hf-overrides sets {name}={overrides[name]!r}, and that model would ignore the positions of this "
+                f"checkpoint. Remove {name} from --hf-overrides."
+            )
 
 
 def check_version() -> None:
