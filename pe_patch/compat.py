@@ -482,12 +482,14 @@ OWN_SCORES = Version("5.24") > INSTALLED
 SCORE_METHOD = private("_attn", GPTJ, "SCORE_METHOD", BEFORE_24)
 """The method of GPT-J's and CodeGen's attention that computes its scores and output. Transformers 5.24 has none."""
 
-NEO_SCORE_METHOD = private("_attn", "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", "score")
+NEO_SCORE_METHOD = private(
+    "_attn", "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", "NEO_SCORE_METHOD"
+)
 """The method of GPT-Neo's and GPT NeoX Japanese's attention that computes its scores and output."""
 private(
     NEO_SCORE_METHOD,
     "transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
-    "score",
+    "NEO_SCORE_METHOD",
 )
 
 FALCON_SPLIT = private("_split_heads", "transformers.models.falcon.modeling_falcon.FalconAttention", "FALCON_SPLIT")

@@ -12,9 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pe_patch import ADAPTERS
-
-from .families import COMMON, GROUPED, SIZES
+from .families import COMMON, GROUPED, LANGUAGE_MODELS, SIZES
 
 DROP = object()
 ONES, RISING = [1.0] * 8, [1.0, 1.1, 1.2, 2.0, 3.0, 4.0, 4.0, 4.0]
@@ -55,9 +53,8 @@ def pictures(text: dict[str, Any], **top: Any) -> dict[str, Any]:
     } | top
 
 
-NO_LANGUAGE_MODELS = ("clip_vision_model", "mpnet", "vit")
 HEALTHY = {
-    **{f"{family} unchanged": settings(family) for family in ADAPTERS if family not in NO_LANGUAGE_MODELS},
+    **{f"{family} unchanged": settings(family) for family in LANGUAGE_MODELS},
     "llama, v4": llama(),
     "llama, v5": settings("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "llama3": llama(LLAMA3 | {"original_max_position_embeddings": 64}, max_position_embeddings=1024),

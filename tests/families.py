@@ -7,7 +7,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pe_patch import ADAPTERS
+
+LANGUAGE_MODELS = sorted(set(ADAPTERS) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+"""Families with a row that `build` builds: not encoders, not those for images."""
 WINDOW = 64
 VOCABULARY = 97
 

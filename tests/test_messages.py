@@ -69,7 +69,7 @@ def test_names_of_options(scheme, option):
     assert meant is None or f"Did you mean {meant}?" in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["xlnet", "mamba", "mamba2", "gemma4_text", "qwen3_next", "olmo_hybrid", "falcon"])
+@pytest.mark.parametrize("family", ["xlnet", "mamba", "mamba2", "gemma4_text", "qwen3_next", "olmo_hybrid", "dbrx"])
 def test_a_family_that_transformers_has_is_no_misspelling(family):
     assert family not in ADAPTERS
     model = build("bloom")

@@ -121,7 +121,7 @@ WRONG = {
     "rotary": ({"rotary": "rotary"}, "has no 'rotary'. Did you mean 'rotary_emb'?"),
     "not rotary": ({"rotary": "norm"}, "lacks frequencies under the name inv_freq"),
     "no rotary": ({"rotary": None}, "Give Adapter(rotary='rotary_emb')"),
-    "layout": ({"layout": "half"}, "not one of halves, interleaved, single, complex"),
+    "layout": ({"layout": "half"}, "not one of halves, interleaved, single, sin_first, complex"),
     "rotates": ({"rotates": "use_rope"}, "has no 'use_rope'"),
     "learned": ({"learned": "wpe"}, "has no 'wpe'"),
     "multiplier": ({"embedding_multiplier": "scale"}, "has no 'scale'"),

@@ -14,9 +14,8 @@ from transformers.utils import logging as host_logging
 from pe_patch import ADAPTERS, UnsupportedError, patch_model
 from pe_patch.adapters import LATENT as FOLDING
 
-from .families import VOCABULARY, WINDOW, build
+from .families import LANGUAGE_MODELS, VOCABULARY, WINDOW, build
 
-TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.vision_encoder is None)
 CALIBRATION = torch.randint(3, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(5))
 SCHEMES: dict[str, dict] = {
     "sinusoidal": {},
@@ -98,7 +97,7 @@ def saved_models(tmp_path_factory):
     logging.getLogger("transformers").addHandler(handler)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the readers, since the number of threads changes the order of sums
-    for family in TEXT:
+    for family in LANGUAGE_MODELS:
         for scheme in SCHEMES:
             folder = f"{family}-{scheme}"
             try:
@@ -123,7 +122,7 @@ def saved_models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_saved_models_load_with_the_same_logits_or_an_error_that_helps(family, scheme, saved_models):
     """`AutoModelForCausalLM` gives the patched logits with pe_patch imported, and a helpful error without it."""
     _, expected, refused, native, found = saved_models

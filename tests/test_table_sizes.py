@@ -12,10 +12,9 @@ from pe_patch import ADAPTERS, SCHEMES, UnsupportedError, patch_model, unpatch_m
 from pe_patch.mla.protocol import converts
 
 from . import oracles_relative as oracle
-from .families import VOCABULARY, build
+from .families import LANGUAGE_MODELS, VOCABULARY, build
 from .models import GIVEN
 
-TEXT = sorted(name for name, adapter in ADAPTERS.items() if adapter.vision_encoder is None)
 SCHEMES_WITH_TABLES = ("alibi", "t5", "kerple", "sandwich", "fire", "shaw", "transformer_xl", "cope")
 LENGTH = 8
 """No longer than any sliding window of the models, which hide far keys."""
@@ -67,9 +66,10 @@ def expected(name, scheme, given, q, k, v, scaling):
 @torch.no_grad()
 def check(family, model, compare=True):
     ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    adapter = ADAPTERS[family].at_scores or ADAPTERS[family]
     for name in SCHEMES_WITH_TABLES:
         given = GIVEN[name]
-        if not ADAPTERS[family].forwards_kwargs:
+        if not adapter.forwards_kwargs:
             with pytest.raises(UnsupportedError, match="drops keywords"):
                 patch_model(model, name, **given)
             continue
@@ -87,7 +87,7 @@ def check(family, model, compare=True):
             return output
 
         scheme.__dict__["attend"] = attend
-        for backend in ("eager",) if family in SOFT_CAPPED or ADAPTERS[family].eager_only else ("sdpa", "eager"):
+        for backend in ("eager",) if family in SOFT_CAPPED or adapter.eager_only else ("sdpa", "eager"):
             seen.clear()
             model.set_attn_implementation(backend)
             assert model(input_ids=ids, use_cache=False).logits.isfinite().all()
@@ -99,7 +99,7 @@ def check(family, model, compare=True):
         unpatch_model(model)
 
 
-@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_every_family(family):
     model = build(family, "eager" if family in SOFT_CAPPED else None)
     check(family, model, compare=family not in (*SINKS, *SOFT_CAPPED))
@@ -112,7 +112,7 @@ def test_every_size(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", [name for name in TEXT if ADAPTERS[name].native != "rope"])
+@pytest.mark.parametrize("family", [name for name in LANGUAGE_MODELS if ADAPTERS[name].native != "rope"])
 @torch.no_grad()
 def test_families_without_rotation_run_in_half_precision(family, dtype):
     """What takes the place of a learned table leaves the dtype of the embeddings as it is."""

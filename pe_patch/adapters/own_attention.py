@@ -78,8 +78,6 @@ def within_window(mask: Tensor | None, query: Tensor, key: Tensor, window: int) 
 def xglm_attention(
     self: Any,
     hidden_states: Tensor,
-    key_value_states: Tensor | None = None,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -91,8 +89,9 @@ def xglm_attention(
         project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         for project in (self.q_proj, self.k_proj, self.v_proj)
     )
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    past = compat.cache_in(kwargs)
+    if past is not None:
+        key, value = past.update(key, value, self.layer_idx)
     output, weights = attend(
         self, query, key, value, attention_mask, backend=BACKENDS["eager"], scaling=self.scaling,
         dropout=self.dropout if self.training else 0.0, positions=carried_positions(self),

@@ -404,11 +404,18 @@ def _maximum(base: Any, config: Any) -> tuple[int | None, str]:
     return None, f"the config of this {config.model_type} names no window"
 
 
+BUILT_NAMES = {
+    "Attention": ("max_positions", "max_seq_length"),  # GPT-J, MPT
+    "SinusoidalPositionalEmbedding": ("num_positions",),  # XGLM
+}
+"""Attributes with the window that a module was built for, by the end of the name of its class."""
+
+
 def built_window(base: Any) -> tuple[int, str] | None:
     """Return the window that a model's rotary module or table of positions was built for, and its class; None without
     such a module."""
     for module in base.modules() if base is not None else ():
-        own = ("max_positions", "max_seq_length") if type(module).__name__.endswith("Attention") else ()  # GPT-J, MPT
+        own = next((names for kind, names in BUILT_NAMES.items() if type(module).__name__.endswith(kind)), ())
         for name in ("original_max_seq_len", *own):
             if is_count(built := getattr(module, name, None)):
                 return built, type(module).__name__
