@@ -99,7 +99,7 @@ class Engine(AttentionEngine):
         """
         if isinstance(bias, DistanceBias) and positions.encoded is not None and positions.query.shape[1] == 1:
             name = ("bias", id(bias), positions.key.shape[1], positions.key.device, self.has_sinks)
-            return positions.encoded.once(name, lambda: self._additive(bias, query, key, positions))
+            return positions.encoded.once(name, lambda: self._additive(bias, query, key, positions), bias)
         return self._additive(bias, query, key, positions)
 
     def _additive(self, bias: Scheme, query: Tensor, key: Tensor, positions: Positions) -> Tensor:

@@ -117,15 +117,22 @@ class EncodedPass:
 
     def __init__(self, encoded: EncodedKeys, find: Callable[[Tensor, int | None], int | None]) -> None:
         self.encoded, self._find = encoded, find
-        self._results: dict[Hashable, Any] = {}
+        self._results: dict[Hashable, tuple[Any, tuple[object, ...]]] = {}
 
-    def once(self, name: Hashable, compute: Callable[[], Result]) -> Result:
-        """Return what `compute` returns, computed once for all layers of this pass."""
+    def once(self, name: Hashable, compute: Callable[[], Result], *named: object) -> Result:
+        """Return what `compute` returns, computed once for all layers of this pass.
+
+        Args:
+            name: identifies the result among all results of the pass.
+            compute: computes it.
+            named: the objects that the name contains by their identity or address. They live as long as the result, so
+                that no later object gets the same one (a rank's slice of a scheme lives for one layer).
+        """
         if name in self._results:
-            return self._results[name]
+            return self._results[name][0]
         result = compute()
         if not torch.compiler.is_compiling():
-            self._results[name] = result
+            self._results[name] = result, named
         return result
 
     def table(self, name: Hashable, count: int, make: Callable[[int], Tensor]) -> Tensor:

@@ -143,7 +143,7 @@ class XPos(Rotation):
                 return *self.cos_sin(at), (width // 2 - at % width).float()[..., None] * rates
 
             name = (id(self), start, positions.key.shape[1], positions.key.device)
-            cos, sin, exponents = encoded.once(name, tables)
+            cos, sin, exponents = encoded.once(name, tables, self)
             return self._grown(self.rotate(new, cos, sin), exponents)
 
         def blocks() -> tuple[Tensor, Tensor, list[tuple[int, Tensor]]]:
@@ -158,7 +158,7 @@ class XPos(Rotation):
             return of_query, of_key, list(zip(distances, exponents, strict=True))
 
         name = ("blocks", id(self), positions.key.shape[1], positions.key.device)
-        of_query, of_key, scaled = encoded.once(name, blocks)
+        of_query, of_key, scaled = encoded.once(name, blocks, self)
         if not scaled:
             return None
         keys = encoded.keys(key, engine.cache_layer, "scaled", None, encode)

@@ -11,7 +11,7 @@ import torch
 from pe_patch import patch_model
 from pe_patch.errors import UnsupportedError
 
-from ..models import VOCABULARY, build
+from ..models import VOCABULARY, build, cached_logits
 from .launch import on_processes
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,22 +31,23 @@ def fill(model: Any) -> Any:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.model.position_schemes.scheme.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.1)  # KERPLE's are positive
     return model
 
 
 def measured(model: Any) -> dict[str, Any]:
-    """Logits, and the gradients of the scheme's parameters after two micro-batches."""
+    """Logits, also of single decoding steps, and the gradients of the scheme's parameters after two micro-batches."""
     ids = tokens()
     with torch.no_grad():
         logits = model.eval()(ids, use_cache=False).logits
+        decoded = cached_logits(model, ids, LENGTH - 8)
         generated = model.generate(ids[:1, :12], max_new_tokens=6, do_sample=False, pad_token_id=0)
     model.train()
     for row in ids:
         model(row[None], labels=row[None], use_cache=False).loss.backward()
     parameters = model.model.position_schemes.scheme.named_parameters()
     gradients = {name: parameter.grad.clone() for name, parameter in parameters if parameter.requires_grad}
-    return {"logits": logits, "generated": generated, "gradients": gradients}
+    return {"logits": logits, "decoded": decoded, "generated": generated, "gradients": gradients}
 
 
 def split(folder: str) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def test_two_processes_equal_one(found, name):
     for one in found:
         got = one[name]
         torch.testing.assert_close(got["logits"], wanted["logits"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got["decoded"], wanted["decoded"], atol=1e-5, rtol=1e-5)
         assert torch.equal(got["generated"], wanted["generated"])
         assert got["gradients"].keys() == wanted["gradients"].keys()
         assert not wanted["gradients"] or max(one.abs().max() for one in wanted["gradients"].values()) > 1e-2

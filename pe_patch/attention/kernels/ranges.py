@@ -230,7 +230,7 @@ def _layout(ranges: list[Range], positions: Positions, mask: Tensor | None, dtyp
     bounds = tuple((each.low, each.high, each.below, id(each.step_query), id(each.step_key)) for each in ranges)
     seen = None if mask is None else (mask.data_ptr(), mask.shape)
     name = ("layout", positions.key.shape[1], bounds, seen, dtype)
-    shared = positions.encoded.once(name, lambda: Layout(ranges, positions, mask, dtype))
+    shared = positions.encoded.once(name, lambda: Layout(ranges, positions, mask, dtype), *ranges, mask)
     own = copy.copy(shared)
     own.ranges = ranges
     return own
