@@ -462,11 +462,41 @@ PREFILL = private("_prefill", "transformers.GenerationMixin", "PREFILL")
 """The method of a model by which `generate` reads a prompt."""
 
 
+class Prefill(NamedTuple):
+    """What `generate` is about to read."""
+
+    chunk_size: int | None
+    """Its `prefill_chunk_size`."""
+    count: int
+    """Number of tokens of the prompt, those in the cache included."""
+    cache: Any
+    """The cache, or None."""
+    drafts: bool
+    """Another call of `generate` only takes guesses from it."""
+
+
 @uses("transformers.GenerationMixin", PREFILL)
-def prefill_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int]:
-    """Return `prefill_chunk_size` and the number of prompt tokens of one call of `PREFILL`."""
-    given = dict(zip(argument_names(getattr(GenerationMixin, PREFILL)), args, strict=False)) | kwargs
-    return given["generation_config"].prefill_chunk_size, given["input_ids"].shape[1]
+def prefill_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prefill:
+    """Return what one call of `PREFILL` is about to read."""
+    given = _named_arguments(PREFILL, args, kwargs)
+    settings = given["generation_config"]
+    count, cache = given["input_ids"].shape[1], cache_in(given["model_kwargs"])
+    return Prefill(settings.prefill_chunk_size, count, cache, bool(settings.is_assistant))
+
+
+GUESSING = private("_get_candidate_generator", "transformers.GenerationMixin", "GUESSING")
+"""The method of a model by which assisted and prompt-lookup generation begin."""
+
+
+@uses("transformers.GenerationMixin", GUESSING)
+def guessing_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the cache that one call of `GUESSING` names, or None."""
+    return cache_in(_named_arguments(GUESSING, args, kwargs)["model_kwargs"])
+
+
+def _named_arguments(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a method of `GenerationMixin` by name."""
+    return dict(zip(argument_names(getattr(GenerationMixin, method)), args, strict=False)) | kwargs
 
 
 GENERATION_POSITIONS = private(

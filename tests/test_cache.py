@@ -161,6 +161,35 @@ def test_assisted_and_prompt_lookup_generation_equal_greedy_generation(family, n
         assert torch.equal(continue_greedily(model, prompt, 16, prompt_lookup_num_tokens=6), greedy)
 
 
+@every_length_dependent_scheme
+def test_an_assistant_under_the_same_scheme_gives_greedy_generation(family, name):
+    """It crops its cache below the length of its prompt when its first guess is wrong."""
+    model, assistant = model_of(family, name), model_of(family, name, seed=7)
+    for length in (29, 40):
+        prompt = tokens(1, length, seed=length)
+        greedy = continue_greedily(model, prompt, 16)
+        assert torch.equal(continue_greedily(model, prompt, 16, assistant_model=assistant), greedy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_layers_as_assistant_give_greedy_generation(name):
+    """Llama alone of the three families computes fewer layers on demand."""
+    model, prompt = model_of("llama", name), tokens(1, 40)
+    layers, greedy = model.config.num_hidden_layers, continue_greedily(model, prompt, 16)
+    assert torch.equal(continue_greedily(model, prompt, 16, assistant_early_exit=1), greedy)
+    assert model.config.num_hidden_layers == layers > 1
+
+
+@every_length_dependent_scheme
+def test_the_last_logits_of_a_pass_with_a_cache_are_those_of_all(family, name):
+    """Only assisted generation reads guesses together with a prompt; any other pass is one text."""
+    model, ids = model_of(family, name), tokens(1, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=True).logits
+        kept = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=8).logits
+    assert error(kept, whole[:, -8:]) < TOLERANCE
+
+
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f in FAMILIES for n in ("rope", "alibi", *NAMES[:1])])
 def test_beam_search_scores_equal_the_likelihood_of_their_sequences(family, name):
     """Beam search reorders the cache; the score of each sequence is that of its tokens fed one by one."""

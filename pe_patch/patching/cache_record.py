@@ -128,6 +128,13 @@ def open_record(
     return record
 
 
+def allow_any_crop(cache: Any) -> None:
+    """Let a cache be cropped below the length that its first tokens were encoded for."""
+    record: CacheRecord | None = cache.__dict__.get(RECORD)
+    if record is not None:
+        record.least = 0
+
+
 def _separate(cache: Any) -> None:
     """Give a shallow copy (`copy.copy`) of a cache its own record instead of the one that it shares."""
     guard = cache.__dict__.get("update")

@@ -26,7 +26,15 @@ from ..core.positions import (
 )
 from ..core.scheme import Scheme
 from ..errors import BeyondWindowError, NoEffectError, UnsupportedError, quoted
-from .cache_record import CacheRecord, close_record, key_positions, open_record, reuse_encoded_keys, slots_of
+from .cache_record import (
+    CacheRecord,
+    allow_any_crop,
+    close_record,
+    key_positions,
+    open_record,
+    reuse_encoded_keys,
+    slots_of,
+)
 
 logger = logging.getLogger("pe_patch")
 
@@ -505,6 +513,18 @@ def count_from_first(model: Any, inner: Callable[..., Any], *args: Any, **kwargs
     return inner(*args, **kwargs) + model.pe_base.pe_runtime.first_position_id
 
 
+GUESSED = "pe_patch_guessed"
+"""Attribute of an empty cache that marks that its first pass will read a prompt and guesses at its continuation."""
+
+
+def mark_guessing(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Mark the cache of assisted or prompt-lookup generation for `read_prompt_first`."""
+    cache = compat.guessing_cache(args, kwargs)
+    if cache is not None:
+        setattr(cache, GUESSED, cache.get_seq_length() == 0)
+    return inner(*args, **kwargs)
+
+
 CUT = ("input_ids", "position_ids")
 """Arguments that `read_prompt_first` splits along the tokens."""
 
@@ -516,9 +536,11 @@ def read_prompt_first(model: Any, inner: Callable[..., Any], *args: Any, **kwarg
     the prompt, so the prompt is read alone, as in plain generation.
     """
     past = _by_name(model, args, kwargs)
+    if past is None or torch.compiler.is_compiling() or not past.__dict__.pop(GUESSED, False):
+        return inner(**kwargs)
     ids, kept = kwargs.get("input_ids"), kwargs.get("logits_to_keep")
     guesses = kept - 1 if type(kept) is int else 0
-    if guesses < 1 or past is None or ids is None or past.get_seq_length() > 0 or not kwargs.get("return_dict", True):
+    if guesses < 1 or ids is None:
         return inner(**kwargs)
 
     def read(start: int, stop: int, keep: int) -> Any:
@@ -573,10 +595,19 @@ def set_attn_implementation(model: Any, inner: Callable[..., Any], implementatio
     compat.store_implementation(base.config, backend.implementation)  # `Marked` refuses setattr
 
 
-def refuse_prefill_chunks(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Raise if `generate` would read a prompt in chunks under a scheme that depends on the length of the prompt."""
-    arguments = compat.prefill_arguments(args, kwargs)
-    scheme, size, count = model.pe_base.pe_runtime.scheme, *arguments
+def before_prompt(model: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Check how `generate` will read a prompt under a scheme that depends on its length.
+
+    An assistant drops the last tokens of its prompt when its guesses are wrong. Its drafts may then differ from those
+    of a fresh start, and the model that checks them does not depend on them, so its cache may be cropped to any length.
+
+    Raises:
+        UnsupportedError: it would read the prompt in chunks.
+    """
+    size, count, cache, drafts = compat.prefill_arguments(args, kwargs)
+    scheme = model.pe_base.pe_runtime.scheme
+    if drafts and cache is not None:
+        allow_any_crop(cache)
     if size is not None and size < count and count > scheme.regime_start:
         raise UnsupportedError(
             f"prefill_chunk_size={size} would read a prompt of {count} tokens in chunks, and {scheme.name!r} depends "

@@ -55,13 +55,14 @@ from .config import (
 from .forward import (
     Runtime,
     base_forward,
+    before_prompt,
     count_from_first,
     hand_down_position_ids,
     keep_cache,
     layer_rotation,
+    mark_guessing,
     read_prompt_first,
     refuse_paging,
-    refuse_prefill_chunks,
     set_attn_implementation,
     vision_forward,
 )
@@ -720,7 +721,8 @@ def _forward_swaps(
     if adapter.replace_bias_builder is not None:
         swaps.append(bind(base, adapter.replace_bias_builder[0], WithoutInner(adapter.replace_bias_builder[1])))
     if scheme.length_dependent and hasattr(model, compat.PREFILL):
-        swaps.append(bind(model, compat.PREFILL, refuse_prefill_chunks))
+        swaps.append(bind(model, compat.PREFILL, before_prompt))
+        swaps.append(bind(model, compat.GUESSING, mark_guessing))
     before_model = [read_prompt_first] if scheme.length_dependent else []
     takes_positions = "position_ids" in compat.argument_names(type(model).forward)
     if adapter.pass_positions is not None and model is not base and not takes_positions:
