@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from pe_patch import SCHEMES, DistanceBias, Positions
+from pe_patch import SCHEMES, DistanceBias, Positions, patch_model
 from pe_patch.attention import engine
+from pe_patch.schemes.bias import alibi_slopes
 
 from . import oracles_relative as oracle
 from .goldens import load
-from .models import build, put, tokens
+from .models import FAMILIES, build, error, put, tokens
 from .test_relative import LENGTH, SHAPE, core, filled, inputs
 
 
@@ -285,3 +287,32 @@ def test_alibi_is_the_absolute_distance_where_queries_see_keys_ahead(ahead: str,
     query, key, value = (found[name].view(1, length, -1, 16).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
     expected = by_the_paper(model, query, key, value, seen)
     torch.testing.assert_close(found["mixed"].view(1, length, 4, 16).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*((family, "alibi") for family in FAMILIES), ("llama", "rope_alibi"), ("gpt_neox", "rope_alibi")],
+)
+def test_positions_that_go_back_are_as_far_away_as_those_that_go_on(family, name, backend):
+    """With queries of zero the scores are the bias alone, so the weights are those of the distances."""
+    model, ids = build(family), tokens(1, 12)
+    patch_model(model, name, on_existing="replace")
+    model.set_attn_implementation(backend)
+    at = torch.tensor([[0, 1, 2, 3, 9, 10, 11, 4, 5, 6, 3, 2]])
+    cache, steps = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        whole = model(ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        for n in range(12):
+            steps.append(model(ids[:, n : n + 1], position_ids=at[:, n : n + 1], past_key_values=cache).logits)
+    assert error(torch.cat(steps, 1), whole) < 1e-5
+    if (family, backend) == ("llama", "eager"):
+        model.model.layers[0].self_attn.q_proj.weight.data.zero_()
+        with torch.no_grad():
+            weights = model(
+                ids, position_ids=at, attention_mask=torch.ones_like(ids), output_attentions=True
+            ).attentions[0]
+        slopes = torch.tensor(alibi_slopes(weights.shape[1]), dtype=torch.float64)[:, None, None]
+        bias = -slopes * (at[0, :, None] - at[0]).abs()
+        expected = bias.masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf).softmax(-1)
+        torch.testing.assert_close(weights[0].double(), expected, rtol=1e-5, atol=1e-6)

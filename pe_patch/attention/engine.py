@@ -119,15 +119,24 @@ class Engine(AttentionEngine):
         return getattr(self.module, "is_causal", True) if is_causal is None else is_causal
 
     def looks_ahead(self, positions: Positions) -> bool:
-        """Return whether a query attends to a key with a greater position: in encoders, and by a mask of the caller's.
+        """Return whether a query attends to a key with a greater position: in encoders, and by a mask or position ids
+        of the caller's.
 
-        A compiled graph cannot read the mask, and takes the model's word.
+        A compiled graph cannot read them, and takes the model's word. So do kernels that get documents in place of a
+        mask.
         """
         if not self.causal:
             return True
-        if positions.query.shape[1] == 1 or not isinstance(self.mask, Tensor) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return False
-        for start in range(0, positions.query.shape[1], ROWS):  # a whole comparison could be larger than the mask
+        count = positions.query.shape[1]
+        if count == 1:
+            return bool((positions.key > positions.query).any())
+        if not isinstance(self.mask, Tensor):
+            if self.mask is not None or self.backend.name not in ("sdpa", "eager"):
+                return False
+            return bool((positions.key[:, :count].cummax(-1).values > positions.query).any())
+        for start in range(0, count, ROWS):  # a whole comparison could be larger than the mask
             rows = slice(start, start + ROWS)
             seen = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(None), : positions.key.shape[1]]
             seen = seen if seen.dtype == torch.bool else seen > HIDDEN
