@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 from pe_patch import CacheError, patch_model, unpatch_model
 
@@ -74,6 +75,48 @@ def test_changed_rows_equal_rows_alone(family, name, change):
     expected = alone(model, short, ids[1:], more)
     for row, index in zip(found, order.tolist(), strict=True):
         assert error(row[None], expected[index]) < TOLERANCE
+
+
+class Exact(QuantizedLayer):
+    """A layer of a quantized cache whose quantization loses nothing."""
+
+    def _quantize(self, tensor, axis):
+        return tensor.clone()
+
+    def _dequantize(self, quantized):
+        return quantized
+
+
+@pytest.mark.skipif(not hasattr(QuantizedLayer, "_apply_pending_reorder"), reason="Transformers loses the order itself")
+@at_scores
+def test_rows_of_a_quantized_cache_equal_rows_alone_when_reordered(family, name):
+    model = put(build(family), name)
+    ids, mask, short, more = rows()
+    cache, order = DynamicCache(config=model.config), torch.tensor([1, 0])
+    cache.layers = [Exact(residual_length=8) for _ in cache.layers]
+    inputs = {} if family == "bloom" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    read(model, ids, cache, attention_mask=mask, **inputs)
+    cache.reorder_cache(order)
+    mask = torch.cat((mask[order], torch.ones(2, 5, dtype=torch.long)), 1)
+    inputs = {} if family == "bloom" else {"position_ids": (mask.cumsum(1) - 1)[:, -5:]}
+    found, _ = read(model, more[order], cache, attention_mask=mask, **inputs)
+    expected = alone(model, short, ids[1:], more)
+    for row, index in zip(found, order.tolist(), strict=True):
+        assert error(row[None], expected[index]) < TOLERANCE
+
+
+@at_scores
+@pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))))
+def test_a_copy_remembers_whether_keys_were_overwritten(family, name, duplicate):
+    """The counter of changes and the identity of the keys are not those of the original."""
+    model, ids = put(build(family), name), tokens(1, 13)
+    _, cache = read(model, ids[:, :8])
+    cache.layers[-1].keys.mul_(1)  # a change that leaves the values as they are
+    with pytest.raises(CacheError, match="were overwritten"):
+        read(model, ids[:, 8:], duplicate(cache))
+    _, cache = read(model, ids[:, :8], StaticCache(config=model.config, max_cache_len=16))  # written in place
+    found, _ = read(model, ids[:, 8:], duplicate(cache))
+    assert error(found, logits(model, ids)[:, 8:]) < TOLERANCE
 
 
 @with_position_ids

@@ -23,6 +23,7 @@ RECORD = "pe_patch_record"
 PREFIX = "pe_patch_prefix"
 """Attribute of a cache that marks learned keys and values (prefix tuning), which no model has computed."""
 EMPTY = "Start from an empty cache."
+OVERWRITTEN = -1
 HASHED = 8
 """Dimensions of the first head that a hash covers. Two keys that differ agree in all of them only by chance."""
 
@@ -45,14 +46,28 @@ class CacheRecord:
     """Index of the layer whose keys are compared."""
     keys: Tensor | None = None
     """Its keys after the last pass; None if the cache has no plain key tensors."""
-    version: tuple[int, int] = (0, 0)
-    """Identity of these keys, and their version counter, which every in-place change increments."""
+    version: int = 0
+    """Version counter of these keys, which every in-place change increments; `OVERWRITTEN` once it did."""
     least: int = 0
     """Smallest length to which the cache can be cropped, since its first tokens were encoded for this length."""
     open: bool = False
     """A pass of the patched model is running."""
     encoded: EncodedKeys = field(default_factory=EncodedKeys)
     """Encoded keys that later passes reuse."""
+
+    @property
+    def overwritten(self) -> bool:
+        """Return whether the keys were changed in place after the last pass."""
+        return self.version != _version(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | ({"version": OVERWRITTEN} if self.overwritten else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the facts of a pickle or of the record that is copied, with the version of the copied keys."""
+        vars(self).update(state)
+        if self.version != OVERWRITTEN:
+            self.version = _version(self.keys)
 
 
 class GuardedUpdate:
@@ -75,11 +90,31 @@ class GuardedUpdate:
         return type(cache).update(cache, key, value, layer_idx, *args, **kwargs)
 
 
+class FollowedReorder:
+    """A replacement of `cache.reorder_cache` that gives the rows of a quantized cache their positions in the new order.
+
+    Its keys cannot be compared with those of the last pass, as `_match` does for other caches.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, beam_idx: Tensor) -> Any:
+        record: CacheRecord | None = self.cache.__dict__.get(RECORD)
+        if record is not None and record.positions is not None and record.positions.shape[0] > 1:
+            record.positions = record.positions.index_select(0, beam_idx.to(record.positions.device))
+        return type(self.cache).reorder_cache(self.cache, beam_idx)
+
+
+REPLACED = {"update": GuardedUpdate, "reorder_cache": FollowedReorder}
+
+
 def forget(cache: Any) -> None:
     """Remove the record from a cache."""
     cache.__dict__.pop(RECORD, None)
-    if isinstance(cache.__dict__.get("update"), GuardedUpdate):
-        del cache.__dict__["update"]
+    for name, kind in REPLACED.items():
+        if isinstance(cache.__dict__.get(name), kind):
+            del cache.__dict__[name]
 
 
 def open_record(
@@ -125,6 +160,8 @@ def open_record(
         raise CacheError(f"This cache was filled under {was}, so its keys do not fit {scheme!r}. {EMPTY}")
     if not tracing and "update" not in cache.__dict__:
         cache.update = GuardedUpdate(cache)
+        if any(compat.is_quantized(layer) for layer in cache.layers):
+            cache.reorder_cache = FollowedReorder(cache)
     return record
 
 
@@ -139,8 +176,8 @@ def _separate(cache: Any) -> None:
     """Give a shallow copy (`copy.copy`) of a cache its own record instead of the one that it shares."""
     guard = cache.__dict__.get("update")
     if isinstance(guard, GuardedUpdate) and guard.cache is not cache:
-        del cache.__dict__["update"]
         record: CacheRecord | None = cache.__dict__.get(RECORD)
+        forget(cache)
         if record is not None:
             positions = None if record.positions is None else record.positions.clone()
             setattr(cache, RECORD, replace(record, positions=positions, encoded=EncodedKeys()))
@@ -229,7 +266,7 @@ def close_record(cache: Any, record: CacheRecord, total: int | Tensor) -> None:
         return
     record.tokens = int(total)
     record.layer, record.keys = _plain_keys(cache) or (-1, None)
-    record.version = _version(record)
+    record.version = _version(record.keys)
 
 
 def token_hashes(keys: Tensor) -> Tensor:
@@ -240,9 +277,8 @@ def token_hashes(keys: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 29)).sum(-1)
 
 
-def _version(record: CacheRecord) -> tuple[int, int]:
-    keys = record.keys
-    return id(keys), 0 if keys is None else compat.version_counter(keys)
+def _version(keys: Tensor | None) -> int:
+    return 0 if keys is None else compat.version_counter(keys)
 
 
 def _plain_keys(cache: Any) -> tuple[int, Tensor] | None:
@@ -291,8 +327,7 @@ def _match(cache: Any, record: CacheRecord, length: int, slots: int | None) -> N
         raise CacheError(f"{changed}: its layers hold different numbers of tokens. {EMPTY}")
     if record.keys is not None:
         keys = cache.layers[record.layer].keys
-        now = _version(record)
-        written = record.tokens is not None and now[0] == record.version[0] and now != record.version
+        written = record.tokens is not None and record.overwritten
         if keys is not record.keys or length != tokens or written or not record.finished:
             if written or not isinstance(keys, Tensor) or keys.shape[2] == 0:
                 raise CacheError(f"{changed}: the keys of layer {record.layer} were overwritten. {EMPTY}")
