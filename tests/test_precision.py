@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from pe_patch import ADAPTERS, UnsupportedError, compat, patch_model, unpatch_model
+from pe_patch import ADAPTERS, SCHEMES, UnsupportedError, compat, patch_model, unpatch_model
 from pe_patch.adapters.precision import table
 
 from .families import VOCABULARY, build
+from .models import GIVEN, put
 
 ROTARY = sorted(
     name
@@ -134,3 +136,22 @@ def test_the_page_shows_how_every_family_rotates():
     assert markdown().strip() in page
     named = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
     assert sorted(named) == sorted(table())
+
+
+@pytest.mark.parametrize("name", sorted(set(GIVEN) - {"mla"}))
+@torch.no_grad()
+def test_a_model_in_float64_runs_under_every_scheme(name):
+    """Eager, SDPA and decoding agree beyond float32 wherever the scheme's own arithmetic is not float32."""
+    ids = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(3))
+    model = put(build("llama", dtype=torch.float64), name).double()
+    whole = {}
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        whole[backend] = model(input_ids=ids, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        steps = [model(input_ids=ids[:, :30], past_key_values=cache).logits]
+        steps += [model(input_ids=ids[:, n : n + 1], past_key_values=cache).logits for n in range(30, 40)]
+        assert whole[backend].dtype == torch.float64
+        if not SCHEMES[name].length_dependent:
+            torch.testing.assert_close(torch.cat(steps, 1), whole[backend], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole["sdpa"], whole["eager"], rtol=1e-5, atol=1e-5)

@@ -89,7 +89,7 @@ def biased(engine: Engine, query: Tensor, key: Tensor, value: Tensor, positions:
         chunk_positions = positions._replace(query=positions.query[:, start:stop], key=positions.key[:, :end])
         sliced = engine.slice_queries(start, stop, end)
         additive = sliced.additive(bias, chunk, keys, chunk_positions)
-        lowest = torch.finfo(query.dtype).min
+        lowest = torch.finfo(additive.dtype).min
         if sliced.mask is None:
             additive = additive.masked_fill(~sliced.allowed(chunk, keys), lowest)
         elif sliced.mask.dtype == torch.bool:

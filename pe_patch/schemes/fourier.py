@@ -65,15 +65,15 @@ class FoPE(Rotation):
         """Return cos and sin at positions `[batch | 1, length]`, each `[batch | 1, 1, length, r / 2]`."""
         inv_freq = self.plain_frequencies()[: self.kept].to(positions.device)
         angles = positions[:, None, :, None].float() * inv_freq
-        cos = angles.cos() @ at_least_float32(self.cos_coefficients[layer])
-        sin = angles.sin() @ at_least_float32(self.sin_coefficients[layer])
+        of_cos, of_sin = (at_least_float32(each[layer]) for each in (self.cos_coefficients, self.sin_coefficients))
+        cos, sin = angles.cos().to(of_cos.dtype) @ of_cos, angles.sin().to(of_sin.dtype) @ of_sin
         still = self.dim // 2 - self.kept
         return nn.functional.pad(cos, (0, still), value=1.0), nn.functional.pad(sin, (0, still))
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return queries or keys `[batch, heads, length, head]` after cos and sin."""
         start, stop = self.shape.rotary_start, self.shape.rotary_start + self.dim
-        part = x[..., start:stop].float()
+        part = at_least_float32(x[..., start:stop])
         first, second = (part[..., 0::2], part[..., 1::2]) if self.shape.interleaved else part.chunk(2, -1)
         turned = (first * cos - second * sin, second * cos + first * sin)
         joined = torch.stack(turned, -1).flatten(-2) if self.shape.interleaved else torch.cat(turned, -1)
