@@ -16,10 +16,11 @@ def markdown(content: dict[str, Any]) -> str:
     """Return one table for each kind of measurement, with one line for each case."""
     lengths = lengths_of(content)
     any_case = next(iter(content["cases"].values()))
+    threads = sorted({case["machine"]["threads"] for case in content["cases"].values()})
     lines = [
         f"# {content['model']}: {lengths[0]:,} to {lengths[-1]:,} tokens",
         "",
-        f"Its window is {content['window']:,} tokens. {any_case['dtype']}, {any_case['machine']['threads']} threads of "
+        f"Its window is {content['window']:,} tokens. {any_case['dtype']}, {' or '.join(map(str, threads))} threads of "
         f"{any_case['machine']['cpu']}, seed 0. Text that no training here has read. Of questions: share of exact "
         "answers with its 95 % interval, and their number. The interval takes all answers as independent; eight "
         "questions share a text, so that the true one may be wider.",
