@@ -15,7 +15,7 @@ from transformers import CohereConfig, CohereForCausalLM, DynamicCache, Gemma3Fo
 from pe_patch import SCHEMES, describe, patch_model, unpatch_model
 from pe_patch.errors import OptionError
 from pe_patch.patching.api import find_patch
-from pe_patch.patching.cache_record import RECORD
+from pe_patch.patching.cache_record import RECORD, CacheRecord, reuse_encoded_keys
 from pe_patch.schemes.relative import TransformerXL
 from pe_patch.schemes.rotary import RotaryTransform
 
@@ -187,6 +187,15 @@ CHANGES: list[tuple[Callable[[Any], Any], list[int], int]] = [
     (copy.deepcopy, [0, 1], 60), (shallow, [0, 1], 60), (moved, [0, 1], 60), (pickled, [0, 1], 60),
 ]  # fmt: skip
 """A change of a cache, the rows that it then holds, and its number of tokens."""
+
+
+def test_a_cache_in_host_memory_gets_no_copies() -> None:
+    """They would stay on the device."""
+    cache = DynamicCache(config=build("llama").config)
+    record = CacheRecord("self_extend", "")
+    assert reuse_encoded_keys(cache, record) is not None
+    cache.offloading = True
+    assert reuse_encoded_keys(cache, record) is None
 
 
 @pytest.mark.parametrize(("change", "rows", "kept"), CHANGES, ids=lambda value: getattr(value, "__name__", ""))

@@ -227,8 +227,13 @@ def key_positions(cache: Any, record: CacheRecord, query: Tensor, past_length: i
     return known
 
 
-def reuse_encoded_keys(cache: Any, record: CacheRecord) -> EncodedPass:
-    """Return what a pass may reuse of the keys that earlier passes over this cache have encoded."""
+def reuse_encoded_keys(cache: Any, record: CacheRecord) -> EncodedPass | None:
+    """Return what a pass may reuse of the keys that earlier passes over this cache have encoded.
+
+    None for a cache whose layers rest in host memory: copies on the device would take the memory that this saves.
+    """
+    if getattr(cache, "offloading", False):
+        return None
 
     def followed(layer: Any) -> bool:
         keys = getattr(layer, "keys", None)
