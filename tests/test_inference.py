@@ -523,3 +523,17 @@ def test_a_wrapper_that_changes_nothing_is_accepted(monkeypatch):
     native = logits(model)
     patch_model(model, "rope")
     torch.testing.assert_close(logits(model), native)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_is_no_position_and_a_small_position_is_none_of_rounding(dtype):
+    """A matrix product rounds equal rows differently by their place; positions of a trained table are hundredths."""
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randn(1, 1, 256, generator=generator).to(dtype)
+    rounded = token.expand(1, 6, 256).clone()
+    step = torch.nextafter(rounded, torch.full_like(rounded, 9.0))
+    changed = torch.rand(rounded.shape, generator=generator) < (0.5 if dtype == torch.float32 else 0.03)
+    rounded[changed] = step[changed]
+    assert not torch.equal(rounded, rounded[:, :1].expand_as(rounded)) and inference.tokens_alike(rounded)
+    table = torch.randn(1, 6, 256, generator=generator) * (1e-4 if dtype == torch.float32 else 1e-2)
+    assert not inference.tokens_alike(token + table.to(dtype))
