@@ -80,6 +80,8 @@ def test_a_plan_names_every_shortfall_and_what_it_leaves_out() -> None:
     )  # fmt: skip
     assert "Measure the model as it is and scheme 0 at 1,000 and 8,000 tokens: loss, 8 questions" in str(made)
     assert "Not measured for want of time: scheme 1 and scheme 2. A --budget of 60m includes them." in str(made)
+    served = replace(made, not_exported=("dca", "rerope"), exports=("vllm",))
+    assert "Not measured, since vllm cannot load it: dca and rerope." in str(served)
     measuring, training, _ = made.shortfalls
     assert "budget of 60 s is too small: this measurement takes about 61 s. Give --budget 2m" in measuring
     assert "20 steps take about 10 minutes. Give --train-budget 11m" in training
@@ -104,11 +106,12 @@ def test_a_scheme_that_follows_the_length_reads_the_text_for_each_question() -> 
 
 def test_candidates_fit_the_exports_and_know_whether_they_follow_the_length() -> None:
     model, advice = AutoModelForCausalLM.from_pretrained(DEMO_MODEL), advise(str(DEMO_MODEL), 512)
-    free, bound = (plan.candidates_of(advice, model, exports, 9) for exports in ((), ("vllm",)))
+    (free, none), (bound, left) = (plan.candidates_of(advice, model, exports, 9) for exports in ((), ("vllm",)))
     following = {each.scheme: each.follows_length for each in free}
     assert following["dynamic_ntk"] and not following["dca"] and not following["yarn"]
     assert {each.scheme for each in bound} >= {"rope", "yarn"} and "dca" not in {each.scheme for each in bound}
-    assert find_patch(model) is None and len(plan.candidates_of(advice, model, (), 2)) == 3
+    assert none == () and "dca" in left
+    assert find_patch(model) is None and len(plan.candidates_of(advice, model, (), 2)[0]) == 3
     with pytest.raises(UnsupportedError, match="No scheme that works without training can be exported"):
         plan.candidates_of(advice, model, ("deepseek",), 9)
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from pe_patch import PePatchError, describe, patch_model, patched, unpatch_model
 
+from . import families
 from .models import (
     CASES,
     FAMILIES,
@@ -220,3 +221,10 @@ def test_the_config_holds_the_effective_window(family, name):
         assert found is None or type(found) is int
     assert hasattr(model.config, "max_position_embeddings") == had
     assert not had or model.config.max_position_embeddings == WINDOW
+
+
+def test_a_description_names_layers_with_the_same_change_in_one_line():
+    model = families.build("gemma3_text", num_hidden_layers=12, layer_types=["full_attention"] * 12)
+    text = str(describe(patch_model(model, "alibi", layers=[0, 1, 2, 3, 5, 8, 9])))
+    lines = [line.split("  ")[0].strip() for line in text.splitlines() if ".scores" in line]
+    assert lines == ["model.layers.0 to 3, 5, 8, 9.self_attn.scores"]

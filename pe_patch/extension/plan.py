@@ -90,6 +90,10 @@ class ExtensionPlan:
     """Labels of schemes that fit the model and are not measured, for want of time."""
     all_seconds: float = 0.0
     """Estimated time to measure these as well."""
+    not_exported: tuple[str, ...] = ()
+    """Labels of schemes that fit the model and that an export target cannot express."""
+    exports: tuple[str, ...] = ()
+    """The export targets."""
 
     @property
     def shortfalls(self) -> list[str]:
@@ -137,6 +141,8 @@ class ExtensionPlan:
                 f"Not measured for want of time: {in_words(self.left_out)}. A --budget of "
                 f"{in_minutes(self.all_seconds)} includes them."
             )
+        if self.not_exported:
+            yield f"Not measured, since {in_words(self.exports)} cannot load it: {in_words(self.not_exported)}."
         if self.trained is not None:
             how = (
                 f"PoSE: sequences of {self.train_length:,} tokens whose positions skip up to {self.target_length:,}"
@@ -152,8 +158,12 @@ class ExtensionPlan:
         yield "Write the best to the output folder, load it again, and check that it gives what was measured."
 
 
-def candidates_of(advice: Advice, model: Any, exports: Sequence[str], most: int) -> list[Candidate]:
+def candidates_of(
+    advice: Advice, model: Any, exports: Sequence[str], most: int
+) -> tuple[list[Candidate], tuple[str, ...]]:
     """Return the model as it is and the schemes that work without training, the most promising first.
+
+    The second value has the labels of those among them that cannot be exported.
 
     Args:
         advice: The advice on the model.
@@ -168,17 +178,19 @@ def candidates_of(advice: Advice, model: Any, exports: Sequence[str], most: int)
     first = advice.choice.untrained
     rank = {"yes": 0, "weak": 1}
     fitting.sort(key=lambda each: (first is None or each.scheme != first.scheme, rank[each.untrained]))
-    chosen, obstacle = [Candidate("rope", {}, UNTOUCHED, "the model without a scheme")], ""
+    chosen = [Candidate("rope", {}, UNTOUCHED, "the model without a scheme")]
+    obstacles: dict[str, str] = {}
     for judgement in fitting:
         try:
             chosen.append(candidate_of(judgement, model, exports))
         except UnsupportedError as error:
-            obstacle = obstacle or str(error)
+            obstacles[format_scheme(judgement)] = str(error)
         if len(chosen) > most:
             break
-    if obstacle and len(chosen) == 1:
-        raise UnsupportedError(f"No scheme that works without training can be exported. The first: {obstacle}")
-    return chosen
+    if obstacles and len(chosen) == 1:
+        first_obstacle = next(iter(obstacles.values()))
+        raise UnsupportedError(f"No scheme that works without training can be exported. The first: {first_obstacle}")
+    return chosen, tuple(obstacles)
 
 
 def candidate_of(judgement: Judgement, model: Any, exports: Sequence[str]) -> Candidate:

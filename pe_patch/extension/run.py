@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..advice import Advice, advise
+from ..advice.recommend import SERVING
 from ..checkpoints import sources
 from ..checkpoints.folders import sole_writer
 from ..errors import OptionError, OutputError, UnsupportedError
@@ -236,7 +237,8 @@ def _advise(request: Request) -> Advice:
         OptionError: the model reads the target without one.
     """
     by_config = request.is_loaded and not Path(request.source).is_dir()
-    advice = advise(request.model.config if by_config else request.source, request.target_length)
+    served = [target for target in request.export if target in SERVING]
+    advice = advise(request.model.config if by_config else request.source, request.target_length, export=served)
     if not advice.case.needed:
         raise OptionError(f"{advice.verdict} Give a greater target_length.")
     return advice
@@ -246,7 +248,7 @@ def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
     window, target = advice.case.facts.window, request.target_length
     time = time_reading(loaded, window)
     lengths = sorted({min(SHORT, window, target), min(window, target), target})
-    fitting = candidates_of(advice, loaded, request.export, MOST)
+    fitting, not_exported = candidates_of(advice, loaded, request.export, MOST)
     candidates, chosen_lengths, texts, seconds = choose_measurement(fitting, lengths, time, request.seconds)
     if len(candidates) == 1 and not request.train:
         raise UnsupportedError(f"{advice.verdict} No scheme reads {target:,} tokens without training: add train.")
@@ -254,7 +256,8 @@ def _plan(request: Request, advice: Advice, loaded: Any) -> ExtensionPlan:
         request.source, target, window, str(loaded.dtype).removeprefix("torch."), advice.verdict, tuple(candidates),
         tuple(chosen_lengths), texts, seconds, request.seconds,
         left_out=tuple(each.label for each in fitting[len(candidates) :]),
-        all_seconds=measurement_seconds(fitting, fewest_lengths(lengths), 1, time),
+        all_seconds=measurement_seconds(fitting, fewest_lengths(lengths), 1, time), not_exported=not_exported,
+        exports=tuple(request.export),
     )  # fmt: skip
     if not request.train:
         return plan
@@ -285,7 +288,7 @@ def _stored_plan(request: Request, loaded: Any) -> ExtensionPlan | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
         before, plan, weights = stored["request"], stored["plan"], stored.get("weights")
         plan["candidates"] = tuple(Candidate(**each) for each in plan["candidates"])
-        plan |= {name: tuple(plan[name]) for name in ("lengths", "left_out") if name in plan}
+        plan |= {name: tuple(plan[name]) for name in ("lengths", "left_out", "not_exported", "exports") if name in plan}
         plan["trained"] = None if plan["trained"] is None else Candidate(**plan["trained"])
         made = ExtensionPlan(**plan)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

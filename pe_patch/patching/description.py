@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -84,7 +85,7 @@ class Description:
         for key, value in self.effective.items():
             facts.add_row(key.replace("_", " "), _short(value))
         swaps = Table("replaced", "was", "is", box=None, header_style="bold")
-        for item in self.replaced:
+        for item in _by_layers(self.replaced):
             swaps.add_row(item.where, item.old, item.new)
         console = Console(file=io.StringIO(), width=140, markup=False, force_jupyter=False, force_terminal=False)
         console.print(facts)
@@ -263,6 +264,37 @@ def _replaced(patch: Patch) -> tuple[list[Replaced], dict[str, list[str]]]:
     if names_of_frozen := [name for name, parameter in patch.model.named_parameters() if id(parameter) in frozen]:
         left_out["native parameters without a use, which no longer train"] = names_of_frozen
     return rows, left_out
+
+
+def _by_layers(rows: list[Replaced]) -> list[Replaced]:
+    """Return the rows with those that say the same of several layers as one: `layers.0 to 29.self_attn.scores`."""
+    layers: dict[tuple[str, str, str, str], list[int]] = {}
+    for row in rows:
+        found = LAYER.fullmatch(row.where)
+        before, number, after = found.groups() if found else (row.where, None, "")
+        numbers = layers.setdefault((before, after, row.old, row.new), [])
+        if number is not None:
+            numbers.append(int(number))
+    return [
+        Replaced(f"{before}{_in_ranges(numbers)}{after}", old, new)
+        for (before, after, old, new), numbers in layers.items()
+    ]
+
+
+def _in_ranges(numbers: list[int]) -> str:
+    """Return ascending numbers with runs of three and more as ranges: "0 to 4, 7, 9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [[f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
+    return ", ".join(part for each in parts for part in each)
+
+
+LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+"""A path with the index of a layer."""
 
 
 SHOWN_AS = {"pe_scheme": "scores", compat.IMPLEMENTATION: "attn_implementation"}
