@@ -23,7 +23,8 @@ RECORD = "pe_patch_record"
 PREFIX = "pe_patch_prefix"
 """Attribute of a cache that marks learned keys and values (prefix tuning), which no model has computed."""
 EMPTY = "Start from an empty cache."
-OVERWRITTEN = -1
+OVERWRITTEN = -2
+"""A version that no tensor has; those made under `torch.inference_mode` have -1."""
 HASHED = 8
 """Dimensions of the first head that a hash covers. Two keys that differ agree in all of them only by chance."""
 
