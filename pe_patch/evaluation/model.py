@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -703,6 +704,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
+    gc.collect()  # a cache that a patched model filled refers to itself, and holds its memory until then
     return psutil.virtual_memory().available
 
 
